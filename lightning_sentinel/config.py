@@ -1,0 +1,92 @@
+"""What a user sets: how to verify, and what to do about what was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_sentinel.errors import ConfigurationError
+
+__all__ = ["Response", "Verification"]
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ConfigurationError(f"{name}={value!r} cannot work: it must be {rule}.")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How signals are verified at the stage boundaries.
+
+    Args:
+        method: ``"sentinel"`` fences every feature on both sides; ``"paper"`` is the published rule, which only asks
+            whether a signal is too far from its momentum (SENTINEL, arXiv 2603.03592).
+        warmup_steps: steps in which the momentum and the fences are learned and nobody is flagged, except for values
+            that are not finite. All workers must be honest until then.
+        window: how many honest signals of a boundary its fences look back on.
+        false_positive_rate: share of honest signals that may be flagged, over all features together.
+        beta_activation: decay of the momentum of activations.
+        beta_gradient: decay of the momentum of gradients.
+        projections: random directions of the sliced Wasserstein distance.
+        seed: seed of the secret random directions. Workers must not know it.
+
+    Raises:
+        ConfigurationError: if a value cannot work.
+
+    Example:
+        >>> import lightning_sentinel as ls
+        >>> ls.Verification(warmup_steps=50).method
+        'sentinel'
+    """
+
+    method: Literal["sentinel", "paper"] = "sentinel"
+    warmup_steps: int = 100
+    window: int = 512
+    false_positive_rate: float = 0.01
+    beta_activation: float = 0.9
+    beta_gradient: float = 0.8
+    projections: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.method in ("sentinel", "paper"), "Verification.method", self.method, "'sentinel' or 'paper'")
+        _require(self.warmup_steps >= 1, "Verification.warmup_steps", self.warmup_steps, "at least 1")
+        _require(self.window >= 8, "Verification.window", self.window, "at least 8 signals")
+        rate = self.false_positive_rate
+        _require(0 < rate < 1, "Verification.false_positive_rate", rate, "a rate between 0 and 1, both excluded")
+        for name in ("beta_activation", "beta_gradient"):
+            beta = getattr(self, name)
+            _require(0 <= beta < 1, f"Verification.{name}", beta, "at least 0 and below 1")
+        _require(self.projections >= 1, "Verification.projections", self.projections, "at least 1")
+
+
+@dataclass(frozen=True)
+class Response:
+    """What happens when a signal was flagged.
+
+    Args:
+        on_flag: ``"exclude"`` keeps the micro-batch out of the weights; ``"log"`` only reports.
+        ban_after: a worker that was flagged in this many consecutive steps is banned, and its pipeline is left out from
+            then on. ``None`` bans nobody.
+
+    Raises:
+        ConfigurationError: if a value cannot work.
+
+    Example:
+        >>> import lightning_sentinel as ls
+        >>> ls.Response(on_flag="log", ban_after=None)
+        Response(on_flag='log', ban_after=None)
+    """
+
+    on_flag: Literal["exclude", "log"] = "exclude"
+    ban_after: int | None = 5
+
+    def __post_init__(self) -> None:
+        _require(self.on_flag in ("exclude", "log"), "Response.on_flag", self.on_flag, "'exclude' or 'log'")
+        _require(self.ban_after is None or self.ban_after >= 1, "Response.ban_after", self.ban_after, "None or at least 1")
+        if self.on_flag == "log" and self.ban_after is not None:
+            raise ConfigurationError(
+                f"Response(on_flag='log', ban_after={self.ban_after}) contradicts itself: a run that only reports bans"
+                " nobody. Set ban_after=None, or on_flag='exclude'."
+            )

@@ -1,0 +1,56 @@
+"""What can go wrong on the user's side. Every message names the value, the cause and the remedy."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigurationError",
+    "MeshExhaustedError",
+    "MissingExtraError",
+    "PipelineModelError",
+    "SentinelError",
+    "UnsupportedVersionError",
+    "WorkerLostError",
+]
+
+
+class SentinelError(Exception):
+    """Base of every error that lightning-sentinel raises on purpose."""
+
+
+class ConfigurationError(SentinelError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class PipelineModelError(SentinelError, TypeError):
+    """The LightningModule cannot be run as a pipeline the way it is written."""
+
+
+class MissingExtraError(SentinelError, ImportError):
+    """An optional dependency is needed and not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed."
+            f" Install it with: pip install 'lightning-sentinel[{extra}]'"
+        )
+
+
+class UnsupportedVersionError(SentinelError, RuntimeError):
+    """A library that the plugin builds on no longer has a name that it relies on."""
+
+
+class WorkerLostError(SentinelError, RuntimeError):
+    """A worker stopped answering: its process died, hangs, or is slower than the timeout.
+
+    Args:
+        message: what happened, and what to do.
+        rank: the rank that was lost, if it is known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class MeshExhaustedError(SentinelError, RuntimeError):
+    """So many workers are banned that no complete pipeline is left."""
