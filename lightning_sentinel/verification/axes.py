@@ -1,0 +1,74 @@
+"""The axes of a signal, named in one place.
+
+Signals come in any shape. All statistics see them as ``(B, T, C)``: samples, positions, channels.
+
+==================  ===============================  ====================
+signal              example                          becomes ``(B, T, C)``
+==================  ===============================  ====================
+``(B, F)``          features of an MLP               ``(B, 1, F)``
+``(B, T, C)``       hidden states of a transformer   unchanged
+``(B, C, H, W)``    feature maps of an image model   ``(B, H * W, C)``
+``(B, C, ...)``     volumes and the like             ``(B, positions, C)``
+==================  ===============================  ====================
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, float32
+from torch.nn.functional import pad
+
+__all__ = ["as_tokens", "batch_mean", "spread_over"]
+
+
+def as_tokens(signal: Tensor) -> Tensor:
+    """View a signal as samples x positions x channels.
+
+    Args:
+        signal: tensor of at least two axes, the first of which is the batch.
+
+    Returns:
+        tensor ``(B, T, C)``; a view where the layout allows one.
+
+    Example:
+        >>> import torch
+        >>> as_tokens(torch.zeros(2, 8, 4, 4)).shape
+        torch.Size([2, 16, 8])
+    """
+    if signal.ndim < 2:
+        return signal.reshape(1, 1, -1)
+    if signal.ndim == 2:
+        return signal.unsqueeze(1)
+    if signal.ndim == 3:
+        return signal
+    return signal.movedim(1, -1).flatten(1, -2)
+
+
+def batch_mean(signal: Tensor) -> Tensor:
+    """Mean over the samples, ``(T, C)`` in float32: what a momentum tracks. Not finite if any element is not finite.
+
+    Example:
+        >>> import torch
+        >>> batch_mean(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([[2., 3.]])
+    """
+    return as_tokens(signal).mean(dim=0, dtype=float32)
+
+
+def spread_over(reference: Tensor, signal: Tensor) -> Tensor:
+    """A reference ``(T', C)`` laid out in the shape of a signal, the same for each sample; missing positions are zero.
+
+    Example:
+        >>> import torch
+        >>> spread_over(torch.ones(16, 8), torch.zeros(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+    """
+    tokens = as_tokens(signal)
+    missing = tokens.shape[1] - reference.shape[0]
+    if missing > 0:
+        reference = pad(reference, (0, 0, 0, missing))
+    reference = reference[: tokens.shape[1]].to(signal.dtype)
+    if signal.ndim > 3:
+        reference = reference.T.unflatten(1, signal.shape[2:])
+    elif signal.ndim == 2:
+        reference = reference[0]
+    return reference.expand_as(signal)

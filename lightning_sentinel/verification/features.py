@@ -1,0 +1,50 @@
+"""What is measured on a signal: the features that the fences watch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.verification.distances import (
+    mean_absolute_difference,
+    normalised_euclidean,
+    sign_flip_ratio,
+    sliced_wasserstein,
+)
+
+__all__ = ["FEATURES", "temporal_features"]
+
+FEATURES = ("l1", "l2", "sign_flip_ratio", "sliced_wasserstein")
+"""Names of the features, in the order in which :func:`temporal_features` returns them."""
+
+
+def temporal_features(mean: Tensor, momentum: Tensor, directions: Tensor) -> Tensor:
+    """The distances of a signal to its momentum.
+
+    Where a signal has fewer positions than the momentum, or more (variable sequence lengths), the shared ones count.
+
+    Args:
+        mean: ``(T, C)``, batch mean of the signal.
+        momentum: ``(T', C)``.
+        directions: ``(C, K)``, secret unit directions.
+
+    Returns:
+        ``(len(FEATURES),)``, float32.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sentinel.verification.distances import unit_directions
+        >>> signal = torch.ones(4, 8)
+        >>> temporal_features(signal, signal, unit_directions(8, 2, seed=0))
+        tensor([0., 0., 0., 0.])
+    """
+    shared = min(mean.shape[0], momentum.shape[0])
+    mean, momentum = mean[:shared], momentum[:shared]
+    return torch.stack(
+        (
+            mean_absolute_difference(mean, momentum),
+            normalised_euclidean(mean, momentum),
+            sign_flip_ratio(mean, momentum),
+            sliced_wasserstein(mean, momentum, directions),
+        )
+    )

@@ -1,0 +1,87 @@
+"""Who was flagged, how often, and who is banned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_sentinel.mesh import Worker
+
+__all__ = ["Ledger"]
+
+
+@dataclass
+class Ledger:
+    """Counts flags and bans workers that are flagged in ``ban_after`` consecutive steps.
+
+    A step in which a worker was verified and not flagged ends its streak; a step in which nothing of it could be verified (its
+    pipeline was tainted before it, or is left out) does not.
+
+    Args:
+        ban_after: consecutive steps with a flag that lead to a ban; ``None`` bans nobody.
+
+    Example:
+        >>> ledger, worker = Ledger(ban_after=2), Worker(1, 0)
+        >>> ledger.record(step=7, flagged={worker: 3}, verified={worker})
+        []
+        >>> ledger.record(step=8, flagged={worker: 1}, verified={worker})
+        [Worker(stage=1, replica=0)]
+        >>> ledger.banned, ledger.banned_at[worker], ledger.flags[worker]
+        (frozenset({Worker(stage=1, replica=0)}), 8, 4)
+    """
+
+    ban_after: int | None = 5
+    flags: Counter[Worker] = field(default_factory=Counter)
+    """Signals flagged so far, by sender."""
+    streaks: Counter[Worker] = field(default_factory=Counter)
+    """Consecutive steps with a flag, by sender."""
+    banned_at: dict[Worker, int] = field(default_factory=dict)
+    """The step at which a worker was banned."""
+    audits: int = 0
+    """Signals recomputed by another worker so far; none without audits."""
+
+    @property
+    def banned(self) -> frozenset[Worker]:
+        return frozenset(self.banned_at)
+
+    @property
+    def total_flags(self) -> int:
+        return self.flags.total()
+
+    def record(self, step: int, flagged: Mapping[Worker, int], verified: Collection[Worker]) -> list[Worker]:
+        """Enter one step.
+
+        Args:
+            step: number of the training step.
+            flagged: how many signals of each worker were flagged.
+            verified: workers of which at least one signal was verified.
+
+        Returns:
+            the workers that this step bans, in order.
+        """
+        newly_banned = []
+        for worker in sorted(verified):
+            count = flagged.get(worker, 0)
+            if count:
+                self.flags[worker] += count
+                self.streaks[worker] += 1
+            else:
+                del self.streaks[worker]
+            if self.ban_after is not None and self.streaks[worker] >= self.ban_after and worker not in self.banned_at:
+                self.banned_at[worker] = step
+                newly_banned.append(worker)
+        return newly_banned
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, so that a checkpoint loads with ``weights_only=True``."""
+        return {
+            name: [[worker.stage, worker.replica, number] for worker, number in sorted(getattr(self, name).items())]
+            for name in ("flags", "streaks", "banned_at")
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        entries = {name: {Worker(s, r): number for s, r, number in rows} for name, rows in state.items()}
+        self.flags, self.streaks = Counter(entries["flags"]), Counter(entries["streaks"])
+        self.banned_at = entries["banned_at"]

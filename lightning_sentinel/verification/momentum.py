@@ -1,0 +1,107 @@
+"""The momentum reference of a boundary: an exponential moving average of what honest workers send.
+
+``m <- beta m + (1 - beta) mean(h)`` (SENTINEL, arXiv 2603.03592). One mean a step, over all honest signals of all replicas, so
+that the step's noise is averaged before it enters. Positions have weights of their own, because sequences may vary in length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["Contribution", "Momentum"]
+
+
+@dataclass
+class Contribution:
+    """Sums of batch means per position, to be added over replicas before they enter a momentum.
+
+    Args:
+        total: ``(T, C)``, sum of batch means.
+        count: ``(T,)``, how many means each position had.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @classmethod
+    def empty(cls, positions: int, channels: int, device: torch.device) -> Contribution:
+        return cls(torch.zeros(positions, channels, device=device), torch.zeros(positions, device=device))
+
+    def padded(self, positions: int) -> Contribution:
+        """The same sums over ``positions`` positions, the new ones with weight zero."""
+        missing = positions - self.total.shape[0]
+        if missing <= 0:
+            return self
+        return Contribution(
+            torch.nn.functional.pad(self.total, (0, 0, 0, missing)), torch.nn.functional.pad(self.count, (0, missing))
+        )
+
+    def add(self, mean: Tensor, weight: Tensor) -> None:
+        """Add a batch mean ``(T, C)`` with a 0-dim weight; a weight of zero adds nothing, whatever the mean holds."""
+        positions = mean.shape[0]
+        if positions > self.total.shape[0]:
+            grown = self.padded(positions)
+            self.total, self.count = grown.total, grown.count
+        self.total[:positions] += torch.where(weight > 0, mean, 0.0)
+        self.count[:positions] += weight
+
+    def __add__(self, other: Contribution) -> Contribution:
+        positions = max(self.total.shape[0], other.total.shape[0])
+        mine, theirs = self.padded(positions), other.padded(positions)
+        return Contribution(mine.total + theirs.total, mine.count + theirs.count)
+
+    def flat(self) -> Tensor:
+        """One vector for an all-reduce: ``T * C`` sums, then ``T`` counts."""
+        return torch.cat((self.total.flatten(), self.count))
+
+    @classmethod
+    def from_flat(cls, vector: Tensor, positions: int) -> Contribution:
+        """The inverse of :meth:`flat`."""
+        total, count = vector[:-positions], vector[-positions:]
+        return cls(total.view(positions, -1), count)
+
+
+@dataclass
+class Momentum:
+    """Exponential moving average of honest batch means.
+
+    Args:
+        beta: decay, in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> momentum = Momentum(beta=0.5)
+        >>> for value in (2.0, 4.0):
+        ...     momentum.update(Contribution(torch.full((1, 1), value), torch.ones(1)))
+        >>> momentum.value
+        tensor([[3.]])
+    """
+
+    beta: float
+    value: Tensor | None = None
+    seen: Tensor | None = field(default=None, repr=False)
+
+    def update(self, step: Contribution) -> None:
+        """Take in one step's honest signals. Positions that nobody sent keep their value; new ones start at their mean."""
+        if self.value is None or self.seen is None:
+            self.value = torch.zeros_like(step.total)
+            self.seen = torch.zeros_like(step.count, dtype=torch.bool)
+        missing = step.total.shape[0] - self.value.shape[0]
+        if missing > 0:
+            self.value = torch.nn.functional.pad(self.value, (0, 0, 0, missing))
+            self.seen = torch.nn.functional.pad(self.seen, (0, missing))
+        step = step.padded(self.value.shape[0])
+        mean = step.total / step.count.clamp(min=1).unsqueeze(1)
+        weight = torch.where(self.seen, 1 - self.beta, 1.0) * (step.count > 0)
+        self.value = torch.lerp(self.value, mean, weight.unsqueeze(1))
+        self.seen = self.seen | (step.count > 0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.value is None or self.seen is None else {"value": self.value, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
+        if state:
+            self.value, self.seen = state["value"].to(device), state["seen"].to(device)

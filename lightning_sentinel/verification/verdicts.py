@@ -1,0 +1,135 @@
+"""From the table of a step to verdicts: who is blamed, what was left out, what may be learned from.
+
+A pure function of data that all ranks hold, so that all of them decide the same without asking each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.mesh import Direction, Mesh, Worker
+from lightning_sentinel.verification.features import FEATURES
+from lightning_sentinel.verification.table import SignalTable
+
+__all__ = ["Detection", "StepVerdict", "judge"]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One signal that was found out of line.
+
+    Args:
+        step: training batch, counted from 0 over the whole run.
+        micro_batch: index within the batch.
+        worker: who sent it.
+        direction: what was sent.
+        score: how far out; 1 is the fence.
+        feature: the feature that is furthest out, or ``"non_finite"``.
+        audited: whether the signal was recomputed by another worker.
+        confirmed: the outcome of the audit; ``None`` without one.
+    """
+
+    step: int
+    micro_batch: int
+    worker: Worker
+    direction: Direction
+    score: float
+    feature: str
+    audited: bool = False
+    confirmed: bool | None = None
+
+
+@dataclass(frozen=True)
+class StepVerdict:
+    """What a step's table means.
+
+    Args:
+        detections: the flags that stand.
+        flagged: how many signals of each worker were flagged.
+        verified: workers of which at least one signal was verified.
+        cleared: per boundary, whether its flags were dropped, because most of its live senders were flagged at once.
+        honest: ``(boundaries, replicas, micro_batches)`` bool, signals to learn from.
+        clean: ``(stages, replicas, micro_batches)`` bool, whether the gradient of a micro-batch counts at a stage.
+    """
+
+    detections: tuple[Detection, ...]
+    flagged: Counter[Worker]
+    verified: frozenset[Worker]
+    cleared: tuple[bool, ...]
+    honest: Tensor
+    clean: Tensor
+
+
+def judge(table: SignalTable, mesh: Mesh, live: Tensor, step: int, exclude: bool) -> StepVerdict:
+    """Verdicts of one step.
+
+    Args:
+        table: all signals of the step.
+        mesh: the workers.
+        live: ``(replicas,)`` bool, pipelines without a banned worker.
+        step: number of the training batch.
+        exclude: whether flagged micro-batches were kept out of the weights at receipt.
+    """
+    flagged, tainted = table.flagged, table.tainted
+    cleared = _cleared(flagged, live)
+    standing = flagged & ~cleared[:, None, None]
+    return StepVerdict(
+        detections=_detections(table, standing, mesh, step),
+        flagged=_count(standing, mesh),
+        verified=frozenset(_count(~tainted, mesh)),
+        cleared=tuple(cleared.tolist()),
+        # A value that is not finite can be cleared of blame, but there is nothing to learn from it.
+        honest=~tainted & ~standing & (table.column("worst") >= 0),
+        clean=_clean(flagged, live, mesh) if exclude else torch.ones(mesh.stages, *flagged.shape[1:], dtype=torch.bool),
+    )
+
+
+def _cleared(flagged: Tensor, live: Tensor) -> Tensor:
+    """Boundaries at which more than half of the live senders are flagged in one step.
+
+    Fewer than half of a stage's workers are malicious, so a majority out of line means that the training itself has changed (a
+    new learning rate, other data), not that most workers lie.
+    """
+    senders = int(live.sum())
+    out_of_line = flagged.any(dim=2)[:, live].sum(dim=1)
+    return (out_of_line * 2 > senders) & (senders >= 2)
+
+
+def _clean(flagged: Tensor, live: Tensor, mesh: Mesh) -> Tensor:
+    """A flagged activation takes its micro-batch out of every stage; a flagged gradient out of the stages it reaches."""
+    cuts = mesh.stages - 1
+    activation, gradient = flagged[:cuts], flagged[cuts:]
+    whole = activation.any(dim=0)
+    clean = torch.empty(mesh.stages, *whole.shape, dtype=torch.bool)
+    for stage in range(mesh.stages):
+        clean[stage] = live[:, None] & ~whole & ~gradient[stage:].any(dim=0)
+    return clean
+
+
+def _count(signals: Tensor, mesh: Mesh) -> Counter[Worker]:
+    counts: Counter[Worker] = Counter()
+    for boundary, replicas in zip(mesh.boundaries, signals.sum(dim=2).tolist()):
+        counts.update({Worker(boundary.sender, r): count for r, count in enumerate(replicas) if count})
+    return counts
+
+
+def _detections(table: SignalTable, standing: Tensor, mesh: Mesh, step: int) -> tuple[Detection, ...]:
+    boundaries, scores, worst = mesh.boundaries, table.column("score"), table.column("worst")
+    detections = []
+    for index, replica, micro_batch in standing.nonzero().tolist():
+        boundary, feature = boundaries[index], int(worst[index, replica, micro_batch])
+        detections.append(
+            Detection(
+                step=step,
+                micro_batch=micro_batch,
+                worker=Worker(boundary.sender, replica),
+                direction=boundary.direction,
+                score=float(scores[index, replica, micro_batch]),
+                feature=FEATURES[feature] if feature >= 0 else "non_finite",
+            )
+        )
+    return tuple(detections)

@@ -1,0 +1,157 @@
+"""The verifier of one boundary: what honest signals look like there, and whether one of them is out of line.
+
+A signal is judged at receipt, from the fences in force, and by values alone: no branch depends on a tensor, so that a GPU is
+never waited for. What the step teaches (momentum, window, fences) enters once it is known which signals were honest.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.config import Verification
+from lightning_sentinel.mesh import Boundary, Direction
+from lightning_sentinel.verification.axes import batch_mean, spread_over
+from lightning_sentinel.verification.distances import unit_directions
+from lightning_sentinel.verification.features import FEATURES, temporal_features
+from lightning_sentinel.verification.fences import Fences, fit_fences
+from lightning_sentinel.verification.momentum import Contribution, Momentum
+from lightning_sentinel.verification.table import signal_row
+
+__all__ = ["MAX_SCORE", "BoundaryVerifier", "Inspection"]
+
+MAX_SCORE = 1e6
+"""Scores end here, so that they stay finite in logs and files; a signal that is not finite has this score."""
+
+_SETTLING_STEPS = 10
+"""The first steps of a momentum are its own noise; their distances would widen the fences."""
+
+_FEWEST_VALUES = 8
+
+
+class Inspection(NamedTuple):
+    """What a verifier says of one signal: its table row ``(len(COLUMNS),)`` and the 0-dim bool verdict."""
+
+    row: Tensor
+    flagged: Tensor
+
+
+class BoundaryVerifier:
+    """Verifies all signals that cross one boundary.
+
+    Every replica of the receiving stage holds one with the same state, because all of them learn from the same table and the
+    same sum of means. State: ``T x C`` momentum, ``window x F`` features, ``C x projections`` directions.
+
+    Args:
+        boundary: the stream to verify.
+        config: how.
+        device: where the signals are.
+    """
+
+    def __init__(self, boundary: Boundary, config: Verification, device: torch.device | str = "cpu") -> None:
+        self.boundary = boundary
+        self._config = config
+        self._device = torch.device(device)
+        gradient = boundary.direction is Direction.GRADIENT
+        self.momentum = Momentum(config.beta_gradient if gradient else config.beta_activation)
+        self.fences = Fences.open(len(FEATURES), self._device)
+        self.window = torch.empty(0, len(FEATURES))
+        self.steps = 0
+        # Each boundary has directions of its own: what leaks at one says nothing about another.
+        self._directions_seed = config.seed * 100_003 + boundary.index * 2 + gradient
+        self._directions: Tensor | None = None
+        self._honest: Contribution | None = None
+        self._suspect: Contribution | None = None
+
+    @property
+    def warmed_up(self) -> bool:
+        return self.steps >= self._config.warmup_steps
+
+    def inspect(self, signal: Tensor, tainted: Tensor) -> Inspection:
+        """Score a received signal and keep its mean for :meth:`learn`.
+
+        Args:
+            signal: ``(B, ...)``, floating point.
+            tainted: 0-dim bool; a tainted signal is scored, never flagged, and never learned from.
+        """
+        signal = signal.detach()
+        mean = batch_mean(signal)
+        finite = mean.isfinite().all()
+        if self.momentum.value is None:
+            features = mean.new_zeros(len(FEATURES))
+        else:
+            features = temporal_features(mean, self.momentum.value, self._unit_directions(mean))
+        scores = self.fences.scores(features)
+        highest = scores.max(dim=0)
+        score = torch.where(finite, highest.values, torch.inf).clamp(max=MAX_SCORE)
+        worst = torch.where(finite, highest.indices, -1)
+        flagged = (score > 1) & ~tainted
+        self._keep(mean, honest=~flagged & ~tainted & finite, suspect=flagged & finite)
+        return Inspection(signal_row(features, score, worst, flagged, tainted, mean.shape[0]), flagged)
+
+    def substitute(self, signal: Tensor) -> Tensor:
+        """A harmless stand-in of a signal's shape: the momentum for an activation, zero for a gradient."""
+        value = self.momentum.value
+        if self.boundary.direction is Direction.GRADIENT or value is None:
+            return torch.zeros_like(signal)
+        return spread_over(value, signal)
+
+    def contribution(self, cleared: bool) -> Contribution:
+        """This process's part of the step's honest means; asked for once a step.
+
+        Args:
+            cleared: whether the boundary's flags of this step were dropped, so that the flagged means count as well.
+        """
+        honest, suspect = self._honest, self._suspect
+        self._honest = self._suspect = None
+        if honest is None or suspect is None:
+            raise RuntimeError(f"No signal crossed {self.boundary.name} in this step: there is nothing to contribute.")
+        return honest + suspect if cleared else honest
+
+    def learn(self, step: Contribution, features: Tensor) -> None:
+        """Take in one step.
+
+        Args:
+            step: honest means, summed over replicas.
+            features: ``(N, F)`` on the host, features of the step's honest signals.
+        """
+        settled = self.steps >= min(_SETTLING_STEPS, self._config.warmup_steps // 2) and self.momentum.value is not None
+        if settled and len(features):
+            self.window = torch.cat((self.window, features))[-self._config.window :]
+        self.momentum.update(step)
+        self.steps += 1
+        if self.warmed_up:
+            self._refit()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors only; the fences follow from the window."""
+        state = {"window": self.window, "steps": torch.tensor(self.steps)}
+        return state | {f"momentum.{name}": value for name, value in self.momentum.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        prefix = "momentum."
+        momentum = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        self.momentum.load_state_dict(momentum, self._device)
+        self.window, self.steps = state["window"].cpu(), int(state["steps"])
+        if self.warmed_up:
+            self._refit()
+
+    def _refit(self) -> None:
+        if len(self.window) >= _FEWEST_VALUES:
+            two_sided = self._config.method == "sentinel"
+            self.fences = fit_fences(self.window, self._config.false_positive_rate, two_sided).to(self._device)
+
+    def _keep(self, mean: Tensor, honest: Tensor, suspect: Tensor) -> None:
+        if self._honest is None or self._suspect is None:
+            positions, channels = mean.shape
+            self._honest = Contribution.empty(positions, channels, self._device)
+            self._suspect = Contribution.empty(positions, channels, self._device)
+        self._honest.add(mean, honest)
+        self._suspect.add(mean, suspect)
+
+    def _unit_directions(self, mean: Tensor) -> Tensor:
+        if self._directions is None:
+            self._directions = unit_directions(mean.shape[1], self._config.projections, self._directions_seed, self._device)
+        return self._directions
