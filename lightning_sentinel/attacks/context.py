@@ -1,0 +1,70 @@
+"""What an attack gets to see: the signal that it is to corrupt, and where and when that signal is sent."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.mesh import Direction, Worker
+
+__all__ = ["Attack", "AttackContext", "derive_seed"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttackContext:
+    """Where and when a signal is tampered with.
+
+    Args:
+        step: the optimizer step.
+        micro_batch: index of the micro-batch within the step.
+        worker: the malicious worker.
+        direction: whether the signal is an activation or a gradient.
+        received: what the worker was itself sent in this direction; ``None`` where nothing was, at the pipeline's ends.
+        generator: source of randomness on the signal's device, fresh for every signal.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sentinel.attacks import AttackContext
+        >>> from lightning_sentinel.mesh import Direction, Worker
+        >>> context = AttackContext.seeded(0, Worker(1, 0), Direction.GRADIENT, step=7)
+        >>> context.step, torch.rand((2,), generator=context.generator).shape
+        (7, torch.Size([2]))
+    """
+
+    step: int
+    micro_batch: int
+    worker: Worker
+    direction: Direction
+    received: Tensor | None
+    generator: torch.Generator
+
+    @classmethod
+    def seeded(
+        cls,
+        seed: int,
+        worker: Worker,
+        direction: Direction,
+        *,
+        step: int = 0,
+        micro_batch: int = 0,
+        received: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> AttackContext:
+        """A context whose generator, on ``device``, depends on ``seed`` and on which signal this is, and on no more."""
+        generator = torch.Generator(device=device)
+        generator.manual_seed(derive_seed(seed, worker.stage, worker.replica, direction, step, micro_batch))
+        return cls(step, micro_batch, worker, direction, received, generator)
+
+
+Attack = Callable[[Tensor, AttackContext], Tensor]
+"""Takes the honest signal, leaves it unchanged, and returns what is sent in its place: same shape, dtype and device."""
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed of 63 bits that is the same in every process for the same parts, unlike ``hash``."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

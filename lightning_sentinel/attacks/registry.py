@@ -1,0 +1,105 @@
+"""Attacks by name, for the command line and for configuration files."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lightning_sentinel.attacks.context import Attack
+from lightning_sentinel.attacks.delay import Delay
+from lightning_sentinel.attacks.library import Bias, InvisibleNoise, Ones, RandomSign, RandomValue, Scale, Zeros
+from lightning_sentinel.errors import ConfigurationError
+
+__all__ = ["LIBRARY", "AttackSpec", "available", "get", "resolve"]
+
+AttackSpec = str | Attack | Mapping[str, Any]
+"""A name, an attack itself, or a mapping of ``name`` and parameters, as YAML gives it."""
+
+LIBRARY: dict[str, Callable[..., Attack]] = {
+    "bias": Bias,
+    "delay": Delay,
+    "noise": InvisibleNoise,
+    "ones": Ones,
+    "random": RandomValue,
+    "scale": Scale,
+    "sign": RandomSign,
+    "zeros": Zeros,
+}
+
+
+def available() -> tuple[str, ...]:
+    """The names of all attacks, sorted.
+
+    Example:
+        >>> from lightning_sentinel import attacks
+        >>> attacks.available()
+        ('bias', 'delay', 'noise', 'ones', 'random', 'scale', 'sign', 'zeros')
+    """
+    return tuple(sorted(LIBRARY))
+
+
+def get(name: str, /, **parameters: Any) -> Attack:
+    """The attack of that name, with its strength set by ``parameters``.
+
+    Raises:
+        ConfigurationError: if there is no such attack, or if it takes no such parameter or value.
+
+    Example:
+        >>> from lightning_sentinel import attacks
+        >>> attacks.get("scale", factor=-1.0)
+        Scale(factor=-1.0)
+    """
+    if name not in LIBRARY:
+        raise ConfigurationError(
+            f"There is no attack {name!r}.{_suggestion(name, available())} Available are {', '.join(available())};"
+            " an attack of your own is given as a callable (signal, context) -> Tensor."
+        )
+    takes = inspect.signature(LIBRARY[name]).parameters
+    for parameter in parameters:
+        if parameter not in takes:
+            accepted = ", ".join(f"{known}={takes[known].default!r}" for known in takes) or "no parameters"
+            raise ConfigurationError(
+                f"The attack {name!r} has no parameter {parameter!r}.{_suggestion(parameter, takes)} It takes {accepted}."
+            )
+    return LIBRARY[name](**parameters)
+
+
+def resolve(spec: AttackSpec) -> Attack:
+    """The attack that ``spec`` describes: by name, by a mapping of ``name`` and parameters, or the callable that it is.
+
+    Raises:
+        ConfigurationError: if ``spec`` describes no attack.
+
+    Example:
+        >>> from lightning_sentinel import attacks
+        >>> attacks.resolve("zeros"), attacks.resolve({"name": "scale", "factor": 10.0})
+        (Zeros(), Scale(factor=10.0))
+    """
+    if isinstance(spec, str):
+        return get(spec)
+    if isinstance(spec, Mapping):
+        parameters = dict(spec)
+        name = parameters.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigurationError(
+                f"The attack {dict(spec)!r} has no name. Give one of {', '.join(available())} under the key 'name',"
+                " beside the parameters."
+            )
+        return get(name, **parameters)
+    if isinstance(spec, type):
+        raise ConfigurationError(
+            f"The attack {spec.__name__} is a class, which tampers with nothing by itself. Pass an instance: {spec.__name__}(...)."
+        )
+    if callable(spec):
+        return spec
+    raise ConfigurationError(
+        f"{spec!r} of type {type(spec).__name__} is no attack. Give a name ({', '.join(available())}), a mapping with"
+        " the key 'name', or a callable (signal, context) -> Tensor."
+    )
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
