@@ -1,0 +1,3 @@
+"""Examples that run from the repository root."""
+
+from __future__ import annotations
