@@ -1,0 +1,87 @@
+"""What a verified run leaves behind: logged scores and a file of detections."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from typing_extensions import override
+
+from lightning_sentinel.mesh import Direction
+from lightning_sentinel.metrics import AnomalyScore
+from lightning_sentinel.metrics.functional import nanmax
+
+if TYPE_CHECKING:
+    from lightning_sentinel.strategy import SentinelStrategy
+    from lightning_sentinel.verification import Detection
+
+__all__ = ["SentinelMonitor"]
+
+
+class SentinelMonitor(L.Callback):
+    """Logs anomaly scores, flags and bans, and writes detections to a file. :class:`SentinelStrategy` adds one by itself.
+
+    To every logger go ``sentinel/anomaly_score``, the highest score of the batch (1 is the fence), the same by sender and direction
+    as ``sentinel/anomaly_score/stage{s}/{activation|gradient}``, and the running totals ``sentinel/flags``, ``sentinel/banned`` and
+    ``sentinel/audits``. Detections go to ``<log_dir>/sentinel/detections.jsonl``, one JSON object a line.
+
+    Attributes:
+        anomaly_score: mean scores of the run so far; ``anomaly_score.plot()`` draws them over the mesh.
+
+    Example:
+        >>> import lightning_sentinel as ls
+        >>> monitor = ls.SentinelMonitor()  # Trainer(callbacks=[monitor]) to keep a hand on it
+    """
+
+    anomaly_score: AnomalyScore
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        mesh = _strategy(trainer).mesh
+        self.anomaly_score = AnomalyScore(mesh.stages, mesh.replicas)
+        directory = trainer.log_dir  # asks rank zero, so every rank has to ask
+        self._file = Path(directory) / "sentinel" / "detections.jsonl" if directory and trainer.is_global_zero else None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        strategy = _strategy(trainer)
+        if strategy.table is None:
+            return
+        scores = strategy.table.worker_scores(strategy.mesh)
+        self.anomaly_score.update(scores)
+        values = {"sentinel/anomaly_score": nanmax(scores.flatten())}
+        for boundary in strategy.mesh.boundaries:
+            of_boundary = scores[boundary.sender, :, list(Direction).index(boundary.direction)]
+            values[f"sentinel/anomaly_score/{boundary.name}"] = nanmax(of_boundary)
+        pl_module.log_dict({name: value for name, value in values.items() if not value.isnan()}, batch_size=1)
+        totals = {"sentinel/flags": strategy.ledger.total_flags, "sentinel/banned": len(strategy.ledger.banned)}
+        pl_module.log_dict({name: float(total) for name, total in totals.items()}, prog_bar=True, batch_size=1)
+        pl_module.log("sentinel/audits", float(strategy.ledger.audits), batch_size=1)
+
+    def on_sentinel_detection(self, trainer: L.Trainer, pl_module: L.LightningModule, detection: Detection) -> None:
+        """Append a detection to the file, at once: a run that dies keeps what it found."""
+        if self._file is None:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as lines:
+            lines.write(json.dumps(asdict(detection)) + "\n")
+
+
+def _strategy(trainer: L.Trainer) -> SentinelStrategy:
+    from lightning_sentinel.strategy import SentinelStrategy
+
+    if not isinstance(trainer.strategy, SentinelStrategy):
+        from lightning_sentinel.errors import ConfigurationError
+
+        raise ConfigurationError(
+            f"SentinelMonitor has nothing to watch under {type(trainer.strategy).__name__}. Use Trainer(strategy='sentinel')."
+        )
+    return trainer.strategy

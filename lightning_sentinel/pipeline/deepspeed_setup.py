@@ -1,0 +1,87 @@
+"""DeepSpeed made ready: its environment, and a check of the private names that the engine builds on.
+
+Everything private that this package touches in DeepSpeed is named here, so that a release that changes one of them fails at once
+and says so, instead of training wrongly.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from datetime import timedelta
+
+import torch
+
+from lightning_sentinel.errors import ConfigurationError, UnsupportedVersionError
+
+__all__ = ["check_private_names", "prepare"]
+
+_PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "deepspeed.runtime.pipe.engine": {
+        "PipelineEngine": (
+            "_INSTRUCTION_MAP",
+            "_exec_schedule",
+            "_exec_reduce_tied_grads",
+            "_exec_reduce_grads",
+            "_exec_optimizer_step",
+        ),
+    },
+    "deepspeed.runtime.engine": {"DeepSpeedEngine": ("forward", "backward", "zero_grad")},
+    "deepspeed.runtime.pipe.module": {"PipelineModule": ("mpu",)},
+    "deepspeed.runtime.pipe.schedule": {"TrainSchedule": ("steps", "_step_to_micro_batch"), "InferenceSchedule": ("steps",)},
+    "deepspeed.ops": {"__compatible_ops__": ()},
+}
+"""Module -> class or variable -> members."""
+
+
+def prepare(device: torch.device, timeout: timedelta) -> None:
+    """Import DeepSpeed for a device and connect it to the running ``torch.distributed``.
+
+    Raises:
+        ConfigurationError: if DeepSpeed was imported before, for another accelerator.
+        UnsupportedVersionError: if a private name that we rely on is gone.
+    """
+    wanted = device.type
+    if "deepspeed" not in sys.modules:
+        os.environ.setdefault("DS_ACCELERATOR", wanted)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    actual = get_accelerator().device_name()
+    if actual != wanted:
+        raise ConfigurationError(
+            f"The Trainer uses {wanted!r}, but DeepSpeed was imported for {actual!r} and cannot change. Set the environment"
+            f" variable DS_ACCELERATOR={wanted} before Python starts, or import lightning_sentinel before deepspeed."
+        )
+    check_private_names()
+    # On CPU DeepSpeed would compile a shared-memory op at start-up: a minute, a compiler, and a lock file that outlives a killed
+    # run and blocks all later ones. The pipeline does not use it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=timeout
+    )
+
+
+def check_private_names() -> None:
+    """Raise ``UnsupportedVersionError`` if the installed DeepSpeed lacks a private name that the engine builds on."""
+    from importlib import import_module
+
+    import deepspeed
+
+    missing = []
+    for module_name, owners in _PRIVATE_NAMES.items():
+        module = import_module(module_name)
+        for owner, members in owners.items():
+            if not hasattr(module, owner):
+                missing.append(f"{module_name}.{owner}")
+            else:
+                found = getattr(module, owner)
+                missing += [f"{module_name}.{owner}.{member}" for member in members if not hasattr(found, member)]
+    if missing:
+        raise UnsupportedVersionError(
+            f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, on which lightning-sentinel builds. Install a version"
+            " that has, such as deepspeed==0.19.8, and report the newer one."
+        )

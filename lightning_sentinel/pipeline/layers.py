@@ -1,0 +1,148 @@
+"""From a LightningModule to the list of layers that a pipeline is cut from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+from lightning_sentinel.errors import PipelineModelError
+
+__all__ = ["PipelineLayers", "find_layers"]
+
+
+@dataclass(frozen=True)
+class PipelineLayers:
+    """The layers of a module, in order.
+
+    Args:
+        module: the user's module.
+        entry: the module whose ``forward`` runs all layers: the ``nn.Sequential``, or ``module`` itself.
+        layers: the layers.
+        names: where each layer sits in ``module``, as in its ``state_dict``.
+    """
+
+    module: L.LightningModule
+    entry: nn.Module
+    layers: tuple[nn.Module, ...]
+    names: tuple[str, ...]
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of all parameters of the unsplit module, in its own order; valid until :meth:`keep_only`."""
+        return [name for name, _ in self.module.named_parameters()]
+
+    @property
+    def state_names(self) -> list[str]:
+        """Keys of the unsplit module's ``state_dict``; valid until :meth:`keep_only`."""
+        return list(self.module.state_dict())
+
+    def keep_only(self, start: int, stop: int) -> None:
+        """Replace the layers outside ``[start, stop)`` by ``nn.Identity``: other stages own them, and the keys of the rest stay."""
+        for index, name in enumerate(self.names):
+            if not start <= index < stop:
+                self.module.set_submodule(name, nn.Identity())
+
+
+def find_layers(module: L.LightningModule, sequential: str | None = None) -> PipelineLayers:
+    """Find what to cut into stages.
+
+    In this order: what ``configure_pipeline`` returns; the attribute that ``sequential`` names; the only ``nn.Sequential`` among
+    the module's attributes.
+
+    Raises:
+        PipelineModelError: if there is none, or more than one, or the layers do not hold all trainable parameters.
+
+    Example:
+        >>> import lightning as L
+        >>> from torch import nn
+        >>> class Regression(L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+        >>> find_layers(Regression()).names
+        ('net.0', 'net.1', 'net.2')
+    """
+    found = _from_hook(module) if hasattr(module, "configure_pipeline") else _from_sequential(module, sequential)
+    _check_parameters(found)
+    return found
+
+
+def _from_hook(module: L.LightningModule) -> PipelineLayers:
+    hook: Callable[[], Any] = module.configure_pipeline  # type: ignore[assignment]
+    layers = hook()
+    where = f"{type(module).__name__}.configure_pipeline"
+    if not isinstance(layers, Iterable) or isinstance(layers, (str, dict)):
+        raise PipelineModelError(f"{where} returned {type(layers).__name__}; it must return a list of nn.Module, in order.")
+    layers = tuple(layers)
+    names_of = {id(child): name for name, child in module.named_modules()}
+    names = []
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, nn.Module):
+            raise PipelineModelError(
+                f"{where} returned {type(layer).__name__} at position {index}; every layer must be an nn.Module that is an"
+                " attribute of the LightningModule."
+            )
+        if id(layer) not in names_of:
+            raise PipelineModelError(
+                f"{where} returned at position {index} a {type(layer).__name__} that is no attribute of the LightningModule, so it"
+                " would be missing from checkpoints. Assign it in __init__ and return it from there."
+            )
+        names.append(names_of[id(layer)])
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise PipelineModelError(f"{where} returned {repeated} more than once; layers that share weights must be one layer.")
+    return PipelineLayers(module, module, layers, tuple(names))
+
+
+def _from_sequential(module: L.LightningModule, sequential: str | None) -> PipelineLayers:
+    candidates = {name: child for name, child in module.named_children() if isinstance(child, nn.Sequential)}
+    kind = type(module).__name__
+    if sequential is not None:
+        try:
+            entry = module.get_submodule(sequential)
+        except AttributeError:
+            entry = None
+        if not isinstance(entry, nn.Sequential):
+            raise PipelineModelError(
+                f"sequential={sequential!r} names no nn.Sequential of {kind}; it has {sorted(candidates) or 'none at top level'}."
+            )
+    elif len(candidates) != 1:
+        what = f"has {len(candidates)} nn.Sequential attributes ({', '.join(candidates)})" if candidates else "has no nn.Sequential"
+        remedy = (
+            "Name the one to cut: SentinelStrategy(sequential=...)."
+            if candidates
+            else "Put its layers into one nn.Sequential attribute, or define configure_pipeline(self) that returns them as a list."
+        )
+        raise PipelineModelError(f"{kind} {what}, so it is not clear where to cut it into stages. {remedy}")
+    else:
+        sequential, entry = next(iter(candidates.items()))
+    names = tuple(f"{sequential}.{name}" for name, _ in entry.named_children())
+    return PipelineLayers(module, entry, tuple(entry.children()), names)
+
+
+def _check_parameters(found: PipelineLayers) -> None:
+    owners: defaultdict[int, set[str]] = defaultdict(set)
+    for name, layer in zip(found.names, found.layers):
+        for parameter in layer.parameters():
+            owners[id(parameter)].add(name)
+    shared = sorted(name for names in owners.values() if len(names) > 1 for name in names)
+    if shared:
+        raise PipelineModelError(
+            f"The layers {_some(shared)} share parameters. Layers of different stages live in different processes and cannot:"
+            " untie them, or make them one layer."
+        )
+    outside = [name for name, p in found.module.named_parameters() if p.requires_grad and id(p) not in owners]
+    if outside:
+        raise PipelineModelError(
+            f"{type(found.module).__name__} has trainable parameters outside its pipeline: {_some(outside)}. No stage would own"
+            " them. Move them into the layers, or freeze them with requires_grad_(False)."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,127 @@
+"""Processes that stop answering: how it is noticed, and who is named.
+
+A rank that dies shows on its peers as a closed connection, and on *their* peers as theirs; a rank that hangs shows as a timeout.
+So the first rank to notice writes down in the rendezvous store whom it lost, and those that fail in its wake read the name there. A
+rank that ends with an error of its own writes that down as well.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import psutil
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, rendezvous
+
+from lightning_sentinel.errors import WorkerLostError
+from lightning_sentinel.mesh import Mesh
+
+__all__ = ["Roster", "connect", "is_lost_connection"]
+
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?out|socket|broken pipe", re.IGNORECASE)
+_store: Store | None = None
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error of ``torch.distributed`` means that a peer is gone; the backends raise plain ``RuntimeError``."""
+    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+
+
+def connect(backend: str, *, address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> Store | None:
+    """Start ``torch.distributed``, unless it runs already.
+
+    Returns:
+        the rendezvous store; ``None`` if somebody else started it.
+    """
+    global _store
+    if not dist.is_initialized():
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+        _store, _, _ = next(rendezvous("env://", rank=rank, world_size=world_size, timeout=timeout))
+        dist.init_process_group(backend, store=PrefixStore("default", _store), rank=rank, world_size=world_size, timeout=timeout)
+    return _store
+
+
+class Roster:
+    """Knows which process serves which worker, and finds out who is missing.
+
+    Args:
+        mesh: all workers.
+        rank: this process's.
+        store: shared notes; ``None`` names only direct neighbours.
+        timeout: how long peers are waited for, to be named in messages.
+    """
+
+    def __init__(self, mesh: Mesh, rank: int, store: Store | None, timeout: timedelta) -> None:
+        self._mesh, self._rank, self._timeout = mesh, rank, timeout
+        self._store = None if store is None else PrefixStore("sentinel", store)
+        if self._store is not None:
+            self._store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Turn the loss of a peer into a ``WorkerLostError`` that names it."""
+        try:
+            yield
+        except WorkerLostError as error:
+            raise self._named(error.rank) from error
+        except RuntimeError as error:
+            if not is_lost_connection(error):
+                raise
+            raise self._named(None) from error
+
+    def report_failure(self, error: BaseException) -> None:
+        """Write down that this rank ends with an error, so that its peers can say why."""
+        if not isinstance(error, WorkerLostError):
+            first_line = (str(error).splitlines() or [""])[0]
+            self._note(f"{self._describe(self._rank)} failed with {type(error).__name__}: {first_line}")
+
+    def _named(self, suspect: int | None) -> WorkerLostError:
+        gone = [rank for rank in range(self._mesh.size) if rank != self._rank and self._is_gone(rank)]
+        gone = gone or ([suspect] if suspect is not None else [])
+        if gone:
+            lost = ", ".join(self._describe(rank) for rank in gone)
+            note = self._note(f"{lost} did not answer within {self._timeout}, or its process ended")
+        else:
+            note = self._read() or f"a worker did not answer within {self._timeout}, or its process ended"
+        return WorkerLostError(
+            f"The run cannot go on: {note}. Start it again from the last checkpoint; a larger SentinelStrategy(timeout=...) helps"
+            " if the worker was only slow.",
+            rank=gone[0] if gone else None,
+        )
+
+    def _describe(self, rank: int) -> str:
+        return f"rank {rank}, {self._mesh.worker(rank)},"
+
+    def _is_gone(self, rank: int) -> bool:
+        """Whether a process of this host has ended or is stopped; of other hosts nothing is known."""
+        try:
+            if self._store is None or not self._store.check([f"process/{rank}"]):
+                return False
+            host, pid = self._store.get(f"process/{rank}").decode().rsplit(" ", 1)
+            if host != socket.gethostname():
+                return False
+            return psutil.Process(int(pid)).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD, psutil.STATUS_STOPPED)
+        except psutil.NoSuchProcess:
+            return True
+        except (RuntimeError, ValueError):
+            return False
+
+    def _note(self, text: str) -> str:
+        """Write a note unless there is one, and return the one that stands: the first is nearest to the cause."""
+        try:
+            return text if self._store is None else self._store.compare_set("failure", "", text).decode()
+        except RuntimeError:
+            return text
+
+    def _read(self) -> str | None:
+        try:
+            if self._store is not None and self._store.check(["failure"]):
+                return self._store.get("failure").decode()
+        except RuntimeError:
+            pass
+        return None

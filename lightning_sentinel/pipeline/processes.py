@@ -1,0 +1,116 @@
+"""The part of the strategy that is about processes: launching them, connecting them, and collectives over all of them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.distributed import Store
+from typing_extensions import override
+
+from lightning_sentinel.pipeline.liveness import connect
+
+__all__ = ["ProcessStrategy"]
+
+
+class ProcessStrategy(ParallelStrategy):
+    """One process a device, launched by Lightning or from outside (torchrun, SLURM).
+
+    Args:
+        timeout: how long any process waits for another.
+        arguments: of ``ParallelStrategy``.
+    """
+
+    def __init__(self, timeout: timedelta, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._timeout = timeout
+        self._num_nodes = 1
+        self._store: Store | None = None
+
+    @property
+    def is_distributed(self) -> bool:
+        # Lightning injects distributed samplers only into strategies that say so.
+        return True
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_nodes(self) -> int:
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    def set_world_ranks(self) -> None:
+        """Tell the environment ranks and world size; called by Lightning as soon as it knows the devices."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        for guard in (rank_zero_only, fabric_rank_zero_only):
+            guard.rank = self.global_rank  # type: ignore[attr-defined]
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.set_world_ranks()
+        assert self.cluster_environment is not None
+        self._store = connect(
+            self._backend(),
+            address=self.cluster_environment.main_address,
+            port=self.cluster_environment.main_port,
+            rank=self.global_rank,
+            world_size=self.world_size,
+            timeout=self._timeout,
+        )
+
+    def _backend(self) -> str:
+        """Host tensors always go through gloo, for headers and checkpoints; the device has its own backend."""
+        if self.root_device.type == "cpu":
+            return "gloo"
+        device_backend = dist.Backend.default_device_backend_map.get(self.root_device.type, "gloo")
+        return f"cpu:gloo,{self.root_device.type}:{device_backend}"
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        if not dist.is_initialized():
+            return obj
+        carrier = [obj]
+        dist.broadcast_object_list(carrier, src)
+        return carrier[0]
+
+    @override
+    def reduce(self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any = "mean") -> Tensor | Any:
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.lightning_module is not None
+        self.lightning_module.to(self.root_device)

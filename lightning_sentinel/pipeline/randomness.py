@@ -1,0 +1,64 @@
+"""Two streams of random numbers, one for the data and one for the computation.
+
+The first and the last stage of a pipeline load the same batches in different processes. If dropout on one of them drew from the
+generator that a random augmentation or a masking collate function draws from, inputs and labels would no longer belong together.
+So the global generators serve the data, equally seeded on all ranks of a replica, and computation has a torch generator state of
+its own.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["SeparateRandomness", "base_seed"]
+
+
+def base_seed() -> int | None:
+    """The seed of ``seed_everything``, if it was called."""
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return int(seed) if seed is not None else None
+
+
+class SeparateRandomness:
+    """Seeds the data's generators now, and lends the computation its own.
+
+    Args:
+        seed: the same on all ranks.
+        rank: seeds the computation.
+        replica: seeds the data.
+
+    Example:
+        >>> import torch
+        >>> randomness = SeparateRandomness(seed=1, rank=3, replica=0)
+        >>> first = torch.rand(1)
+        >>> randomness = SeparateRandomness(seed=1, rank=0, replica=0)
+        >>> with randomness.of_computation():
+        ...     _ = torch.rand(1)
+        >>> bool(first == torch.rand(1))
+        True
+    """
+
+    def __init__(self, seed: int, rank: int, replica: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((seed + 7919 * (rank + 1)) % 2**63)
+            self._computation = torch.get_rng_state()
+        random.seed(seed + replica)
+        np.random.seed((seed + replica) % 2**32)
+        torch.manual_seed(seed + replica)
+
+    @contextmanager
+    def of_computation(self) -> Iterator[None]:
+        """Draw from the computation's generator inside, and from the data's again outside."""
+        data = torch.get_rng_state()
+        torch.set_rng_state(self._computation)
+        try:
+            yield
+        finally:
+            self._computation = torch.get_rng_state()
+            torch.set_rng_state(data)

@@ -1,0 +1,190 @@
+"""The user's own step functions, run around a pipeline.
+
+Inside a step ``self(x)`` (or ``self.net(x)``) calls the *entry* of the pipeline. On the first stage the call tells what goes into
+the pipeline and the step is left at that point; on the last stage it answers with what came out, and the step goes on to its loss.
+The step itself, its preprocessing and its logging stay as the user wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_sentinel.errors import ConfigurationError, PipelineModelError
+from lightning_sentinel.pipeline.logs import LogRecorder
+
+__all__ = ["MicroBatches", "StepRunner", "loss_of"]
+
+
+class _InputCaptured(BaseException):
+    """Leaves a step once its pipeline input is known; no ``Exception``, so that the step's own handlers let it pass."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class MicroBatches:
+    """A replica's batch, dealt into micro-batches along the first axis, as equal as possible.
+
+    Args:
+        batch: what the loader gave: tensors, or nested collections of them.
+        count: how many micro-batches.
+
+    Raises:
+        ConfigurationError: if the batch has fewer samples than that.
+
+    Example:
+        >>> import torch
+        >>> parts = MicroBatches((torch.arange(5), "name"), count=2)
+        >>> parts[1], parts.sizes
+        ((tensor([3, 4]), 'name'), (3, 2))
+    """
+
+    def __init__(self, batch: Any, count: int) -> None:
+        samples = extract_batch_size(batch)
+        if samples < count:
+            raise ConfigurationError(
+                f"A replica's batch of {samples} sample(s) cannot be dealt into micro_batches={count}. Use a larger batch_size,"
+                " drop_last=True if only the last batch is short, or SentinelStrategy(micro_batches=...) of at most the batch size."
+            )
+        self._batch, self._samples, self._count = batch, samples, count
+        base, longer = divmod(samples, count)
+        self.sizes = tuple(base + (index < longer) for index in range(count))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Share of the batch that each micro-batch has; a mean over samples is their mean with these weights."""
+        return tuple(size / self._samples for size in self.sizes)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        start, size = sum(self.sizes[:index]), self.sizes[index]
+
+        def part(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == self._samples:
+                return leaf[start : start + size]
+            return leaf
+
+        return tree_map(part, self._batch)
+
+
+class StepRunner:
+    """Runs a LightningModule's steps on either end of its pipeline.
+
+    Args:
+        module: the user's module.
+        entry: the module whose ``forward`` is the whole pipeline: the ``nn.Sequential``, or the LightningModule itself.
+    """
+
+    def __init__(self, module: L.LightningModule, entry: nn.Module) -> None:
+        self._module = module
+        self._entry = entry
+        self.recorder = LogRecorder(module)
+
+    def new_records(self) -> None:
+        """Forget what the previous batch logged."""
+        self.recorder = LogRecorder(self._module)
+
+    def input_of(self, step: str, arguments: tuple[Any, ...]) -> Any:
+        """What the step puts into the pipeline.
+
+        Args:
+            step: ``"training_step"`` and the like.
+            arguments: of the step; the first is the micro-batch.
+
+        Raises:
+            PipelineModelError: if the step never calls the pipeline.
+        """
+
+        def capture(*inputs: Any, **named: Any) -> Any:
+            if len(inputs) != 1 or named:
+                raise PipelineModelError(
+                    f"{self._call} was called with {len(inputs)} positional and {len(named)} named arguments. A pipeline takes one"
+                    " tensor (or one tuple of tensors): pass a single argument."
+                )
+            raise _InputCaptured(inputs[0])
+
+        with self._redirected(capture, log=_discard):
+            try:
+                getattr(self._module, step)(*arguments)
+            except _InputCaptured as captured:
+                return captured.value
+        raise PipelineModelError(
+            f"{type(self._module).__name__}.{step} never called {self._call}, so nothing goes into the pipeline. Call it once."
+        )
+
+    def finish(self, step: str, arguments: tuple[Any, ...], output: Tensor, samples: int, counts: Tensor) -> Any:
+        """Run the step with the pipeline's output.
+
+        Args:
+            output: what came out of the last stage for this micro-batch.
+            samples: size of the micro-batch.
+            counts: 0-dim bool, whether what it logs counts.
+
+        Returns:
+            what the step returns.
+        """
+        answers = iter((output,))
+
+        def answer(*_: Any, **__: Any) -> Tensor:
+            try:
+                return next(answers)
+            except StopIteration:
+                raise PipelineModelError(
+                    f"{type(self._module).__name__}.{step} called {self._call} more than once. A pipeline runs once for each"
+                    " micro-batch: concatenate the inputs, and split the output."
+                ) from None
+
+        self.recorder.begin(samples, counts)
+        with self._redirected(answer, log=self.recorder.log):
+            return getattr(self._module, step)(*arguments)
+
+    @property
+    def _call(self) -> str:
+        return "self(x)" if self._entry is self._module else "its nn.Sequential"
+
+    @contextmanager
+    def _redirected(self, forward: Callable[..., Any], log: Callable[..., None]) -> Iterator[None]:
+        # Attributes of the instances, not of the classes: what Lightning does to send a call through DDP's wrapper.
+        with _attribute(self._entry, "forward", forward), _attribute(self._module, "log", log):
+            yield
+
+
+def _discard(*_: Any, **__: Any) -> None:
+    """The first stage sees a step only up to the pipeline; what it logs there is logged again on the last."""
+
+
+@contextmanager
+def _attribute(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+    before: Mapping[str, Any] = {name: vars(owner)[name]} if name in vars(owner) else {}
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        del vars(owner)[name]
+        vars(owner).update(before)
+
+
+def loss_of(result: Any, step: str) -> Tensor:
+    """The loss in what a training step returned.
+
+    Raises:
+        PipelineModelError: if there is none.
+    """
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.is_floating_point(loss):
+        raise PipelineModelError(
+            f"{step} returned {type(result).__name__}, in which there is no scalar loss. Return the loss, or a dict with the key"
+            " 'loss'. Skipping a batch by returning None is not possible in a pipeline, because the stages before are waiting for"
+            " its gradient."
+        )
+    return loss.reshape(())

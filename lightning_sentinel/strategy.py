@@ -1,0 +1,422 @@
+"""Lightning's side: data, steps and checkpoints of a verified pipeline.
+
+How a step flows: Lightning's loop calls :meth:`SentinelStrategy.training_step`, the engine runs the schedule of all micro-batches
+and each receipt is verified; one collective tells all ranks the scores, from which they draw the same verdicts; then Lightning's
+hooks run in their usual order around the reduction of gradients, clipping and the optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_sentinel.callbacks.monitor import SentinelMonitor
+from lightning_sentinel.config import Response, Verification
+from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline import checkpoint as stage_files
+from lightning_sentinel.pipeline.deepspeed_setup import prepare
+from lightning_sentinel.pipeline.guard import Guard
+from lightning_sentinel.pipeline.liveness import Roster
+from lightning_sentinel.pipeline.logs import replay, silence_misleading_warnings
+from lightning_sentinel.pipeline.partition import StageModel, cut
+from lightning_sentinel.pipeline.predictions import share_predictions
+from lightning_sentinel.pipeline.processes import ProcessStrategy
+from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed
+from lightning_sentinel.pipeline.shares import CleanShares
+from lightning_sentinel.pipeline.steps import StepRunner
+from lightning_sentinel.pipeline.summary import print_mesh
+from lightning_sentinel.pipeline.support import refuse_unsupported, require_one_optimizer
+from lightning_sentinel.pipeline.transport import Transport
+from lightning_sentinel.verification import Detection, Ledger, SignalTable
+
+if TYPE_CHECKING:
+    from lightning_sentinel.attacks import Adversary
+    from lightning_sentinel.pipeline.engine import SentinelEngine
+    from lightning_sentinel.pipeline.exchange import StepOutcome
+
+__all__ = ["SentinelStrategy"]
+
+_SECTION = "lightning_sentinel"
+"""Our section of a checkpoint."""
+
+
+class SentinelStrategy(ProcessStrategy):
+    """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
+
+    ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages, and rank ``stage * replicas + replica``
+    serves one of them. The module is an ordinary one whose layers are an ``nn.Sequential``, or what its
+    ``configure_pipeline(self)`` returns.
+
+    Args:
+        stages: pipeline stages. Follows from ``replicas`` and the number of processes if it is left out.
+        replicas: data-parallel pipelines. Follows from ``stages``; if both are left out the mesh is as square as possible.
+        micro_batches: how many micro-batches a replica's batch is dealt into. More of them keep the stages busier.
+        verification: how signals are verified; ``None`` is plain pipeline parallelism.
+        response: what follows from a flag.
+        partition: how layers are dealt to stages: ``"parameters"``, ``"uniform"`` or ``"type:REGEX"``.
+        sequential: name of the ``nn.Sequential`` to cut, if the module has several.
+        activation_checkpointing: recompute activations in the backward pass instead of keeping them.
+        transport: ``"device"`` sends tensors from where they are, ``"host"`` through host memory, ``"auto"`` decides.
+        timeout: how long any process waits for another before the run ends with an error that names it.
+        **kwargs: what every parallel strategy takes: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
+            ``checkpoint_io``, ``precision_plugin``.
+
+    Raises:
+        ConfigurationError: if settings cannot work.
+
+    Example:
+        >>> import lightning as L
+        >>> import lightning_sentinel as ls
+        >>> strategy = ls.SentinelStrategy(stages=2, replicas=2, verification=ls.Verification(warmup_steps=50))
+        >>> trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=4, logger=False)
+        >>> strategy.mesh
+        Mesh(stages=2, replicas=2)
+    """
+
+    def __init__(
+        self,
+        stages: int | None = None,
+        replicas: int | None = None,
+        micro_batches: int = 4,
+        verification: Verification | None = Verification(),  # noqa: B008 - frozen
+        response: Response = Response(),  # noqa: B008 - frozen
+        partition: str = "parameters",
+        sequential: str | None = None,
+        activation_checkpointing: bool = False,
+        transport: Literal["auto", "device", "host"] = "auto",
+        timeout: timedelta = timedelta(minutes=5),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(timeout=timeout, **kwargs)
+        if micro_batches < 1:
+            raise ConfigurationError(f"micro_batches={micro_batches} cannot work: a batch is at least one micro-batch.")
+        if partition not in ("parameters", "uniform") and not partition.startswith("type:"):
+            raise ConfigurationError(
+                f"partition={partition!r} is unknown. Use 'parameters', 'uniform', or 'type:REGEX' for a class name."
+            )
+        self._stages, self._replicas, self._micro_batches = stages, replicas, micro_batches
+        self._verification, self._response = verification, response
+        self._partition, self._sequential = partition, sequential
+        self._activation_checkpointing, self._transport = activation_checkpointing, transport
+        self.ledger = Ledger(response.ban_after)
+        """Flags and bans; the same on all ranks."""
+        self.detections: list[Detection] = []
+        """Everything that was flagged and not cleared, in order."""
+        self.table: SignalTable | None = None
+        """All signals of the last training batch with their scores."""
+        self.adversary: Adversary | None = None
+        """A simulated attacker, set by :class:`AttackInjector`."""
+        self.step = 0
+        """Training batches so far: the number that detections and attacks go by."""
+        self._engine: SentinelEngine | None = None
+        self._roster: Roster | None = None
+        self._stage_model: StageModel | None = None
+        self._randomness: SeparateRandomness | None = None
+        self._last_loss = math.nan
+
+    # ------------------------------------------------------------------------------------------------------------ the mesh
+
+    @property
+    def mesh(self) -> Mesh:
+        """Who serves what; known once the Trainer has been made."""
+        return Mesh.for_world(self.world_size, self._stages, self._replicas)
+
+    @property
+    def worker(self) -> Worker:
+        """The worker that this process is."""
+        return self.mesh.worker(self.global_rank)
+
+    @property
+    def verification(self) -> Verification | None:
+        return self._verification
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """All stages of a pipeline see the same samples."""
+        return {"num_replicas": self.mesh.replicas, "rank": self.worker.replica}
+
+    @override
+    def _configure_launcher(self) -> None:
+        self.mesh  # noqa: B018 - an impossible mesh is reported here, before any process is started
+        super()._configure_launcher()
+
+    # --------------------------------------------------------------------------------------------------------------- set-up
+
+    @override
+    def setup_environment(self) -> None:
+        trainer = self._trainer
+        assert self.lightning_module is not None
+        refuse_unsupported(self.lightning_module, trainer, self.precision_plugin)
+        super().setup_environment()
+        self._roster = Roster(self.mesh, self.global_rank, self._store, self._timeout)
+        with self._roster.watching():
+            prepare(self.root_device, self._timeout)
+        if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            # What was found is logged without being asked for, as Lightning adds a progress bar without being asked for one.
+            trainer.callbacks.append(SentinelMonitor())  # type: ignore[attr-defined]
+
+    @override
+    def setup(self, trainer: L.Trainer) -> None:
+        # Imported here, because DeepSpeed must not be imported before its accelerator is known.
+        from lightning_sentinel.pipeline.engine import SentinelEngine
+
+        assert self.accelerator is not None and self.lightning_module is not None and self._roster is not None
+        module = self.lightning_module
+        self.accelerator.setup(trainer)
+        with self._roster.watching():
+            self._stage_model = model = cut(module, self.mesh, self._partition, self._sequential, self._activation_checkpointing)
+            stage = self.worker.stage
+            model.layers.keep_only(model.parts[stage], model.parts[stage + 1])
+            self.model = self.precision_plugin.convert_module(module)
+            self.model_to_device()
+            fitting = trainer.state.fn == TrainerFn.FITTING
+            if fitting:
+                self.setup_optimizers(trainer)
+                require_one_optimizer(module, self.optimizers)
+            self.setup_precision_plugin()
+            self._engine = SentinelEngine(
+                model,
+                self.optimizers[0] if fitting else None,
+                StepRunner(module, model.layers.entry),
+                Transport(self.root_device, self._transport),
+                self._make_guard(),
+                clip_norm=float(trainer.gradient_clip_val or 0.0),
+                forward_context=self.precision_plugin.forward_context,
+            )
+            self._engine.adversary = self.adversary
+            self._randomness = SeparateRandomness(self._agree_on_seed(), self.global_rank, self.worker.replica)
+        self._shares = CleanShares(self.mesh.stages)
+        silence_misleading_warnings()
+        if fitting and self.is_global_zero:
+            print_mesh(model)
+
+    def _make_guard(self) -> Guard | None:
+        if self._verification is None:
+            return None
+        received = [boundary for boundary in self.mesh.boundaries if boundary.receiver == self.worker.stage]
+        return Guard(self.mesh, received, self._verification, self._response, self.ledger, self.root_device)
+
+    def _agree_on_seed(self) -> int:
+        seed = base_seed()
+        return int(self.broadcast(torch.seed() % 2**31 if seed is None else seed))
+
+    # ------------------------------------------------------------------------------------------------------------- training
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        engine = self._running_engine
+        scale = 1.0 / self._trainer.accumulate_grad_batches
+        with self._at_work():
+            outcome = engine.train((*args, *kwargs.values()), self.step, self._micro_batches, scale)
+            engine.hold_gradients()
+            self._settle(outcome)
+        assert self.lightning_module is not None
+        replay(self.lightning_module, outcome.schema, outcome.logged)
+        self.step += 1
+        if outcome.loss is not None:
+            self._last_loss = outcome.loss
+        return torch.tensor(self._last_loss, device=self.root_device)
+
+    def _settle(self, outcome: StepOutcome) -> None:
+        """Draw verdicts from the table, which all ranks have, and act on them."""
+        engine, guard = self._running_engine, self._running_engine.guard
+        self.table = outcome.table
+        if guard is None or outcome.table is None:
+            self._shares.add(None, outcome.weights)
+            return
+        verdict, banned = guard.settle(outcome.table, self.step)
+        engine.learn(outcome, verdict)
+        self._shares.add(verdict.clean, outcome.weights)
+        self.detections += verdict.detections
+        self._announce(verdict.detections, banned)
+
+    def _announce(self, detections: tuple[Detection, ...], banned: list[Worker]) -> None:
+        trainer, module = self._trainer, self.lightning_module
+        listeners = [one for one in (*trainer.callbacks, module) if hasattr(one, "on_sentinel_detection")]  # type: ignore[attr-defined]
+        for detection in detections:
+            for listener in listeners:
+                listener.on_sentinel_detection(trainer, module, detection)
+        for worker in banned:
+            left = self.mesh.replicas - len({banned.replica for banned in self.ledger.banned})
+            rank_zero_info(
+                f"Banned {worker} at step {self.step}: flagged in {self._response.ban_after} steps in a row. Its pipeline is left"
+                f" out; {left} of {self.mesh.replicas} go on."
+            )
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """The schedule has run the backward pass already; here Lightning's hooks around it see its gradients."""
+        assert self.lightning_module is not None
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        self._running_engine.release_gradients()
+        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: L.LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        result = closure()
+        engine, shares = self._running_engine, self._shares.take()
+        if shares is None:
+            engine.discard_gradients()
+            return result
+        with self._at_work():
+            engine.reduce_gradients(1.0 / shares[self.worker.stage])
+        call._call_callback_hooks(self._trainer, "on_before_optimizer_step", optimizer)
+        call._call_lightning_module_hook(self._trainer, "on_before_optimizer_step", optimizer)
+        with self._at_work():
+            engine.apply_gradients()
+        return result
+
+    # ----------------------------------------------------------------------------------------------------------- evaluation
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("validation_step", (*args, *kwargs.values()))
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("test_step", (*args, *kwargs.values()))
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        arguments, engine = (*args, *kwargs.values()), self._running_engine
+        with self._at_work():
+            parts = engine.predict("predict_step", arguments, self._evaluation_micro_batches(arguments))
+            return share_predictions(parts, self.mesh, self.worker, engine.grid.get_pipe_parallel_group())
+
+    def _evaluate(self, step: str, arguments: tuple[Any, ...]) -> None:
+        with self._at_work():
+            outcome = self._running_engine.evaluate(step, arguments, self._evaluation_micro_batches(arguments))
+        assert self.lightning_module is not None
+        replay(self.lightning_module, outcome.schema, outcome.logged)
+
+    def _evaluation_micro_batches(self, arguments: tuple[Any, ...]) -> int:
+        return min(self._micro_batches, extract_batch_size(arguments[0]))
+
+    # ---------------------------------------------------------------------------------------------------------- checkpoints
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are loaded into stages, so the module must have been cut before."""
+        return True
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The unsplit module's state on rank zero, nothing elsewhere; a collective."""
+        assert self.lightning_module is not None
+        model, state = self._running_stage_model, self.lightning_module.state_dict()
+        with self._at_work():
+            parts = stage_files.collect({}, state, self.mesh)
+        merged = {name: value for _, tensors in parts for name, value in tensors.items()}
+        return {name: merged[name] for name in model.state_names if name in merged}
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The unsplit module's optimizer state on rank zero, nothing elsewhere; a collective."""
+        plain, tensors = stage_files.optimizer_part(optimizer, self._parameter_names())
+        with self._at_work():
+            parts = stage_files.collect(plain, tensors, self.mesh)
+        if not parts:
+            return {}
+        options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        state, self._saved_groups = stage_files.merge_optimizer_states(parts, options, self._running_stage_model.parameter_names)
+        return state
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if "optimizer_states" in checkpoint:
+            guard = self._running_engine.guard
+            with self._at_work():
+                parts = stage_files.collect({}, guard.state_dict() if guard is not None else {}, self.mesh)
+            checkpoint[_SECTION] = {
+                "step": self.step,
+                "ledger": self.ledger.state_dict(),
+                "verifiers": {name: value for _, tensors in parts for name, value in tensors.items()},
+                "optimizer_groups": getattr(self, "_saved_groups", []),
+            }
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module, model = self.lightning_module, self._running_stage_model
+        assert module is not None
+        own = stage_files.select_state(checkpoint["state_dict"], module, model.state_names, strict)
+        module.load_state_dict(own, strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Continue a run: the optimizer, and what the verifiers and the ledger had learned."""
+        section = checkpoint.get(_SECTION)
+        if section is None:
+            raise ConfigurationError(
+                "The checkpoint was not written by SentinelStrategy, so the state of its optimizer cannot be dealt to stages. Load"
+                " its weights with load_from_checkpoint and start a new run from them."
+            )
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
+            optimizer.load_state_dict(
+                stage_files.own_optimizer_state(saved, section["optimizer_groups"], optimizer, self._parameter_names())
+            )
+        self.step = section["step"]
+        self.ledger.load_state_dict(section["ledger"])
+        if self._running_engine.guard is not None:
+            self._running_engine.guard.load_state_dict(section["verifiers"])
+
+    def _parameter_names(self) -> dict[int, str]:
+        assert self.lightning_module is not None
+        return {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
+
+    # -------------------------------------------------------------------------------------------------------- ends, and both
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self._roster is not None:
+            self._roster.report_failure(exception)
+
+    @override
+    def teardown(self) -> None:
+        self._engine = None
+        super().teardown()
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @property
+    def _running_engine(self) -> SentinelEngine:
+        assert self._engine is not None, "the engine exists from setup to teardown"
+        return self._engine
+
+    @property
+    def _running_stage_model(self) -> StageModel:
+        assert self._stage_model is not None, "the module is cut in setup"
+        return self._stage_model
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Computation draws its own random numbers, and the loss of a peer is reported by name."""
+        assert self._roster is not None and self._randomness is not None
+        with self._roster.watching(), self._randomness.of_computation():
+            yield

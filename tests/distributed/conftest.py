@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from tests.distributed import world
+
+world.start_server()

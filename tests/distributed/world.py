@@ -1,0 +1,107 @@
+"""Runs a function on many ranks, each a process of its own.
+
+A fork server imports torch, Lightning and DeepSpeed once; ranks are forked from it and start in milliseconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+_CONTEXT = mp.get_context("forkserver")
+
+
+def start_server() -> None:
+    """Start the fork server with everything imported; ``DS_ACCELERATOR`` decides what DeepSpeed is imported for."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
+    sys.path.insert(0, str(ROOT))
+    _CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+    """Call ``function(*args)`` on every rank and return what each returned.
+
+    Raises:
+        AssertionError: with the tracebacks, if a rank failed, and with the silent ranks if some never answered.
+    """
+    results, failures = outcomes(function, world_size, *args, timeout=timeout)
+    if failures:
+        details = "\n".join(f"--- rank {rank}\n{failure.trace}" for rank, failure in sorted(failures.items()))
+        raise AssertionError(
+            f"ranks {sorted(failures)} failed, {sorted(set(range(world_size)) - set(results) - set(failures))} silent\n{details}"
+        )
+    assert len(results) == world_size, f"no answer from ranks {sorted(set(range(world_size)) - set(results))}"
+    return [results[rank] for rank in range(world_size)]
+
+
+class Failure:
+    """What a rank failed with."""
+
+    def __init__(self, kind: str, message: str, trace: str) -> None:
+        self.kind, self.message, self.trace = kind, message, trace
+
+
+def outcomes(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+) -> tuple[dict[int, Any], dict[int, Failure]]:
+    """Like :func:`run`, for runs that are expected to fail: results and failures by rank."""
+    port = free_port()
+    queue = _CONTEXT.SimpleQueue()
+    with tempfile.TemporaryDirectory() as directory:
+        processes = [
+            _CONTEXT.Process(target=_rank, args=(queue, directory, port, rank, world_size, function, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        results: dict[int, Any] = {}
+        failures: dict[int, Failure] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) + len(failures) < world_size and time.monotonic() < deadline:
+            if queue._reader.poll(0.2):
+                rank, ok, payload = queue.get()
+                (results if ok else failures)[rank] = pickle.loads(payload)
+            elif not any(process.is_alive() for process in processes):
+                break
+        for process in processes:
+            process.join(timeout=1)
+            if process.is_alive():
+                process.kill()
+    return results, failures
+
+
+def _rank(
+    queue: Any, directory: str, port: int, rank: int, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.chdir(directory)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        answer: Any = function(*args)
+        ok = True
+    except BaseException as error:
+        answer, ok = Failure(type(error).__name__, str(error), traceback.format_exc()), False
+    # Bytes, because multiprocessing would hand over tensors as file descriptors of a process that ends here.
+    queue.put((rank, ok, pickle.dumps(answer)))
