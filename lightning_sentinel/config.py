@@ -67,8 +67,8 @@ class Response:
 
     Args:
         on_flag: ``"exclude"`` keeps the micro-batch out of the weights; ``"log"`` only reports.
-        ban_after: a worker that was flagged in this many consecutive steps is banned, and its pipeline is left out from
-            then on. ``None`` bans nobody.
+        ban_after: a worker of which at least half the signals were flagged in this many consecutive steps is banned, and its
+            pipeline is left out from then on. ``None`` bans nobody.
 
     Raises:
         ConfigurationError: if a value cannot work.

@@ -394,11 +394,6 @@ class SentinelStrategy(ProcessStrategy):
         if self._roster is not None:
             self._roster.report_failure(exception)
 
-    @override
-    def teardown(self) -> None:
-        self._engine = None
-        super().teardown()
-
     @property
     def _trainer(self) -> L.Trainer:
         assert self.lightning_module is not None
@@ -406,7 +401,7 @@ class SentinelStrategy(ProcessStrategy):
 
     @property
     def _running_engine(self) -> SentinelEngine:
-        assert self._engine is not None, "the engine exists from setup to teardown"
+        assert self._engine is not None, "the engine exists from setup on"
         return self._engine
 
     @property

@@ -293,7 +293,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         what = f"a tensor of {outputs.dtype}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise PipelineModelError(
             f"Layer {self._last_layer}, the last of stage {self.stage_id}, returned {what}. Between stages travels one"
-            " floating-point tensor: let the layer return one (masks and positions can be computed again in each stage), or cut elsewhere."
+            " floating-point tensor: let the layer return one (masks and positions can be computed again in each stage)."
         )
 
     def _verified(self, direction: Direction, signal: Tensor, buffer_id: int, micro_batch: int) -> Tensor:

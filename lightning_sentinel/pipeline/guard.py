@@ -75,7 +75,7 @@ class Guard:
             the signal to go on with, and the taint to pass on.
         """
         verifier = self.verifiers[boundary]
-        row, flagged = verifier.inspect(signal, tainted)
+        row, flagged = verifier.inspect(signal, tainted, replica)
         self._rows[boundary, replica, micro_batch] = row
         tainted = tainted | flagged
         if self.excludes:
@@ -97,7 +97,7 @@ class Guard:
             MeshExhaustedError: on all ranks, if no complete pipeline is left.
         """
         verdict = judge(table, self._mesh, self.live, step, exclude=self.excludes)
-        banned = self.ledger.record(step, verdict.flagged, verdict.verified)
+        banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified)
         if banned and not self.live.any():
             raise MeshExhaustedError(
                 f"Every pipeline has a banned worker after step {step}: {', '.join(map(str, sorted(self.ledger.banned)))}."
@@ -118,7 +118,9 @@ class Guard:
         for boundary, verifier in self.verifiers.items():
             index = order[boundary]
             positions = int(table.column("positions")[index].max())
-            contributions[boundary] = verifier.contribution(verdict.cleared[index]).padded(positions)
+            standing = (table.flagged & ~verdict.cleared)[index].any(dim=1)
+            cleared = (verdict.cleared[index].any(dim=1) & ~standing).nonzero().flatten().tolist()
+            contributions[boundary] = verifier.contribution(cleared).padded(positions)
         if not contributions:
             return
         vectors = [contribution.flat() for contribution in contributions.values()]

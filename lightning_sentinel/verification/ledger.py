@@ -14,29 +14,30 @@ __all__ = ["Ledger"]
 
 @dataclass
 class Ledger:
-    """Counts flags and bans workers that are flagged in ``ban_after`` consecutive steps.
+    """Counts flags and bans workers that are suspects in ``ban_after`` consecutive steps.
 
-    A step in which a worker was verified and not flagged ends its streak; a step in which nothing of it could be verified (its
+    A step in which a worker was verified and is no suspect ends its streak; a step in which nothing of it could be verified (its
     pipeline was tainted before it, or is left out) does not.
 
     Args:
-        ban_after: consecutive steps with a flag that lead to a ban; ``None`` bans nobody.
+        ban_after: consecutive steps as a suspect that lead to a ban; ``None`` bans nobody.
 
     Example:
+        >>> from collections import Counter
         >>> ledger, worker = Ledger(ban_after=2), Worker(1, 0)
-        >>> ledger.record(step=7, flagged={worker: 3}, verified={worker})
+        >>> ledger.record(step=7, flagged=Counter({worker: 3}), suspects={worker}, verified={worker})
         []
-        >>> ledger.record(step=8, flagged={worker: 1}, verified={worker})
+        >>> ledger.record(step=8, flagged=Counter({worker: 4}), suspects={worker}, verified={worker})
         [Worker(stage=1, replica=0)]
         >>> ledger.banned, ledger.banned_at[worker], ledger.flags[worker]
-        (frozenset({Worker(stage=1, replica=0)}), 8, 4)
+        (frozenset({Worker(stage=1, replica=0)}), 8, 7)
     """
 
     ban_after: int | None = 5
     flags: Counter[Worker] = field(default_factory=Counter)
     """Signals flagged so far, by sender."""
     streaks: Counter[Worker] = field(default_factory=Counter)
-    """Consecutive steps with a flag, by sender."""
+    """Consecutive steps as a suspect, by sender."""
     banned_at: dict[Worker, int] = field(default_factory=dict)
     """The step at which a worker was banned."""
     audits: int = 0
@@ -50,25 +51,27 @@ class Ledger:
     def total_flags(self) -> int:
         return self.flags.total()
 
-    def record(self, step: int, flagged: Mapping[Worker, int], verified: Collection[Worker]) -> list[Worker]:
+    def record(
+        self, step: int, flagged: Counter[Worker], suspects: Collection[Worker], verified: Collection[Worker]
+    ) -> list[Worker]:
         """Enter one step.
 
         Args:
-            step: number of the training step.
+            step: number of the training batch.
             flagged: how many signals of each worker were flagged.
+            suspects: workers that were out of line for most of the step.
             verified: workers of which at least one signal was verified.
 
         Returns:
             the workers that this step bans, in order.
         """
+        self.flags.update(flagged)
         newly_banned = []
         for worker in sorted(verified):
-            count = flagged.get(worker, 0)
-            if count:
-                self.flags[worker] += count
-                self.streaks[worker] += 1
-            else:
+            if worker not in suspects:
                 del self.streaks[worker]
+                continue
+            self.streaks[worker] += 1
             if self.ban_after is not None and self.streaks[worker] >= self.ban_after and worker not in self.banned_at:
                 self.banned_at[worker] = step
                 newly_banned.append(worker)

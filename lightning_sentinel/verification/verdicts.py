@@ -50,16 +50,18 @@ class StepVerdict:
     Args:
         detections: the flags that stand.
         flagged: how many signals of each worker were flagged.
+        suspects: workers of which at least half the verified signals of one direction were flagged.
         verified: workers of which at least one signal was verified.
-        cleared: per boundary, whether its flags were dropped, because most of its live senders were flagged at once.
+        cleared: ``(boundaries, replicas, micro_batches)`` bool, flags that were dropped, because the training itself had changed.
         honest: ``(boundaries, replicas, micro_batches)`` bool, signals to learn from.
         clean: ``(stages, replicas, micro_batches)`` bool, whether the gradient of a micro-batch counts at a stage.
     """
 
     detections: tuple[Detection, ...]
     flagged: Counter[Worker]
+    suspects: frozenset[Worker]
     verified: frozenset[Worker]
-    cleared: tuple[bool, ...]
+    cleared: Tensor
     honest: Tensor
     clean: Tensor
 
@@ -75,28 +77,34 @@ def judge(table: SignalTable, mesh: Mesh, live: Tensor, step: int, exclude: bool
         exclude: whether flagged micro-batches were kept out of the weights at receipt.
     """
     flagged, tainted = table.flagged, table.tainted
-    cleared = _cleared(flagged, live)
-    standing = flagged & ~cleared[:, None, None]
+    cleared = _cleared(table, live)
+    standing = flagged & ~cleared
     return StepVerdict(
         detections=_detections(table, standing, mesh, step),
         flagged=_count(standing, mesh),
+        suspects=_suspects(standing, ~tainted, mesh),
         verified=frozenset(_count(~tainted, mesh)),
-        cleared=tuple(cleared.tolist()),
-        # A value that is not finite can be cleared of blame, but there is nothing to learn from it.
-        honest=~tainted & ~standing & (table.column("worst") >= 0),
+        cleared=cleared,
+        honest=~tainted & ~standing,
         clean=_clean(flagged, live, mesh) if exclude else torch.ones(mesh.stages, *flagged.shape[1:], dtype=torch.bool),
     )
 
 
-def _cleared(flagged: Tensor, live: Tensor) -> Tensor:
-    """Boundaries at which more than half of the live senders are flagged in one step.
+def _cleared(table: SignalTable, live: Tensor) -> Tensor:
+    """Flags that a change of the training explains, not a worker.
 
-    Fewer than half of a stage's workers are malicious, so a majority out of line means that the training itself has changed (a
-    new learning rate, other data), not that most workers lie.
+    Fewer than half of a stage's workers are malicious, so the *median* signal of a boundary is honest. When the training changes (a
+    new learning rate, other data, or just progress since the window was filled) the median moves out as well, and signals no more
+    than twice as far out are cleared. One live sender has nobody to be compared with, and is never cleared.
     """
-    senders = int(live.sum())
-    out_of_line = flagged.any(dim=2)[:, live].sum(dim=1)
-    return (out_of_line * 2 > senders) & (senders >= 2)
+    senders = table.flagged[:, live]
+    if senders.shape[1] < 2 or not senders.any():
+        return torch.zeros_like(table.flagged)
+    scores = torch.where(table.tainted, torch.nan, table.column("score"))
+    median = scores[:, live].flatten(1).nanmedian(dim=1).values[:, None, None]
+    # A value that is not finite says nothing of a trend, and there is nothing to learn from it.
+    finite = table.column("worst") >= 0
+    return table.flagged & finite & (scores <= 2 * median)
 
 
 def _clean(flagged: Tensor, live: Tensor, mesh: Mesh) -> Tensor:
@@ -115,6 +123,12 @@ def _count(signals: Tensor, mesh: Mesh) -> Counter[Worker]:
     for boundary, replicas in zip(mesh.boundaries, signals.sum(dim=2).tolist()):
         counts.update({Worker(boundary.sender, r): count for r, count in enumerate(replicas) if count})
     return counts
+
+
+def _suspects(standing: Tensor, verified: Tensor, mesh: Mesh) -> frozenset[Worker]:
+    """A single flag is often an odd micro-batch; a worker that tampers is out of line most of the time."""
+    out_of_line = (standing.sum(dim=2) * 2 >= verified.sum(dim=2)) & standing.any(dim=2)
+    return frozenset(Worker(mesh.boundaries[index].sender, replica) for index, replica in out_of_line.nonzero().tolist())
 
 
 def _detections(table: SignalTable, standing: Tensor, mesh: Mesh, step: int) -> tuple[Detection, ...]:

@@ -6,6 +6,9 @@ never waited for. What the step teaches (momentum, window, fences) enters once i
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -38,6 +41,19 @@ class Inspection(NamedTuple):
     flagged: Tensor
 
 
+@dataclass
+class _Kept:
+    """A replica's means of the current step, apart by the verdict at receipt, which may still be dropped."""
+
+    honest: Contribution
+    suspect: Contribution
+
+    @classmethod
+    def empty(cls, like: Tensor) -> _Kept:
+        positions, channels = like.shape
+        return cls(*(Contribution.empty(positions, channels, like.device) for _ in range(2)))
+
+
 class BoundaryVerifier:
     """Verifies all signals that cross one boundary.
 
@@ -62,18 +78,18 @@ class BoundaryVerifier:
         # Each boundary has directions of its own: what leaks at one says nothing about another.
         self._directions_seed = config.seed * 100_003 + boundary.index * 2 + gradient
         self._directions: Tensor | None = None
-        self._honest: Contribution | None = None
-        self._suspect: Contribution | None = None
+        self._kept: dict[int, _Kept] = {}
 
     @property
     def warmed_up(self) -> bool:
         return self.steps >= self._config.warmup_steps
 
-    def inspect(self, signal: Tensor, tainted: Tensor) -> Inspection:
+    def inspect(self, signal: Tensor, tainted: Tensor, replica: int = 0) -> Inspection:
         """Score a received signal and keep its mean for :meth:`learn`.
 
         Args:
             signal: ``(B, ...)``, floating point.
+            replica: who sent it.
             tainted: 0-dim bool; a tainted signal is scored, never flagged, and never learned from.
         """
         signal = signal.detach()
@@ -88,7 +104,9 @@ class BoundaryVerifier:
         score = torch.where(finite, highest.values, torch.inf).clamp(max=MAX_SCORE)
         worst = torch.where(finite, highest.indices, -1)
         flagged = (score > 1) & ~tainted
-        self._keep(mean, honest=~flagged & ~tainted & finite, suspect=flagged & finite)
+        kept = self._kept.setdefault(replica, _Kept.empty(mean))
+        kept.honest.add(mean, ~flagged & ~tainted & finite)
+        kept.suspect.add(mean, flagged & finite)
         return Inspection(signal_row(features, score, worst, flagged, tainted, mean.shape[0]), flagged)
 
     def substitute(self, signal: Tensor) -> Tensor:
@@ -98,17 +116,15 @@ class BoundaryVerifier:
             return torch.zeros_like(signal)
         return spread_over(value, signal)
 
-    def contribution(self, cleared: bool) -> Contribution:
-        """This process's part of the step's honest means; asked for once a step.
+    def contribution(self, cleared: Collection[int]) -> Contribution:
+        """The step's honest means of all replicas that this process receives from; asked for once a step.
 
         Args:
-            cleared: whether the boundary's flags of this step were dropped, so that the flagged means count as well.
+            cleared: replicas whose flags of this step were all dropped, so that their flagged means count as well.
         """
-        honest, suspect = self._honest, self._suspect
-        self._honest = self._suspect = None
-        if honest is None or suspect is None:
-            raise RuntimeError(f"No signal crossed {self.boundary.name} in this step: there is nothing to contribute.")
-        return honest + suspect if cleared else honest
+        kept, self._kept = self._kept, {}
+        parts = [mine.honest + mine.suspect if replica in cleared else mine.honest for replica, mine in sorted(kept.items())]
+        return functools.reduce(Contribution.__add__, parts)
 
     def learn(self, step: Contribution, features: Tensor) -> None:
         """Take in one step.
@@ -142,14 +158,6 @@ class BoundaryVerifier:
         if len(self.window) >= _FEWEST_VALUES:
             two_sided = self._config.method == "sentinel"
             self.fences = fit_fences(self.window, self._config.false_positive_rate, two_sided).to(self._device)
-
-    def _keep(self, mean: Tensor, honest: Tensor, suspect: Tensor) -> None:
-        if self._honest is None or self._suspect is None:
-            positions, channels = mean.shape
-            self._honest = Contribution.empty(positions, channels, self._device)
-            self._suspect = Contribution.empty(positions, channels, self._device)
-        self._honest.add(mean, honest)
-        self._suspect.add(mean, suspect)
 
     def _unit_directions(self, mean: Tensor) -> Tensor:
         if self._directions is None:
