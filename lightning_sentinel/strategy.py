@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -24,30 +24,27 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.callbacks.monitor import SentinelMonitor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline import checkpoint as stage_files
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
+from lightning_sentinel.pipeline.exchange import StepOutcome
+from lightning_sentinel.pipeline.face import Engine
 from lightning_sentinel.pipeline.guard import Guard
 from lightning_sentinel.pipeline.liveness import Roster
 from lightning_sentinel.pipeline.logs import replay, silence_misleading_warnings
 from lightning_sentinel.pipeline.partition import StageModel, cut
-from lightning_sentinel.pipeline.predictions import share_predictions
 from lightning_sentinel.pipeline.processes import ProcessStrategy
 from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed
 from lightning_sentinel.pipeline.shares import CleanShares
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.summary import print_mesh
-from lightning_sentinel.pipeline.support import refuse_unsupported, require_one_optimizer
+from lightning_sentinel.pipeline.support import refuse_unsupported, require_optimizer, requiring_one_optimizer
 from lightning_sentinel.pipeline.transport import Transport
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
-
-if TYPE_CHECKING:
-    from lightning_sentinel.attacks import Adversary
-    from lightning_sentinel.pipeline.engine import SentinelEngine
-    from lightning_sentinel.pipeline.exchange import StepOutcome
 
 __all__ = ["SentinelStrategy"]
 
@@ -123,7 +120,7 @@ class SentinelStrategy(ProcessStrategy):
         """A simulated attacker, set by :class:`AttackInjector`."""
         self.step = 0
         """Training batches so far: the number that detections and attacks go by."""
-        self._engine: SentinelEngine | None = None
+        self._engine: Engine | None = None
         self._roster: Roster | None = None
         self._stage_model: StageModel | None = None
         self._randomness: SeparateRandomness | None = None
@@ -140,6 +137,10 @@ class SentinelStrategy(ProcessStrategy):
     def worker(self) -> Worker:
         """The worker that this process is."""
         return self.mesh.worker(self.global_rank)
+
+    @property
+    def _is_last_stage(self) -> bool:
+        return self.worker.stage == self.mesh.stages - 1
 
     @property
     def verification(self) -> Verification | None:
@@ -166,6 +167,7 @@ class SentinelStrategy(ProcessStrategy):
         super().setup_environment()
         self._roster = Roster(self.mesh, self.global_rank, self._store, self._timeout)
         with self._roster.watching():
+            self._roster.meet()
             prepare(self.root_device, self._timeout)
         if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
             # What was found is logged without being asked for, as Lightning adds a progress bar without being asked for one.
@@ -187,8 +189,9 @@ class SentinelStrategy(ProcessStrategy):
             self.model_to_device()
             fitting = trainer.state.fn == TrainerFn.FITTING
             if fitting:
-                self.setup_optimizers(trainer)
-                require_one_optimizer(module, self.optimizers)
+                with requiring_one_optimizer(module):
+                    self.setup_optimizers(trainer)
+                require_optimizer(module, self.optimizers)
             self.setup_precision_plugin()
             self._engine = SentinelEngine(
                 model,
@@ -227,7 +230,7 @@ class SentinelStrategy(ProcessStrategy):
             engine.hold_gradients()
             self._settle(outcome)
         assert self.lightning_module is not None
-        replay(self.lightning_module, outcome.schema, outcome.logged)
+        replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._is_last_stage)
         self.step += 1
         if outcome.loss is not None:
             self._last_loss = outcome.loss
@@ -281,7 +284,7 @@ class SentinelStrategy(ProcessStrategy):
             engine.discard_gradients()
             return result
         with self._at_work():
-            engine.reduce_gradients(1.0 / shares[self.worker.stage])
+            engine.reduce_gradients(shares)
         call._call_callback_hooks(self._trainer, "on_before_optimizer_step", optimizer)
         call._call_lightning_module_hook(self._trainer, "on_before_optimizer_step", optimizer)
         with self._at_work():
@@ -302,14 +305,13 @@ class SentinelStrategy(ProcessStrategy):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         arguments, engine = (*args, *kwargs.values()), self._running_engine
         with self._at_work():
-            parts = engine.predict("predict_step", arguments, self._evaluation_micro_batches(arguments))
-            return share_predictions(parts, self.mesh, self.worker, engine.grid.get_pipe_parallel_group())
+            return engine.predict(arguments, self._evaluation_micro_batches(arguments))
 
     def _evaluate(self, step: str, arguments: tuple[Any, ...]) -> None:
         with self._at_work():
             outcome = self._running_engine.evaluate(step, arguments, self._evaluation_micro_batches(arguments))
         assert self.lightning_module is not None
-        replay(self.lightning_module, outcome.schema, outcome.logged)
+        replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._is_last_stage)
 
     def _evaluation_micro_batches(self, arguments: tuple[Any, ...]) -> int:
         return min(self._micro_batches, extract_batch_size(arguments[0]))
@@ -400,7 +402,7 @@ class SentinelStrategy(ProcessStrategy):
         return self.lightning_module.trainer
 
     @property
-    def _running_engine(self) -> SentinelEngine:
+    def _running_engine(self) -> Engine:
         assert self._engine is not None, "the engine exists from setup on"
         return self._engine
 

@@ -27,15 +27,16 @@ from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.guard import Guard
 from lightning_sentinel.pipeline.partition import StageModel
+from lightning_sentinel.pipeline.predictions import share_predictions
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, loss_of
 from lightning_sentinel.pipeline.transport import Transport
-from lightning_sentinel.verification import COLUMNS
+from lightning_sentinel.verification import COLUMNS, StepVerdict
 
 __all__ = ["SentinelEngine"]
 
 
 class SentinelEngine(PipelineEngine):  # type: ignore[misc]
-    """Runs one worker's part of the pipeline.
+    """Runs one worker's part of the pipeline; see :class:`lightning_sentinel.pipeline.face.Engine` for what each method does.
 
     Args:
         stage_model: this process's stage.
@@ -101,43 +102,27 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
     def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
-        """Forward and backward of one batch, and the exchange of what came of it.
-
-        Args:
-            arguments: of ``training_step``; the first is this replica's batch.
-            step: number of the training batch.
-            micro_batches: how many to deal the batch into.
-            scale: factor of the gradients, for accumulation over batches.
-
-        Raises:
-            ConfigurationError: if the batch is too small.
-            PipelineModelError: if the module does something that a pipeline cannot.
-        """
         self._begin("training_step", arguments, micro_batches)
         self._step, self._scale = step, scale
         self._exec_schedule(schedule.TrainSchedule(micro_batches, self.num_stages, self.stage_id))
         return self._exchange.run("training_step", self._rows(), self._weights(), self._loss, self._steps.recorder)
 
     def evaluate(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> StepOutcome:
-        """Forward of one batch, and the exchange of what it logged."""
-        self.predict(step, arguments, micro_batches)
+        self._forward_only(step, arguments, micro_batches)
         kind = "/".join((step, *map(str, arguments[2:])))
         nothing = torch.empty(0, device=self.device)
         return self._exchange.run(kind, nothing, self._weights(), self._loss, self._steps.recorder)
 
-    def predict(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> list[Any]:
-        """Forward of one batch without any exchange between replicas, which may have different numbers of batches.
+    def predict(self, arguments: tuple[Any, ...], micro_batches: int) -> Any:
+        self._forward_only("predict_step", arguments, micro_batches)
+        return share_predictions(self._results, self._mesh, self.worker, self.grid.get_pipe_parallel_group())
 
-        Returns:
-            on the last stage what the step returned for each micro-batch.
-        """
+    def _forward_only(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> None:
         self._begin(step, arguments, micro_batches)
         with torch.no_grad():
             self._exec_schedule(schedule.InferenceSchedule(micro_batches, self.num_stages, self.stage_id))
-        return self._results
 
-    def learn(self, outcome: StepOutcome, verdict: Any) -> None:
-        """Let the guard take in the step's honest signals; a collective of the replicas of this stage."""
+    def learn(self, outcome: StepOutcome, verdict: StepVerdict) -> None:
         if self.guard is not None and outcome.table is not None:
             self.guard.learn(outcome.table, verdict, self._sum_over_replicas)
 
@@ -172,29 +157,26 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------------- gradients and weights
 
     def hold_gradients(self) -> None:
-        """Put the gradients aside: Lightning zeroes them after ``training_step``, in which our backward pass runs."""
         parameters = list(self.module.parameters())
         self._held_gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
 
     def release_gradients(self) -> None:
-        """Give them back, to where Lightning expects the result of ``backward``."""
         if self._held_gradients is not None:
             for parameter, gradient in zip(self.module.parameters(), self._held_gradients):
                 parameter.grad = gradient
             self._held_gradients = None
 
-    def reduce_gradients(self, renormalise: float = 1.0) -> None:
-        """Mean over replicas, after scaling this stage's gradients by ``renormalise``."""
-        if renormalise != 1.0:
+    def reduce_gradients(self, shares: list[float]) -> None:
+        share = shares[self.worker.stage]
+        if share != 1.0:
             gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            torch._foreach_mul_(gradients, renormalise)
+            torch._foreach_mul_(gradients, 1.0 / share)
         self._exec_reduce_tied_grads()
         self._exec_reduce_grads()
 
     def apply_gradients(self) -> None:
-        """Clip, let the optimizer step, and forget the gradients."""
         self._exec_optimizer_step()
 
     def discard_gradients(self) -> None:

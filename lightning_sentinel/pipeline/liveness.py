@@ -61,6 +61,14 @@ class Roster:
         self._store = None if store is None else PrefixStore("sentinel", store)
         if self._store is not None:
             self._store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
+        self._processes: dict[int, tuple[str, int]] = {}
+
+    def meet(self) -> None:
+        """Learn which process serves which rank, while the store's host is known to be there."""
+        if self._store is not None:
+            for rank in range(self._mesh.size):
+                host, pid = self._store.get(f"process/{rank}").decode().rsplit(" ", 1)
+                self._processes[rank] = (host, int(pid))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -99,17 +107,13 @@ class Roster:
 
     def _is_gone(self, rank: int) -> bool:
         """Whether a process of this host has ended or is stopped; of other hosts nothing is known."""
+        host, pid = self._processes.get(rank, ("", 0))
+        if host != socket.gethostname():
+            return False
         try:
-            if self._store is None or not self._store.check([f"process/{rank}"]):
-                return False
-            host, pid = self._store.get(f"process/{rank}").decode().rsplit(" ", 1)
-            if host != socket.gethostname():
-                return False
-            return psutil.Process(int(pid)).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD, psutil.STATUS_STOPPED)
+            return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD, psutil.STATUS_STOPPED)
         except psutil.NoSuchProcess:
             return True
-        except (RuntimeError, ValueError):
-            return False
 
     def _note(self, text: str) -> str:
         """Write a note unless there is one, and return the one that stands: the first is nearest to the cause."""

@@ -159,12 +159,21 @@ def _reduction(name: str, reduce_fx: Any) -> str:
     return how
 
 
-def replay(module: L.LightningModule, schema: LogSchema, reduced: Mapping[str, tuple[float, float]]) -> None:
-    """Log on this rank what the last stages logged. To be called where ``self.log`` may be called."""
+def replay(module: L.LightningModule, schema: LogSchema, reduced: Mapping[str, tuple[float, float]], *, ran_here: bool) -> None:
+    """Log on this rank what the last stages logged. To be called where ``self.log`` may be called.
+
+    Args:
+        schema: what was logged.
+        reduced: the values, as :meth:`LogSchema.reduce` gives them.
+        ran_here: whether this rank has a last stage, on which the step itself updated its metrics.
+    """
     for name, entry in schema.entries.items():
         if entry["metric"] is not None:
-            # Where the step did not run the metric is empty; Lightning adds up the states of all ranks before it computes.
             metric = cast(Metric, module.get_submodule(entry["metric"]))
+            if not ran_here:
+                # Empty here, and it stays so: Lightning adds up the states of all ranks before it computes. But a result that it
+                # has cached must go, or this rank would sit out the collective of those on which the metric was updated.
+                metric.reset()
             module.log(name, metric, **entry["options"])
         elif name in reduced:
             value, samples = reduced[name]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import lightning as L
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["refuse_unsupported", "require_one_optimizer"]
+__all__ = ["refuse_unsupported", "require_optimizer", "requiring_one_optimizer"]
 
 
 def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer, precision: Precision) -> None:
@@ -39,10 +41,24 @@ def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer, precision:
         )
 
 
-def require_one_optimizer(module: L.LightningModule, optimizers: Sequence[Optimizer]) -> None:
-    """Raise ``ConfigurationError`` unless ``configure_optimizers`` made exactly one."""
-    if len(optimizers) != 1:
+@contextmanager
+def requiring_one_optimizer(module: L.LightningModule) -> Iterator[None]:
+    """Around ``setup_optimizers``: Lightning refuses several optimizers too, but its remedy, manual optimization, is none here."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "multiple optimizers" not in str(error):
+            raise
         raise ConfigurationError(
-            f"{type(module).__name__}.configure_optimizers returned {len(optimizers)} optimizers; a pipeline needs exactly one. Use"
-            " one with several parameter groups."
+            f"{type(module).__name__}.configure_optimizers returned more than one optimizer; a pipeline needs exactly one. Use one"
+            " with several parameter groups."
+        ) from error
+
+
+def require_optimizer(module: L.LightningModule, optimizers: Sequence[Optimizer]) -> None:
+    """Raise ``ConfigurationError`` if ``configure_optimizers`` made none, for which Lightning puts in a stand-in."""
+    if not optimizers or not isinstance(optimizers[0], Optimizer) or isinstance(optimizers[0], _MockOptimizer):
+        raise ConfigurationError(
+            f"{type(module).__name__}.configure_optimizers returned no optimizer, and a pipeline cannot train without one. Return a"
+            " torch.optim.Optimizer."
         )

@@ -18,6 +18,10 @@ from lightning_sentinel.verification.table import SignalTable
 __all__ = ["Detection", "StepVerdict", "judge"]
 
 
+_ALONE = 1.5
+"""The score up to which a sender without peers is cleared."""
+
+
 @dataclass(frozen=True)
 class Detection:
     """One signal that was found out of line.
@@ -93,18 +97,19 @@ def judge(table: SignalTable, mesh: Mesh, live: Tensor, step: int, exclude: bool
 def _cleared(table: SignalTable, live: Tensor) -> Tensor:
     """Flags that a change of the training explains, not a worker.
 
-    Fewer than half of a stage's workers are malicious, so the *median* signal of a boundary is honest. When the training changes (a
+    Fewer than half of a stage's workers are malicious, so the *median* sender of a boundary is honest. When the training changes (a
     new learning rate, other data, or just progress since the window was filled) the median moves out as well, and signals no more
-    than twice as far out are cleared. One live sender has nobody to be compared with, and is never cleared.
+    than twice as far out are cleared. One live sender has nobody to be compared with: what is just outside its fences is cleared,
+    or the fences could never follow a training that moves.
     """
-    senders = table.flagged[:, live]
-    if senders.shape[1] < 2 or not senders.any():
-        return torch.zeros_like(table.flagged)
     scores = torch.where(table.tainted, torch.nan, table.column("score"))
-    median = scores[:, live].flatten(1).nanmedian(dim=1).values[:, None, None]
+    # By sender first: one that was verified more often than others must not outvote them.
+    senders = scores[:, live].nanmedian(dim=2).values
+    compared = (~senders.isnan()).sum(dim=1) > 1
+    limit = torch.where(compared, 2 * senders.nanmedian(dim=1).values, _ALONE)[:, None, None]
     # A value that is not finite says nothing of a trend, and there is nothing to learn from it.
     finite = table.column("worst") >= 0
-    return table.flagged & finite & (scores <= 2 * median)
+    return table.flagged & finite & (scores <= limit)
 
 
 def _clean(flagged: Tensor, live: Tensor, mesh: Mesh) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_sentinel as ls
 from lightning_sentinel.models import llama
-from tests.distributed.tasks import trainer
+from tests.distributed.tasks import PATIENCE, trainer
 
 STAGES, REPLICAS, MICRO_BATCHES, WARMUP = 3, 3, 4, 60
 GUILTY = ls.Worker(1, 2)
@@ -69,6 +69,7 @@ def strategy(method: str) -> ls.SentinelStrategy:
         stages=STAGES,
         replicas=REPLICAS,
         micro_batches=MICRO_BATCHES,
+        timeout=PATIENCE,
         verification=ls.Verification(method=method, warmup_steps=WARMUP),  # type: ignore[arg-type]
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import lightning_sentinel as ls
 
 SAMPLES, FEATURES, CLASSES = 96, 12, 4
+PATIENCE = timedelta(seconds=20)
+"""How long ranks wait for each other: a test that hangs says whom it waited for."""
 
 
 def tokens(samples: int = SAMPLES, seed: int = 3) -> TensorDataset:
@@ -109,7 +112,7 @@ def fit(
         # Fences fitted to so few values flag something, which a run that only reports must survive bit for bit.
         "reporting": {"verification": ls.Verification(warmup_steps=2), "response": ls.Response(on_flag="log", ban_after=None)},
     }[mode]
-    strategy = ls.SentinelStrategy(stages=stages, replicas=replicas, micro_batches=3, **settings)
+    strategy = ls.SentinelStrategy(stages=stages, replicas=replicas, micro_batches=3, timeout=PATIENCE, **settings)
     module = Classifier(optimizer)
     run = trainer(strategy, stages * replicas, steps, **options)
     run.fit(module, loader(batch_size, replicas), loader(batch_size, replicas))
@@ -126,3 +129,75 @@ def fit_alone(optimizer: str, steps: int, batch_size: int, options: dict[str, An
     run = trainer("auto", 1, steps, **options)
     run.fit(module, loader(batch_size), loader(batch_size))
     return {"weights": local_weights(module), "metrics": {n: float(v) for n, v in run.callback_metrics.items()}}
+
+
+def resume(directory: str, attacked: bool) -> dict[str, Any]:
+    """Some steps, a checkpoint, some more; and the same steps in one go."""
+    import pathlib
+
+    devices, replicas = 4, 2
+    path = pathlib.Path(directory) / f"attacked-{attacked}.ckpt"
+    found: dict[str, Any] = {}
+    for name, epochs, source in (("whole", 3, None), ("first", 2, None), ("second", 3, path)):
+        strategy = ls.SentinelStrategy(
+            stages=2,
+            replicas=replicas,
+            micro_batches=2,
+            timeout=PATIENCE,
+            verification=ls.Verification(warmup_steps=10),
+        )
+        module = Classifier("adamw")
+        callbacks = (
+            [ls.AttackInjector({"name": "scale", "factor": 50.0}, workers=[ls.Worker(1, 1)], start_step=10)] if attacked else []
+        )
+        run = trainer(strategy, devices, -1, callbacks, max_epochs=epochs)
+        # Cut at the end of an epoch of eight steps: in the middle Lightning would begin its data anew.
+        run.fit(module, loader(6, replicas), ckpt_path=source)
+        run.save_checkpoint(path if name == "first" else path.with_suffix(f".{name}"))
+        found[name] = {
+            "weights": local_weights(module),
+            "banned": strategy.ledger.banned_at,
+            "verifiers": strategy._engine.guard.state_dict(),  # type: ignore[union-attr]
+            "step": strategy.step,
+            "flags": dict(strategy.ledger.flags),
+        }
+    return found
+
+
+def logged_values(batch_size: int) -> dict[str, Any]:
+    """Everything that ``self.log`` can do, from a step that runs on the last stage only."""
+    import torchmetrics
+
+    class Logging(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.accuracy = torchmetrics.classification.MulticlassAccuracy(CLASSES, average="micro")
+
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+            inputs, labels = batch
+            logits = self(inputs)
+            self.log_dict({"largest": labels.max().float(), "count": 1.0}, reduce_fx="max")
+            self.log("total", float(len(labels)), reduce_fx="sum", on_step=False, on_epoch=True)
+            if batch_idx > 0:
+                self.log("late", logits.mean() * 0 + 3.0, batch_size=1)
+            return {"loss": nn.functional.cross_entropy(logits, labels)}
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            inputs, labels = batch
+            self.accuracy(self(inputs), labels)
+            self.log("val_accuracy", self.accuracy)
+            self.log("val_mean_label", labels.float().mean())
+
+        def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+            return {"logits": self(batch[0]), "labels": batch[1]}
+
+    replicas = int(os.environ.get("WORLD_SIZE", "1")) // 2 or 1
+    alone = "WORLD_SIZE" not in os.environ
+    strategy: Any = "auto" if alone else ls.SentinelStrategy(stages=2, replicas=replicas, micro_batches=2, timeout=PATIENCE)
+    run = trainer(strategy, 1 if alone else 2 * replicas, -1, max_epochs=2, limit_val_batches=1.0, num_sanity_val_steps=0)
+    module = Logging()
+    validation = [loader(batch_size, replicas), loader(batch_size, replicas, samples=48)]
+    run.fit(module, loader(batch_size, replicas), validation)
+    metrics = {name: float(value) for name, value in run.callback_metrics.items() if not name.startswith("sentinel/")}
+    predictions = run.predict(module, loader(batch_size, replicas, samples=24))
+    return {"metrics": metrics, "predictions": predictions}

@@ -44,7 +44,7 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     """
     results, failures = outcomes(function, world_size, *args, timeout=timeout)
     if failures:
-        details = "\n".join(f"--- rank {rank}\n{failure.trace}" for rank, failure in sorted(failures.items()))
+        details = "\n".join(f"--- rank {rank}\n{failure.trace[-1500:]}" for rank, failure in sorted(failures.items()))
         raise AssertionError(
             f"ranks {sorted(failures)} failed, {sorted(set(range(world_size)) - set(results) - set(failures))} silent\n{details}"
         )
@@ -60,9 +60,9 @@ class Failure:
 
 
 def outcomes(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, answers: int | None = None
 ) -> tuple[dict[int, Any], dict[int, Failure]]:
-    """Like :func:`run`, for runs that are expected to fail: results and failures by rank."""
+    """Like :func:`run`, for runs that are expected to fail: results and failures by rank, of ``answers`` ranks or all."""
     port = free_port()
     queue = _CONTEXT.SimpleQueue()
     with tempfile.TemporaryDirectory() as directory:
@@ -75,7 +75,7 @@ def outcomes(
         results: dict[int, Any] = {}
         failures: dict[int, Failure] = {}
         deadline = time.monotonic() + timeout
-        while len(results) + len(failures) < world_size and time.monotonic() < deadline:
+        while len(results) + len(failures) < (answers or world_size) and time.monotonic() < deadline:
             if queue._reader.poll(0.2):
                 rank, ok, payload = queue.get()
                 (results if ok else failures)[rank] = pickle.loads(payload)

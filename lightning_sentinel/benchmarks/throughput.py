@@ -1,0 +1,205 @@
+"""What the strategy and its verification cost, against DeepSpeed's bare pipeline in the same run.
+
+The variants take turns, so that a machine that gets slower gets slower for all of them; each turn gives the mean time of its
+steps, and the ratios are between medians over turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import statistics
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_sentinel.benchmarks.processes import on_ranks
+from lightning_sentinel.config import Response, Verification
+from lightning_sentinel.models import llama
+from lightning_sentinel.strategy import SentinelStrategy
+
+__all__ = ["Workload", "throughput"]
+
+_VOCABULARY = 256
+_VARIANTS = ("bare DeepSpeed", "unverified", "verified")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The training that is timed: a small Llama on random bytes.
+
+    Args:
+        stages: pipeline stages.
+        replicas: pipelines.
+        width: of the model.
+        depth: blocks.
+        sequence_length: tokens of a sample.
+        micro_batch_size: samples of a micro-batch.
+        micro_batches: micro-batches of a step and replica.
+        steps: timed steps of a turn; three more are thrown away before them.
+        rounds: turns of each variant.
+    """
+
+    stages: int = 2
+    replicas: int = 1
+    width: int = 256
+    depth: int = 4
+    sequence_length: int = 64
+    micro_batch_size: int = 8
+    micro_batches: int = 4
+    steps: int = 12
+    rounds: int = 7
+
+
+def throughput(workload: Workload = Workload(), output: Path | None = None) -> None:
+    """Time a step of bare DeepSpeed, of the strategy, and of the strategy with verification.
+
+    Args:
+        workload: what is trained.
+        output: a file for the results, as JSON.
+    """
+    times: dict[str, list[float]] = on_ranks(_measure, workload.stages * workload.replicas, asdict(workload))
+    medians = {name: statistics.median(turns) for name, turns in times.items()}
+    table = Table(title=f"width {workload.width}, {workload.stages} stages x {workload.replicas} replicas")
+    for heading in ("", "step (ms)", "tokens/s", "against bare", "against unverified"):
+        table.add_column(heading, justify="right" if heading else "left")
+    tokens = workload.sequence_length * workload.micro_batch_size * workload.micro_batches * workload.replicas
+    for name, median in medians.items():
+        against = [f"{median / medians[other]:.3f}" for other in ("bare DeepSpeed", "unverified")]
+        table.add_row(name, f"{1e3 * median:.1f}", f"{tokens / median:,.0f}", *against)
+    Console().print(table)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"workload": asdict(workload), "seconds": times, "medians": medians}, indent=2))
+
+
+def _measure(settings: dict[str, Any]) -> dict[str, list[float]]:
+    """On every rank: let the variants take turns."""
+    workload = Workload(**settings)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    # The first turn of the strategy starts the process group that the bare pipeline needs as well.
+    _lightning(workload, None)
+    times: dict[str, list[float]] = {name: [] for name in _VARIANTS}
+    for _ in range(workload.rounds):
+        times["bare DeepSpeed"].append(_bare(workload))
+        times["unverified"].append(_lightning(workload, None))
+        # A short warm-up, so that fences are fitted and applied in the timed steps.
+        times["verified"].append(_lightning(workload, Verification(warmup_steps=2)))
+    return times
+
+
+def _layers(workload: Workload) -> nn.Sequential:
+    torch.manual_seed(0)
+    return llama(vocab_size=_VOCABULARY, width=workload.width, depth=workload.depth, heads=4)
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class _Module(L.LightningModule):
+    def __init__(self, workload: Workload) -> None:
+        super().__init__()
+        self.net = _layers(workload)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return _loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+class _Clock(L.Callback):
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.start = self.stop = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.first:
+            self.start = _now()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.last:
+            self.stop = _now()
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+_THROWN_AWAY = 3
+
+
+def _data(workload: Workload) -> TensorDataset:
+    samples = workload.micro_batch_size * workload.micro_batches * workload.replicas
+    samples *= workload.steps + _THROWN_AWAY
+    shape = (samples, workload.sequence_length)
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(*(torch.randint(_VOCABULARY, shape, generator=generator) for _ in range(2)))
+
+
+def _lightning(workload: Workload, verification: Verification | None) -> float:
+    # Fences fitted to so few steps flag much; what follows from a flag is part of what is timed, but nobody may be banned.
+    response = Response(ban_after=None)
+    strategy = SentinelStrategy(workload.stages, workload.replicas, workload.micro_batches, verification, response)
+    clock = _Clock(_THROWN_AWAY, workload.steps + _THROWN_AWAY - 1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = L.Trainer(
+            strategy=strategy,
+            accelerator="auto",
+            devices=workload.stages * workload.replicas,
+            max_epochs=1,
+            callbacks=[clock],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        batch_size = workload.micro_batch_size * workload.micro_batches
+        trainer.fit(_Module(workload), DataLoader(_data(workload), batch_size=batch_size))
+    return (clock.stop - clock.start) / workload.steps
+
+
+def _bare(workload: Workload) -> float:
+    """The same training by ``deepspeed.initialize`` and ``train_batch``, as DeepSpeed's own users write it."""
+    import deepspeed
+    from deepspeed.runtime.pipe import PipelineModule
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        pipeline = PipelineModule(
+            layers=list(_layers(workload)), num_stages=workload.stages, loss_fn=_loss, partition_method="parameters"
+        )
+        config = {
+            "train_micro_batch_size_per_gpu": workload.micro_batch_size,
+            "gradient_accumulation_steps": workload.micro_batches,
+            "gradient_clipping": 0.0,
+            "steps_per_print": None,
+        }
+        optimizer = torch.optim.AdamW(pipeline.parameters(), lr=1e-4)
+        engine, *_ = deepspeed.initialize(model=pipeline, optimizer=optimizer, config=config)
+    data = _data(workload)
+    replica = engine.grid.get_data_parallel_id()
+    sampler: DistributedSampler[Any] = DistributedSampler(data, workload.replicas, replica, shuffle=True)
+    batches = iter(DataLoader(data, batch_size=workload.micro_batch_size, sampler=sampler))
+    for _ in range(_THROWN_AWAY):
+        engine.train_batch(batches)
+    start = _now()
+    for _ in range(workload.steps):
+        engine.train_batch(batches)
+    return (_now() - start) / workload.steps

@@ -1,0 +1,62 @@
+"""What the strategy asks of an engine, whatever runs behind it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from lightning_sentinel.attacks import Adversary
+from lightning_sentinel.pipeline.exchange import StepOutcome
+from lightning_sentinel.pipeline.guard import Guard
+from lightning_sentinel.verification import StepVerdict
+
+__all__ = ["Engine"]
+
+
+class Engine(Protocol):
+    """Runs the part of the mesh that lives in this process.
+
+    Attributes:
+        guard: verifies what is received; ``None`` for a plain pipeline.
+        adversary: a simulated attacker, if there is one.
+    """
+
+    guard: Guard | None
+    adversary: Adversary | None
+
+    def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
+        """Forward and backward of one batch, and the exchange of what came of it.
+
+        Args:
+            arguments: of ``training_step``; the first is the batch.
+            step: number of the training batch.
+            micro_batches: how many to deal a replica's batch into.
+            scale: factor of the gradients, for accumulation over batches.
+        """
+
+    def evaluate(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> StepOutcome:
+        """Forward of one batch through ``step`` (``"validation_step"`` or ``"test_step"``), and the exchange of what it logged."""
+
+    def predict(self, arguments: tuple[Any, ...], micro_batches: int) -> Any:
+        """Forward of one batch through ``predict_step``, without waiting for other replicas."""
+
+    def learn(self, outcome: StepOutcome, verdict: StepVerdict) -> None:
+        """Let the guard take in the step's honest signals."""
+
+    def hold_gradients(self) -> None:
+        """Put the gradients aside: Lightning zeroes them after ``training_step``, in which the backward pass runs."""
+
+    def release_gradients(self) -> None:
+        """Give them back, to where Lightning expects the result of ``backward``."""
+
+    def reduce_gradients(self, shares: list[float]) -> None:
+        """Mean over replicas of the gradients that count.
+
+        Args:
+            shares: of each stage, which part of the data was not excluded.
+        """
+
+    def apply_gradients(self) -> None:
+        """Clip, let the optimizer step, and forget the gradients."""
+
+    def discard_gradients(self) -> None:
+        """Forget the gradients without a step."""

@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable, Collection
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_sentinel.config import Response, Verification
+from lightning_sentinel.errors import MeshExhaustedError
+from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.pipeline.guard import Guard
+from lightning_sentinel.verification import COLUMNS, Ledger, SignalTable, StepVerdict
+from lightning_sentinel.verification.features import FEATURES
+
+STAGES, REPLICAS, MICRO_BATCHES = 3, 3, 2
+SAMPLES, POSITIONS, CHANNELS = 4, 5, 6
+WARMUP = 12
+A, G = Direction.ACTIVATION, Direction.GRADIENT
+MESH = Mesh(STAGES, REPLICAS)
+
+Tamper = Callable[[Worker, Direction, Tensor], Tensor]
+
+
+def honest(worker: Worker, direction: Direction, signal: Tensor) -> Tensor:
+    return signal
+
+
+def broken(workers: Collection[Worker], *directions: Direction) -> Tamper:
+    """These workers send NaN."""
+
+    def tamper(worker: Worker, direction: Direction, signal: Tensor) -> Tensor:
+        return signal * math.nan if worker in workers and direction in (directions or tuple(Direction)) else signal
+
+    return tamper
+
+
+def shouting(workers: Collection[Worker]) -> Tamper:
+    """These workers send finite values far out."""
+
+    def tamper(worker: Worker, direction: Direction, signal: Tensor) -> Tensor:
+        return 1000 * signal if worker in workers else signal
+
+    return tamper
+
+
+class Pipelines:
+    """A mesh driven by hand: what a stage sends follows from what it went on with.
+
+    A guard of its own for each replica if ``apart``, as in real processes, else one that holds all boundaries.
+    """
+
+    def __init__(self, response: Response | None = None, *, window: int = 512, apart: bool = False) -> None:
+        self.response = response or Response(ban_after=None)
+        self.generator = torch.Generator().manual_seed(0)
+        verification = Verification(warmup_steps=WARMUP, window=window)
+        self.pattern = 2 * torch.randn(POSITIONS, CHANNELS, generator=torch.Generator().manual_seed(99))
+        self.ledgers = [Ledger(self.response.ban_after) for _ in range(REPLICAS if apart else 1)]
+        self.guards = [
+            Guard(MESH, MESH.boundaries, verification, self.response, ledger, torch.device("cpu")) for ledger in self.ledgers
+        ]
+        self.step_number = 0
+        self.went_on_with: dict[tuple[Boundary, int, int], Tensor] = {}
+        self.table = SignalTable(torch.empty(0))
+
+    @property
+    def guard(self) -> Guard:
+        return self.guards[0]
+
+    def of(self, replica: int) -> Guard:
+        return self.guards[replica % len(self.guards)]
+
+    def noise(self) -> Tensor:
+        return torch.randn(SAMPLES, POSITIONS, CHANNELS, generator=self.generator)
+
+    def run_pipeline(self, replica: int, micro_batch: int, tamper: Tamper) -> None:
+        guard, taint = self.of(replica), self.of(replica).initial_taint(replica)
+        signal = self.noise()
+        for index in range(STAGES - 1):
+            sent = tamper(Worker(index, replica), A, 0.3 * signal + self.pattern * (index + 1) + 0.5 * self.noise())
+            signal, taint = guard.receive(Boundary(index, A), replica, micro_batch, sent, taint)
+            self.went_on_with[Boundary(index, A), replica, micro_batch] = signal
+        signal = 0.01 * signal + 0.1 * self.noise()
+        for index in reversed(range(STAGES - 1)):
+            sent = tamper(Worker(index + 1, replica), G, 0.5 * signal + 0.1 * self.noise())
+            signal, taint = guard.receive(Boundary(index, G), replica, micro_batch, sent, taint)
+            self.went_on_with[Boundary(index, G), replica, micro_batch] = signal
+
+    def exchange(self) -> SignalTable:
+        rows = [torch.stack([self.of(r).rows(b, r, MICRO_BATCHES) for r in range(REPLICAS)]) for b in MESH.boundaries]
+        return SignalTable(torch.stack(rows))
+
+    def step(self, tamper: Tamper = honest) -> tuple[StepVerdict, list[Worker]]:
+        for replica in range(REPLICAS):
+            for micro_batch in range(MICRO_BATCHES):
+                self.run_pipeline(replica, micro_batch, tamper)
+        self.table = self.exchange()
+        outcomes = [guard.settle(self.table, self.step_number) for guard in self.guards]
+        verdict, banned = outcomes[0]
+        total = self.sum_over_guards(self.table, [mine for mine, _ in outcomes])
+        for guard, (mine, _) in zip(self.guards, outcomes):
+            guard.learn(self.table, mine, (lambda vector: vector) if total is None else (lambda vector: total))
+        self.step_number += 1
+        return verdict, banned
+
+    def sum_over_guards(self, table: SignalTable, verdicts: list[StepVerdict]) -> Tensor | None:
+        """The all-reduce by hand: copies of the guards say what each would add. ``None`` if one holds all."""
+        if len(self.guards) == 1:
+            return None
+        vectors: list[Tensor] = []
+
+        def listen(vector: Tensor) -> Tensor:
+            vectors.append(vector)
+            return vector
+
+        for guard, verdict in zip(self.guards, verdicts):
+            copy.deepcopy(guard).learn(table, verdict, listen)
+        assert len(vectors) == len(self.guards) and len({vector.shape for vector in vectors}) == 1
+        return torch.stack(vectors).sum(dim=0)
+
+    def run(self, steps: int, tamper: Tamper = honest) -> Pipelines:
+        for _ in range(steps):
+            self.step(tamper)
+        return self
+
+
+def dirty(verdict: StepVerdict) -> set[tuple[int, int]]:
+    """``(stage, replica)`` of which no micro-batch counts."""
+    return {tuple(entry) for entry in (~verdict.clean).all(dim=2).nonzero().tolist()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- One step
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, WARMUP + 3])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_broken_activation_is_replaced_and_nobody_downstream_is_blamed(stage: int, steps_before: int) -> None:
+    pipelines = Pipelines().run(steps_before)
+    stand_in = pipelines.guard.verifiers[Boundary(stage, A)].substitute(torch.ones(SAMPLES, POSITIONS, CHANNELS))
+    earlier = pipelines.guard.ledger.total_flags
+    verdict, banned = pipelines.step(broken({Worker(stage, 1)}, A))
+    mine = [detection for detection in verdict.detections if detection.feature == "non_finite"]
+    assert [(d.worker, d.direction, d.micro_batch) for d in mine] == [(Worker(stage, 1), A, m) for m in range(MICRO_BATCHES)]
+    assert verdict.suspects == {Worker(stage, 1)} and banned == []
+    assert pipelines.guard.ledger.total_flags - earlier == len(verdict.detections)
+    assert {(s, 1) for s in range(STAGES)} <= dirty(verdict)
+    assert all(signal.isfinite().all() for signal in pipelines.went_on_with.values())
+    for micro_batch in range(MICRO_BATCHES):
+        assert torch.equal(pipelines.went_on_with[Boundary(stage, A), 1, micro_batch], stand_in)
+    # Everything after it is tainted: the activations of later stages, and all gradients.
+    tainted = pipelines.table.tainted
+    for index, boundary in enumerate(MESH.boundaries):
+        after = boundary.direction is G or boundary.index > stage
+        assert tainted[index, 1].all() == after and not tainted[index, [0, 2]].any()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_broken_gradient_is_left_out_of_the_stages_that_it_reaches(stage: int) -> None:
+    pipelines = Pipelines().run(2)
+    verdict, _ = pipelines.step(broken({Worker(stage, 2)}, G))
+    assert verdict.suspects == {Worker(stage, 2)}
+    assert {detection.direction for detection in verdict.detections} == {G}
+    assert dirty(verdict) == {(below, 2) for below in range(stage)}
+    for index in range(stage):
+        for micro_batch in range(MICRO_BATCHES):
+            assert not pipelines.went_on_with[Boundary(index, G), 2, micro_batch].any()
+
+
+def test_honest_signals_go_on_as_they_are() -> None:
+    pipelines = Pipelines().run(WARMUP + 2)
+    guard, boundary = pipelines.guard, Boundary(0, A)
+    signal = pipelines.guard.verifiers[boundary].momentum.value + 0.3 * pipelines.noise()
+    received, taint = guard.receive(boundary, 0, 0, signal, torch.tensor(False))
+    assert torch.equal(received, signal) == (not taint)
+    untouched, taint = pipelines.guard.receive(boundary, 0, 1, signal, torch.tensor(True))
+    assert taint and torch.equal(untouched, guard.verifiers[boundary].substitute(signal))
+
+
+def test_a_signal_far_out_is_found_after_the_warm_up_only() -> None:
+    pipelines, attack = Pipelines(), shouting({Worker(1, 0)})
+    assert not copy.deepcopy(pipelines).run(2).step(attack)[0].detections
+    verdict, _ = pipelines.run(WARMUP + 6).step(attack)
+    assert verdict.suspects == {Worker(1, 0)}
+    assert {(stage, 0) for stage in range(STAGES)} <= dirty(verdict)
+
+
+def test_honest_workers_are_rarely_flagged_and_none_is_a_suspect_for_long() -> None:
+    pipelines = Pipelines(Response(ban_after=4)).run(WARMUP + 50)
+    assert not pipelines.guard.ledger.banned
+    signals = 50 * len(MESH.boundaries) * REPLICAS * MICRO_BATCHES
+    assert pipelines.guard.ledger.total_flags <= 0.03 * signals
+
+
+def test_only_reporting_leaves_values_and_weights_untouched() -> None:
+    pipelines = Pipelines(Response(on_flag="log", ban_after=None)).run(2)
+    assert not pipelines.guard.excludes
+    sent: dict[tuple[Worker, Direction], list[Tensor]] = {}
+
+    def listen(worker: Worker, direction: Direction, signal: Tensor) -> Tensor:
+        signal = broken({Worker(0, 1)}, A)(worker, direction, signal)
+        sent.setdefault((worker, direction), []).append(signal)
+        return signal
+
+    verdict, banned = pipelines.step(listen)
+    for (boundary, replica, micro_batch), signal in pipelines.went_on_with.items():
+        assert signal is sent[Worker(boundary.sender, replica), boundary.direction][micro_batch]
+    assert verdict.clean.all() and banned == []
+    # NaN spreads through the pipeline, and yet only its source is blamed.
+    assert pipelines.went_on_with[Boundary(0, G), 1, 0].isnan().all()
+    assert set(verdict.flagged) == verdict.suspects == {Worker(0, 1)}
+
+
+# --- What is learned
+
+
+@pytest.mark.parametrize("attack", [broken, shouting])
+def test_what_was_tampered_with_is_not_learned(attack: Callable[[Collection[Worker]], Tamper]) -> None:
+    pipelines = Pipelines().run(WARMUP + 6)
+    before = {boundary: verifier.momentum.value.clone() for boundary, verifier in pipelines.guard.verifiers.items()}
+    verdict, _ = pipelines.step(attack({Worker(1, 1)}))
+    # Of both its streams, and of what was tainted by them: only the first activation of its pipeline is learned from.
+    honest_rows = verdict.honest
+    assert honest_rows[0, 1].sum() == (~pipelines.table.flagged[0, 1]).sum() and not honest_rows[1:, 1].any()
+    for index, (boundary, verifier) in enumerate(pipelines.guard.verifiers.items()):
+        expected = pipelines.table.features[index][honest_rows[index]]
+        assert len(expected) == 0 or torch.equal(verifier.window[-len(expected) :], expected)
+        assert verifier.window.isfinite().all()
+        assert (verifier.momentum.value - before[boundary]).abs().max() < 1
+
+
+def test_the_momentum_takes_in_the_mean_of_the_honest_signals() -> None:
+    pipelines = Pipelines()
+    received: list[Tensor] = []
+
+    def listen(worker: Worker, direction: Direction, signal: Tensor) -> Tensor:
+        if worker.stage == 0 and worker.replica != 2:
+            received.append(signal)
+        return broken({Worker(0, 2)})(worker, direction, signal)
+
+    pipelines.step(listen)
+    assert len(received) == 2 * MICRO_BATCHES
+    expected = torch.stack(received).double().mean(dim=(0, 1))
+    torch.testing.assert_close(pipelines.guard.verifiers[Boundary(0, A)].momentum.value.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_change_of_the_training_is_learned() -> None:
+    pipelines = Pipelines().run(WARMUP + 6)
+    pipelines.pattern = 1.5 * pipelines.pattern
+    before = pipelines.guard.ledger.total_flags
+    verdict, _ = pipelines.step()
+    assert verdict.cleared[:2].float().mean() > 0.4
+    assert not verdict.suspects
+    pipelines.run(40)
+    assert pipelines.guard.ledger.total_flags - before <= 0.05 * 41 * len(MESH.boundaries) * REPLICAS * MICRO_BATCHES
+    target = pipelines.guard.verifiers[Boundary(0, A)].momentum.value
+    assert (target - pipelines.pattern).norm() < 0.2 * pipelines.pattern.norm()
+
+
+def test_guards_of_separate_processes_know_the_same() -> None:
+    apart, whole, attack = Pipelines(apart=True), Pipelines(), broken({Worker(1, 1)}, G)
+    for step in range(WARMUP + 6):
+        for pipelines in (apart, whole):
+            pipelines.step(attack if step % 3 == 2 else honest)
+    states = [guard.state_dict() for guard in apart.guards]
+    assert all(same(states[0], state) for state in states[1:])
+    assert apart.ledgers[0] == apart.ledgers[1] == apart.ledgers[2] == whole.ledgers[0]
+    for name, value in whole.guard.state_dict().items():
+        torch.testing.assert_close(states[0][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_process_without_boundaries_has_nothing_to_add() -> None:
+    guard = Guard(Mesh(1, 2), (), Verification(), Response(), Ledger(), torch.device("cpu"))
+    table = SignalTable(torch.empty(0, 2, MICRO_BATCHES, len(COLUMNS)))
+    verdict, banned = guard.settle(table, 0)
+
+    def never(vector: Tensor) -> Tensor:
+        raise AssertionError("a collective that other ranks do not take part in")
+
+    guard.learn(table, verdict, never)
+    assert banned == [] and verdict.clean.all() and guard.state_dict() == {}
+
+
+def test_rows_are_handed_out_once_and_zero_where_nothing_was_received() -> None:
+    pipelines, boundary = Pipelines(), Boundary(0, A)
+    pipelines.run_pipeline(1, 0, honest)
+    rows = pipelines.guard.rows(boundary, 1, MICRO_BATCHES)
+    assert rows.shape == (MICRO_BATCHES, len(COLUMNS))
+    assert rows[0, COLUMNS.index("positions")] == POSITIONS and not rows[1].any()
+    assert not pipelines.guard.rows(boundary, 1, MICRO_BATCHES).any()
+
+
+# --- Bans
+
+
+@pytest.mark.parametrize("ban_after", [1, 3])
+def test_a_ban_follows_and_the_run_goes_on_without_the_pipeline(ban_after: int) -> None:
+    pipelines, culprit = Pipelines(Response(ban_after=ban_after)), Worker(1, 2)
+    outcomes = [pipelines.step(broken({culprit})) for _ in range(ban_after + 3)]
+    assert [banned for _, banned in outcomes] == [[]] * (ban_after - 1) + [[culprit]] + [[]] * 3
+    ledger = pipelines.guard.ledger
+    assert ledger.banned_at == {culprit: ban_after - 1}
+    assert ledger.flags == {culprit: MICRO_BATCHES * ban_after}
+    assert pipelines.guard.live.tolist() == [True, True, False]
+    assert [pipelines.guard.initial_taint(replica).item() for replica in range(REPLICAS)] == [False, False, True]
+    verdict, _ = outcomes[-1]
+    assert dirty(verdict) == {(stage, 2) for stage in range(STAGES)}
+    assert verdict.detections == () and verdict.verified == {worker for worker in MESH if worker.replica != 2}
+
+
+def test_the_mesh_is_exhausted_when_every_pipeline_has_a_banned_worker() -> None:
+    pipelines = Pipelines(Response(ban_after=2))
+    culprits = [Worker(0, 0), Worker(2, 1), Worker(1, 2)]
+    pipelines.step(broken(culprits))
+    with pytest.raises(MeshExhaustedError) as caught:
+        pipelines.step(broken(culprits))
+    message = str(caught.value)
+    assert all(str(worker) in message for worker in culprits)
+    assert "step 1" in message and f"{REPLICAS} replica" in message and "sentinel_monitor" in message
+    assert pipelines.guard.ledger.banned == set(culprits)
+
+
+def test_a_run_that_was_exhausted_when_it_was_saved_is_exhausted_when_it_is_loaded() -> None:
+    pipelines = Pipelines(Response(ban_after=2)).run(1)
+    pipelines.guard.ledger.load_state_dict(
+        {"flags": [], "streaks": [], "banned_at": [[0, replica, 0] for replica in range(REPLICAS)]}
+    )
+    with pytest.raises(MeshExhaustedError):
+        pipelines.step()
+
+
+def test_one_pipeline_left_is_enough() -> None:
+    pipelines = Pipelines(Response(ban_after=1))
+    verdict, banned = pipelines.step(broken({Worker(0, 0), Worker(0, 1)}))
+    assert banned == [Worker(0, 0), Worker(0, 1)]
+    verdict, _ = pipelines.step()
+    assert verdict.clean[:, 2].all() and not verdict.clean[:, :2].any()
+
+
+# --- State
+
+
+@pytest.mark.parametrize("steps", [0, 3, WARMUP + 3])
+def test_a_loaded_guard_goes_on_identically(steps: int) -> None:
+    original, loaded = Pipelines().run(steps), Pipelines()
+    state = original.guard.state_dict()
+    assert {name.rsplit("/", 1)[0] for name in state} == {boundary.name for boundary in MESH.boundaries}
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded.guard.load_state_dict(torch.load(file, weights_only=True))
+    assert same(loaded.guard.state_dict(), state)
+    for pipelines in (original, loaded):
+        pipelines.generator.manual_seed(5)
+        pipelines.run(4, shouting({Worker(0, 1)}))
+    assert torch.equal(original.table.rows, loaded.table.rows)
+    assert same(original.guard.state_dict(), loaded.guard.state_dict())
+
+
+def test_a_guard_loads_what_it_holds_and_starts_the_rest_afresh() -> None:
+    state = Pipelines().run(WARMUP + 3).guard.state_dict()
+    kept = {name: value for name, value in state.items() if name.startswith("stage0/activation/")}
+    loaded = Pipelines()
+    loaded.guard.load_state_dict(kept)
+    steps = {boundary.name: verifier.steps for boundary, verifier in loaded.guard.verifiers.items()}
+    assert steps == {"stage0/activation": WARMUP + 3, "stage1/activation": 0, "stage1/gradient": 0, "stage2/gradient": 0}
+
+
+def test_memory_does_not_grow_with_steps() -> None:
+    window = 32
+    pipelines = Pipelines(window=window).run(WARMUP + 6)
+    each = POSITIONS * CHANNELS + POSITIONS + window * len(FEATURES) + 1
+    for _ in range(2):
+        state = pipelines.run(10).guard.state_dict()
+        assert sum(value.numel() for value in state.values()) == len(MESH.boundaries) * each
+    assert not pipelines.guard._rows

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from lightning_sentinel.errors import ConfigurationError, WorkerLostError
+from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.pipeline.liveness import Roster, connect, is_lost_connection
+
+MESH = Mesh(stages=2, replicas=2)
+TIMEOUT = timedelta(seconds=90)
+LOST = RuntimeError("Connection closed by peer [127.0.0.1]:4711")
+
+
+class TestIsLostConnection:
+    @pytest.mark.parametrize(
+        "message",
+        [
+            "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:38211",
+            "Application timeout caused pair closure",
+            "Timed out waiting 1800000ms for recv operation to complete",
+            "Read from remote host: Connection reset by peer",
+            "connect: Connection refused",
+            "NCCL communicator was aborted on rank 1",
+            "Broken pipe",
+            "wait timeout after 300000ms, keys: /default_pg/0//cpu//0",
+            "waitForInput: socket SocketImpl(fd=5) timed out after 300000ms",
+            "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+            "Failed to send, sent 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+        ],
+    )
+    def test_messages_of_torch(self, message: str) -> None:
+        assert is_lost_connection(RuntimeError(message))
+        assert is_lost_connection(dist.DistNetworkError(message))
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"),
+            RuntimeError("CUDA out of memory"),
+            RuntimeError(""),
+            ValueError("connection closed"),
+            ConfigurationError("a larger timeout helps"),
+            KeyboardInterrupt(),
+        ],
+        ids=repr,
+    )
+    def test_other_errors(self, error: BaseException) -> None:
+        assert not is_lost_connection(error)
+
+
+@pytest.fixture
+def store() -> dist.Store:
+    return dist.HashStore()
+
+
+def roster(rank: int, store: dist.Store | None) -> Roster:
+    return Roster(MESH, rank, store, TIMEOUT)
+
+
+def loss_seen_by(watcher: Roster, error: BaseException = LOST) -> WorkerLostError:
+    with pytest.raises(WorkerLostError) as raised, watcher.watching():
+        raise error
+    assert raised.value.__cause__ is error
+    assert "Start it again from the last checkpoint" in str(raised.value)
+    return raised.value
+
+
+def ended_process(rank: int, store: dist.Store) -> None:
+    """Let ``rank`` be a process that has ended."""
+    child = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
+    child.wait()
+    host, _ = dist.PrefixStore("sentinel", store).get("process/0").decode().rsplit(" ", 1)
+    dist.PrefixStore("sentinel", store).set(f"process/{rank}", f"{host} {child.pid}")
+
+
+class TestRoster:
+    def test_errors_of_another_kind_pass(self, store: dist.Store) -> None:
+        watcher = roster(0, store)
+        for error in (RuntimeError("out of memory"), ValueError("timeout")):
+            with pytest.raises(type(error)) as raised, watcher.watching():
+                raise error
+            assert raised.value is error
+
+    def test_nothing_happens_without_an_error(self, store: dist.Store) -> None:
+        with roster(0, store).watching():
+            pass
+
+    def test_a_suspect_is_named(self, store: dist.Store) -> None:
+        watcher = roster(0, store)
+        roster(2, store)
+        error = loss_seen_by(watcher, WorkerLostError("Rank 2 does not answer", rank=2))
+        assert "rank 2, worker (stage 1, replica 0)," in str(error)
+        assert f"within {TIMEOUT}" in str(error)
+        assert error.rank == 2
+
+    def test_nobody_is_named_without_a_suspect(self, store: dist.Store) -> None:
+        watcher = roster(0, store)
+        roster(1, store)
+        error = loss_seen_by(watcher)
+        assert f"a worker did not answer within {TIMEOUT}" in str(error)
+        assert error.rank is None
+
+    def test_the_first_note_wins(self, store: dist.Store) -> None:
+        first, second = roster(0, store), roster(1, store)
+        loss_seen_by(first, WorkerLostError("Rank 2 does not answer", rank=2))
+        error = loss_seen_by(second, WorkerLostError("Rank 0 does not answer", rank=0))
+        assert "rank 2, worker (stage 1, replica 0)," in str(error)
+        assert "rank 0" not in str(error)
+
+    def test_the_first_failure_wins(self, store: dist.Store) -> None:
+        first, second, third = (roster(rank, store) for rank in range(3))
+        first.report_failure(ValueError("the cause\nand details"))
+        second.report_failure(KeyError("in its wake"))
+        text = str(loss_seen_by(third))
+        assert "rank 0, worker (stage 0, replica 0), failed with ValueError: the cause." in text
+        assert "details" not in text
+        assert "in its wake" not in text
+
+    @pytest.mark.parametrize("suspect", [None, 2], ids=["no suspect", "a suspect"])
+    def test_a_reported_failure_is_named(self, store: dist.Store, suspect: int | None) -> None:
+        failing, watcher = roster(3, store), roster(0, store)
+        failing.report_failure(PermissionError())
+        error = loss_seen_by(watcher, LOST if suspect is None else WorkerLostError("no answer", rank=suspect))
+        assert "rank 3, worker (stage 1, replica 1), failed with PermissionError" in str(error)
+        assert "rank 2" not in str(error)
+
+    def test_the_rank_of_the_error_is_the_one_that_is_named(self, store: dist.Store) -> None:
+        """Rank 2 fell silent because rank 3 had failed: rank 2 is not the one that was lost."""
+        roster(3, store).report_failure(ValueError("the cause"))
+        error = loss_seen_by(roster(0, store), WorkerLostError("Rank 2 does not answer", rank=2))
+        assert "rank 3" in str(error)
+        assert error.rank in (3, None)
+
+    def test_a_loss_is_no_failure_of_ones_own(self, store: dist.Store) -> None:
+        roster(0, store).report_failure(WorkerLostError("lost", rank=2))
+        assert "failed with" not in str(loss_seen_by(roster(1, store)))
+
+    def test_a_process_that_has_ended_is_named(self, store: dist.Store) -> None:
+        watcher = roster(0, store)
+        roster(1, store)
+        ended_process(3, store)
+        error = loss_seen_by(watcher, WorkerLostError("Rank 1 does not answer", rank=1))
+        assert "rank 3, worker (stage 1, replica 1)," in str(error)
+        assert "rank 1," not in str(error)
+        assert error.rank == 3
+
+    def test_of_other_hosts_nothing_is_known(self, store: dist.Store) -> None:
+        watcher = roster(0, store)
+        dist.PrefixStore("sentinel", store).set("process/3", "elsewhere.example 999999999")
+        assert "rank 3" not in str(loss_seen_by(watcher))
+
+    def test_without_a_store_the_neighbour_is_named(self) -> None:
+        watcher = roster(0, None)
+        watcher.report_failure(ValueError("nobody can read this"))
+        error = loss_seen_by(watcher, WorkerLostError("Rank 1 does not answer", rank=1))
+        assert "rank 1, worker (stage 0, replica 1)," in str(error)
+        assert "a worker did not answer" in str(loss_seen_by(watcher))
+
+    def test_a_store_that_is_gone_too_hides_nothing(self) -> None:
+        class Gone(dist.Store):
+            def set(self, *_: object) -> None:
+                pass
+
+            def compare_set(self, *_: object) -> bytes:
+                raise dist.DistNetworkError("Failed to send, sent 0 bytes")
+
+            def check(self, *_: object) -> bool:
+                raise dist.DistNetworkError("Failed to recv, got 0 bytes")
+
+        watcher = roster(0, Gone())
+        watcher.report_failure(ValueError("nobody can read this"))
+        error = loss_seen_by(watcher, WorkerLostError("Rank 1 does not answer", rank=1))
+        assert "rank 1," in str(error)
+        assert error.rank == 1
+        assert "a worker did not answer" in str(loss_seen_by(watcher))
+
+
+class TestConnect:
+    @pytest.fixture(autouse=True)
+    def _running(self, tmp_path: Path) -> Iterator[None]:
+        dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+    def test_somebody_elses_group_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lightning_sentinel.pipeline.liveness._store", None)
+        monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("connected again"))
+        assert connect("gloo", address="127.0.0.1", port=1, rank=0, world_size=1, timeout=TIMEOUT) is None

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_sentinel.errors import ConfigurationError, PipelineModelError
+from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, loss_of
+
+Pair = namedtuple("Pair", ["inputs", "labels"])
+YES = torch.tensor(True)
+NO = torch.tensor(False)
+
+
+@dataclass
+class Record:
+    inputs: Tensor
+    labels: Tensor
+
+
+def rows(samples: int, seed: int = 0) -> Tensor:
+    return torch.randn(samples, 3, generator=torch.Generator().manual_seed(seed))
+
+
+class TestMicroBatches:
+    @pytest.mark.parametrize("samples", [1, 2, 5, 7, 8, 13])
+    @pytest.mark.parametrize("count", [1, 2, 3, 5])
+    def test_as_tensor_split(self, samples: int, count: int) -> None:
+        batch = rows(samples)
+        if samples < count:
+            with pytest.raises(ConfigurationError, match=rf"{samples} sample.*micro_batches={count}.*larger batch_size"):
+                MicroBatches(batch, count)
+            return
+        parts = MicroBatches(batch, count)
+        expected = torch.tensor_split(batch, count)
+        assert len(parts) == count
+        assert parts.sizes == tuple(map(len, expected))
+        for index, part in enumerate(expected):
+            assert torch.equal(parts[index], part)
+        assert sum(parts.weights) == pytest.approx(1.0, abs=1e-12)
+
+    def test_weights_turn_means_into_the_mean(self) -> None:
+        batch = rows(11)
+        parts = MicroBatches(batch, 4)
+        mean = sum(weight * parts[index].mean(0) for index, weight in enumerate(parts.weights))
+        assert torch.allclose(mean, batch.mean(0), atol=1e-6)
+
+    def test_nested(self) -> None:
+        inputs, labels, mask = rows(7), torch.arange(7), torch.ones(7, 2, 2)
+        parts = MicroBatches({"pair": Pair(inputs, labels), "rest": [mask, (labels,)]}, 3)
+        for index, (x, y, m) in enumerate(zip(*(torch.tensor_split(t, 3) for t in (inputs, labels, mask)))):
+            part = parts[index]
+            assert isinstance(part["pair"], Pair)
+            assert torch.equal(part["pair"].inputs, x)
+            assert torch.equal(part["pair"].labels, y)
+            assert torch.equal(part["rest"][0], m)
+            assert torch.equal(part["rest"][1][0], y)
+
+    def test_what_is_not_of_the_batch_stays_whole(self) -> None:
+        table, scalar, marker = torch.randn(4, 2), torch.tensor(3.0), object()
+        parts = MicroBatches((rows(6), table, scalar, "text", None, 5, marker), 2)
+        for index in range(2):
+            x, *rest = parts[index]
+            assert len(x) == 3
+            assert rest[0] is table
+            assert rest[1] is scalar
+            assert rest[2:5] == ["text", None, 5]
+            assert rest[5] is marker
+
+    def test_no_copies(self) -> None:
+        batch = rows(6)
+        assert MicroBatches(batch, 2)[0].data_ptr() == batch.data_ptr()
+
+    def test_a_mapping_that_is_no_dict(self) -> None:
+        """Tokenizers return a ``UserDict``."""
+        batch = UserDict(inputs=rows(6), labels=torch.arange(6))
+        part = MicroBatches(batch, 3)[1]
+        assert part["labels"].tolist() == [2, 3]
+
+    def test_a_dataclass(self) -> None:
+        part = MicroBatches(Record(rows(6), torch.arange(6)), 3)[1]
+        assert part.labels.tolist() == [2, 3]
+
+
+class Regression(L.LightningModule):
+    """``shape`` decides how the step is written."""
+
+    def __init__(self, shape: str = "net") -> None:
+        super().__init__()
+        self.shape = shape
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+        self.after: list[str] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        inputs, targets = batch
+        scaled = inputs * 2 + batch_idx
+        self.log("before", scaled.mean())
+        if self.shape == "never":
+            return scaled.mean()
+        if self.shape == "two inputs":
+            return self.net(scaled, targets)
+        if self.shape == "named":
+            return self.net(x=scaled)
+        if self.shape == "twice":
+            return (self.net(scaled) - self.net(targets)).mean()
+        if self.shape == "fails":
+            raise ArithmeticError("of the user's own")
+        if self.shape == "handler":
+            try:
+                output = self(scaled)
+            except Exception:
+                self.after.append("handled")
+                return None
+            finally:
+                self.after.append("finally")
+        else:
+            output = self(scaled)
+        self.after.append("after")
+        loss = ((output[:, :1] - targets) ** 2).mean()
+        self.log_dict({"loss": loss, "largest": output.max()}, reduce_fx="max", prog_bar=True)
+        return {"loss": loss, "output": output}
+
+
+def batch(samples: int = 4) -> tuple[Tensor, Tensor]:
+    return rows(samples), rows(samples, seed=1)[:, :1]
+
+
+def is_untouched(module: L.LightningModule) -> bool:
+    return all("forward" not in vars(child) and "log" not in vars(child) for child in module.modules())
+
+
+class TestInputOf:
+    @pytest.mark.parametrize("whole", [True, False], ids=["self(x)", "self.net(x)"])
+    def test_what_goes_in(self, whole: bool) -> None:
+        module = Regression()
+        runner = StepRunner(module, module if whole else module.net)
+        inputs, targets = batch()
+        assert torch.equal(runner.input_of("training_step", ((inputs, targets), 3)), inputs * 2 + 3)
+        assert module.after == []
+        assert runner.recorder.schema.entries == {}
+        assert is_untouched(module)
+
+    def test_the_users_handlers_let_it_pass(self) -> None:
+        module = Regression("handler")
+        inputs, targets = batch()
+        found = StepRunner(module, module.net).input_of("training_step", ((inputs, targets), 0))
+        assert torch.equal(found, inputs * 2)
+        assert module.after == ["finally"]
+
+    @pytest.mark.parametrize(
+        ("shape", "says"),
+        [
+            ("never", r"Regression\.training_step never called its nn\.Sequential.*Call it once"),
+            ("two inputs", r"its nn\.Sequential was called with 2 positional and 0 named.*pass a single argument"),
+            ("named", r"0 positional and 1 named"),
+        ],
+    )
+    def test_refused(self, shape: str, says: str) -> None:
+        module = Regression(shape)
+        with pytest.raises(PipelineModelError, match=says):
+            StepRunner(module, module.net).input_of("training_step", (batch(), 0))
+        assert is_untouched(module)
+
+    def test_the_call_is_named_as_the_user_writes_it(self) -> None:
+        module = Regression("never")
+        with pytest.raises(PipelineModelError, match=r"never called self\(x\)"):
+            StepRunner(module, module).input_of("training_step", (batch(), 0))
+
+    def test_the_users_own_error_passes(self) -> None:
+        module = Regression("fails")
+        with pytest.raises(ArithmeticError, match="of the user's own"):
+            StepRunner(module, module.net).input_of("training_step", (batch(), 0))
+        assert is_untouched(module)
+
+    def test_what_was_set_on_the_instance_comes_back(self) -> None:
+        module = Regression()
+
+        def log(*_: Any, **__: Any) -> None:
+            raise AssertionError("the pipeline's first stage must not log")
+
+        module.log = log  # type: ignore[method-assign]
+        module.net.forward = forward = lambda x: x  # type: ignore[method-assign]
+        StepRunner(module, module.net).input_of("training_step", (batch(), 0))
+        assert vars(module)["log"] is log
+        assert vars(module.net)["forward"] is forward
+
+
+class TestFinish:
+    @pytest.mark.parametrize("whole", [True, False], ids=["self(x)", "self.net(x)"])
+    def test_the_users_loss(self, whole: bool) -> None:
+        module = Regression()
+        runner = StepRunner(module, module if whole else module.net)
+        data = batch()
+        output = rows(4, seed=2).requires_grad_()
+        result = runner.finish("training_step", (data, 0), output, 4, YES)
+        expected = ((output[:, :1] - data[1]) ** 2).mean()
+        assert result["output"] is output
+        assert torch.equal(result["loss"], expected)
+        loss_of(result, "training_step").backward()
+        assert torch.allclose(output.grad[:, :1], (2 * (output[:, :1] - data[1]) / 4).detach())
+        assert is_untouched(module)
+
+    def test_logs_are_recorded(self) -> None:
+        module = Regression()
+        runner = StepRunner(module, module.net)
+        outputs = [rows(2, seed=2), rows(1, seed=3), 100 + rows(1, seed=4)]
+        for output, counts in zip(outputs, (YES, YES, NO)):
+            runner.finish("training_step", (batch(len(output)), 0), output, len(output), counts)
+        schema = runner.recorder.schema
+        assert schema.names == ["before", "largest", "loss"]
+        assert schema.entries["largest"]["options"]["prog_bar"] is True
+        reduced = schema.reduce(runner.recorder.vector()[None])
+        assert reduced["largest"] == (pytest.approx(float(torch.cat(outputs[:2]).max())), 3.0)
+
+        runner.new_records()
+        assert runner.recorder.schema.entries == {}
+
+    def test_twice(self) -> None:
+        module = Regression("twice")
+        with pytest.raises(PipelineModelError, match=r"training_step called its nn\.Sequential more than once.*concatenate"):
+            StepRunner(module, module.net).finish("training_step", (batch(), 0), rows(4), 4, YES)
+        assert is_untouched(module)
+
+    def test_the_users_own_error_passes(self) -> None:
+        module = Regression("fails")
+        with pytest.raises(ArithmeticError):
+            StepRunner(module, module.net).finish("training_step", (batch(), 0), rows(4), 4, YES)
+        assert is_untouched(module)
+
+    def test_afterwards_the_module_is_itself(self) -> None:
+        module, x = Regression(), rows(4)
+        before = module(x)
+        runner = StepRunner(module, module.net)
+        runner.input_of("training_step", (batch(), 0))
+        runner.finish("training_step", (batch(), 0), rows(4), 4, YES)
+        assert torch.equal(module(x), before)
+
+
+class TestLossOf:
+    @pytest.mark.parametrize("result", [torch.tensor(2.5), torch.tensor([2.5]), {"loss": torch.tensor([[2.5]]), "other": 1}])
+    def test_found(self, result: Any) -> None:
+        loss = loss_of(result, "training_step")
+        assert loss.shape == ()
+        assert loss.item() == 2.5
+
+    @pytest.mark.parametrize(
+        "result",
+        [None, {}, {"logits": torch.ones(1)}, {"loss": None}, torch.ones(2), {"loss": torch.ones(2)}, 1.0, torch.tensor(1)],
+        ids=str,
+    )
+    def test_refused(self, result: Any) -> None:
+        kind = type(result).__name__
+        with pytest.raises(PipelineModelError, match=rf"training_step returned {kind}.*no scalar loss\. Return the loss"):
+            loss_of(result, "training_step")

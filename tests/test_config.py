@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import pytest
+
+import lightning_sentinel as ls
+from lightning_sentinel.config import Response, Verification
+from lightning_sentinel.errors import ConfigurationError
+
+INVALID_VERIFICATION = [
+    ("method", "tukey"),
+    ("method", ""),
+    ("method", None),
+    ("warmup_steps", 0),
+    ("warmup_steps", -5),
+    ("window", 7),
+    ("window", 0),
+    ("window", -512),
+    ("false_positive_rate", 0),
+    ("false_positive_rate", 1),
+    ("false_positive_rate", 1.0),
+    ("false_positive_rate", -0.01),
+    ("false_positive_rate", 5),
+    ("false_positive_rate", math.nan),
+    ("beta_activation", 1),
+    ("beta_activation", 1.0),
+    ("beta_activation", -0.1),
+    ("beta_activation", math.nan),
+    ("beta_gradient", 1.5),
+    ("beta_gradient", -1e-9),
+    ("beta_gradient", math.inf),
+    ("projections", 0),
+    ("projections", -16),
+]
+INVALID_RESPONSE = [
+    ("on_flag", "ban"),
+    ("on_flag", "LOG"),
+    ("on_flag", None),
+    ("ban_after", 0),
+    ("ban_after", -1),
+]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [(Verification, *case) for case in INVALID_VERIFICATION] + [(Response, *case) for case in INVALID_RESPONSE],
+)
+def test_what_cannot_work_is_refused_by_name_and_value(owner: type, name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(f"{owner.__name__}.{name}={value!r}")) as caught:
+        owner(**{name: value})
+    assert "must be" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "paper"},
+        {"warmup_steps": 1},
+        {"window": 8},
+        {"false_positive_rate": 1e-6},
+        {"false_positive_rate": 0.999},
+        {"beta_activation": 0},
+        {"beta_activation": 0.999},
+        {"beta_gradient": 0.0},
+        {"projections": 1},
+        {"seed": -3},
+    ],
+    ids=str,
+)
+def test_what_is_just_possible_is_accepted(settings: dict[str, Any]) -> None:
+    verification = Verification(**settings)
+    assert {name: getattr(verification, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize("ban_after", [1, 5, 1000])
+def test_a_run_that_only_reports_bans_nobody(ban_after: int) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Response(on_flag="log", ban_after=ban_after)
+    message = str(caught.value)
+    assert "on_flag='log'" in message and f"ban_after={ban_after}" in message
+    assert "Set ban_after=None" in message
+
+
+def test_that_contradiction_is_named_even_where_ban_after_was_left_out() -> None:
+    with pytest.raises(ConfigurationError, match="ban_after=5"):
+        Response(on_flag="log")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"on_flag": "log", "ban_after": None}, {"ban_after": None}, {"ban_after": 1}],
+    ids=str,
+)
+def test_responses_that_work(settings: dict[str, Any]) -> None:
+    response = Response(**settings)
+    assert {name: getattr(response, name) for name in settings} == settings
+
+
+def test_the_defaults_are_the_published_decays_and_a_rate_of_one_percent() -> None:
+    assert dataclasses.asdict(Verification()) == {
+        "method": "sentinel",
+        "warmup_steps": 100,
+        "window": 512,
+        "false_positive_rate": 0.01,
+        "beta_activation": 0.9,
+        "beta_gradient": 0.8,
+        "projections": 16,
+        "seed": 0,
+    }
+    assert Response() == Response(on_flag="exclude", ban_after=5)
+
+
+def test_settings_are_public_and_do_not_change() -> None:
+    assert (ls.Verification, ls.Response) == (Verification, Response)
+    for settings, name in ((Verification(), "window"), (Response(), "ban_after")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(settings, name, 9)
+
+
+def test_a_valid_setting_cannot_be_replaced_by_an_invalid_one() -> None:
+    with pytest.raises(ConfigurationError, match=r"Verification\.window=3"):
+        dataclasses.replace(Verification(), window=3)

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+import lightning_sentinel as ls
+from lightning_sentinel.compat import register_refusals
+from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.mesh import Mesh, Worker
+
+
+@pytest.fixture(autouse=True)
+def _ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Trainer writes its rank into Lightning's globals."""
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for guard in (rank_zero_only, fabric_rank_zero_only):
+        monkeypatch.setattr(guard, "rank", getattr(guard, "rank", 0), raising=False)
+
+
+def trainer(strategy: Any, devices: int, **options: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(strategy=strategy, accelerator="cpu", devices=devices, **quiet, **options)
+
+
+class TestArguments:
+    @pytest.mark.parametrize("micro_batches", [0, -3])
+    def test_micro_batches(self, micro_batches: int) -> None:
+        with pytest.raises(ConfigurationError, match=rf"micro_batches={micro_batches} cannot work: .*at least one"):
+            ls.SentinelStrategy(micro_batches=micro_batches)
+
+    @pytest.mark.parametrize("partition", ["params", "", "type", "Uniform"])
+    def test_partition(self, partition: str) -> None:
+        with pytest.raises(ConfigurationError, match=rf"partition={partition!r} is unknown\. Use 'parameters', 'uniform'"):
+            ls.SentinelStrategy(partition=partition)
+
+    @pytest.mark.parametrize("partition", ["parameters", "uniform", "type:Linear|Conv"])
+    def test_known_partitions(self, partition: str) -> None:
+        ls.SentinelStrategy(partition=partition)
+
+    def test_transport(self) -> None:
+        with pytest.raises(ConfigurationError, match=r"transport='hots'.*'auto'"):
+            ls.SentinelStrategy(transport="hots")  # type: ignore[arg-type]
+
+    def test_nothing_has_happened_yet(self) -> None:
+        strategy = ls.SentinelStrategy()
+        assert strategy.detections == []
+        assert strategy.ledger.banned == frozenset()
+        assert strategy.table is None
+        assert strategy.adversary is None
+        assert strategy.step == 0
+
+    def test_defaults_are_not_shared(self) -> None:
+        first, second = ls.SentinelStrategy(), ls.SentinelStrategy()
+        assert first.ledger is not second.ledger
+        assert first.detections is not second.detections
+
+
+class TestMesh:
+    @pytest.mark.parametrize(
+        ("devices", "given", "mesh"),
+        [
+            (1, {}, Mesh(1, 1)),
+            (4, {}, Mesh(2, 2)),
+            (6, {}, Mesh(3, 2)),
+            (7, {}, Mesh(7, 1)),
+            (4, {"stages": 4}, Mesh(4, 1)),
+            (4, {"replicas": 4}, Mesh(1, 4)),
+            (6, {"stages": 2}, Mesh(2, 3)),
+            (6, {"stages": 3, "replicas": 2}, Mesh(3, 2)),
+        ],
+        ids=str,
+    )
+    def test_known_once_the_trainer_is_made(self, devices: int, given: dict[str, int], mesh: Mesh) -> None:
+        strategy = ls.SentinelStrategy(**given)  # type: ignore[arg-type]
+        assert trainer(strategy, devices).strategy is strategy
+        assert strategy.mesh == mesh
+        assert strategy.worker == Worker(0, 0)
+
+    def test_over_nodes(self) -> None:
+        strategy = ls.SentinelStrategy()
+        trainer(strategy, 3, num_nodes=2)
+        assert strategy.mesh == Mesh(3, 2)
+
+    @pytest.mark.parametrize(
+        ("devices", "given", "parts"),
+        [
+            (4, {"stages": 3}, ["stages=3", "4 processes", "devices=...", "[1, 2, 4]"]),
+            (4, {"replicas": 3}, ["replicas=3", "4 processes", "[1, 2, 4]"]),
+            (8, {"stages": 2, "replicas": 2}, ["stages=2 x replicas=2", "8", "Trainer(devices=4)"]),
+        ],
+        ids=str,
+    )
+    def test_an_impossible_one_is_reported_when_the_trainer_is_made(
+        self, devices: int, given: dict[str, int], parts: list[str]
+    ) -> None:
+        with pytest.raises(ConfigurationError) as raised:
+            trainer(ls.SentinelStrategy(**given), devices)  # type: ignore[arg-type]
+        for part in parts:
+            assert part in str(raised.value)
+
+
+class TestPresets:
+    @pytest.mark.parametrize("name", ["sentinel", "sentinel_monitor"])
+    def test_registered(self, name: str) -> None:
+        assert name in StrategyRegistry.available_strategies()
+        strategy = trainer(name, 4).strategy
+        assert isinstance(strategy, ls.SentinelStrategy)
+        assert strategy.mesh == Mesh(2, 2)
+        assert strategy.verification == ls.Verification()
+
+    def test_what_they_do_about_a_flag(self) -> None:
+        responses = {name: StrategyRegistry.get(name)._response for name in ("sentinel", "sentinel_monitor")}
+        assert responses == {
+            "sentinel": ls.Response(on_flag="exclude"),
+            "sentinel_monitor": ls.Response(on_flag="log", ban_after=None),
+        }
+
+
+@pytest.mark.parametrize("rank", range(6))
+def test_samples_are_dealt_by_replica(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    strategy = ls.SentinelStrategy(stages=3, replicas=2)
+    trainer(strategy, 6)
+    assert strategy.distributed_sampler_kwargs == {"num_replicas": 2, "rank": rank % 2}
+    assert strategy.worker == Worker(rank // 2, rank % 2)
+    assert strategy.is_distributed
+    assert strategy.is_global_zero == (rank == 0)
+
+
+def test_a_checkpoint_of_another_strategy_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"was not written by SentinelStrategy.*load_from_checkpoint"):
+        ls.SentinelStrategy().load_optimizer_state_dict({"optimizer_states": [{}]})
+
+
+class TestTheOtherPackage:
+    @pytest.fixture
+    def other(self) -> Iterator[ModuleType]:
+        package = importlib.import_module("pytorch_lightning")
+        registry = importlib.import_module("pytorch_lightning.strategies").StrategyRegistry
+        before = dict(registry)
+        yield package
+        registry.clear()
+        registry.update(before)
+
+    def test_refused_in_words(self, other: ModuleType) -> None:
+        register_refusals(["sentinel", "sentinel_monitor"])
+        register_refusals(["sentinel"])
+        for name in ("sentinel", "sentinel_monitor"):
+            with pytest.raises(ConfigurationError) as raised:
+                other.Trainer(strategy=name, accelerator="cpu", devices=2)
+            message = str(raised.value)
+            assert re.search(r"plugin of the package `lightning`", message)
+            assert "comes from `pytorch_lightning`" in message
+            assert "import lightning as L" in message
+
+    def test_lightning_itself_is_not_affected(self, other: ModuleType) -> None:
+        register_refusals(["sentinel"])
+        assert isinstance(trainer("sentinel", 4).strategy, ls.SentinelStrategy)

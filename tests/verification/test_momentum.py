@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_sentinel.verification.momentum import Contribution, Momentum
+
+CHANNELS = 3
+CPU = torch.device("cpu")
+
+
+def contribution_of(means: list[Tensor], weights: list[float] | None = None) -> Contribution:
+    step = Contribution.empty(0, CHANNELS, CPU)
+    for mean, weight in zip(means, weights or [1.0] * len(means)):
+        step.add(mean, torch.tensor(weight))
+    return step
+
+
+def means_of(lengths: list[int], seed: int) -> list[Tensor]:
+    rng = np.random.default_rng(seed)
+    return [torch.from_numpy(rng.normal(1.0, 2.0, size=(length, CHANNELS)).astype("float32")) for length in lengths]
+
+
+class PlainEMA:
+    """Position by position in numpy float64: a position starts at its first mean, and rests while nobody sends it."""
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self.rows: dict[int, np.ndarray] = {}
+
+    def update(self, means: list[Tensor]) -> None:
+        for t in range(max(map(len, means), default=0)):
+            mean = np.mean([mean[t].double().numpy() for mean in means if len(mean) > t], axis=0)
+            self.rows[t] = self.beta * self.rows[t] + (1 - self.beta) * mean if t in self.rows else mean
+
+    @property
+    def value(self) -> np.ndarray:
+        return np.stack([self.rows[t] for t in sorted(self.rows)])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.8, 0.9, 0.99])
+def test_an_exponential_moving_average(beta: float) -> None:
+    momentum, plain = Momentum(beta), PlainEMA(beta)
+    for step in range(60):
+        means = means_of([4, 4, 4], seed=step)
+        momentum.update(contribution_of(means))
+        plain.update(means)
+    np.testing.assert_allclose(momentum.value.numpy(), plain.value, rtol=1e-4, atol=1e-5)
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 6), min_size=0, max_size=4), min_size=1, max_size=12).filter(lambda all_: any(all_)),
+    beta=st.sampled_from([0.0, 0.5, 0.9]),
+)
+def test_every_position_has_a_history_of_its_own(lengths: list[list[int]], beta: float) -> None:
+    momentum, plain = Momentum(beta), PlainEMA(beta)
+    for step, of_step in enumerate(lengths):
+        means = means_of(of_step, seed=step)
+        momentum.update(contribution_of(means))
+        plain.update(means)
+    assert momentum.value is not None
+    np.testing.assert_allclose(momentum.value.numpy(), plain.value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_position_that_nobody_sent_keeps_its_value() -> None:
+    momentum = Momentum(beta=0.5)
+    momentum.update(contribution_of([torch.full((3, CHANNELS), 8.0)]))
+    for _ in range(3):
+        momentum.update(contribution_of([torch.zeros(1, CHANNELS)]))
+    assert momentum.value[:, 0].tolist() == [1.0, 8.0, 8.0]
+
+
+def test_a_step_without_honest_signals_changes_nothing() -> None:
+    momentum = Momentum(beta=0.5)
+    momentum.update(contribution_of(means_of([3], seed=0)))
+    before = momentum.value.clone()
+    momentum.update(contribution_of(means_of([3, 3], seed=1), weights=[0.0, 0.0]))
+    assert torch.equal(momentum.value, before)
+
+
+def test_the_first_honest_mean_is_the_start_even_if_earlier_steps_had_none() -> None:
+    momentum = Momentum(beta=0.9)
+    mean = means_of([3], seed=2)[0]
+    momentum.update(contribution_of([mean], weights=[0.0]))
+    momentum.update(contribution_of([mean]))
+    assert torch.equal(momentum.value, mean)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 6])
+def test_the_sum_over_replicas_is_the_whole(replicas: int) -> None:
+    lengths = [5, 2, 4, 1, 3, 5]
+    means, positions = means_of(lengths, seed=3), max(lengths)
+    whole = contribution_of(means)
+    vectors = [contribution_of(means[replica::replicas]).padded(positions).flat() for replica in range(replicas)]
+    assert {vector.shape for vector in vectors} == {(positions * CHANNELS + positions,)}
+    summed = Contribution.from_flat(torch.stack(vectors).sum(dim=0), positions)
+    np.testing.assert_allclose(summed.total.numpy(), whole.total.numpy(), rtol=1e-5, atol=1e-5)
+    assert summed.count.tolist() == whole.count.tolist() == [sum(length > t for length in lengths) for t in range(positions)]
+
+
+def test_flat_and_back() -> None:
+    step = contribution_of(means_of([4, 2], seed=4))
+    back = Contribution.from_flat(step.flat(), 4)
+    assert torch.equal(back.total, step.total) and torch.equal(back.count, step.count)
+
+
+@pytest.mark.parametrize("positions", [1, 4, 7])
+def test_padding_adds_positions_of_no_weight(positions: int) -> None:
+    step = contribution_of(means_of([4], seed=5))
+    padded = step.padded(positions)
+    assert len(padded.total) == len(padded.count) == max(4, positions)
+    assert torch.equal(padded.total[:4], step.total) and torch.equal(padded.count[:4], step.count)
+    assert not padded.total[4:].any() and not padded.count[4:].any()
+
+
+def test_contributions_of_different_lengths_add_up() -> None:
+    short, long = (contribution_of(means_of([length], seed=length)) for length in (2, 5))
+    for added in (short + long, long + short):
+        expected = long.total.numpy().copy()
+        expected[:2] += short.total.numpy()
+        np.testing.assert_allclose(added.total.numpy(), expected, rtol=1e-6)
+        assert added.count.tolist() == [2, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_has_no_weight_does_not_poison(value: float) -> None:
+    honest = means_of([4], seed=6)[0]
+    bad = honest.clone()
+    bad[1, 2] = value
+    step = contribution_of([bad, honest, bad], weights=[0.0, 1.0, 0.0])
+    assert torch.equal(step.total, honest)
+    assert step.count.tolist() == [1] * 4
+    momentum = Momentum(beta=0.9)
+    momentum.update(contribution_of([bad], weights=[0.0]))
+    momentum.update(step)
+    assert torch.equal(momentum.value, honest)
+
+
+def test_boolean_weights_count_like_numbers() -> None:
+    step, mean = Contribution.empty(2, CHANNELS, CPU), torch.ones(2, CHANNELS)
+    for weight in (True, False, True):
+        step.add(mean, torch.tensor(weight))
+    assert step.count.tolist() == [2, 2] and step.total.unique().tolist() == [2]
+
+
+def test_updating_keeps_the_callers_tensors() -> None:
+    mean = means_of([3], seed=7)[0]
+    untouched = mean.clone()
+    momentum = Momentum(beta=0.5)
+    for _ in range(3):
+        momentum.update(contribution_of([mean, mean]))
+    assert torch.equal(mean, untouched)
+
+
+def test_state_goes_on_where_it_was_left() -> None:
+    momentum, restored = Momentum(beta=0.9), Momentum(beta=0.9)
+    assert momentum.state_dict() == {}
+    restored.load_state_dict({})
+    assert restored.value is None
+    for step in range(3):
+        momentum.update(contribution_of(means_of([4, 2], seed=step)))
+    restored.load_state_dict(momentum.state_dict())
+    for step in range(3, 6):
+        for one in (momentum, restored):
+            one.update(contribution_of(means_of([5], seed=step)))
+    assert torch.equal(momentum.value, restored.value) and torch.equal(momentum.seen, restored.seen)
+
+
+def test_memory_does_not_grow_with_steps() -> None:
+    momentum = Momentum(beta=0.9)
+    for step in range(300):
+        momentum.update(contribution_of(means_of([1 + step % 5], seed=step)))
+    held = [value for value in vars(momentum).values() if isinstance(value, Tensor)]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 5 * CHANNELS * 4 + 5

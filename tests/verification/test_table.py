@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.verification import COLUMNS, SignalTable
+from lightning_sentinel.verification.features import FEATURES
+from lightning_sentinel.verification.table import signal_row
+
+
+def test_a_row_is_in_the_order_of_the_columns() -> None:
+    row = signal_row(
+        torch.arange(float(len(FEATURES))),
+        torch.tensor(7.5),
+        torch.tensor(2),
+        torch.tensor(True),
+        torch.tensor(False),
+        positions=11,
+    )
+    assert row.dtype == torch.float32
+    assert dict(zip(COLUMNS, row.tolist())) == {
+        **{name: float(index) for index, name in enumerate(FEATURES)},
+        "score": 7.5,
+        "worst": 2.0,
+        "flagged": 1.0,
+        "tainted": 0.0,
+        "positions": 11.0,
+    }
+
+
+def test_columns_are_read_by_name() -> None:
+    rows = torch.rand(4, 3, 2, len(COLUMNS), generator=torch.Generator().manual_seed(0))
+    for name in ("flagged", "tainted"):
+        rows[..., COLUMNS.index(name)] = (rows[..., COLUMNS.index(name)] > 0.5).float()
+    table = SignalTable(rows)
+    for index, name in enumerate(COLUMNS):
+        np.testing.assert_array_equal(table.column(name).numpy(), rows.numpy()[..., index])
+    np.testing.assert_array_equal(table.features.numpy(), rows.numpy()[..., : len(FEATURES)])
+    assert table.flagged.dtype == table.tainted.dtype == torch.bool
+    np.testing.assert_array_equal(table.flagged.numpy(), rows.numpy()[..., COLUMNS.index("flagged")] == 1)
+
+
+def test_a_workers_score_is_the_highest_that_could_be_verified() -> None:
+    mesh = Mesh(stages=3, replicas=2)
+    rows = torch.rand(4, 2, 3, len(COLUMNS), generator=torch.Generator().manual_seed(1))
+    tainted = rows[..., COLUMNS.index("tainted")]
+    tainted.fill_(0)
+    tainted[2, 1, 0] = 1
+    tainted[1, 0] = 1
+    expected = np.full((3, 2, 2), math.nan, dtype="float32")
+    for index, (sender, direction) in enumerate([(0, 0), (1, 0), (1, 1), (2, 1)]):
+        for replica in range(2):
+            scores = [rows[index, replica, m, COLUMNS.index("score")].item() for m in range(3) if not tainted[index, replica, m]]
+            expected[sender, replica, direction] = max(scores, default=math.nan)
+    assert np.isnan(expected).sum() == 2 * 2 + 1
+    np.testing.assert_array_equal(SignalTable(rows).worker_scores(mesh).numpy(), expected)
+
+
+def test_a_mesh_of_one_stage_has_no_scores() -> None:
+    table = SignalTable(torch.empty(0, 2, 3, len(COLUMNS)))
+    assert table.worker_scores(Mesh(1, 2)).isnan().all()
