@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -72,12 +75,17 @@ def loss_seen_by(watcher: Roster, error: BaseException = LOST) -> WorkerLostErro
     return raised.value
 
 
-def ended_process(rank: int, store: dist.Store) -> None:
-    """Let ``rank`` be a process that has ended."""
-    child = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
-    child.wait()
-    host, _ = dist.PrefixStore("sentinel", store).get("process/0").decode().rsplit(" ", 1)
-    dist.PrefixStore("sentinel", store).set(f"process/{rank}", f"{host} {child.pid}")
+def all_met(store: dist.Store, ended: int, host: str | None = None, *, wait: bool = True) -> tuple[Roster, subprocess.Popen[bytes]]:
+    """Rank 0, which has met the others; the process of rank ``ended`` ends right after."""
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    rosters = [roster(rank, store) for rank in range(MESH.size)]
+    dist.PrefixStore("sentinel", store).set(f"process/{ended}", f"{host or socket.gethostname()} {child.pid}")
+    rosters[0].meet()
+    assert child.stdin is not None
+    child.stdin.close()
+    if wait:
+        child.wait()
+    return rosters[0], child
 
 
 class TestRoster:
@@ -142,22 +150,39 @@ class TestRoster:
         roster(0, store).report_failure(WorkerLostError("lost", rank=2))
         assert "failed with" not in str(loss_seen_by(roster(1, store)))
 
-    def test_a_process_that_has_ended_is_named(self, store: dist.Store) -> None:
-        watcher = roster(0, store)
-        roster(1, store)
-        ended_process(3, store)
-        error = loss_seen_by(watcher, WorkerLostError("Rank 1 does not answer", rank=1))
+    @pytest.mark.parametrize("suspect", [None, 1])
+    def test_a_process_that_has_ended_is_named(self, store: dist.Store, suspect: int | None) -> None:
+        watcher, _ = all_met(store, ended=3)
+        error = loss_seen_by(watcher, LOST if suspect is None else WorkerLostError("Rank 1 does not answer", rank=suspect))
         assert "rank 3, worker (stage 1, replica 1)," in str(error)
         assert "rank 1," not in str(error)
         assert error.rank == 3
 
+    def test_as_long_as_it_runs_it_is_not(self, store: dist.Store) -> None:
+        watcher, *_ = (roster(rank, store) for rank in range(MESH.size))
+        watcher.meet()
+        assert loss_seen_by(watcher).rank is None
+
+    def test_a_zombie_is_named(self, store: dist.Store) -> None:
+        watcher, child = all_met(store, ended=2, wait=False)
+        # Ended and not yet waited for.
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
+        assert loss_seen_by(watcher).rank == 2
+        child.wait()
+
     def test_of_other_hosts_nothing_is_known(self, store: dist.Store) -> None:
+        watcher, _ = all_met(store, ended=3, host="elsewhere.example")
+        assert loss_seen_by(watcher).rank is None
+
+    def test_of_processes_it_has_not_met_nothing_is_known(self, store: dist.Store) -> None:
         watcher = roster(0, store)
-        dist.PrefixStore("sentinel", store).set("process/3", "elsewhere.example 999999999")
-        assert "rank 3" not in str(loss_seen_by(watcher))
+        dist.PrefixStore("sentinel", store).set("process/3", f"{socket.gethostname()} 999999999")
+        assert loss_seen_by(watcher).rank is None
 
     def test_without_a_store_the_neighbour_is_named(self) -> None:
         watcher = roster(0, None)
+        watcher.meet()
         watcher.report_failure(ValueError("nobody can read this"))
         error = loss_seen_by(watcher, WorkerLostError("Rank 1 does not answer", rank=1))
         assert "rank 1, worker (stage 0, replica 1)," in str(error)

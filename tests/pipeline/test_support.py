@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -8,9 +9,10 @@ import torch
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision, Precision
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.pipeline.support import refuse_unsupported, require_one_optimizer
+from lightning_sentinel.pipeline.support import refuse_unsupported, require_optimizer, requiring_one_optimizer
 
 
 class Module(L.LightningModule):
@@ -67,26 +69,45 @@ def test_precision(precision: Precision) -> None:
 
 
 class TestOptimizers:
-    def test_one(self) -> None:
-        module = Module()
-        require_one_optimizer(module, [torch.optim.SGD(module.parameters())])
+    """Through Lightning's own reading of ``configure_optimizers``."""
 
-    @pytest.mark.parametrize("count", [0, 2])
-    def test_none_and_two(self, count: int) -> None:
+    @staticmethod
+    def made(monkeypatch: pytest.MonkeyPatch, configure: Callable[[L.LightningModule], Any]) -> tuple[Module, list[Optimizer]]:
         module = Module()
-        optimizers = [torch.optim.SGD(module.parameters()) for _ in range(count)]
-        with pytest.raises(ConfigurationError, match=rf"Module\.configure_optimizers returned {count} optimizers;.*exactly one"):
-            require_one_optimizer(module, optimizers)
+        monkeypatch.setattr(module, "configure_optimizers", lambda: configure(module))
+        module.trainer = run = trainer()
+        run.strategy.connect(module)
+        run.strategy._lightning_module = module
+        return module, _init_optimizers_and_lr_schedulers(module)[0]
+
+    @pytest.mark.parametrize("listed", [False, True])
+    def test_one(self, monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
+        def configure(module: L.LightningModule) -> Any:
+            optimizer = torch.optim.SGD(module.parameters())
+            return [optimizer] if listed else optimizer
+
+        with requiring_one_optimizer(Module()):
+            module, optimizers = self.made(monkeypatch, configure)
+        require_optimizer(module, optimizers)
+
+    def test_two(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with (
+            pytest.raises(
+                ConfigurationError, match=r"Module\.configure_optimizers returned more than one.*several parameter groups"
+            ),
+            requiring_one_optimizer(Module()),
+        ):
+            self.made(monkeypatch, lambda module: [torch.optim.SGD(module.parameters()) for _ in range(2)])
 
     @pytest.mark.filterwarnings("ignore:.*configure_optimizers.*returned .None.")
-    def test_what_lightning_makes_of_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """``configure_optimizers`` that returns ``None`` reaches the strategy as a mock, which steps nothing."""
-        module = Module()
-        monkeypatch.setattr(module, "configure_optimizers", lambda: None)
-        run = trainer()
-        run.strategy.connect(module)
-        module.trainer = run
-        run.strategy._lightning_module = module
-        optimizers, _ = _init_optimizers_and_lr_schedulers(module)
-        with pytest.raises(ConfigurationError, match="exactly one"):
-            require_one_optimizer(module, optimizers)
+    def test_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module, optimizers = self.made(monkeypatch, lambda _: None)
+        for made in (optimizers, []):
+            with pytest.raises(ConfigurationError, match=r"Module\.configure_optimizers returned no optimizer.*Return a"):
+                require_optimizer(module, made)
+
+    @pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("multiple optimizers")], ids=repr)
+    def test_other_errors_pass(self, error: Exception) -> None:
+        with pytest.raises(type(error)) as raised, requiring_one_optimizer(Module()):
+            raise error
+        assert raised.value is error

@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+# Rebuilt when what is to be installed has changed; each target does the whole set-up itself.
+.venv/.ok: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.PHONY: setup demo test test-gpu lint clean
+
+setup: .venv/.ok  ## create .venv with everything
+
+demo: .venv/.ok  ## six processes, one malicious: about three minutes on two cores
+	$(BIN)/python examples/shakespeare/demo.py
+
+test: .venv/.ok  ## the whole suite, doctests included
+	$(BIN)/python -m pytest
+
+test-gpu: .venv/.ok  ## only the tests that need a GPU
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu
+
+lint: .venv/.ok  ## style, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv .torch_extensions
