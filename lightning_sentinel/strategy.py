@@ -18,7 +18,6 @@ import torch
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -257,7 +256,8 @@ class SentinelStrategy(ProcessStrategy):
                 listener.on_sentinel_detection(trainer, module, detection)
         for worker in banned:
             left = self.mesh.replicas - len({banned.replica for banned in self.ledger.banned})
-            rank_zero_info(
+            # Unlike a log record this goes above the progress bar, not into it.
+            module.print(  # type: ignore[union-attr]
                 f"Banned {worker} at step {self.step}: flagged in {self._response.ban_after} steps in a row. Its pipeline is left"
                 f" out; {left} of {self.mesh.replicas} go on."
             )

@@ -95,7 +95,13 @@ def train(name: str, attacked: bool, protected: bool) -> Outcome:
     outcome = Outcome(name, before[0], bits_per_byte(model), time.monotonic() - started)
     if protected:
         ledger = ours.ledger
-        outcome.caught = ", ".join(f"{worker} at step {step}" for worker, step in sorted(ledger.banned_at.items())) or "nobody"
+        outcome.caught = (
+            ", ".join(
+                f"stage {worker.stage}, replica {worker.replica} at step {step}"
+                for worker, step in sorted(ledger.banned_at.items())
+            )
+            or "nobody"
+        )
         outcome.precision = _percent(ls.metrics.DetectionPrecision(STAGES, REPLICAS), ledger)
         outcome.recall = _percent(ls.metrics.DetectionRecall(STAGES, REPLICAS), ledger)
     return outcome
@@ -129,8 +135,9 @@ def report(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         numbers = (f"{outcome.before:.2f}", f"{outcome.after:.2f}")
         table.add_row(outcome.name, *numbers, outcome.caught, outcome.precision, outcome.recall, f"{outcome.seconds:.0f}")
-    Console().print(table)
-    Console().print("Scores and detections of every run: runs/demo/")
+    console = Console(width=110)
+    console.print(table)
+    console.print("Scores and detections of every run: runs/demo/")
 
 
 def main() -> None:

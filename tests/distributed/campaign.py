@@ -1,9 +1,14 @@
-"""One honest warm-up, then a run for each attack that goes on from it: how the detection tests and their clean run are made."""
+"""One honest warm-up, then a run for each attack that goes on from it: how the detection tests and their clean run are made.
+
+``python -m tests.distributed.campaign`` prints the table of docs/verification.md.
+"""
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,11 @@ from lightning_sentinel.models import llama
 from tests.distributed.tasks import PATIENCE, trainer
 
 STAGES, REPLICAS, MICRO_BATCHES, WARMUP = 3, 3, 4, 60
+X10 = {"name": "scale", "factor": 10.0}
+ACTIVATION_ATTACKS: dict[str, Any] = {"zeros": "zeros", "sign": "sign", "scale -1": "scale", "random": "random", "x10": X10}
+GRADIENT_ATTACKS: dict[str, Any] = {"zeros": "zeros", "ones": "ones", "random": "random", "x10": X10}
+UNSEEN_GRADIENT_ATTACKS: dict[str, Any] = {"scale -1": "scale", "sign": "sign"}
+"""What a distance to the momentum cannot see, because the momentum of gradients is nearly zero."""
 GUILTY = ls.Worker(1, 2)
 LENGTH = 32
 
@@ -82,8 +92,6 @@ def run(directory: str, attacks: dict[str, tuple[str, Any]], method: str, steps:
         attacks: name to (direction, attack); the clean run is added as ``"clean"``.
         steps: after the warm-up.
     """
-    import os
-
     replica = int(os.environ["LOCAL_RANK"]) % REPLICAS
     warm = Path(directory) / "warm.ckpt"
     first = trainer(strategy(method), STAGES * REPLICAS, WARMUP)
@@ -105,3 +113,45 @@ def run(directory: str, attacks: dict[str, tuple[str, Any]], method: str, steps:
             "loss": loss,
         }
     return results
+
+
+def table(method: str, seeds: int, steps: int) -> str:
+    """All attacks over several seeds, as a Markdown table."""
+    from tests.distributed import world
+
+    attacks = {f"activation {name}": ("activation", attack) for name, attack in ACTIVATION_ATTACKS.items()}
+    gradients = GRADIENT_ATTACKS | UNSEEN_GRADIENT_ATTACKS
+    attacks |= {f"gradient {name}": ("gradient", attack) for name, attack in gradients.items()}
+    world.start_server()
+    results = []
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as directory:
+            results.append(world.run(run, STAGES * REPLICAS, directory, attacks, method, steps, seed, timeout=1200)[0])
+    lines = [
+        "| attack | caught | steps to the ban | others banned | honest signals flagged | loss / clean |",
+        "|---|---|---|---|---|---|",
+    ]
+    signals = (STAGES - 1) * 2 * REPLICAS * MICRO_BATCHES * steps
+    for name in ("clean", *attacks):
+        rows = [(result[name], result["clean"]) for result in results]
+        bans = [dict(row["banned"]) for row, _ in rows]
+        caught = [ban[GUILTY] - WARMUP + 1 for ban in bans if GUILTY in ban]
+        others = sum(len(set(ban) - {GUILTY}) for ban in bans)
+        honest = [sum(n for worker, n in row["flags"].items() if worker != GUILTY or name == "clean") for row, _ in rows]
+        ratios = " ".join(f"{row['loss'] / clean['loss']:.3f}" for row, clean in rows)
+        found = "" if name == "clean" else f"{len(caught)} of {seeds}"
+        delay = f"{sum(caught) / len(caught):.1f}" if caught else ""
+        lines.append(f"| {name} | {found} | {delay} | {others} | {sum(honest) / seeds / signals:.1%} | {ratios} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--method", default="sentinel", choices=["sentinel", "paper"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    chosen = parser.parse_args()
+    # Ranks import this module by its name, so what they are to run must be found under it, not under __main__.
+    from tests.distributed.campaign import table as print_me
+
+    print(print_me(chosen.method, chosen.seeds, chosen.steps))

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.distributed import campaign, world
 
-ATTACKS: dict[str, dict[str, Any]] = {
-    "activation": {
-        "zeros": "zeros",
-        "sign": "sign",
-        "scale -1": "scale",
-        "random": "random",
-        "x10": {"name": "scale", "factor": 10.0},
-    },
-    "gradient": {"zeros": "zeros", "ones": "ones", "random": "random", "x10": {"name": "scale", "factor": 10.0}},
-}
+ATTACKS = {"activation": campaign.ACTIVATION_ATTACKS, "gradient": campaign.GRADIENT_ATTACKS}
 
 
 @pytest.mark.timeout(150)

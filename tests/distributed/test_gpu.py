@@ -30,7 +30,10 @@ def fit_on_gpu(stages: int, replicas: int, steps: int, devices: Any) -> dict[str
         limit_val_batches=0,
     )
     run.fit(module, tasks.loader(6, replicas))
-    return {"weights": {name: value.cpu() for name, value in tasks.local_weights(module).items()}, "device": str(strategy.root_device)}
+    return {
+        "weights": {name: value.cpu() for name, value in tasks.local_weights(module).items()},
+        "device": str(strategy.root_device),
+    }
 
 
 def test_one_worker_on_a_gpu_gives_the_weights_of_the_cpu() -> None:

@@ -68,6 +68,14 @@ class TestReduction:
         assert recorder.schema.names == sorted(REDUCED)
         assert recorder.schema.reduce(recorder.vector()[None]) == {}
 
+    @pytest.mark.parametrize(("how", "value"), [("max", -7.0), ("min", 7.0)])
+    def test_what_is_left_out_is_not_taken_for_zero(self, how: str, value: float) -> None:
+        recorder = LogRecorder(Module())
+        for counts in (NO, YES, NO):
+            recorder.begin(2, counts)
+            recorder.log("value", value, reduce_fx=how)
+        assert recorder.schema.reduce(recorder.vector()[None]) == {"value": (value, 2.0)}
+
     def test_ranks_that_logged_nothing_weigh_nothing(self) -> None:
         recorder = LogRecorder(Module())
         recorder.begin(4, YES)
