@@ -1,0 +1,68 @@
+"""The command, as far as one process shows it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lightning_sentinel as ls
+from lightning_sentinel import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, "--print_config"])
+    assert ended.value.code in (0, None)
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_the_examples_config_is_read_with_its_settings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = printed_config(capsys, "fit", "--config", "examples/shakespeare/config.yaml", "--trainer.max_steps", "7")
+    trainer = config["trainer"]
+    assert trainer["max_steps"] == 7
+    assert trainer["strategy"]["class_path"] == "lightning_sentinel.SentinelStrategy"
+    assert trainer["strategy"]["init_args"]["verification"]["warmup_steps"] == 60
+    # What is not said has the default.
+    assert trainer["strategy"]["init_args"]["response"] == {"on_flag": "exclude", "ban_after": ls.Response().ban_after}
+
+
+@pytest.mark.parametrize("preset", ["sentinel", "sentinel_monitor"])
+def test_a_preset_is_named_in_yaml(preset: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"trainer: {{strategy: {preset}, accelerator: cpu, devices: 4}}\n")
+    config = printed_config(capsys, "fit", "--model", "lightning.pytorch.demos.boring_classes.BoringModel", "--config", str(file))
+    assert config["trainer"]["strategy"] == preset
+
+
+def test_the_help_of_the_strategy_explains_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--trainer.strategy.help", "lightning_sentinel.SentinelStrategy"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "how many micro-batches a replica's batch is dealt into" in text
+    assert "--trainer.strategy.verification.help" in text
+
+
+def test_a_setting_that_cannot_work_is_named() -> None:
+    model = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
+    strategy = "--trainer.strategy=lightning_sentinel.SentinelStrategy"
+    # jsonargparse reports it as one of the types that it tried.
+    with pytest.raises(ValueError, match=r"false_positive_rate=2.0 cannot work: it must be a rate between 0 and 1"):
+        cli.main(["fit", model, strategy, "--trainer.strategy.verification.false_positive_rate=2"])
+
+
+def test_without_its_extra_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(SystemExit, match=r"needs the package 'jsonargparse'.*pip install 'lightning-sentinel\[cli\]'"):
+        cli.main(["fit"])
+
+
+def test_the_throughput_benchmark_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["benchmark", "throughput", "--help"])
+    assert "--workload.width" in capsys.readouterr().out
