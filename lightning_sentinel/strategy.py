@@ -105,6 +105,8 @@ class SentinelStrategy(ProcessStrategy):
             raise ConfigurationError(
                 f"partition={partition!r} is unknown. Use 'parameters', 'uniform', or 'type:REGEX' for a class name."
             )
+        if transport not in ("auto", "device", "host"):
+            raise ConfigurationError(f"transport={transport!r} is unknown. Use 'auto', 'device' or 'host'.")
         self._stages, self._replicas, self._micro_batches = stages, replicas, micro_batches
         self._verification, self._response = verification, response
         self._partition, self._sequential = partition, sequential
@@ -124,6 +126,10 @@ class SentinelStrategy(ProcessStrategy):
         self._stage_model: StageModel | None = None
         self._randomness: SeparateRandomness | None = None
         self._last_loss = math.nan
+
+    def __repr__(self) -> str:
+        # `pytorch_lightning` shows it when it refuses a strategy that is not its own.
+        return f"<{type(self).__name__}, for the package `lightning` and not for `pytorch_lightning`>"
 
     # ------------------------------------------------------------------------------------------------------------ the mesh
 

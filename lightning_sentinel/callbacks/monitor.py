@@ -26,7 +26,8 @@ class SentinelMonitor(L.Callback):
 
     To every logger go ``sentinel/anomaly_score``, the highest score of the batch (1 is the fence), the same by sender and direction
     as ``sentinel/anomaly_score/stage{s}/{activation|gradient}``, and the running totals ``sentinel/flags``, ``sentinel/banned`` and
-    ``sentinel/audits``. Detections go to ``<log_dir>/sentinel/detections.jsonl``, one JSON object a line.
+    ``sentinel/audits``. Detections go to ``<log_dir>/sentinel/detections.jsonl``, one JSON object a line,
+    if the Trainer has a logger.
 
     Attributes:
         anomaly_score: mean scores of the run so far; ``anomaly_score.plot()`` draws them over the mesh.
@@ -46,7 +47,9 @@ class SentinelMonitor(L.Callback):
         mesh = _strategy(trainer).mesh
         self.anomaly_score = AnomalyScore(mesh.stages, mesh.replicas)
         directory = trainer.log_dir  # asks rank zero, so every rank has to ask
-        self._file = Path(directory) / "sentinel" / "detections.jsonl" if directory and trainer.is_global_zero else None
+        # Without a logger it is the working directory, where nobody asked for files.
+        writes = trainer.is_global_zero and bool(trainer.loggers) and directory is not None
+        self._file = Path(str(directory)) / "sentinel" / "detections.jsonl" if writes else None
 
     @override
     def on_train_batch_end(

@@ -132,7 +132,11 @@ def merge_optimizer_states(
             state.setdefault(number[name], {})[key] = tensor
         for name, key, value in plain["numbers"]:
             state.setdefault(number[name], {})[key] = value
-    param_groups = [{**option, "params": [number[name] for name in group]} for option, group in zip(options, groups)]
+    param_groups = []
+    for option, group in zip(options, groups):
+        # Made from named_parameters() a group lists the names of its parameters, and each stage's only its own.
+        named = {"param_names": group} if "param_names" in option else {}
+        param_groups.append({**option, **named, "params": [number[name] for name in group]})
     return {"state": dict(sorted(state.items())), "param_groups": param_groups}, groups
 
 
@@ -164,5 +168,6 @@ def own_optimizer_state(
             entry = saved["state"].get(number[names[id(parameter)]])
             if entry is not None:
                 state[index] = entry
-        param_groups.append({**saved_group, "params": list(indices)})
+        named = {"param_names": group["param_names"]} if "param_names" in group else {}
+        param_groups.append({**saved_group, **named, "params": list(indices)})
     return {"state": state, "param_groups": param_groups}

@@ -15,7 +15,7 @@ import torch
 
 from lightning_sentinel.errors import ConfigurationError, UnsupportedVersionError
 
-__all__ = ["check_private_names", "prepare"]
+__all__ = ["check_engine", "check_private_names", "prepare"]
 
 _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.pipe.engine": {
@@ -33,6 +33,9 @@ _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.ops": {"__compatible_ops__": ()},
 }
 """Module -> class or variable -> members."""
+
+_ENGINE_ATTRIBUTES = ("_running_engine_backward",)
+"""Set by DeepSpeed's constructor, so that only an instance can tell."""
 
 
 def prepare(device: torch.device, timeout: timedelta) -> None:
@@ -69,8 +72,6 @@ def check_private_names() -> None:
     """Raise ``UnsupportedVersionError`` if the installed DeepSpeed lacks a private name that the engine builds on."""
     from importlib import import_module
 
-    import deepspeed
-
     missing = []
     for module_name, owners in _PRIVATE_NAMES.items():
         module = import_module(module_name)
@@ -80,7 +81,18 @@ def check_private_names() -> None:
             else:
                 found = getattr(module, owner)
                 missing += [f"{module_name}.{owner}.{member}" for member in members if not hasattr(found, member)]
+    _refuse_without(missing)
+
+
+def check_engine(engine: object) -> None:
+    """Raise ``UnsupportedVersionError`` if an engine lacks a private attribute that ours sets."""
+    _refuse_without([f"{type(engine).__name__}.{name}" for name in _ENGINE_ATTRIBUTES if not hasattr(engine, name)])
+
+
+def _refuse_without(missing: list[str]) -> None:
     if missing:
+        import deepspeed
+
         raise UnsupportedVersionError(
             f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, on which lightning-sentinel builds. Install a version"
             " that has, such as deepspeed==0.19.8, and report the newer one."

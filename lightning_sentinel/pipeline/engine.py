@@ -24,6 +24,7 @@ from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline import schedule
+from lightning_sentinel.pipeline.deepspeed_setup import check_engine
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.guard import Guard
 from lightning_sentinel.pipeline.partition import StageModel
@@ -45,7 +46,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         transport: sends and receives signals.
         guard: verifies what is received; ``None`` for a plain pipeline.
         clip_norm: clip the norm of all stages' gradients to this; 0 does not clip.
-        zero_stage: 0 or 1.
         forward_context: entered around every forward pass, for mixed precision.
     """
 
@@ -57,7 +57,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         transport: Transport,
         guard: Guard | None,
         clip_norm: float = 0.0,
-        zero_stage: int = 0,
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         pipeline = stage_model.pipeline
@@ -66,8 +65,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip_norm,
-            "zero_optimization": {"stage": zero_stage},
-            "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
         }
         groups = list(optimizer.param_groups) if optimizer is not None else []
@@ -79,7 +76,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             config=config,
             config_class=DeepSpeedConfig(config, pipeline.mpu()),
         )
-        if optimizer is not None and zero_stage == 0:
+        check_engine(self)
+        if optimizer is not None:
             # DeepSpeed drops parameter groups that are empty on this stage, and a learning-rate scheduler would then pair its rates
             # with the wrong groups.
             optimizer.param_groups[:] = groups

@@ -96,15 +96,19 @@ class Guard:
         Raises:
             MeshExhaustedError: on all ranks, if no complete pipeline is left.
         """
+        self._require_a_pipeline(step)
         verdict = judge(table, self._mesh, self.live, step, exclude=self.excludes)
         banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified)
-        if banned and not self.live.any():
-            raise MeshExhaustedError(
-                f"Every pipeline has a banned worker after step {step}: {', '.join(map(str, sorted(self.ledger.banned)))}."
-                f" The run cannot go on with {self._mesh.replicas} replica(s). Use more replicas, or"
-                " strategy='sentinel_monitor', which reports and bans nobody."
-            )
+        self._require_a_pipeline(step)
         return verdict, banned
+
+    def _require_a_pipeline(self, step: int) -> None:
+        if not self.live.any():
+            raise MeshExhaustedError(
+                f"Every pipeline has a banned worker at step {step}: {', '.join(map(str, sorted(self.ledger.banned)))}. The run"
+                f" cannot go on with {self._mesh.replicas} replica(s). Use more replicas, or strategy='sentinel_monitor', which"
+                " reports and bans nobody."
+            )
 
     def learn(self, table: SignalTable, verdict: StepVerdict, sum_over_replicas: Callable[[Tensor], Tensor]) -> None:
         """Let the verifiers take in the honest signals of the step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -42,10 +43,23 @@ class PipelineLayers:
         return list(self.module.state_dict())
 
     def keep_only(self, start: int, stop: int) -> None:
-        """Replace the layers outside ``[start, stop)`` by ``nn.Identity``: other stages own them, and the keys of the rest stay."""
-        for index, name in enumerate(self.names):
-            if not start <= index < stop:
-                self.module.set_submodule(name, nn.Identity())
+        """Replace the layers outside ``[start, stop)`` by ``nn.Identity``: other stages own them, and the keys of the rest stay.
+
+        Other names that the module has for them go as well, or this stage would still hold, step and save their parameters.
+        """
+        owned = {id(part) for layer in self.layers[start:stop] for part in layer.modules()}
+        for index, (name, layer) in enumerate(zip(self.names, self.layers)):
+            if start <= index < stop:
+                continue
+            gone = {id(part) for part in layer.modules()} - owned
+            aliases = [alias for alias, part in self.module.named_modules(remove_duplicate=False) if id(part) in gone]
+            for alias in (name, *aliases):
+                if not any(alias.startswith(f"{kept}.") or alias == kept for kept in self.names[start:stop]):
+                    self._drop(alias)
+
+    def _drop(self, name: str) -> None:
+        with contextlib.suppress(AttributeError):  # a part of something that was dropped before
+            self.module.set_submodule(name, nn.Identity())
 
 
 def find_layers(module: L.LightningModule, sequential: str | None = None) -> PipelineLayers:
@@ -93,7 +107,9 @@ def _from_hook(module: L.LightningModule) -> PipelineLayers:
                 " would be missing from checkpoints. Assign it in __init__ and return it from there."
             )
         names.append(names_of[id(layer)])
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(
+        {name for name, layer in zip(names, layers) if names.count(name) > 1 and any(True for _ in layer.parameters())}
+    )
     if repeated:
         raise PipelineModelError(f"{where} returned {repeated} more than once; layers that share weights must be one layer.")
     return PipelineLayers(module, module, layers, tuple(names))
@@ -121,8 +137,9 @@ def _from_sequential(module: L.LightningModule, sequential: str | None) -> Pipel
         raise PipelineModelError(f"{kind} {what}, so it is not clear where to cut it into stages. {remedy}")
     else:
         sequential, entry = next(iter(candidates.items()))
-    names = tuple(f"{sequential}.{name}" for name, _ in entry.named_children())
-    return PipelineLayers(module, entry, tuple(entry.children()), names)
+    # Not children(), which leave out a layer that occurs a second time, such as one activation used twice.
+    layers = tuple(entry)
+    return PipelineLayers(module, entry, layers, tuple(f"{sequential}.{name}" for name in entry._modules))
 
 
 def _check_parameters(found: PipelineLayers) -> None:

@@ -23,7 +23,7 @@ from lightning_sentinel.mesh import Mesh
 
 __all__ = ["Roster", "connect", "is_lost_connection"]
 
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?out|socket|broken pipe", re.IGNORECASE)
+_LOST = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset|refused)|timed? ?out|socket|broken pipe", re.IGNORECASE)
 _store: Store | None = None
 
 
@@ -86,20 +86,22 @@ class Roster:
         """Write down that this rank ends with an error, so that its peers can say why."""
         if not isinstance(error, WorkerLostError):
             first_line = (str(error).splitlines() or [""])[0]
-            self._note(f"{self._describe(self._rank)} failed with {type(error).__name__}: {first_line}")
+            self._note(self._rank, f"{self._describe(self._rank)} failed with {type(error).__name__}: {first_line}")
 
     def _named(self, suspect: int | None) -> WorkerLostError:
         gone = [rank for rank in range(self._mesh.size) if rank != self._rank and self._is_gone(rank)]
         gone = gone or ([suspect] if suspect is not None else [])
         if gone:
             lost = ", ".join(self._describe(rank) for rank in gone)
-            note = self._note(f"{lost} did not answer within {self._timeout}, or its process ended")
+            rank: int | None
+            rank, text = self._note(gone[0], f"{lost} did not answer within {self._timeout}, or its process ended")
         else:
-            note = self._read() or f"a worker did not answer within {self._timeout}, or its process ended"
+            note: tuple[int | None, str] | None = self._read()
+            rank, text = note or (None, f"a worker did not answer within {self._timeout}, or its process ended")
         return WorkerLostError(
-            f"The run cannot go on: {note}. Start it again from the last checkpoint; a larger SentinelStrategy(timeout=...) helps"
+            f"The run cannot go on: {text}. Start it again from the last checkpoint; a larger SentinelStrategy(timeout=...) helps"
             " if the worker was only slow.",
-            rank=gone[0] if gone else None,
+            rank=rank,
         )
 
     def _describe(self, rank: int) -> str:
@@ -115,17 +117,24 @@ class Roster:
         except psutil.NoSuchProcess:
             return True
 
-    def _note(self, text: str) -> str:
-        """Write a note unless there is one, and return the one that stands: the first is nearest to the cause."""
+    def _note(self, rank: int, text: str) -> tuple[int, str]:
+        """Write a note on ``rank`` unless there is one, and return the one that stands: the first is nearest to the cause."""
         try:
-            return text if self._store is None else self._store.compare_set("failure", "", text).decode()
+            if self._store is not None:
+                return _parsed(self._store.compare_set("failure", "", f"{rank} {text}"))
         except RuntimeError:
-            return text
+            pass  # the store went with its host
+        return rank, text
 
-    def _read(self) -> str | None:
+    def _read(self) -> tuple[int, str] | None:
         try:
             if self._store is not None and self._store.check(["failure"]):
-                return self._store.get("failure").decode()
+                return _parsed(self._store.get("failure"))
         except RuntimeError:
             pass
         return None
+
+
+def _parsed(note: bytes) -> tuple[int, str]:
+    rank, text = note.decode().split(" ", 1)
+    return int(rank), text

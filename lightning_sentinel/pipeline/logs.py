@@ -12,6 +12,7 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any, cast
 
 import lightning as L
@@ -23,6 +24,7 @@ from lightning_sentinel.errors import PipelineModelError
 
 __all__ = ["LogRecorder", "LogSchema", "replay", "silence_misleading_warnings"]
 
+_BEHIND_REDUCE_FX = ("enable_graph", "sync_dist", "sync_dist_group", "add_dataloader_idx", "batch_size", "metric_attribute")
 _REDUCTIONS = ("mean", "sum", "max", "min")
 # Passed on to Lightning as they are; the others are either meaningless after the reduction or set by the replay.
 _PASSED_ON = ("prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx")
@@ -96,16 +98,27 @@ class LogRecorder:
         """The next calls come from a micro-batch of ``samples`` samples; ``counts`` (0-dim bool) is false if it is tainted."""
         self.samples, self.counts = samples, counts
 
-    def log(self, name: str, value: Any, **options: Any) -> None:
-        """The signature of ``LightningModule.log``."""
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: Any = "mean",
+        *others: Any,
+        **options: Any,
+    ) -> None:
+        """The signature of ``LightningModule.log``, which takes its first options by position as well."""
+        options |= {"prog_bar": prog_bar or None, "logger": logger, "on_step": on_step, "on_epoch": on_epoch}
+        options |= dict(zip(_BEHIND_REDUCE_FX, others))
         entry = {key: options[key] for key in _PASSED_ON if options.get(key) is not None}
         metric = self._attribute_of(name, value, options) if isinstance(value, Metric) else None
-        self._entries[name] = {"reduce_fx": _reduction(name, options.get("reduce_fx", "mean")), "metric": metric} | {
-            "options": entry
-        }
+        self._entries[name] = {"reduce_fx": _reduction(name, reduce_fx), "metric": metric} | {"options": entry}
         if metric is not None:
             return
-        if not isinstance(value, (Tensor, int, float)) or (isinstance(value, Tensor) and value.numel() != 1):
+        if not isinstance(value, (Tensor, Number)) or (isinstance(value, Tensor) and value.numel() != 1):
             raise PipelineModelError(
                 f"self.log({name!r}, {value!r}): in a pipeline a logged value is a number, a tensor with one element or a"
                 " torchmetrics Metric. Log its elements under names of their own, or use self.log_dict."

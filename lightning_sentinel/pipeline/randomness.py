@@ -51,6 +51,9 @@ class SeparateRandomness:
         random.seed(seed + replica)
         np.random.seed((seed + replica) % 2**32)
         torch.manual_seed(seed + replica)
+        if torch.cuda.is_available():
+            # Loaders draw on the host, so a GPU's generator serves the computation alone.
+            torch.cuda.manual_seed_all((seed + 7919 * (rank + 1)) % 2**63)
 
     @contextmanager
     def of_computation(self) -> Iterator[None]:

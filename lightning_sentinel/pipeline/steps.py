@@ -14,8 +14,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from lightning_sentinel.pipeline.logs import LogRecorder
@@ -69,12 +69,10 @@ class MicroBatches:
     def __getitem__(self, index: int) -> Any:
         start, size = sum(self.sizes[:index]), self.sizes[index]
 
-        def part(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == self._samples:
-                return leaf[start : start + size]
-            return leaf
+        def part(leaf: Tensor) -> Tensor:
+            return leaf[start : start + size] if leaf.ndim and leaf.shape[0] == self._samples else leaf
 
-        return tree_map(part, self._batch)
+        return apply_to_collection(self._batch, Tensor, part)
 
 
 class StepRunner:

@@ -50,14 +50,16 @@ def shouting(workers: Collection[Worker]) -> Tamper:
 class Pipelines:
     """A mesh driven by hand: what a stage sends follows from what it went on with.
 
-    A guard of its own for each replica if ``apart``, as in real processes, else one that holds all boundaries.
+    A guard of its own for each replica if ``apart``, as in real processes, else one that holds all boundaries. Each replica's
+    sequences are ``longer`` positions longer than those of the one before.
     """
 
-    def __init__(self, response: Response | None = None, *, window: int = 512, apart: bool = False) -> None:
+    def __init__(self, response: Response | None = None, *, window: int = 512, apart: bool = False, longer: int = 0) -> None:
         self.response = response or Response(ban_after=None)
         self.generator = torch.Generator().manual_seed(0)
         verification = Verification(warmup_steps=WARMUP, window=window)
-        self.pattern = 2 * torch.randn(POSITIONS, CHANNELS, generator=torch.Generator().manual_seed(99))
+        self.longer = longer
+        self.pattern = 2 * torch.randn(POSITIONS + longer * (REPLICAS - 1), CHANNELS, generator=torch.Generator().manual_seed(99))
         self.ledgers = [Ledger(self.response.ban_after) for _ in range(REPLICAS if apart else 1)]
         self.guards = [
             Guard(MESH, MESH.boundaries, verification, self.response, ledger, torch.device("cpu")) for ledger in self.ledgers
@@ -73,19 +75,20 @@ class Pipelines:
     def of(self, replica: int) -> Guard:
         return self.guards[replica % len(self.guards)]
 
-    def noise(self) -> Tensor:
-        return torch.randn(SAMPLES, POSITIONS, CHANNELS, generator=self.generator)
+    def noise(self, replica: int = 0) -> Tensor:
+        return torch.randn(SAMPLES, POSITIONS + self.longer * replica, CHANNELS, generator=self.generator)
 
     def run_pipeline(self, replica: int, micro_batch: int, tamper: Tamper) -> None:
         guard, taint = self.of(replica), self.of(replica).initial_taint(replica)
-        signal = self.noise()
+        signal = self.noise(replica)
+        pattern = self.pattern[: signal.shape[1]]
         for index in range(STAGES - 1):
-            sent = tamper(Worker(index, replica), A, 0.3 * signal + self.pattern * (index + 1) + 0.5 * self.noise())
+            sent = tamper(Worker(index, replica), A, 0.3 * signal + pattern * (index + 1) + 0.5 * self.noise(replica))
             signal, taint = guard.receive(Boundary(index, A), replica, micro_batch, sent, taint)
             self.went_on_with[Boundary(index, A), replica, micro_batch] = signal
-        signal = 0.01 * signal + 0.1 * self.noise()
+        signal = 0.01 * signal + 0.1 * self.noise(replica)
         for index in reversed(range(STAGES - 1)):
-            sent = tamper(Worker(index + 1, replica), G, 0.5 * signal + 0.1 * self.noise())
+            sent = tamper(Worker(index + 1, replica), G, 0.5 * signal + 0.1 * self.noise(replica))
             signal, taint = guard.receive(Boundary(index, G), replica, micro_batch, sent, taint)
             self.went_on_with[Boundary(index, G), replica, micro_batch] = signal
 
@@ -250,6 +253,27 @@ def test_the_momentum_takes_in_the_mean_of_the_honest_signals() -> None:
     torch.testing.assert_close(pipelines.guard.verifiers[Boundary(0, A)].momentum.value.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_cleared_signals_enter_the_momentum_in_the_same_step() -> None:
+    pipelines, verifier = Pipelines().run(WARMUP + 6), lambda: pipelines.guard.verifiers[Boundary(0, A)]
+    pipelines.pattern = 1.5 * pipelines.pattern
+    before, means = verifier().momentum.value.clone(), torch.zeros(REPLICAS, MICRO_BATCHES, POSITIONS, CHANNELS)
+    sent = [0] * REPLICAS
+
+    def listen(worker: Worker, direction: Direction, signal: Tensor) -> Tensor:
+        if worker.stage == 0:
+            if worker.replica == 1:
+                signal = 100 * signal
+            means[worker.replica, sent[worker.replica]] = signal.mean(dim=0)
+            sent[worker.replica] += 1
+        return signal
+
+    verdict, _ = pipelines.step(listen)
+    assert verdict.suspects == {Worker(0, 1)}
+    assert verdict.cleared[0, [0, 2]].all() and not verdict.cleared[0, 1].any()
+    expected = 0.9 * before + 0.1 * means[[0, 2]].mean(dim=(0, 1))
+    torch.testing.assert_close(verifier().momentum.value, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_change_of_the_training_is_learned() -> None:
     pipelines = Pipelines().run(WARMUP + 6)
     pipelines.pattern = 1.5 * pipelines.pattern
@@ -263,8 +287,9 @@ def test_a_change_of_the_training_is_learned() -> None:
     assert (target - pipelines.pattern).norm() < 0.2 * pipelines.pattern.norm()
 
 
-def test_guards_of_separate_processes_know_the_same() -> None:
-    apart, whole, attack = Pipelines(apart=True), Pipelines(), broken({Worker(1, 1)}, G)
+@pytest.mark.parametrize("longer", [0, 2], ids=["equal lengths", "different lengths"])
+def test_guards_of_separate_processes_know_the_same(longer: int) -> None:
+    apart, whole, attack = Pipelines(apart=True, longer=longer), Pipelines(longer=longer), broken({Worker(1, 1)}, G)
     for step in range(WARMUP + 6):
         for pipelines in (apart, whole):
             pipelines.step(attack if step % 3 == 2 else honest)
