@@ -125,7 +125,10 @@ class Mesh:
                 f"{name}={given} does not divide the {world_size} processes of this run. Set Trainer(devices=...) to a"
                 f" multiple of {given}, or choose {name} from {[n for n in range(1, world_size + 1) if world_size % n == 0]}."
             )
-        mesh = cls(stages or world_size // given, replicas or world_size // given)
+        mesh = cls(
+            world_size // given if stages is None else stages,
+            world_size // given if replicas is None else replicas,
+        )
         if mesh.size != world_size:
             raise ConfigurationError(
                 f"stages={stages} x replicas={replicas} needs {mesh.size} processes, but this run has {world_size}. Set"

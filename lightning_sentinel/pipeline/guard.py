@@ -121,18 +121,22 @@ class Guard:
         order = {boundary: index for index, boundary in enumerate(self._mesh.boundaries)}
         for boundary, verifier in self.verifiers.items():
             index = order[boundary]
-            positions = int(table.column("positions")[index].max())
             standing = (table.flagged & ~verdict.cleared)[index].any(dim=1)
             cleared = (verdict.cleared[index].any(dim=1) & ~standing).nonzero().flatten().tolist()
-            contributions[boundary] = verifier.contribution(cleared).padded(positions)
-        if not contributions:
-            return
-        vectors = [contribution.flat() for contribution in contributions.values()]
-        summed = sum_over_replicas(torch.cat(vectors)).split([len(vector) for vector in vectors])
-        for (boundary, mine), vector in zip(contributions.items(), summed):
+            mine = verifier.contribution(cleared)
+            if verdict.honest[index].any():
+                # As long as the longest honest signal of any replica; what a tainted one had beyond it is not to be remembered.
+                positions = table.column("positions")[index][verdict.honest[index]].max()
+                contributions[boundary] = mine.resized(int(positions))
+        summed: dict[Boundary, Contribution] = {}
+        if contributions:
+            vectors = [contribution.flat() for contribution in contributions.values()]
+            parts = sum_over_replicas(torch.cat(vectors)).split([len(vector) for vector in vectors])
+            for (boundary, mine), part in zip(contributions.items(), parts):
+                summed[boundary] = Contribution.from_flat(part, len(mine.count))
+        for boundary, verifier in self.verifiers.items():
             index = order[boundary]
-            features = table.features[index][verdict.honest[index]]
-            self.verifiers[boundary].learn(Contribution.from_flat(vector, len(mine.count)), features)
+            verifier.learn(summed.get(boundary), table.features[index][verdict.honest[index]])
 
     def state_dict(self) -> dict[str, Tensor]:
         """State of the verifiers that this process holds, keyed by boundary."""

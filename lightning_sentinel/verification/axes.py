@@ -69,6 +69,6 @@ def spread_over(reference: Tensor, signal: Tensor) -> Tensor:
     reference = reference[: tokens.shape[1]].to(signal.dtype)
     if signal.ndim > 3:
         reference = reference.T.unflatten(1, signal.shape[2:])
-    elif signal.ndim == 2:
+    elif signal.ndim <= 2:
         reference = reference[0]
     return reference.expand_as(signal)

@@ -30,11 +30,11 @@ class Contribution:
     def empty(cls, positions: int, channels: int, device: torch.device) -> Contribution:
         return cls(torch.zeros(positions, channels, device=device), torch.zeros(positions, device=device))
 
-    def padded(self, positions: int) -> Contribution:
-        """The same sums over ``positions`` positions, the new ones with weight zero."""
+    def resized(self, positions: int) -> Contribution:
+        """The same sums over the first ``positions`` positions, new ones with weight zero."""
         missing = positions - self.total.shape[0]
         if missing <= 0:
-            return self
+            return Contribution(self.total[:positions], self.count[:positions])
         return Contribution(
             torch.nn.functional.pad(self.total, (0, 0, 0, missing)), torch.nn.functional.pad(self.count, (0, missing))
         )
@@ -43,14 +43,14 @@ class Contribution:
         """Add a batch mean ``(T, C)`` with a 0-dim weight; a weight of zero adds nothing, whatever the mean holds."""
         positions = mean.shape[0]
         if positions > self.total.shape[0]:
-            grown = self.padded(positions)
+            grown = self.resized(positions)
             self.total, self.count = grown.total, grown.count
         self.total[:positions] += torch.where(weight > 0, mean, 0.0)
         self.count[:positions] += weight
 
     def __add__(self, other: Contribution) -> Contribution:
         positions = max(self.total.shape[0], other.total.shape[0])
-        mine, theirs = self.padded(positions), other.padded(positions)
+        mine, theirs = self.resized(positions), other.resized(positions)
         return Contribution(mine.total + theirs.total, mine.count + theirs.count)
 
     def flat(self) -> Tensor:
@@ -93,7 +93,7 @@ class Momentum:
         if missing > 0:
             self.value = torch.nn.functional.pad(self.value, (0, 0, 0, missing))
             self.seen = torch.nn.functional.pad(self.seen, (0, missing))
-        step = step.padded(self.value.shape[0])
+        step = step.resized(self.value.shape[0])
         mean = step.total / step.count.clamp(min=1).unsqueeze(1)
         weight = torch.where(self.seen, 1 - self.beta, 1.0) * (step.count > 0)
         self.value = torch.lerp(self.value, mean, weight.unsqueeze(1))

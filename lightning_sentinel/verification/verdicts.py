@@ -99,14 +99,21 @@ def _cleared(table: SignalTable, live: Tensor) -> Tensor:
 
     Fewer than half of a stage's workers are malicious, so the *median* sender of a boundary is honest. When the training changes (a
     new learning rate, other data, or just progress since the window was filled) the median moves out as well, and signals no more
-    than twice as far out are cleared. One live sender has nobody to be compared with: what is just outside its fences is cleared,
-    or the fences could never follow a training that moves.
+    than twice as far out are cleared.
+
+    Senders that could not be verified, because an earlier stage tainted them or they are banned, count as honest: else malicious
+    ones could get a majority of those that are left. Where too few are left, and with a single replica, there is nobody to be
+    compared with: then what is just outside its fences is cleared, or the fences could never follow a training that moves.
     """
-    scores = torch.where(table.tainted, torch.nan, table.column("score"))
+    replicas = len(live)
+    scores = torch.where(table.tainted | ~live[:, None], torch.nan, table.column("score"))
     # By sender first: one that was verified more often than others must not outvote them.
-    senders = scores[:, live].nanmedian(dim=2).values
-    compared = (~senders.isnan()).sum(dim=1) > 1
-    limit = torch.where(compared, 2 * senders.nanmedian(dim=1).values, _ALONE)[:, None, None]
+    senders = scores.nanmedian(dim=2).values
+    rank = (~senders.isnan()).sum(dim=1) - replicas // 2
+    ordered = senders.nan_to_num(nan=torch.inf).sort(dim=1).values
+    reference = ordered.gather(1, (rank - 1).clamp(min=0)[:, None]).squeeze(1)
+    comparable = (rank >= 1) & (replicas > 1)
+    limit = torch.where(comparable, 2 * reference, _ALONE)[:, None, None]
     # A value that is not finite says nothing of a trend, and there is nothing to learn from it.
     finite = table.column("worst") >= 0
     return table.flagged & finite & (scores <= limit)

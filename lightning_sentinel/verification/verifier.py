@@ -76,7 +76,7 @@ class BoundaryVerifier:
         self.window = torch.empty(0, len(FEATURES))
         self.steps = 0
         # Each boundary has directions of its own: what leaks at one says nothing about another.
-        self._directions_seed = config.seed * 100_003 + boundary.index * 2 + gradient
+        self._directions_seed = (config.seed * 100_003 + boundary.index * 2 + gradient) % 2**63
         self._directions: Tensor | None = None
         self._kept: dict[int, _Kept] = {}
 
@@ -126,17 +126,18 @@ class BoundaryVerifier:
         parts = [mine.honest + mine.suspect if replica in cleared else mine.honest for replica, mine in sorted(kept.items())]
         return functools.reduce(Contribution.__add__, parts)
 
-    def learn(self, step: Contribution, features: Tensor) -> None:
+    def learn(self, step: Contribution | None, features: Tensor) -> None:
         """Take in one step.
 
         Args:
-            step: honest means, summed over replicas.
+            step: honest means, summed over replicas; ``None`` if no signal was honest.
             features: ``(N, F)`` on the host, features of the step's honest signals.
         """
         settled = self.steps >= min(_SETTLING_STEPS, self._config.warmup_steps // 2) and self.momentum.value is not None
         if settled and len(features):
             self.window = torch.cat((self.window, features))[-self._config.window :]
-        self.momentum.update(step)
+        if step is not None:
+            self.momentum.update(step)
         self.steps += 1
         if self.warmed_up:
             self._refit()

@@ -98,7 +98,7 @@ def test_the_sum_over_replicas_is_the_whole(replicas: int) -> None:
     lengths = [5, 2, 4, 1, 3, 5]
     means, positions = means_of(lengths, seed=3), max(lengths)
     whole = contribution_of(means)
-    vectors = [contribution_of(means[replica::replicas]).padded(positions).flat() for replica in range(replicas)]
+    vectors = [contribution_of(means[replica::replicas]).resized(positions).flat() for replica in range(replicas)]
     assert {vector.shape for vector in vectors} == {(positions * CHANNELS + positions,)}
     summed = Contribution.from_flat(torch.stack(vectors).sum(dim=0), positions)
     np.testing.assert_allclose(summed.total.numpy(), whole.total.numpy(), rtol=1e-5, atol=1e-5)
@@ -112,12 +112,12 @@ def test_flat_and_back() -> None:
 
 
 @pytest.mark.parametrize("positions", [1, 4, 7])
-def test_padding_adds_positions_of_no_weight(positions: int) -> None:
+def test_resizing_drops_positions_or_adds_some_of_no_weight(positions: int) -> None:
     step = contribution_of(means_of([4], seed=5))
-    padded = step.padded(positions)
-    assert len(padded.total) == len(padded.count) == max(4, positions)
-    assert torch.equal(padded.total[:4], step.total) and torch.equal(padded.count[:4], step.count)
-    assert not padded.total[4:].any() and not padded.count[4:].any()
+    resized, kept = step.resized(positions), min(4, positions)
+    assert len(resized.total) == len(resized.count) == positions
+    assert torch.equal(resized.total[:kept], step.total[:kept]) and torch.equal(resized.count[:kept], step.count[:kept])
+    assert not resized.total[4:].any() and not resized.count[4:].any()
 
 
 def test_contributions_of_different_lengths_add_up() -> None:

@@ -364,7 +364,8 @@ def clean_by_hand(step: Step) -> np.ndarray:
 
 
 def cleared_by_hand(step: Step) -> np.ndarray:
-    """Twice the median of the senders' medians, the lower one of two; 1.5 where fewer than two senders were verified."""
+    """Twice the score that an honest sender reaches even if as many as half of the stage lie: sort those that were verified, and
+    leave out half of *all* replicas from the top. 1.5 where nobody is left, or there is nobody else."""
     score, worst, flagged, tainted = (
         step.rows[..., COLUMNS.index(name)].numpy() for name in ("score", "worst", "flagged", "tainted")
     )
@@ -375,7 +376,9 @@ def cleared_by_hand(step: Step) -> np.ndarray:
             verified = score[index, replica][tainted[index, replica] == 0]
             if len(verified):
                 medians.append(sorted(verified)[(len(verified) - 1) // 2])
-        limit = 2 * sorted(medians)[(len(medians) - 1) // 2] if len(medians) > 1 else 1.5
+        replicas = len(step.live)
+        trusted = sorted(medians)[: len(medians) - replicas // 2] if len(medians) > replicas // 2 else []
+        limit = 2 * trusted[-1] if trusted and replicas > 1 else 1.5
         cleared[index] = (flagged[index] > 0) & (worst[index] >= 0) & (score[index] <= limit)
     return cleared
 
