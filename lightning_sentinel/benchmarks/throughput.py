@@ -1,7 +1,7 @@
 """What the strategy and its verification cost, against DeepSpeed's bare pipeline in the same run.
 
-The variants take turns, so that a machine that gets slower gets slower for all of them; each turn gives the mean time of its
-steps, and the ratios are between medians over turns.
+The variants take turns, in another order each round, so that a machine that gets slower gets slower for all of them. A turn gives
+the mean time of its steps; ratios are taken within a round, and their medians over rounds are reported.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Workload:
     micro_batch_size: int = 8
     micro_batches: int = 4
     steps: int = 12
-    rounds: int = 7
+    rounds: int = 9
 
 
 def throughput(workload: Workload = Workload(), output: Path | None = None) -> None:
@@ -76,12 +76,16 @@ def throughput(workload: Workload = Workload(), output: Path | None = None) -> N
         table.add_column(heading, justify="right" if heading else "left")
     tokens = workload.sequence_length * workload.micro_batch_size * workload.micro_batches * workload.replicas
     for name, median in medians.items():
-        against = [f"{median / medians[other]:.3f}" for other in ("bare DeepSpeed", "unverified")]
+        against = [f"{_ratio(times[name], times[other]):.3f}" for other in ("bare DeepSpeed", "unverified")]
         table.add_row(name, f"{1e3 * median:.1f}", f"{tokens / median:,.0f}", *against)
     Console().print(table)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({"workload": asdict(workload), "seconds": times, "medians": medians}, indent=2))
+
+
+def _ratio(times: list[float], others: list[float]) -> float:
+    return statistics.median(mine / theirs for mine, theirs in zip(times, others))
 
 
 def _measure(settings: dict[str, Any]) -> dict[str, list[float]]:
@@ -92,12 +96,18 @@ def _measure(settings: dict[str, Any]) -> dict[str, list[float]]:
     # The first turn of the strategy starts the process group that the bare pipeline needs as well.
     _lightning(workload, None)
     times: dict[str, list[float]] = {name: [] for name in _VARIANTS}
-    for _ in range(workload.rounds):
-        times["bare DeepSpeed"].append(_bare(workload))
-        times["unverified"].append(_lightning(workload, None))
-        # A short warm-up, so that fences are fitted and applied in the timed steps.
-        times["verified"].append(_lightning(workload, Verification(warmup_steps=2)))
+    for number in range(workload.rounds):
+        first = number % len(_VARIANTS)
+        for name in (*_VARIANTS[first:], *_VARIANTS[:first]):
+            times[name].append(_turn(name, workload))
     return times
+
+
+def _turn(name: str, workload: Workload) -> float:
+    if name == "bare DeepSpeed":
+        return _bare(workload)
+    # A short warm-up, so that fences are fitted and applied in the timed steps.
+    return _lightning(workload, Verification(warmup_steps=2) if name == "verified" else None)
 
 
 def _layers(workload: Workload) -> nn.Sequential:
