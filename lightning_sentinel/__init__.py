@@ -1,6 +1,6 @@
 """Verified pipeline parallelism for PyTorch Lightning.
 
-Importing the package registers the strategies ``sentinel`` and ``sentinel_monitor``.
+Importing the package registers the strategies ``sentinel``, ``sentinel_monitor`` and ``sentinel_virtual``.
 """
 
 import sys
@@ -37,6 +37,7 @@ __all__ = [
 
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "sentinel": ("verified pipeline: detects, excludes and bans", {}),
+    "sentinel_virtual": ("verified pipeline with the whole mesh in one process", {"engine": "virtual"}),
     "sentinel_monitor": (
         "verified pipeline that only reports",
         {"response": Response(on_flag="log", ban_after=None)},

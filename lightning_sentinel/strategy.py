@@ -43,9 +43,13 @@ from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.summary import print_mesh
 from lightning_sentinel.pipeline.support import refuse_unsupported, require_optimizer, requiring_one_optimizer
 from lightning_sentinel.pipeline.transport import Transport
+from lightning_sentinel.pipeline.virtual import VirtualEngine
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
 
 __all__ = ["SentinelStrategy"]
+
+_VIRTUAL_MESH = Mesh(stages=2, replicas=4)
+"""Where neither stages nor replicas are given."""
 
 _SECTION = "lightning_sentinel"
 """Our section of a checkpoint."""
@@ -64,6 +68,8 @@ class SentinelStrategy(ProcessStrategy):
         micro_batches: how many micro-batches a replica's batch is dealt into. More of them keep the stages busier.
         verification: how signals are verified; ``None`` is plain pipeline parallelism.
         response: what follows from a flag.
+        engine: ``"process"`` runs one worker a process; ``"virtual"`` the whole mesh in this one, of any size. Then the loader's
+            batch is the whole mesh's, and is dealt to the replicas as a distributed sampler would deal the samples.
         partition: how layers are dealt to stages: ``"parameters"``, ``"uniform"`` or ``"type:REGEX"``.
         sequential: name of the ``nn.Sequential`` to cut, if the module has several.
         activation_checkpointing: recompute activations in the backward pass instead of keeping them.
@@ -92,13 +98,16 @@ class SentinelStrategy(ProcessStrategy):
         verification: Verification | None = Verification(),  # noqa: B008 - frozen
         response: Response = Response(),  # noqa: B008 - frozen
         partition: str = "parameters",
+        engine: Literal["process", "virtual"] = "process",
         sequential: str | None = None,
         activation_checkpointing: bool = False,
         transport: Literal["auto", "device", "host"] = "auto",
         timeout: timedelta = timedelta(minutes=5),
         **kwargs: Any,
     ) -> None:
-        super().__init__(timeout=timeout, **kwargs)
+        if engine not in ("process", "virtual"):
+            raise ConfigurationError(f"engine={engine!r} is unknown. Use 'process' or 'virtual'.")
+        super().__init__(timeout=timeout, virtual=engine == "virtual", **kwargs)
         if micro_batches < 1:
             raise ConfigurationError(f"micro_batches={micro_batches} cannot work: a batch is at least one micro-batch.")
         if partition not in ("parameters", "uniform") and not partition.startswith("type:"):
@@ -136,6 +145,11 @@ class SentinelStrategy(ProcessStrategy):
     @property
     def mesh(self) -> Mesh:
         """Who serves what; known once the Trainer has been made."""
+        if self._virtual:
+            return Mesh(
+                _VIRTUAL_MESH.stages if self._stages is None else self._stages,
+                _VIRTUAL_MESH.replicas if self._replicas is None else self._replicas,
+            )
         return Mesh.for_world(self.world_size, self._stages, self._replicas)
 
     @property
@@ -144,8 +158,8 @@ class SentinelStrategy(ProcessStrategy):
         return self.mesh.worker(self.global_rank)
 
     @property
-    def _is_last_stage(self) -> bool:
-        return self.worker.stage == self.mesh.stages - 1
+    def _has_last_stage(self) -> bool:
+        return self._virtual or self.worker.stage == self.mesh.stages - 1
 
     @property
     def verification(self) -> Verification | None:
@@ -154,12 +168,19 @@ class SentinelStrategy(ProcessStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """All stages of a pipeline see the same samples."""
+        """All stages of a pipeline see the same samples; a virtual mesh takes them all."""
+        if self._virtual:
+            return {"num_replicas": 1, "rank": 0}
         return {"num_replicas": self.mesh.replicas, "rank": self.worker.replica}
 
     @override
     def _configure_launcher(self) -> None:
         self.mesh  # noqa: B018 - an impossible mesh is reported here, before any process is started
+        if self._virtual and self.world_size > 1:
+            raise ConfigurationError(
+                f"A virtual mesh is in one process, but the Trainer has {self.world_size}. Use Trainer(devices=1), or"
+                " engine='process'."
+            )
         super()._configure_launcher()
 
     # --------------------------------------------------------------------------------------------------------------- set-up
@@ -173,23 +194,23 @@ class SentinelStrategy(ProcessStrategy):
         self._roster = Roster(self.mesh, self.global_rank, self._store, self._timeout)
         with self._roster.watching():
             self._roster.meet()
-            prepare(self.root_device, self._timeout)
+            prepare(self.root_device, None if self._virtual else self._timeout)
         if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
             # What was found is logged without being asked for, as Lightning adds a progress bar without being asked for one.
             trainer.callbacks.append(SentinelMonitor())  # type: ignore[attr-defined]
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
-        # Imported here, because DeepSpeed must not be imported before its accelerator is known.
-        from lightning_sentinel.pipeline.engine import SentinelEngine
-
         assert self.accelerator is not None and self.lightning_module is not None and self._roster is not None
         module = self.lightning_module
         self.accelerator.setup(trainer)
         with self._roster.watching():
-            self._stage_model = model = cut(module, self.mesh, self._partition, self._sequential, self._activation_checkpointing)
-            stage = self.worker.stage
-            model.layers.keep_only(model.parts[stage], model.parts[stage + 1])
+            self._stage_model = model = cut(
+                module, self.mesh, self._partition, self._sequential, self._activation_checkpointing, self._virtual
+            )
+            if not self._virtual:
+                stage = self.worker.stage
+                model.layers.keep_only(model.parts[stage], model.parts[stage + 1])
             self.model = self.precision_plugin.convert_module(module)
             self.model_to_device()
             fitting = trainer.state.fn == TrainerFn.FITTING
@@ -198,15 +219,7 @@ class SentinelStrategy(ProcessStrategy):
                     self.setup_optimizers(trainer)
                 require_optimizer(module, self.optimizers)
             self.setup_precision_plugin()
-            self._engine = SentinelEngine(
-                model,
-                self.optimizers[0] if fitting else None,
-                StepRunner(module, model.layers.entry),
-                Transport(self.root_device, self._transport),
-                self._make_guard(),
-                clip_norm=float(trainer.gradient_clip_val or 0.0),
-                forward_context=self.precision_plugin.forward_context,
-            )
+            self._engine = self._make_engine(model, self.optimizers[0] if fitting else None)
             self._engine.adversary = self.adversary
             self._randomness = SeparateRandomness(self._agree_on_seed(), self.global_rank, self.worker.replica)
         self._shares = CleanShares(self.mesh.stages)
@@ -214,11 +227,28 @@ class SentinelStrategy(ProcessStrategy):
         if fitting and self.is_global_zero:
             print_mesh(model)
 
+    def _make_engine(self, model: StageModel, optimizer: Optimizer | None) -> Engine:
+        # Imported here, because DeepSpeed must not be imported before its accelerator is known.
+        from lightning_sentinel.pipeline.engine import SentinelEngine
+
+        assert self.lightning_module is not None
+        steps, guard = StepRunner(self.lightning_module, model.layers.entry), self._make_guard()
+        clip_norm = float(self._trainer.gradient_clip_val or 0.0)
+        context = self.precision_plugin.forward_context
+        if self._virtual:
+            return VirtualEngine(model, optimizer, steps, guard, self.root_device, clip_norm, context)
+        transport = Transport(self.root_device, self._transport)
+        return SentinelEngine(model, optimizer, steps, transport, guard, clip_norm, context)
+
     def _make_guard(self) -> Guard | None:
         if self._verification is None:
             return None
-        received = [boundary for boundary in self.mesh.boundaries if boundary.receiver == self.worker.stage]
-        return Guard(self.mesh, received, self._verification, self._response, self.ledger, self.root_device)
+        mesh, replicas = self.mesh, range(self.mesh.replicas)
+        received = mesh.boundaries
+        if not self._virtual:
+            received = tuple(boundary for boundary in mesh.boundaries if boundary.receiver == self.worker.stage)
+            replicas = range(self.worker.replica, self.worker.replica + 1)
+        return Guard(mesh, received, replicas, self._verification, self._response, self.ledger, self.root_device)
 
     def _agree_on_seed(self) -> int:
         seed = base_seed()
@@ -235,7 +265,7 @@ class SentinelStrategy(ProcessStrategy):
             engine.hold_gradients()
             self._settle(outcome)
         assert self.lightning_module is not None
-        replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._is_last_stage)
+        replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._has_last_stage)
         self.step += 1
         if outcome.loss is not None:
             self._last_loss = outcome.loss
@@ -317,7 +347,7 @@ class SentinelStrategy(ProcessStrategy):
         with self._at_work():
             outcome = self._running_engine.evaluate(step, arguments, self._evaluation_micro_batches(arguments))
         assert self.lightning_module is not None
-        replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._is_last_stage)
+        replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._has_last_stage)
 
     def _evaluation_micro_batches(self, arguments: tuple[Any, ...]) -> int:
         return min(self._micro_batches, extract_batch_size(arguments[0]))

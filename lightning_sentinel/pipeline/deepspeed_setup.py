@@ -38,8 +38,12 @@ _ENGINE_ATTRIBUTES = ("_running_engine_backward",)
 """Set by DeepSpeed's constructor, so that only an instance can tell."""
 
 
-def prepare(device: torch.device, timeout: timedelta) -> None:
+def prepare(device: torch.device, timeout: timedelta | None) -> None:
     """Import DeepSpeed for a device and connect it to the running ``torch.distributed``.
+
+    Args:
+        device: what the Trainer uses.
+        timeout: of DeepSpeed's own waits; ``None`` if there is nobody to wait for.
 
     Raises:
         ConfigurationError: if DeepSpeed was imported before, for another accelerator.
@@ -63,6 +67,8 @@ def prepare(device: torch.device, timeout: timedelta) -> None:
     # On CPU DeepSpeed would compile a shared-memory op at start-up: a minute, a compiler, and a lock file that outlives a killed
     # run and blocks all later ones. The pipeline does not use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if timeout is None:
+        return
     deepspeed.init_distributed(
         dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=timeout
     )

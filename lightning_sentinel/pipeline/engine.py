@@ -26,10 +26,11 @@ from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
+from lightning_sentinel.pipeline.gradients import HeldGradients, scale_gradients
 from lightning_sentinel.pipeline.guard import Guard
 from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.predictions import share_predictions
-from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, loss_of
+from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
 from lightning_sentinel.pipeline.transport import Transport
 from lightning_sentinel.verification import COLUMNS, StepVerdict
 
@@ -93,7 +94,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._last_layer = stage_model.stage_layers(self.worker.stage)[-1]
         self._untainted = torch.tensor(False, device=self.device)
         self.pipe_buffers["taints"] = []
-        self._held_gradients: list[Tensor | None] | None = None
+        self._held = HeldGradients(list(self.module.parameters()))
         self._altered: Tensor | None = None
         self._received_gradient: Tensor | None = None
 
@@ -142,10 +143,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         nothing = torch.zeros(count, len(COLUMNS), device=self.device)
         incoming = {boundary.direction: boundary for boundary in self.guard.verifiers}
         return torch.stack(
-            [
-                self.guard.rows(incoming[direction], self.worker.replica, count) if direction in incoming else nothing
-                for direction in Direction
-            ]
+            [self.guard.take_rows(incoming[direction])[0] if direction in incoming else nothing for direction in Direction]
         )
 
     def _sum_over_replicas(self, vector: Tensor) -> Tensor:
@@ -155,22 +153,13 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------------- gradients and weights
 
     def hold_gradients(self) -> None:
-        parameters = list(self.module.parameters())
-        self._held_gradients = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
+        self._held.hold()
 
     def release_gradients(self) -> None:
-        if self._held_gradients is not None:
-            for parameter, gradient in zip(self.module.parameters(), self._held_gradients):
-                parameter.grad = gradient
-            self._held_gradients = None
+        self._held.release()
 
     def reduce_gradients(self, shares: list[float]) -> None:
-        share = shares[self.worker.stage]
-        if share != 1.0:
-            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            torch._foreach_mul_(gradients, 1.0 / share)
+        scale_gradients(list(self.module.parameters()), 1.0 / shares[self.worker.stage])
         self._exec_reduce_tied_grads()
         self._exec_reduce_grads()
 
@@ -196,7 +185,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         with self._forward_context():
             outputs = DeepSpeedEngine.forward(self, inputs)
         if not self.is_last_stage():
-            self.pipe_buffers["outputs"][buffer_id] = self._checked(outputs)
+            self.pipe_buffers["outputs"][buffer_id] = checked_signal(outputs, self._last_layer, self.stage_id)
             return
         counts = ~self.pipe_buffers["taints"][buffer_id] if self._excludes else ~self._untainted
         with self._forward_context():
@@ -242,12 +231,12 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.pipe_buffers["taints"][buffer_id] = tainted
 
     def _exec_verify_activation(self, buffer_id: int, micro_batch: int) -> None:
-        signal = self._verified(Direction.ACTIVATION, self.pipe_buffers["inputs"][buffer_id].detach(), buffer_id, micro_batch)
+        signal = self._verified(Direction.ACTIVATION, self.pipe_buffers["inputs"][buffer_id].detach(), buffer_id)
         self.pipe_buffers["inputs"][buffer_id] = signal.requires_grad_()
 
     def _exec_verify_gradient(self, buffer_id: int, micro_batch: int) -> None:
         signal = self.pipe_buffers["output_tensors"][buffer_id]
-        self.pipe_buffers["output_tensors"][buffer_id] = self._verified(Direction.GRADIENT, signal, buffer_id, micro_batch)
+        self.pipe_buffers["output_tensors"][buffer_id] = self._verified(Direction.GRADIENT, signal, buffer_id)
 
     def _exec_tamper_activation(self, buffer_id: int, micro_batch: int) -> None:
         self._tamper(Direction.ACTIVATION, self.pipe_buffers["inputs"][buffer_id], buffer_id, micro_batch)
@@ -265,24 +254,15 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         return (self._batches[micro_batch], *self._arguments[1:])
 
     def _initial_taint(self) -> Tensor:
-        return self._untainted if self.guard is None else self.guard.initial_taint(self.worker.replica)
+        return self._untainted if self.guard is None else self.guard.initial_taint()[0]
 
-    def _checked(self, outputs: Any) -> Tensor:
-        if isinstance(outputs, Tensor) and outputs.is_floating_point():
-            return outputs
-        what = f"a tensor of {outputs.dtype}" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise PipelineModelError(
-            f"Layer {self._last_layer}, the last of stage {self.stage_id}, returned {what}. Between stages travels one"
-            " floating-point tensor: let the layer return one (masks and positions can be computed again in each stage)."
-        )
-
-    def _verified(self, direction: Direction, signal: Tensor, buffer_id: int, micro_batch: int) -> Tensor:
+    def _verified(self, direction: Direction, signal: Tensor, buffer_id: int) -> Tensor:
         if self.guard is None:
             return signal
         boundary = Boundary(self.stage_id - (direction is Direction.ACTIVATION), direction)
         tainted = self.pipe_buffers["taints"][buffer_id]
-        signal, tainted = self.guard.receive(boundary, self.worker.replica, micro_batch, signal, tainted)
-        self.pipe_buffers["taints"][buffer_id] = tainted
+        signal, tainted = self.guard.receive(boundary, signal, tainted.view(1))
+        self.pipe_buffers["taints"][buffer_id] = tainted[0]
         return signal
 
     def _tamper(self, direction: Direction, received: Tensor | None, buffer_id: int, micro_batch: int) -> None:

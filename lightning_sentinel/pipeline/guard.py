@@ -7,7 +7,7 @@ by all ranks from the same table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
-from lightning_sentinel.verification import COLUMNS, BoundaryVerifier, Ledger, SignalTable, StepVerdict, judge
+from lightning_sentinel.verification import BoundaryVerifier, Ledger, SignalTable, StepVerdict, judge
 from lightning_sentinel.verification.momentum import Contribution
 
 __all__ = ["Guard"]
@@ -27,6 +27,7 @@ class Guard:
     Args:
         mesh: all workers.
         boundaries: the boundaries that this process receives from.
+        replicas: the replicas that it receives from, in the order of signals.
         verification: how signals are verified.
         response: what follows from a flag.
         ledger: flags and bans; the same on all ranks.
@@ -37,6 +38,7 @@ class Guard:
         self,
         mesh: Mesh,
         boundaries: Iterable[Boundary],
+        replicas: Sequence[int],
         verification: Verification,
         response: Response,
         ledger: Ledger,
@@ -47,7 +49,8 @@ class Guard:
         self._device = device
         self.ledger = ledger
         self.verifiers = {boundary: BoundaryVerifier(boundary, verification, device) for boundary in boundaries}
-        self._rows: dict[tuple[Boundary, int, int], Tensor] = {}
+        self._replicas = list(replicas)
+        self._rows: dict[Boundary, list[Tensor]] = {boundary: [] for boundary in self.verifiers}
 
     @property
     def excludes(self) -> bool:
@@ -60,32 +63,34 @@ class Guard:
         banned = {worker.replica for worker in self.ledger.banned}
         return torch.tensor([replica not in banned for replica in range(self._mesh.replicas)])
 
-    def initial_taint(self, replica: int) -> Tensor:
-        """The taint with which a replica's micro-batches start: 0-dim bool, false while its pipeline is live."""
-        return torch.tensor(not bool(self.live[replica]), device=self._device)
+    def initial_taint(self) -> Tensor:
+        """The taint with which micro-batches start, ``(replicas,)`` bool: false while a pipeline is live."""
+        return ~self.live[self._replicas].to(self._device)
 
-    def receive(self, boundary: Boundary, replica: int, micro_batch: int, signal: Tensor, tainted: Tensor) -> tuple[Tensor, Tensor]:
-        """Verify a signal.
+    def receive(self, boundary: Boundary, signals: Tensor, tainted: Tensor) -> tuple[Tensor, Tensor]:
+        """Verify what the neighbours sent; to be called in the order of micro-batches.
 
         Args:
-            signal: what the neighbour sent.
-            tainted: 0-dim bool, what the neighbour's own verifier had found before.
+            signals: ``(replicas * B, ...)``, of one micro-batch.
+            tainted: ``(replicas,)`` bool, what the neighbours' own verifiers had found before.
 
         Returns:
-            the signal to go on with, and the taint to pass on.
+            the signals to go on with, and the taint to pass on.
         """
         verifier = self.verifiers[boundary]
-        row, flagged = verifier.inspect(signal, tainted, replica)
-        self._rows[boundary, replica, micro_batch] = row
+        rows, flagged = verifier.inspect(signals, tainted)
+        self._rows[boundary].append(rows)
         tainted = tainted | flagged
         if self.excludes:
-            signal = torch.where(tainted, verifier.substitute(signal), signal)
-        return signal, tainted
+            samples = tainted.repeat_interleave(len(signals) // len(tainted))
+            samples = samples.view(-1, *(1 for _ in signals.shape[1:]))
+            signals = torch.where(samples, verifier.substitute(signals), signals)
+        return signals, tainted
 
-    def rows(self, boundary: Boundary, replica: int, micro_batches: int) -> Tensor:
-        """This step's rows of one boundary and replica, ``(micro_batches, len(COLUMNS))``; zero where nothing is guarded."""
-        nothing = torch.zeros(len(COLUMNS), device=self._device)
-        return torch.stack([self._rows.pop((boundary, replica, m), nothing) for m in range(micro_batches)])
+    def take_rows(self, boundary: Boundary) -> Tensor:
+        """This step's rows of one boundary, ``(replicas, micro_batches, len(COLUMNS))``, and forget them."""
+        rows, self._rows[boundary] = self._rows[boundary], []
+        return torch.stack(rows, dim=1)
 
     def settle(self, table: SignalTable, step: int) -> tuple[StepVerdict, list[Worker]]:
         """Verdicts of the step, entered into the ledger.
@@ -122,8 +127,8 @@ class Guard:
         for boundary, verifier in self.verifiers.items():
             index = order[boundary]
             standing = (table.flagged & ~verdict.cleared)[index].any(dim=1)
-            cleared = (verdict.cleared[index].any(dim=1) & ~standing).nonzero().flatten().tolist()
-            mine = verifier.contribution(cleared)
+            cleared = verdict.cleared[index].any(dim=1) & ~standing
+            mine = verifier.contribution(cleared[self._replicas])
             if verdict.honest[index].any():
                 # As long as the longest honest signal of any replica; what a tainted one had beyond it is not to be remembered.
                 positions = table.column("positions")[index][verdict.honest[index]].max()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class StageModel:
     Args:
         mesh: the workers that the module was cut for.
         layers: all layers of the module; those of other stages are gone from it.
-        pipeline: DeepSpeed's ``PipelineModule``.
+        pipeline: DeepSpeed's ``PipelineModule``; ``None`` where this process has all stages.
         parts: stage ``s`` has the layers ``parts[s]`` to ``parts[s + 1] - 1``.
         parameter_names: all parameters of the unsplit module, in its order.
         state_names: all keys of the unsplit module's ``state_dict``.
@@ -50,7 +51,9 @@ class StageModel:
         return sum(self.parameter_counts[self.parts[stage] : self.parts[stage + 1]])
 
 
-def cut(module: L.LightningModule, mesh: Mesh, method: str, sequential: str | None, activation_checkpointing: bool) -> StageModel:
+def cut(
+    module: L.LightningModule, mesh: Mesh, method: str, sequential: str | None, activation_checkpointing: bool, virtual: bool
+) -> StageModel:
     """Cut a module into ``mesh.stages`` stages and keep this rank's. A module is cut once; later calls return the same.
 
     Args:
@@ -59,14 +62,17 @@ def cut(module: L.LightningModule, mesh: Mesh, method: str, sequential: str | No
             ``"type:REGEX"`` the layers whose class name matches.
         sequential: attribute that holds the layers, if it is not the only one.
         activation_checkpointing: recompute activations in the backward pass instead of keeping them.
+        virtual: keep all stages, for a mesh in this process.
 
     Raises:
         PipelineModelError: if the module cannot be cut.
         ConfigurationError: if it was cut for another mesh before.
     """
     before: StageModel | None = vars(module).get(_ATTRIBUTE)
+    if before is not None and before.pipeline is None and virtual:
+        before = None  # still whole, so it can be cut differently
     if before is not None:
-        if before.mesh != mesh:
+        if before.mesh != mesh or virtual:
             raise ConfigurationError(
                 f"{type(module).__name__} was already cut for {before.mesh}, and this process has only its own stage of it. To use"
                 f" it on {mesh}, load a checkpoint into a new instance."
@@ -80,8 +86,13 @@ def cut(module: L.LightningModule, mesh: Mesh, method: str, sequential: str | No
             f" {len(layers.layers)} stages, or split the model into more layers."
         )
     parameter_names, state_names = tuple(layers.parameter_names), tuple(layers.state_names)
-    pipeline = _pipeline_module(layers.layers, mesh, method, activation_checkpointing)
-    stage_model = StageModel(mesh, layers, pipeline, tuple(map(int, pipeline.parts)), parameter_names, state_names, counts)
+    pipeline: Any = None
+    if virtual:
+        parts = _parts(layers.layers, counts, mesh.stages, method)
+    else:
+        pipeline = _pipeline_module(layers.layers, mesh, method, activation_checkpointing)
+        parts = tuple(map(int, pipeline.parts))
+    stage_model = StageModel(mesh, layers, pipeline, parts, parameter_names, state_names, counts)
     without = [stage for stage in range(mesh.stages) if stage_model.stage_parameters(stage) == 0]
     if without:
         raise PipelineModelError(
@@ -109,3 +120,16 @@ def _pipeline_module(layers: tuple[nn.Module, ...], mesh: Mesh, method: str, act
         # is_model_parallel_parameter): without it the norm is that of the first stage.
         parameter.model_parallel = True
     return pipeline
+
+
+def _parts(layers: tuple[nn.Module, ...], counts: tuple[int, ...], stages: int, method: str) -> tuple[int, ...]:
+    """The same bounds as ``PipelineModule``'s, which cannot be made without processes."""
+    from deepspeed.runtime.utils import partition_balanced, partition_uniform
+
+    if method == "uniform":
+        return tuple(map(int, partition_uniform(num_items=len(layers), num_parts=stages)))
+    weights = list(counts)
+    if method.startswith("type:"):
+        pattern = re.compile(method.removeprefix("type:"), re.IGNORECASE)
+        weights = [int(bool(pattern.search(type(layer).__name__))) for layer in layers]
+    return tuple(map(int, partition_balanced(weights=weights, num_parts=stages)))

@@ -1,4 +1,7 @@
-"""The part of the strategy that is about processes: launching them, connecting them, and collectives over all of them."""
+"""The part of the strategy that is about processes: launching them, connecting them, and collectives over all of them.
+
+A virtual mesh has one process, and needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,13 @@ class ProcessStrategy(ParallelStrategy):
 
     Args:
         timeout: how long any process waits for another.
+        virtual: whether the whole mesh is in this process.
         arguments: of ``ParallelStrategy``.
     """
 
-    def __init__(self, timeout: timedelta, **arguments: Any) -> None:
+    def __init__(self, timeout: timedelta, virtual: bool, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self._virtual = virtual
         self._timeout = timeout
         self._num_nodes = 1
         self._store: Store | None = None
@@ -39,7 +44,7 @@ class ProcessStrategy(ParallelStrategy):
     @property
     def is_distributed(self) -> bool:
         # Lightning injects distributed samplers only into strategies that say so.
-        return True
+        return not self._virtual
 
     @property
     @override
@@ -70,12 +75,16 @@ class ProcessStrategy(ParallelStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
+        if self._virtual:
+            return
         self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
         self.set_world_ranks()
+        if self._virtual:
+            return
         assert self.cluster_environment is not None
         self._store = connect(
             self._backend(),

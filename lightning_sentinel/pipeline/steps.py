@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from lightning_sentinel.pipeline.logs import LogRecorder
 
-__all__ = ["MicroBatches", "StepRunner", "loss_of"]
+__all__ = ["MicroBatches", "StepRunner", "checked_signal", "loss_of"]
 
 
 class _InputCaptured(BaseException):
@@ -186,3 +186,23 @@ def loss_of(result: Any, step: str) -> Tensor:
             " its gradient."
         )
     return loss.reshape(())
+
+
+def checked_signal(output: Any, layer: str, stage: int) -> Tensor:
+    """What a stage returned, if it can cross a boundary.
+
+    Args:
+        output: of the stage.
+        layer: name of its last layer.
+        stage: its number.
+
+    Raises:
+        PipelineModelError: if it is no floating-point tensor.
+    """
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return output
+    what = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+    raise PipelineModelError(
+        f"Layer {layer}, the last of stage {stage}, returned {what}. Between stages travels one floating-point tensor: let the"
+        " layer return one (masks and positions can be computed again in each stage)."
+    )

@@ -5,6 +5,7 @@ Signals come in any shape. All statistics see them as ``(B, T, C)``: samples, po
 ==================  ===============================  ====================
 signal              example                          becomes ``(B, T, C)``
 ==================  ===============================  ====================
+``(B,)``            one number a sample              ``(B, 1, 1)``
 ``(B, F)``          features of an MLP               ``(B, 1, F)``
 ``(B, T, C)``       hidden states of a transformer   unchanged
 ``(B, C, H, W)``    feature maps of an image model   ``(B, H * W, C)``
@@ -17,14 +18,14 @@ from __future__ import annotations
 from torch import Tensor, float32
 from torch.nn.functional import pad
 
-__all__ = ["as_tokens", "batch_mean", "spread_over"]
+__all__ = ["as_tokens", "batch_means", "spread_over"]
 
 
 def as_tokens(signal: Tensor) -> Tensor:
     """View a signal as samples x positions x channels.
 
     Args:
-        signal: tensor of at least two axes, the first of which is the batch.
+        signal: tensor whose first axis is the batch.
 
     Returns:
         tensor ``(B, T, C)``; a view where the layout allows one.
@@ -35,7 +36,7 @@ def as_tokens(signal: Tensor) -> Tensor:
         torch.Size([2, 16, 8])
     """
     if signal.ndim < 2:
-        return signal.reshape(1, 1, -1)
+        return signal.reshape(-1, 1, 1)
     if signal.ndim == 2:
         return signal.unsqueeze(1)
     if signal.ndim == 3:
@@ -43,15 +44,21 @@ def as_tokens(signal: Tensor) -> Tensor:
     return signal.movedim(1, -1).flatten(1, -2)
 
 
-def batch_mean(signal: Tensor) -> Tensor:
-    """Mean over the samples, ``(T, C)`` in float32: what a momentum tracks. Not finite if any element is not finite.
+def batch_means(signals: Tensor, groups: int) -> Tensor:
+    """Mean over the samples of each signal, ``(groups, T, C)`` in float32: what a momentum tracks.
+
+    A mean is not finite if any element of its signal is not finite.
+
+    Args:
+        signals: signals of equal size, one behind the other along the batch axis: ``(groups * B, ...)``.
+        groups: how many.
 
     Example:
         >>> import torch
-        >>> batch_mean(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-        tensor([[2., 3.]])
+        >>> batch_means(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), groups=1)
+        tensor([[[2., 3.]]])
     """
-    return as_tokens(signal).mean(dim=0, dtype=float32)
+    return as_tokens(signals).unflatten(0, (groups, -1)).mean(dim=1, dtype=float32)
 
 
 def spread_over(reference: Tensor, signal: Tensor) -> Tensor:

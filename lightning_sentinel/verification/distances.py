@@ -1,6 +1,6 @@
 """The four distances of the published method (SENTINEL, arXiv 2603.03592): a signal against its momentum.
 
-All take the batch mean of a signal and the momentum, both ``(T, C)`` in float32, and return a 0-dim tensor on their device.
+All take batch means of signals, ``(..., T, C)`` in float32, and the momentum ``(T, C)``, and return ``(...)`` on their device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def mean_absolute_difference(mean: Tensor, momentum: Tensor) -> Tensor:
         >>> mean_absolute_difference(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).item()
         1.5
     """
-    return (mean - momentum).abs().mean()
+    return (mean - momentum).abs().mean(dim=(-2, -1))
 
 
 def normalised_euclidean(mean: Tensor, momentum: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def normalised_euclidean(mean: Tensor, momentum: Tensor) -> Tensor:
         >>> normalised_euclidean(torch.tensor([[3.0, 8.0]]), torch.tensor([[3.0, 4.0]])).item()
         0.800000011920929
     """
-    return torch.linalg.vector_norm(mean - momentum) / (torch.linalg.vector_norm(momentum) + _TINY)
+    return torch.linalg.vector_norm(mean - momentum, dim=(-2, -1)) / (torch.linalg.vector_norm(momentum) + _TINY)
 
 
 def sign_flip_ratio(mean: Tensor, momentum: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def sign_flip_ratio(mean: Tensor, momentum: Tensor) -> Tensor:
         >>> sign_flip_ratio(torch.tensor([[1.0, -2.0]]), torch.tensor([[5.0, 4.0]])).item()
         0.5
     """
-    return (mean.signbit() != momentum.signbit()).float().mean()
+    return (mean.signbit() != momentum.signbit()).float().mean(dim=(-2, -1))
 
 
 def sliced_wasserstein(mean: Tensor, momentum: Tensor, directions: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def sliced_wasserstein(mean: Tensor, momentum: Tensor, directions: Tensor) -> Te
     In one dimension the distance of two samples of equal size is the mean difference of their sorted values.
 
     Args:
-        mean: ``(T, C)``.
+        mean: ``(..., T, C)``.
         momentum: ``(T, C)``.
         directions: ``(C, K)``, unit columns; see :func:`unit_directions`.
 
@@ -62,9 +62,8 @@ def sliced_wasserstein(mean: Tensor, momentum: Tensor, directions: Tensor) -> Te
         >>> sliced_wasserstein(cloud, shifted, torch.ones(1, 1)).item()
         2.0
     """
-    projected = torch.stack((mean, momentum)) @ directions
-    ordered = projected.sort(dim=1).values
-    return (ordered[0] - ordered[1]).abs().mean()
+    ordered, ordered_momentum = ((cloud @ directions).sort(dim=-2).values for cloud in (mean, momentum))
+    return (ordered - ordered_momentum).abs().mean(dim=(-2, -1))
 
 
 def unit_directions(channels: int, count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:

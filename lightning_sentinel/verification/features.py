@@ -29,12 +29,12 @@ def temporal_features(mean: Tensor, momentum: Tensor, directions: Tensor) -> Ten
     Where a signal has fewer positions than the momentum, or more (variable sequence lengths), the shared ones count.
 
     Args:
-        mean: ``(T, C)``, batch mean of the signal.
+        mean: ``(..., T, C)``, batch means of signals.
         momentum: ``(T', C)``.
         directions: ``(C, K)``, secret unit directions.
 
     Returns:
-        ``(len(FEATURES),)``, float32.
+        ``(..., len(FEATURES))``, float32.
 
     Example:
         >>> import torch
@@ -43,13 +43,14 @@ def temporal_features(mean: Tensor, momentum: Tensor, directions: Tensor) -> Ten
         >>> temporal_features(signal, signal, unit_directions(8, 2, seed=0))
         tensor([-27.6310, -27.6310,   0.0000, -27.6310])
     """
-    shared = min(mean.shape[0], momentum.shape[0])
-    mean, momentum = mean[:shared], momentum[:shared]
+    shared = min(mean.shape[-2], momentum.shape[0])
+    mean, momentum = mean[..., :shared, :], momentum[:shared]
     return torch.stack(
         (
             (mean_absolute_difference(mean, momentum) + _TINY).log(),
             (normalised_euclidean(mean, momentum) + _TINY).log(),
             sign_flip_ratio(mean, momentum),
             (sliced_wasserstein(mean, momentum, directions) + _TINY).log(),
-        )
+        ),
+        dim=-1,
     )

@@ -10,46 +10,52 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["Contribution", "Momentum"]
 
 
 @dataclass
 class Contribution:
-    """Sums of batch means per position, to be added over replicas before they enter a momentum.
+    """Sums of batch means per position, to be added over senders and processes before they enter a momentum.
 
     Args:
-        total: ``(T, C)``, sum of batch means.
-        count: ``(T,)``, how many means each position had.
+        total: ``(..., T, C)``, sum of batch means; a leading axis tells senders apart.
+        count: ``(..., T)``, how many means each position had.
     """
 
     total: Tensor
     count: Tensor
 
     @classmethod
-    def empty(cls, positions: int, channels: int, device: torch.device) -> Contribution:
-        return cls(torch.zeros(positions, channels, device=device), torch.zeros(positions, device=device))
+    def like(cls, means: Tensor) -> Contribution:
+        """Nothing yet, in the shape of ``means`` ``(..., T, C)``."""
+        return cls(torch.zeros_like(means), means.new_zeros(means.shape[:-1]))
 
     def resized(self, positions: int) -> Contribution:
         """The same sums over the first ``positions`` positions, new ones with weight zero."""
-        missing = positions - self.total.shape[0]
+        missing = positions - self.total.shape[-2]
         if missing <= 0:
-            return Contribution(self.total[:positions], self.count[:positions])
-        return Contribution(
-            torch.nn.functional.pad(self.total, (0, 0, 0, missing)), torch.nn.functional.pad(self.count, (0, missing))
-        )
+            return Contribution(self.total[..., :positions, :], self.count[..., :positions])
+        return Contribution(pad(self.total, (0, 0, 0, missing)), pad(self.count, (0, missing)))
 
-    def add(self, mean: Tensor, weight: Tensor) -> None:
-        """Add a batch mean ``(T, C)`` with a 0-dim weight; a weight of zero adds nothing, whatever the mean holds."""
-        positions = mean.shape[0]
-        if positions > self.total.shape[0]:
+    def add(self, means: Tensor, weights: Tensor) -> None:
+        """Add batch means ``(..., T, C)`` with weights ``(...)``; a weight of zero adds nothing, whatever the mean holds."""
+        positions = means.shape[-2]
+        if positions > self.total.shape[-2]:
             grown = self.resized(positions)
             self.total, self.count = grown.total, grown.count
-        self.total[:positions] += torch.where(weight > 0, mean, 0.0)
-        self.count[:positions] += weight
+        self.total[..., :positions, :] += torch.where(weights[..., None, None] > 0, means, 0.0)
+        self.count[..., :positions] += weights[..., None]
+
+    def of(self, senders: Tensor) -> Contribution:
+        """The sum over the senders for which ``(senders,)`` bool is true."""
+        # Selected, not multiplied by zero: a sum that overflowed would poison the others.
+        total = torch.where(senders[:, None, None], self.total, 0.0).sum(dim=0)
+        return Contribution(total, torch.where(senders[:, None], self.count, 0.0).sum(dim=0))
 
     def __add__(self, other: Contribution) -> Contribution:
-        positions = max(self.total.shape[0], other.total.shape[0])
+        positions = max(self.total.shape[-2], other.total.shape[-2])
         mine, theirs = self.resized(positions), other.resized(positions)
         return Contribution(mine.total + theirs.total, mine.count + theirs.count)
 
@@ -91,8 +97,8 @@ class Momentum:
             self.seen = torch.zeros_like(step.count, dtype=torch.bool)
         missing = step.total.shape[0] - self.value.shape[0]
         if missing > 0:
-            self.value = torch.nn.functional.pad(self.value, (0, 0, 0, missing))
-            self.seen = torch.nn.functional.pad(self.seen, (0, missing))
+            self.value = pad(self.value, (0, 0, 0, missing))
+            self.seen = pad(self.seen, (0, missing))
         step = step.resized(self.value.shape[0])
         mean = step.total / step.count.clamp(min=1).unsqueeze(1)
         weight = torch.where(self.seen, 1 - self.beta, 1.0) * (step.count > 0)

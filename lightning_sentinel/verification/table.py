@@ -10,24 +10,25 @@ from torch import Tensor
 from lightning_sentinel.mesh import Direction, Mesh
 from lightning_sentinel.verification.features import FEATURES
 
-__all__ = ["COLUMNS", "SignalTable", "signal_row"]
+__all__ = ["COLUMNS", "SignalTable", "signal_rows"]
 
 COLUMNS = (*FEATURES, "score", "worst", "flagged", "tainted", "positions")
 
 
-def signal_row(features: Tensor, score: Tensor, worst: Tensor, flagged: Tensor, tainted: Tensor, positions: int) -> Tensor:
-    """One row, ``(len(COLUMNS),)`` float32, built on the signal's device without waiting for it.
+def signal_rows(features: Tensor, score: Tensor, worst: Tensor, flagged: Tensor, tainted: Tensor, positions: int) -> Tensor:
+    """Rows of signals, ``(senders, len(COLUMNS))`` float32, built on their device without waiting for it.
 
     Args:
-        features: ``(F,)``.
-        score: 0-dim, 1 at the fence.
-        worst: 0-dim, index of the feature with the highest score; -1 if the signal is not finite.
-        flagged: 0-dim bool, the verdict at receipt.
-        tainted: 0-dim bool, whether an earlier boundary had flagged the micro-batch, so that this one proves nothing.
-        positions: length of the signal's position axis.
+        features: ``(senders, F)``.
+        score: ``(senders,)``, 1 at the fence.
+        worst: ``(senders,)``, index of the feature with the highest score; -1 if the signal is not finite.
+        flagged: ``(senders,)`` bool, the verdict at receipt.
+        tainted: ``(senders,)`` bool, whether an earlier boundary had flagged the micro-batch, so that this one proves nothing.
+        positions: length of the signals' position axis.
     """
-    rest = torch.stack([column.float() for column in (score, worst, flagged, tainted)])
-    return torch.cat((features, rest, features.new_full((1,), positions)))
+    length = torch.full_like(score, positions)
+    rest = torch.stack([column.float() for column in (score, worst, flagged, tainted, length)], dim=1)
+    return torch.cat((features, rest), dim=1)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,6 @@ never waited for. What the step teaches (momentum, window, fences) enters once i
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,12 +13,12 @@ from torch import Tensor
 
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
-from lightning_sentinel.verification.axes import batch_mean, spread_over
+from lightning_sentinel.verification.axes import batch_means, spread_over
 from lightning_sentinel.verification.distances import unit_directions
 from lightning_sentinel.verification.features import FEATURES, temporal_features
 from lightning_sentinel.verification.fences import Fences, fit_fences
 from lightning_sentinel.verification.momentum import Contribution, Momentum
-from lightning_sentinel.verification.table import signal_row
+from lightning_sentinel.verification.table import signal_rows
 
 __all__ = ["MAX_SCORE", "BoundaryVerifier", "Inspection"]
 
@@ -35,30 +32,26 @@ _FEWEST_VALUES = 8
 
 
 class Inspection(NamedTuple):
-    """What a verifier says of one signal: its table row ``(len(COLUMNS),)`` and the 0-dim bool verdict."""
+    """What a verifier says of the senders' signals: table rows ``(senders, len(COLUMNS))`` and verdicts ``(senders,)``."""
 
-    row: Tensor
+    rows: Tensor
     flagged: Tensor
 
 
-@dataclass
-class _Kept:
-    """A replica's means of the current step, apart by the verdict at receipt, which may still be dropped."""
+class _Kept(NamedTuple):
+    """The means of the current step by sender, apart by the verdict at receipt, which may still be dropped."""
 
     honest: Contribution
     suspect: Contribution
-
-    @classmethod
-    def empty(cls, like: Tensor) -> _Kept:
-        positions, channels = like.shape
-        return cls(*(Contribution.empty(positions, channels, like.device) for _ in range(2)))
 
 
 class BoundaryVerifier:
     """Verifies all signals that cross one boundary.
 
-    Every replica of the receiving stage holds one with the same state, because all of them learn from the same table and the
-    same sum of means. State: ``T x C`` momentum, ``window x F`` features, ``C x projections`` directions.
+    Every process that receives across it holds one with the same state, because all of them learn from the same table and the same
+    sum of means. A process receives from one sender, or, where it runs the whole mesh, from one of each replica.
+
+    State: ``T x C`` momentum, ``window x F`` features, ``C x projections`` directions.
 
     Args:
         boundary: the stream to verify.
@@ -78,36 +71,34 @@ class BoundaryVerifier:
         # Each boundary has directions of its own: what leaks at one says nothing about another.
         self._directions_seed = (config.seed * 100_003 + boundary.index * 2 + gradient) % 2**63
         self._directions: Tensor | None = None
-        self._kept: dict[int, _Kept] = {}
+        self._kept: _Kept | None = None
 
     @property
     def warmed_up(self) -> bool:
         return self.steps >= self._config.warmup_steps
 
-    def inspect(self, signal: Tensor, tainted: Tensor, replica: int = 0) -> Inspection:
-        """Score a received signal and keep its mean for :meth:`learn`.
+    def inspect(self, signals: Tensor, tainted: Tensor) -> Inspection:
+        """Score what came from the senders of this process in one micro-batch, and keep the means for :meth:`learn`.
 
         Args:
-            signal: ``(B, ...)``, floating point.
-            replica: who sent it.
-            tainted: 0-dim bool; a tainted signal is scored, never flagged, and never learned from.
+            signals: ``(senders * B, ...)``, floating point: the senders' signals, one behind the other.
+            tainted: ``(senders,)`` bool; a tainted signal is scored, never flagged, and never learned from.
         """
-        signal = signal.detach()
-        mean = batch_mean(signal)
-        finite = mean.isfinite().all()
+        means = batch_means(signals.detach(), len(tainted))
+        finite = means.isfinite().all(dim=2).all(dim=1)
         if self.momentum.value is None:
-            features = mean.new_zeros(len(FEATURES))
+            features = means.new_zeros(len(tainted), len(FEATURES))
         else:
-            features = temporal_features(mean, self.momentum.value, self._unit_directions(mean))
-        scores = self.fences.scores(features)
-        highest = scores.max(dim=0)
+            features = temporal_features(means, self.momentum.value, self._unit_directions(means))
+        highest = self.fences.scores(features).max(dim=1)
         score = torch.where(finite, highest.values, torch.inf).clamp(max=MAX_SCORE)
         worst = torch.where(finite, highest.indices, -1)
         flagged = (score > 1) & ~tainted
-        kept = self._kept.setdefault(replica, _Kept.empty(mean))
-        kept.honest.add(mean, ~flagged & ~tainted & finite)
-        kept.suspect.add(mean, flagged & finite)
-        return Inspection(signal_row(features, score, worst, flagged, tainted, mean.shape[0]), flagged)
+        if self._kept is None:
+            self._kept = _Kept(Contribution.like(means), Contribution.like(means))
+        self._kept.honest.add(means, ~flagged & ~tainted & finite)
+        self._kept.suspect.add(means, flagged & finite)
+        return Inspection(signal_rows(features, score, worst, flagged, tainted, means.shape[1]), flagged)
 
     def substitute(self, signal: Tensor) -> Tensor:
         """A harmless stand-in of a signal's shape: the momentum for an activation, zero for a gradient."""
@@ -116,15 +107,17 @@ class BoundaryVerifier:
             return torch.zeros_like(signal)
         return spread_over(value, signal)
 
-    def contribution(self, cleared: Collection[int]) -> Contribution:
-        """The step's honest means of all replicas that this process receives from; asked for once a step.
+    def contribution(self, cleared: Tensor) -> Contribution:
+        """The step's honest means of all senders of this process; asked for once a step.
 
         Args:
-            cleared: replicas whose flags of this step were all dropped, so that their flagged means count as well.
+            cleared: ``(senders,)`` bool, whose flags of this step were all dropped, so that their flagged means count as well.
         """
-        kept, self._kept = self._kept, {}
-        parts = [mine.honest + mine.suspect if replica in cleared else mine.honest for replica, mine in sorted(kept.items())]
-        return functools.reduce(Contribution.__add__, parts)
+        kept, self._kept = self._kept, None
+        if kept is None:
+            raise RuntimeError(f"No signal crossed {self.boundary.name} in this step, so there is nothing to contribute.")
+        cleared = cleared.to(self._device)
+        return kept.honest.of(torch.ones_like(cleared)) + kept.suspect.of(cleared)
 
     def learn(self, step: Contribution | None, features: Tensor) -> None:
         """Take in one step.
@@ -162,5 +155,5 @@ class BoundaryVerifier:
 
     def _unit_directions(self, mean: Tensor) -> Tensor:
         if self._directions is None:
-            self._directions = unit_directions(mean.shape[1], self._config.projections, self._directions_seed, self._device)
+            self._directions = unit_directions(mean.shape[-1], self._config.projections, self._directions_seed, self._device)
         return self._directions

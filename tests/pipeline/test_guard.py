@@ -50,21 +50,30 @@ def shouting(workers: Collection[Worker]) -> Tamper:
 class Pipelines:
     """A mesh driven by hand: what a stage sends follows from what it went on with.
 
-    A guard of its own for each replica if ``apart``, as in real processes, else one that holds all boundaries. Each replica's
-    sequences are ``longer`` positions longer than those of the one before.
+    A guard of its own for each replica if ``apart``, as in real processes, else one that all replicas share. Sequences grow with
+    the micro-batch by ``later`` positions, and with the replica by ``longer``, which one guard for all could not receive at once.
     """
 
-    def __init__(self, response: Response | None = None, *, window: int = 512, apart: bool = False, longer: int = 0) -> None:
+    def __init__(
+        self, response: Response | None = None, *, window: int = 512, apart: bool = False, longer: int = 0, later: int = 0
+    ) -> None:
+        assert apart or not longer
         self.response = response or Response(ban_after=None)
         self.generator = torch.Generator().manual_seed(0)
         verification = Verification(warmup_steps=WARMUP, window=window)
-        self.longer = longer
-        self.pattern = 2 * torch.randn(POSITIONS + longer * (REPLICAS - 1), CHANNELS, generator=torch.Generator().manual_seed(99))
-        self.ledgers = [Ledger(self.response.ban_after) for _ in range(REPLICAS if apart else 1)]
+        self.longer, self.later = longer, later
+        longest = POSITIONS + longer * (REPLICAS - 1) + later * (MICRO_BATCHES - 1)
+        self.pattern = 2 * torch.randn(longest, CHANNELS, generator=torch.Generator().manual_seed(99))
+        self.groups = [[replica] for replica in range(REPLICAS)] if apart else [list(range(REPLICAS))]
+        self.ledgers = [Ledger(self.response.ban_after) for _ in self.groups]
         self.guards = [
-            Guard(MESH, MESH.boundaries, verification, self.response, ledger, torch.device("cpu")) for ledger in self.ledgers
+            Guard(MESH, MESH.boundaries, replicas, verification, self.response, ledger, torch.device("cpu"))
+            for replicas, ledger in zip(self.groups, self.ledgers)
         ]
         self.step_number = 0
+        self.received: list[tuple[Tensor, Tensor]] = []
+        """What each receipt of the latest step was given, and what came of it."""
+        self.sent: dict[tuple[Boundary, int, int], Tensor] = {}
         self.went_on_with: dict[tuple[Boundary, int, int], Tensor] = {}
         self.table = SignalTable(torch.empty(0))
 
@@ -72,34 +81,55 @@ class Pipelines:
     def guard(self) -> Guard:
         return self.guards[0]
 
-    def of(self, replica: int) -> Guard:
-        return self.guards[replica % len(self.guards)]
+    def noise(self, replica: int = 0, micro_batch: int = 0) -> Tensor:
+        positions = POSITIONS + self.longer * replica + self.later * micro_batch
+        return torch.randn(SAMPLES, positions, CHANNELS, generator=self.generator)
 
-    def noise(self, replica: int = 0) -> Tensor:
-        return torch.randn(SAMPLES, POSITIONS + self.longer * replica, CHANNELS, generator=self.generator)
+    def draw(self) -> None:
+        """The noise of a step, which is the same whether guards are apart or not."""
+        self.drawn = {
+            (replica, micro_batch): iter([self.noise(replica, micro_batch) for _ in range(2 * STAGES)])
+            for replica in range(REPLICAS)
+            for micro_batch in range(MICRO_BATCHES)
+        }
 
-    def run_pipeline(self, replica: int, micro_batch: int, tamper: Tamper) -> None:
-        guard, taint = self.of(replica), self.of(replica).initial_taint(replica)
-        signal = self.noise(replica)
-        pattern = self.pattern[: signal.shape[1]]
+    def run_micro_batch(self, group: int, micro_batch: int, tamper: Tamper) -> None:
+        """One micro-batch of all replicas of a guard, forward and back."""
+        guard, replicas = self.guards[group], self.groups[group]
+
+        def noise() -> Tensor:
+            return torch.cat([next(self.drawn[replica, micro_batch]) for replica in replicas])
+
+        def cross(boundary: Boundary, signals: Tensor, taint: Tensor) -> tuple[Tensor, Tensor]:
+            pieces = zip(replicas, signals.split(SAMPLES))
+            sent = [tamper(Worker(boundary.sender, replica), boundary.direction, piece) for replica, piece in pieces]
+            given = torch.cat(sent)
+            went_on, taint = guard.receive(boundary, given, taint)
+            assert taint.shape == (len(replicas),) and taint.dtype == torch.bool
+            self.received.append((given, went_on))
+            for replica, mine, piece in zip(replicas, sent, went_on.split(SAMPLES)):
+                self.sent[boundary, replica, micro_batch] = mine
+                self.went_on_with[boundary, replica, micro_batch] = piece
+            return went_on, taint
+
+        signals, taint = noise(), guard.initial_taint()
+        pattern = self.pattern[: signals.shape[1]]
         for index in range(STAGES - 1):
-            sent = tamper(Worker(index, replica), A, 0.3 * signal + pattern * (index + 1) + 0.5 * self.noise(replica))
-            signal, taint = guard.receive(Boundary(index, A), replica, micro_batch, sent, taint)
-            self.went_on_with[Boundary(index, A), replica, micro_batch] = signal
-        signal = 0.01 * signal + 0.1 * self.noise(replica)
+            signals, taint = cross(Boundary(index, A), 0.3 * signals + pattern * (index + 1) + 0.5 * noise(), taint)
+        signals = 0.01 * signals + 0.1 * noise()
         for index in reversed(range(STAGES - 1)):
-            sent = tamper(Worker(index + 1, replica), G, 0.5 * signal + 0.1 * self.noise(replica))
-            signal, taint = guard.receive(Boundary(index, G), replica, micro_batch, sent, taint)
-            self.went_on_with[Boundary(index, G), replica, micro_batch] = signal
+            signals, taint = cross(Boundary(index, G), 0.5 * signals + 0.1 * noise(), taint)
 
     def exchange(self) -> SignalTable:
-        rows = [torch.stack([self.of(r).rows(b, r, MICRO_BATCHES) for r in range(REPLICAS)]) for b in MESH.boundaries]
+        rows = [torch.cat([guard.take_rows(boundary) for guard in self.guards]) for boundary in MESH.boundaries]
         return SignalTable(torch.stack(rows))
 
     def step(self, tamper: Tamper = honest) -> tuple[StepVerdict, list[Worker]]:
-        for replica in range(REPLICAS):
+        self.received.clear()
+        self.draw()
+        for group in range(len(self.guards)):
             for micro_batch in range(MICRO_BATCHES):
-                self.run_pipeline(replica, micro_batch, tamper)
+                self.run_micro_batch(group, micro_batch, tamper)
         self.table = self.exchange()
         outcomes = [guard.settle(self.table, self.step_number) for guard in self.guards]
         verdict, banned = outcomes[0]
@@ -179,11 +209,27 @@ def test_a_broken_gradient_is_left_out_of_the_stages_that_it_reaches(stage: int)
 def test_honest_signals_go_on_as_they_are() -> None:
     pipelines = Pipelines().run(WARMUP + 2)
     guard, boundary = pipelines.guard, Boundary(0, A)
-    signal = pipelines.guard.verifiers[boundary].momentum.value + 0.3 * pipelines.noise()
-    received, taint = guard.receive(boundary, 0, 0, signal, torch.tensor(False))
-    assert torch.equal(received, signal) == (not taint)
-    untouched, taint = pipelines.guard.receive(boundary, 0, 1, signal, torch.tensor(True))
-    assert taint and torch.equal(untouched, guard.verifiers[boundary].substitute(signal))
+    sent = [pipelines.pattern + 0.58 * pipelines.noise(replica) for replica in range(REPLICAS)]
+    stand_in = guard.verifiers[boundary].substitute(sent[0])
+    for before in ([False] * REPLICAS, [False, True, False], [True] * REPLICAS):
+        received, after = guard.receive(boundary, torch.cat(sent), torch.tensor(before))
+        assert (after | ~torch.tensor(before)).all()
+        for mine, got, tainted in zip(sent, received.split(SAMPLES), after):
+            assert torch.equal(got, stand_in if tainted else mine)
+    assert not guard.receive(boundary, torch.cat(sent), torch.zeros(REPLICAS, dtype=torch.bool))[1].all()
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (4, 6, 8), (4, 8, 3, 2)], ids=str)
+@pytest.mark.parametrize("direction", Direction)
+def test_signals_of_any_shape_are_replaced_sender_by_sender(direction: Direction, shape: tuple[int, ...]) -> None:
+    boundary, generator = Boundary(0, direction), torch.Generator().manual_seed(0)
+    guard = Guard(MESH, [boundary], range(REPLICAS), Verification(), Response(), Ledger(), torch.device("cpu"))
+    sent = [torch.randn(shape, generator=generator) for _ in range(REPLICAS)]
+    sent[2].view(-1)[5] = math.nan
+    received, tainted = guard.receive(boundary, torch.cat(sent), torch.tensor([True, False, False]))
+    assert tainted.tolist() == [True, False, True] and received.shape == (REPLICAS * shape[0], *shape[1:])
+    first, second, third = received.split(shape[0])
+    assert not first.any() and torch.equal(second, sent[1]) and not third.any()
 
 
 def test_a_signal_far_out_is_found_after_the_warm_up_only() -> None:
@@ -204,16 +250,11 @@ def test_honest_workers_are_rarely_flagged_and_none_is_a_suspect_for_long() -> N
 def test_only_reporting_leaves_values_and_weights_untouched() -> None:
     pipelines = Pipelines(Response(on_flag="log", ban_after=None)).run(2)
     assert not pipelines.guard.excludes
-    sent: dict[tuple[Worker, Direction], list[Tensor]] = {}
-
-    def listen(worker: Worker, direction: Direction, signal: Tensor) -> Tensor:
-        signal = broken({Worker(0, 1)}, A)(worker, direction, signal)
-        sent.setdefault((worker, direction), []).append(signal)
-        return signal
-
-    verdict, banned = pipelines.step(listen)
-    for (boundary, replica, micro_batch), signal in pipelines.went_on_with.items():
-        assert signal is sent[Worker(boundary.sender, replica), boundary.direction][micro_batch]
+    verdict, banned = pipelines.step(broken({Worker(0, 1)}, A))
+    assert len(pipelines.received) == len(MESH.boundaries) * MICRO_BATCHES
+    assert all(went_on is given for given, went_on in pipelines.received)
+    for key, signal in pipelines.went_on_with.items():
+        torch.testing.assert_close(signal, pipelines.sent[key], rtol=0, atol=0, equal_nan=True)
     assert verdict.clean.all() and banned == []
     # NaN spreads through the pipeline, and yet only its source is blamed.
     assert pipelines.went_on_with[Boundary(0, G), 1, 0].isnan().all()
@@ -287,12 +328,13 @@ def test_a_change_of_the_training_is_learned() -> None:
     assert (target - pipelines.pattern).norm() < 0.2 * pipelines.pattern.norm()
 
 
-@pytest.mark.parametrize("longer", [0, 2], ids=["equal lengths", "different lengths"])
-def test_guards_of_separate_processes_know_the_same(longer: int) -> None:
-    apart, whole, attack = Pipelines(apart=True, longer=longer), Pipelines(longer=longer), broken({Worker(1, 1)}, G)
+@pytest.mark.parametrize("later", [0, 2], ids=["equal lengths", "different lengths"])
+def test_guards_of_separate_processes_know_the_same_as_one_for_all(later: int) -> None:
+    apart, whole, attack = Pipelines(apart=True, later=later), Pipelines(later=later), broken({Worker(1, 1)}, G)
     for step in range(WARMUP + 6):
         for pipelines in (apart, whole):
             pipelines.step(attack if step % 3 == 2 else honest)
+        torch.testing.assert_close(apart.table.rows, whole.table.rows, rtol=1e-3, atol=1e-4, equal_nan=True)
     states = [guard.state_dict() for guard in apart.guards]
     assert all(same(states[0], state) for state in states[1:])
     assert apart.ledgers[0] == apart.ledgers[1] == apart.ledgers[2] == whole.ledgers[0]
@@ -300,8 +342,30 @@ def test_guards_of_separate_processes_know_the_same(longer: int) -> None:
         torch.testing.assert_close(states[0][name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("longer", "later"), [(2, 0), (1, 2)])
+def test_replicas_of_different_lengths_teach_each_position_what_was_sent_there(longer: int, later: int) -> None:
+    pipelines, attack = Pipelines(apart=True, longer=longer, later=later), broken({Worker(1, 1)}, G)
+    plain: dict[tuple[Boundary, int], Tensor] = {}
+    beta = {A: Verification().beta_activation, G: Verification().beta_gradient}
+    for step in range(WARMUP + 6):
+        verdict, _ = pipelines.step(attack if step % 3 == 2 else honest)
+        for index, boundary in enumerate(MESH.boundaries):
+            keys = [(boundary, replica, m) for _, replica, m in pipelines.sent if verdict.honest[index, replica, m]]
+            means = [pipelines.sent[key].double().mean(dim=0) for key in dict.fromkeys(keys)]
+            for position in range(max(map(len, means))):
+                mean = torch.stack([mean[position] for mean in means if len(mean) > position]).mean(dim=0)
+                old = plain.get((boundary, position), mean)
+                plain[boundary, position] = beta[boundary.direction] * old + (1 - beta[boundary.direction]) * mean
+    states = [guard.state_dict() for guard in pipelines.guards]
+    assert all(same(states[0], state) for state in states[1:])
+    assert pipelines.ledgers[0] == pipelines.ledgers[1] == pipelines.ledgers[2]
+    for boundary, verifier in pipelines.guard.verifiers.items():
+        expected = torch.stack([plain[boundary, position] for position in range(len(pipelines.pattern))])
+        torch.testing.assert_close(verifier.momentum.value.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_process_without_boundaries_has_nothing_to_add() -> None:
-    guard = Guard(Mesh(1, 2), (), Verification(), Response(), Ledger(), torch.device("cpu"))
+    guard = Guard(Mesh(1, 2), (), [0], Verification(), Response(), Ledger(), torch.device("cpu"))
     table = SignalTable(torch.empty(0, 2, MICRO_BATCHES, len(COLUMNS)))
     verdict, banned = guard.settle(table, 0)
 
@@ -312,13 +376,25 @@ def test_a_process_without_boundaries_has_nothing_to_add() -> None:
     assert banned == [] and verdict.clean.all() and guard.state_dict() == {}
 
 
-def test_rows_are_handed_out_once_and_zero_where_nothing_was_received() -> None:
-    pipelines, boundary = Pipelines(), Boundary(0, A)
-    pipelines.run_pipeline(1, 0, honest)
-    rows = pipelines.guard.rows(boundary, 1, MICRO_BATCHES)
-    assert rows.shape == (MICRO_BATCHES, len(COLUMNS))
-    assert rows[0, COLUMNS.index("positions")] == POSITIONS and not rows[1].any()
-    assert not pipelines.guard.rows(boundary, 1, MICRO_BATCHES).any()
+def test_rows_are_in_the_order_of_replicas_and_micro_batches_and_handed_out_once() -> None:
+    pipelines, boundary = Pipelines(later=1), Boundary(0, A)
+    for length in (1, MICRO_BATCHES):
+        pipelines.draw()
+        for micro_batch in range(length):
+            pipelines.run_micro_batch(0, micro_batch, broken({Worker(0, 1)}, A) if micro_batch else honest)
+        rows = pipelines.guard.take_rows(boundary)
+        assert rows.shape == (REPLICAS, length, len(COLUMNS))
+        assert rows[..., COLUMNS.index("positions")].tolist() == [[POSITIONS + m for m in range(length)]] * REPLICAS
+        flagged = [[replica == 1 and micro_batch == 1 for micro_batch in range(length)] for replica in range(REPLICAS)]
+        assert rows[..., COLUMNS.index("flagged")].bool().tolist() == flagged
+
+
+@pytest.mark.parametrize("replicas", [[0], [2], [2, 0], [0, 1, 2]], ids=str)
+def test_a_guard_starts_with_the_taint_of_its_own_replicas(replicas: list[int]) -> None:
+    ledger = Ledger()
+    ledger.banned_at[Worker(1, 2)] = 0
+    guard = Guard(MESH, MESH.boundaries, replicas, Verification(), Response(), ledger, torch.device("cpu"))
+    assert guard.initial_taint().tolist() == [replica == 2 for replica in replicas]
 
 
 # --- Bans
@@ -333,7 +409,7 @@ def test_a_ban_follows_and_the_run_goes_on_without_the_pipeline(ban_after: int) 
     assert ledger.banned_at == {culprit: ban_after - 1}
     assert ledger.flags == {culprit: MICRO_BATCHES * ban_after}
     assert pipelines.guard.live.tolist() == [True, True, False]
-    assert [pipelines.guard.initial_taint(replica).item() for replica in range(REPLICAS)] == [False, False, True]
+    assert pipelines.guard.initial_taint().tolist() == [False, False, True]
     verdict, _ = outcomes[-1]
     assert dirty(verdict) == {(stage, 2) for stage in range(STAGES)}
     assert verdict.detections == () and verdict.verified == {worker for worker in MESH if worker.replica != 2}
@@ -404,4 +480,4 @@ def test_memory_does_not_grow_with_steps() -> None:
     for _ in range(2):
         state = pipelines.run(10).guard.state_dict()
         assert sum(value.numel() for value in state.values()) == len(MESH.boundaries) * each
-    assert not pipelines.guard._rows
+    assert pipelines.guard._rows == {boundary: [] for boundary in MESH.boundaries}

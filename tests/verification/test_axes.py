@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sentinel.verification.axes import as_tokens, batch_mean, spread_over
+from lightning_sentinel.verification.axes import as_tokens, batch_means, spread_over
 
 SHAPES = [(3, 5), (3, 4, 5), (3, 5, 2, 4), (2, 5, 2, 3, 4)]
 
@@ -46,13 +46,26 @@ def test_tokens_are_a_view_where_no_axis_moves(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_batch_mean_is_numpys_in_float32(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     signal = signal_of(shape, dtype)
-    mean = batch_mean(signal)
+    (mean,) = batch_means(signal, 1)
     assert mean.dtype == torch.float32
     np.testing.assert_allclose(mean.numpy(), tokens_by_hand(signal).mean(axis=0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_batch_means_are_those_of_each_signal_by_itself(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
+    signals = signal_of((groups * shape[0], *shape[1:]), dtype)
+    means = batch_means(signals, groups)
+    assert means.dtype == torch.float32
+    for index, mean in enumerate(means):
+        signal = signals[index * shape[0] : (index + 1) * shape[0]]
+        assert torch.equal(mean, batch_means(signal, 1)[0])
+        np.testing.assert_allclose(mean.numpy(), tokens_by_hand(signal).mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
 def test_batch_mean_of_half_precision_does_not_overflow() -> None:
-    assert batch_mean(torch.full((64, 3), 6e4, dtype=torch.float16)).tolist() == [[60_000.0] * 3]
+    assert batch_means(torch.full((64, 3), 6e4, dtype=torch.float16), 1).tolist() == [[[60_000.0] * 3]]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -61,20 +74,21 @@ def test_one_element_that_is_not_finite_shows_in_the_mean(shape: tuple[int, ...]
     signal = signal_of(shape)
     signal.view(-1)[7] = value
     _, position, channel = np.argwhere(~np.isfinite(tokens_by_hand(signal)))[0]
-    mean = batch_mean(signal)
+    mean, untouched = batch_means(torch.cat((signal, signal_of(shape))), 2)
     assert not mean[position, channel].isfinite()
     assert mean.isfinite().sum() == mean.numel() - 1
+    assert untouched.isfinite().all()
 
 
 def test_infinities_of_opposite_sign_do_not_cancel() -> None:
-    assert not batch_mean(torch.tensor([[torch.inf], [-torch.inf]])).isfinite().any()
+    assert not batch_means(torch.tensor([[torch.inf], [-torch.inf]]), 1).isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_reference_comes_back_from_the_shape_it_was_spread_over(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     signal = signal_of(shape, dtype)
-    reference = batch_mean(signal)
+    (reference,) = batch_means(signal, 1)
     spread = spread_over(reference, signal)
     assert (spread.shape, spread.dtype) == (signal.shape, dtype)
     expected = reference.to(dtype)
@@ -108,5 +122,5 @@ def test_spreading_over_a_smaller_image_keeps_the_first_positions() -> None:
 
 def test_a_signal_of_one_axis_has_a_stand_in_too() -> None:
     signal = signal_of((5,))
-    assert as_tokens(signal).shape == (1, 1, 5)
-    assert torch.equal(spread_over(batch_mean(signal), signal), signal)
+    assert as_tokens(signal).shape == (5, 1, 1)
+    torch.testing.assert_close(spread_over(batch_means(signal, 1)[0], signal), torch.full((5,), float(signal.mean())))

@@ -22,7 +22,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": mean_absolute_difference,
     "l2": normalised_euclidean,
     "sfr": sign_flip_ratio,
-    "sw": lambda mean, momentum: sliced_wasserstein(mean, momentum, unit_directions(mean.shape[1], 5, seed=3)),
+    "sw": lambda mean, momentum: sliced_wasserstein(mean, momentum, unit_directions(mean.shape[-1], 5, seed=3)),
 }
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=40)
@@ -66,6 +66,28 @@ def test_scipy_agrees_on_every_direction(shape: tuple[int, int]) -> None:
 def test_a_distance_is_a_scalar_of_its_device(name: str) -> None:
     distance = DISTANCES[name](cloud(0), cloud(1))
     assert (distance.shape, distance.dtype) == ((), torch.float32)
+
+
+@pytest.mark.parametrize("leading", [(1,), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (7, 5), (33, 16)], ids=str)
+@pytest.mark.parametrize("name", DISTANCES)
+def test_leading_axes_are_a_loop_over_them(name: str, shape: tuple[int, int], leading: tuple[int, ...]) -> None:
+    means, momentum = torch.empty(*leading, *shape), cloud(1, *shape, offset=0.5)
+    for seed, index in enumerate(np.ndindex(leading)):
+        means[index] = cloud(10 + seed, *shape)
+    distances = DISTANCES[name](means, momentum)
+    assert (distances.shape, distances.dtype) == (leading, torch.float32)
+    for index in np.ndindex(leading):
+        expected = DISTANCES[name](means[index], momentum)
+        assert expected.shape == ()
+        torch.testing.assert_close(distances[index], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "sw"])
+def test_nan_stays_with_its_signal(name: str) -> None:
+    means = torch.stack([cloud(seed) for seed in range(3)])
+    means[1, 2, 3] = torch.nan
+    assert DISTANCES[name](means, cloud(9)).isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("name", DISTANCES)

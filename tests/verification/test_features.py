@@ -38,6 +38,19 @@ def test_features_are_the_logarithms_of_the_distances() -> None:
     np.testing.assert_allclose(features.numpy(), by_hand(mean, momentum), rtol=1e-4)
 
 
+@pytest.mark.parametrize("leading", [(1,), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize(("mine", "known"), [(9, 9), (3, 9), (9, 3), (1, 1)])
+def test_leading_axes_are_a_loop_over_them(mine: int, known: int, leading: tuple[int, ...]) -> None:
+    means, momentum, shared = torch.empty(*leading, mine, CHANNELS), cloud(1, known), min(mine, known)
+    for seed, index in enumerate(np.ndindex(leading)):
+        means[index] = cloud(10 + seed, mine)
+    features = temporal_features(means, momentum, DIRECTIONS)
+    assert (features.shape, features.dtype) == ((*leading, len(FEATURES)), torch.float32)
+    for index in np.ndindex(leading):
+        torch.testing.assert_close(features[index], temporal_features(means[index], momentum, DIRECTIONS), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(features[index].numpy(), by_hand(means[index][:shared], momentum[:shared]), rtol=1e-4, atol=1e-6)
+
+
 def test_features_are_named_in_their_order() -> None:
     assert FEATURES == ("log_l1", "log_l2", "sign_flip_ratio", "log_sliced_wasserstein")
 

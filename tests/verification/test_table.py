@@ -8,25 +8,34 @@ import torch
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.verification import COLUMNS, SignalTable
 from lightning_sentinel.verification.features import FEATURES
-from lightning_sentinel.verification.table import signal_row
+from lightning_sentinel.verification.table import signal_rows
 
 
-def test_a_row_is_in_the_order_of_the_columns() -> None:
-    row = signal_row(
-        torch.arange(float(len(FEATURES))),
-        torch.tensor(7.5),
-        torch.tensor(2),
-        torch.tensor(True),
-        torch.tensor(False),
+def test_rows_are_in_the_order_of_the_columns() -> None:
+    rows = signal_rows(
+        torch.arange(2.0 * len(FEATURES)).view(2, -1),
+        torch.tensor([7.5, 0.25]),
+        torch.tensor([2, -1]),
+        torch.tensor([True, False]),
+        torch.tensor([False, True]),
         positions=11,
     )
-    assert row.dtype == torch.float32
-    assert dict(zip(COLUMNS, row.tolist())) == {
+    assert (rows.shape, rows.dtype) == ((2, len(COLUMNS)), torch.float32)
+    one, other = (dict(zip(COLUMNS, row.tolist())) for row in rows)
+    assert one == {
         **{name: float(index) for index, name in enumerate(FEATURES)},
         "score": 7.5,
         "worst": 2.0,
         "flagged": 1.0,
         "tainted": 0.0,
+        "positions": 11.0,
+    }
+    assert other == {
+        **{name: float(len(FEATURES) + index) for index, name in enumerate(FEATURES)},
+        "score": 0.25,
+        "worst": -1.0,
+        "flagged": 0.0,
+        "tainted": 1.0,
         "positions": 11.0,
     }
 

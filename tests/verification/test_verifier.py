@@ -24,7 +24,8 @@ from lightning_sentinel.verification.verifier import MAX_SCORE
 SAMPLES, POSITIONS, CHANNELS = 4, 6, 8
 REPLICAS, MICRO_BATCHES = 4, 2
 WARMUP = 50
-YES, NO = torch.tensor(True), torch.tensor(False)
+YES, NO = torch.tensor([True]), torch.tensor([False])
+NOBODY = torch.zeros(REPLICAS, dtype=torch.bool)
 SCORE, WORST, FLAGGED, TAINTED, LENGTH = (COLUMNS.index(name) for name in ("score", "worst", "flagged", "tainted", "positions"))
 
 
@@ -57,17 +58,16 @@ class Rig:
     def step(self, others: Callable[[BoundaryVerifier], None] | None = None) -> Tensor:
         """One step, in which all replicas are honest; returns the rows ``(replicas * micro_batches, len(COLUMNS))``."""
         self.stream.drift()
-        rows = torch.stack(
+        rows = torch.cat(
             [
-                self.verifier.inspect(self.stream.signal(), NO, replica).row
-                for replica in range(REPLICAS)
+                self.verifier.inspect(torch.cat([self.stream.signal() for _ in range(REPLICAS)]), NOBODY).rows
                 for _ in range(MICRO_BATCHES)
             ]
         )
         if others is not None:
             others(self.verifier)
         honest = rows[~rows[:, FLAGGED].bool()]
-        self.verifier.learn(self.verifier.contribution([]), honest[:, : len(FEATURES)])
+        self.verifier.learn(self.verifier.contribution(NOBODY), honest[:, : len(FEATURES)])
         return rows
 
     def run(self, steps: int) -> Tensor:
@@ -78,7 +78,16 @@ class Rig:
 
     def score(self, signal: Tensor) -> float:
         """Of a signal that leaves no trace."""
-        return copy.deepcopy(self.verifier).inspect(signal, NO).row[SCORE].item()
+        return copy.deepcopy(self.verifier).inspect(signal, NO).rows[0, SCORE].item()
+
+
+def inspect_one(verifier: BoundaryVerifier, sender: int, signal: Tensor, tainted: Tensor = NO) -> tuple[Tensor, Tensor]:
+    """What is said of one sender's signal in a micro-batch in which those of all others are tainted: its row, its verdict."""
+    signals, taints = torch.zeros(REPLICAS, *signal.shape), torch.ones(REPLICAS, dtype=torch.bool)
+    signals[sender], taints[sender] = signal, tainted
+    rows, flagged = verifier.inspect(signals.flatten(0, 1), taints)
+    assert not flagged[taints].any()
+    return rows[sender], flagged[sender]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +142,7 @@ def test_what_is_not_finite_is_flagged_at_any_time(rigs: Callable[..., Rig], war
         rig.run(warm)
     signal = rig.stream.signal()
     signal[2, 3, 4] = value
-    row, flagged = rig.verifier.inspect(signal, NO)
+    (row,), flagged = rig.verifier.inspect(signal, NO)
     assert flagged
     assert (row[SCORE], row[WORST], row[FLAGGED]) == (MAX_SCORE, -1, 1)
 
@@ -151,7 +160,7 @@ def test_honest_signals_are_rarely_flagged(rigs: Callable[..., Rig], direction: 
 def test_tampered_activations_are_flagged(rigs: Callable[..., Rig], name: str, method: str) -> None:
     rig = rigs(Direction.ACTIVATION, method)
     for _ in range(10):
-        row, flagged = rig.verifier.inspect(ATTACKS[name](rig.stream.signal(), rig.stream), NO)
+        (row,), flagged = rig.verifier.inspect(ATTACKS[name](rig.stream.signal(), rig.stream), NO)
         assert flagged and row[SCORE] > 1
 
 
@@ -175,7 +184,7 @@ def test_only_two_sided_fences_see_gradients_too_close_to_their_momentum(rigs: C
 def test_a_row_holds_the_features_and_the_score_of_the_feature_furthest_out(rigs: Callable[..., Rig]) -> None:
     rig = rigs()
     signal, verifier = 1.3 * rig.stream.signal(), rig.verifier
-    row = verifier.inspect(signal, NO).row
+    (row,) = verifier.inspect(signal, NO).rows
     mean = signal.mean(dim=0)
     directions = unit_directions(CHANNELS, 16, verifier._directions_seed)
     features = temporal_features(mean, verifier.momentum.value, directions).numpy()
@@ -207,9 +216,9 @@ def test_directions_differ_between_boundaries_and_follow_the_seed() -> None:
 def test_a_secret_seed_may_be_as_long_as_an_integer(seed: int) -> None:
     verifier, stream = BoundaryVerifier(Boundary(0, Direction.ACTIVATION), Verification(seed=seed)), Honest(Direction.ACTIVATION, 0)
     for _ in range(2):
-        row = verifier.inspect(stream.signal(), NO).row
-        verifier.learn(verifier.contribution([]), row[None, : len(FEATURES)])
-    assert row.isfinite().all()
+        rows = verifier.inspect(stream.signal(), NO).rows
+        verifier.learn(verifier.contribution(NO), rows[:, : len(FEATURES)])
+    assert rows.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (4, 6, 8), (4, 8, 3, 2)], ids=str)
@@ -218,8 +227,8 @@ def test_any_shape_and_precision(shape: tuple[int, ...], dtype: torch.dtype) -> 
     verifier, generator = BoundaryVerifier(Boundary(0, Direction.ACTIVATION), Verification(warmup_steps=6)), torch.Generator()
     generator.manual_seed(0)
     for _ in range(12):
-        rows = [verifier.inspect(torch.randn(shape, generator=generator).add(2).to(dtype), NO).row for _ in range(4)]
-        verifier.learn(verifier.contribution([]), torch.stack(rows)[:, : len(FEATURES)])
+        rows = [verifier.inspect(torch.randn(shape, generator=generator).add(2).to(dtype), NO).rows for _ in range(4)]
+        verifier.learn(verifier.contribution(NO), torch.cat(rows)[:, : len(FEATURES)])
     signal = torch.full(shape, -2.0, dtype=dtype)
     assert verifier.inspect(signal, NO).flagged
     stand_in = verifier.substitute(signal)
@@ -230,8 +239,8 @@ def test_inspection_leaves_the_signal_and_its_graph_alone() -> None:
     rig = Rig()
     signal = rig.stream.signal().requires_grad_()
     before = signal.detach().clone()
-    row, flagged = rig.verifier.inspect(signal, NO)
-    assert not row.requires_grad and not flagged.requires_grad
+    rows, flagged = rig.verifier.inspect(signal, NO)
+    assert not rows.requires_grad and not flagged.requires_grad
     assert torch.equal(signal, before) and signal.grad is None
 
 
@@ -243,9 +252,9 @@ def test_the_momentum_is_the_average_of_the_honest_means() -> None:
     expected = None
     for _ in range(8):
         signals = [rig.stream.signal() for _ in range(6)]
-        for replica, signal in enumerate(signals):
-            rig.verifier.inspect(signal, NO, replica % 3)
-        rig.verifier.learn(rig.verifier.contribution([]), torch.zeros(0, len(FEATURES)))
+        for micro_batch in (signals[:3], signals[3:]):
+            rig.verifier.inspect(torch.cat(micro_batch), torch.tensor([False] * 3))
+        rig.verifier.learn(rig.verifier.contribution(torch.tensor([False] * 3)), torch.zeros(0, len(FEATURES)))
         mean = np.mean([signal.double().numpy().mean(axis=0) for signal in signals], axis=0)
         expected = mean if expected is None else 0.7 * expected + 0.3 * mean
     np.testing.assert_allclose(rig.verifier.momentum.value.numpy(), expected, rtol=1e-4, atol=1e-5)
@@ -261,16 +270,16 @@ def _non_finite(verifier: BoundaryVerifier, positions: int = POSITIONS) -> None:
     for replica, value in enumerate((math.nan, math.inf)):
         signal = torch.ones(SAMPLES, positions, CHANNELS)
         signal[0, 0, 0] = value
-        assert verifier.inspect(signal, NO, replica).flagged
+        assert inspect_one(verifier, replica, signal)[1]
 
 
 def _far_out(verifier: BoundaryVerifier, positions: int = POSITIONS) -> None:
-    assert verifier.inspect(torch.full((SAMPLES, positions, CHANNELS), 1e3), NO, 1).flagged
+    assert inspect_one(verifier, 1, torch.full((SAMPLES, positions, CHANNELS), 1e3))[1]
 
 
 def _tainted(verifier: BoundaryVerifier, positions: int = POSITIONS) -> None:
     for value in (1e3, math.nan):
-        row, flagged = verifier.inspect(torch.full((SAMPLES, positions, CHANNELS), value), YES, 2)
+        row, flagged = inspect_one(verifier, 2, torch.full((SAMPLES, positions, CHANNELS), value), YES)
         assert not flagged
         assert (row[FLAGGED], row[TAINTED]) == (0, 1)
         assert row[SCORE] > 1
@@ -296,10 +305,10 @@ def test_cleared_replicas_count_with_all_their_finite_means(rigs: Callable[..., 
         verifier, kept = copy.deepcopy(rig.verifier), []
         for replica, signals in sent.items():
             for signal in signals:
-                flagged = verifier.inspect(signal, NO, replica).flagged
+                _, flagged = inspect_one(verifier, replica, signal)
                 if not flagged or (replica in cleared and signal.isfinite().all()):
                     kept.append(signal.double().numpy().mean(axis=0))
-        step = verifier.contribution(cleared)
+        step = verifier.contribution(torch.tensor([replica in cleared for replica in range(REPLICAS)]))
         np.testing.assert_allclose(step.total.numpy(), np.sum(kept, axis=0), rtol=1e-4, atol=1e-4)
         assert step.count.tolist() == [len(kept)] * POSITIONS
         return step.total.numpy(), step.count.tolist()
@@ -310,11 +319,79 @@ def test_cleared_replicas_count_with_all_their_finite_means(rigs: Callable[..., 
     assert both[1][0] == none[1][0] + 2
 
 
+def test_a_sum_of_flagged_means_that_overflows_stays_out(rigs: Callable[..., Rig]) -> None:
+    # Each mean is finite and flagged; their sum is infinite. Nobody cleared it, so nothing of it may enter the momentum.
+    rig = rigs()
+    honest, loud = rig.stream.signal(), torch.full((SAMPLES, POSITIONS, CHANNELS), 3e38)
+    loud[1:] = -7e37  # So that the sum over samples, of which the mean is taken, is finite.
+    for _ in range(20):
+        flagged = rig.verifier.inspect(torch.cat((honest, loud)), torch.tensor([False, False])).flagged
+        assert flagged.tolist() == [False, True]
+    assert rig.verifier.contribution(torch.tensor([False, False])).total.isfinite().all()
+
+
+# --- Several senders at once
+
+
+def one_of_each(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, step: int, micro_batch: int
+) -> list[Tensor]:
+    """Signals of three senders, on a grid so coarse that sums of means do not depend on their order.
+
+    The second shouts in some steps after the warm-up, and is not finite in one micro-batch of others. Lengths vary.
+    """
+    if len(shape) == 3:
+        shape = (shape[0], shape[1] + (step + micro_batch) % 3, shape[2])
+    signals = [torch.randn(shape, generator=generator).add(2).mul(8).round().div(8) for _ in range(3)]
+    if step > 8 and step % 4 == 1:
+        signals[1] = 64 * signals[1]
+    if step % 4 == 2 and micro_batch == 0:
+        signals[1].view(-1)[3] = math.inf
+    return [signal.to(dtype) for signal in signals]
+
+
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4, 8), (4, 6, 8), (4, 8, 3, 2)], ids=str)
+def test_senders_at_once_are_verifiers_of_one_sender_each(shape: tuple[int, ...], dtype: torch.dtype, direction: Direction) -> None:
+    def verifier() -> BoundaryVerifier:
+        return BoundaryVerifier(Boundary(0, direction), Verification(warmup_steps=8))
+
+    together, apart, generator = verifier(), [verifier() for _ in range(3)], torch.Generator().manual_seed(4)
+    seen = torch.zeros(3, dtype=torch.long)
+    for step in range(20):
+        honest = []
+        for micro_batch in range(MICRO_BATCHES):
+            signals = one_of_each(shape, dtype, generator, step, micro_batch)
+            tainted = torch.tensor([False, False, step % 5 == 3])
+            rows, flagged = together.inspect(torch.cat(signals), tainted)
+            singles = [one.inspect(signals[sender], tainted[sender : sender + 1]) for sender, one in enumerate(apart)]
+            assert torch.equal(rows, torch.cat([single.rows for single in singles]))
+            assert torch.equal(flagged, torch.cat([single.flagged for single in singles]))
+            honest.append(rows[~flagged & ~tainted, : len(FEATURES)])
+            seen += flagged
+        for sender, one in enumerate(apart):
+            for mine, its in zip(together._kept, one._kept):
+                assert torch.equal(mine.total[sender], its.total[0]) and torch.equal(mine.count[sender], its.count[0])
+        cleared = torch.tensor([True, step % 8 == 5, False])
+        whole = together.contribution(cleared)
+        parts = [one.contribution(cleared[sender : sender + 1]) for sender, one in enumerate(apart)]
+        summed = parts[0] + parts[1] + parts[2]
+        assert torch.equal(whole.total, summed.total) and torch.equal(whole.count, summed.count)
+        together.learn(whole, torch.cat(honest))
+        for one in apart:
+            one.learn(summed, torch.cat(honest))
+            assert_same_state(together, one)
+    assert together.warmed_up and seen[1] >= 8
+
+
 def test_a_contribution_is_asked_for_once() -> None:
     rig = Rig()
     rig.step()
+    with pytest.raises(RuntimeError, match=r"stage0/activation.*nothing to contribute"):
+        rig.verifier.contribution(NOBODY)
     rig.verifier.inspect(rig.stream.signal(), NO)
-    assert rig.verifier.contribution([]).count.tolist() == [1] * POSITIONS
+    assert rig.verifier.contribution(NO).count.tolist() == [1] * POSITIONS
 
 
 def test_the_first_steps_of_the_momentum_stay_out_of_the_window() -> None:
@@ -341,7 +418,7 @@ def test_positions_that_nobody_honest_sent_are_not_compared(rigs: Callable[..., 
     before = rig.score(honest)
     assert before <= 1
     longer(rig.verifier, positions)
-    rig.verifier.contribution([])
+    rig.verifier.contribution(NOBODY)
     rig.verifier.learn(None, torch.zeros(0, len(FEATURES)))
     assert rig.score(honest) == pytest.approx(before, rel=1e-3)
 
@@ -486,14 +563,15 @@ def test_a_receipt_reads_nothing_back(
     if steps <= WARMUP:
         rig.run(steps)
     honest = rig.stream.signal()
-    signals = [(honest, NO), (honest * 100, NO), (honest * math.nan, NO), (honest, YES)]
+    signals = [torch.cat((honest, honest * 100)), torch.cat((honest * math.nan, honest))]
+    taints, cleared = [torch.tensor([False, False]), torch.tensor([False, True])], torch.tensor([True, False])
     results: list[Inspection] = []
     with no_readback(monkeypatch):
-        for replica, (signal, tainted) in enumerate(signals):
-            results.append(rig.verifier.inspect(signal, tainted, replica % 2))
+        for signal, tainted in zip(signals, taints):
+            results.append(rig.verifier.inspect(signal, tainted))
             rig.verifier.substitute(signal)
-        rig.verifier.contribution([0])
-    assert [bool(result.flagged) for result in results] == [False, steps > WARMUP, True, False]
+        rig.verifier.contribution(cleared)
+    assert torch.cat([result.flagged for result in results]).tolist() == [False, steps > WARMUP, True, False]
 
 
 @pytest.mark.parametrize("direction", Direction)
@@ -503,12 +581,12 @@ def test_a_receipt_needs_no_values_at_all(device: str, mode: Callable[[], Any], 
     with mode():
         verifier = BoundaryVerifier(Boundary(0, direction), Verification(warmup_steps=1), device)
         for _ in range(4):
-            for replica in range(2):
-                signal = torch.empty(SAMPLES, POSITIONS, CHANNELS, device=device)
-                tainted = torch.empty((), dtype=torch.bool, device=device)
-                row, flagged = verifier.inspect(signal, tainted, replica)
-                assert (row.shape, flagged.shape, flagged.dtype) == ((len(COLUMNS),), (), torch.bool)
-                assert row.device.type == flagged.device.type == device
-                assert verifier.substitute(signal).device == signal.device
-            verifier.learn(verifier.contribution([]), torch.rand(8, len(FEATURES)))
+            for _ in range(MICRO_BATCHES):
+                signals = torch.empty(2 * SAMPLES, POSITIONS, CHANNELS, device=device)
+                tainted = torch.empty(2, dtype=torch.bool, device=device)
+                rows, flagged = verifier.inspect(signals, tainted)
+                assert (rows.shape, flagged.shape, flagged.dtype) == ((2, len(COLUMNS)), (2,), torch.bool)
+                assert rows.device.type == flagged.device.type == device
+                assert verifier.substitute(signals).device == signals.device
+            verifier.learn(verifier.contribution(torch.empty(2, dtype=torch.bool, device=device)), torch.rand(8, len(FEATURES)))
         assert verifier.warmed_up and len(verifier.window) == 24

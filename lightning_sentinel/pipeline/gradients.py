@@ -1,0 +1,55 @@
+"""Gradients between a schedule that has made them and the loop that expects to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["HeldGradients", "scale_gradients"]
+
+
+class HeldGradients:
+    """Puts the gradients of parameters aside and gives them back.
+
+    Lightning zeroes gradients after ``training_step``, in which the schedule runs its backward passes, and looks for them after
+    ``backward``.
+
+    Args:
+        parameters: whose gradients.
+
+    Example:
+        >>> import torch
+        >>> parameter = torch.nn.Parameter(torch.ones(1))
+        >>> parameter.grad = torch.ones(1)
+        >>> held = HeldGradients([parameter])
+        >>> held.hold()
+        >>> parameter.grad is None
+        True
+        >>> held.release()
+        >>> parameter.grad
+        tensor([1.])
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._held: list[Tensor | None] | None = None
+
+    def hold(self) -> None:
+        self._held = [parameter.grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def release(self) -> None:
+        if self._held is not None:
+            for parameter, gradient in zip(self._parameters, self._held):
+                parameter.grad = gradient
+            self._held = None
+
+
+def scale_gradients(parameters: Sequence[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients that are there; a factor of exactly 1 leaves them bit for bit."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if factor != 1.0 and gradients:
+        torch._foreach_mul_(gradients, factor)

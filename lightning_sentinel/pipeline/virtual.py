@@ -1,0 +1,214 @@
+"""The virtual engine: a whole mesh in this process.
+
+All replicas of a stage hold the same weights, so one copy of the module serves any number of them: the micro-batches of all
+replicas go through a stage side by side along the batch axis, and at each boundary every worker's signal is tampered with and
+verified on its own. Verifiers, ledger, attacks and verdicts are those of the process engine.
+
+A layer that mixes samples of a batch (BatchNorm in training mode) sees those of all replicas, as it would under ``SyncBatchNorm``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sentinel.attacks import Adversary
+from lightning_sentinel.mesh import Boundary, Direction
+from lightning_sentinel.pipeline.dealing import deal
+from lightning_sentinel.pipeline.exchange import StepOutcome
+from lightning_sentinel.pipeline.gradients import HeldGradients, scale_gradients
+from lightning_sentinel.pipeline.guard import Guard
+from lightning_sentinel.pipeline.partition import StageModel
+from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
+from lightning_sentinel.verification import SignalTable, StepVerdict
+
+__all__ = ["VirtualEngine"]
+
+
+class VirtualEngine:
+    """Runs all workers of a mesh; see :class:`lightning_sentinel.pipeline.face.Engine` for what each method does.
+
+    Args:
+        stage_model: the module with all of its stages.
+        optimizer: the user's; ``None`` for evaluation.
+        steps: runs the user's step functions.
+        guard: of all boundaries and replicas; ``None`` for a plain pipeline.
+        device: where the module is.
+        clip_norm: clip the norm of all gradients to this; 0 does not clip.
+        forward_context: entered around every forward pass.
+    """
+
+    def __init__(
+        self,
+        stage_model: StageModel,
+        optimizer: Optimizer | None,
+        steps: StepRunner,
+        guard: Guard | None,
+        device: torch.device,
+        clip_norm: float = 0.0,
+        forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.guard = guard
+        self.adversary: Adversary | None = None
+        self._model = stage_model
+        self._mesh = stage_model.mesh
+        self._optimizer = optimizer
+        self._steps = steps
+        self._device = device
+        self._clip_norm = clip_norm
+        self._forward_context = forward_context
+        layers, parts = stage_model.layers.layers, stage_model.parts
+        self._stages = [layers[parts[stage] : parts[stage + 1]] for stage in range(self._mesh.stages)]
+        self._stage_parameters = [[p for layer in stage for p in layer.parameters()] for stage in self._stages]
+        self._parameters = [parameter for stage in self._stage_parameters for parameter in stage]
+        self._held = HeldGradients(self._parameters)
+
+    # ---------------------------------------------------------------------------------------------------------- whole steps
+
+    def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
+        replicas = deal(arguments[0], self._mesh.replicas, micro_batches)
+        self._steps.new_records()
+        losses = torch.zeros(2, device=self._device)
+        for index in range(micro_batches):
+            parts = [(replica[index], *arguments[1:]) for replica in replicas]
+            losses += self._train_micro_batch(parts, replicas, index, step, scale)
+        rows = [self.guard.take_rows(boundary) for boundary in self._mesh.boundaries] if self.guard is not None else []
+        table = SignalTable(torch.stack(rows).cpu()) if rows else None
+        return self._outcome(losses, table, torch.tensor([replica.weights for replica in replicas]))
+
+    def _train_micro_batch(
+        self, parts: list[tuple[Any, ...]], replicas: list[MicroBatches], index: int, step: int, scale: float
+    ) -> Tensor:
+        """Forward and backward of one micro-batch of all replicas.
+
+        Returns:
+            ``(2,)``, sum of the weighted losses that count, and of their weights.
+        """
+        last = self._mesh.stages - 1
+        signals = self._input_of("training_step", parts)
+        tainted = torch.zeros(len(parts), dtype=torch.bool, device=self._device)
+        if self.guard is not None:
+            tainted = self.guard.initial_taint()
+        leaves: list[Any] = []
+        outputs: list[Tensor] = []
+        for stage in range(self._mesh.stages):
+            leaf = signals.detach().requires_grad_() if stage else signals
+            output = self._forward(stage, leaf)
+            leaves.append(leaf)
+            outputs.append(output)
+            if stage < last:
+                layer = self._model.stage_layers(stage)[-1]
+                sent = checked_signal(output, layer, stage).detach()
+                boundary = Boundary(stage, Direction.ACTIVATION)
+                signals, tainted = self._cross(boundary, sent, leaf, tainted, index, step)
+
+        counts = ~tainted if self.guard is not None and self.guard.excludes else torch.ones_like(tainted)
+        sums, total = torch.zeros(2, device=self._device), torch.zeros((), device=self._device)
+        for replica, (part, output) in enumerate(zip(parts, outputs[last].chunk(len(parts)))):
+            with self._forward_context():
+                result = self._steps.finish("training_step", part, output, replicas[replica].sizes[index], counts[replica])
+            loss, weight = loss_of(result, "training_step"), replicas[replica].weights[index]
+            total = total + torch.where(counts[replica], loss * (weight * scale), 0.0)
+            sums += torch.stack((torch.where(counts[replica], loss.detach().float() * weight, 0.0), counts[replica] * weight))
+        total.backward()
+
+        received: Tensor | None = None
+        for stage in range(last, 0, -1):
+            sent, boundary = leaves[stage].grad, Boundary(stage - 1, Direction.GRADIENT)
+            received, tainted = self._cross(boundary, sent, received, tainted, index, step)
+            outputs[stage - 1].backward(received)
+        return sums
+
+    def _cross(
+        self, boundary: Boundary, sent: Tensor, received: Any, tainted: Tensor, micro_batch: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """What the receivers of a boundary go on with: the signals of all senders, tampered with and verified."""
+        if self.adversary is not None:
+            sent = self._tampered(self.adversary, boundary, sent, received, micro_batch, step)
+        return (sent, tainted) if self.guard is None else self.guard.receive(boundary, sent, tainted)
+
+    def _tampered(
+        self, adversary: Adversary, boundary: Boundary, sent: Tensor, received: Any, micro_batch: int, step: int
+    ) -> Tensor:
+        guilty = sorted(worker for worker in adversary.workers if worker.stage == boundary.sender)
+        if not guilty:
+            return sent
+        pieces = list(sent.chunk(self._mesh.replicas))
+        got = list(received.chunk(self._mesh.replicas)) if isinstance(received, Tensor) else [None] * self._mesh.replicas
+        for worker in guilty:
+            honest = pieces[worker.replica]
+            pieces[worker.replica] = adversary.tamper(honest, worker, boundary.direction, step, micro_batch, got[worker.replica])
+        return torch.cat(pieces)
+
+    def evaluate(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> StepOutcome:
+        self._steps.new_records()
+        self._run_whole(step, arguments)
+        return self._outcome(torch.zeros(2), None, torch.ones(1, 1))
+
+    def predict(self, arguments: tuple[Any, ...], micro_batches: int) -> Any:
+        return self._run_whole("predict_step", arguments)
+
+    def _run_whole(self, step: str, arguments: tuple[Any, ...]) -> Any:
+        """A step without boundaries: the weights are those of all replicas, and nobody else's word is needed."""
+        samples = MicroBatches(arguments[0], 1).sizes[0]
+        signals = self._input_of(step, [arguments])
+        for stage in range(self._mesh.stages):
+            signals = self._forward(stage, signals)
+        with self._forward_context():
+            return self._steps.finish(step, arguments, signals, samples, torch.tensor(True, device=self._device))
+
+    def learn(self, outcome: StepOutcome, verdict: StepVerdict) -> None:
+        if self.guard is not None and outcome.table is not None:
+            self.guard.learn(outcome.table, verdict, lambda vector: vector)
+
+    def _outcome(self, losses: Tensor, table: SignalTable | None, weights: Tensor) -> StepOutcome:
+        recorder = self._steps.recorder
+        total, weight = losses.tolist()
+        return StepOutcome(
+            loss=total / weight if weight > 0 else None,
+            table=table,
+            weights=weights,
+            schema=recorder.schema,
+            logged=recorder.schema.reduce(recorder.vector().cpu()[None]),
+        )
+
+    def _input_of(self, step: str, parts: list[tuple[Any, ...]]) -> Any:
+        with self._forward_context():
+            inputs = [self._steps.input_of(step, part) for part in parts]
+        return inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+
+    def _forward(self, stage: int, signals: Any) -> Any:
+        # A copy, because a layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
+        signals = signals.clone() if isinstance(signals, Tensor) and signals.requires_grad else signals
+        with self._forward_context():
+            for layer in self._stages[stage]:
+                signals = layer(signals)
+        return signals
+
+    # ------------------------------------------------------------------------------------------------- gradients and weights
+
+    def hold_gradients(self) -> None:
+        self._held.hold()
+
+    def release_gradients(self) -> None:
+        self._held.release()
+
+    def reduce_gradients(self, shares: list[float]) -> None:
+        for parameters, share in zip(self._stage_parameters, shares):
+            scale_gradients(parameters, 1.0 / (self._mesh.replicas * share))
+
+    def apply_gradients(self) -> None:
+        assert self._optimizer is not None
+        if self._clip_norm > 0:
+            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        self._optimizer.step()
+        self.discard_gradients()
+
+    def discard_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None

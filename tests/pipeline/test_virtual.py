@@ -1,0 +1,78 @@
+"""The whole mesh in one process: the same training as without it, and the same verdicts as on any other mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import lightning_sentinel as ls
+from lightning_sentinel.pipeline.dealing import deal
+from tests.distributed import tasks
+
+TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
+
+
+def virtual(stages: int, replicas: int, **options: Any) -> ls.SentinelStrategy:
+    return ls.SentinelStrategy(stages, replicas, micro_batches=2, engine="virtual", **options)
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (3, 2), (5, 8)])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_clip_val": 0.05}, {"accumulate_grad_batches": 2, "limit_val_batches": 2, "val_check_interval": 2}]
+)
+def test_weights_and_logs_equal_a_run_without_it(optimizer: str, stages: int, replicas: int, options: dict[str, Any]) -> None:
+    alone = tasks.fit_alone(optimizer, 3, 16, options)
+    module = tasks.Classifier(optimizer)
+    run = tasks.trainer(virtual(stages, replicas), 1, 3, **options)
+    run.fit(module, tasks.loader(16), tasks.loader(16))
+    for name, value in module.state_dict().items():
+        assert (value - alone["weights"][name]).abs().max() <= TOLERANCE[optimizer], name
+    for name, value in alone["metrics"].items():
+        assert float(run.callback_metrics[name]) == pytest.approx(value, abs=1e-5), name
+
+
+def test_predictions_and_checkpoints_are_those_of_an_ordinary_module(tmp_path: Any) -> None:
+    module = tasks.Classifier("adamw")
+    run = tasks.trainer(virtual(2, 2), 1, 3)
+    run.fit(module, tasks.loader(16))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    restored = tasks.Classifier.load_from_checkpoint(tmp_path / "last.ckpt")
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(restored.state_dict()[name], value, rtol=0, atol=0)
+    again, resumed = tasks.Classifier("adamw"), tasks.trainer(virtual(2, 2), 1, 5)
+    resumed.fit(again, tasks.loader(16), ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.global_step == 5
+
+
+@pytest.mark.parametrize(("direction", "attack"), [("activation", {"name": "scale", "factor": 20.0}), ("gradient", "random")])
+def test_malicious_workers_are_banned_and_nobody_else(direction: Any, attack: Any) -> None:
+    guilty = {ls.Worker(1, 0), ls.Worker(2, 3), ls.Worker(1, 5)}
+    strategy = virtual(4, 8, verification=ls.Verification(warmup_steps=40))
+    injector = ls.AttackInjector(attack, workers=sorted(guilty), direction=direction)
+    module = tasks.Classifier("adamw", depth=6)
+    tasks.trainer(strategy, 1, 55, [injector]).fit(module, tasks.loader(32))
+    assert strategy.ledger.banned == guilty
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("samples", "replicas"), [(8, 2), (9, 3), (10, 4), (3, 2)])
+def test_samples_are_dealt_as_a_distributed_sampler_deals_them(samples: int, replicas: int) -> None:
+    data = torch.utils.data.TensorDataset(torch.arange(samples))
+    parts = deal(torch.arange(samples), replicas, 1)
+    for replica, part in enumerate(parts):
+        sampler = torch.utils.data.DistributedSampler(data, replicas, replica, shuffle=False)
+        assert part[0].tolist() == list(sampler)
+
+
+def test_more_than_one_process_is_refused() -> None:
+    with pytest.raises(ls.SentinelError, match=r"virtual mesh is in one process, but the Trainer has 2"):
+        tasks.trainer(virtual(2, 2), 2, 1)
+
+
+def test_the_preset_trains() -> None:
+    run = tasks.trainer("sentinel_virtual", 1, 2)
+    run.fit(tasks.Classifier(), tasks.loader(32))
+    assert run.strategy.mesh == ls.SentinelStrategy(engine="virtual").mesh
