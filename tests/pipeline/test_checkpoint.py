@@ -223,6 +223,7 @@ class Post:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rank = 0
         self.letters: defaultdict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
         monkeypatch.setattr("torch.distributed.get_rank", lambda: self.rank)
         monkeypatch.setattr("torch.distributed.send", self.send)
         monkeypatch.setattr("torch.distributed.recv", self.recv)
