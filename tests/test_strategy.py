@@ -166,3 +166,8 @@ class TestTheOtherPackage:
     def test_lightning_itself_is_not_affected(self, other: ModuleType) -> None:
         register_refusals(["sentinel"])
         assert isinstance(trainer("sentinel", 4).strategy, ls.SentinelStrategy)
+
+
+def test_an_unknown_preset_is_named() -> None:
+    with pytest.raises(ValueError, match="sentinell"):
+        L.Trainer(strategy="sentinell", accelerator="cpu", devices=4, logger=False)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import json
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 import lightning_sentinel as ls
 from lightning_sentinel.pipeline.dealing import deal
@@ -76,3 +81,46 @@ def test_the_preset_trains() -> None:
     run = tasks.trainer("sentinel_virtual", 1, 2)
     run.fit(tasks.Classifier(), tasks.loader(32))
     assert run.strategy.mesh == ls.SentinelStrategy(engine="virtual").mesh
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    run = tasks.trainer(virtual(12, 1), 1, 1)
+    with pytest.raises(ls.SentinelError, match=r"Classifier has 7 layers, which cannot be cut into stages=12. Use at most 7"):
+        run.fit(tasks.Classifier(), tasks.loader(8))
+
+
+def test_a_stage_without_parameters_is_refused() -> None:
+    run = tasks.trainer(virtual(7, 1, partition="uniform"), 1, 1)
+    with pytest.raises(ls.SentinelError, match=r"no trainable parameters in stage\(s\) \[5\]: net.5. Use fewer stages"):
+        run.fit(tasks.Classifier(), tasks.loader(8))
+
+
+def test_a_worker_outside_the_mesh_is_refused() -> None:
+    run = tasks.trainer(virtual(2, 2), 1, 1, [ls.AttackInjector("zeros", workers=[ls.Worker(2, 0)])])
+    with pytest.raises(ls.SentinelError, match=r"worker \(stage 2, replica 0\) is not in the mesh: it has stages 0..1"):
+        run.fit(tasks.Classifier(), tasks.loader(8))
+
+
+def test_everything_that_was_found_is_logged_and_written(tmp_path: Path) -> None:
+    heard: list[ls.Detection] = []
+
+    class Listener(L.Callback):
+        def on_sentinel_detection(self, trainer: Any, pl_module: Any, detection: ls.Detection) -> None:
+            heard.append(detection)
+
+    strategy = virtual(2, 3, verification=ls.Verification(warmup_steps=10))
+    injector = ls.AttackInjector({"name": "scale", "factor": 50.0}, workers=[(0, 1)], direction="activation")
+    logger = CSVLogger(tmp_path)
+    tasks.trainer(strategy, 1, 20, [injector, Listener()], logger=logger, log_every_n_steps=1).fit(
+        tasks.Classifier(), tasks.loader(12)
+    )
+    assert strategy.ledger.banned == {ls.Worker(0, 1)} == injector.workers
+    assert heard == strategy.detections
+    lines = [json.loads(line) for line in (Path(logger.log_dir) / "sentinel" / "detections.jsonl").read_text().splitlines()]
+    assert len(lines) == len(heard)
+    assert lines[0]["worker"] == {"stage": 0, "replica": 1} and lines[0]["direction"] == "activation"
+    logger.save()
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        last = [row for row in csv.DictReader(file) if row["sentinel/flags"]][-1]
+    assert float(last["sentinel/banned"]) == 1
+    assert float(last["sentinel/flags"]) == len(heard)
