@@ -72,6 +72,7 @@ class SentinelStrategy(ProcessStrategy):
             batch is the whole mesh's, and is dealt to the replicas as a distributed sampler would deal the samples.
         partition: how layers are dealt to stages: ``"parameters"``, ``"uniform"`` or ``"type:REGEX"``.
         sequential: name of the ``nn.Sequential`` to cut, if the module has several.
+        zero_stage: 0; DeepSpeed's ZeRO is not supported yet.
         activation_checkpointing: recompute activations in the backward pass instead of keeping them.
         transport: ``"device"`` sends tensors from where they are, ``"host"`` through host memory, ``"auto"`` decides.
         timeout: how long any process waits for another before the run ends with an error that names it.
@@ -100,6 +101,7 @@ class SentinelStrategy(ProcessStrategy):
         partition: str = "parameters",
         engine: Literal["process", "virtual"] = "process",
         sequential: str | None = None,
+        zero_stage: int = 0,
         activation_checkpointing: bool = False,
         transport: Literal["auto", "device", "host"] = "auto",
         timeout: timedelta = timedelta(minutes=5),
@@ -116,6 +118,10 @@ class SentinelStrategy(ProcessStrategy):
             )
         if transport not in ("auto", "device", "host"):
             raise ConfigurationError(f"transport={transport!r} is unknown. Use 'auto', 'device' or 'host'.")
+        if zero_stage != 0:
+            raise ConfigurationError(
+                f"zero_stage={zero_stage} is not supported yet: the optimizer's state could not be saved. Use zero_stage=0."
+            )
         self._stages, self._replicas, self._micro_batches = stages, replicas, micro_batches
         self._verification, self._response = verification, response
         self._partition, self._sequential = partition, sequential
@@ -131,10 +137,12 @@ class SentinelStrategy(ProcessStrategy):
         self.step = 0
         """Training batches so far: the number that detections and attacks go by."""
         self._engine: Engine | None = None
+        self._guard: Guard | None = None
         self._roster: Roster | None = None
         self._stage_model: StageModel | None = None
         self._randomness: SeparateRandomness | None = None
         self._last_loss = math.nan
+        self._saved_groups: list[list[str]] = []
 
     def __repr__(self) -> str:
         # `pytorch_lightning` shows it when it refuses a strategy that is not its own.
@@ -221,7 +229,7 @@ class SentinelStrategy(ProcessStrategy):
             self.setup_precision_plugin()
             self._engine = self._make_engine(model, self.optimizers[0] if fitting else None)
             self._engine.adversary = self.adversary
-            self._randomness = SeparateRandomness(self._agree_on_seed(), self.global_rank, self.worker.replica)
+            self._randomness = self._randomness or SeparateRandomness(self._agree_on_seed(), self.global_rank, self.worker.replica)
         self._shares = CleanShares(self.mesh.stages)
         silence_misleading_warnings()
         if fitting and self.is_global_zero:
@@ -232,23 +240,27 @@ class SentinelStrategy(ProcessStrategy):
         from lightning_sentinel.pipeline.engine import SentinelEngine
 
         assert self.lightning_module is not None
-        steps, guard = StepRunner(self.lightning_module, model.layers.entry), self._make_guard()
+        steps, guard = StepRunner(self.lightning_module, model.layers.entry), self._kept_guard()
         clip_norm = float(self._trainer.gradient_clip_val or 0.0)
         context = self.precision_plugin.forward_context
         if self._virtual:
-            return VirtualEngine(model, optimizer, steps, guard, self.root_device, clip_norm, context)
+            return VirtualEngine(
+                model, optimizer, steps, guard, self.root_device, clip_norm, self._activation_checkpointing, context
+            )
         transport = Transport(self.root_device, self._transport)
         return SentinelEngine(model, optimizer, steps, transport, guard, clip_norm, context)
 
-    def _make_guard(self) -> Guard | None:
-        if self._verification is None:
-            return None
+    def _kept_guard(self) -> Guard | None:
+        """Made once: what the verifiers have learned outlives a ``validate`` after ``fit``, and goes into later checkpoints."""
+        if self._verification is None or self._guard is not None:
+            return self._guard
         mesh, replicas = self.mesh, range(self.mesh.replicas)
         received = mesh.boundaries
         if not self._virtual:
             received = tuple(boundary for boundary in mesh.boundaries if boundary.receiver == self.worker.stage)
             replicas = range(self.worker.replica, self.worker.replica + 1)
-        return Guard(mesh, received, replicas, self._verification, self._response, self.ledger, self.root_device)
+        self._guard = Guard(mesh, received, replicas, self._verification, self._response, self.ledger, self.root_device)
+        return self._guard
 
     def _agree_on_seed(self) -> int:
         seed = base_seed()
@@ -273,7 +285,7 @@ class SentinelStrategy(ProcessStrategy):
 
     def _settle(self, outcome: StepOutcome) -> None:
         """Draw verdicts from the table, which all ranks have, and act on them."""
-        engine, guard = self._running_engine, self._running_engine.guard
+        engine, guard = self._running_engine, self._guard
         self.table = outcome.table
         if guard is None or outcome.table is None:
             self._shares.add(None, outcome.weights)
@@ -385,14 +397,14 @@ class SentinelStrategy(ProcessStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if "optimizer_states" in checkpoint:
-            guard = self._running_engine.guard
             with self._at_work():
-                parts = stage_files.collect({}, guard.state_dict() if guard is not None else {}, self.mesh)
+                state = self._guard.state_dict() if self._guard is not None else {}
+                parts = stage_files.collect({}, state, self.mesh)
             checkpoint[_SECTION] = {
                 "step": self.step,
                 "ledger": self.ledger.state_dict(),
                 "verifiers": {name: value for _, tensors in parts for name, value in tensors.items()},
-                "optimizer_groups": getattr(self, "_saved_groups", []),
+                "optimizer_groups": self._saved_groups,
             }
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -418,8 +430,8 @@ class SentinelStrategy(ProcessStrategy):
             )
         self.step = section["step"]
         self.ledger.load_state_dict(section["ledger"])
-        if self._running_engine.guard is not None:
-            self._running_engine.guard.load_state_dict(section["verifiers"])
+        if self._guard is not None:
+            self._guard.load_state_dict(section["verifiers"])
 
     def _parameter_names(self) -> dict[int, str]:
         assert self.lightning_module is not None

@@ -135,7 +135,7 @@ def report(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         numbers = (f"{outcome.before:.2f}", f"{outcome.after:.2f}")
         table.add_row(outcome.name, *numbers, outcome.caught, outcome.precision, outcome.recall, f"{outcome.seconds:.0f}")
-    console = Console(width=110)
+    console = Console(width=116)
     console.print(table)
     console.print("Scores and detections of every run: runs/demo/")
 

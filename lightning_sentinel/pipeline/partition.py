@@ -104,6 +104,7 @@ def cut(
 
 
 def _pipeline_module(layers: tuple[nn.Module, ...], mesh: Mesh, method: str, activation_checkpointing: bool) -> Any:
+    from deepspeed.runtime.activation_checkpointing.checkpointing import non_reentrant_checkpoint
     from deepspeed.runtime.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
@@ -114,6 +115,7 @@ def _pipeline_module(layers: tuple[nn.Module, ...], mesh: Mesh, method: str, act
             topology=PipeDataParallelTopology(num_pp=mesh.stages, num_dp=mesh.replicas),
             partition_method=method,
             activation_checkpoint_interval=int(activation_checkpointing),
+            activation_checkpoint_func=non_reentrant_checkpoint,
         )
     for parameter in pipeline.parameters():
         # DeepSpeed's clipping counts only parameters with this mark on stages other than the first (deepspeed/runtime/utils.py,

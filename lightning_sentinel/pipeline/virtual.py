@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction
@@ -40,6 +41,7 @@ class VirtualEngine:
         guard: of all boundaries and replicas; ``None`` for a plain pipeline.
         device: where the module is.
         clip_norm: clip the norm of all gradients to this; 0 does not clip.
+        activation_checkpointing: recompute the activations of a layer in its backward pass instead of keeping them.
         forward_context: entered around every forward pass.
     """
 
@@ -51,6 +53,7 @@ class VirtualEngine:
         guard: Guard | None,
         device: torch.device,
         clip_norm: float = 0.0,
+        activation_checkpointing: bool = False,
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.guard = guard
@@ -61,6 +64,7 @@ class VirtualEngine:
         self._steps = steps
         self._device = device
         self._clip_norm = clip_norm
+        self._checkpoints = activation_checkpointing
         self._forward_context = forward_context
         layers, parts = stage_model.layers.layers, stage_model.parts
         self._stages = [layers[parts[stage] : parts[stage + 1]] for stage in range(self._mesh.stages)]
@@ -187,7 +191,7 @@ class VirtualEngine:
         signals = signals.clone() if isinstance(signals, Tensor) and signals.requires_grad else signals
         with self._forward_context():
             for layer in self._stages[stage]:
-                signals = layer(signals)
+                signals = checkpoint(layer, signals, use_reentrant=False) if self._checkpoints else layer(signals)
         return signals
 
     # ------------------------------------------------------------------------------------------------- gradients and weights

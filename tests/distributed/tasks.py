@@ -108,6 +108,7 @@ def fit(
     """Train on this rank and return what it knows."""
     settings: dict[str, Any] = {
         "plain": {"verification": None},
+        "checkpointing": {"verification": None, "activation_checkpointing": True},
         "excluding": {"verification": ls.Verification(warmup_steps=100)},
         # Fences fitted to so few values flag something, which a run that only reports must survive bit for bit.
         "reporting": {"verification": ls.Verification(warmup_steps=2), "response": ls.Response(on_flag="log", ban_after=None)},
@@ -157,7 +158,7 @@ def resume(directory: str, attacked: bool) -> dict[str, Any]:
         found[name] = {
             "weights": local_weights(module),
             "banned": strategy.ledger.banned_at,
-            "verifiers": strategy._engine.guard.state_dict(),  # type: ignore[union-attr]
+            "verifiers": strategy._guard.state_dict(),  # type: ignore[union-attr]
             "step": strategy.step,
             "flags": dict(strategy.ledger.flags),
         }

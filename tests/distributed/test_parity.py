@@ -14,6 +14,7 @@ CASES = [
     ("sgd", 2, 2, "excluding", {}),
     ("sgd", 3, 2, "reporting", {"gradient_clip_val": 0.05}),
     ("adamw", 2, 2, "plain", {"accumulate_grad_batches": 2}),
+    ("adamw", 2, 2, "checkpointing", {}),
     (
         "adamw",
         3,

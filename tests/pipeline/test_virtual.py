@@ -39,6 +39,36 @@ def test_weights_and_logs_equal_a_run_without_it(optimizer: str, stages: int, re
         assert float(run.callback_metrics[name]) == pytest.approx(value, abs=1e-5), name
 
 
+def test_activation_checkpointing_gives_the_same_weights_and_runs_layers_twice() -> None:
+    calls, weights = [], []
+    for checkpointing in (False, True):
+        module, seen = tasks.Classifier(), 0
+
+        def count(*_: Any) -> None:
+            nonlocal seen
+            seen += 1
+
+        module.net[1].register_forward_pre_hook(count)
+        tasks.trainer(virtual(2, 2, activation_checkpointing=checkpointing), 1, 3).fit(module, tasks.loader(16))
+        calls.append(seen)
+        weights.append(tasks.local_weights(module))
+    assert calls[1] == 2 * calls[0]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-7)
+
+
+def test_what_was_learned_outlives_a_validation_between_two_fits() -> None:
+    strategy = virtual(2, 2, verification=ls.Verification(warmup_steps=4))
+    module = tasks.Classifier("adamw")
+    run = tasks.trainer(strategy, 1, 6, limit_val_batches=1, num_sanity_val_steps=0)
+    run.fit(module, tasks.loader(16))
+    run.validate(module, tasks.loader(16), verbose=False)
+    run.fit_loop.epoch_loop.max_steps = 8
+    run.fit(module, tasks.loader(16))
+    assert strategy.step == 8
+    assert {verifier.steps for verifier in strategy._guard.verifiers.values()} == {8}
+
+
 def test_predictions_and_checkpoints_are_those_of_an_ordinary_module(tmp_path: Any) -> None:
     module = tasks.Classifier("adamw")
     run = tasks.trainer(virtual(2, 2), 1, 3)
