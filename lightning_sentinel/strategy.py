@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -329,6 +330,10 @@ class SentinelStrategy(ProcessStrategy):
         result = closure()
         engine, shares = self._running_engine, self._shares.take()
         if shares is None:
+            rank_zero_warn(
+                f"Some stage had no honest gradient in the step that ended with batch {self.step - 1}, so the weights were left as"
+                " they are. If this goes on, look at sentinel/anomaly_score: the training may have diverged."
+            )
             engine.discard_gradients()
             return result
         with self._at_work():

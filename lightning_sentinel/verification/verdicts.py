@@ -89,7 +89,8 @@ def judge(table: SignalTable, mesh: Mesh, live: Tensor, step: int, exclude: bool
         suspects=_suspects(standing, ~tainted, mesh),
         verified=frozenset(_count(~tainted, mesh)),
         cleared=cleared,
-        honest=~tainted & ~standing,
+        # A training that overflows everywhere is nobody's fault, but there is nothing to learn from it.
+        honest=~tainted & ~standing & (table.column("worst") >= 0),
         clean=_clean(flagged, live, mesh) if exclude else torch.ones(mesh.stages, *flagged.shape[1:], dtype=torch.bool),
     )
 
@@ -104,6 +105,8 @@ def _cleared(table: SignalTable, live: Tensor) -> Tensor:
     Senders that could not be verified, because an earlier stage tainted them or they are banned, count as honest: else malicious
     ones could get a majority of those that are left. Where too few are left, and with a single replica, there is nobody to be
     compared with: then what is just outside its fences is cleared, or the fences could never follow a training that moves.
+
+    Values that are not finite have the highest score, so they are cleared only where the median sender sends such values too.
     """
     replicas = len(live)
     scores = torch.where(table.tainted | ~live[:, None], torch.nan, table.column("score"))
@@ -114,9 +117,7 @@ def _cleared(table: SignalTable, live: Tensor) -> Tensor:
     reference = ordered.gather(1, (rank - 1).clamp(min=0)[:, None]).squeeze(1)
     comparable = (rank >= 1) & (replicas > 1)
     limit = torch.where(comparable, 2 * reference, _ALONE)[:, None, None]
-    # A value that is not finite says nothing of a trend, and there is nothing to learn from it.
-    finite = table.column("worst") >= 0
-    return table.flagged & finite & (scores <= limit)
+    return table.flagged & (scores <= limit)
 
 
 def _clean(flagged: Tensor, live: Tensor, mesh: Mesh) -> Tensor:

@@ -317,14 +317,20 @@ def test_a_step_without_a_live_pipeline_has_a_verdict(exclude: bool) -> None:
     assert verdict.clean.any() != exclude
 
 
-def test_what_is_not_finite_is_never_cleared() -> None:
+def test_a_minority_that_is_not_finite_is_not_cleared() -> None:
+    verdict = Step().flag_non_finite(1, A, 2, ALL).judge()
+    assert not verdict.cleared.any() and not verdict.honest[1, 2].any()
+    assert verdict.suspects == {Worker(1, 2)}
+    assert {detection.feature for detection in verdict.detections} == {"non_finite"}
+
+
+def test_a_training_that_overflows_everywhere_is_nobodys_fault_and_teaches_nothing() -> None:
     step = Step()
     for replica in range(3):
         step.flag_non_finite(1, A, replica, ALL)
     verdict = step.judge()
-    assert not verdict.cleared.any() and not verdict.honest[1].any()
-    assert verdict.suspects == {Worker(1, replica) for replica in range(3)}
-    assert {detection.feature for detection in verdict.detections} == {"non_finite"}
+    assert not verdict.suspects and not verdict.detections
+    assert not verdict.honest[1].any() and not verdict.clean.any()
 
 
 # --- Any table
@@ -366,9 +372,7 @@ def clean_by_hand(step: Step) -> np.ndarray:
 def cleared_by_hand(step: Step) -> np.ndarray:
     """Twice the score that an honest sender reaches even if as many as half of the stage lie: sort those that were verified, and
     leave out half of *all* replicas from the top. 1.5 where nobody is left, or there is nobody else."""
-    score, worst, flagged, tainted = (
-        step.rows[..., COLUMNS.index(name)].numpy() for name in ("score", "worst", "flagged", "tainted")
-    )
+    score, flagged, tainted = (step.rows[..., COLUMNS.index(name)].numpy() for name in ("score", "flagged", "tainted"))
     cleared = np.zeros(score.shape, dtype=bool)
     for index in range(len(score)):
         medians = []
@@ -379,7 +383,7 @@ def cleared_by_hand(step: Step) -> np.ndarray:
         replicas = len(step.live)
         trusted = sorted(medians)[: len(medians) - replicas // 2] if len(medians) > replicas // 2 else []
         limit = 2 * trusted[-1] if trusted and replicas > 1 else 1.5
-        cleared[index] = (flagged[index] > 0) & (worst[index] >= 0) & (score[index] <= limit)
+        cleared[index] = (flagged[index] > 0) & (score[index] <= limit)
     return cleared
 
 
@@ -397,9 +401,9 @@ def test_any_table_has_a_verdict(step: Step, exclude: bool) -> None:
     for tensor in (verdict.cleared, verdict.honest):
         assert (tensor.shape, tensor.dtype) == (flagged.shape, torch.bool)
     cleared, honest = verdict.cleared.numpy(), verdict.honest.numpy()
-    assert not (cleared & (flagged == 0)).any() and not (cleared & (worst < 0)).any()
+    assert not (cleared & (flagged == 0)).any()
     np.testing.assert_array_equal(cleared, cleared_by_hand(step))
-    np.testing.assert_array_equal(honest, (tainted == 0) & ((flagged == 0) | cleared))
+    np.testing.assert_array_equal(honest, (tainted == 0) & ((flagged == 0) | cleared) & (worst >= 0))
 
     expected = clean_by_hand(step) if exclude else np.ones((mesh.stages, *flagged.shape[1:]), dtype=bool)
     np.testing.assert_array_equal(verdict.clean.numpy(), expected)
