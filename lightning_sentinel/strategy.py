@@ -8,8 +8,7 @@ hooks run in their usual order around the reduction of gradients, clipping and t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -29,7 +28,6 @@ from lightning_sentinel.callbacks.monitor import SentinelMonitor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline import checkpoint as stage_files
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
@@ -37,8 +35,8 @@ from lightning_sentinel.pipeline.guard import Guard
 from lightning_sentinel.pipeline.liveness import Roster
 from lightning_sentinel.pipeline.logs import replay, silence_misleading_warnings
 from lightning_sentinel.pipeline.partition import StageModel, cut
-from lightning_sentinel.pipeline.processes import ProcessStrategy
 from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed
+from lightning_sentinel.pipeline.saving import StageCheckpoints
 from lightning_sentinel.pipeline.shares import CleanShares
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.summary import print_mesh
@@ -52,11 +50,8 @@ __all__ = ["SentinelStrategy"]
 _VIRTUAL_MESH = Mesh(stages=2, replicas=4)
 """Where neither stages nor replicas are given."""
 
-_SECTION = "lightning_sentinel"
-"""Our section of a checkpoint."""
 
-
-class SentinelStrategy(ProcessStrategy):
+class SentinelStrategy(StageCheckpoints):
     """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
 
     ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages, and rank ``stage * replicas + replica``
@@ -143,7 +138,7 @@ class SentinelStrategy(ProcessStrategy):
         self._stage_model: StageModel | None = None
         self._randomness: SeparateRandomness | None = None
         self._last_loss = math.nan
-        self._saved_groups: list[list[str]] = []
+        self._saved_groups = []
 
     def __repr__(self) -> str:
         # `pytorch_lightning` shows it when it refuses a strategy that is not its own.
@@ -369,80 +364,7 @@ class SentinelStrategy(ProcessStrategy):
     def _evaluation_micro_batches(self, arguments: tuple[Any, ...]) -> int:
         return min(self._micro_batches, extract_batch_size(arguments[0]))
 
-    # ---------------------------------------------------------------------------------------------------------- checkpoints
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Weights are loaded into stages, so the module must have been cut before."""
-        return True
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The unsplit module's state on rank zero, nothing elsewhere; a collective."""
-        assert self.lightning_module is not None
-        model, state = self._running_stage_model, self.lightning_module.state_dict()
-        with self._at_work():
-            parts = stage_files.collect({}, state, self.mesh)
-        merged = {name: value for _, tensors in parts for name, value in tensors.items()}
-        return {name: merged[name] for name in model.state_names if name in merged}
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The unsplit module's optimizer state on rank zero, nothing elsewhere; a collective."""
-        plain, tensors = stage_files.optimizer_part(optimizer, self._parameter_names())
-        with self._at_work():
-            parts = stage_files.collect(plain, tensors, self.mesh)
-        if not parts:
-            return {}
-        options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        state, self._saved_groups = stage_files.merge_optimizer_states(parts, options, self._running_stage_model.parameter_names)
-        return state
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if "optimizer_states" in checkpoint:
-            with self._at_work():
-                state = self._guard.state_dict() if self._guard is not None else {}
-                parts = stage_files.collect({}, state, self.mesh)
-            checkpoint[_SECTION] = {
-                "step": self.step,
-                "ledger": self.ledger.state_dict(),
-                "verifiers": {name: value for _, tensors in parts for name, value in tensors.items()},
-                "optimizer_groups": self._saved_groups,
-            }
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        module, model = self.lightning_module, self._running_stage_model
-        assert module is not None
-        own = stage_files.select_state(checkpoint["state_dict"], module, model.state_names, strict)
-        module.load_state_dict(own, strict=strict)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Continue a run: the optimizer, and what the verifiers and the ledger had learned."""
-        section = checkpoint.get(_SECTION)
-        if section is None:
-            raise ConfigurationError(
-                "The checkpoint was not written by SentinelStrategy, so the state of its optimizer cannot be dealt to stages. Load"
-                " its weights with load_from_checkpoint and start a new run from them."
-            )
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
-            optimizer.load_state_dict(
-                stage_files.own_optimizer_state(saved, section["optimizer_groups"], optimizer, self._parameter_names())
-            )
-        self.step = section["step"]
-        self.ledger.load_state_dict(section["ledger"])
-        if self._guard is not None:
-            self._guard.load_state_dict(section["verifiers"])
-
-    def _parameter_names(self) -> dict[int, str]:
-        assert self.lightning_module is not None
-        return {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
-
-    # -------------------------------------------------------------------------------------------------------- ends, and both
+    # -------------------------------------------------------------------------------------------------------- the end
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -458,15 +380,3 @@ class SentinelStrategy(ProcessStrategy):
     def _running_engine(self) -> Engine:
         assert self._engine is not None, "the engine exists from setup on"
         return self._engine
-
-    @property
-    def _running_stage_model(self) -> StageModel:
-        assert self._stage_model is not None, "the module is cut in setup"
-        return self._stage_model
-
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """Computation draws its own random numbers, and the loss of a peer is reported by name."""
-        assert self._roster is not None and self._randomness is not None
-        with self._roster.watching(), self._randomness.of_computation():
-            yield

@@ -19,7 +19,8 @@ def mesh_table(model: StageModel) -> Table:
     for stage in range(mesh.stages):
         layers, ranks = model.stage_layers(stage), mesh.stage_ranks(stage)
         span = layers[0] if len(layers) == 1 else f"{layers[0]} .. {layers[-1]} ({len(layers)})"
-        table.add_row(str(stage), span, f"{model.stage_parameters(stage):,}", ", ".join(map(str, ranks)))
+        served_by = "this process" if model.pipeline is None else ", ".join(map(str, ranks))
+        table.add_row(str(stage), span, f"{model.stage_parameters(stage):,}", served_by)
     return table
 
 
