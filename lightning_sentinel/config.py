@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,8 @@ class Verification:
         beta_activation: decay of the momentum of activations.
         beta_gradient: decay of the momentum of gradients.
         projections: random directions of the sliced Wasserstein distance.
+        features: which features or families of features are watched, by name; ``None`` watches all of the method's. See
+            :data:`lightning_sentinel.verification.features.FAMILIES`.
         seed: seed of the secret random directions. Workers must not know it.
 
     Raises:
@@ -47,6 +50,7 @@ class Verification:
     beta_activation: float = 0.9
     beta_gradient: float = 0.8
     projections: int = 16
+    features: Sequence[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +73,9 @@ class Response:
         on_flag: ``"exclude"`` keeps the micro-batch out of the weights; ``"log"`` only reports.
         ban_after: a worker of which at least half the signals were flagged in this many consecutive steps is banned, and its
             pipeline is left out from then on. ``None`` bans nobody.
+        audit_rate: share of all signals that is recomputed by another replica of the same stage, drawn at random; what is flagged
+            is recomputed as well. A worker whose signal does not match is banned at once and its work is done by the others; a
+            flag whose signal matches is dropped. 1 recomputes everything. ``None``: no audits, flags alone decide.
 
     Raises:
         ConfigurationError: if a value cannot work.
@@ -76,15 +83,19 @@ class Response:
     Example:
         >>> import lightning_sentinel as ls
         >>> ls.Response(on_flag="log", ban_after=None)
-        Response(on_flag='log', ban_after=None)
+        Response(on_flag='log', ban_after=None, audit_rate=None)
     """
 
     on_flag: Literal["exclude", "log"] = "exclude"
     ban_after: int | None = 5
+    audit_rate: float | None = None
 
     def __post_init__(self) -> None:
         _require(self.on_flag in ("exclude", "log"), "Response.on_flag", self.on_flag, "'exclude' or 'log'")
         _require(self.ban_after is None or self.ban_after >= 1, "Response.ban_after", self.ban_after, "None or at least 1")
+        rate = self.audit_rate
+        rule = "None, or a share above 0 and at most 1: attacks that no feature shows are found by chance alone"
+        _require(rate is None or 0 < rate <= 1, "Response.audit_rate", rate, rule)
         if self.on_flag == "log" and self.ban_after is not None:
             raise ConfigurationError(
                 f"Response(on_flag='log', ban_after={self.ban_after}) contradicts itself: a run that only reports bans"
