@@ -150,6 +150,16 @@ class Mesh:
         """All verified streams: the activations of every cut, then the gradients of every cut."""
         return tuple(Boundary(index, direction) for direction in Direction for index in range(self.stages - 1))
 
+    def before(self, boundary: Boundary) -> Boundary | None:
+        """Where the senders of ``boundary`` had received what they worked on; ``None`` at the ends of the pipeline.
+
+        Example:
+            >>> Mesh(stages=3, replicas=1).before(Boundary(1, Direction.ACTIVATION)).name
+            'stage0/activation'
+        """
+        index = boundary.index + (1 if boundary.direction is Direction.GRADIENT else -1)
+        return Boundary(index, boundary.direction) if 0 <= index < self.stages - 1 else None
+
     def rank(self, worker: Worker) -> int:
         """The rank that serves ``worker``. Raises ``ConfigurationError`` if the mesh has no such worker."""
         if worker not in self:

@@ -114,6 +114,11 @@ class SentinelStrategy(StageCheckpoints):
             )
         if transport not in ("auto", "device", "host"):
             raise ConfigurationError(f"transport={transport!r} is unknown. Use 'auto', 'device' or 'host'.")
+        if response.audit_rate is not None and engine == "process":
+            raise ConfigurationError(
+                f"Response(audit_rate={response.audit_rate}) needs engine='virtual': between processes nothing is recomputed yet. Use"
+                " audit_rate=None, which bans after flags alone."
+            )
         if zero_stage != 0:
             raise ConfigurationError(
                 f"zero_stage={zero_stage} is not supported yet: the optimizer's state could not be saved. Use zero_stage=0."
@@ -255,7 +260,9 @@ class SentinelStrategy(StageCheckpoints):
         if not self._virtual:
             received = tuple(boundary for boundary in mesh.boundaries if boundary.receiver == self.worker.stage)
             replicas = range(self.worker.replica, self.worker.replica + 1)
-        self._guard = Guard(mesh, received, replicas, self._verification, self._response, self.ledger, self.root_device)
+        self._guard = Guard(
+            mesh, received, replicas, self._verification, self._response, self.ledger, self.root_device, rewires=self._virtual
+        )
         return self._guard
 
     def _agree_on_seed(self) -> int:
@@ -266,12 +273,10 @@ class SentinelStrategy(StageCheckpoints):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        engine = self._running_engine
-        scale = 1.0 / self._trainer.accumulate_grad_batches
+        arguments, scale = (*args, *kwargs.values()), 1.0 / self._trainer.accumulate_grad_batches
         with self._at_work():
-            outcome = engine.train((*args, *kwargs.values()), self.step, self._micro_batches, scale)
-            engine.hold_gradients()
-            self._settle(outcome)
+            outcome = self._train_until_settled(arguments, scale)
+            self._running_engine.hold_gradients()
         assert self.lightning_module is not None
         replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._has_last_stage)
         self.step += 1
@@ -279,18 +284,24 @@ class SentinelStrategy(StageCheckpoints):
             self._last_loss = outcome.loss
         return torch.tensor(self._last_loss, device=self.root_device)
 
-    def _settle(self, outcome: StepOutcome) -> None:
-        """Draw verdicts from the table, which all ranks have, and act on them."""
-        engine, guard = self._running_engine, self._guard
-        self.table = outcome.table
-        if guard is None or outcome.table is None:
-            self._shares.add(None, outcome.weights)
-            return
-        verdict, banned = guard.settle(outcome.table, self.step)
-        engine.learn(outcome, verdict)
-        self._shares.add(verdict.clean, outcome.weights)
-        self.detections += verdict.detections
-        self._announce(verdict.detections, banned)
+    def _train_until_settled(self, arguments: tuple[Any, ...], scale: float) -> StepOutcome:
+        """Run a batch and judge it; if audits find liars, run it again without them, so that no weight has seen what they sent."""
+        engine = self._running_engine
+        while True:
+            outcome = engine.train(arguments, self.step, self._micro_batches, scale)
+            ruling = engine.settle(outcome, self.step)
+            if ruling is None:
+                self.table = outcome.table
+                self._shares.add(None, outcome.weights)
+                return outcome
+            verdict = ruling.verdict
+            self.table = verdict.table
+            self.detections += verdict.detections
+            self._announce(verdict.detections, ruling.banned)
+            if not ruling.redo:
+                self._shares.add(verdict.clean, outcome.weights)
+                return outcome
+            engine.rewind()
 
     def _announce(self, detections: tuple[Detection, ...], banned: list[Worker]) -> None:
         trainer, module = self._trainer, self.lightning_module
@@ -299,12 +310,18 @@ class SentinelStrategy(StageCheckpoints):
             for listener in listeners:
                 listener.on_sentinel_detection(trainer, module, detection)
         for worker in banned:
-            left = self.mesh.replicas - len({banned.replica for banned in self.ledger.banned})
             # Unlike a log record this goes above the progress bar, not into it.
-            module.print(  # type: ignore[union-attr]
-                f"Banned {worker} at step {self.step}: flagged in {self._response.ban_after} steps in a row. Its pipeline is left"
-                f" out; {left} of {self.mesh.replicas} go on."
-            )
+            module.print(f"Banned {worker} at step {self.step}: {self._consequence()}")  # type: ignore[union-attr]
+
+    def _consequence(self) -> str:
+        """Why a worker was banned, and what becomes of its work."""
+        if self._response.audit_rate is not None:
+            return "what it sent is not what another worker recomputed. The others of its stage do its work, and the step is redone."
+        assert self._guard is not None
+        left = sum(self._guard.wiring(self.step).live)
+        return (
+            f"flagged in {self._response.ban_after} steps in a row. A pipeline is left out; {left} of {self.mesh.replicas} go on."
+        )
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

@@ -27,12 +27,12 @@ from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients, scale_gradients
-from lightning_sentinel.pipeline.guard import Guard
+from lightning_sentinel.pipeline.guard import Guard, Ruling
 from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.predictions import share_predictions
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
 from lightning_sentinel.pipeline.transport import Transport
-from lightning_sentinel.verification import COLUMNS, StepVerdict
+from lightning_sentinel.verification import COLUMNS
 
 __all__ = ["SentinelEngine"]
 
@@ -121,9 +121,10 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         with torch.no_grad():
             self._exec_schedule(schedule.InferenceSchedule(micro_batches, self.num_stages, self.stage_id))
 
-    def learn(self, outcome: StepOutcome, verdict: StepVerdict) -> None:
-        if self.guard is not None and outcome.table is not None:
-            self.guard.learn(outcome.table, verdict, self._sum_over_replicas)
+    def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
+        if self.guard is None or outcome.table is None:
+            return None
+        return self.guard.settle(outcome.table, step, self._sum_over_replicas)
 
     def _begin(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> None:
         self._step_name, self._arguments = step, arguments
@@ -254,7 +255,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         return (self._batches[micro_batch], *self._arguments[1:])
 
     def _initial_taint(self) -> Tensor:
-        return self._untainted if self.guard is None else self.guard.initial_taint()[0]
+        return self._untainted if self.guard is None else self.guard.initial_taint(self._step)[0]
 
     def _verified(self, direction: Direction, signal: Tensor, buffer_id: int) -> Tensor:
         if self.guard is None:

@@ -6,8 +6,7 @@ from typing import Any, Protocol
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.pipeline.exchange import StepOutcome
-from lightning_sentinel.pipeline.guard import Guard
-from lightning_sentinel.verification import StepVerdict
+from lightning_sentinel.pipeline.guard import Guard, Ruling
 
 __all__ = ["Engine"]
 
@@ -39,8 +38,11 @@ class Engine(Protocol):
     def predict(self, arguments: tuple[Any, ...], micro_batches: int) -> Any:
         """Forward of one batch through ``predict_step``, without waiting for other replicas."""
 
-    def learn(self, outcome: StepOutcome, verdict: StepVerdict) -> None:
-        """Let the guard take in the step's honest signals."""
+    def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
+        """Let the guard judge the batch and learn from it; ``None`` if nothing is verified."""
+
+    def rewind(self) -> None:
+        """Undo the last :meth:`train`, so that the batch can be done again."""
 
     def hold_gradients(self) -> None:
         """Put the gradients aside: Lightning zeroes them after ``training_step``, in which the backward pass runs."""

@@ -7,7 +7,9 @@ by all ranks from the same table.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +17,37 @@ from torch import Tensor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
-from lightning_sentinel.verification import BoundaryVerifier, Ledger, SignalTable, StepVerdict, judge
-from lightning_sentinel.verification.momentum import Contribution
+from lightning_sentinel.verification import (
+    Audit,
+    BoundaryVerifier,
+    Calibration,
+    Ledger,
+    SignalTable,
+    StepVerdict,
+    judge,
+    judge_with_audits,
+)
+from lightning_sentinel.verification.audit import draw_audits
+from lightning_sentinel.verification.calibration import Assessment
+from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS
+from lightning_sentinel.verification.references import Contribution
+from lightning_sentinel.wiring import Wiring
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "Ruling"]
+
+
+class Ruling(NamedTuple):
+    """What was decided about a step.
+
+    Args:
+        verdict: what its table means.
+        banned: the workers that it bans.
+        redo: whether the step is to be done again without them: its gradients hold what they sent.
+    """
+
+    verdict: StepVerdict
+    banned: list[Worker]
+    redo: bool
 
 
 class Guard:
@@ -27,59 +56,75 @@ class Guard:
     Args:
         mesh: all workers.
         boundaries: the boundaries that this process receives from.
-        replicas: the replicas that it receives from, in the order of signals.
+        lanes: the lanes that it receives from, in the order of signals.
         verification: how signals are verified.
         response: what follows from a flag.
         ledger: flags and bans; the same on all ranks.
         device: where signals are.
+        rewires: whether any worker of a stage can serve any lane. If not, a lane with a banned worker is left out.
     """
 
     def __init__(
         self,
         mesh: Mesh,
         boundaries: Iterable[Boundary],
-        replicas: Sequence[int],
+        lanes: Sequence[int],
         verification: Verification,
         response: Response,
         ledger: Ledger,
         device: torch.device,
+        rewires: bool = False,
     ) -> None:
-        self._mesh = mesh
-        self._response = response
-        self._device = device
+        self._mesh, self._response, self._device, self._rewires = mesh, response, device, rewires
+        self._seed = verification.seed
         self.ledger = ledger
+        self.calibration = Calibration(mesh, verification)
         self.verifiers = {boundary: BoundaryVerifier(boundary, verification, device) for boundary in boundaries}
-        self._replicas = list(replicas)
+        self._indices = {boundary: mesh.boundaries.index(boundary) for boundary in self.verifiers}
+        self._lanes = list(lanes)
         self._rows: dict[Boundary, list[Tensor]] = {boundary: [] for boundary in self.verifiers}
 
     @property
-    def excludes(self) -> bool:
-        """Whether flagged micro-batches are kept out of the weights, rather than only reported."""
-        return self._response.on_flag == "exclude"
+    def audits(self) -> bool:
+        """Whether signals are recomputed."""
+        return self._response.audit_rate is not None
 
     @property
-    def live(self) -> Tensor:
-        """``(replicas,)`` bool: pipelines without a banned worker."""
-        banned = {worker.replica for worker in self.ledger.banned}
-        return torch.tensor([replica not in banned for replica in range(self._mesh.replicas)])
+    def excludes(self) -> bool:
+        """Whether flagged micro-batches are kept out of the weights at receipt. Audits decide at the end of the step instead."""
+        return self._response.on_flag == "exclude" and not self.audits
 
-    def initial_taint(self) -> Tensor:
-        """The taint with which micro-batches start, ``(replicas,)`` bool: false while a pipeline is live."""
-        return ~self.live[self._replicas].to(self._device)
+    def wiring(self, step: int) -> Wiring:
+        """Who serves which lane in a step."""
+        if not self._rewires:
+            return Wiring.fixed(self._mesh, self.ledger.banned)
+        if self.audits:
+            return Wiring.taken_over(self._mesh, self.ledger.banned, step)
+        return Wiring.gathered(self._mesh, self.ledger.banned)
 
-    def receive(self, boundary: Boundary, signals: Tensor, tainted: Tensor) -> tuple[Tensor, Tensor]:
+    def initial_taint(self, step: int) -> Tensor:
+        """The taint with which micro-batches start, ``(lanes of this process,)`` bool: false while a lane is live."""
+        live = self.wiring(step).live
+        return torch.tensor([not live[lane] for lane in self._lanes], device=self._device)
+
+    def receive(
+        self, boundary: Boundary, signals: Tensor, tainted: Tensor, received: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Verify what the neighbours sent; to be called in the order of micro-batches.
 
         Args:
-            signals: ``(replicas * B, ...)``, of one micro-batch.
-            tainted: ``(replicas,)`` bool, what the neighbours' own verifiers had found before.
+            signals: ``(lanes * B, ...)``, of one micro-batch.
+            tainted: ``(lanes,)`` bool, what the neighbours' own verifiers had found before.
+            received: what the neighbours had received themselves, from :meth:`BoundaryVerifier.project`.
 
         Returns:
             the signals to go on with, and the taint to pass on.
         """
         verifier = self.verifiers[boundary]
-        rows, flagged = verifier.inspect(signals, tainted)
+        rows, flagged = verifier.inspect(signals, tainted, received)
         self._rows[boundary].append(rows)
+        if self.audits:
+            return signals, tainted
         tainted = tainted | flagged
         if self.excludes:
             samples = tainted.repeat_interleave(len(signals) // len(tainted))
@@ -88,73 +133,112 @@ class Guard:
         return signals, tainted
 
     def take_rows(self, boundary: Boundary) -> Tensor:
-        """This step's rows of one boundary, ``(replicas, micro_batches, len(COLUMNS))``, and forget them."""
+        """This step's rows of one boundary, ``(lanes, micro_batches, len(COLUMNS))``, and forget them."""
         rows, self._rows[boundary] = self._rows[boundary], []
         return torch.stack(rows, dim=1)
 
-    def settle(self, table: SignalTable, step: int) -> tuple[StepVerdict, list[Worker]]:
-        """Verdicts of the step, entered into the ledger.
+    def settle(
+        self, table: SignalTable, step: int, sum_over_replicas: Callable[[Tensor], Tensor], audit: Audit | None = None
+    ) -> Ruling:
+        """Judge the step, enter it into the ledger, and learn from it.
 
-        Returns:
-            the verdict, and the workers that it bans.
+        Args:
+            table: of the step, the same on all ranks.
+            step: number of the training batch.
+            sum_over_replicas: adds a vector over the replicas of this stage.
+            audit: recomputes signals, where audits are asked for.
 
         Raises:
             MeshExhaustedError: on all ranks, if no complete pipeline is left.
         """
-        self._require_a_pipeline(step)
-        verdict = judge(table, self._mesh, self.live, step, exclude=self.excludes)
-        banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified)
-        self._require_a_pipeline(step)
-        return verdict, banned
+        wiring = self.wiring(step)
+        self._require_a_pipeline(wiring, step)
+        assessment = self._assess(table, wiring)
+        height = self.calibration.drift.height
+        if audit is not None and self._response.audit_rate is not None:
+            drawn = draw_audits(self._mesh, table.rows.shape[2], self._response.audit_rate, self._seed, step)
+            verdict = judge_with_audits(table, assessment, height > ALARM, drawn, audit, self._mesh, wiring, step)
+            exonerated = Counter(detection.worker for detection in verdict.detections if detection.confirmed is False)
+            banned = self.ledger.record_audits(step, verdict.audits, verdict.flagged, exonerated)
+        else:
+            exclude = self._response.on_flag == "exclude"
+            drifting = height > ALARM_WITHOUT_AUDITS
+            verdict = judge(table, assessment, drifting, self._mesh, wiring, step, exclude)
+            banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified)
+        self._require_a_pipeline(self.wiring(step), step)
+        redo = bool(banned) and self.audits
+        if redo:
+            for verifier in self.verifiers.values():
+                verifier.forget_step()
+        else:
+            self._learn(table, verdict, assessment, sum_over_replicas)
+        return Ruling(verdict, banned, redo)
 
-    def _require_a_pipeline(self, step: int) -> None:
-        if not self.live.any():
+    def _assess(self, table: SignalTable, wiring: Wiring) -> Assessment:
+        banned = Counter(worker.stage for worker in self.ledger.banned)
+        per_boundary = torch.tensor([banned[boundary.sender] for boundary in self._mesh.boundaries])
+        return self.calibration.assess(table, torch.tensor(wiring.live), per_boundary)
+
+    def _require_a_pipeline(self, wiring: Wiring, step: int) -> None:
+        if not any(wiring.live):
             raise MeshExhaustedError(
-                f"Every pipeline has a banned worker at step {step}: {', '.join(map(str, sorted(self.ledger.banned)))}. The run"
-                f" cannot go on with {self._mesh.replicas} replica(s). Use more replicas, or strategy='sentinel_monitor', which"
-                " reports and bans nobody."
+                f"No complete pipeline is left at step {step}; banned are"
+                f" {', '.join(map(str, sorted(self.ledger.banned)))}. The run cannot go on with {self._mesh.replicas} replica(s)."
+                " Use more replicas, or strategy='sentinel_monitor', which reports and bans nobody."
             )
 
-    def learn(self, table: SignalTable, verdict: StepVerdict, sum_over_replicas: Callable[[Tensor], Tensor]) -> None:
-        """Let the verifiers take in the honest signals of the step.
-
-        Args:
-            sum_over_replicas: adds a vector over the replicas of this stage; called once, with vectors of the same length on
-                all of them.
-        """
+    def _learn(
+        self, table: SignalTable, verdict: StepVerdict, assessment: Assessment, sum_over_replicas: Callable[[Tensor], Tensor]
+    ) -> None:
         contributions: dict[Boundary, Contribution] = {}
-        order = {boundary: index for index, boundary in enumerate(self._mesh.boundaries)}
         for boundary, verifier in self.verifiers.items():
-            index = order[boundary]
-            standing = (table.flagged & ~verdict.cleared)[index].any(dim=1)
-            cleared = verdict.cleared[index].any(dim=1) & ~standing
-            mine = verifier.contribution(cleared[self._replicas])
-            if verdict.honest[index].any():
+            index = self._indices[boundary]
+            flagged, honest = table.flagged[index], verdict.honest[index]
+            known = assessment.valid[index] & ~flagged
+            # Sums of a sender's signals cannot be taken apart again: it counts if all of it is honest.
+            unflagged_ones = ~(known & ~honest).any(dim=1)
+            flagged_ones = (flagged & honest).any(dim=1) & ~(flagged & ~honest).any(dim=1)
+            mine = verifier.contribution(unflagged_ones[self._lanes], flagged_ones[self._lanes])
+            if honest.any():
                 # As long as the longest honest signal of any replica; what a tainted one had beyond it is not to be remembered.
-                positions = table.column("positions")[index][verdict.honest[index]].max()
+                positions = table.column("positions")[index][honest].max()
                 contributions[boundary] = mine.resized(int(positions))
         summed: dict[Boundary, Contribution] = {}
         if contributions:
             vectors = [contribution.flat() for contribution in contributions.values()]
             parts = sum_over_replicas(torch.cat(vectors)).split([len(vector) for vector in vectors])
             for (boundary, mine), part in zip(contributions.items(), parts):
-                summed[boundary] = Contribution.from_flat(part, len(mine.count))
+                summed[boundary] = Contribution.from_flat(part, mine)
         for boundary, verifier in self.verifiers.items():
-            index = order[boundary]
-            verifier.learn(summed.get(boundary), table.features[index][verdict.honest[index]])
+            verifier.learn(summed.get(boundary))
+        self.calibration.learn(verdict.table, verdict.honest, assessment)
+        self.calibration.drift.reset(verdict.cleared)
+        self._put_fences()
+
+    def _put_fences(self) -> None:
+        for boundary, verifier in self.verifiers.items():
+            verifier.fences = self.calibration.alone.fences.of(self._indices[boundary]).to(self._device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """State of the verifiers that this process holds, keyed by boundary."""
+        """What was learned about the boundaries that this process guards, keyed by boundary."""
         return {
             f"{boundary.name}/{name}": value
             for boundary, verifier in self.verifiers.items()
-            for name, value in verifier.state_dict().items()
+            for name, value in (verifier.state_dict() | self.calibration.state_of(self._indices[boundary])).items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the verifiers that this process holds; boundaries that the state does not know start afresh."""
-        for boundary, verifier in self.verifiers.items():
+        """Load what was learned; boundaries that the state does not know start afresh.
+
+        Args:
+            state: of all boundaries, not only of those that this process guards.
+        """
+        for index, boundary in enumerate(self._mesh.boundaries):
             prefix = f"{boundary.name}/"
             mine = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             if mine:
-                verifier.load_state_dict(mine)
+                self.calibration.load_state_of(index, mine)
+                if boundary in self.verifiers:
+                    self.verifiers[boundary].load_state_dict(mine)
+        self.calibration.fit()
+        self._put_fences()

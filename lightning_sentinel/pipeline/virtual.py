@@ -23,10 +23,13 @@ from lightning_sentinel.mesh import Boundary, Direction
 from lightning_sentinel.pipeline.dealing import deal
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients, scale_gradients
-from lightning_sentinel.pipeline.guard import Guard
+from lightning_sentinel.pipeline.guard import Guard, Ruling
 from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
-from lightning_sentinel.verification import SignalTable, StepVerdict
+from lightning_sentinel.pipeline.rewind import Rewind
+from lightning_sentinel.verification import SignalTable
+from lightning_sentinel.verification.audit import relative_error, tolerance
+from lightning_sentinel.wiring import Wiring
 
 __all__ = ["VirtualEngine"]
 
@@ -71,12 +74,22 @@ class VirtualEngine:
         self._stage_parameters = [[p for layer in stage for p in layer.parameters()] for stage in self._stages]
         self._parameters = [parameter for stage in self._stage_parameters for parameter in stage]
         self._held = HeldGradients(self._parameters)
+        self._wiring = Wiring.fixed(self._mesh)
+        self._micro_batches = 0
+        self._lies: dict[int, dict[tuple[int, int], Tensor]] = {}
+        self._rewind: Rewind | None = None
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
     def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
         replicas = deal(arguments[0], self._mesh.replicas, micro_batches)
         self._steps.new_records()
+        self._micro_batches = micro_batches
+        self._lies.clear()
+        if self.guard is not None:
+            self._wiring = self.guard.wiring(step)
+            if self.guard.audits:
+                self._rewind = Rewind(self._parameters, self._device)
         losses = torch.zeros(2, device=self._device)
         for index in range(micro_batches):
             parts = [(replica[index], *arguments[1:]) for replica in replicas]
@@ -84,6 +97,26 @@ class VirtualEngine:
         rows = [self.guard.take_rows(boundary) for boundary in self._mesh.boundaries] if self.guard is not None else []
         table = SignalTable(torch.stack(rows).cpu()) if rows else None
         return self._outcome(losses, table, torch.tensor([replica.weights for replica in replicas]))
+
+    def rewind(self) -> None:
+        assert self._rewind is not None, "only what is audited is done again"
+        self._rewind()
+
+    def audit(self, boundary: int, signals: Tensor) -> Tensor:
+        """Which of the last batch's signals are not what an honest worker of the stage computes from the same input.
+
+        Recomputation by a peer is simulated, too: this engine has computed every worker's honest signal before an adversary
+        replaced it, so what differs is known, and an audit is a look at it.
+
+        Args:
+            boundary: index into :attr:`Mesh.boundaries`.
+            signals: ``(lanes, micro_batches)`` bool, what to audit.
+        """
+        mismatch = torch.zeros_like(signals)
+        for (lane, micro_batch), lied in self._lies.get(boundary, {}).items():
+            if signals[lane, micro_batch]:
+                mismatch[lane, micro_batch] = bool(lied)
+        return mismatch
 
     def _train_micro_batch(
         self, parts: list[tuple[Any, ...]], replicas: list[MicroBatches], index: int, step: int, scale: float
@@ -97,7 +130,7 @@ class VirtualEngine:
         signals = self._input_of("training_step", parts)
         tainted = torch.zeros(len(parts), dtype=torch.bool, device=self._device)
         if self.guard is not None:
-            tainted = self.guard.initial_taint()
+            tainted = self.guard.initial_taint(step)
         leaves: list[Any] = []
         outputs: list[Tensor] = []
         for stage in range(self._mesh.stages):
@@ -134,19 +167,28 @@ class VirtualEngine:
         """What the receivers of a boundary go on with: the signals of all senders, tampered with and verified."""
         if self.adversary is not None:
             sent = self._tampered(self.adversary, boundary, sent, received, micro_batch, step)
-        return (sent, tainted) if self.guard is None else self.guard.receive(boundary, sent, tainted)
+        if self.guard is None:
+            return sent, tainted
+        first = self._mesh.before(boundary) is None
+        projected = None if first else self.guard.verifiers[boundary].project(received.detach())
+        return self.guard.receive(boundary, sent, tainted, projected)
 
     def _tampered(
         self, adversary: Adversary, boundary: Boundary, sent: Tensor, received: Any, micro_batch: int, step: int
     ) -> Tensor:
-        guilty = sorted(worker for worker in adversary.workers if worker.stage == boundary.sender)
-        if not guilty:
+        serving = [self._wiring.worker(boundary.sender, lane) for lane in range(self._mesh.replicas)]
+        if not adversary.workers.intersection(serving):
             return sent
         pieces = list(sent.chunk(self._mesh.replicas))
-        got = list(received.chunk(self._mesh.replicas)) if isinstance(received, Tensor) else [None] * self._mesh.replicas
-        for worker in guilty:
-            honest = pieces[worker.replica]
-            pieces[worker.replica] = adversary.tamper(honest, worker, boundary.direction, step, micro_batch, got[worker.replica])
+        got = received.chunk(self._mesh.replicas) if isinstance(received, Tensor) else [None] * self._mesh.replicas
+        lies = self._lies.setdefault(self._mesh.boundaries.index(boundary), {})
+        for lane, worker in enumerate(serving):
+            # A worker that serves a second lane has a micro-batch of its own there.
+            number = micro_batch + self._micro_batches * serving[:lane].count(worker)
+            honest = pieces[lane]
+            pieces[lane] = adversary.tamper(honest, worker, boundary.direction, step, number, got[lane])
+            if pieces[lane] is not honest:
+                lies[lane, micro_batch] = relative_error(pieces[lane], honest) > tolerance(honest.dtype)
         return torch.cat(pieces)
 
     def evaluate(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> StepOutcome:
@@ -166,9 +208,10 @@ class VirtualEngine:
         with self._forward_context():
             return self._steps.finish(step, arguments, signals, samples, torch.tensor(True, device=self._device))
 
-    def learn(self, outcome: StepOutcome, verdict: StepVerdict) -> None:
-        if self.guard is not None and outcome.table is not None:
-            self.guard.learn(outcome.table, verdict, lambda vector: vector)
+    def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
+        if self.guard is None or outcome.table is None:
+            return None
+        return self.guard.settle(outcome.table, step, lambda vector: vector, self.audit if self.guard.audits else None)
 
     def _outcome(self, losses: Tensor, table: SignalTable | None, weights: Tensor) -> StepOutcome:
         recorder = self._steps.recorder

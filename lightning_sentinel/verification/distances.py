@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["mean_absolute_difference", "normalised_euclidean", "sign_flip_ratio", "sliced_wasserstein", "unit_directions"]
+__all__ = ["mean_absolute_difference", "normalised_euclidean", "sign_flip_ratio", "sliced_wasserstein"]
 
 _TINY = 1e-12
 
@@ -54,7 +54,7 @@ def sliced_wasserstein(mean: Tensor, momentum: Tensor, directions: Tensor) -> Te
     Args:
         mean: ``(..., T, C)``.
         momentum: ``(T, C)``.
-        directions: ``(C, K)``, unit columns; see :func:`unit_directions`.
+        directions: ``(C, K)``, unit columns; see :func:`lightning_sentinel.verification.projection.unit_directions`.
 
     Example:
         >>> import torch
@@ -64,15 +64,3 @@ def sliced_wasserstein(mean: Tensor, momentum: Tensor, directions: Tensor) -> Te
     """
     ordered, ordered_momentum = ((cloud @ directions).sort(dim=-2).values for cloud in (mean, momentum))
     return (ordered - ordered_momentum).abs().mean(dim=(-2, -1))
-
-
-def unit_directions(channels: int, count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Random unit vectors ``(C, K)``, equal on every device for a seed: drawn on the CPU, then moved.
-
-    Example:
-        >>> unit_directions(8, 3, seed=0).norm(dim=0)
-        tensor([1.0000, 1.0000, 1.0000])
-    """
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(channels, count, generator=generator)
-    return (directions / directions.norm(dim=0)).to(device)

@@ -1,56 +1,90 @@
-"""What is measured on a signal: the features that the fences watch."""
+"""What is measured on a signal: all features, in families, with their formulas.
+
+``X`` is a signal of ``N`` tokens (samples x positions) and ``C`` channels, ``X_in`` what its sender had received in the same
+direction (for a gradient: the gradient from the stage behind). ``h`` is the mean of ``X`` over samples, ``m`` the momentum. ``p_t``
+and ``q_t`` are token ``t`` of ``X`` and ``X_in`` along secret directions (:mod:`lightning_sentinel.verification.projection`), and
+``rms`` is the root of a mean square over tokens. References (``~``) are moving averages over what honest workers sent.
+
+=====================  ==========================================================================================  ============
+feature                formula                                                                                     source
+=====================  ==========================================================================================  ============
+**temporal**           a signal against the momentum (:mod:`~lightning_sentinel.verification.distances`)
+``l1``                 log mean abs(h - m)                                                                         SENTINEL
+``l2``                 log norm(h - m) / norm(m)                                                                   SENTINEL
+``sign_flip_ratio``    share of elements of h with another sign than m                                             SENTINEL
+``sliced_wasserstein`` log mean over 16 directions of W1(h, m)                                                     SENTINEL
+``channel_l2``         ``l2`` of the means over positions as well, ``(C,)``                                        ours
+``channel_wasserstein`` log W1 between the C values of both                                                        ours
+**moments**            the shape of a signal's distribution (:mod:`~lightning_sentinel.verification.moments`)
+``norm``               log rms(norm(x_t))                                                                          ours
+``norm_variation``     log std(norm(x_t)) / mean(norm(x_t))                                                        ours
+``channel_spread``     log mean abs(s - s~), s_c = log std of channel c, less its mean over channels               ours
+``gram``               log norm(G - G~), G = P'P / trace of 16 directions                                          ours
+``quantiles``          log mean abs(u - u~), 7 quantiles along 4 directions, over the rms                          ours
+**input_output**       what the stage did (:mod:`~lightning_sentinel.verification.consistency`)
+``cosine``             log(1 - mean cos(p_t, q_t))                                                                 ours
+``change``             log rms(p_t - q_t) / rms(q_t)                                                               ours
+``residual``           log rms(e_t) / rms(y_t), e_t = y_t - W [q_t, context, 1] by ridge regression                ours
+**extremes**           the worst token, which averages hide
+``peak_norm``          log max norm(x_t) / rms                                                                     ours
+``lowest_cosine``      log(1 - min cos(p_t, q_t))                                                                  ours
+``peak_residual``      log max norm(e_t) / rms(e_t)                                                                ours
+=====================  ==========================================================================================  ============
+
+SENTINEL: arXiv 2603.03592. Ratios and distances are on a logarithmic scale: what is too close (zeros, shrunk or replayed values)
+lies a *factor* below the honest distances, and a lower fence on a linear scale would be negative.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_sentinel.verification.distances import (
-    mean_absolute_difference,
-    normalised_euclidean,
-    sign_flip_ratio,
-    sliced_wasserstein,
-)
+from lightning_sentinel.config import Verification
+from lightning_sentinel.errors import ConfigurationError
 
-_TINY = 1e-12
+__all__ = ["FAMILIES", "FEATURES", "watched"]
 
-__all__ = ["FEATURES", "temporal_features"]
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "temporal": ("l1", "l2", "sign_flip_ratio", "sliced_wasserstein", "channel_l2", "channel_wasserstein"),
+    "moments": ("norm", "norm_variation", "channel_spread", "gram", "quantiles"),
+    "input_output": ("cosine", "change", "residual"),
+    "extremes": ("peak_norm", "lowest_cosine", "peak_residual"),
+}
+"""Names of the features by family."""
 
-FEATURES = ("log_l1", "log_l2", "sign_flip_ratio", "log_sliced_wasserstein")
-"""Names of the features, in the order in which :func:`temporal_features` returns them."""
+FEATURES = tuple(name for family in FAMILIES.values() for name in family)
+"""Names of all features, in the order of a table's columns."""
+
+PUBLISHED = FAMILIES["temporal"][:4]
+"""The distances of the published method."""
 
 
-def temporal_features(mean: Tensor, momentum: Tensor, directions: Tensor) -> Tensor:
-    """The distances of a signal to its momentum, those without an upper bound as logarithms.
+def watched(config: Verification) -> Tensor:
+    """Which features are fenced, ``(len(FEATURES),)`` bool.
 
-    A signal that is too close (zeros, shrunk or replayed values) lies a *factor* below the honest distances. On a linear scale the
-    lower fence of a widely spread distance would be negative, and nothing could ever be below it.
-
-    Where a signal has fewer positions than the momentum, or more (variable sequence lengths), the shared ones count.
-
-    Args:
-        mean: ``(..., T, C)``, batch means of signals.
-        momentum: ``(T', C)``.
-        directions: ``(C, K)``, secret unit directions.
-
-    Returns:
-        ``(..., len(FEATURES))``, float32.
+    Raises:
+        ConfigurationError: if a name is unknown, or is no feature of the method.
 
     Example:
-        >>> import torch
-        >>> from lightning_sentinel.verification.distances import unit_directions
-        >>> signal = torch.ones(4, 8)
-        >>> temporal_features(signal, signal, unit_directions(8, 2, seed=0))
-        tensor([-27.6310, -27.6310,   0.0000, -27.6310])
+        >>> watched(Verification(method="paper")).sum().item()
+        4
     """
-    shared = min(mean.shape[-2], momentum.shape[0])
-    mean, momentum = mean[..., :shared, :], momentum[:shared]
-    return torch.stack(
-        (
-            (mean_absolute_difference(mean, momentum) + _TINY).log(),
-            (normalised_euclidean(mean, momentum) + _TINY).log(),
-            sign_flip_ratio(mean, momentum),
-            (sliced_wasserstein(mean, momentum, directions) + _TINY).log(),
-        ),
-        dim=-1,
-    )
+    known: Sequence[str] = PUBLISHED if config.method == "paper" else FEATURES
+    if config.features is None:
+        return torch.tensor([name in known for name in FEATURES])
+    chosen: set[str] = set()
+    for name in config.features:
+        members = [feature for feature in FAMILIES.get(name, (name,)) if feature in known]
+        if not members:
+            families = "" if config.method == "paper" else f", or a family: {', '.join(FAMILIES)}"
+            raise ConfigurationError(
+                f"Verification.features names {name!r}, which method={config.method!r} does not have. It has {', '.join(known)}"
+                f"{families}."
+            )
+        chosen.update(members)
+    if not chosen:
+        raise ConfigurationError("Verification.features=() watches nothing. Name features, or use None for all of them.")
+    return torch.tensor([name in chosen for name in FEATURES])

@@ -1,8 +1,9 @@
 """Adaptive Tukey fences: the range in which honest values of a feature lie.
 
 A fence stands ``k`` interquartile ranges outside the quartiles: ``Q3 + k IQR`` above and, if two-sided, ``Q1 - k IQR`` below
-(Tukey 1977; SENTINEL, arXiv 2603.03592, uses the upper one). ``k`` is not a constant: it is set per feature and side so that
-the share of honest values outside stays under the false-positive rate, which the features share equally.
+(Tukey 1977; SENTINEL, arXiv 2603.03592, uses the upper one). ``k`` is not a constant. It is first set per feature and side to the
+``1 - rate`` quantile of honest values, then all fences of a boundary are moved out together, until no more than ``rate`` of the honest
+*signals* is outside any of them: one quantile that the data can tell, in place of dozens so extreme that they cannot.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Fences", "fit_fences"]
+__all__ = ["Fences", "FenceWindow", "fit_fences"]
 
 _MARGIN = 1.1
 _SMALLEST_K = 1.5
 _TINY = 1e-12
+_RELATIVE = 1e-4
+_FEWEST_VALUES = 8
 
 
 @dataclass(frozen=True)
@@ -24,23 +27,29 @@ class Fences:
     """Lower and upper bound of each feature, with the centre that scores are measured from.
 
     Args:
-        lower: ``(F,)``; ``-inf`` where there is no lower fence.
-        centre: ``(F,)``, median of the honest values.
-        upper: ``(F,)``; ``inf`` where there is no fence yet.
+        lower: ``(..., F)``; ``-inf`` where there is no lower fence.
+        centre: ``(..., F)``, median of the honest values.
+        upper: ``(..., F)``; ``inf`` where there is no fence.
+        sigma: ``(..., F)``, robust standard deviation of the honest values, ``IQR / 1.349``.
     """
 
     lower: Tensor
     centre: Tensor
     upper: Tensor
+    sigma: Tensor
 
     @classmethod
-    def open(cls, features: int, device: torch.device | str = "cpu") -> Fences:
+    def open(cls, *shape: int, device: torch.device | str = "cpu") -> Fences:
         """Fences that nothing exceeds: before the end of the warm-up."""
-        infinite = torch.full((features,), torch.inf, device=device)
-        return cls(-infinite, torch.zeros(features, device=device), infinite)
+        infinite = torch.full(shape, torch.inf, device=device)
+        return cls(-infinite, torch.zeros(shape, device=device), infinite, infinite)
 
     def to(self, device: torch.device | str) -> Fences:
-        return Fences(*(bound.to(device, non_blocking=True) for bound in (self.lower, self.centre, self.upper)))
+        return Fences(*(part.to(device, non_blocking=True) for part in (self.lower, self.centre, self.upper, self.sigma)))
+
+    def of(self, boundary: int) -> Fences:
+        """Those of one boundary, where there is a leading axis of boundaries."""
+        return Fences(self.lower[boundary], self.centre[boundary], self.upper[boundary], self.sigma[boundary])
 
     def scores(self, features: Tensor) -> Tensor:
         """How far out each feature lies: 0 at the centre, 1 at the fence. A value that is not finite scores infinity.
@@ -52,42 +61,97 @@ class Fences:
             ``(..., F)``.
 
         Example:
-            >>> import torch
-            >>> fences = Fences(lower=torch.tensor([0.0]), centre=torch.tensor([2.0]), upper=torch.tensor([6.0]))
-            >>> fences.scores(torch.tensor([[4.0], [0.0], [8.0]])).flatten()
-            tensor([0.5000, 1.0000, 1.5000])
+            >>> fences = fit_fences(torch.arange(101.0)[:, None], rate=0.01, two_sided=True, watched=torch.tensor([True]))
+            >>> fences.scores(torch.tensor([[50.0], [157.5]])).round(decimals=3)
+            tensor([[0.],
+                    [1.]])
         """
         above = (features - self.centre) / (self.upper - self.centre + _TINY)
         below = (self.centre - features) / (self.centre - self.lower + _TINY)
-        return torch.where(features.isfinite(), torch.maximum(above, below), torch.inf)
+        scores = torch.where(features.isfinite(), torch.maximum(above, below), torch.inf)
+        # A feature without fences, because nobody watches it, may be anything.
+        return torch.where(self.upper.isinf() & self.lower.isinf(), 0.0, scores)
 
 
-def fit_fences(values: Tensor, false_positive_rate: float, two_sided: bool) -> Fences:
+def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor) -> Fences:
     """Fences around honest values.
 
-    ``k`` is the ``1 - rate / F`` quantile of the honest values' own exceedance, ``(x - Q3) / IQR``, times 1.1, and at least 1.5.
-    With two sides each gets half of the rate.
-
     Args:
-        values: ``(N, F)`` honest values, ``N >= 2``.
-        false_positive_rate: share of honest signals that may be outside, over all features.
-        two_sided: whether a value can also be too close to the momentum.
+        values: ``(..., W, F)`` honest values; rows of NaN are places that are not filled yet.
+        rate: share of honest signals that may be outside of any fence.
+        two_sided: whether a value can also be too small.
+        watched: ``(F,)`` bool; the others get no fences.
 
     Example:
-        >>> import torch
-        >>> fences = fit_fences(torch.arange(101.0).unsqueeze(1), false_positive_rate=0.01, two_sided=True)
-        >>> fences.lower.item(), fences.centre.item(), fences.upper.item()
-        (-50.0, 50.0, 150.0)
+        >>> fences = fit_fences(torch.arange(101.0)[:, None], rate=0.01, two_sided=True, watched=torch.tensor([True]))
+        >>> round(fences.lower.item(), 1), fences.centre.item(), round(fences.upper.item(), 1)
+        (-57.5, 50.0, 157.5)
     """
-    features = values.shape[1]
-    lower_quartile, centre, upper_quartile = torch.quantile(values, values.new_tensor([0.25, 0.5, 0.75]), dim=0)
-    spread = (upper_quartile - lower_quartile).clamp(min=_TINY)
-    tail = 1 - false_positive_rate / features / (2 if two_sided else 1)
+    ordered = values.sort(dim=-2).values  # NaN comes last
+    count = (~ordered[..., 0].isnan()).sum(dim=-1)
+    low, lower_quartile, centre, upper_quartile, high = (
+        _quantile(ordered, count, level) for level in (rate, 0.25, 0.5, 0.75, 1 - rate)
+    )
+    spread = (upper_quartile - lower_quartile).clamp(min=_TINY) + _RELATIVE * centre.abs()
+    reach_up = torch.maximum(high - upper_quartile, _SMALLEST_K * spread)
+    reach_down = torch.maximum(lower_quartile - low, _SMALLEST_K * spread)
 
-    def reach(exceedance: Tensor) -> Tensor:
-        return (torch.quantile(exceedance / spread, tail, dim=0) * _MARGIN).clamp(min=_SMALLEST_K) * spread
+    exceedance = (values - upper_quartile.unsqueeze(-2)) / reach_up.unsqueeze(-2)
+    if two_sided:
+        exceedance = torch.maximum(exceedance, (lower_quartile.unsqueeze(-2) - values) / reach_down.unsqueeze(-2))
+    worst = torch.where(watched, exceedance, -torch.inf).amax(dim=-1, keepdim=True)
+    # The sorting of maxima would put NaN last anyway, but amax of unfilled rows must stay NaN for it.
+    worst = torch.where(values[..., :1].isnan(), torch.nan, worst)
+    stretch = _quantile(worst.sort(dim=-2).values, count, 1 - rate).clamp(min=1.0) * _MARGIN
 
-    upper = upper_quartile + reach(values - upper_quartile)
-    if not two_sided:
-        return Fences(torch.full_like(upper, -torch.inf), centre, upper)
-    return Fences(lower_quartile - reach(lower_quartile - values), centre, upper)
+    enough = (count >= _FEWEST_VALUES).unsqueeze(-1) & watched
+    upper = torch.where(enough, upper_quartile + stretch * reach_up, torch.inf)
+    lower = torch.where(enough & torch.tensor(two_sided), lower_quartile - stretch * reach_down, -torch.inf)
+    return Fences(lower, torch.where(enough, centre, 0.0), upper, torch.where(enough, spread / 1.349, torch.inf))
+
+
+def _quantile(ordered: Tensor, count: Tensor, level: float) -> Tensor:
+    """The quantile of the first ``count`` values along the last axis but one, linear between neighbours as in ``torch.quantile``."""
+    place = level * (count - 1).clamp(min=0).to(ordered.dtype)
+    below = place.floor()
+    index = below.long()[..., None, None].expand(*ordered.shape[:-2], 1, ordered.shape[-1])
+    after = torch.minimum(index + 1, (count - 1).clamp(min=0)[..., None, None].expand_as(index))
+    first, second = (ordered.gather(-2, i).squeeze(-2) for i in (index, after))
+    return torch.lerp(first, second, (place - below)[..., None])
+
+
+class FenceWindow:
+    """The latest honest values of all boundaries, and fences around them.
+
+    Args:
+        boundaries: how many.
+        size: values of a boundary that are remembered.
+        watched: ``(F,)`` bool, features to fence.
+        rate: share of honest signals that may be outside.
+        two_sided: whether a value can also be too small.
+    """
+
+    def __init__(self, boundaries: int, size: int, watched: Tensor, rate: float, two_sided: bool) -> None:
+        self._rate, self._two_sided, self._watched = rate, two_sided, watched
+        self.values = torch.full((boundaries, size, len(watched)), torch.nan)
+        self.places = torch.zeros(boundaries, dtype=torch.long)
+        self.fences = Fences.open(boundaries, len(watched))
+
+    def add(self, features: Tensor, honest: Tensor) -> None:
+        """Enter a step.
+
+        Args:
+            features: ``(boundaries, N, F)``.
+            honest: ``(boundaries, N)`` bool, which of them to remember.
+        """
+        size = self.values.shape[1]
+        # Where each honest value goes: the oldest places, in order, round and round; a step larger than the window keeps its end.
+        order = honest.cumsum(dim=1)
+        kept = honest & (honest.sum(dim=1, keepdim=True) - order < size)
+        boundary, signal = kept.nonzero(as_tuple=True)
+        self.values[boundary, (self.places[boundary] + order[boundary, signal] - 1) % size] = features[boundary, signal]
+        self.places = (self.places + honest.sum(dim=1)) % size
+
+    def fit(self) -> None:
+        """Fit the fences to what is remembered."""
+        self.fences = fit_fences(self.values, self._rate, self._two_sided, self._watched)

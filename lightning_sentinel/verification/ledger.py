@@ -42,6 +42,8 @@ class Ledger:
     """The step at which a worker was banned."""
     audits: int = 0
     """Signals recomputed by another worker so far; none without audits."""
+    exonerated: Counter[Worker] = field(default_factory=Counter)
+    """Flags that an audit dropped, by sender; they do not count as flags."""
 
     @property
     def banned(self) -> frozenset[Worker]:
@@ -54,7 +56,7 @@ class Ledger:
     def record(
         self, step: int, flagged: Counter[Worker], suspects: Collection[Worker], verified: Collection[Worker]
     ) -> list[Worker]:
-        """Enter one step.
+        """Enter one step's flags.
 
         Args:
             step: number of the training batch.
@@ -66,25 +68,52 @@ class Ledger:
             the workers that this step bans, in order.
         """
         self.flags.update(flagged)
-        newly_banned = []
+        condemned = []
         for worker in sorted(verified):
             if worker not in suspects:
                 del self.streaks[worker]
                 continue
             self.streaks[worker] += 1
-            if self.ban_after is not None and self.streaks[worker] >= self.ban_after and worker not in self.banned_at:
-                self.banned_at[worker] = step
-                newly_banned.append(worker)
-        return newly_banned
+            if self.ban_after is not None and self.streaks[worker] >= self.ban_after:
+                condemned.append(worker)
+        return self.ban(step, condemned)
+
+    def record_audits(self, step: int, audits: int, flagged: Counter[Worker], exonerated: Counter[Worker]) -> list[Worker]:
+        """Enter one step's audits.
+
+        Args:
+            step: number of the training batch.
+            audits: how many signals were recomputed.
+            flagged: how many signals of each worker did not match.
+            exonerated: how many flagged signals of each worker did match.
+
+        Returns:
+            the workers that this step bans, in order: those with a signal that did not match, unless nobody is to be banned.
+        """
+        self.audits += audits
+        self.flags.update(flagged)
+        self.exonerated.update(exonerated)
+        return self.ban(step, flagged) if self.ban_after is not None else []
+
+    def ban(self, step: int, workers: Collection[Worker]) -> list[Worker]:
+        """Ban workers. Returns those that were not banned before, in order."""
+        new = sorted(worker for worker in workers if worker not in self.banned_at)
+        self.banned_at.update(dict.fromkeys(new, step))
+        return new
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, so that a checkpoint loads with ``weights_only=True``."""
-        return {
+        entries = {
             name: [[worker.stage, worker.replica, number] for worker, number in sorted(getattr(self, name).items())]
-            for name in ("flags", "streaks", "banned_at")
+            for name in ("flags", "streaks", "banned_at", "exonerated")
         }
+        return {**entries, "audits": self.audits}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        entries = {name: {Worker(s, r): number for s, r, number in rows} for name, rows in state.items()}
+        entries = {
+            name: {Worker(s, r): number for s, r, number in state.get(name, ())}
+            for name in ("flags", "streaks", "banned_at", "exonerated")
+        }
         self.flags, self.streaks = Counter(entries["flags"]), Counter(entries["streaks"])
-        self.banned_at = entries["banned_at"]
+        self.banned_at, self.exonerated = entries["banned_at"], Counter(entries["exonerated"])
+        self.audits = state.get("audits", 0)

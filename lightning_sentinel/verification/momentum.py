@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Contribution", "Momentum"]
+__all__ = ["Momentum", "PositionSums"]
 
 
 @dataclass
-class Contribution:
+class PositionSums:
     """Sums of batch means per position, to be added over senders and processes before they enter a momentum.
 
     Args:
@@ -28,16 +28,16 @@ class Contribution:
     count: Tensor
 
     @classmethod
-    def like(cls, means: Tensor) -> Contribution:
+    def like(cls, means: Tensor) -> PositionSums:
         """Nothing yet, in the shape of ``means`` ``(..., T, C)``."""
         return cls(torch.zeros_like(means), means.new_zeros(means.shape[:-1]))
 
-    def resized(self, positions: int) -> Contribution:
+    def resized(self, positions: int) -> PositionSums:
         """The same sums over the first ``positions`` positions, new ones with weight zero."""
         missing = positions - self.total.shape[-2]
         if missing <= 0:
-            return Contribution(self.total[..., :positions, :], self.count[..., :positions])
-        return Contribution(pad(self.total, (0, 0, 0, missing)), pad(self.count, (0, missing)))
+            return PositionSums(self.total[..., :positions, :], self.count[..., :positions])
+        return PositionSums(pad(self.total, (0, 0, 0, missing)), pad(self.count, (0, missing)))
 
     def add(self, means: Tensor, weights: Tensor) -> None:
         """Add batch means ``(..., T, C)`` with weights ``(...)``; a weight of zero adds nothing, whatever the mean holds."""
@@ -48,26 +48,16 @@ class Contribution:
         self.total[..., :positions, :] += torch.where(weights[..., None, None] > 0, means, 0.0)
         self.count[..., :positions] += weights[..., None]
 
-    def of(self, senders: Tensor) -> Contribution:
+    def of(self, senders: Tensor) -> PositionSums:
         """The sum over the senders for which ``(senders,)`` bool is true."""
         # Selected, not multiplied by zero: a sum that overflowed would poison the others.
         total = torch.where(senders[:, None, None], self.total, 0.0).sum(dim=0)
-        return Contribution(total, torch.where(senders[:, None], self.count, 0.0).sum(dim=0))
+        return PositionSums(total, torch.where(senders[:, None], self.count, 0.0).sum(dim=0))
 
-    def __add__(self, other: Contribution) -> Contribution:
+    def __add__(self, other: PositionSums) -> PositionSums:
         positions = max(self.total.shape[-2], other.total.shape[-2])
         mine, theirs = self.resized(positions), other.resized(positions)
-        return Contribution(mine.total + theirs.total, mine.count + theirs.count)
-
-    def flat(self) -> Tensor:
-        """One vector for an all-reduce: ``T * C`` sums, then ``T`` counts."""
-        return torch.cat((self.total.flatten(), self.count))
-
-    @classmethod
-    def from_flat(cls, vector: Tensor, positions: int) -> Contribution:
-        """The inverse of :meth:`flat`."""
-        total, count = vector[:-positions], vector[-positions:]
-        return cls(total.view(positions, -1), count)
+        return PositionSums(mine.total + theirs.total, mine.count + theirs.count)
 
 
 @dataclass
@@ -81,7 +71,7 @@ class Momentum:
         >>> import torch
         >>> momentum = Momentum(beta=0.5)
         >>> for value in (2.0, 4.0):
-        ...     momentum.update(Contribution(torch.full((1, 1), value), torch.ones(1)))
+        ...     momentum.update(PositionSums(torch.full((1, 1), value), torch.ones(1)))
         >>> momentum.value
         tensor([[3.]])
     """
@@ -90,7 +80,7 @@ class Momentum:
     value: Tensor | None = None
     seen: Tensor | None = field(default=None, repr=False)
 
-    def update(self, step: Contribution) -> None:
+    def update(self, step: PositionSums) -> None:
         """Take in one step's honest signals. Positions that nobody sent keep their value; new ones start at their mean."""
         if self.value is None or self.seen is None:
             self.value = torch.zeros_like(step.total)

@@ -10,7 +10,10 @@ from torch import Tensor
 from lightning_sentinel.mesh import Direction, Mesh
 from lightning_sentinel.verification.features import FEATURES
 
-__all__ = ["COLUMNS", "SignalTable", "signal_rows"]
+__all__ = ["COLUMNS", "MAX_SCORE", "SignalTable", "signal_rows"]
+
+MAX_SCORE = 1e6
+"""Scores end here, so that they stay finite in logs and files; a signal that is not finite has this score."""
 
 COLUMNS = (*FEATURES, "score", "worst", "flagged", "tainted", "positions")
 
@@ -58,6 +61,12 @@ class SignalTable:
     @property
     def tainted(self) -> Tensor:
         return self.column("tainted").bool()
+
+    def scored(self, score: Tensor, worst: Tensor) -> SignalTable:
+        """The same signals with other scores; both arguments ``(boundaries, replicas, micro_batches)``."""
+        rows = self.rows.clone()
+        rows[..., COLUMNS.index("score")], rows[..., COLUMNS.index("worst")] = score, worst.to(rows.dtype)
+        return SignalTable(rows)
 
     def worker_scores(self, mesh: Mesh) -> Tensor:
         """The highest score of each worker in the step: ``(stages, replicas, 2)``, activation and gradient; NaN where nothing was

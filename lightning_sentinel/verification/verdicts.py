@@ -1,22 +1,28 @@
-"""From the table of a step to verdicts: who is blamed, what was left out, what may be learned from.
+"""From the scores of a step to verdicts: who is blamed, what was left out, what may be learned from.
 
-A pure function of data that all ranks hold, so that all of them decide the same without asking each other.
+Pure functions of data that all ranks hold, so that all of them decide the same without asking each other.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Direction, Mesh, Worker
+from lightning_sentinel.verification.audit import causal_order
+from lightning_sentinel.verification.calibration import Assessment
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.table import SignalTable
+from lightning_sentinel.wiring import Wiring
 
-__all__ = ["Detection", "StepVerdict", "judge"]
+__all__ = ["Audit", "Detection", "StepVerdict", "judge", "judge_with_audits"]
 
+Audit = Callable[[int, Tensor], Tensor]
+"""Recomputes signals of a boundary: its index and which, ``(lanes, micro_batches)`` bool; answers whether they do *not* match."""
 
 _ALONE = 1.5
 """The score up to which a sender without peers is cleared."""
@@ -34,7 +40,7 @@ class Detection:
         score: how far out; 1 is the fence.
         feature: the feature that is furthest out, or ``"non_finite"``.
         audited: whether the signal was recomputed by another worker.
-        confirmed: the outcome of the audit; ``None`` without one.
+        confirmed: the outcome of the audit: ``False`` exonerates the sender; ``None`` without one.
     """
 
     step: int
@@ -52,51 +58,127 @@ class StepVerdict:
     """What a step's table means.
 
     Args:
-        detections: the flags that stand.
-        flagged: how many signals of each worker were flagged.
+        detections: the flags that stand, and those that an audit dropped.
+        flagged: how many signals of each worker were flagged and not cleared.
         suspects: workers of which at least half the verified signals of one direction were flagged.
         verified: workers of which at least one signal was verified.
-        cleared: ``(boundaries, replicas, micro_batches)`` bool, flags that were dropped, because the training itself had changed.
-        honest: ``(boundaries, replicas, micro_batches)`` bool, signals to learn from.
-        clean: ``(stages, replicas, micro_batches)`` bool, whether the gradient of a micro-batch counts at a stage.
+        guilty: workers that an audit found to have lied.
+        audits: signals that were recomputed.
+        honest: ``(boundaries, lanes, micro_batches)`` bool, signals to learn from.
+        cleared: ``(boundaries, lanes)`` bool, senders that an audit found honest.
+        clean: ``(stages, lanes, micro_batches)`` bool, whether the gradient of a micro-batch counts at a stage.
+        table: the step's signals with their final scores.
     """
 
     detections: tuple[Detection, ...]
     flagged: Counter[Worker]
     suspects: frozenset[Worker]
     verified: frozenset[Worker]
-    cleared: Tensor
+    guilty: frozenset[Worker]
+    audits: int
     honest: Tensor
+    cleared: Tensor
     clean: Tensor
+    table: SignalTable
 
 
-def judge(table: SignalTable, mesh: Mesh, live: Tensor, step: int, exclude: bool) -> StepVerdict:
-    """Verdicts of one step.
+def judge(
+    table: SignalTable, assessment: Assessment, drifting: Tensor, mesh: Mesh, wiring: Wiring, step: int, exclude: bool
+) -> StepVerdict:
+    """Verdicts of one step where nothing is recomputed.
 
     Args:
         table: all signals of the step.
+        assessment: their scores.
+        drifting: ``(boundaries, lanes)`` bool, senders that are always on one side.
         mesh: the workers.
-        live: ``(replicas,)`` bool, pipelines without a banned worker.
+        wiring: who served which lane.
         step: number of the training batch.
         exclude: whether flagged micro-batches were kept out of the weights at receipt.
     """
-    flagged, tainted = table.flagged, table.tainted
-    cleared = _cleared(table, live)
-    standing = flagged & ~cleared
+    live = torch.tensor(wiring.live)
+    valid = assessment.valid
+    out = torch.where(assessment.by_peers[:, None, None], valid & (assessment.score > 1), table.flagged & ~_cleared(table, live))
+    standing, explained = _first_along_the_way(out | (drifting[..., None] & valid), mesh)
+    scored = table.scored(assessment.score, assessment.worst)
     return StepVerdict(
-        detections=_detections(table, standing, mesh, step),
-        flagged=_count(standing, mesh),
-        suspects=_suspects(standing, ~tainted, mesh),
-        verified=frozenset(_count(~tainted, mesh)),
-        cleared=cleared,
+        detections=_detections(scored, standing, mesh, wiring, step),
+        flagged=_count(standing, mesh, wiring),
+        suspects=_suspects(standing, valid & ~explained, mesh, wiring),
+        verified=frozenset(_count(valid & ~explained, mesh, wiring)),
+        guilty=frozenset(),
+        audits=0,
         # A training that overflows everywhere is nobody's fault, but there is nothing to learn from it.
-        honest=~tainted & ~standing & (table.column("worst") >= 0),
-        clean=_clean(flagged, live, mesh) if exclude else torch.ones(mesh.stages, *flagged.shape[1:], dtype=torch.bool),
+        honest=valid & ~standing & ~explained & (assessment.worst >= 0),
+        cleared=torch.zeros_like(drifting),
+        clean=_clean(table.flagged, live, mesh) if exclude else torch.ones(mesh.stages, *valid.shape[1:], dtype=torch.bool),
+        table=scored,
     )
 
 
+def judge_with_audits(
+    table: SignalTable,
+    assessment: Assessment,
+    drifting: Tensor,
+    drawn: Tensor,
+    audit: Audit,
+    mesh: Mesh,
+    wiring: Wiring,
+    step: int,
+) -> StepVerdict:
+    """Verdicts of one step where what is flagged or drawn is recomputed.
+
+    A micro-batch is followed on its way, forward and backward. The first signal that does not match what it is recomputed to be
+    explains all that is odd behind it, which is not audited.
+
+    Args:
+        drawn: ``(boundaries, lanes, micro_batches)`` bool, audited whatever they look like.
+        audit: recomputes.
+
+    The other arguments are those of :func:`judge`.
+    """
+    valid, flagged = assessment.valid, assessment.valid & (assessment.score > 1)
+    # One signal of a sender tells whether it drifts away because it lies.
+    suspected = torch.zeros_like(valid)
+    suspected[..., 0] = drifting
+    wanted = valid & (flagged | suspected | drawn)
+    audited, confirmed, explained = (torch.zeros_like(valid) for _ in range(3))
+    found = torch.zeros_like(valid[0])
+    for index in causal_order(mesh):
+        explained[index] = found
+        audited[index] = wanted[index] & ~found
+        confirmed[index] = audited[index] & audit(index, audited[index])
+        found = found | confirmed[index]
+    scored = table.scored(assessment.score, assessment.worst)
+    shown = ((flagged | suspected) & audited) | confirmed
+    detections = _detections(scored, shown, mesh, wiring, step)
+    outcome = confirmed[shown].tolist()
+    return StepVerdict(
+        detections=tuple(replace(one, audited=True, confirmed=lied) for one, lied in zip(detections, outcome)),
+        flagged=_count(confirmed, mesh, wiring),
+        suspects=frozenset(),
+        verified=frozenset(_count(valid & ~explained, mesh, wiring)),
+        guilty=frozenset(_count(confirmed, mesh, wiring)),
+        audits=int(audited.sum()),
+        honest=valid & ~confirmed & ~explained & (assessment.worst >= 0),
+        cleared=(audited & ~confirmed).any(dim=2) & ~confirmed.any(dim=2),
+        clean=torch.tensor(wiring.live)[None, :, None].expand(mesh.stages, *valid.shape[1:]),
+        table=scored,
+    )
+
+
+def _first_along_the_way(out: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """Of the signals of a micro-batch that are out of line the first, and all that come behind it, which it explains."""
+    order = torch.tensor(causal_order(mesh), dtype=torch.long)
+    along = out[order]
+    behind = (along.cumsum(dim=0) - along.long()) > 0
+    first, explained = torch.zeros_like(out), torch.zeros_like(out)
+    first[order], explained[order] = along & ~behind, behind
+    return first, explained
+
+
 def _cleared(table: SignalTable, live: Tensor) -> Tensor:
-    """Flags that a change of the training explains, not a worker.
+    """Flags at receipt that a change of the training explains, not a worker; for boundaries without enough peers.
 
     Fewer than half of a stage's workers are malicious, so the *median* sender of a boundary is honest. When the training changes (a
     new learning rate, other data, or just progress since the window was filled) the median moves out as well, and signals no more
@@ -115,8 +197,8 @@ def _cleared(table: SignalTable, live: Tensor) -> Tensor:
     rank = (~senders.isnan()).sum(dim=1) - replicas // 2
     ordered = senders.nan_to_num(nan=torch.inf).sort(dim=1).values
     reference = ordered.gather(1, (rank - 1).clamp(min=0)[:, None]).squeeze(1)
-    comparable = (rank >= 1) & (replicas > 1)
-    limit = torch.where(comparable, 2 * reference, _ALONE)[:, None, None]
+    alone = (rank < 1) | (replicas == 1)
+    limit = torch.where(alone, _ALONE, 2 * reference)[:, None, None]
     return table.flagged & (scores <= limit)
 
 
@@ -131,31 +213,32 @@ def _clean(flagged: Tensor, live: Tensor, mesh: Mesh) -> Tensor:
     return clean
 
 
-def _count(signals: Tensor, mesh: Mesh) -> Counter[Worker]:
+def _count(signals: Tensor, mesh: Mesh, wiring: Wiring) -> Counter[Worker]:
     counts: Counter[Worker] = Counter()
-    for boundary, replicas in zip(mesh.boundaries, signals.sum(dim=2).tolist()):
-        counts.update({Worker(boundary.sender, r): count for r, count in enumerate(replicas) if count})
+    totals = signals.sum(dim=2)
+    for index, lane in totals.nonzero().tolist():
+        counts[wiring.worker(mesh.boundaries[index].sender, lane)] += int(totals[index, lane])
     return counts
 
 
-def _suspects(standing: Tensor, verified: Tensor, mesh: Mesh) -> frozenset[Worker]:
+def _suspects(standing: Tensor, verified: Tensor, mesh: Mesh, wiring: Wiring) -> frozenset[Worker]:
     """A single flag is often an odd micro-batch; a worker that tampers is out of line most of the time."""
     out_of_line = (standing.sum(dim=2) * 2 >= verified.sum(dim=2)) & standing.any(dim=2)
-    return frozenset(Worker(mesh.boundaries[index].sender, replica) for index, replica in out_of_line.nonzero().tolist())
+    return frozenset(wiring.worker(mesh.boundaries[index].sender, lane) for index, lane in out_of_line.nonzero().tolist())
 
 
-def _detections(table: SignalTable, standing: Tensor, mesh: Mesh, step: int) -> tuple[Detection, ...]:
+def _detections(table: SignalTable, standing: Tensor, mesh: Mesh, wiring: Wiring, step: int) -> tuple[Detection, ...]:
     boundaries, scores, worst = mesh.boundaries, table.column("score"), table.column("worst")
     detections = []
-    for index, replica, micro_batch in standing.nonzero().tolist():
-        boundary, feature = boundaries[index], int(worst[index, replica, micro_batch])
+    for index, lane, micro_batch in standing.nonzero().tolist():
+        boundary, feature = boundaries[index], int(worst[index, lane, micro_batch])
         detections.append(
             Detection(
                 step=step,
                 micro_batch=micro_batch,
-                worker=Worker(boundary.sender, replica),
+                worker=wiring.worker(boundary.sender, lane),
                 direction=boundary.direction,
-                score=float(scores[index, replica, micro_batch]),
+                score=float(scores[index, lane, micro_batch]),
                 feature=FEATURES[feature] if feature >= 0 else "non_finite",
             )
         )

@@ -1,7 +1,7 @@
-"""The verifier of one boundary: what honest signals look like there, and whether one of them is out of line.
+"""The verifier of one boundary: it measures what crosses it, flags at receipt, and learns what honest signals look like.
 
 A signal is judged at receipt, from the fences in force, and by values alone: no branch depends on a tensor, so that a GPU is
-never waited for. What the step teaches (momentum, window, fences) enters once it is known which signals were honest.
+never waited for. What the step teaches enters once it is known which signals were honest.
 """
 
 from __future__ import annotations
@@ -13,22 +13,15 @@ from torch import Tensor
 
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
-from lightning_sentinel.verification.axes import batch_means, spread_over
-from lightning_sentinel.verification.distances import unit_directions
-from lightning_sentinel.verification.features import FEATURES, temporal_features
-from lightning_sentinel.verification.fences import Fences, fit_fences
-from lightning_sentinel.verification.momentum import Contribution, Momentum
-from lightning_sentinel.verification.table import signal_rows
+from lightning_sentinel.verification.axes import spread_over
+from lightning_sentinel.verification.features import FEATURES
+from lightning_sentinel.verification.fences import Fences
+from lightning_sentinel.verification.measurement import Measurement, measure, measure_published
+from lightning_sentinel.verification.projection import SecretDirections
+from lightning_sentinel.verification.references import Contribution, References
+from lightning_sentinel.verification.table import MAX_SCORE, signal_rows
 
-__all__ = ["MAX_SCORE", "BoundaryVerifier", "Inspection"]
-
-MAX_SCORE = 1e6
-"""Scores end here, so that they stay finite in logs and files; a signal that is not finite has this score."""
-
-_SETTLING_STEPS = 10
-"""The first steps of a momentum are its own noise; their distances would widen the fences."""
-
-_FEWEST_VALUES = 8
+__all__ = ["BoundaryVerifier", "Inspection"]
 
 
 class Inspection(NamedTuple):
@@ -39,19 +32,21 @@ class Inspection(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """The means of the current step by sender, apart by the verdict at receipt, which may still be dropped."""
+    """What the current step has to teach, by sender, apart by the verdict at receipt, which may still be dropped."""
 
     honest: Contribution
     suspect: Contribution
+    sizes: dict[str, int]
 
 
 class BoundaryVerifier:
     """Verifies all signals that cross one boundary.
 
     Every process that receives across it holds one with the same state, because all of them learn from the same table and the same
-    sum of means. A process receives from one sender, or, where it runs the whole mesh, from one of each replica.
+    sum of contributions. A process receives from one sender, or, where it runs the whole mesh, from one of each replica.
 
-    State: ``T x C`` momentum, ``window x F`` features, ``C x projections`` directions.
+    State: ``T x C`` momentum, ``C`` channel spreads, ``16 x 16`` products, and, where senders receive something, the ``97 x 97``
+    products and ``97 x 16`` weights of a ridge regression.
 
     Args:
         boundary: the stream to verify.
@@ -61,99 +56,82 @@ class BoundaryVerifier:
 
     def __init__(self, boundary: Boundary, config: Verification, device: torch.device | str = "cpu") -> None:
         self.boundary = boundary
-        self._config = config
+        self._published = config.method == "paper"
         self._device = torch.device(device)
         gradient = boundary.direction is Direction.GRADIENT
-        self.momentum = Momentum(config.beta_gradient if gradient else config.beta_activation)
-        self.fences = Fences.open(len(FEATURES), self._device)
-        self.window = torch.empty(0, len(FEATURES))
-        self.steps = 0
-        # Each boundary has directions of its own: what leaks at one says nothing about another.
-        self._directions_seed = (config.seed * 100_003 + boundary.index * 2 + gradient) % 2**63
-        self._directions: Tensor | None = None
+        self.references = References(config.beta_gradient if gradient else config.beta_activation)
+        self.fences = Fences.open(len(FEATURES), device=self._device)
+        """The fences in force; see :class:`lightning_sentinel.verification.calibration.Calibration`."""
+        self._secret = SecretDirections(boundary, config, self._device)
         self._kept: _Kept | None = None
 
-    @property
-    def warmed_up(self) -> bool:
-        return self.steps >= self._config.warmup_steps
+    def project(self, received: Tensor) -> Tensor | None:
+        """What the sender received, along the secret directions, as :meth:`inspect` takes it; ``None`` if nobody asks for it."""
+        return None if self._published else self._secret.project(received)
 
-    def inspect(self, signals: Tensor, tainted: Tensor) -> Inspection:
-        """Score what came from the senders of this process in one micro-batch, and keep the means for :meth:`learn`.
+    def inspect(self, signals: Tensor, tainted: Tensor, received: Tensor | None = None) -> Inspection:
+        """Measure what came from the senders of this process in one micro-batch, and keep what it teaches for :meth:`learn`.
 
         Args:
             signals: ``(senders * B, ...)``, floating point: the senders' signals, one behind the other.
             tainted: ``(senders,)`` bool; a tainted signal is scored, never flagged, and never learned from.
+            received: from :meth:`project`, what the senders had received themselves.
         """
-        means = batch_means(signals.detach(), len(tainted))
-        finite = means.isfinite().all(dim=2).all(dim=1)
-        if self.momentum.value is None:
-            features = means.new_zeros(len(tainted), len(FEATURES))
-        else:
-            features = temporal_features(means, self.momentum.value, self._unit_directions(means))
-        highest = self.fences.scores(features).max(dim=1)
+        measured = self._measure(signals.detach(), len(tainted), received)
+        finite = measured.means.isfinite().all(dim=2).all(dim=1)
+        highest = self.fences.scores(measured.features).max(dim=1)
         score = torch.where(finite, highest.values, torch.inf).clamp(max=MAX_SCORE)
         worst = torch.where(finite, highest.indices, -1)
         flagged = (score > 1) & ~tainted
+        self._keep(measured, honest=~flagged & ~tainted & finite, suspect=flagged & finite)
+        return Inspection(signal_rows(measured.features, score, worst, flagged, tainted, measured.means.shape[1]), flagged)
+
+    def _measure(self, signals: Tensor, senders: int, received: Tensor | None) -> Measurement:
+        if self._published:
+            return measure_published(signals, senders, self.references, self._secret)
+        return measure(signals, senders, received, self.references, self._secret)
+
+    def _keep(self, measured: Measurement, honest: Tensor, suspect: Tensor) -> None:
+        means, parts = measured.means, measured.statistics
+        statistics = torch.cat(list(parts.values()), dim=1) if parts else means.new_zeros(len(means), 0)
         if self._kept is None:
-            self._kept = _Kept(Contribution.like(means), Contribution.like(means))
-        self._kept.honest.add(means, ~flagged & ~tainted & finite)
-        self._kept.suspect.add(means, flagged & finite)
-        return Inspection(signal_rows(features, score, worst, flagged, tainted, means.shape[1]), flagged)
+            sizes = {name: part.shape[1] for name, part in parts.items()}
+            self._kept = _Kept(Contribution.like(means, statistics), Contribution.like(means, statistics), sizes)
+        self._kept.honest.add(means, statistics, honest)
+        self._kept.suspect.add(means, statistics, suspect)
 
     def substitute(self, signal: Tensor) -> Tensor:
         """A harmless stand-in of a signal's shape: the momentum for an activation, zero for a gradient."""
-        value = self.momentum.value
+        value = self.references.momentum.value
         if self.boundary.direction is Direction.GRADIENT or value is None:
             return torch.zeros_like(signal)
         return spread_over(value, signal)
 
-    def contribution(self, cleared: Tensor) -> Contribution:
-        """The step's honest means of all senders of this process; asked for once a step.
+    def forget_step(self) -> None:
+        """Keep nothing of the step, which is to be done again."""
+        self._kept = None
+
+    def contribution(self, unflagged: Tensor, flagged: Tensor) -> Contribution:
+        """What the step teaches, summed over the senders of this process; asked for once a step.
 
         Args:
-            cleared: ``(senders,)`` bool, whose flags of this step were all dropped, so that their flagged means count as well.
+            unflagged: ``(senders,)`` bool, whose signals count that were not flagged at receipt.
+            flagged: ``(senders,)`` bool, whose signals count that were flagged at receipt.
         """
-        kept, self._kept = self._kept, None
-        if kept is None:
+        if self._kept is None:
             raise RuntimeError(f"No signal crossed {self.boundary.name} in this step, so there is nothing to contribute.")
-        cleared = cleared.to(self._device)
-        return kept.honest.of(torch.ones_like(cleared)) + kept.suspect.of(cleared)
+        kept = self._kept
+        return kept.honest.of(unflagged.to(self._device)) + kept.suspect.of(flagged.to(self._device))
 
-    def learn(self, step: Contribution | None, features: Tensor) -> None:
-        """Take in one step.
-
-        Args:
-            step: honest means, summed over replicas; ``None`` if no signal was honest.
-            features: ``(N, F)`` on the host, features of the step's honest signals.
-        """
-        settled = self.steps >= min(_SETTLING_STEPS, self._config.warmup_steps // 2) and self.momentum.value is not None
-        if settled and len(features):
-            self.window = torch.cat((self.window, features))[-self._config.window :]
-        if step is not None:
-            self.momentum.update(step)
-        self.steps += 1
-        if self.warmed_up:
-            self._refit()
+    def learn(self, step: Contribution | None) -> None:
+        """Take in one step's honest signals, summed over all senders; ``None`` if no signal was honest."""
+        kept, self._kept = self._kept, None
+        if step is not None and kept is not None:
+            self.references.update(step, kept.sizes)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors only; the fences follow from the window."""
-        state = {"window": self.window, "steps": torch.tensor(self.steps)}
-        return state | {f"momentum.{name}": value for name, value in self.momentum.state_dict().items()}
+        """Tensors only."""
+        return self.references.state_dict() | {"updates": torch.tensor(self.references.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        prefix = "momentum."
-        momentum = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        self.momentum.load_state_dict(momentum, self._device)
-        self.window, self.steps = state["window"].cpu(), int(state["steps"])
-        if self.warmed_up:
-            self._refit()
-
-    def _refit(self) -> None:
-        if len(self.window) >= _FEWEST_VALUES:
-            two_sided = self._config.method == "sentinel"
-            self.fences = fit_fences(self.window, self._config.false_positive_rate, two_sided).to(self._device)
-
-    def _unit_directions(self, mean: Tensor) -> Tensor:
-        if self._directions is None:
-            self._directions = unit_directions(mean.shape[-1], self._config.projections, self._directions_seed, self._device)
-        return self._directions
+        self.references.load_state_dict(state, int(state["updates"]), self._device)

@@ -1,0 +1,42 @@
+"""Undoing a batch that liars took part in, so that it can be done again without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Rewind"]
+
+
+class Rewind:
+    """Remembers the gradients and the random numbers of this moment, and brings them back when it is called.
+
+    Weights need no remembering: the optimizer steps only after the verdict. Gradients are copied only where there are any, which is
+    so when several batches are accumulated into one step.
+
+    Args:
+        parameters: whose gradients.
+        device: where the computation draws random numbers.
+
+    Example:
+        >>> rewind = Rewind([], torch.device("cpu"))
+        >>> first = torch.rand(1)
+        >>> rewind()
+        >>> bool(first == torch.rand(1))
+        True
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self._parameters, self._device = list(parameters), device
+        self._gradients: list[Tensor | None] = [None if p.grad is None else p.grad.clone() for p in self._parameters]
+        self._random = torch.get_rng_state()
+        self._random_on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def __call__(self) -> None:
+        for parameter, gradient in zip(self._parameters, self._gradients):
+            parameter.grad = gradient
+        torch.set_rng_state(self._random)
+        if self._random_on_device is not None:
+            torch.cuda.set_rng_state(self._random_on_device, self._device)

@@ -1,0 +1,153 @@
+"""What honest values look like, at every boundary and in comparison with the other replicas; and how far out a signal is.
+
+Made of tables alone, which all ranks hold, so that all ranks score alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.config import Verification
+from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.verification.drift import Cusum
+from lightning_sentinel.verification.features import FEATURES, watched
+from lightning_sentinel.verification.fences import FenceWindow
+from lightning_sentinel.verification.peers import comparable, less_median
+from lightning_sentinel.verification.table import MAX_SCORE, SignalTable
+
+__all__ = ["Assessment", "Calibration"]
+
+_SETTLING_STEPS = 10
+"""The first steps of a reference are its own noise; their distances would widen the fences."""
+
+_STEPS_BETWEEN_FITS = 4
+"""A window changes little from step to step."""
+
+
+class Assessment(NamedTuple):
+    """How far out every signal of a step is; all ``(boundaries, lanes, micro_batches)`` but for the first and the last.
+
+    Args:
+        by_peers: ``(boundaries,)`` bool, whether signals were compared with those of the other replicas.
+        score: 0 at the centre, 1 at the fence.
+        worst: index of the feature that is furthest out; -1 if the signal is not finite.
+        valid: whether the signal tells anything: its micro-batch was not tainted before, its lane is live.
+        centred: ``(boundaries, lanes, micro_batches, F)``, features less their median across replicas.
+    """
+
+    by_peers: Tensor
+    score: Tensor
+    worst: Tensor
+    valid: Tensor
+    centred: Tensor
+
+
+class Calibration:
+    """Windows of honest values and fences around them, of each boundary: as they are, and less the median across replicas.
+
+    With at least four replicas to compare, the second kind decides: what all replicas do alike does not count. The first kind is in
+    force at receipt, where a process sees one replica only, and decides where there is nobody to be compared with.
+
+    Args:
+        mesh: the workers.
+        config: how signals are verified.
+    """
+
+    def __init__(self, mesh: Mesh, config: Verification) -> None:
+        self._mesh, self._config = mesh, config
+        two_sided = config.method == "sentinel"
+        names, boundaries, rate = watched(config), len(mesh.boundaries), config.false_positive_rate
+        self.alone = FenceWindow(boundaries, config.window, names, rate, two_sided)
+        """Features as they are."""
+        self.among_peers = FenceWindow(boundaries, config.window, names, rate, two_sided)
+        """Features less the median across replicas."""
+        self.drift = Cusum(boundaries, mesh.replicas, len(FEATURES))
+        self.steps = 0
+        self._compares = two_sided
+
+    @property
+    def warmed_up(self) -> bool:
+        return self.steps >= self._config.warmup_steps
+
+    def assess(self, table: SignalTable, live: Tensor, banned: Tensor) -> Assessment:
+        """Score all signals of a step.
+
+        Args:
+            table: of the step.
+            live: ``(lanes,)`` bool.
+            banned: ``(boundaries,)``, banned workers of the stage that sends.
+        """
+        finite = table.column("worst") >= 0
+        valid = ~table.tainted & live[:, None]
+        by_peers = comparable(valid, self._mesh.replicas, banned) & self._compares & self.warmed_up
+        centred = less_median(table.features, valid & finite)
+        inside = self._scores(centred).amax(dim=-1) <= 1
+        # Once more without those that are out, which pull the median to their side; unless most are, which no attack can do.
+        kept = valid & finite & inside
+        centred = torch.where(
+            (2 * kept.sum(dim=(1, 2)) > valid.sum(dim=(1, 2)))[:, None, None, None], less_median(table.features, kept), centred
+        )
+        highest = self._scores(centred).max(dim=-1)
+        score = torch.where(by_peers[:, None, None], highest.values.clamp(max=MAX_SCORE), table.column("score"))
+        worst = torch.where(by_peers[:, None, None], highest.indices.to(table.rows.dtype), table.column("worst"))
+        return Assessment(
+            by_peers=by_peers,
+            score=torch.where(finite, score, MAX_SCORE),
+            worst=torch.where(finite, worst, -1.0),
+            valid=valid,
+            centred=centred,
+        )
+
+    def _scores(self, centred: Tensor) -> Tensor:
+        boundaries, *inner = centred.shape
+        return self.among_peers.fences.scores(centred.flatten(1, 2).movedim(1, 0)).movedim(0, 1).view(boundaries, *inner)
+
+    def learn(self, table: SignalTable, honest: Tensor, assessment: Assessment) -> None:
+        """Take in a step.
+
+        Args:
+            honest: ``(boundaries, lanes, micro_batches)`` bool, signals to learn from.
+        """
+        if self.warmed_up and self._compares:
+            self.drift.add(self._standard_scores(table, assessment), honest)
+        if self.steps >= min(_SETTLING_STEPS, self._config.warmup_steps // 2):
+            self.alone.add(table.features.flatten(1, 2), honest.flatten(1))
+            # During the warm-up nobody lies, so all replicas can be compared with each other.
+            peers = honest & (assessment.by_peers | (not self.warmed_up))[:, None, None]
+            self.among_peers.add(assessment.centred.flatten(1, 2), peers.flatten(1))
+        self.steps += 1
+        since = self.steps - self._config.warmup_steps
+        if since % _STEPS_BETWEEN_FITS == 0:
+            self.fit()
+
+    def fit(self) -> None:
+        """Fit all fences to what is remembered, once the warm-up is over."""
+        if self.warmed_up:
+            self.alone.fit()
+            self.among_peers.fit()
+
+    def _standard_scores(self, table: SignalTable, assessment: Assessment) -> Tensor:
+        alone, peers = self.alone.fences, self.among_peers.fences
+        scores = [
+            (values - fences.centre[:, None, None]) / fences.sigma[:, None, None]
+            for values, fences in ((table.features, alone), (assessment.centred, peers))
+        ]
+        return torch.where(assessment.by_peers[:, None, None, None], scores[1], scores[0])
+
+    def state_of(self, boundary: int) -> dict[str, Tensor]:
+        """What is known of one boundary, tensors only; the fences follow from the windows."""
+        windows = {"alone": self.alone, "among_peers": self.among_peers}
+        state = {"steps": torch.tensor(self.steps), "drift": self.drift.sums[:, boundary]}
+        for name, window in windows.items():
+            state |= {f"{name}.values": window.values[boundary], f"{name}.places": window.places[boundary]}
+        return state
+
+    def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
+        """Load one boundary; the caller fits the fences when all are loaded."""
+        self.steps, self.drift.sums[:, boundary] = int(state["steps"]), state["drift"].cpu()
+        for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
+            window.values[boundary], window.places[boundary] = state[f"{name}.values"].cpu(), state[f"{name}.places"].cpu()

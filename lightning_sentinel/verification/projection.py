@@ -1,0 +1,87 @@
+"""Secret random directions, and what a signal looks like along them.
+
+Who verifies a sender sees what it received and what it sent along the same directions. They are a few dozen for each boundary, drawn
+from a seed that workers must not know: a worker that knows them can send anything that looks right along them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.config import Verification
+from lightning_sentinel.mesh import Boundary, Direction
+from lightning_sentinel.verification.axes import as_tokens
+
+__all__ = ["PROJECTED", "SecretDirections", "orthogonal_directions", "unit_directions"]
+
+PROJECTED = 32
+"""Floats a token of the projection that neighbours exchange."""
+
+
+def unit_directions(channels: int, count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Random unit vectors ``(C, K)``, equal on every device for a seed: drawn on the CPU, then moved.
+
+    Example:
+        >>> unit_directions(8, 3, seed=0).norm(dim=0)
+        tensor([1.0000, 1.0000, 1.0000])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(channels, count, generator=generator)
+    return (directions / directions.norm(dim=0)).to(device)
+
+
+def orthogonal_directions(channels: int, count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Random orthogonal directions ``(C, min(C, K))``, of such a length that a projected vector keeps its length on average.
+
+    Inner products survive (Johnson and Lindenstrauss 1984); orthogonal directions keep them better than independent ones.
+
+    Example:
+        >>> directions = orthogonal_directions(64, 16, seed=0)
+        >>> (directions.T @ directions)[0, :2].round(decimals=4).abs()
+        tensor([4., 0.])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(channels, min(count, channels), generator=generator)).Q
+    return (directions * (channels / directions.shape[1]) ** 0.5).to(device)
+
+
+class SecretDirections:
+    """The secret directions of one boundary.
+
+    Args:
+        boundary: whose sender they are a secret from.
+        config: has the seed.
+        device: where signals are.
+
+    Example:
+        >>> secret = SecretDirections(Boundary(0, Direction.ACTIVATION), Verification())
+        >>> secret.project(torch.zeros(2, 16, 64)).shape
+        torch.Size([2, 16, 32])
+    """
+
+    def __init__(self, boundary: Boundary, config: Verification, device: torch.device | str = "cpu") -> None:
+        # Each boundary has directions of its own: what leaks at one says nothing about another.
+        gradient = boundary.direction is Direction.GRADIENT
+        self._seed = (config.seed * 100_003 + boundary.index * 2 + gradient) % 2**62
+        self._slices, self._device = config.projections, device
+        self._cache: dict[tuple[str, int], Tensor] = {}
+
+    def slices(self, channels: int) -> Tensor:
+        """Unit directions ``(C, projections)`` of the sliced Wasserstein distance."""
+        return self._cached("slices", channels)
+
+    def project(self, signal: Tensor) -> Tensor:
+        """A signal of any shape along the directions, ``(B, T, min(C, PROJECTED))`` in float32."""
+        tokens = as_tokens(signal).float()
+        return tokens @ self._cached("projection", tokens.shape[-1])
+
+    def _cached(self, kind: str, channels: int) -> Tensor:
+        if (kind, channels) not in self._cache:
+            made = (
+                unit_directions(channels, self._slices, self._seed, self._device)
+                if kind == "slices"
+                else orthogonal_directions(channels, PROJECTED, self._seed + 1, self._device)
+            )
+            self._cache[kind, channels] = made
+        return self._cache[kind, channels]

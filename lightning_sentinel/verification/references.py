@@ -1,0 +1,124 @@
+"""All that a verifier learns of one boundary: the momentum, and the averages behind moment and input-output features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.verification.consistency import ridge_weights
+from lightning_sentinel.verification.momentum import Momentum, PositionSums
+
+__all__ = ["Contribution", "References"]
+
+_REGRESSION = ("input_input", "input_target")
+_REGRESSION_BETA = 0.98
+"""Products behind the ridge regression are remembered for longer than moments: it has more to learn from them."""
+
+
+@dataclass
+class Contribution:
+    """What one step has to say about honest signals: sums over signals, to be added over senders and processes.
+
+    Args:
+        positions: sums of batch means, for the momentum.
+        statistics: ``(..., S)``, sums of the signals' statistics; a leading axis tells senders apart.
+        signals: ``(...)``, how many signals were added.
+    """
+
+    positions: PositionSums
+    statistics: Tensor
+    signals: Tensor
+
+    @classmethod
+    def like(cls, means: Tensor, statistics: Tensor) -> Contribution:
+        """Nothing yet, in the shape of ``means`` ``(senders, T, C)`` and ``statistics`` ``(senders, S)``."""
+        return cls(PositionSums.like(means), torch.zeros_like(statistics), statistics.new_zeros(len(means)))
+
+    def add(self, means: Tensor, statistics: Tensor, weights: Tensor) -> None:
+        """Add a signal of each sender with weights ``(senders,)`` of zero or one; zero adds nothing, whatever the signal holds."""
+        self.positions.add(means, weights)
+        self.statistics += torch.where(weights[:, None] > 0, statistics, 0.0)
+        self.signals += weights
+
+    def of(self, senders: Tensor) -> Contribution:
+        """The sum over the senders for which ``(senders,)`` bool is true."""
+        statistics = torch.where(senders[:, None], self.statistics, 0.0).sum(dim=0)
+        return Contribution(self.positions.of(senders), statistics, torch.where(senders, self.signals, 0.0).sum())
+
+    def resized(self, positions: int) -> Contribution:
+        """The same over the first ``positions`` positions."""
+        return Contribution(self.positions.resized(positions), self.statistics, self.signals)
+
+    def __add__(self, other: Contribution) -> Contribution:
+        return Contribution(self.positions + other.positions, self.statistics + other.statistics, self.signals + other.signals)
+
+    def flat(self) -> Tensor:
+        """One vector for an all-reduce: ``T * C`` sums, ``T`` counts, ``S`` sums, one count."""
+        parts = (self.positions.total, self.positions.count, self.statistics, self.signals)
+        return torch.cat([part.flatten() for part in parts])
+
+    @classmethod
+    def from_flat(cls, vector: Tensor, like: Contribution) -> Contribution:
+        """The inverse of :meth:`flat`, in the shapes of ``like``."""
+        shapes = [part.shape for part in (like.positions.total, like.positions.count, like.statistics, like.signals)]
+        total, count, statistics, signals = (
+            part.view(shape) for part, shape in zip(vector.split([shape.numel() for shape in shapes]), shapes)
+        )
+        return cls(PositionSums(total, count), statistics, signals)
+
+
+@dataclass
+class References:
+    """Moving averages over what honest workers sent.
+
+    Args:
+        beta: decay of the momentum and of moments, in [0, 1).
+    """
+
+    beta: float
+    momentum: Momentum = field(init=False)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
+    """Of the ridge regression; ``None`` where senders receive nothing."""
+    updates: int = 0
+
+    def __post_init__(self) -> None:
+        self.momentum = Momentum(self.beta)
+
+    def update(self, step: Contribution, sizes: Mapping[str, int]) -> None:
+        """Take in one step's honest signals.
+
+        Args:
+            step: summed over senders.
+            sizes: names of the statistics, and how many floats each has.
+        """
+        self.momentum.update(step.positions)
+        averages = (step.statistics / step.signals.clamp(min=1)).split(list(sizes.values()))
+        for name, average in zip(sizes, averages):
+            # A plain average at first, or the first step would weigh as much as all that follow it.
+            weight = max(1 - (_REGRESSION_BETA if name in _REGRESSION else self.beta), 1 / (self.updates + 1))
+            old = self.statistics.get(name)
+            self.statistics[name] = average if old is None else torch.lerp(old, average, weight)
+        self.updates += 1
+        self._solve()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"momentum.{name}": value for name, value in self.momentum.state_dict().items()}
+        return state | {f"statistics.{name}": value for name, value in self.statistics.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], updates: int, device: torch.device | str = "cpu") -> None:
+        parts: dict[str, dict[str, Tensor]] = {"momentum": {}, "statistics": {}}
+        for key, value in state.items():
+            kind, _, name = key.partition(".")
+            if kind in parts:
+                parts[kind][name] = value.to(device)
+        self.momentum.load_state_dict(parts["momentum"], device)
+        self.statistics, self.updates = parts["statistics"], updates
+        self._solve()
+
+    def _solve(self) -> None:
+        if all(name in self.statistics for name in _REGRESSION):
+            self.weights = ridge_weights(self.statistics)
