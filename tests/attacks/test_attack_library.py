@@ -204,7 +204,7 @@ class TestDelay:
         for step in range(0, 60, stride):
             for micro_batch in range(2):
                 self.send(attack, step, micro_batch=micro_batch)
-                assert all(len(history) <= 4 for history in attack._histories.values())
+                assert all(len(history) <= 5 for history in attack._histories.values())
         assert len(attack._histories) == 2
 
     def test_a_gap_is_filled_with_the_next_older_signal(self):
@@ -236,6 +236,14 @@ class TestDelay:
             self.send(attack, step)
         replayed = [attack(torch.full((1, 1), 100.0 + step), context(step=step)).item() for step in range(4)]
         assert replayed == [100.0, 101.0, 100.0, 101.0]
+
+    @pytest.mark.parametrize("steps", [1, 3])
+    def test_a_step_done_again_sends_the_same(self, steps):
+        attack, twice = Delay(steps), Delay(steps)
+        for step in range(8):
+            expected = [self.send(attack, step, micro_batch=micro_batch) for micro_batch in range(2)]
+            for _ in range(3):
+                assert [self.send(twice, step, micro_batch=micro_batch) for micro_batch in range(2)] == expected
 
     def test_keeps_no_graph(self):
         attack = Delay(1)
