@@ -5,21 +5,39 @@ from __future__ import annotations
 from lightning_sentinel.attacks.adversary import Adversary
 from lightning_sentinel.attacks.context import Attack, AttackContext
 from lightning_sentinel.attacks.delay import Delay
+from lightning_sentinel.attacks.imitation import MomentumNoise, Surrogate
 from lightning_sentinel.attacks.library import Bias, InvisibleNoise, Ones, RandomSign, RandomValue, Scale, Zeros
+from lightning_sentinel.attacks.misplaced import Permute, Swap
 from lightning_sentinel.attacks.registry import AttackSpec, available, get, resolve
+from lightning_sentinel.attacks.shortcut import FlipResidual, Identity, ReceivedNoise
+from lightning_sentinel.attacks.subtle import AddNoise, Drift, Frame, Local
+from lightning_sentinel.attacks.wrappers import Collude, Intermittent
 
 __all__ = [
+    "AddNoise",
     "Adversary",
     "Attack",
     "AttackContext",
     "AttackSpec",
     "Bias",
+    "Collude",
     "Delay",
+    "Drift",
+    "FlipResidual",
+    "Frame",
+    "Identity",
+    "Intermittent",
     "InvisibleNoise",
+    "Local",
+    "MomentumNoise",
     "Ones",
+    "Permute",
     "RandomSign",
     "RandomValue",
+    "ReceivedNoise",
     "Scale",
+    "Surrogate",
+    "Swap",
     "Zeros",
     "available",
     "get",

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lightning_sentinel.attacks.context import Attack, AttackContext, derive_seed
 from lightning_sentinel.attacks.registry import LIBRARY, AttackSpec, resolve
+from lightning_sentinel.attacks.wrappers import Wrapper
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 
@@ -92,7 +94,7 @@ class Adversary:
         return self._attacks[worker]
 
     def tampers(self, worker: Worker, direction: Direction, step: int) -> bool:
-        """Whether what ``worker`` sends in this direction and step is tampered with."""
+        """Whether what ``worker`` sends in this direction and step is left to its attack, which may send it as it is."""
         return step >= self._start_step and self._watches(worker, direction)
 
     def tamper(
@@ -136,6 +138,7 @@ class Adversary:
             micro_batch=micro_batch,
             received=None if received is None else received.detach(),
             device=signal.device,
+            start_step=self._start_step,
         )
         honest = signal.detach()
         with torch.no_grad():
@@ -195,7 +198,9 @@ def _deal(attacks: AttackSpec | Sequence[AttackSpec], workers: Collection[Worker
 
 def _own(attack: Attack) -> Attack:
     # A callable of the user's may hold anything (a model, an open file), so only our own are copied.
-    return copy.deepcopy(attack) if type(attack) in LIBRARY.values() else attack
+    if type(attack) not in LIBRARY.values():
+        return attack
+    return replace(attack, attack=_own(attack.inner)) if isinstance(attack, Wrapper) else copy.deepcopy(attack)
 
 
 def _warn_of_majority(mesh: Mesh, workers: Collection[Worker]) -> None:

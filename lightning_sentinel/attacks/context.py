@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +23,12 @@ class AttackContext:
         micro_batch: index of the micro-batch within the step.
         worker: the malicious worker.
         direction: whether the signal is an activation or a gradient.
-        received: what the worker was itself sent in this direction; ``None`` where nothing was, at the pipeline's ends.
+        received: what the worker was itself sent in this direction: the activation of the stage before or the gradient
+            of the stage after. At the pipeline's ends ``None``, or the input of the first stage, such as token numbers.
         generator: source of randomness on the signal's device, fresh for every signal.
+        seed: the adversary's seed, for draws that are not per signal: see :meth:`seed_for`.
+        start_step: the first step that the adversary tampers with.
+        colluding: whether all malicious workers draw the same: see :meth:`together`.
 
     Example:
         >>> import torch
@@ -41,6 +45,9 @@ class AttackContext:
     direction: Direction
     received: Tensor | None
     generator: torch.Generator
+    seed: int = 0
+    start_step: int = 0
+    colluding: bool = False
 
     @classmethod
     def seeded(
@@ -53,11 +60,34 @@ class AttackContext:
         micro_batch: int = 0,
         received: Tensor | None = None,
         device: torch.device | str = "cpu",
+        start_step: int = 0,
     ) -> AttackContext:
         """A context whose generator, on ``device``, depends on ``seed`` and on which signal this is, and on no more."""
         generator = torch.Generator(device=device)
         generator.manual_seed(derive_seed(seed, worker.stage, worker.replica, direction, step, micro_batch))
-        return cls(step, micro_batch, worker, direction, received, generator)
+        return cls(step, micro_batch, worker, direction, received, generator, seed, start_step)
+
+    def seed_for(self, *parts: int | str) -> int:
+        """A seed for draws that other signals share: the same for the same ``parts``, run and worker.
+
+        Example:
+            >>> from lightning_sentinel.attacks import AttackContext
+            >>> from lightning_sentinel.mesh import Direction, Worker
+            >>> first, second = (AttackContext.seeded(0, Worker(1, replica), Direction.GRADIENT) for replica in (0, 1))
+            >>> first.seed_for("pause", 7) == second.seed_for("pause", 7)
+            False
+            >>> first.together().seed_for("pause", 7) == second.together().seed_for("pause", 7)
+            True
+        """
+        who: tuple[int | str, ...] = ("together",) if self.colluding else (self.worker.stage, self.worker.replica)
+        return derive_seed(self.seed, *who, *parts)
+
+    def together(self) -> AttackContext:
+        """The same context with draws that depend on direction, step and micro-batch, and not on the worker."""
+        shared = replace(self, colluding=True)
+        generator = torch.Generator(device=self.generator.device)
+        generator.manual_seed(shared.seed_for(self.direction, self.step, self.micro_batch))
+        return replace(shared, generator=generator)
 
 
 Attack = Callable[[Tensor, AttackContext], Tensor]

@@ -13,41 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.attacks.context import AttackContext
-from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.attacks.signals import channel_axis, channel_statistics, gaussian_like, is_number, require, widened
 
 __all__ = ["Bias", "InvisibleNoise", "Ones", "RandomSign", "RandomValue", "Scale", "Zeros"]
-
-
-def _require(condition: bool, attack: object, name: str, rule: str) -> None:
-    if not condition:
-        value = getattr(attack, name)
-        # YAML 1.1 reads 1e-3, which has no dot, as text: without the type the message would puzzle.
-        kind = f" ({type(value).__name__})" if isinstance(value, str) else ""
-        raise ConfigurationError(f"{type(attack).__name__}({name}={value!r}){kind} cannot work: {name} must be {rule}.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _channel_axis(signal: Tensor) -> int:
-    return 1 if signal.ndim >= 4 else -1
-
-
-def _channel_statistics(signal: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard deviation and mean per channel, shaped to broadcast over ``signal``."""
-    channel = _channel_axis(signal) % signal.ndim
-    others = [axis for axis in range(signal.ndim) if axis != channel]
-    std, mean = torch.std_mean(signal, dim=others or None, correction=0, keepdim=True)
-    return std, mean
-
-
-def _widened(signal: Tensor) -> Tensor:
-    return signal.to(torch.promote_types(signal.dtype, torch.float32))
-
-
-def _gaussian_like(signal: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(signal.shape, generator=generator, device=signal.device, dtype=signal.dtype)
 
 
 @dataclass
@@ -109,10 +77,10 @@ class RandomValue:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(_is_number(self.std) and self.std > 0, self, "std", "a number above 0")
+        require(is_number(self.std) and self.std > 0, self, "std", "a number above 0")
 
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
-        return _gaussian_like(_widened(signal), context.generator).mul_(self.std).to(signal.dtype)
+        return gaussian_like(widened(signal), context.generator).mul_(self.std).to(signal.dtype)
 
 
 @dataclass
@@ -137,7 +105,7 @@ class Scale:
     factor: float = -1.0
 
     def __post_init__(self) -> None:
-        _require(_is_number(self.factor), self, "factor", "a number")
+        require(is_number(self.factor), self, "factor", "a number")
 
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
         return (signal * self.factor).to(signal.dtype)
@@ -169,8 +137,8 @@ class RandomSign:
     probability: float = 0.5
 
     def __post_init__(self) -> None:
-        valid = _is_number(self.probability) and 0 < self.probability <= 1
-        _require(valid, self, "probability", "a number above 0 and at most 1")
+        valid = is_number(self.probability) and 0 < self.probability <= 1
+        require(valid, self, "probability", "a number above 0 and at most 1")
 
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
         # Half-precision uniforms are too coarse: with 256 values, a probability of 0.001 would never be met as asked.
@@ -208,16 +176,16 @@ class Bias:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(_is_number(self.strength), self, "strength", "a number")
-        _require(isinstance(self.seed, int), self, "seed", "an integer")
+        require(is_number(self.strength), self, "strength", "a number")
+        require(isinstance(self.seed, int), self, "seed", "an integer")
 
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
-        honest = _widened(signal)
+        honest = widened(signal)
         shift = self.strength * honest.std(correction=0) * self._direction(signal)
         return (honest + shift).to(signal.dtype)
 
     def _direction(self, signal: Tensor) -> Tensor:
-        axis = _channel_axis(signal)
+        axis = channel_axis(signal)
         shape = [1] * signal.ndim
         shape[axis] = signal.shape[axis]
         generator = torch.Generator(device=signal.device).manual_seed(self.seed)
@@ -252,11 +220,11 @@ class InvisibleNoise:
     fraction: float = 0.99
 
     def __post_init__(self) -> None:
-        valid = _is_number(self.fraction) and 0 < self.fraction <= 1
-        _require(valid, self, "fraction", "a number above 0 and at most 1")
+        valid = is_number(self.fraction) and 0 < self.fraction <= 1
+        require(valid, self, "fraction", "a number above 0 and at most 1")
 
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
-        honest = _widened(signal)
-        std, mean = _channel_statistics(honest)
-        noise = _gaussian_like(honest, context.generator) * std + mean
+        honest = widened(signal)
+        std, mean = channel_statistics(honest)
+        noise = gaussian_like(honest, context.generator) * std + mean
         return torch.lerp(honest, noise, self.fraction).to(signal.dtype)

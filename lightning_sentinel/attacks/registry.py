@@ -9,7 +9,12 @@ from typing import Any
 
 from lightning_sentinel.attacks.context import Attack
 from lightning_sentinel.attacks.delay import Delay
+from lightning_sentinel.attacks.imitation import MomentumNoise, Surrogate
 from lightning_sentinel.attacks.library import Bias, InvisibleNoise, Ones, RandomSign, RandomValue, Scale, Zeros
+from lightning_sentinel.attacks.misplaced import Permute, Swap
+from lightning_sentinel.attacks.shortcut import FlipResidual, Identity, ReceivedNoise
+from lightning_sentinel.attacks.subtle import AddNoise, Drift, Frame, Local
+from lightning_sentinel.attacks.wrappers import Collude, Intermittent
 from lightning_sentinel.errors import ConfigurationError
 
 __all__ = ["LIBRARY", "AttackSpec", "available", "get", "resolve"]
@@ -18,13 +23,26 @@ AttackSpec = str | Attack | Mapping[str, Any]
 """A name, an attack itself, or a mapping of ``name`` and parameters, as YAML gives it."""
 
 LIBRARY: dict[str, Callable[..., Attack]] = {
+    "add_noise": AddNoise,
     "bias": Bias,
+    "collude": Collude,
     "delay": Delay,
+    "drift": Drift,
+    "flip_residual": FlipResidual,
+    "frame": Frame,
+    "identity": Identity,
+    "intermittent": Intermittent,
+    "local": Local,
+    "momentum_noise": MomentumNoise,
     "noise": InvisibleNoise,
     "ones": Ones,
+    "permute": Permute,
     "random": RandomValue,
+    "received_noise": ReceivedNoise,
     "scale": Scale,
     "sign": RandomSign,
+    "surrogate": Surrogate,
+    "swap": Swap,
     "zeros": Zeros,
 }
 
@@ -34,8 +52,9 @@ def available() -> tuple[str, ...]:
 
     Example:
         >>> from lightning_sentinel import attacks
-        >>> attacks.available()
-        ('bias', 'delay', 'noise', 'ones', 'random', 'scale', 'sign', 'zeros')
+        >>> print(*attacks.available())  # doctest: +NORMALIZE_WHITESPACE
+        add_noise bias collude delay drift flip_residual frame identity intermittent local momentum_noise noise ones
+        permute random received_noise scale sign surrogate swap zeros
     """
     return tuple(sorted(LIBRARY))
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lightning_sentinel.attacks import Adversary, Delay, RandomValue, Scale, Zeros
+from lightning_sentinel.attacks import Adversary, AttackContext, Delay, RandomValue, Scale, Zeros
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 
@@ -180,6 +180,25 @@ class TestTamper:
         assert not grad_enabled
         assert not requires_grad
 
+    def test_the_attack_sees_when_the_adversary_starts_and_its_seed(self):
+        seen = []
+
+        def spy(signal, context):
+            seen.append((context.start_step, context.seed, context.colluding))
+            return signal.clone()
+
+        one_liar(spy, start_step=3, seed=8).tamper(torch.ones(2), LIAR, GRADIENT, 5, 2)
+        assert seen == [(3, 8, False)]
+
+    def test_anywhere_in_a_pipeline_and_several_in_one(self):
+        pipeline = [Worker(stage, 2) for stage in range(MESH.stages)]
+        adversary = Adversary("identity", MESH, workers=pipeline)
+        signal, received = torch.ones(2, 3), torch.full((2, 3), 7.0)
+        for worker in pipeline:
+            for direction in Direction:
+                assert torch.equal(adversary.tamper(signal, worker, direction, 0, 0), signal)
+                assert torch.equal(adversary.tamper(signal, worker, direction, 0, 0, received), received)
+
     def test_the_result_has_no_graph(self):
         sent = one_liar(Scale(-2.0)).tamper(torch.ones(2, requires_grad=True), LIAR, ACTIVATION, 0, 0)
         assert sent.tolist() == [-2.0, -2.0]
@@ -229,9 +248,10 @@ class TestTamper:
         with pytest.raises(ConfigurationError, match=r"move.*on meta.*on cpu"):
             one_liar(move).tamper(torch.ones(2), LIAR, ACTIVATION, 0, 0)
 
-    def test_no_tensor(self):
-        with pytest.raises(ConfigurationError, match="an object of type NoneType in place of a gradient"):
-            one_liar(lambda signal, context: None).tamper(torch.ones(2), LIAR, GRADIENT, 0, 0)
+    @pytest.mark.parametrize("sent", [None, [1.0, 1.0], torch.ones(2).numpy()], ids=["None", "list", "array"])
+    def test_no_tensor(self, sent):
+        with pytest.raises(ConfigurationError, match=f"an object of type {type(sent).__name__} in place of a gradient"):
+            one_liar(lambda signal, context: sent).tamper(torch.ones(2), LIAR, GRADIENT, 0, 0)
 
     def test_in_place(self):
         def overwrite(signal, context):
@@ -252,3 +272,20 @@ def test_zeros_end_to_end():
         sent = adversary.tamper(torch.ones(3), worker, ACTIVATION, 0, 0)
         assert bool(sent.eq(0).all()) == (worker in adversary.workers)
     assert all(adversary.attack_of(worker) == Zeros() for worker in adversary.workers)
+
+
+class TestContext:
+    def test_seeds_for_draws_that_signals_share(self):
+        def seed_for(worker=LIAR, seed=0, **where):
+            return AttackContext.seeded(seed, worker, ACTIVATION, **where).seed_for("pause", 3)
+
+        assert seed_for() == seed_for(step=4) == seed_for(micro_batch=2)
+        assert len({seed_for(), seed_for(Worker(1, 1)), seed_for(Worker(2, 0)), seed_for(seed=1)}) == 4
+
+    def test_together_leaves_the_context_as_it_is(self):
+        context = AttackContext.seeded(0, LIAR, ACTIVATION, step=2, start_step=1)
+        shared = context.together()
+        assert (shared.step, shared.start_step, shared.worker, shared.seed) == (2, 1, LIAR, 0)
+        assert (context.colluding, shared.colluding, shared.together().colluding) == (False, True, True)
+        first, second = (torch.rand(4, generator=one.generator) for one in (shared, shared.together()))
+        assert torch.equal(first, second)

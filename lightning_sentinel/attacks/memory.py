@@ -1,0 +1,67 @@
+"""Sums over past steps that can be taken back: what attacks that learn from honest signals keep."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["DecayedSums", "Sums"]
+
+Sums = tuple[Tensor, ...]
+
+
+@dataclass
+class DecayedSums:
+    """``S(t) = decay * S(t-1) + sum of what was added in step t``, which may be asked for only once ``t`` is over.
+
+    What is added in the present step is kept apart for each micro-batch, so that a step that is done again replaces
+    it. Memory: the sums of one step's micro-batches, and one more.
+
+    Args:
+        decay: weight of the steps before, in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> memory = DecayedSums(decay=0.5)
+        >>> for step in (0, 1, 1, 2):
+        ...     past = memory.before(step, kind=None)
+        ...     memory.add(0, (torch.tensor(8.0),))
+        >>> past
+        (tensor(12.),)
+    """
+
+    decay: float
+    _past: Sums | None = None
+    _step: int = -1
+    _kind: Hashable = None
+    _present: dict[int, Sums] = field(default_factory=dict)
+
+    def before(self, step: int, kind: Hashable) -> Sums | None:
+        """``S(step - 1)``, the same object all through the step; ``None`` if nothing was added before.
+
+        Everything is forgotten when ``kind`` (a signal's shape, say) is another than before, or when an earlier step
+        comes: a run that restarts from there never saw the rest.
+        """
+        if kind != self._kind or step < self._step:
+            self._past, self._present = None, {}
+        elif step > self._step:
+            self._close()
+        self._step, self._kind = step, kind
+        return self._past
+
+    def add(self, micro_batch: int, sums: Sums) -> None:
+        """Adds ``sums`` to the step that was last asked for. Sums that are not finite, as after an overflow, count as zero."""
+        finite = torch.stack([one.isfinite().all() for one in sums]).all()
+        self._present[micro_batch] = tuple(torch.where(finite, one, torch.zeros_like(one)) for one in sums)
+
+    def _close(self) -> None:
+        if not self._present:
+            return
+        # In a fixed order, so that the same run gives the same bits.
+        parts = [self._present[index] for index in sorted(self._present)]
+        new = tuple(sum(column[1:], column[0]) for column in zip(*parts))
+        self._past = new if self._past is None else tuple(self.decay * old + one for old, one in zip(self._past, new))
+        self._present = {}

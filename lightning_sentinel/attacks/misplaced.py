@@ -1,0 +1,102 @@
+"""Valid values for the wrong samples: honest signals in another order, or those of another micro-batch.
+
+Every statistic of a batch stays what it was, so only what relates a signal to its sample can show these.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.attacks.context import AttackContext
+from lightning_sentinel.attacks.signals import channel_axis
+from lightning_sentinel.mesh import Direction, Worker
+
+__all__ = ["Permute", "Swap"]
+
+_When = tuple[int, int]
+
+
+@dataclass
+class Permute:
+    """Sends the samples in another order: ``h'_b = h_p(b)`` (ours).
+
+    ``p`` is drawn anew for each signal among the permutations that are a single cycle, so no sample stays where it
+    was. With one sample only, the positions are permuted instead: axis 1 of (1, T, C), the rows of (1, C, H, W). A
+    (1, F) signal has nothing to permute and is sent as it is.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sentinel import attacks
+        >>> from lightning_sentinel.mesh import Direction, Worker
+        >>> context = attacks.AttackContext.seeded(0, Worker(1, 0), Direction.ACTIVATION)
+        >>> sent = attacks.Permute()(torch.arange(5.0), context)
+        >>> sent.sort().values, bool((sent == torch.arange(5.0)).any())
+        (tensor([0., 1., 2., 3., 4.]), False)
+    """
+
+    def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
+        axis = _first_to_permute(signal)
+        # By sorting, since randperm may wait for the device.
+        order = torch.rand(signal.shape[axis], generator=context.generator, device=signal.device).argsort()
+        successor = torch.empty_like(order).scatter_(0, order, order.roll(-1))
+        return signal.index_select(axis, successor)
+
+
+def _first_to_permute(signal: Tensor) -> int:
+    channel = channel_axis(signal) % signal.ndim
+    axes = [axis for axis in range(1, signal.ndim) if axis != channel]
+    return next((axis for axis in (0, *axes) if signal.shape[axis] > 1), 0)
+
+
+@dataclass
+class Swap:
+    """Sends for each micro-batch what was honest for the one before: ``h'(n) = h(n - 1)`` (ours).
+
+    ``n`` counts the micro-batches that the worker computed in a direction, over the bounds of a step. Every value is a
+    fresh honest one and belongs to other samples, as if two colluding replicas exchanged their signals. The first
+    micro-batch, and one whose shape differs from the one before, is sent as it is. At most one step and one signal are
+    kept for each worker and direction; a step that is done again sends the same again.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sentinel import attacks
+        >>> from lightning_sentinel.mesh import Direction, Worker
+        >>> swap = attacks.Swap()
+        >>> def send(step, micro_batch):
+        ...     context = attacks.AttackContext.seeded(
+        ...         0, Worker(1, 0), Direction.ACTIVATION, step=step, micro_batch=micro_batch
+        ...     )
+        ...     return swap(torch.tensor([10.0 * step + micro_batch]), context).item()
+        >>> [send(step, micro_batch) for step in range(3) for micro_batch in range(2)]
+        [0.0, 0.0, 1.0, 10.0, 11.0, 20.0]
+    """
+
+    _histories: dict[tuple[Worker, Direction], deque[tuple[_When, Tensor]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
+        before = self._before(signal, context)
+        fits = (before.shape, before.dtype, before.device) == (signal.shape, signal.dtype, signal.device)
+        return (before if fits else signal).clone()
+
+    def observe(self, signal: Tensor, context: AttackContext) -> None:
+        """Remembers a signal that is sent honestly, so that the attack can start at full strength."""
+        self._before(signal, context)
+
+    def _before(self, signal: Tensor, context: AttackContext) -> Tensor:
+        history = self._histories.setdefault((context.worker, context.direction), deque())
+        now = (context.step, context.micro_batch)
+        while history and history[-1][0] >= now:
+            history.pop()
+        before = history[-1][1] if history else signal
+        # A copy, since pipeline engines reuse their send buffers.
+        history.append((now, signal.detach().clone()))
+        # The step may be done again, and then needs the last signal of the step before.
+        while len(history) > 1 and history[1][0][0] < context.step:
+            history.popleft()
+        return before

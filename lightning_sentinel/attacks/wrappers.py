@@ -1,0 +1,117 @@
+"""Attacks made of another attack: now and then instead of always, or together instead of each for itself."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor
+
+from lightning_sentinel.attacks.context import Attack, AttackContext
+from lightning_sentinel.attacks.signals import is_share, require
+
+if TYPE_CHECKING:
+    from lightning_sentinel.attacks.registry import AttackSpec
+
+__all__ = ["Collude", "Intermittent", "Wrapper"]
+
+
+@dataclass
+class Wrapper:
+    """What attacks that are made of another have in common: they find it by its name and pass on what it may observe."""
+
+    attack: AttackSpec = "zeros"
+
+    def __post_init__(self) -> None:
+        # Here, since the registry lists these classes.
+        from lightning_sentinel.attacks.registry import resolve
+
+        self.attack = resolve(self.attack)
+
+    @property
+    def inner(self) -> Attack:
+        """The attack itself."""
+        return cast(Attack, self.attack)
+
+    def observe(self, signal: Tensor, context: AttackContext) -> None:
+        """Lets the inner attack see a signal that is sent honestly, if it wants to."""
+        observe = getattr(self.inner, "observe", None)
+        if observe is not None:
+            observe(signal, context)
+
+
+@dataclass
+class Intermittent(Wrapper):
+    """Attacks in some steps only: ``h' = attack(h)`` with a probability, else ``h`` (ours).
+
+    One draw decides for everything that a worker sends in a step, so a step that is done again is decided the same. An
+    inner attack that learns goes on learning in the quiet steps.
+
+    Args:
+        attack: the inner attack: a name, a mapping of ``name`` and parameters, or a callable.
+        probability: chance that a step is tampered with, above 0 and at most 1.
+
+    Raises:
+        ConfigurationError: if there is no such attack, or ``probability`` is no number above 0 and at most 1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sentinel import attacks
+        >>> from lightning_sentinel.mesh import Direction, Worker
+        >>> attack = attacks.Intermittent("zeros", probability=0.5)
+        >>> def send(step, micro_batch):
+        ...     context = attacks.AttackContext.seeded(
+        ...         0, Worker(1, 0), Direction.ACTIVATION, step=step, micro_batch=micro_batch
+        ...     )
+        ...     return attack(torch.ones(1), context).item()
+        >>> rows = [[send(step, micro_batch) for step in range(20)] for micro_batch in range(2)]
+        >>> rows[0] == rows[1], set(rows[0]) == {0.0, 1.0}
+        (True, True)
+    """
+
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(is_share(self.probability), self, "probability", "a number above 0 and at most 1")
+
+    def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
+        if random.Random(context.seed_for("intermittent", context.step)).random() < self.probability:
+            return self.inner(signal, context)
+        self.observe(signal, context)
+        return signal.clone()
+
+
+@dataclass
+class Collude(Wrapper):
+    """All malicious workers draw the same: ``h' = attack(h)`` with randomness that does not depend on the worker (ours).
+
+    It depends on the adversary's seed, the direction, the step and the micro-batch. Noise is then the same for all of
+    them, and ``Collude(Intermittent(...))`` makes them strike in the same steps; the other way round each would draw
+    its own steps.
+
+    Args:
+        attack: the inner attack: a name, a mapping of ``name`` and parameters, or a callable.
+
+    Raises:
+        ConfigurationError: if there is no such attack.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sentinel import attacks
+        >>> from lightning_sentinel.mesh import Direction, Worker
+        >>> attack = attacks.Collude("random")
+        >>> contexts = [attacks.AttackContext.seeded(0, Worker(1, replica), Direction.ACTIVATION) for replica in (0, 1)]
+        >>> first, second = (attack(torch.ones(3), context) for context in contexts)
+        >>> torch.equal(first, second)
+        True
+    """
+
+    attack: AttackSpec = "random"
+
+    def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
+        return self.inner(signal, context.together())
+
+    def observe(self, signal: Tensor, context: AttackContext) -> None:
+        super().observe(signal, context.together())
