@@ -160,6 +160,16 @@ class Mesh:
         index = boundary.index + (1 if boundary.direction is Direction.GRADIENT else -1)
         return Boundary(index, boundary.direction) if 0 <= index < self.stages - 1 else None
 
+    def after(self, boundary: Boundary) -> Boundary | None:
+        """Where the receivers of ``boundary`` send what they made of it; ``None`` at the ends of the pipeline.
+
+        Example:
+            >>> Mesh(stages=3, replicas=1).after(Boundary(0, Direction.ACTIVATION)).name
+            'stage1/activation'
+        """
+        index = boundary.index - (1 if boundary.direction is Direction.GRADIENT else -1)
+        return Boundary(index, boundary.direction) if 0 <= index < self.stages - 1 else None
+
     def rank(self, worker: Worker) -> int:
         """The rank that serves ``worker``. Raises ``ConfigurationError`` if the mesh has no such worker."""
         if worker not in self:

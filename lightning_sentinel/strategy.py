@@ -316,7 +316,9 @@ class SentinelStrategy(StageCheckpoints):
     def _consequence(self) -> str:
         """Why a worker was banned, and what becomes of its work."""
         if self._response.audit_rate is not None:
-            return "what it sent is not what another worker recomputed. The others of its stage do its work, and the step is redone."
+            return (
+                "what it sent is not what another worker recomputed. The others of its stage do its work, and the step is redone."
+            )
         assert self._guard is not None
         left = sum(self._guard.wiring(self.step).live)
         return (

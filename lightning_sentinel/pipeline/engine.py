@@ -104,6 +104,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._begin("training_step", arguments, micro_batches)
         self._step, self._scale = step, scale
         self._exec_schedule(schedule.TrainSchedule(micro_batches, self.num_stages, self.stage_id))
+        self._transport.finish_notes()
         return self._exchange.run("training_step", self._rows(), self._weights(), self._loss, self._steps.recorder)
 
     def evaluate(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> StepOutcome:
@@ -214,10 +215,10 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.pipe_buffers["outputs"][buffer_id] = self.pipe_buffers["output_tensors"][buffer_id] = None
 
     def _exec_send_activation(self, buffer_id: int, micro_batch: int) -> None:
-        self._send(self._outgoing(buffer_id, Direction.ACTIVATION), buffer_id, self.stage_id + 1, header=True)
+        self._send(Direction.ACTIVATION, buffer_id, header=True)
 
     def _exec_send_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        self._send(self._outgoing(buffer_id, Direction.GRADIENT), buffer_id, self.stage_id - 1, header=False)
+        self._send(Direction.GRADIENT, buffer_id, header=False)
         self.pipe_buffers["inputs"][buffer_id] = None
 
     def _exec_recv_activation(self, buffer_id: int, micro_batch: int) -> None:
@@ -261,8 +262,11 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         if self.guard is None:
             return signal
         boundary = Boundary(self.stage_id - (direction is Direction.ACTIVATION), direction)
-        tainted = self.pipe_buffers["taints"][buffer_id]
-        signal, tainted = self.guard.receive(boundary, signal, tainted.view(1))
+        tainted, before = self.pipe_buffers["taints"][buffer_id], self._mesh.before(boundary)
+        received = None
+        if before is not None and self.guard.compares_inputs:
+            received = self._transport.receive_note(self.grid.stage_to_global(before.sender))
+        signal, tainted = self.guard.receive(boundary, signal, tainted.view(1), received)
         self.pipe_buffers["taints"][buffer_id] = tainted[0]
         return signal
 
@@ -282,10 +286,17 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             )
         return gradient
 
-    def _send(self, signal: Tensor, buffer_id: int, stage: int, *, header: bool) -> None:
+    def _send(self, direction: Direction, buffer_id: int, *, header: bool) -> None:
         # An altered copy: the tensor itself is what the backward pass of this stage starts from.
-        signal, self._altered = (signal if self._altered is None else self._altered), None
-        self._transport.send(signal, self.pipe_buffers["taints"][buffer_id], self.grid.stage_to_global(stage), header=header)
+        signal, self._altered = (self._outgoing(buffer_id, direction) if self._altered is None else self._altered), None
+        boundary = Boundary(self.stage_id - (direction is Direction.GRADIENT), direction)
+        receiver = self.grid.stage_to_global(boundary.receiver)
+        self._transport.send(signal, self.pipe_buffers["taints"][buffer_id], receiver, header=header)
+        after = self._mesh.after(boundary)
+        if self.guard is not None and after is not None and self._step_name == "training_step":
+            note = self.guard.project(after, signal)
+            if note is not None:
+                self._transport.send_note(note, self.grid.stage_to_global(after.receiver))
 
     _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
         ds_schedule.LoadMicroBatch: _exec_load_micro_batch,

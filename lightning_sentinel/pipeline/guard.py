@@ -27,9 +27,10 @@ from lightning_sentinel.verification import (
     judge,
     judge_with_audits,
 )
-from lightning_sentinel.verification.audit import draw_audits
+from lightning_sentinel.verification.audit import AuditSchedule
 from lightning_sentinel.verification.calibration import Assessment
 from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS
+from lightning_sentinel.verification.projection import SecretDirections
 from lightning_sentinel.verification.references import Contribution
 from lightning_sentinel.wiring import Wiring
 
@@ -76,11 +77,15 @@ class Guard:
         rewires: bool = False,
     ) -> None:
         self._mesh, self._response, self._device, self._rewires = mesh, response, device, rewires
-        self._seed = verification.seed
+        self._verification = verification
         self.ledger = ledger
         self.calibration = Calibration(mesh, verification)
+        rate = response.audit_rate
+        self._schedule = None if rate is None else AuditSchedule(mesh, rate, verification.seed)
+        self._drawn_for: int | None = None
         self.verifiers = {boundary: BoundaryVerifier(boundary, verification, device) for boundary in boundaries}
         self._indices = {boundary: mesh.boundaries.index(boundary) for boundary in self.verifiers}
+        self._secrets: dict[Boundary, SecretDirections] = {}
         self._lanes = list(lanes)
         self._rows: dict[Boundary, list[Tensor]] = {boundary: [] for boundary in self.verifiers}
 
@@ -88,6 +93,11 @@ class Guard:
     def audits(self) -> bool:
         """Whether signals are recomputed."""
         return self._response.audit_rate is not None
+
+    @property
+    def compares_inputs(self) -> bool:
+        """Whether signals are compared with what their senders had received."""
+        return self._verification.method != "paper"
 
     @property
     def excludes(self) -> bool:
@@ -107,6 +117,17 @@ class Guard:
         live = self.wiring(step).live
         return torch.tensor([not live[lane] for lane in self._lanes], device=self._device)
 
+    def project(self, boundary: Boundary, signal: Tensor) -> Tensor | None:
+        """A signal as those who verify ``boundary`` are to know it: what its senders had received, along secret directions.
+
+        ``None`` if the method does not ask for it.
+        """
+        if not self.compares_inputs:
+            return None
+        if boundary not in self._secrets:
+            self._secrets[boundary] = SecretDirections(boundary, self._verification, self._device)
+        return self._secrets[boundary].project(signal)
+
     def receive(
         self, boundary: Boundary, signals: Tensor, tainted: Tensor, received: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -115,7 +136,7 @@ class Guard:
         Args:
             signals: ``(lanes * B, ...)``, of one micro-batch.
             tainted: ``(lanes,)`` bool, what the neighbours' own verifiers had found before.
-            received: what the neighbours had received themselves, from :meth:`BoundaryVerifier.project`.
+            received: what the neighbours had received themselves, from :meth:`project`.
 
         Returns:
             the signals to go on with, and the taint to pass on.
@@ -155,8 +176,8 @@ class Guard:
         self._require_a_pipeline(wiring, step)
         assessment = self._assess(table, wiring)
         height = self.calibration.drift.height
-        if audit is not None and self._response.audit_rate is not None:
-            drawn = draw_audits(self._mesh, table.rows.shape[2], self._response.audit_rate, self._seed, step)
+        if audit is not None:
+            drawn = self._draw(step, table)
             verdict = judge_with_audits(table, assessment, height > ALARM, drawn, audit, self._mesh, wiring, step)
             exonerated = Counter(detection.worker for detection in verdict.detections if detection.confirmed is False)
             banned = self.ledger.record_audits(step, verdict.audits, verdict.flagged, exonerated)
@@ -173,6 +194,13 @@ class Guard:
         else:
             self._learn(table, verdict, assessment, sum_over_replicas)
         return Ruling(verdict, banned, redo)
+
+    def _draw(self, step: int, table: SignalTable) -> Tensor:
+        """Random audits: none in a step that is done again."""
+        if self._schedule is None or step == self._drawn_for:
+            return torch.zeros_like(table.flagged)
+        self._drawn_for = step
+        return self._schedule.draw(step, table.rows.shape[2], max(self.ledger.banned_at.values(), default=None))
 
     def _assess(self, table: SignalTable, wiring: Wiring) -> Assessment:
         banned = Counter(worker.stage for worker in self.ledger.banned)
@@ -220,12 +248,15 @@ class Guard:
             verifier.fences = self.calibration.alone.fences.of(self._indices[boundary]).to(self._device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was learned about the boundaries that this process guards, keyed by boundary."""
-        return {
+        """What was learned about the boundaries that this process guards, keyed by boundary, and how far random audits have come."""
+        learned = {
             f"{boundary.name}/{name}": value
             for boundary, verifier in self.verifiers.items()
             for name, value in (verifier.state_dict() | self.calibration.state_of(self._indices[boundary])).items()
         }
+        if self._schedule is not None:
+            learned["audits/rounds"] = torch.tensor(self._schedule.rounds, dtype=torch.float64)
+        return learned
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what was learned; boundaries that the state does not know start afresh.
@@ -240,5 +271,7 @@ class Guard:
                 self.calibration.load_state_of(index, mine)
                 if boundary in self.verifiers:
                     self.verifiers[boundary].load_state_dict(mine)
+        if self._schedule is not None and "audits/rounds" in state:
+            self._schedule.rounds = float(state["audits/rounds"])
         self.calibration.fit()
         self._put_fences()

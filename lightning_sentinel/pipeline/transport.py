@@ -3,6 +3,9 @@
 A signal travels as one message: its elements, then one more that carries the taint flag, so that the flag costs no message of its
 own. Where the receiver cannot know the shape, a header of integers goes ahead, on the host, so that no device is waited for.
 
+Besides, a worker sends small notes past its neighbour to the stage behind it: what the neighbour was sent, along secret directions.
+Nobody waits for a note to arrive before going on, because its receiver asks for it only when the neighbour's own signal is there.
+
 ``device`` sends tensors from where they are. ``host`` copies them through host memory: between sites, and where the backend cannot
 send from the device (several ranks on one GPU).
 """
@@ -40,6 +43,7 @@ class Transport:
         if mode == "auto":
             mode = "host" if device.type != "cpu" and not _sends_from(device) else "device"
         self._wire = torch.device("cpu") if mode == "host" else device
+        self._under_way: list[tuple[int, dist.Work, Tensor]] = []
 
     def send(self, signal: Tensor, tainted: Tensor, rank: int, *, header: bool) -> None:
         """Send a signal and its taint (0-dim bool); with a header if the receiver does not know the shape.
@@ -72,6 +76,29 @@ class Transport:
             dist.recv(message, rank)
         message = message.to(self._device)
         return message[:-1].view(shape), message[-1].bool()
+
+    def send_note(self, note: Tensor, rank: int) -> None:
+        """Send a tensor with its header, without waiting; :meth:`finish_notes` does."""
+        for message in (self._header(note), note.contiguous().to(self._wire)):
+            with _naming(rank):
+                work = dist.isend(message, rank)
+            assert work is not None, "the default group has all ranks"
+            self._under_way.append((rank, work, message))
+
+    def receive_note(self, rank: int) -> Tensor:
+        """Receive what :meth:`send_note` sent."""
+        shape, dtype = self._read_header(rank)
+        note = torch.empty(shape, dtype=dtype, device=self._wire)
+        with _naming(rank):
+            dist.recv(note, rank)
+        return note.to(self._device)
+
+    def finish_notes(self) -> None:
+        """Wait until all notes were taken; at the end of a schedule, when their receivers have asked for them."""
+        for rank, work, _ in self._under_way:
+            with _naming(rank):
+                work.wait()
+        self._under_way.clear()
 
     @staticmethod
     def _header(signal: Tensor) -> Tensor:

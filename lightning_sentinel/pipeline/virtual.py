@@ -170,7 +170,7 @@ class VirtualEngine:
         if self.guard is None:
             return sent, tainted
         first = self._mesh.before(boundary) is None
-        projected = None if first else self.guard.verifiers[boundary].project(received.detach())
+        projected = None if first else self.guard.project(boundary, received.detach())
         return self.guard.receive(boundary, sent, tainted, projected)
 
     def _tampered(

@@ -6,14 +6,19 @@ decided by all ranks from the same data and a secret seed: the audited worker ca
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Direction, Mesh
 
-__all__ = ["causal_order", "draw_audits", "relative_error", "tolerance"]
+__all__ = ["AuditSchedule", "causal_order", "relative_error", "tolerance"]
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+_ALERT_STEPS = 30
+_ALERT_FACTOR = 3
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -39,20 +44,50 @@ def relative_error(claimed: Tensor, recomputed: Tensor) -> Tensor:
     return torch.where(same, 0.0, error.nan_to_num(torch.inf, torch.inf))
 
 
-def draw_audits(mesh: Mesh, micro_batches: int, rate: float, seed: int, step: int) -> Tensor:
-    """Which signals of a step are audited whatever they look like, ``(boundaries, lanes, micro_batches)`` bool.
+class AuditSchedule:
+    """Which signals are audited whatever they look like.
+
+    Every place of the table (boundary, lane, micro-batch) is audited once in each ``1 / rate`` steps, at a step that is drawn from a
+    secret seed. So a worker that always lies is found after ``2 / rate`` steps at the latest, where independent draws would let some
+    go on for much longer; and it cannot know when, because it does not see what is recomputed.
+
+    Where one lies, others may: for 30 steps after a ban the rate is three times as high.
 
     Args:
-        rate: probability of each signal.
+        mesh: the workers.
+        rate: share of signals, in (0, 1].
         seed: secret.
-        step: number of the training batch.
 
     Example:
-        >>> draw_audits(Mesh(3, 4), micro_batches=2, rate=0.5, seed=0, step=7).shape
-        torch.Size([4, 4, 2])
+        >>> schedule = AuditSchedule(Mesh(3, 4), rate=0.5, seed=0)
+        >>> twice = [schedule.draw(step, micro_batches=2, last_ban=None) for step in range(2)]
+        >>> bool((twice[0] ^ twice[1]).all())
+        True
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    return torch.rand(len(mesh.boundaries), mesh.replicas, micro_batches, generator=generator) < rate
+
+    def __init__(self, mesh: Mesh, rate: float, seed: int) -> None:
+        self._mesh, self._rate, self._seed = mesh, rate, seed
+        self.rounds = 0.0
+        """How often every place was due so far: the sum of the rates."""
+
+    def draw(self, step: int, micro_batches: int, last_ban: int | None) -> Tensor:
+        """The audits of a step, ``(boundaries, lanes, micro_batches)`` bool.
+
+        Args:
+            step: number of the training batch.
+            micro_batches: of each lane.
+            last_ban: the step of the latest ban.
+        """
+        alert = last_ban is not None and step - last_ban <= _ALERT_STEPS
+        before, self.rounds = self.rounds, self.rounds + min(1.0, self._rate * (_ALERT_FACTOR if alert else 1))
+        # Kept from drifting by rounding: a rate of 1 is to mean every signal of every step.
+        self.rounds = round(self.rounds, 9)
+        due = torch.zeros(len(self._mesh.boundaries), self._mesh.replicas, micro_batches, dtype=torch.bool)
+        for number in range(int(before), math.ceil(self.rounds)):
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + number) % 2**63)
+            moment = number + torch.rand(due.shape, generator=generator, dtype=torch.float64)
+            due |= (before <= moment) & (moment < self.rounds)
+        return due
 
 
 def causal_order(mesh: Mesh) -> list[int]:

@@ -112,8 +112,9 @@ class Calibration:
         Args:
             honest: ``(boundaries, lanes, micro_batches)`` bool, signals to learn from.
         """
-        if self.warmed_up and self._compares:
-            self.drift.add(self._standard_scores(table, assessment), honest)
+        if self.warmed_up:
+            # Only among peers: what one replica does alone may drift with the training.
+            self.drift.add(self._standard_scores(assessment.centred), honest & assessment.by_peers[:, None, None])
         if self.steps >= min(_SETTLING_STEPS, self._config.warmup_steps // 2):
             self.alone.add(table.features.flatten(1, 2), honest.flatten(1))
             # During the warm-up nobody lies, so all replicas can be compared with each other.
@@ -130,13 +131,9 @@ class Calibration:
             self.alone.fit()
             self.among_peers.fit()
 
-    def _standard_scores(self, table: SignalTable, assessment: Assessment) -> Tensor:
-        alone, peers = self.alone.fences, self.among_peers.fences
-        scores = [
-            (values - fences.centre[:, None, None]) / fences.sigma[:, None, None]
-            for values, fences in ((table.features, alone), (assessment.centred, peers))
-        ]
-        return torch.where(assessment.by_peers[:, None, None, None], scores[1], scores[0])
+    def _standard_scores(self, centred: Tensor) -> Tensor:
+        fences = self.among_peers.fences
+        return (centred - fences.centre[:, None, None]) / fences.sigma[:, None, None]
 
     def state_of(self, boundary: int) -> dict[str, Tensor]:
         """What is known of one boundary, tensors only; the fences follow from the windows."""

@@ -63,7 +63,7 @@ def ridge_weights(references: Mapping[str, Tensor]) -> Tensor:
 
 
 def consistency_features(sent: Tensor, inputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The features of the family ``input_output``, ``(S, 3)``, and of the worst token, ``(S, 2)``.
+    """The features of the family ``input_output``, ``(S, 4)``, and of the worst token, ``(S, 2)``.
 
     Args:
         sent: ``(S, N, K)``, from :func:`paired`.
@@ -77,17 +77,18 @@ def consistency_features(sent: Tensor, inputs: Tensor, weights: Tensor) -> tuple
     residual = (error_rms / (target_rms + 1e-30) + _TINY).log()
     peak_residual = (error.amax(dim=1) / (error_rms + 1e-30) + _TINY).log()
     channels = inputs.shape[-1] // 3
+    received = inputs[..., :channels]
+    received_norm = torch.linalg.vector_norm(received, dim=(1, 2)) / received.shape[2] ** 0.5 + 1e-30
+    gain = (torch.linalg.vector_norm(sent, dim=(1, 2)) / sent.shape[2] ** 0.5 / received_norm + _TINY).log()
     if channels == sent.shape[-1]:
-        received = inputs[..., :channels]
         cosines = torch.nn.functional.cosine_similarity(sent, received, dim=-1, eps=1e-30)
         # Honest cosines are close to one: on a logarithmic scale they spread evenly.
         cosine, lowest = (1 - torch.stack((cosines.mean(dim=1), cosines.amin(dim=1))) + 1e-6).log()
-        difference = torch.linalg.vector_norm(sent - received, dim=(1, 2))
-        change = (difference / (torch.linalg.vector_norm(received, dim=(1, 2)) + 1e-30) + _TINY).log()
+        difference = torch.linalg.vector_norm(sent - received, dim=(1, 2)) / received.shape[2] ** 0.5
+        change = (difference / received_norm + _TINY).log()
     else:
-        cosine = lowest = torch.zeros_like(residual)
-        change = (torch.linalg.vector_norm(sent, dim=(1, 2)) / sent.shape[1] ** 0.5 + _TINY).log()
-    return torch.stack((cosine, change, residual), dim=-1), torch.stack((lowest, peak_residual), dim=-1)
+        cosine = lowest = change = torch.zeros_like(residual)
+    return torch.stack((cosine, gain, change, residual), dim=-1), torch.stack((lowest, peak_residual), dim=-1)
 
 
 def _regression(sent: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,15 @@ ALARM = 10.0
 """Where an audit is called for."""
 ALARM_WITHOUT_AUDITS = 16.0
 """Where a worker is a suspect, if nothing can be recomputed."""
-_SLACK = 1.0
-_CLIP = 4.0
+_SLACK = 0.75
+_CLIP = 2.5
 
 
 class Cusum:
     """Two-sided CUSUM of every sender and feature (Page 1954): ``S <- max(0, S + z - slack)``, and the same of ``-z``.
 
-    ``z`` is a step's mean standard score of a sender, times the root of the number of its signals, clipped to 4; the slack is 1.
+    ``z`` is the sum of a step's standard scores of a sender, each clipped to 2.5 because some features have long tails, over the root
+    of their number; the slack is 0.75.
 
     Args:
         boundaries: how many.
@@ -27,10 +28,10 @@ class Cusum:
 
     Example:
         >>> cusum = Cusum(boundaries=1, lanes=1, features=1)
-        >>> for _ in range(6):
-        ...     cusum.add(torch.full((1, 1, 1, 1), 3.0), torch.ones(1, 1, 1, dtype=torch.bool))
+        >>> for _ in range(4):
+        ...     cusum.add(torch.full((1, 1, 1, 1), 2.0), torch.ones(1, 1, 1, dtype=torch.bool))
         >>> cusum.height
-        tensor([[12.]])
+        tensor([[5.]])
     """
 
     def __init__(self, boundaries: int, lanes: int, features: int) -> None:
@@ -46,7 +47,7 @@ class Cusum:
         weights = valid[..., None].to(scores.dtype)
         count = weights.sum(dim=2)
         total = torch.where(valid[..., None], scores.nan_to_num(_CLIP, _CLIP, -_CLIP).clamp(-_CLIP, _CLIP), 0.0).sum(dim=2)
-        z = (total / count.clamp(min=1).sqrt()).clamp(-_CLIP, _CLIP)
+        z = total / count.clamp(min=1).sqrt()
         grown = (self.sums + torch.stack((z, -z)) - _SLACK).clamp(min=0)
         self.sums = torch.where(count > 0, grown, self.sums)
 

@@ -23,6 +23,7 @@ feature                formula                                                  
 ``quantiles``          log mean abs(u - u~), 7 quantiles along 4 directions, over the rms                          ours
 **input_output**       what the stage did (:mod:`~lightning_sentinel.verification.consistency`)
 ``cosine``             log(1 - mean cos(p_t, q_t))                                                                 ours
+``gain``               log rms(p_t) / rms(q_t)                                                                     ours
 ``change``             log rms(p_t - q_t) / rms(q_t)                                                               ours
 ``residual``           log rms(e_t) / rms(y_t), e_t = y_t - W [q_t, context, 1] by ridge regression                ours
 **extremes**           the worst token, which averages hide
@@ -50,7 +51,7 @@ __all__ = ["FAMILIES", "FEATURES", "watched"]
 FAMILIES: dict[str, tuple[str, ...]] = {
     "temporal": ("l1", "l2", "sign_flip_ratio", "sliced_wasserstein", "channel_l2", "channel_wasserstein"),
     "moments": ("norm", "norm_variation", "channel_spread", "gram", "quantiles"),
-    "input_output": ("cosine", "change", "residual"),
+    "input_output": ("cosine", "gain", "change", "residual"),
     "extremes": ("peak_norm", "lowest_cosine", "peak_residual"),
 }
 """Names of the features by family."""

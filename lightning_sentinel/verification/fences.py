@@ -1,13 +1,16 @@
 """Adaptive Tukey fences: the range in which honest values of a feature lie.
 
 A fence stands ``k`` interquartile ranges outside the quartiles: ``Q3 + k IQR`` above and, if two-sided, ``Q1 - k IQR`` below
-(Tukey 1977; SENTINEL, arXiv 2603.03592, uses the upper one). ``k`` is not a constant. It is first set per feature and side to the
-``1 - rate`` quantile of honest values, then all fences of a boundary are moved out together, until no more than ``rate`` of the honest
-*signals* is outside any of them: one quantile that the data can tell, in place of dozens so extreme that they cannot.
+(Tukey 1977; SENTINEL, arXiv 2603.03592, uses the upper one). ``k`` is not a constant. It is first set per feature and side, where an
+exponential tail through the outer tenth of the honest values falls below a small share of the rate: so features with long tails
+get wide fences, and those with short tails narrow ones. Then all fences of a boundary are moved out together, until no more than
+``rate`` of the honest *signals* is outside any of them: one quantile that the data can tell, in place of dozens so extreme that
+they cannot.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +20,12 @@ __all__ = ["Fences", "FenceWindow", "fit_fences"]
 
 _MARGIN = 1.1
 _SMALLEST_K = 1.5
+_TAIL = 0.1
+_SHARE = 0.1
+"""Of the rate, what one side of one feature may use; more than 1 / (2 F), because features go out together."""
 _TINY = 1e-12
 _RELATIVE = 1e-4
+_IQR_OF_A_NORMAL = 1.349
 _FEWEST_VALUES = 8
 
 
@@ -30,7 +37,7 @@ class Fences:
         lower: ``(..., F)``; ``-inf`` where there is no lower fence.
         centre: ``(..., F)``, median of the honest values.
         upper: ``(..., F)``; ``inf`` where there is no fence.
-        sigma: ``(..., F)``, robust standard deviation of the honest values, ``IQR / 1.349``.
+        sigma: ``(..., F)``, the honest values' standard deviation as their quartiles tell it, ``IQR / 1.349``.
     """
 
     lower: Tensor
@@ -90,11 +97,11 @@ def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor) ->
     ordered = values.sort(dim=-2).values  # NaN comes last
     count = (~ordered[..., 0].isnan()).sum(dim=-1)
     low, lower_quartile, centre, upper_quartile, high = (
-        _quantile(ordered, count, level) for level in (rate, 0.25, 0.5, 0.75, 1 - rate)
+        _quantile(ordered, count, level) for level in (_TAIL, 0.25, 0.5, 0.75, 1 - _TAIL)
     )
     spread = (upper_quartile - lower_quartile).clamp(min=_TINY) + _RELATIVE * centre.abs()
-    reach_up = torch.maximum(high - upper_quartile, _SMALLEST_K * spread)
-    reach_down = torch.maximum(lower_quartile - low, _SMALLEST_K * spread)
+    reach_up = torch.maximum(high + _tail(values, high, 1.0, rate) - upper_quartile, _SMALLEST_K * spread)
+    reach_down = torch.maximum(lower_quartile - low + _tail(values, low, -1.0, rate), _SMALLEST_K * spread)
 
     exceedance = (values - upper_quartile.unsqueeze(-2)) / reach_up.unsqueeze(-2)
     if two_sided:
@@ -107,7 +114,14 @@ def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor) ->
     enough = (count >= _FEWEST_VALUES).unsqueeze(-1) & watched
     upper = torch.where(enough, upper_quartile + stretch * reach_up, torch.inf)
     lower = torch.where(enough & torch.tensor(two_sided), lower_quartile - stretch * reach_down, -torch.inf)
-    return Fences(lower, torch.where(enough, centre, 0.0), upper, torch.where(enough, spread / 1.349, torch.inf))
+    return Fences(lower, torch.where(enough, centre, 0.0), upper, torch.where(enough, spread / _IQR_OF_A_NORMAL, torch.inf))
+
+
+def _tail(values: Tensor, edge: Tensor, side: float, rate: float) -> Tensor:
+    """How far beyond ``edge`` an exponential tail with the mean excess of the values there reaches before it is as rare as asked."""
+    excess = (side * (values - edge.unsqueeze(-2))).nan_to_num(0.0).clamp(min=0)
+    mean = excess.sum(dim=-2) / (excess > 0).sum(dim=-2).clamp(min=1)
+    return mean * max(0.0, math.log(_TAIL / (_SHARE * rate)))
 
 
 def _quantile(ordered: Tensor, count: Tensor, level: float) -> Tensor:

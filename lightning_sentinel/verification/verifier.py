@@ -65,17 +65,14 @@ class BoundaryVerifier:
         self._secret = SecretDirections(boundary, config, self._device)
         self._kept: _Kept | None = None
 
-    def project(self, received: Tensor) -> Tensor | None:
-        """What the sender received, along the secret directions, as :meth:`inspect` takes it; ``None`` if nobody asks for it."""
-        return None if self._published else self._secret.project(received)
-
     def inspect(self, signals: Tensor, tainted: Tensor, received: Tensor | None = None) -> Inspection:
         """Measure what came from the senders of this process in one micro-batch, and keep what it teaches for :meth:`learn`.
 
         Args:
             signals: ``(senders * B, ...)``, floating point: the senders' signals, one behind the other.
             tainted: ``(senders,)`` bool; a tainted signal is scored, never flagged, and never learned from.
-            received: from :meth:`project`, what the senders had received themselves.
+            received: what the senders had received themselves, along the secret directions of this boundary; ``None`` at the ends
+                of the pipeline.
         """
         measured = self._measure(signals.detach(), len(tainted), received)
         finite = measured.means.isfinite().all(dim=2).all(dim=1)
