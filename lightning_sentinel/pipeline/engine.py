@@ -87,6 +87,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.adversary: Adversary | None = None
         self.guard = guard
         self._mesh = mesh
+        self._step = 0
         self._steps = steps
         self._transport = transport
         self._forward_context = forward_context

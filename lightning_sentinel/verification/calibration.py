@@ -140,11 +140,11 @@ class Calibration:
         windows = {"alone": self.alone, "among_peers": self.among_peers}
         state = {"steps": torch.tensor(self.steps), "drift": self.drift.sums[:, boundary]}
         for name, window in windows.items():
-            state |= {f"{name}.values": window.values[boundary], f"{name}.places": window.places[boundary]}
+            state |= {f"{name}.values": window.remembered(boundary), f"{name}.place": window.places[boundary]}
         return state
 
     def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
         """Load one boundary; the caller fits the fences when all are loaded."""
         self.steps, self.drift.sums[:, boundary] = int(state["steps"]), state["drift"].cpu()
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
-            window.values[boundary], window.places[boundary] = state[f"{name}.values"].cpu(), state[f"{name}.places"].cpu()
+            window.restore(boundary, state[f"{name}.values"].cpu(), state[f"{name}.place"].cpu())

@@ -166,6 +166,18 @@ class FenceWindow:
         self.values[boundary, (self.places[boundary] + order[boundary, signal] - 1) % size] = features[boundary, signal]
         self.places = (self.places + honest.sum(dim=1)) % size
 
+    def remembered(self, boundary: int) -> Tensor:
+        """The honest values of one boundary, ``(N, F)``; the oldest are overwritten from the ``places``-th on."""
+        values = self.values[boundary]
+        return values[~values[:, 0].isnan()]
+
+    def restore(self, boundary: int, values: Tensor, place: Tensor) -> None:
+        """Put back what :meth:`remembered` gave, and where the next value goes; as many as the window has room for."""
+        kept = values[-self.values.shape[1] :]
+        self.values[boundary] = torch.nan
+        self.values[boundary, : len(kept)] = kept
+        self.places[boundary] = place % self.values.shape[1]
+
     def fit(self) -> None:
         """Fit the fences to what is remembered."""
         self.fences = fit_fences(self.values, self._rate, self._two_sided, self._watched)
