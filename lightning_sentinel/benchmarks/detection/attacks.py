@@ -7,7 +7,7 @@ from typing import Any
 from lightning_sentinel import attacks
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["COLLUDING", "HIDDEN", "NAMED", "PUBLISHED", "attack_named"]
+__all__ = ["COLLUDING", "HIDDEN", "NAMED", "PUBLISHED", "SWEPT", "attack_named"]
 
 
 def _attack(name: str, **parameters: Any) -> dict[str, Any]:
@@ -58,7 +58,19 @@ HIDDEN: dict[str, Any] = {
 COLLUDING: dict[str, Any] = {"collude": "collude", "frame": "frame"}
 """Those of several workers that act together."""
 
-NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING
+_STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "scale": ("factor", (0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.5)),
+    "bias": ("strength", (0.01, 0.03, 0.1, 0.3, 1.0)),
+    "add_noise": ("strength", (0.1, 0.3, 1.0, 3.0)),
+    "noise": ("fraction", (0.1, 0.25, 0.5, 0.75, 1.0)),
+}
+
+SWEPT: dict[str, Any] = {
+    f"{name} {value:g}": _attack(name, **{parameter: value}) for name, (parameter, values) in _STRENGTHS.items() for value in values
+}
+"""The same kinds from harmless to gross."""
+
+NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | SWEPT
 
 
 def attack_named(name: str) -> Any:

@@ -34,8 +34,9 @@ class Bar:
         if (value >= self.limit) if self.at_least else (value <= self.limit):
             return None
         attack, direction, _ = group.name
+        what = " ".join(filter(None, (direction, attack)))
         rule = "at least" if self.at_least else "at most"
-        return f"{self.method}, {direction} {attack}: {self.measure} is {value:.3f} and must be {rule} {self.limit:g}"
+        return f"{self.method}, {what}: {self.measure} is {value:.3f} and must be {rule} {self.limit:g}"
 
 
 BARS = (

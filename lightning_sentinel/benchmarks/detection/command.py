@@ -51,8 +51,9 @@ def detection(
     """Measure which attacks are found, how soon, and at what cost, in a mesh that is simulated on this machine.
 
     Every run trains a small language model honestly, lets some workers tamper from then on, and is compared with the same training
-    without an attack. What is not said is up to the suite. A run that is already in the output folder is not made again, so the
-    same command goes on where it was stopped, and suites share runs.
+    without an attack. What is not said is up to the suite. A run that is already in the output folder, with the same settings and
+    the same versions of this package, Python and torch, is not made again: the same command goes on where it was stopped, and
+    suites share runs. Who changes the package's code and not its version needs another folder.
 
     Args:
         suite: which question to answer: each attack by itself, malicious workers that do different things, the share of malicious

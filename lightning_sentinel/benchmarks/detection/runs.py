@@ -182,7 +182,8 @@ def _stop(executor: Executor) -> None:
     processes = list((getattr(executor, "_processes", None) or {}).values())
     executor.shutdown(wait=False, cancel_futures=True)
     for process in processes:
-        process.terminate()
+        # Lightning would answer SIGTERM by finishing its step. Files are written whole or not at all.
+        process.kill()
 
 
 class _ThisProcess(Executor):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_sentinel.benchmarks.detection.attacks import COLLUDING, HIDDEN, PUBLISHED, attack_named
+from lightning_sentinel.benchmarks.detection.attacks import COLLUDING, HIDDEN, PUBLISHED, SWEPT, attack_named
 from lightning_sentinel.benchmarks.detection.scenarios import Scenario, Training, choose
 from lightning_sentinel.errors import ConfigurationError
 
@@ -180,17 +180,6 @@ def _collusion(request: Request) -> Iterator[Scenario]:
         yield from request.attacked_runs(fraction=fraction, variant=_share(fraction))
 
 
-_STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "scale": ("factor", (0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.5)),
-    "bias": ("strength", (0.01, 0.03, 0.1, 0.3, 1.0)),
-    "add_noise": ("strength", (0.1, 0.3, 1.0, 3.0)),
-    "noise": ("fraction", (0.1, 0.25, 0.5, 0.75, 1.0)),
-}
-_SWEPT = {
-    f"{name} {value:g}": {"name": name, parameter: value} for name, (parameter, values) in _STRENGTHS.items() for value in values
-}
-
-
 def _clean(request: Request) -> Iterator[Scenario]:
     if request.attacks:
         raise ConfigurationError(
@@ -225,7 +214,7 @@ SUITES: dict[str, Suite] = {
     ),
     "replicas": Suite("How many peers does detection need?", _replicas, attacks=_REPRESENTATIVE),
     "collusion": Suite("What if malicious workers act together?", _collusion, attacks=COLLUDING),
-    "strength": Suite("Is what goes undetected harmless?", _attacks, attacks=_SWEPT),
+    "strength": Suite("Is what goes undetected harmless?", _attacks, attacks=SWEPT),
     "clean": Suite(
         "How often is somebody honest blamed?",
         _clean,
