@@ -94,8 +94,9 @@ def _harm(groups: Sequence[Group]) -> Figure:
                 axes.annotate(group.scenario.attack.split()[-1], (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
         axes.set_xscale("log")
         axes.set_xlim(_LEAST_GAP / 1.5, _DIVERGED * 1.5)
+        axes.set_ylim(-5, 108)
         axes.set_title(method)
-        axes.set_xlabel("loss gap of the unprotected run")
+        axes.set_xlabel("loss gap unprotected (0.001 or less: left)")
     panels[0].set_ylabel("malicious workers banned (%)")
     panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
