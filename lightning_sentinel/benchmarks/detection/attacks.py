@@ -42,7 +42,7 @@ HIDDEN: dict[str, Any] = {
     "received_noise": "received_noise",
     "momentum_noise": "momentum_noise",
     "surrogate": "surrogate",
-    "surrogate_noise": "surrogate_noise",
+    "surrogate_noise": _attack("surrogate", noise=True),
     "flip_residual": "flip_residual",
     "x0.9": _attack("scale", factor=0.9),
     "x1.1": _attack("scale", factor=1.1),

@@ -9,6 +9,7 @@ from typing import Any
 from lightning_sentinel.benchmarks.detection.attacks import COLLUDING, HIDDEN, PUBLISHED, SWEPT, attack_named
 from lightning_sentinel.benchmarks.detection.scenarios import Scenario, Training, choose
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.verification.features import FAMILIES
 
 __all__ = ["SUITES", "Request", "Suite", "scenarios"]
 
@@ -130,8 +131,8 @@ def _by_share(request: Request) -> Iterator[Scenario]:
         yield from request.mixed_runs(fraction)
 
 
-_FAMILIES = ("temporal", "moments", "input_output", "extremes")
-_DISTANCES = ("log_l1", "log_l2", "sign_flip_ratio", "log_sliced_wasserstein")
+_DISTANCES = ("l1", "l2", "sign_flip_ratio", "sliced_wasserstein")
+"""Those of the published method."""
 _DECAYS = ((0.5, 0.5), (0.8, 0.8), (0.95, 0.9), (0.99, 0.99))
 _WARMUPS = (20, 40, 120, 240)
 
@@ -159,9 +160,9 @@ def _ablated(method: str) -> dict[str, dict[str, Any]]:
     if method == "paper":
         variants |= {f"only {name}": {"features": [name]} for name in _DISTANCES}
         return variants
-    variants |= {f"only {family}": {"features": [family]} for family in _FAMILIES}
-    for family in _FAMILIES:
-        variants[f"without {family}"] = {"features": [other for other in _FAMILIES if other != family]}
+    variants |= {f"only {family}": {"features": [family]} for family in FAMILIES}
+    for family in FAMILIES:
+        variants[f"without {family}"] = {"features": [other for other in FAMILIES if other != family]}
     return variants
 
 
