@@ -150,7 +150,7 @@ class Campaign:
             pending[executor.submit(warm_up, first, self.folder)] = (first, True)
         while pending:
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
+            for future in [one for one in pending if one in done]:
                 run, is_warmup = pending.pop(future)
                 affected = waiting.pop(run.warmup_key) if is_warmup else [run]
                 error = future.exception()
