@@ -11,11 +11,13 @@ def run_benchmark(arguments: Sequence[str]) -> None:
     """Run the benchmark that the command line names."""
     from jsonargparse import auto_cli
 
+    from lightning_sentinel.benchmarks.detection.command import detection
     from lightning_sentinel.benchmarks.throughput import throughput
 
     auto_cli(
-        {"throughput": throughput},
-        args=list(arguments),
+        {"detection": detection, "throughput": throughput},
+        # The parser wants a value for every option, which nobody would think of giving to a switch.
+        args=["--quick=true" if argument == "--quick" else argument for argument in arguments],
         prog="lightning-sentinel benchmark",
         as_positional=False,
     )

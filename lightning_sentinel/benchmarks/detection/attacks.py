@@ -1,0 +1,93 @@
+"""The attacks of the benchmark, by the names that they have in its tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_sentinel import attacks
+from lightning_sentinel.errors import ConfigurationError
+
+__all__ = ["COLLUDING", "HIDDEN", "NAMED", "PUBLISHED", "SWEPT", "attack_named"]
+
+
+def _attack(name: str, **parameters: Any) -> dict[str, Any]:
+    return {"name": name, **parameters}
+
+
+PUBLISHED: dict[str, Any] = {
+    "zeros": "zeros",
+    "ones": "ones",
+    "random": "random",
+    "x-1": _attack("scale", factor=-1.0),
+    "x10": _attack("scale", factor=10.0),
+    "x0.1": _attack("scale", factor=0.1),
+    "bias": _attack("bias", strength=1.0),
+    "sign": "sign",
+    "delay 1": _attack("delay", steps=1),
+    "delay 10": _attack("delay", steps=10),
+    "delay 50": _attack("delay", steps=50),
+    "noise 0.9": _attack("noise", fraction=0.9),
+    "noise 0.95": _attack("noise", fraction=0.95),
+    "noise 0.99": _attack("noise", fraction=0.99),
+}
+"""Those of SENTINEL (arXiv 2603.03592) with other strengths beside its own.
+
+Its longest delay, 100, is longer than the honest part of these short runs, before which there is nothing to replay: here it is 50.
+"""
+
+HIDDEN: dict[str, Any] = {
+    "permute": "permute",
+    "swap": "swap",
+    "identity": "identity",
+    "received_noise": "received_noise",
+    "momentum_noise": "momentum_noise",
+    "surrogate": "surrogate",
+    "surrogate_noise": _attack("surrogate", noise=True),
+    "flip_residual": "flip_residual",
+    "x0.9": _attack("scale", factor=0.9),
+    "x1.1": _attack("scale", factor=1.1),
+    "add_noise 0.3": _attack("add_noise", strength=0.3),
+    "bias 0.03": _attack("bias", strength=0.03),
+    "bias 0.1": _attack("bias", strength=0.1),
+    "drift": "drift",
+    "local": "local",
+    "intermittent": "intermittent",
+}
+"""Those that were designed against the published distances, or are weak."""
+
+COLLUDING: dict[str, Any] = {"collude": "collude", "frame": "frame"}
+"""Those of several workers that act together."""
+
+_STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "scale": ("factor", (0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.5)),
+    "bias": ("strength", (0.01, 0.03, 0.1, 0.3, 1.0)),
+    "add_noise": ("strength", (0.1, 0.3, 1.0, 3.0)),
+    "noise": ("fraction", (0.1, 0.25, 0.5, 0.75, 1.0)),
+}
+
+SWEPT: dict[str, Any] = {
+    f"{name} {value:g}": _attack(name, **{parameter: value}) for name, (parameter, values) in _STRENGTHS.items() for value in values
+}
+"""The same kinds from harmless to gross."""
+
+NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | SWEPT
+
+
+def attack_named(name: str) -> Any:
+    """The attack that has this name in the tables, or in the library.
+
+    Raises:
+        ConfigurationError: if there is none.
+
+    Example:
+        >>> attack_named("x10"), attack_named("scale")
+        ({'name': 'scale', 'factor': 10.0}, 'scale')
+    """
+    if name in NAMED:
+        return NAMED[name]
+    if name in attacks.available():
+        return name
+    raise ConfigurationError(
+        f"attacks={name!r} is unknown to this benchmark. Choose from: {', '.join(NAMED)}; or, with their default strength,"
+        f" {', '.join(attacks.available())}."
+    )

@@ -1,0 +1,181 @@
+"""What is measured on one run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from typing_extensions import override
+
+from lightning_sentinel.benchmarks.detection.scenarios import Scenario, Training
+from lightning_sentinel.benchmarks.detection.training import LanguageModel, fit, make_strategy, validation_loss
+from lightning_sentinel.callbacks import AttackInjector
+from lightning_sentinel.errors import MeshExhaustedError
+from lightning_sentinel.mesh import Direction, Mesh, Worker
+from lightning_sentinel.metrics import DetectionF1, DetectionPrecision, DetectionRecall
+from lightning_sentinel.strategy import SentinelStrategy
+
+__all__ = ["Measures", "measure"]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What came of a run; steps, signals and audits are those of the part under attack.
+
+    Args:
+        outcome: ``"finished"``, or ``"exhausted"`` if so many workers were banned that no pipeline was left.
+        guilty: the malicious workers, as pairs of stage and replica.
+        banned_at: stage, replica and step of every ban.
+        precision: share of the banned that were guilty, 1 if nobody was banned.
+        recall: share of the guilty that were banned, 1 if nobody was guilty.
+        f1: their harmonic mean.
+        iterations: steps that each banned guilty worker had tampered in, the one of its ban included.
+        false_bans: how many honest workers were banned.
+        honest_signals: signals of honest workers that were verified.
+        honest_flagged: those of them that were flagged, whether or not an audit cleared them.
+        tampered_signals: signals of guilty workers, in the direction that is attacked, that were verified.
+        tampered_flagged: those of them that were flagged.
+        audits: signals that were recomputed.
+        signals: all signals of the mesh.
+        steps: how many there were; fewer than asked for if the mesh was exhausted.
+        validation_loss: at the end; ``None`` if it is not finite.
+        seconds_per_step: of wall-clock time.
+    """
+
+    outcome: str
+    guilty: list[list[int]]
+    banned_at: list[list[int]]
+    precision: float
+    recall: float
+    f1: float
+    iterations: list[int]
+    false_bans: int
+    honest_signals: int
+    honest_flagged: int
+    tampered_signals: int
+    tampered_flagged: int
+    audits: int
+    signals: int
+    steps: int
+    validation_loss: float | None
+    seconds_per_step: float
+
+
+def measure(scenario: Scenario, warmup: Path | None) -> Measures:
+    """Run a scenario, from the checkpoint of its warm-up or, without one, from the start."""
+    training = scenario.training
+    strategy, module = make_strategy(scenario), LanguageModel(training, scenario.seed)
+    observer = _Observer(training, scenario.direction)
+    callbacks: list[L.Callback] = [observer]
+    if scenario.attacked:
+        observer.injector = AttackInjector(
+            scenario.spec,
+            workers=scenario.workers,
+            fraction=scenario.fraction,
+            start_step=training.warmup_steps,
+            direction=scenario.direction,  # type: ignore[arg-type]
+            seed=scenario.seed,
+        )
+        callbacks.insert(0, observer.injector)
+    outcome = "finished"
+    try:
+        fit(scenario, strategy, module, training.total_steps, callbacks, warmup)
+    except MeshExhaustedError:
+        outcome = "exhausted"
+    loss = validation_loss(module)
+    return observer.measures(strategy, outcome, loss if math.isfinite(loss) else None)
+
+
+@dataclass
+class _Observer(L.Callback):
+    """Counts what was verified, step by step."""
+
+    training: Training
+    direction: str
+    injector: AttackInjector | None = None
+    honest: int = 0
+    tampered: int = 0
+    steps: int = 0
+    audits_before: int = 0
+    began: float = field(default=0.0)
+    ended: float = field(default=0.0)
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, SentinelStrategy)
+        if strategy.step == self.start:
+            self.audits_before = strategy.ledger.audits
+            self.began = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, SentinelStrategy)
+        # The strategy counts a step as soon as its verdicts are drawn.
+        if strategy.step <= self.start:
+            return
+        self.steps += 1
+        self.ended = time.perf_counter()
+        if strategy.table is None:
+            return
+        at_large = self.guilty - {worker for worker, step in strategy.ledger.banned_at.items() if step < strategy.step - 1}
+        verified = (~strategy.table.tainted).sum(dim=2)
+        for boundary, counts in zip(strategy.mesh.boundaries, verified.tolist()):
+            for replica, count in enumerate(counts):
+                if Worker(boundary.sender, replica) not in at_large:
+                    self.honest += count
+                elif self.tampers_with(boundary.direction):
+                    self.tampered += count
+
+    @property
+    def start(self) -> int:
+        return self.training.warmup_steps
+
+    @property
+    def guilty(self) -> frozenset[Worker]:
+        return frozenset() if self.injector is None else self.injector.workers
+
+    def tampers_with(self, direction: Direction) -> bool:
+        return self.direction in ("both", direction.value)
+
+    def measures(self, strategy: SentinelStrategy, outcome: str, loss: float | None) -> Measures:
+        mesh, ledger, guilty = strategy.mesh, strategy.ledger, self.guilty
+        seen = [detection for detection in strategy.detections if detection.step >= self.start]
+        mine = [one for one in seen if one.worker in guilty and self.tampers_with(one.direction) and one.confirmed is not False]
+        precision, recall, f1 = _scores(ledger.banned, guilty, mesh)
+        return Measures(
+            outcome=outcome,
+            guilty=[[worker.stage, worker.replica] for worker in sorted(guilty)],
+            banned_at=[[worker.stage, worker.replica, step] for worker, step in sorted(ledger.banned_at.items())],
+            precision=precision,
+            recall=recall,
+            f1=f1,
+            iterations=[step - self.start + 1 for worker, step in sorted(ledger.banned_at.items()) if worker in guilty],
+            false_bans=len(ledger.banned - guilty),
+            honest_signals=self.honest,
+            honest_flagged=sum(one.worker not in guilty for one in seen),
+            tampered_signals=self.tampered,
+            tampered_flagged=len(mine),
+            audits=ledger.audits - self.audits_before,
+            signals=len(mesh.boundaries) * mesh.replicas * self.training.micro_batches * self.steps,
+            steps=self.steps,
+            validation_loss=loss,
+            seconds_per_step=(self.ended - self.began) / max(1, self.steps),
+        )
+
+
+def _scores(banned: Collection[Worker], guilty: Collection[Worker], mesh: Mesh) -> tuple[float, float, float]:
+    scores = []
+    for metric in (DetectionPrecision, DetectionRecall, DetectionF1):
+        one = metric(mesh.stages, mesh.replicas)
+        one.update(banned, guilty)
+        scores.append(float(one.compute()))
+    return scores[0], scores[1], scores[2]
