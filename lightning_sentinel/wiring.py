@@ -39,10 +39,13 @@ class Wiring:
         return cls(tuple(tuple(lanes) for _ in range(mesh.stages)), tuple(lane not in lost for lane in lanes))
 
     @classmethod
-    def gathered(cls, mesh: Mesh, banned: Collection[Worker]) -> Wiring:
+    def gathered(cls, mesh: Mesh, banned: Collection[Worker], turn: int = 0) -> Wiring:
         """Banned workers share as few lanes as possible: as many are left out as the stage that was hit hardest has banned workers.
 
-        A banned worker in a lane that is kept changes places with an honest one of its stage in a lane that is left out.
+        A stage with fewer banned workers than that has workers to spare, which take turns: who is never verified is never found.
+
+        Args:
+            turn: who of those that could be spared serves now.
 
         Example:
             >>> wiring = Wiring.gathered(Mesh(stages=2, replicas=3), {Worker(0, 1), Worker(1, 2)})
@@ -53,15 +56,7 @@ class Wiring:
         lanes = range(mesh.replicas)
         hits = [sum(lane in stage for stage in by_stage) for lane in lanes]
         left_out = set(sorted(lanes, key=lambda lane: (-hits[lane], lane))[: max(map(len, by_stage))])
-        serving = []
-        for bad in by_stage:
-            row = list(lanes)
-            spare = [lane for lane in sorted(left_out) if lane not in bad]
-            for lane in sorted(bad - left_out):
-                other = spare.pop(0)
-                row[lane], row[other] = row[other], row[lane]
-            serving.append(tuple(row))
-        return cls(tuple(serving), tuple(lane not in left_out for lane in lanes))
+        return cls(tuple(_row(lanes, left_out, bad, turn) for bad in by_stage), tuple(lane not in left_out for lane in lanes))
 
     @classmethod
     def taken_over(cls, mesh: Mesh, banned: Collection[Worker], turn: int) -> Wiring:
@@ -88,3 +83,18 @@ class Wiring:
     def worker(self, stage: int, lane: int) -> Worker:
         """Who serves ``lane`` at ``stage``."""
         return Worker(stage, self.serving[stage][lane])
+
+
+def _row(lanes: range, left_out: set[int], banned: set[int], turn: int) -> tuple[int, ...]:
+    """Who serves which lane at one stage: nobody banned a lane that is used, everybody else its own lane where possible."""
+    fit = [lane for lane in lanes if lane not in banned]
+    needed = len(lanes) - len(left_out)
+    # Those who pause this turn: of the workers that are fit, from another place on each turn; at first those of the lost lanes.
+    preferred = sorted(fit, key=lambda worker: (worker in left_out, worker))
+    start = turn * (len(fit) - needed) % len(fit) if fit else 0
+    serving = (preferred[start:] + preferred[:start])[:needed]
+    row = {lane: lane for lane in lanes if lane in serving and lane not in left_out}
+    rest = iter([worker for worker in serving if worker not in row])
+    row |= {lane: next(rest) for lane in lanes if lane not in left_out and lane not in row}
+    idle = iter([worker for worker in lanes if worker not in row.values()])
+    return tuple(row[lane] if lane in row else next(idle) for lane in lanes)

@@ -36,6 +36,9 @@ from lightning_sentinel.wiring import Wiring
 
 __all__ = ["Guard", "Ruling"]
 
+_STEPS_A_TURN = 16
+"""For how long a worker serves a lane when there are more workers than lanes: long enough to be a suspect in consecutive steps."""
+
 
 class Ruling(NamedTuple):
     """What was decided about a step.
@@ -110,7 +113,7 @@ class Guard:
             return Wiring.fixed(self._mesh, self.ledger.banned)
         if self.audits:
             return Wiring.taken_over(self._mesh, self.ledger.banned, step)
-        return Wiring.gathered(self._mesh, self.ledger.banned)
+        return Wiring.gathered(self._mesh, self.ledger.banned, step // _STEPS_A_TURN)
 
     def initial_taint(self, step: int) -> Tensor:
         """The taint with which micro-batches start, ``(lanes of this process,)`` bool: false while a lane is live."""
@@ -245,7 +248,7 @@ class Guard:
 
     def _put_fences(self) -> None:
         for boundary, verifier in self.verifiers.items():
-            verifier.fences = self.calibration.alone.fences.of(self._indices[boundary]).to(self._device)
+            verifier.fences = self.calibration.fences_at_receipt(self._indices[boundary]).to(self._device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What was learned about the boundaries that this process guards, keyed by boundary, and how far random audits have come."""

@@ -15,7 +15,7 @@ from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.verification.drift import Cusum
 from lightning_sentinel.verification.features import FEATURES, watched
-from lightning_sentinel.verification.fences import FenceWindow
+from lightning_sentinel.verification.fences import Fences, FenceWindow
 from lightning_sentinel.verification.peers import comparable, less_median
 from lightning_sentinel.verification.table import MAX_SCORE, SignalTable
 
@@ -46,11 +46,15 @@ class Assessment(NamedTuple):
     centred: Tensor
 
 
+_TREND_BETA = 0.9
+
+
 class Calibration:
-    """Windows of honest values and fences around them, of each boundary: as they are, and less the median across replicas.
+    """Windows of honest values and fences around them, of each boundary: less their trend, and less the median across replicas.
 
     With at least four replicas to compare, the second kind decides: what all replicas do alike does not count. The first kind is in
-    force at receipt, where a process sees one replica only, and decides where there is nobody to be compared with.
+    force at receipt, where a process sees one replica only, and decides where there is nobody to be compared with. Its trend is a
+    moving average of the honest median of each step, so that fences follow a training that moves.
 
     Args:
         mesh: the workers.
@@ -62,10 +66,12 @@ class Calibration:
         two_sided = config.method == "sentinel"
         names, boundaries, rate = watched(config), len(mesh.boundaries), config.false_positive_rate
         self.alone = FenceWindow(boundaries, config.window, names, rate, two_sided)
-        """Features as they are."""
+        """Features less their trend."""
         self.among_peers = FenceWindow(boundaries, config.window, names, rate, two_sided)
         """Features less the median across replicas."""
         self.drift = Cusum(boundaries, mesh.replicas, len(FEATURES))
+        self.trend = torch.full((boundaries, len(FEATURES)), torch.nan)
+        """``(boundaries, F)``; NaN until something honest was seen."""
         self.steps = 0
         self._compares = two_sided
 
@@ -116,14 +122,24 @@ class Calibration:
             # Only among peers: what one replica does alone may drift with the training.
             self.drift.add(self._standard_scores(assessment.centred), honest & assessment.by_peers[:, None, None])
         if self.steps >= min(_SETTLING_STEPS, self._config.warmup_steps // 2):
-            self.alone.add(table.features.flatten(1, 2), honest.flatten(1))
+            self.alone.add((table.features - self.trend.nan_to_num()[:, None, None]).flatten(1, 2), honest.flatten(1))
             # During the warm-up nobody lies, so all replicas can be compared with each other.
             peers = honest & (assessment.by_peers | (not self.warmed_up))[:, None, None]
             self.among_peers.add(assessment.centred.flatten(1, 2), peers.flatten(1))
+        self._follow(table.features, honest)
         self.steps += 1
         since = self.steps - self._config.warmup_steps
         if since % _STEPS_BETWEEN_FITS == 0:
             self.fit()
+
+    def _follow(self, features: Tensor, honest: Tensor) -> None:
+        median = torch.where(honest[..., None], features, torch.nan).flatten(1, 2).nanmedian(dim=1).values
+        moved = torch.lerp(median, self.trend, _TREND_BETA)
+        self.trend = torch.where(median.isnan(), self.trend, torch.where(self.trend.isnan(), median, moved))
+
+    def fences_at_receipt(self, boundary: int) -> Fences:
+        """What one signal by itself is held against."""
+        return self.alone.fences.of(boundary).around(self.trend[boundary].nan_to_num())
 
     def fit(self) -> None:
         """Fit all fences to what is remembered, once the warm-up is over."""
@@ -138,13 +154,18 @@ class Calibration:
     def state_of(self, boundary: int) -> dict[str, Tensor]:
         """What is known of one boundary, tensors only; the fences follow from the windows."""
         windows = {"alone": self.alone, "among_peers": self.among_peers}
-        state = {"steps": torch.tensor(self.steps), "drift": self.drift.sums[:, boundary]}
+        state = {
+            "steps": torch.tensor(self.steps),
+            "trend": self.trend[boundary],
+            "drift": self.drift.sums[:, boundary],
+        }
         for name, window in windows.items():
             state |= {f"{name}.values": window.remembered(boundary), f"{name}.place": window.places[boundary]}
         return state
 
     def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
         """Load one boundary; the caller fits the fences when all are loaded."""
-        self.steps, self.drift.sums[:, boundary] = int(state["steps"]), state["drift"].cpu()
+        self.steps, self.trend[boundary] = int(state["steps"]), state["trend"].cpu()
+        self.drift.sums[:, boundary] = state["drift"].cpu()
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
             window.restore(boundary, state[f"{name}.values"].cpu(), state[f"{name}.place"].cpu())

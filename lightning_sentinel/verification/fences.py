@@ -54,6 +54,10 @@ class Fences:
     def to(self, device: torch.device | str) -> Fences:
         return Fences(*(part.to(device, non_blocking=True) for part in (self.lower, self.centre, self.upper, self.sigma)))
 
+    def around(self, centre: Tensor) -> Fences:
+        """The same fences, moved by ``centre`` ``(..., F)``."""
+        return Fences(self.lower + centre, self.centre + centre, self.upper + centre, self.sigma)
+
     def of(self, boundary: int) -> Fences:
         """Those of one boundary, where there is a leading axis of boundaries."""
         return Fences(self.lower[boundary], self.centre[boundary], self.upper[boundary], self.sigma[boundary])
