@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["Fences", "FenceWindow", "fit_fences"]
 
-_MARGIN = 1.1
+_MARGIN = 1.25
 _SMALLEST_K = 1.5
 _TAIL = 0.1
 _SHARE = 0.1

@@ -27,6 +27,8 @@ Audit = Callable[[int, Tensor], Tensor]
 _ALONE = 1.5
 """The score up to which a sender without peers is cleared."""
 
+_MUCH_FURTHER = 2.0
+
 
 @dataclass(frozen=True)
 class Detection:
@@ -129,7 +131,8 @@ def judge_with_audits(
     """Verdicts of one step where what is flagged or drawn is recomputed.
 
     A micro-batch is followed on its way, forward and backward. The first signal that does not match what it is recomputed to be
-    explains all that is odd behind it, which is not audited.
+    explains all that is odd behind it, which is not audited. And odd data is odd at every stage: where a flag was dropped, flags
+    behind it that are not much further out are dropped with it.
 
     Args:
         drawn: ``(boundaries, lanes, micro_batches)`` bool, audited whatever they look like.
@@ -143,12 +146,15 @@ def judge_with_audits(
     suspected[..., 0] = drifting
     wanted = valid & (flagged | suspected | drawn)
     audited, confirmed, explained = (torch.zeros_like(valid) for _ in range(3))
-    found = torch.zeros_like(valid[0])
+    found, oddity = torch.zeros_like(valid[0]), torch.zeros_like(assessment.score[0])
     for index in causal_order(mesh):
+        score = assessment.score[index]
+        follows = flagged[index] & (score <= _MUCH_FURTHER * oddity) & ~drawn[index] & ~suspected[index]
         explained[index] = found
-        audited[index] = wanted[index] & ~found
+        audited[index] = wanted[index] & ~found & ~follows
         confirmed[index] = audited[index] & audit(index, audited[index])
         found = found | confirmed[index]
+        oddity = torch.maximum(oddity, torch.where(audited[index] & flagged[index], score, 0.0))
     scored = table.scored(assessment.score, assessment.worst)
     shown = ((flagged | suspected) & audited) | confirmed
     detections = _detections(scored, shown, mesh, wiring, step)
