@@ -112,10 +112,11 @@ def test_features_that_nobody_watches_neither_have_fences_nor_move_those_of_othe
 def test_the_asked_share_of_fresh_honest_signals_is_outside(features: int, name: str, two_sided: bool) -> None:
     # Jointly, over all features; fences of 512 values know the tails only roughly, so single windows vary.
     rng, rates = np.random.default_rng(1), []
-    for _ in range(25):
-        window, fresh = (draw(name, rng, count * 5).reshape(count, -1)[:, :features] for count in (512, 4000))
+    for _ in range(12):
+        window, fresh = (draw(name, rng, count * 5).reshape(count, -1)[:, :features] for count in (512, 2000))
         rates.append((fit_fences(window, 0.01, two_sided).scores(fresh) > 1).any(dim=1).float().mean().item())
-    assert 0.0005 <= np.mean(rates) <= 0.015
+    # No k is below Tukey's 1.5, which no uniform value exceeds.
+    assert (0.0 if name == "uniform" else 0.001) <= np.mean(rates) <= 0.015
     assert max(rates) <= 0.035
 
 
@@ -224,7 +225,11 @@ def test_one_value_that_is_not_finite_does_not_take_the_fences_down(value: float
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(
-    size=st.integers(1, 12), boundaries=st.integers(1, 3), signals=st.integers(1, 15), steps=st.integers(1, 8), seed=st.integers(0, 999)
+    size=st.integers(1, 12),
+    boundaries=st.integers(1, 3),
+    signals=st.integers(1, 15),
+    steps=st.integers(1, 8),
+    seed=st.integers(0, 999),
 )
 def test_a_window_holds_the_latest_honest_values(size: int, boundaries: int, signals: int, steps: int, seed: int) -> None:
     rng, window = np.random.default_rng(seed), FenceWindow(boundaries, size, ALL, 0.01, True)

@@ -71,9 +71,7 @@ def test_features_are_their_formulas() -> None:
 def test_only_the_norm_knows_the_size_of_a_signal(factor: float) -> None:
     tokens, secret = draw()
     references = {name: part.mean(dim=0) for name, part in statistics(*draw(1)).items()}
-    one, other = (
-        moment_features((f * tokens).norm(dim=-1), statistics(f * tokens, secret), references)[0] for f in (1.0, factor)
-    )
+    one, other = (moment_features((f * tokens).norm(dim=-1), statistics(f * tokens, secret), references)[0] for f in (1.0, factor))
     assert (other - one)[0].item() == pytest.approx(math.log(factor), abs=1e-4)
     np.testing.assert_allclose((other - one)[1:].numpy(), 0, atol=2e-3)
 

@@ -13,7 +13,11 @@ repeatable = settings(derandomize=True, deadline=None, max_examples=150)
 
 @repeatable
 @given(
-    replicas=st.integers(1, 12), micro_batches=st.integers(1, 3), share=st.floats(0, 1), banned=st.integers(0, 12), seed=st.integers(0, 99)
+    replicas=st.integers(1, 12),
+    micro_batches=st.integers(1, 3),
+    share=st.floats(0, 1),
+    banned=st.integers(0, 12),
+    seed=st.integers(0, 99),
 )
 def test_lanes_are_compared_where_those_that_may_lie_are_a_minority_of_them(
     replicas: int, micro_batches: int, share: float, banned: int, seed: int

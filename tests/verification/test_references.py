@@ -28,7 +28,9 @@ def products(rng: np.random.Generator, senders: int) -> Tensor:
     return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
-def one_step(seed: int, weights: list[list[bool]], positions: int = POSITIONS) -> tuple[Contribution, list[list[tuple[Tensor, Tensor]]]]:
+def one_step(
+    seed: int, weights: list[list[bool]], positions: int = POSITIONS
+) -> tuple[Contribution, list[list[tuple[Tensor, Tensor]]]]:
     """A step of several micro-batches, and what of each sender's should count."""
     rng = np.random.default_rng(seed)
     step = Contribution.like(torch.empty(SENDERS, positions, CHANNELS), torch.empty(SENDERS, TOTAL))
@@ -62,7 +64,9 @@ def test_what_has_no_weight_does_not_poison(value: float) -> None:
     clean, _ = one_step(1, WEIGHTS)
     dirty, _ = one_step(1, WEIGHTS)
     for _ in range(3):
-        dirty.add(torch.full((SENDERS, POSITIONS, CHANNELS), value), torch.full((SENDERS, TOTAL), value), torch.zeros(SENDERS).bool())
+        dirty.add(
+            torch.full((SENDERS, POSITIONS, CHANNELS), value), torch.full((SENDERS, TOTAL), value), torch.zeros(SENDERS).bool()
+        )
         # A sender that is left out of the sum may hold anything, too.
         dirty.add(
             torch.full((SENDERS, POSITIONS, CHANNELS), value),
