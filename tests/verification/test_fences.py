@@ -112,8 +112,8 @@ def test_features_that_nobody_watches_neither_have_fences_nor_move_those_of_othe
 def test_the_asked_share_of_fresh_honest_signals_is_outside(features: int, name: str, two_sided: bool) -> None:
     # Jointly, over all features; fences of 512 values know the tails only roughly, so single windows vary.
     rng, rates = np.random.default_rng(1), []
-    for _ in range(12):
-        window, fresh = (draw(name, rng, count * 5).reshape(count, -1)[:, :features] for count in (512, 2000))
+    for _ in range(8):
+        window, fresh = (draw(name, rng, count * 5).reshape(count, -1)[:, :features] for count in (512, 1500))
         rates.append((fit_fences(window, 0.01, two_sided).scores(fresh) > 1).any(dim=1).float().mean().item())
     # No k is below Tukey's 1.5, which no uniform value exceeds.
     assert (0.0 if name == "uniform" else 0.001) <= np.mean(rates) <= 0.015
