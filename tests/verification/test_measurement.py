@@ -102,7 +102,9 @@ def test_what_one_sender_sends_does_not_reach_the_features_of_another(value: flo
     signals, received = pair((4, 6, 8), 52)
     broken, broken_input = signals.clone(), received.clone()
     broken[5, 2, 3], broken_input[6, 1, 1] = value, value
-    one, other = (measure(s, SENDERS, SECRET.project(r), references, SECRET) for s, r in ((signals, received), (broken, broken_input)))
+    one, other = (
+        measure(s, SENDERS, SECRET.project(r), references, SECRET) for s, r in ((signals, received), (broken, broken_input))
+    )
     torch.testing.assert_close(one.features[[0, 2]], other.features[[0, 2]], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(one.features[1], other.features[1])
 
