@@ -22,9 +22,7 @@ def most_banned(mesh: Mesh, banned: set[Worker]) -> int:
 
 
 def served_lanes(wiring: Wiring, mesh: Mesh) -> Counter[Worker]:
-    return Counter(
-        wiring.worker(stage, lane) for stage in range(mesh.stages) for lane in range(mesh.replicas) if wiring.live[lane]
-    )
+    return Counter(wiring.worker(stage, lane) for stage in range(mesh.stages) for lane in range(mesh.replicas) if wiring.live[lane])
 
 
 @repeatable
