@@ -517,10 +517,9 @@ def test_a_loaded_guard_goes_on_identically(steps: int) -> None:
     for pipelines in (original, loaded):
         pipelines.generator.manual_seed(5)
         pipelines.run(4, shouting({Worker(0, 1)}))
-    # Up to the last bits: sums depend on where in memory a tensor happens to lie.
-    torch.testing.assert_close(original.table.rows, loaded.table.rows, rtol=1e-3, atol=1e-4)
-    for name, value in loaded.guard.state_dict().items():
-        torch.testing.assert_close(original.guard.state_dict()[name], value, rtol=1e-3, atol=1e-3, equal_nan=True)
+    # What follows from a gradient that was replaced by zero is tainted, and some of its features are not numbers.
+    assert same({"rows": original.table.rows}, {"rows": loaded.table.rows})
+    assert same(original.guard.state_dict(), loaded.guard.state_dict())
 
 
 def test_a_guard_loads_what_it_holds_and_starts_the_rest_afresh() -> None:
