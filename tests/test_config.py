@@ -10,6 +10,9 @@ import pytest
 import lightning_sentinel as ls
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.verification import Calibration
+from lightning_sentinel.verification.features import FAMILIES, FEATURES, watched
 
 INVALID_VERIFICATION = [
     ("method", "tukey"),
@@ -42,6 +45,11 @@ INVALID_RESPONSE = [
     ("on_flag", None),
     ("ban_after", 0),
     ("ban_after", -1),
+    ("audit_rate", 0),
+    ("audit_rate", -1),
+    ("audit_rate", 1.5),
+    ("audit_rate", math.nan),
+    ("audit_rate", math.inf),
 ]
 
 
@@ -92,7 +100,14 @@ def test_that_contradiction_is_named_even_where_ban_after_was_left_out() -> None
 
 @pytest.mark.parametrize(
     "settings",
-    [{"on_flag": "log", "ban_after": None}, {"ban_after": None}, {"ban_after": 1}],
+    [
+        {"on_flag": "log", "ban_after": None},
+        {"ban_after": None},
+        {"ban_after": 1},
+        {"audit_rate": 1e-9},
+        {"audit_rate": 1},
+        {"on_flag": "log", "ban_after": None, "audit_rate": 0.02},
+    ],
     ids=str,
 )
 def test_responses_that_work(settings: dict[str, Any]) -> None:
@@ -109,9 +124,10 @@ def test_the_defaults_are_the_published_decays_and_a_rate_of_one_percent() -> No
         "beta_activation": 0.9,
         "beta_gradient": 0.8,
         "projections": 16,
+        "features": None,
         "seed": 0,
     }
-    assert Response() == Response(on_flag="exclude", ban_after=5)
+    assert Response() == Response(on_flag="exclude", ban_after=5, audit_rate=None)
 
 
 def test_settings_are_public_and_do_not_change() -> None:
@@ -124,3 +140,52 @@ def test_settings_are_public_and_do_not_change() -> None:
 def test_a_valid_setting_cannot_be_replaced_by_an_invalid_one() -> None:
     with pytest.raises(ConfigurationError, match=r"Verification\.window=3"):
         dataclasses.replace(Verification(), window=3)
+
+
+# --- Names of features
+
+
+def test_all_features_of_the_method_are_watched_unless_some_are_named() -> None:
+    assert watched(Verification()).tolist() == [True] * len(FEATURES)
+    paper = watched(Verification(method="paper"))
+    assert [name for name, is_watched in zip(FEATURES, paper) if is_watched] == list(FAMILIES["temporal"][:4])
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "expected"),
+    [
+        ("sentinel", ["norm"], {"norm"}),
+        ("sentinel", ("moments", "norm", "l1"), {*FAMILIES["moments"], "l1"}),
+        ("sentinel", list(FAMILIES), set(FEATURES)),
+        ("paper", ["temporal"], set(FAMILIES["temporal"][:4])),
+        ("paper", ["sign_flip_ratio"], {"sign_flip_ratio"}),
+    ],
+)
+def test_features_are_chosen_by_name_or_family(method: Any, names: Any, expected: set[str]) -> None:
+    mask = watched(Verification(method=method, features=names))
+    assert {name for name, is_watched in zip(FEATURES, mask) if is_watched} == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "wrong"),
+    [
+        ("sentinel", ["l3"], "l3"),
+        ("sentinel", ["l1", "Norm"], "Norm"),
+        ("sentinel", [""], ""),
+        ("paper", ["norm"], "norm"),
+        ("paper", ["moments"], "moments"),
+        ("paper", ["l1", "channel_l2"], "channel_l2"),
+    ],
+)
+def test_a_feature_that_the_method_lacks_is_named_beside_those_it_has(method: Any, names: Any, wrong: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"Verification\.features names") as caught:
+        Calibration(Mesh(2, 2), Verification(method=method, features=names))
+    message = str(caught.value)
+    assert repr(wrong) in message and f"method={method!r}" in message
+    assert all(name in message for name in (FEATURES if method == "sentinel" else FAMILIES["temporal"][:4]))
+    assert ("or a family" in message) == (method == "sentinel")
+
+
+def test_watching_nothing_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"features=\(\) watches nothing"):
+        watched(Verification(features=()))

@@ -67,6 +67,18 @@ def test_every_cut_is_crossed_once_each_way(stages: int, replicas: int) -> None:
     assert len({boundary.name for boundary in boundaries}) == len(boundaries)
 
 
+@repeatable
+@given(stages=sizes, replicas=sizes)
+def test_what_a_stage_sends_follows_from_what_it_received_in_the_same_direction(stages: int, replicas: int) -> None:
+    mesh = Mesh(stages, replicas)
+    for boundary in mesh.boundaries:
+        before = mesh.before(boundary)
+        starts = boundary.sender == (0 if boundary.direction is A else stages - 1)
+        assert (before is None) == starts
+        if before is not None:
+            assert before in mesh.boundaries and before.direction is boundary.direction and before.receiver == boundary.sender
+
+
 @pytest.mark.parametrize(
     ("boundary", "name"),
     [(Boundary(0, A), "stage0/activation"), (Boundary(0, G), "stage1/gradient"), (Boundary(4, G), "stage5/gradient")],

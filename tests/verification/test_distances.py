@@ -15,8 +15,8 @@ from lightning_sentinel.verification.distances import (
     normalised_euclidean,
     sign_flip_ratio,
     sliced_wasserstein,
-    unit_directions,
 )
+from lightning_sentinel.verification.projection import unit_directions
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": mean_absolute_difference,
@@ -169,25 +169,3 @@ def test_nan_is_not_hidden(name: str) -> None:
     mean = cloud(0)
     mean[1, 1] = torch.nan
     assert DISTANCES[name](mean, cloud(1)).isnan()
-
-
-def test_directions_have_unit_length_and_follow_the_seed() -> None:
-    directions = unit_directions(32, 9, seed=5)
-    assert directions.shape == (32, 9)
-    np.testing.assert_allclose(np.linalg.norm(directions.numpy(), axis=0), 1, rtol=1e-5)
-    assert torch.equal(directions, unit_directions(32, 9, seed=5))
-    assert not torch.allclose(directions, unit_directions(32, 9, seed=6))
-
-
-def test_directions_point_everywhere() -> None:
-    # E[u u^T] of uniform unit vectors is I / C.
-    directions = unit_directions(4, 20_000, seed=0).double().numpy()
-    np.testing.assert_allclose(directions @ directions.T / 20_000, np.eye(4) / 4, atol=0.01)
-
-
-def test_directions_leave_the_global_generator_alone() -> None:
-    torch.manual_seed(11)
-    expected = torch.rand(3)
-    torch.manual_seed(11)
-    unit_directions(8, 4, seed=0)
-    assert torch.equal(torch.rand(3), expected)

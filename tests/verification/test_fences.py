@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sentinel.verification.fences import Fences, fit_fences
+from lightning_sentinel.verification import fences as module
+from lightning_sentinel.verification.fences import Fences, FenceWindow
 
 DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "normal": lambda rng, count: rng.normal(-3.0, 2.0, size=(count, 4)),
@@ -22,42 +23,108 @@ def draw(name: str, rng: np.random.Generator, count: int) -> Tensor:
     return torch.from_numpy(DISTRIBUTIONS[name](rng, count).astype("float32"))
 
 
-def by_hand(values: np.ndarray, rate: float, two_sided: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tukey's fences feature by feature, with k as documented."""
-    features = values.shape[1]
-    lower, centre, upper = np.full(features, -np.inf), np.empty(features), np.empty(features)
-    for f in range(features):
-        x = values[:, f].astype("float64")
-        q1, centre[f], q3 = np.percentile(x, [25, 50, 75])
-        share = 1 - rate / features / (2 if two_sided else 1)
-        k_above = max(1.1 * np.quantile((x - q3) / (q3 - q1), share), 1.5)
-        upper[f] = q3 + k_above * (q3 - q1)
-        if two_sided:
-            k_below = max(1.1 * np.quantile((q1 - x) / (q3 - q1), share), 1.5)
-            lower[f] = q1 - k_below * (q3 - q1)
-    return lower, centre, upper
+ALL = torch.ones(4, dtype=torch.bool)
+
+
+def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor | None = None) -> Fences:
+    return module.fit_fences(values, rate, two_sided, torch.ones(values.shape[-1]).bool() if watched is None else watched)
+
+
+def by_hand(
+    values: np.ndarray, rate: float, two_sided: bool, watched: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Feature by feature as far as the documented quantile, then all of them further by one factor."""
+    x = values.astype("float64")
+    low, q1, centre, q3, high = np.quantile(x, [rate, 0.25, 0.5, 0.75, 1 - rate], axis=0)
+    spread = np.maximum(q3 - q1, 1e-12) + 1e-4 * np.abs(centre)
+    up, down = np.maximum(high - q3, 1.5 * spread), np.maximum(q1 - low, 1.5 * spread)
+    out = np.maximum((x - q3) / up, (q1 - x) / down if two_sided else -np.inf)
+    worst = out[:, slice(None) if watched is None else watched].max(axis=1)
+    stretch = 1.1 * max(1.0, np.quantile(worst, 1 - rate))
+    lower = q1 - stretch * down if two_sided else np.full(x.shape[1], -np.inf)
+    return lower, centre, q3 + stretch * up, spread / 1.349
+
+
+NAMES = ("lower", "centre", "upper", "sigma")
+
+
+def parts(fences: Fences) -> tuple[Tensor, ...]:
+    return tuple(getattr(fences, name) for name in NAMES)
 
 
 @pytest.mark.parametrize("two_sided", [True, False])
 @pytest.mark.parametrize("rate", [0.001, 0.01, 0.2])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_k_is_the_documented_quantile(name: str, rate: float, two_sided: bool) -> None:
+def test_fences_stand_where_numpys_quantiles_put_them(name: str, rate: float, two_sided: bool) -> None:
     values = draw(name, np.random.default_rng(0), 512)
-    fences = fit_fences(values, rate, two_sided)
-    for bound, expected in zip((fences.lower, fences.centre, fences.upper), by_hand(values.numpy(), rate, two_sided)):
+    for bound, expected in zip(parts(fit_fences(values, rate, two_sided)), by_hand(values.numpy(), rate, two_sided)):
         np.testing.assert_allclose(bound.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("two_sided", [True, False])
+@pytest.mark.parametrize("filled", [8, 9, 100, 511, 512])
+def test_rows_of_nan_are_as_if_they_were_not_there(filled: int, two_sided: bool) -> None:
+    rng = np.random.default_rng(8)
+    values = draw("lognormal", rng, filled)
+    padded = torch.full((512, 4), torch.nan)
+    padded[torch.from_numpy(rng.permutation(512)[:filled])] = values
+    for one, other in zip(parts(fit_fences(values, 0.01, two_sided)), parts(fit_fences(padded, 0.01, two_sided))):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("filled", [0, 1, 7])
+def test_a_handful_of_values_makes_no_fence(filled: int) -> None:
+    values = torch.full((64, 4), torch.nan)
+    values[:filled] = draw("normal", np.random.default_rng(9), max(filled, 1))[:filled]
+    for part, expected in zip(parts(fit_fences(values, 0.01, two_sided=True)), parts(Fences.open(4))):
+        assert torch.equal(part, expected)
+
+
+def test_boundaries_have_fences_of_their_own() -> None:
+    rng = np.random.default_rng(10)
+    values = torch.stack([draw(name, rng, 64) for name in DISTRIBUTIONS])
+    values[1, 30:] = torch.nan
+    values[2] = torch.nan
+    together = fit_fences(values, 0.05, two_sided=True)
+    for index in range(3):
+        alone = fit_fences(values[index], 0.05, two_sided=True)
+        for one, other, named in zip(parts(together), parts(alone), parts(together.of(index))):
+            assert torch.equal(one[index], other) and torch.equal(named, other)
+
+
+def test_features_that_nobody_watches_neither_have_fences_nor_move_those_of_others() -> None:
+    values, watched = draw("normal", np.random.default_rng(11), 256), torch.tensor([True, False, True, False])
+    wild = values.clone()
+    wild[:, 1] *= torch.from_numpy(np.random.default_rng(12).standard_cauchy(256).astype("float32"))
+    wild[::3, 3] = torch.inf
+    fences = fit_fences(wild, 0.01, True, watched)
+    expected = by_hand(values.numpy(), 0.01, True, watched.numpy())
+    for found, wanted in zip(parts(fences), expected):
+        np.testing.assert_allclose(found[watched].numpy(), wanted[watched.numpy()], rtol=1e-4, atol=1e-5)
+    assert fences.lower[~watched].tolist() == [-torch.inf] * 2 and fences.upper[~watched].tolist() == [torch.inf] * 2
+    scores = fences.scores(torch.tensor([0.0, 1e9, 0.0, torch.nan]))
+    assert scores[1] == scores[3] == 0
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_few_fresh_honest_values_are_outside(name: str, two_sided: bool) -> None:
-    # Fences of 512 values know the 0.1 % tails only roughly: the rate holds on average, single windows vary.
+@pytest.mark.parametrize("features", [4, 17])
+def test_the_asked_share_of_fresh_honest_signals_is_outside(features: int, name: str, two_sided: bool) -> None:
+    # Jointly, over all features; fences of 512 values know the tails only roughly, so single windows vary.
     rng, rates = np.random.default_rng(1), []
-    for _ in range(25):
-        fences = fit_fences(draw(name, rng, 512), 0.01, two_sided)
-        rates.append((fences.scores(draw(name, rng, 4000)) > 1).any(dim=1).float().mean().item())
-    assert np.mean(rates) <= 0.015
-    assert max(rates) <= 0.03
+    for _ in range(8):
+        window, fresh = (draw(name, rng, count * 5).reshape(count, -1)[:, :features] for count in (512, 1500))
+        rates.append((fit_fences(window, 0.01, two_sided).scores(fresh) > 1).any(dim=1).float().mean().item())
+    # No k is below Tukey's 1.5, which no uniform value exceeds.
+    assert (0.0 if name == "uniform" else 0.001) <= np.mean(rates) <= 0.015
+    assert max(rates) <= 0.035
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+def test_correlated_features_are_not_fenced_more_widely_than_one(two_sided: bool) -> None:
+    one = draw("normal", np.random.default_rng(13), 512)[:, :1]
+    single, many = fit_fences(one, 0.01, two_sided), fit_fences(one.expand(-1, 17), 0.01, two_sided)
+    torch.testing.assert_close(many.upper, single.upper.expand(17), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -96,7 +163,8 @@ def test_a_score_is_one_at_the_fence(two_sided: bool) -> None:
 def test_what_is_not_finite_scores_infinity(value: float, opened: bool) -> None:
     fences = Fences.open(4) if opened else fit_fences(draw("normal", np.random.default_rng(5), 64), 0.01, True)
     features = torch.tensor([0.0, value, 0.0, value])
-    assert fences.scores(features).isinf().tolist() == [False, True, False, True]
+    # Open fences have nothing to say of any value; what is not finite is found by its mean, whatever they are.
+    assert fences.scores(features).isinf().tolist() == [False, not opened, False, not opened]
 
 
 def test_nothing_exceeds_open_fences() -> None:
@@ -138,5 +206,60 @@ def test_scores_broadcast_over_any_leading_axes() -> None:
 def test_moving_fences_keeps_them() -> None:
     fences = fit_fences(draw("normal", np.random.default_rng(7), 64), 0.01, two_sided=False)
     moved = fences.to("cpu")
-    for name in ("lower", "centre", "upper"):
+    for name in NAMES:
         assert torch.equal(getattr(moved, name), getattr(fences, name))
+
+
+@pytest.mark.xfail(strict=True, reason="a quantile beside an infinite value is NaN, and so are the fences and all scores")
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_one_value_that_is_not_finite_does_not_take_the_fences_down(value: float) -> None:
+    values = draw("normal", np.random.default_rng(14), 80)
+    values[5, 1] = value
+    fences = fit_fences(values, 0.01, two_sided=True)
+    assert not any(part.isnan().any() for part in parts(fences))
+    assert (fences.scores(torch.full((4,), 1e6))[[0, 2, 3]] > 1).all()
+
+
+# --- The window
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    size=st.integers(1, 12),
+    boundaries=st.integers(1, 3),
+    signals=st.integers(1, 15),
+    steps=st.integers(1, 8),
+    seed=st.integers(0, 999),
+)
+def test_a_window_holds_the_latest_honest_values(size: int, boundaries: int, signals: int, steps: int, seed: int) -> None:
+    rng, window = np.random.default_rng(seed), FenceWindow(boundaries, size, ALL, 0.01, True)
+    remembered: list[list[list[float]]] = [[] for _ in range(boundaries)]
+    for _ in range(steps):
+        features = torch.from_numpy(rng.normal(size=(boundaries, signals, 4)).astype("float32"))
+        honest = torch.from_numpy(rng.uniform(size=(boundaries, signals)) < rng.uniform())
+        window.add(features, honest)
+        for boundary in range(boundaries):
+            remembered[boundary] += features[boundary][honest[boundary]].tolist()
+    for boundary in range(boundaries):
+        kept = window.values[boundary]
+        filled = kept[~kept.isnan().any(dim=1)].tolist()
+        assert sorted(filled) == sorted(remembered[boundary][-size:])
+        assert int(window.places[boundary]) == len(remembered[boundary]) % size
+
+
+def test_a_window_is_fenced_when_it_is_asked_to_be() -> None:
+    rng, window = np.random.default_rng(15), FenceWindow(2, 64, ALL, 0.02, False)
+    values = torch.stack([draw("uniform", rng, 40), draw("normal", rng, 40)])
+    window.add(values, torch.ones(2, 40, dtype=torch.bool))
+    assert window.fences.upper.isinf().all()
+    window.fit()
+    for found, expected in zip(parts(window.fences), parts(fit_fences(values, 0.02, two_sided=False))):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_not_honest_leaves_no_trace_in_a_window() -> None:
+    window = FenceWindow(1, 8, ALL, 0.01, True)
+    values = torch.full((1, 6, 4), torch.nan)
+    values[0, ::2] = torch.arange(3.0)[:, None]
+    window.add(values, torch.tensor([[True, False] * 3]))
+    assert window.values[0, :3, 0].tolist() == [0, 1, 2] and window.values[0, 3:].isnan().all()

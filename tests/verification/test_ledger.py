@@ -99,7 +99,7 @@ def test_saving_and_loading_between_any_two_steps_changes_nothing(pattern: str, 
 def plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(type(key) is str and plain(entry) for key, entry in value.items())
-    return all(map(plain, value)) if isinstance(value, list) else type(value) is int
+    return all(map(plain, value)) if isinstance(value, (list, tuple)) else type(value) is int
 
 
 def test_the_state_is_plain() -> None:
@@ -108,7 +108,13 @@ def test_the_state_is_plain() -> None:
     record(ledger, "x", worker=OTHER, start=3)
     state = ledger.state_dict()
     assert plain(state)
-    assert state == {"flags": [[1, 0, 6], [2, 1, 2]], "streaks": [[1, 0, 3], [2, 1, 1]], "banned_at": [[1, 0, 1]]}
+    assert state == {
+        "flags": [[1, 0, 6], [2, 1, 2]],
+        "streaks": [[1, 0, 3], [2, 1, 1]],
+        "banned_at": [[1, 0, 1]],
+        "exonerated": [],
+        "audits": 0,
+    }
 
 
 def test_loading_replaces_what_was_known() -> None:
@@ -118,3 +124,43 @@ def test_loading_replaces_what_was_known() -> None:
     assert not ledger.banned and not ledger.flags and ledger.total_flags == 0
     assert ledger.ban_after == 1
     assert record(ledger, "x") == [0]
+
+
+# --- Audits
+
+
+def test_one_signal_that_does_not_match_bans() -> None:
+    ledger = Ledger(ban_after=5)
+    assert ledger.record_audits(3, audits=4, flagged=Counter({OTHER: 1, W: 2}), exonerated=Counter({Worker(0, 0): 3})) == [W, OTHER]
+    assert ledger.banned_at == {W: 3, OTHER: 3} and ledger.flags == {W: 2, OTHER: 1}
+    assert ledger.record_audits(4, audits=2, flagged=Counter({W: 1}), exonerated=Counter()) == []
+    assert (ledger.audits, ledger.banned_at[W], ledger.total_flags) == (6, 3, 4)
+
+
+def test_exonerated_flags_do_not_count_as_flags_and_ban_nobody() -> None:
+    ledger = Ledger(ban_after=1)
+    for step in range(9):
+        assert ledger.record_audits(step, audits=1, flagged=Counter(), exonerated=Counter({W: 1})) == []
+    assert (ledger.total_flags, ledger.exonerated, ledger.audits, ledger.banned) == (0, {W: 9}, 9, frozenset())
+
+
+def test_audits_of_a_run_that_bans_nobody_are_counted_only() -> None:
+    ledger = Ledger(ban_after=None)
+    assert ledger.record_audits(0, audits=1, flagged=Counter({W: 1}), exonerated=Counter()) == []
+    assert not ledger.banned and ledger.flags == {W: 1} and ledger.audits == 1
+
+
+def test_a_ban_is_entered_once() -> None:
+    ledger = Ledger()
+    assert ledger.ban(3, [OTHER, W]) == [W, OTHER]
+    assert ledger.ban(5, [W]) == [] and ledger.banned_at[W] == 3
+
+
+def test_audits_are_saved_and_older_states_load_without_them() -> None:
+    ledger, loaded = Ledger(), Ledger()
+    ledger.record_audits(3, audits=4, flagged=Counter({W: 1}), exonerated=Counter({OTHER: 2}))
+    loaded.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
+    assert loaded == ledger and plain(ledger.state_dict())
+    older = {name: entries for name, entries in ledger.state_dict().items() if name not in ("audits", "exonerated")}
+    loaded.load_state_dict(older)
+    assert (loaded.audits, loaded.exonerated, loaded.banned) == (0, {}, {W})

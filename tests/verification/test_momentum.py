@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sentinel.verification.momentum import Contribution, Momentum
+from lightning_sentinel.verification.momentum import Momentum, PositionSums
 
 CHANNELS = 3
 
 
-def contribution_of(means: list[Tensor], weights: list[float] | None = None) -> Contribution:
-    step = Contribution.like(torch.empty(0, CHANNELS))
+def sums_of(means: list[Tensor], weights: list[float] | None = None) -> PositionSums:
+    step = PositionSums.like(torch.empty(0, CHANNELS))
     for mean, weight in zip(means, weights or [1.0] * len(means)):
         step.add(mean, torch.tensor(weight))
     return step
@@ -49,7 +49,7 @@ def test_an_exponential_moving_average(beta: float) -> None:
     momentum, plain = Momentum(beta), PlainEMA(beta)
     for step in range(60):
         means = means_of([4, 4, 4], seed=step)
-        momentum.update(contribution_of(means))
+        momentum.update(sums_of(means))
         plain.update(means)
     np.testing.assert_allclose(momentum.value.numpy(), plain.value, rtol=1e-4, atol=1e-5)
 
@@ -63,7 +63,7 @@ def test_every_position_has_a_history_of_its_own(lengths: list[list[int]], beta:
     momentum, plain = Momentum(beta), PlainEMA(beta)
     for step, of_step in enumerate(lengths):
         means = means_of(of_step, seed=step)
-        momentum.update(contribution_of(means))
+        momentum.update(sums_of(means))
         plain.update(means)
     assert momentum.value is not None
     np.testing.assert_allclose(momentum.value.numpy(), plain.value, rtol=1e-4, atol=1e-5)
@@ -71,57 +71,39 @@ def test_every_position_has_a_history_of_its_own(lengths: list[list[int]], beta:
 
 def test_a_position_that_nobody_sent_keeps_its_value() -> None:
     momentum = Momentum(beta=0.5)
-    momentum.update(contribution_of([torch.full((3, CHANNELS), 8.0)]))
+    momentum.update(sums_of([torch.full((3, CHANNELS), 8.0)]))
     for _ in range(3):
-        momentum.update(contribution_of([torch.zeros(1, CHANNELS)]))
+        momentum.update(sums_of([torch.zeros(1, CHANNELS)]))
     assert momentum.value[:, 0].tolist() == [1.0, 8.0, 8.0]
 
 
 def test_a_step_without_honest_signals_changes_nothing() -> None:
     momentum = Momentum(beta=0.5)
-    momentum.update(contribution_of(means_of([3], seed=0)))
+    momentum.update(sums_of(means_of([3], seed=0)))
     before = momentum.value.clone()
-    momentum.update(contribution_of(means_of([3, 3], seed=1), weights=[0.0, 0.0]))
+    momentum.update(sums_of(means_of([3, 3], seed=1), weights=[0.0, 0.0]))
     assert torch.equal(momentum.value, before)
 
 
 def test_the_first_honest_mean_is_the_start_even_if_earlier_steps_had_none() -> None:
     momentum = Momentum(beta=0.9)
     mean = means_of([3], seed=2)[0]
-    momentum.update(contribution_of([mean], weights=[0.0]))
-    momentum.update(contribution_of([mean]))
+    momentum.update(sums_of([mean], weights=[0.0]))
+    momentum.update(sums_of([mean]))
     assert torch.equal(momentum.value, mean)
-
-
-@pytest.mark.parametrize("replicas", [1, 2, 3, 6])
-def test_the_sum_over_replicas_is_the_whole(replicas: int) -> None:
-    lengths = [5, 2, 4, 1, 3, 5]
-    means, positions = means_of(lengths, seed=3), max(lengths)
-    whole = contribution_of(means)
-    vectors = [contribution_of(means[replica::replicas]).resized(positions).flat() for replica in range(replicas)]
-    assert {vector.shape for vector in vectors} == {(positions * CHANNELS + positions,)}
-    summed = Contribution.from_flat(torch.stack(vectors).sum(dim=0), positions)
-    np.testing.assert_allclose(summed.total.numpy(), whole.total.numpy(), rtol=1e-5, atol=1e-5)
-    assert summed.count.tolist() == whole.count.tolist() == [sum(length > t for length in lengths) for t in range(positions)]
-
-
-def test_flat_and_back() -> None:
-    step = contribution_of(means_of([4, 2], seed=4))
-    back = Contribution.from_flat(step.flat(), 4)
-    assert torch.equal(back.total, step.total) and torch.equal(back.count, step.count)
 
 
 @pytest.mark.parametrize("positions", [1, 4, 7])
 def test_resizing_drops_positions_or_adds_some_of_no_weight(positions: int) -> None:
-    step = contribution_of(means_of([4], seed=5))
+    step = sums_of(means_of([4], seed=5))
     resized, kept = step.resized(positions), min(4, positions)
     assert len(resized.total) == len(resized.count) == positions
     assert torch.equal(resized.total[:kept], step.total[:kept]) and torch.equal(resized.count[:kept], step.count[:kept])
     assert not resized.total[4:].any() and not resized.count[4:].any()
 
 
-def test_contributions_of_different_lengths_add_up() -> None:
-    short, long = (contribution_of(means_of([length], seed=length)) for length in (2, 5))
+def test_sums_of_different_lengths_add_up() -> None:
+    short, long = (sums_of(means_of([length], seed=length)) for length in (2, 5))
     for added in (short + long, long + short):
         expected = long.total.numpy().copy()
         expected[:2] += short.total.numpy()
@@ -134,28 +116,28 @@ def test_what_has_no_weight_does_not_poison(value: float) -> None:
     honest = means_of([4], seed=6)[0]
     bad = honest.clone()
     bad[1, 2] = value
-    step = contribution_of([bad, honest, bad], weights=[0.0, 1.0, 0.0])
+    step = sums_of([bad, honest, bad], weights=[0.0, 1.0, 0.0])
     assert torch.equal(step.total, honest)
     assert step.count.tolist() == [1] * 4
     momentum = Momentum(beta=0.9)
-    momentum.update(contribution_of([bad], weights=[0.0]))
+    momentum.update(sums_of([bad], weights=[0.0]))
     momentum.update(step)
     assert torch.equal(momentum.value, honest)
 
 
 def test_boolean_weights_count_like_numbers() -> None:
-    step, mean = Contribution.like(torch.empty(2, CHANNELS)), torch.ones(2, CHANNELS)
+    step, mean = PositionSums.like(torch.empty(2, CHANNELS)), torch.ones(2, CHANNELS)
     for weight in (True, False, True):
         step.add(mean, torch.tensor(weight))
     assert step.count.tolist() == [2, 2] and step.total.unique().tolist() == [2]
 
 
-def senders_of(rounds: list[tuple[int, list[float]]], seed: int) -> tuple[Contribution, list[Contribution]]:
+def senders_of(rounds: list[tuple[int, list[float]]], seed: int) -> tuple[PositionSums, list[PositionSums]]:
     """Several senders' contributions, as one with a leading axis and one by one; a round is a length and the senders' weights."""
     rng = np.random.default_rng(seed)
     senders = len(rounds[0][1])
-    together = Contribution.like(torch.empty(senders, rounds[0][0], CHANNELS))
-    apart = [Contribution.like(torch.empty(rounds[0][0], CHANNELS)) for _ in range(senders)]
+    together = PositionSums.like(torch.empty(senders, rounds[0][0], CHANNELS))
+    apart = [PositionSums.like(torch.empty(rounds[0][0], CHANNELS)) for _ in range(senders)]
     for length, weights in rounds:
         means = torch.from_numpy(rng.normal(size=(senders, length, CHANNELS)).astype("float32"))
         together.add(means, torch.tensor(weights))
@@ -205,7 +187,7 @@ def test_the_sum_over_senders_is_a_loop_over_them(chosen: tuple[bool, ...]) -> N
 
 def test_the_sum_over_senders_ignores_an_overflow_of_those_left_out() -> None:
     # Every mean is finite, but the sum of two is not: what is left out must not matter, whatever it holds.
-    step = Contribution.like(torch.empty(2, 1, CHANNELS))
+    step = PositionSums.like(torch.empty(2, 1, CHANNELS))
     for _ in range(2):
         step.add(torch.tensor([1.0, 3e38])[:, None, None].expand(2, 1, CHANNELS), torch.tensor([True, True]))
     assert step.of(torch.tensor([True, False])).total.tolist() == [[2.0] * CHANNELS]
@@ -216,7 +198,7 @@ def test_updating_keeps_the_callers_tensors() -> None:
     untouched = mean.clone()
     momentum = Momentum(beta=0.5)
     for _ in range(3):
-        momentum.update(contribution_of([mean, mean]))
+        momentum.update(sums_of([mean, mean]))
     assert torch.equal(mean, untouched)
 
 
@@ -226,17 +208,17 @@ def test_state_goes_on_where_it_was_left() -> None:
     restored.load_state_dict({})
     assert restored.value is None
     for step in range(3):
-        momentum.update(contribution_of(means_of([4, 2], seed=step)))
+        momentum.update(sums_of(means_of([4, 2], seed=step)))
     restored.load_state_dict(momentum.state_dict())
     for step in range(3, 6):
         for one in (momentum, restored):
-            one.update(contribution_of(means_of([5], seed=step)))
+            one.update(sums_of(means_of([5], seed=step)))
     assert torch.equal(momentum.value, restored.value) and torch.equal(momentum.seen, restored.seen)
 
 
 def test_memory_does_not_grow_with_steps() -> None:
     momentum = Momentum(beta=0.9)
     for step in range(300):
-        momentum.update(contribution_of(means_of([1 + step % 5], seed=step)))
+        momentum.update(sums_of(means_of([1 + step % 5], seed=step)))
     held = [value for value in vars(momentum).values() if isinstance(value, Tensor)]
     assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 5 * CHANNELS * 4 + 5

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.verification import COLUMNS, Detection, SignalTable, StepVerdict, judge
+from lightning_sentinel.verification import COLUMNS, Detection, SignalTable, StepVerdict, judge, judge_with_audits
+from lightning_sentinel.verification.audit import causal_order
 from lightning_sentinel.verification.features import FEATURES
-from lightning_sentinel.verification.verifier import MAX_SCORE
+from lightning_sentinel.verification.table import MAX_SCORE
+from lightning_sentinel.wiring import Wiring
+from tests.verification.tools import as_received, compared
 
 MICRO_BATCHES = 4
 A, G = Direction.ACTIVATION, Direction.GRADIENT
@@ -62,7 +66,34 @@ class Step:
         return self
 
     def judge(self, *, exclude: bool = True, step: int = 7) -> StepVerdict:
-        return judge(SignalTable(self.rows), self.mesh, self.live, step, exclude)
+        return self.with_peers(as_received, exclude=exclude, step=step)
+
+    def with_peers(
+        self, assess: Any = compared, *, exclude: bool = True, step: int = 7, drifting: Tensor | None = None
+    ) -> StepVerdict:
+        """By default as if all signals had been compared with those of the other replicas."""
+        table = SignalTable(self.rows)
+        drifting = torch.zeros(self.rows.shape[:2], dtype=torch.bool) if drifting is None else drifting
+        return judge(table, assess(table, self.live), drifting, self.mesh, self.wiring, step, exclude)
+
+    def audited(
+        self, lies: Tensor, drawn: Tensor | None = None, drifting: Tensor | None = None
+    ) -> tuple[StepVerdict, list[Tensor]]:
+        """The verdict where an audit knows the lies ``(boundaries, lanes, micro_batches)``, and what it was asked in order."""
+        table, asked = SignalTable(self.rows), [torch.zeros(0)] * len(self.rows)
+
+        def audit(index: int, signals: Tensor) -> Tensor:
+            assert asked[index].numel() == 0, "asked twice"
+            asked[index] = signals.clone()
+            return lies[index]  # also of signals that nobody asked about, which must not count
+
+        drawn = torch.zeros_like(lies) if drawn is None else drawn
+        drifting = torch.zeros(self.rows.shape[:2], dtype=torch.bool) if drifting is None else drifting
+        return judge_with_audits(table, compared(table, self.live), drifting, drawn, audit, self.mesh, self.wiring, 7), asked
+
+    @property
+    def wiring(self) -> Wiring:
+        return Wiring(Wiring.fixed(self.mesh).serving, tuple(self.live.tolist()))
 
 
 ALL = list(range(MICRO_BATCHES))
@@ -79,7 +110,7 @@ def dirty(verdict: StepVerdict) -> set[tuple[int, int, int]]:
 def test_nothing_flagged_nothing_happens() -> None:
     verdict = Step().judge()
     assert verdict.detections == () and not verdict.flagged and not verdict.suspects
-    assert not dirty(verdict) and verdict.honest.all() and not verdict.cleared.any()
+    assert not dirty(verdict) and verdict.honest.all() and not verdict.cleared.any() and not verdict.guilty and verdict.audits == 0
     assert verdict.verified == frozenset(Mesh(4, 3).workers)
 
 
@@ -120,7 +151,7 @@ def test_a_cleared_flag_stays_out_of_the_weights() -> None:
     for replica in range(3):
         step.flag(1, A, replica, ALL, score=3.0)
     verdict = step.judge()
-    assert verdict.cleared[1].all()
+    assert not verdict.detections and verdict.honest.all()
     assert not verdict.clean.any()
 
 
@@ -131,7 +162,7 @@ def test_what_a_detection_says() -> None:
     verdict = Step().flag(1, A, 2, [3], score=12.5, worst=2).flag(0, G, 1, [0], score=9.0, worst=3).judge(step=41)
     assert verdict.detections == (
         Detection(41, 3, Worker(1, 2), A, 12.5, "sign_flip_ratio", audited=False, confirmed=None),
-        Detection(41, 0, Worker(1, 1), G, 9.0, "log_sliced_wasserstein", audited=False, confirmed=None),
+        Detection(41, 0, Worker(1, 1), G, 9.0, "sliced_wasserstein", audited=False, confirmed=None),
     )
     assert verdict.flagged == Counter({Worker(1, 2): 1, Worker(1, 1): 1})
 
@@ -193,8 +224,9 @@ def test_a_worker_of_which_nothing_could_be_verified_is_neither_suspect_nor_veri
 
 def test_honest_is_what_is_neither_tainted_nor_flagged() -> None:
     verdict = Step().flag(1, A, 0, [2]).taint(2, A, 0, [2]).taint(1, G, 0, [2]).judge()
+    # The other gradients were not tainted here, but come behind what was flagged.
     expected = np.ones((6, 3, MICRO_BATCHES), dtype=bool)
-    expected[1, 0, 2] = expected[2, 0, 2] = expected[4, 0, 2] = False
+    expected[1:, 0, 2] = False
     np.testing.assert_array_equal(verdict.honest.numpy(), expected)
 
 
@@ -208,7 +240,6 @@ def test_a_change_of_the_training_clears_everybody(replicas: int) -> None:
         for m in ALL:
             step.flag(1, G, replica, [m], score=rng.uniform(3.0, 4.0))
     verdict = step.judge()
-    assert verdict.cleared[4].all() and verdict.cleared.sum() == replicas * MICRO_BATCHES
     assert verdict.detections == () and not verdict.flagged and not verdict.suspects
     assert verdict.honest.all()
 
@@ -219,7 +250,7 @@ def test_a_change_of_the_training_does_not_hide_who_is_further_out() -> None:
         step.flag(0, A, replica, ALL, score=3.0)
     verdict = step.flag(0, A, 4, ALL, score=6.1).judge()
     assert verdict.suspects == {Worker(0, 4)} and verdict.flagged == Counter({Worker(0, 4): MICRO_BATCHES})
-    assert verdict.cleared[0, :4].all() and not verdict.cleared[0, 4].any()
+    assert verdict.honest[0, :4].all() and not verdict.honest[:, 4].any()
 
 
 def test_one_boundary_says_nothing_about_another() -> None:
@@ -228,7 +259,7 @@ def test_one_boundary_says_nothing_about_another() -> None:
         step.flag(0, A, replica, ALL, score=5.0)
     verdict = step.flag(1, A, 0, ALL, score=5.0).flag(0, G, 1, ALL, score=5.0).judge()
     assert verdict.suspects == {Worker(1, 0), Worker(1, 1)}
-    assert verdict.cleared[0].all() and not verdict.cleared[1:].any()
+    assert verdict.honest[0].all() and not verdict.honest[1, 0].any() and not verdict.honest[3, 1].any()
 
 
 @pytest.mark.parametrize("replicas", [3, 4, 7])
@@ -236,7 +267,7 @@ def test_an_honest_false_positive_does_not_clear_an_attacker(replicas: int) -> N
     verdict = Step(replicas=replicas).flag(1, A, 0, ALL, score=9.0).flag(1, A, 1, [2], score=6.0).judge()
     assert Counter({Worker(1, 0): MICRO_BATCHES, Worker(1, 1): 1}) == verdict.flagged
     assert verdict.suspects == {Worker(1, 0)}
-    assert not verdict.cleared.any()
+    assert not verdict.honest[1, 0].any() and not verdict.honest[1, 1, 2]
 
 
 @pytest.mark.parametrize("attackers", [1, 2])
@@ -253,13 +284,13 @@ def test_one_live_pipeline_is_cleared_just_outside_its_fences_only(banned: bool,
     step = Step(replicas=3).ban(0).ban(2) if banned else Step(replicas=1)
     replica = 1 if banned else 0
     verdict = step.flag(1, A, replica, ALL, score=score).judge()
-    assert verdict.cleared[1, replica].all() == cleared and verdict.cleared.any() == cleared
+    assert verdict.honest[1, replica].all() == cleared and verdict.honest[1, replica].any() == cleared
     assert verdict.suspects == (set() if cleared else {Worker(1, replica)})
 
 
 def test_one_pipeline_is_not_cleared_by_its_own_median() -> None:
     verdict = Step(replicas=1).flag(0, G, 0, ALL, score=50.0).judge()
-    assert not verdict.cleared.any() and verdict.suspects == {Worker(1, 0)}
+    assert not verdict.honest[3].any() and verdict.suspects == {Worker(1, 0)}
 
 
 @pytest.mark.parametrize("direction", Direction)
@@ -268,29 +299,28 @@ def test_a_sender_whose_peers_are_all_tainted_has_nobody_to_be_compared_with(dir
     # tainted by the first two, and it must not be the median itself.
     step = Step(stages=4, replicas=3).taint(1, direction, 0, ALL).taint(1, direction, 1, ALL)
     verdict = step.flag(1, direction, 2, ALL, score=50.0).judge()
-    assert not verdict.cleared.any()
     assert verdict.suspects == {Worker(Boundary(1, direction).sender, 2)}
     assert not verdict.honest[step._at(1, direction), 2].any()
 
 
 def test_two_pipelines() -> None:
     both = Step(replicas=2).flag(1, A, 0, ALL, score=4.0).flag(1, A, 1, ALL, score=3.0).judge()
-    assert both.cleared[1].all() and not both.flagged
+    assert both.honest.all() and not both.flagged
     # As many attacking as honest signals: the lower of the two middle ones is honest, were it a false positive.
     one = Step(replicas=2).flag(1, A, 0, ALL, score=4.0).flag(1, A, 1, [0], score=1.2).judge()
-    assert not one.cleared[1, 0].any() and one.suspects == {Worker(1, 0)}
+    assert one.suspects == {Worker(1, 0)}
 
 
 def test_banned_senders_and_tainted_signals_do_not_move_the_median() -> None:
     step = Step(replicas=5).ban(0).taint(1, A, 1, ALL[1:], score=80.0).taint(1, A, 2, ALL, score=80.0)
     verdict = step.flag(1, A, 3, ALL, score=50.0).judge()
-    assert verdict.suspects == {Worker(1, 3)} and not verdict.cleared.any()
+    assert verdict.suspects == {Worker(1, 3)}
 
 
 def test_a_sender_that_is_verified_more_often_does_not_outvote_the_others() -> None:
     step = Step().taint(1, A, 0, ALL[1:]).taint(1, A, 1, ALL[1:])
     verdict = step.flag(1, A, 2, ALL, score=50.0).judge()
-    assert verdict.suspects == {Worker(1, 2)} and not verdict.cleared.any()
+    assert verdict.suspects == {Worker(1, 2)}
 
 
 @pytest.mark.parametrize("banned", [False, True])
@@ -319,7 +349,7 @@ def test_a_step_without_a_live_pipeline_has_a_verdict(exclude: bool) -> None:
 
 def test_a_minority_that_is_not_finite_is_not_cleared() -> None:
     verdict = Step().flag_non_finite(1, A, 2, ALL).judge()
-    assert not verdict.cleared.any() and not verdict.honest[1, 2].any()
+    assert not verdict.honest[1, 2].any()
     assert verdict.suspects == {Worker(1, 2)}
     assert {detection.feature for detection in verdict.detections} == {"non_finite"}
 
@@ -337,8 +367,8 @@ def test_a_training_that_overflows_everywhere_is_nobodys_fault_and_teaches_nothi
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> Step:
-    step = Step(draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 3)))
+def steps(draw: st.DrawFn, fewest_stages: int = 1) -> Step:
+    step = Step(draw(st.integers(fewest_stages, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 3)))
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
     share = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
     for boundary in step.mesh.boundaries:
@@ -387,36 +417,172 @@ def cleared_by_hand(step: Step) -> np.ndarray:
     return cleared
 
 
+def first_of_each_micro_batch(out: np.ndarray, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """What is blamed, and what lies behind it: followed along the way of each micro-batch by hand."""
+    blamed, behind = np.zeros_like(out), np.zeros_like(out)
+    path = [Boundary(i, A) for i in range(mesh.stages - 1)] + [Boundary(i, G) for i in reversed(range(mesh.stages - 1))]
+    for lane, m in np.ndindex(out.shape[1:]):
+        found = False
+        for boundary in path:
+            at = mesh.boundaries.index(boundary), lane, m
+            behind[at], blamed[at] = found, out[at] and not found
+            found = found or bool(out[at])
+    return blamed, behind
+
+
 @settings(derandomize=True, deadline=None, max_examples=150)
-@given(step=steps(), exclude=st.booleans())
-def test_any_table_has_a_verdict(step: Step, exclude: bool) -> None:
+@given(step=steps(), exclude=st.booleans(), peers=st.booleans(), drifts=st.booleans())
+def test_any_table_has_a_verdict(step: Step, exclude: bool, peers: bool, drifts: bool) -> None:
     mesh, before = step.mesh, step.rows.clone()
-    verdict, again = step.judge(exclude=exclude), step.judge(exclude=exclude)
+    drifting = torch.rand(step.rows.shape[:2], generator=torch.Generator().manual_seed(0)) < (0.2 if drifts else 0)
+    verdict, again = (step.with_peers(compared if peers else as_received, exclude=exclude, drifting=drifting) for _ in range(2))
     for field in dataclasses.fields(StepVerdict):
         one, other = getattr(verdict, field.name), getattr(again, field.name)
-        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other, field.name
+        if field.name != "table":
+            assert torch.equal(one, other) if isinstance(one, Tensor) else one == other, field.name
     assert torch.equal(before.nan_to_num(), step.rows.nan_to_num())
 
-    flagged, tainted, worst = (step.rows[..., COLUMNS.index(name)].numpy() for name in ("flagged", "tainted", "worst"))
-    for tensor in (verdict.cleared, verdict.honest):
-        assert (tensor.shape, tensor.dtype) == (flagged.shape, torch.bool)
-    cleared, honest = verdict.cleared.numpy(), verdict.honest.numpy()
-    assert not (cleared & (flagged == 0)).any()
-    np.testing.assert_array_equal(cleared, cleared_by_hand(step))
-    np.testing.assert_array_equal(honest, (tainted == 0) & ((flagged == 0) | cleared) & (worst >= 0))
+    flagged, tainted, worst, score = (step.rows[..., COLUMNS.index(n)].numpy() for n in ("flagged", "tainted", "worst", "score"))
+    valid = (tainted == 0) & step.live.numpy()[:, None]
+    out = valid & (score > 1) if peers else (flagged > 0) & ~cleared_by_hand(step)
+    blamed, behind = first_of_each_micro_batch(out | (drifting.numpy()[..., None] & valid), mesh)
+    np.testing.assert_array_equal(verdict.honest.numpy(), valid & ~blamed & ~behind & (worst >= 0))
+    assert not verdict.cleared.any() and not verdict.guilty
 
     expected = clean_by_hand(step) if exclude else np.ones((mesh.stages, *flagged.shape[1:]), dtype=bool)
     np.testing.assert_array_equal(verdict.clean.numpy(), expected)
     assert not exclude or not verdict.clean[:, ~step.live].any()
 
-    standing = [
-        (boundary, replica, m)
-        for index, boundary in enumerate(mesh.boundaries)
-        for replica, m in np.ndindex(flagged.shape[1:])
-        if flagged[index, replica, m] and not cleared[index, replica, m]
-    ]
+    standing = [(mesh.boundaries[index], lane, m) for index, lane, m in np.argwhere(blamed).tolist()]
     assert [(d.worker, d.direction, d.micro_batch) for d in verdict.detections] == [
-        (Worker(boundary.sender, replica), boundary.direction, m) for boundary, replica, m in standing
+        (Worker(boundary.sender, lane), boundary.direction, m) for boundary, lane, m in standing
     ]
-    assert verdict.flagged == Counter(Worker(boundary.sender, replica) for boundary, replica, _ in standing)
+    assert verdict.flagged == Counter(Worker(boundary.sender, lane) for boundary, lane, _ in standing)
     assert verdict.suspects <= set(verdict.flagged) <= verdict.verified <= set(mesh.workers)
+    assert not any(d.audited for d in verdict.detections)
+
+
+# --- The cascade
+
+
+@pytest.mark.parametrize("first", range(6))
+def test_only_the_first_on_the_way_is_blamed(first: int) -> None:
+    # In a run that only reports nothing is tainted, and what one worker sends spoils all that comes behind it.
+    step = Step(replicas=5)
+    order = causal_order(step.mesh)
+    for index in order[first:]:
+        boundary = step.mesh.boundaries[index]
+        step.flag(boundary.index, boundary.direction, 2, ALL)
+    for verdict in (step.judge(exclude=False), step.with_peers(exclude=False)):
+        culprit = Worker(step.mesh.boundaries[order[first]].sender, 2)
+        assert set(verdict.flagged) == verdict.suspects == {culprit}
+        assert not verdict.honest[order[first:], 2].any() and verdict.honest[order[:first], 2].all()
+        assert verdict.honest[:, [0, 1, 3, 4]].all()
+
+
+def test_what_is_out_among_peers_need_not_have_been_flagged_and_the_other_way_round() -> None:
+    step = Step(replicas=5).flag(0, A, 1, ALL)
+    step._column("score")[0, 1] = 0.5  # Compared with others it is in line.
+    step._column("score")[1, 2] = 3.0  # Compared with others it is not.
+    verdict = step.with_peers()
+    assert verdict.suspects == {Worker(1, 2)} and verdict.honest[0, 1].all() and not verdict.honest[1, 2].any()
+    assert dirty(verdict) == {(stage, 1, m) for stage in range(4) for m in ALL}
+
+
+def test_who_drifts_is_a_suspect_and_explains_what_is_behind() -> None:
+    step = Step(replicas=5).flag(2, A, 3, ALL)
+    drifting = torch.zeros(6, 5, dtype=torch.bool)
+    drifting[1, 3] = True
+    verdict = step.with_peers(drifting=drifting)
+    assert verdict.suspects == {Worker(1, 3)} and verdict.flagged == Counter({Worker(1, 3): MICRO_BATCHES})
+
+
+def test_blame_follows_the_wiring() -> None:
+    step = Step(replicas=5).flag(1, A, 0, ALL)
+    serving = ((0, 1, 2, 3, 4), (4, 1, 2, 3, 0), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4))
+    table = SignalTable(step.rows)
+    nobody = torch.zeros(6, 5, dtype=torch.bool)
+    wiring = Wiring(serving, (True,) * 5)
+    verdict = judge(table, compared(table, step.live), nobody, step.mesh, wiring, 7, True)
+    assert verdict.suspects == set(verdict.flagged) == {Worker(1, 4)} == {d.worker for d in verdict.detections}
+
+
+# --- Audits
+
+
+@st.composite
+def audited_steps(draw: st.DrawFn) -> tuple[Step, Tensor, Tensor, Tensor]:
+    step = draw(steps(fewest_stages=2))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
+
+    def some(share: float, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator) < share
+
+    shape = step.rows.shape[:3]
+    return step, some(draw(st.sampled_from([0, 0.1, 0.5])), *shape), some(0.2, *shape), some(0.1, *shape[:2])
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(case=audited_steps())
+def test_audits_find_liars_and_nobody_else(case: tuple[Step, Tensor, Tensor, Tensor]) -> None:
+    step, lies, drawn, drifting = case
+    mesh = step.mesh
+    verdict, asked = step.audited(lies, drawn, drifting)
+    tainted, worst, score = (step.rows[..., COLUMNS.index(n)] for n in ("tainted", "worst", "score"))
+    valid = (tainted == 0) & step.live[:, None]
+    suspected = torch.zeros_like(valid)
+    suspected[..., 0] = drifting
+    wanted = valid & ((score > 1) | drawn | suspected)
+    lied, behind = first_of_each_micro_batch((wanted & lies).numpy(), mesh)
+    audited = wanted & ~torch.from_numpy(behind)
+    assert torch.equal(torch.stack(asked), audited)
+    assert verdict.audits == int(audited.sum())
+
+    def workers(signals: np.ndarray) -> Counter[Worker]:
+        return Counter(Worker(mesh.boundaries[index].sender, lane) for index, lane, _ in np.argwhere(signals).tolist())
+
+    assert verdict.flagged == workers(lied) and verdict.guilty == set(workers(lied)) and not verdict.suspects
+    dropped = (audited & ((score > 1) | suspected)).numpy() & ~lied
+    listed = [(d.worker, d.direction, d.micro_batch, d.confirmed) for d in verdict.detections]
+    assert listed == [
+        (Worker(mesh.boundaries[index].sender, lane), mesh.boundaries[index].direction, m, bool(lied[index, lane, m]))
+        for index, lane, m in np.argwhere(lied | dropped).tolist()
+    ]
+    assert all(d.audited for d in verdict.detections)
+    honest = verdict.honest.numpy()
+    np.testing.assert_array_equal(honest, valid.numpy() & ~lied & ~behind & (worst.numpy() >= 0))
+    assert (honest | ~dropped | (worst.numpy() < 0)).all(), "what was exonerated is learned from"
+    cleared = [[audited[i, lane].any() and not lied[i, lane].any() for lane in range(mesh.replicas)] for i in range(len(lies))]
+    assert verdict.cleared.tolist() == cleared
+    assert torch.equal(verdict.clean, step.live[None, :, None].expand_as(verdict.clean))
+
+
+def test_an_unnoticed_lie_is_found_by_chance_alone() -> None:
+    lies = torch.zeros(6, 3, MICRO_BATCHES, dtype=torch.bool)
+    lies[1, 2, 3] = True
+    assert not Step().audited(lies)[0].guilty
+    verdict, _ = Step().audited(lies, drawn=lies)
+    assert verdict.guilty == {Worker(1, 2)} and verdict.audits == 1
+    (detection,) = verdict.detections
+    assert detection.audited and detection.confirmed and detection.score < 1
+
+
+def test_one_audit_tells_why_a_sender_drifts() -> None:
+    drifting = torch.zeros(6, 3, dtype=torch.bool)
+    drifting[1, 2] = True
+    verdict, asked = Step().audited(torch.zeros(6, 3, MICRO_BATCHES, dtype=torch.bool), drifting=drifting)
+    assert verdict.audits == 1 and asked[1][2].tolist() == [True, False, False, False]
+    assert torch.equal(verdict.cleared, drifting) and [d.confirmed for d in verdict.detections] == [False]
+
+
+def test_a_banned_lane_is_not_audited() -> None:
+    step, everything = Step().ban(1), torch.ones(6, 3, MICRO_BATCHES, dtype=torch.bool)
+    verdict, asked = step.audited(everything, drawn=everything)
+    assert not torch.stack(asked)[:, 1].any() and verdict.guilty == {Worker(0, 0), Worker(0, 2)}
+    assert verdict.audits == 2 * MICRO_BATCHES
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="a mesh of one stage has no boundary of which the shape could be taken")
+def test_a_mesh_of_one_stage_has_nothing_to_audit() -> None:
+    verdict, _ = Step(stages=1).audited(torch.zeros(0, 3, MICRO_BATCHES, dtype=torch.bool))
+    assert verdict.audits == 0 and verdict.clean.all()

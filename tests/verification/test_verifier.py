@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
 from lightning_sentinel.verification import COLUMNS, BoundaryVerifier, Inspection
-from lightning_sentinel.verification.distances import unit_directions
-from lightning_sentinel.verification.features import FEATURES, temporal_features
-from lightning_sentinel.verification.verifier import MAX_SCORE
+from lightning_sentinel.verification.features import FEATURES, watched
+from lightning_sentinel.verification.fences import Fences, FenceWindow
+from lightning_sentinel.verification.measurement import measure
+from lightning_sentinel.verification.table import MAX_SCORE
 
 SAMPLES, POSITIONS, CHANNELS = 4, 6, 8
 REPLICAS, MICRO_BATCHES = 4, 2
@@ -48,26 +49,39 @@ class Honest:
 
 
 class Rig:
-    """A verifier and the honest stream that it sees."""
+    """A verifier with the fences of a calibration that sees the same honest stream."""
 
-    def __init__(self, direction: Direction = Direction.ACTIVATION, seed: int = 0, **settings: Any) -> None:
+    def __init__(
+        self, direction: Direction = Direction.ACTIVATION, seed: int = 0, with_input: bool = False, **settings: Any
+    ) -> None:
         config = Verification(**{"warmup_steps": WARMUP, **settings})
-        self.verifier = BoundaryVerifier(Boundary(0, direction), config)
-        self.stream = Honest(direction, seed)
+        # Of a mesh with a stage before and one behind, so that its senders have received something.
+        self.verifier = BoundaryVerifier(Boundary(1 if direction is Direction.ACTIVATION else 0, direction), config)
+        self.window = FenceWindow(1, config.window, watched(config), config.false_positive_rate, config.method == "sentinel")
+        self.stream, self.with_input, self.warmup, self.steps = Honest(direction, seed), with_input, config.warmup_steps, 0
+
+    @property
+    def warmed_up(self) -> bool:
+        return self.steps >= self.warmup
+
+    def received(self, signal: Tensor) -> Tensor | None:
+        """What the sender of an honest signal had received: the signal is a little more than that."""
+        return self.verifier.project(0.9 * signal) if self.with_input else None
 
     def step(self, others: Callable[[BoundaryVerifier], None] | None = None) -> Tensor:
         """One step, in which all replicas are honest; returns the rows ``(replicas * micro_batches, len(COLUMNS))``."""
         self.stream.drift()
-        rows = torch.cat(
-            [
-                self.verifier.inspect(torch.cat([self.stream.signal() for _ in range(REPLICAS)]), NOBODY).rows
-                for _ in range(MICRO_BATCHES)
-            ]
-        )
+        signals = [torch.cat([self.stream.signal() for _ in range(REPLICAS)]) for _ in range(MICRO_BATCHES)]
+        rows = torch.cat([self.verifier.inspect(signal, NOBODY, self.received(signal)).rows for signal in signals])
         if others is not None:
             others(self.verifier)
-        honest = rows[~rows[:, FLAGGED].bool()]
-        self.verifier.learn(self.verifier.contribution(NOBODY), honest[:, : len(FEATURES)])
+        self.verifier.learn(self.verifier.contribution(~NOBODY, NOBODY))
+        if self.steps >= min(10, self.warmup // 2):
+            self.window.add(rows[None, :, : len(FEATURES)], ~rows[None, :, FLAGGED].bool())
+        self.steps += 1
+        if self.warmed_up:
+            self.window.fit()
+            self.verifier.fences = self.window.fences.of(0)
         return rows
 
     def run(self, steps: int) -> Tensor:
@@ -101,7 +115,7 @@ def rigs() -> Callable[[Direction, str], Rig]:
             known[direction, method].run(WARMUP + 5)
         original = known[direction, method]
         twin = copy.copy(original)
-        twin.verifier = copy.deepcopy(original.verifier)
+        twin.verifier, twin.window = copy.deepcopy(original.verifier), copy.deepcopy(original.window)
         twin.stream = copy.copy(original.stream)
         twin.stream.generator = torch.Generator().manual_seed(17)
         return twin
@@ -127,11 +141,11 @@ ATTACKS: dict[str, Callable[[Tensor, Honest], Tensor]] = {
 def test_nobody_is_flagged_in_the_warm_up(direction: Direction) -> None:
     rig = Rig(direction, warmup_steps=12)
     for step in range(12):
-        assert not rig.verifier.warmed_up
+        assert not rig.warmed_up
         for attack in ATTACKS.values():
             assert not copy.deepcopy(rig.verifier).inspect(attack(rig.stream.signal(), rig.stream), NO).flagged, step
         assert not rig.step()[:, FLAGGED].any()
-    assert rig.verifier.warmed_up
+    assert rig.warmed_up
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -185,40 +199,35 @@ def test_a_row_holds_the_features_and_the_score_of_the_feature_furthest_out(rigs
     rig = rigs()
     signal, verifier = 1.3 * rig.stream.signal(), rig.verifier
     (row,) = verifier.inspect(signal, NO).rows
-    mean = signal.mean(dim=0)
-    directions = unit_directions(CHANNELS, 16, verifier._directions_seed)
-    features = temporal_features(mean, verifier.momentum.value, directions).numpy()
+    features = measure(signal, 1, None, verifier.references, verifier._secret).features[0].numpy()
     np.testing.assert_allclose(row[: len(FEATURES)].numpy(), features, rtol=1e-5)
     lower, centre, upper = (bound.numpy() for bound in (verifier.fences.lower, verifier.fences.centre, verifier.fences.upper))
-    scores = np.where(features > centre, (features - centre) / (upper - centre), (centre - features) / (centre - lower))
-    assert row[SCORE].item() == pytest.approx(scores.max(), rel=1e-4)
+    up, down = features - centre, centre - features
+    scores = np.where(up >= 0, up / (upper - centre + 1e-12), down / (centre - lower + 1e-12))
+    assert row[SCORE].item() == pytest.approx(scores.max(), rel=1e-3)
     assert row[WORST].item() == scores.argmax()
     assert row[FLAGGED].item() == float(scores.max() > 1)
     assert (row[TAINTED], row[LENGTH]) == (0, POSITIONS)
 
 
-def test_directions_differ_between_boundaries_and_follow_the_seed() -> None:
-    def directions(boundary: Boundary, seed: int) -> Tensor:
-        rig = Rig(seed=seed)
-        rig.verifier = BoundaryVerifier(boundary, Verification(seed=seed))
-        rig.run(2)
-        return rig.verifier._directions
-
-    boundaries = [Boundary(index, direction) for index in range(3) for direction in Direction]
-    drawn = [directions(boundary, seed) for seed in (0, 1) for boundary in boundaries]
-    for i, one in enumerate(drawn):
-        for other in drawn[:i]:
-            assert not torch.allclose(one, other)
-    assert torch.equal(directions(boundaries[0], 0), drawn[0])
+@pytest.mark.parametrize("method", ["sentinel", "paper"])
+def test_what_the_sender_had_received_is_asked_for_by_the_method_that_uses_it(method: Any) -> None:
+    verifier = BoundaryVerifier(Boundary(1, Direction.ACTIVATION), Verification(method=method))
+    projected = verifier.project(torch.ones(SAMPLES, POSITIONS, CHANNELS))
+    assert (projected is None) == (method == "paper")
+    assert projected is None or projected.shape == (SAMPLES, POSITIONS, CHANNELS)
 
 
-@pytest.mark.parametrize("seed", [0, 2**32, 2**63 - 1])
-def test_a_secret_seed_may_be_as_long_as_an_integer(seed: int) -> None:
-    verifier, stream = BoundaryVerifier(Boundary(0, Direction.ACTIVATION), Verification(seed=seed)), Honest(Direction.ACTIVATION, 0)
-    for _ in range(2):
-        rows = verifier.inspect(stream.signal(), NO).rows
-        verifier.learn(verifier.contribution(NO), rows[:, : len(FEATURES)])
-    assert rows.isfinite().all()
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("name", ["negated", "permuted", "replayed", "zeros"])
+def test_what_does_not_follow_from_its_input_is_flagged(direction: Direction, name: str) -> None:
+    rig = Rig(direction, with_input=True, warmup_steps=20)
+    rig.run(25)
+    for _ in range(5):
+        signal = rig.stream.signal()
+        received = rig.received(signal)
+        tampered = {"negated": -signal, "permuted": signal.roll(1, 0), "replayed": rig.stream.signal(), "zeros": 0 * signal}
+        assert copy.deepcopy(rig.verifier).inspect(tampered[name], NO, received).flagged
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (4, 6, 8), (4, 8, 3, 2)], ids=str)
@@ -226,11 +235,18 @@ def test_a_secret_seed_may_be_as_long_as_an_integer(seed: int) -> None:
 def test_any_shape_and_precision(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     verifier, generator = BoundaryVerifier(Boundary(0, Direction.ACTIVATION), Verification(warmup_steps=6)), torch.Generator()
     generator.manual_seed(0)
+    kept: list[Tensor] = []
     for _ in range(12):
         rows = [verifier.inspect(torch.randn(shape, generator=generator).add(2).to(dtype), NO).rows for _ in range(4)]
-        verifier.learn(verifier.contribution(NO), torch.cat(rows)[:, : len(FEATURES)])
+        verifier.learn(verifier.contribution(YES, NO))
+        kept += [row[:, : len(FEATURES)] for row in rows]
+    window = FenceWindow(1, 64, watched(Verification()), 0.01, True)
+    values = torch.cat(kept)[16:]
+    window.add(values[None], torch.ones(1, len(values), dtype=torch.bool))
+    window.fit()
+    verifier.fences = window.fences.of(0)
     signal = torch.full(shape, -2.0, dtype=dtype)
-    assert verifier.inspect(signal, NO).flagged
+    assert values.isfinite().all() and verifier.inspect(signal, NO).flagged
     stand_in = verifier.substitute(signal)
     assert (stand_in.shape, stand_in.dtype) == (signal.shape, dtype)
 
@@ -254,16 +270,20 @@ def test_the_momentum_is_the_average_of_the_honest_means() -> None:
         signals = [rig.stream.signal() for _ in range(6)]
         for micro_batch in (signals[:3], signals[3:]):
             rig.verifier.inspect(torch.cat(micro_batch), torch.tensor([False] * 3))
-        rig.verifier.learn(rig.verifier.contribution(torch.tensor([False] * 3)), torch.zeros(0, len(FEATURES)))
+        rig.verifier.learn(rig.verifier.contribution(torch.tensor([True] * 3), torch.tensor([False] * 3)))
         mean = np.mean([signal.double().numpy().mean(axis=0) for signal in signals], axis=0)
         expected = mean if expected is None else 0.7 * expected + 0.3 * mean
-    np.testing.assert_allclose(rig.verifier.momentum.value.numpy(), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rig.verifier.references.momentum.value.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("direction", Direction)
 def test_each_direction_has_its_decay(direction: Direction) -> None:
     verifier = Rig(direction, beta_activation=0.6, beta_gradient=0.3).verifier
-    assert verifier.momentum.beta == {Direction.ACTIVATION: 0.6, Direction.GRADIENT: 0.3}[direction]
+    assert (
+        verifier.references.momentum.beta
+        == verifier.references.beta
+        == {Direction.ACTIVATION: 0.6, Direction.GRADIENT: 0.3}[direction]
+    )
 
 
 def _non_finite(verifier: BoundaryVerifier, positions: int = POSITIONS) -> None:
@@ -295,7 +315,9 @@ def test_flagged_and_tainted_signals_teach_nothing(rigs: Callable[..., Rig], oth
 
 def test_cleared_replicas_count_with_all_their_finite_means(rigs: Callable[..., Rig]) -> None:
     rig = rigs()
-    near = [rig.verifier.momentum.value + torch.zeros(SAMPLES, 1, 1) + 0.1 * rig.stream.noise(SAMPLES, POSITIONS, CHANNELS)]
+    near = [
+        rig.verifier.references.momentum.value + torch.zeros(SAMPLES, 1, 1) + 0.1 * rig.stream.noise(SAMPLES, POSITIONS, CHANNELS)
+    ]
     far = [torch.full((SAMPLES, POSITIONS, CHANNELS), value) for value in (50.0, -70.0)]
     broken = torch.full((SAMPLES, POSITIONS, CHANNELS), math.nan)
     honest = [rig.stream.signal() for _ in range(3)]
@@ -308,10 +330,11 @@ def test_cleared_replicas_count_with_all_their_finite_means(rigs: Callable[..., 
                 _, flagged = inspect_one(verifier, replica, signal)
                 if not flagged or (replica in cleared and signal.isfinite().all()):
                     kept.append(signal.double().numpy().mean(axis=0))
-        step = verifier.contribution(torch.tensor([replica in cleared for replica in range(REPLICAS)]))
-        np.testing.assert_allclose(step.total.numpy(), np.sum(kept, axis=0), rtol=1e-4, atol=1e-4)
-        assert step.count.tolist() == [len(kept)] * POSITIONS
-        return step.total.numpy(), step.count.tolist()
+        step = verifier.contribution(~NOBODY, torch.tensor([replica in cleared for replica in range(REPLICAS)]))
+        total, count = step.positions.total.numpy(), step.positions.count.tolist()
+        np.testing.assert_allclose(total, np.sum(kept, axis=0), rtol=1e-4, atol=1e-4)
+        assert count == [len(kept)] * POSITIONS and step.signals.item() == len(kept)
+        return total, count
 
     none, first, both = contribution([]), contribution([0]), contribution([0, 1])
     np.testing.assert_allclose(first[0] - none[0], 50, atol=1e-3)
@@ -327,7 +350,28 @@ def test_a_sum_of_flagged_means_that_overflows_stays_out(rigs: Callable[..., Rig
     for _ in range(20):
         flagged = rig.verifier.inspect(torch.cat((honest, loud)), torch.tensor([False, False])).flagged
         assert flagged.tolist() == [False, True]
-    assert rig.verifier.contribution(torch.tensor([False, False])).total.isfinite().all()
+    step = rig.verifier.contribution(torch.tensor([True, True]), torch.tensor([False, False]))
+    assert step.positions.total.isfinite().all() and step.statistics.isfinite().all()
+
+
+def test_senders_whose_unflagged_signals_do_not_count_are_left_out(rigs: Callable[..., Rig]) -> None:
+    rig = rigs()
+    signals = [rig.stream.signal() for _ in range(REPLICAS)]
+    rig.verifier.inspect(torch.cat(signals), NOBODY)
+    step = rig.verifier.contribution(torch.tensor([True, False, True, False]), NOBODY)
+    expected = (signals[0].mean(dim=0) + signals[2].mean(dim=0)).numpy()
+    np.testing.assert_allclose(step.positions.total.numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert step.signals.item() == 2
+
+
+def test_a_step_that_is_done_again_teaches_once(rigs: Callable[..., Rig]) -> None:
+    once, twice = rigs(), rigs()
+    twice.verifier.inspect(torch.cat([100 * once.stream.mean.expand(SAMPLES, -1, -1)] * REPLICAS), NOBODY)
+    twice.verifier.forget_step()
+    with pytest.raises(RuntimeError, match="nothing to contribute"):
+        twice.verifier.contribution(~NOBODY, NOBODY)
+    assert torch.equal(once.step(), twice.step())
+    assert_same_state(once.verifier, twice.verifier)
 
 
 # --- Several senders at once
@@ -357,57 +401,49 @@ def test_senders_at_once_are_verifiers_of_one_sender_each(shape: tuple[int, ...]
     def verifier() -> BoundaryVerifier:
         return BoundaryVerifier(Boundary(0, direction), Verification(warmup_steps=8))
 
+    def close(one: Tensor, other: Tensor) -> None:
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3, equal_nan=True)
+
     together, apart, generator = verifier(), [verifier() for _ in range(3)], torch.Generator().manual_seed(4)
-    seen = torch.zeros(3, dtype=torch.long)
-    for step in range(20):
+    window, seen = FenceWindow(1, 128, watched(Verification()), 0.01, True), torch.zeros(3, dtype=torch.long)
+    for step in range(14):
         honest = []
         for micro_batch in range(MICRO_BATCHES):
             signals = one_of_each(shape, dtype, generator, step, micro_batch)
             tainted = torch.tensor([False, False, step % 5 == 3])
             rows, flagged = together.inspect(torch.cat(signals), tainted)
             singles = [one.inspect(signals[sender], tainted[sender : sender + 1]) for sender, one in enumerate(apart)]
-            assert torch.equal(rows, torch.cat([single.rows for single in singles]))
+            finite = rows[:, WORST] >= 0
+            close(rows[finite, : len(FEATURES)], torch.cat([single.rows for single in singles])[finite, : len(FEATURES)])
+            assert torch.equal(rows[:, FLAGGED:], torch.cat([single.rows for single in singles])[:, FLAGGED:])
             assert torch.equal(flagged, torch.cat([single.flagged for single in singles]))
-            honest.append(rows[~flagged & ~tainted, : len(FEATURES)])
+            honest.append(rows[~flagged & ~tainted & finite, : len(FEATURES)])
             seen += flagged
-        for sender, one in enumerate(apart):
-            for mine, its in zip(together._kept, one._kept):
-                assert torch.equal(mine.total[sender], its.total[0]) and torch.equal(mine.count[sender], its.count[0])
-        cleared = torch.tensor([True, step % 8 == 5, False])
-        whole = together.contribution(cleared)
-        parts = [one.contribution(cleared[sender : sender + 1]) for sender, one in enumerate(apart)]
+        unflagged, cleared = torch.tensor([True, step % 3 != 0, True]), torch.tensor([True, False, False])
+        whole = together.contribution(unflagged, cleared)
+        parts = [one.contribution(unflagged[i : i + 1], cleared[i : i + 1]) for i, one in enumerate(apart)]
         summed = parts[0] + parts[1] + parts[2]
-        assert torch.equal(whole.total, summed.total) and torch.equal(whole.count, summed.count)
-        together.learn(whole, torch.cat(honest))
-        for one in apart:
-            one.learn(summed, torch.cat(honest))
-            assert_same_state(together, one)
-    assert together.warmed_up and seen[1] >= 8
+        assert whole.signals == summed.signals and torch.equal(whole.positions.count, summed.positions.count)
+        close(whole.flat(), summed.flat())
+        values = torch.cat(honest)
+        if step > 2:
+            window.add(values[None], torch.ones(1, len(values), dtype=torch.bool))
+        if step >= 8:
+            window.fit()
+        for one in (together, *apart):
+            one.learn(whole)
+            one.fences = window.fences.of(0)
+        assert_same_state(together, apart[0])
+    assert seen[1] >= 6
 
 
 def test_a_contribution_is_asked_for_once() -> None:
     rig = Rig()
     rig.step()
-    with pytest.raises(RuntimeError, match=r"stage0/activation.*nothing to contribute"):
-        rig.verifier.contribution(NOBODY)
+    with pytest.raises(RuntimeError, match=r"stage1/activation.*nothing to contribute"):
+        rig.verifier.contribution(~NOBODY, NOBODY)
     rig.verifier.inspect(rig.stream.signal(), NO)
-    assert rig.verifier.contribution(NO).count.tolist() == [1] * POSITIONS
-
-
-def test_the_first_steps_of_the_momentum_stay_out_of_the_window() -> None:
-    rig = Rig(warmup_steps=50)
-    rig.run(10)
-    assert len(rig.verifier.window) == 0
-    rows = rig.step()
-    assert torch.equal(rig.verifier.window, rows[:, : len(FEATURES)])
-
-
-def test_the_window_holds_the_latest_values() -> None:
-    rig = Rig(warmup_steps=2, window=20)
-    rows = rig.run(9)
-    honest = rows[1:].flatten(0, 1)
-    honest = honest[~honest[:, FLAGGED].bool()]
-    assert torch.equal(rig.verifier.window, honest[-20:, : len(FEATURES)])
+    assert rig.verifier.contribution(YES, NO).positions.count.tolist() == [1] * POSITIONS
 
 
 @pytest.mark.parametrize("longer", [_tainted, _non_finite, _far_out])
@@ -416,11 +452,19 @@ def test_positions_that_nobody_honest_sent_are_not_compared(rigs: Callable[..., 
     rig, positions = rigs(), 2 * POSITIONS
     honest = torch.cat((rig.stream.mean, rig.stream.mean)) + rig.stream.noise(SAMPLES, positions, CHANNELS)
     before = rig.score(honest)
-    assert before <= 1
     longer(rig.verifier, positions)
-    rig.verifier.contribution(NOBODY)
-    rig.verifier.learn(None, torch.zeros(0, len(FEATURES)))
+    rig.verifier.contribution(~NOBODY, NOBODY)
+    rig.verifier.learn(None)
     assert rig.score(honest) == pytest.approx(before, rel=1e-3)
+
+
+@pytest.mark.xfail(strict=True, reason="in the warm-up values whose squares overflow are honest, and make references NaN for good")
+def test_values_whose_squares_overflow_are_not_learned() -> None:
+    rig = Rig()
+    rig.run(2)
+    rig.verifier.inspect(1e25 * rig.stream.signal(), NO)
+    rig.verifier.learn(rig.verifier.contribution(YES, NO))
+    assert all(value.isfinite().all() for value in rig.verifier.state_dict().values())
 
 
 # --- Stand-ins
@@ -436,7 +480,7 @@ def test_stand_ins() -> None:
         if direction is Direction.GRADIENT:
             assert not stand_in.any()
         else:
-            assert torch.equal(stand_in, rig.verifier.momentum.value.expand(SAMPLES, -1, -1))
+            assert torch.equal(stand_in, rig.verifier.references.momentum.value.expand(SAMPLES, -1, -1))
 
 
 def test_the_stand_in_of_an_activation_is_not_flagged_as_too_far(rigs: Callable[..., Rig]) -> None:
@@ -447,30 +491,27 @@ def test_the_stand_in_of_an_activation_is_not_flagged_as_too_far(rigs: Callable[
 # --- State
 
 
-def tensors_of(verifier: BoundaryVerifier) -> dict[str, Tensor]:
-    state = dict(verifier.state_dict())
-    return state | {f"fences.{name}": getattr(verifier.fences, name) for name in ("lower", "centre", "upper")}
-
-
 def assert_same_state(one: BoundaryVerifier, other: BoundaryVerifier) -> None:
-    mine, theirs = tensors_of(one), tensors_of(other)
+    mine, theirs = one.state_dict(), other.state_dict()
     assert mine.keys() == theirs.keys()
     for name in mine:
         assert torch.equal(mine[name], theirs[name]), name
 
 
+@pytest.mark.parametrize("with_input", [False, True])
 @pytest.mark.parametrize("direction", Direction)
-@pytest.mark.parametrize("steps", [0, 1, 30, WARMUP, WARMUP + 5])
-def test_a_loaded_verifier_goes_on_identically(direction: Direction, steps: int) -> None:
-    rig, twin = Rig(direction), Rig(direction)
+@pytest.mark.parametrize("steps", [0, 1, 8])
+def test_a_loaded_verifier_goes_on_identically(direction: Direction, steps: int, with_input: bool) -> None:
+    rig, twin = (Rig(direction, with_input=with_input, warmup_steps=6) for _ in range(2))
     rig.run(steps)
     file = io.BytesIO()
     torch.save(rig.verifier.state_dict(), file)
     file.seek(0)
     twin.verifier.load_state_dict(torch.load(file, weights_only=True))
+    twin.window, twin.steps, twin.verifier.fences = copy.deepcopy(rig.window), rig.steps, rig.verifier.fences
     assert_same_state(rig.verifier, twin.verifier)
     rig.stream, twin.stream = Honest(direction, 5), Honest(direction, 5)
-    assert torch.equal(rig.run(6), twin.run(6))
+    assert torch.equal(rig.run(4), twin.run(4))
     assert_same_state(rig.verifier, twin.verifier)
 
 
@@ -489,19 +530,30 @@ def storages(thing: object) -> Iterator[tuple[int, int]]:
 
 
 def test_memory_does_not_grow_with_steps() -> None:
-    window, projections, f = 24, 4, len(FEATURES)
-    rig = Rig(warmup_steps=2, window=window, projections=projections)
-    sizes = []
+    rig, sizes = Rig(warmup_steps=2, with_input=True), []
     for _ in range(3):
-        rig.run(30)
+        rig.run(8)
         sizes.append(sum(dict(storages(rig.verifier)).values()))
         state = rig.verifier.state_dict()
-        assert sum(t.numel() for t in state.values()) == POSITIONS * CHANNELS + POSITIONS + window * f + 1
-    momentum = POSITIONS * CHANNELS * 4 + POSITIONS
-    # The window may share memory with the rows that it last let go, and the centre of the fences with the quartiles.
-    most = momentum + (window + REPLICAS * MICRO_BATCHES) * f * 4 + CHANNELS * projections * 4 + 6 * f * 4
-    assert sizes[0] == pytest.approx(sizes[2], abs=REPLICAS * MICRO_BATCHES * f * 4)
-    assert max(sizes) <= most
+        regression = (3 * CHANNELS + 1) * (3 * CHANNELS + 1 + CHANNELS)
+        moments = CHANNELS + CHANNELS * CHANNELS + 4 * 7
+        assert sum(t.numel() for t in state.values()) == POSITIONS * CHANNELS + POSITIONS + moments + regression + 1
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_the_state_of_a_wide_verifier_is_small_beside_its_signals(direction: Direction) -> None:
+    samples, positions, channels = 8, 64, 256
+    verifier = BoundaryVerifier(Boundary(1, direction), Verification())
+    signal = torch.randn(samples, positions, channels, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        verifier.inspect(signal, NO, verifier.project(0.9 * signal))
+        verifier.learn(verifier.contribution(YES, NO))
+    one_signal = signal.numel() * signal.element_size()
+    assert sum(value.numel() * value.element_size() for value in verifier.state_dict().values()) <= one_signal
+    assert sum(dict(storages(verifier)).values()) <= 4 * one_signal
+    verifier.inspect(signal, NO, verifier.project(0.9 * signal))  # In the middle of a step it keeps more.
+    assert sum(dict(storages(verifier)).values()) <= 4 * one_signal
 
 
 # --- No waiting for a device
@@ -554,39 +606,45 @@ def test_the_trap_closes(reads: Callable[[Tensor], Any], monkeypatch: pytest.Mon
         reads(torch.ones(3))
 
 
+@pytest.mark.parametrize("with_input", [False, True])
 @pytest.mark.parametrize("direction", Direction)
-@pytest.mark.parametrize("steps", [0, 1, WARMUP + 5])
-def test_a_receipt_reads_nothing_back(
-    rigs: Callable[..., Rig], direction: Direction, steps: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("steps", [0, 1, 20])
+def test_a_receipt_and_what_it_teaches_read_nothing_back(
+    direction: Direction, steps: int, with_input: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig = rigs(direction) if steps > WARMUP else Rig(direction)
-    if steps <= WARMUP:
-        rig.run(steps)
+    rig = Rig(direction, with_input=with_input, warmup_steps=16)
+    rig.run(steps)
     honest = rig.stream.signal()
     signals = [torch.cat((honest, honest * 100)), torch.cat((honest * math.nan, honest))]
+    inputs = torch.cat((0.9 * honest, 0.9 * honest))
     taints, cleared = [torch.tensor([False, False]), torch.tensor([False, True])], torch.tensor([True, False])
     results: list[Inspection] = []
     with no_readback(monkeypatch):
         for signal, tainted in zip(signals, taints):
-            results.append(rig.verifier.inspect(signal, tainted))
+            received = rig.verifier.project(inputs) if with_input else None
+            results.append(rig.verifier.inspect(signal, tainted, received))
             rig.verifier.substitute(signal)
-        rig.verifier.contribution(cleared)
-    assert torch.cat([result.flagged for result in results]).tolist() == [False, steps > WARMUP, True, False]
+        rig.verifier.learn(rig.verifier.contribution(cleared, cleared))
+    flagged = torch.cat([result.flagged for result in results])
+    assert flagged[2] and not flagged[3] and flagged[1] == (steps > 16)
 
 
+@pytest.mark.parametrize("method", ["sentinel", "paper"])
 @pytest.mark.parametrize("direction", Direction)
 @pytest.mark.parametrize(("device", "mode"), [("cpu", FakeTensorMode), ("meta", nullcontext)], ids=["fake", "meta"])
-def test_a_receipt_needs_no_values_at_all(device: str, mode: Callable[[], Any], direction: Direction) -> None:
+def test_a_receipt_needs_no_values_at_all(device: str, mode: Callable[[], Any], direction: Direction, method: Any) -> None:
     # Neither kind of tensor has values, so that any branch on one raises; on the meta device mixing it with the host does, too.
     with mode():
-        verifier = BoundaryVerifier(Boundary(0, direction), Verification(warmup_steps=1), device)
-        for _ in range(4):
+        verifier = BoundaryVerifier(Boundary(0, direction), Verification(method=method), device)
+        for step in range(3):
             for _ in range(MICRO_BATCHES):
                 signals = torch.empty(2 * SAMPLES, POSITIONS, CHANNELS, device=device)
                 tainted = torch.empty(2, dtype=torch.bool, device=device)
-                rows, flagged = verifier.inspect(signals, tainted)
+                rows, flagged = verifier.inspect(signals, tainted, verifier.project(signals))
                 assert (rows.shape, flagged.shape, flagged.dtype) == ((2, len(COLUMNS)), (2,), torch.bool)
                 assert rows.device.type == flagged.device.type == device
                 assert verifier.substitute(signals).device == signals.device
-            verifier.learn(verifier.contribution(torch.empty(2, dtype=torch.bool, device=device)), torch.rand(8, len(FEATURES)))
-        assert verifier.warmed_up and len(verifier.window) == 24
+            chosen = torch.empty(2, dtype=torch.bool, device=device)
+            verifier.learn(verifier.contribution(chosen, chosen))
+            verifier.fences = Fences.open(len(FEATURES)).to(device)
+            assert verifier.references.updates == step + 1
