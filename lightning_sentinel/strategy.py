@@ -44,6 +44,7 @@ from lightning_sentinel.pipeline.support import refuse_unsupported, require_opti
 from lightning_sentinel.pipeline.transport import Transport
 from lightning_sentinel.pipeline.virtual import VirtualEngine
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
+from lightning_sentinel.wiring import Wiring
 
 __all__ = ["SentinelStrategy"]
 
@@ -116,8 +117,8 @@ class SentinelStrategy(StageCheckpoints):
             raise ConfigurationError(f"transport={transport!r} is unknown. Use 'auto', 'device' or 'host'.")
         if response.audit_rate is not None and engine == "process":
             raise ConfigurationError(
-                f"Response(audit_rate={response.audit_rate}) needs engine='virtual': between processes nothing is recomputed yet. Use"
-                " audit_rate=None, which bans after flags alone."
+                f"Response(audit_rate={response.audit_rate}) needs engine='virtual': between processes nothing is recomputed yet."
+                " Use audit_rate=None, which bans after flags alone."
             )
         if zero_stage != 0:
             raise ConfigurationError(
@@ -133,6 +134,8 @@ class SentinelStrategy(StageCheckpoints):
         """Everything that was flagged and not cleared, in order."""
         self.table: SignalTable | None = None
         """All signals of the last training batch with their scores."""
+        self.wiring: Wiring | None = None
+        """Who served which lane of the last training batch."""
         self.adversary: Adversary | None = None
         """A simulated attacker, set by :class:`AttackInjector`."""
         self.step = 0
@@ -295,7 +298,7 @@ class SentinelStrategy(StageCheckpoints):
                 self._shares.add(None, outcome.weights)
                 return outcome
             verdict = ruling.verdict
-            self.table = verdict.table
+            self.table, self.wiring = verdict.table, ruling.wiring
             self.detections += verdict.detections
             self._announce(verdict.detections, ruling.banned)
             if not ruling.redo:

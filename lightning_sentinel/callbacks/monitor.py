@@ -56,9 +56,9 @@ class SentinelMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         strategy = _strategy(trainer)
-        if strategy.table is None:
+        if strategy.table is None or strategy.wiring is None:
             return
-        scores = strategy.table.worker_scores(strategy.mesh)
+        scores = strategy.table.worker_scores(strategy.mesh, strategy.wiring)
         self.anomaly_score.update(scores)
         values = {"sentinel/anomaly_score": nanmax(scores.flatten())}
         for boundary in strategy.mesh.boundaries:

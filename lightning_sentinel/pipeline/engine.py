@@ -33,6 +33,7 @@ from lightning_sentinel.pipeline.predictions import share_predictions
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
 from lightning_sentinel.pipeline.transport import Transport
 from lightning_sentinel.verification import COLUMNS
+from lightning_sentinel.verification.projection import Projection
 
 __all__ = ["SentinelEngine"]
 
@@ -266,7 +267,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         tainted, before = self.pipe_buffers["taints"][buffer_id], self._mesh.before(boundary)
         received = None
         if before is not None and self.guard.compares_inputs:
-            received = self._transport.receive_note(self.grid.stage_to_global(before.sender))
+            received = Projection(*self._transport.receive_note(self.grid.stage_to_global(before.sender)))
         signal, tainted = self.guard.receive(boundary, signal, tainted.view(1), received)
         self.pipe_buffers["taints"][buffer_id] = tainted[0]
         return signal
@@ -297,7 +298,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         if self.guard is not None and after is not None and self._step_name == "training_step":
             note = self.guard.project(after, signal)
             if note is not None:
-                self._transport.send_note(note, self.grid.stage_to_global(after.receiver))
+                self._transport.send_note(note.values, note.channels, self.grid.stage_to_global(after.receiver))
 
     _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
         ds_schedule.LoadMicroBatch: _exec_load_micro_batch,

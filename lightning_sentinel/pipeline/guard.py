@@ -30,7 +30,7 @@ from lightning_sentinel.verification import (
 from lightning_sentinel.verification.audit import AuditSchedule
 from lightning_sentinel.verification.calibration import Assessment
 from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS
-from lightning_sentinel.verification.projection import SecretDirections
+from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.references import Contribution
 from lightning_sentinel.wiring import Wiring
 
@@ -47,11 +47,13 @@ class Ruling(NamedTuple):
         verdict: what its table means.
         banned: the workers that it bans.
         redo: whether the step is to be done again without them: its gradients hold what they sent.
+        wiring: who served which lane.
     """
 
     verdict: StepVerdict
     banned: list[Worker]
     redo: bool
+    wiring: Wiring
 
 
 class Guard:
@@ -120,7 +122,7 @@ class Guard:
         live = self.wiring(step).live
         return torch.tensor([not live[lane] for lane in self._lanes], device=self._device)
 
-    def project(self, boundary: Boundary, signal: Tensor) -> Tensor | None:
+    def project(self, boundary: Boundary, signal: Tensor) -> Projection | None:
         """A signal as those who verify ``boundary`` are to know it: what its senders had received, along secret directions.
 
         ``None`` if the method does not ask for it.
@@ -132,7 +134,7 @@ class Guard:
         return self._secrets[boundary].project(signal)
 
     def receive(
-        self, boundary: Boundary, signals: Tensor, tainted: Tensor, received: Tensor | None = None
+        self, boundary: Boundary, signals: Tensor, tainted: Tensor, received: Projection | None = None
     ) -> tuple[Tensor, Tensor]:
         """Verify what the neighbours sent; to be called in the order of micro-batches.
 
@@ -178,15 +180,15 @@ class Guard:
         wiring = self.wiring(step)
         self._require_a_pipeline(wiring, step)
         assessment = self._assess(table, wiring)
-        height = self.calibration.drift.height
         if audit is not None:
             drawn = self._draw(step, table)
-            verdict = judge_with_audits(table, assessment, height > ALARM, drawn, audit, self._mesh, wiring, step)
+            drifting = self.calibration.drifting(ALARM, wiring)
+            verdict = judge_with_audits(table, assessment, drifting, drawn, audit, self._mesh, wiring, step)
             exonerated = Counter(detection.worker for detection in verdict.detections if detection.confirmed is False)
             banned = self.ledger.record_audits(step, verdict.audits, verdict.flagged, exonerated)
         else:
             exclude = self._response.on_flag == "exclude"
-            drifting = height > ALARM_WITHOUT_AUDITS
+            drifting = self.calibration.drifting(ALARM_WITHOUT_AUDITS, wiring)
             verdict = judge(table, assessment, drifting, self._mesh, wiring, step, exclude)
             banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified)
         self._require_a_pipeline(self.wiring(step), step)
@@ -196,7 +198,10 @@ class Guard:
                 verifier.forget_step()
         else:
             self._learn(table, verdict, assessment, sum_over_replicas)
-        return Ruling(verdict, banned, redo)
+            self.calibration.learn(verdict.table, verdict.honest, assessment, wiring)
+            self.calibration.exonerate(verdict.cleared, wiring)
+            self._put_fences()
+        return Ruling(verdict, banned, redo, wiring)
 
     def _draw(self, step: int, table: SignalTable) -> Tensor:
         """Random audits: none in a step that is done again."""
@@ -242,16 +247,13 @@ class Guard:
                 summed[boundary] = Contribution.from_flat(part, mine)
         for boundary, verifier in self.verifiers.items():
             verifier.learn(summed.get(boundary))
-        self.calibration.learn(verdict.table, verdict.honest, assessment)
-        self.calibration.drift.reset(verdict.cleared)
-        self._put_fences()
 
     def _put_fences(self) -> None:
         for boundary, verifier in self.verifiers.items():
             verifier.fences = self.calibration.fences_at_receipt(self._indices[boundary]).to(self._device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was learned about the boundaries that this process guards, keyed by boundary, and how far random audits have come."""
+        """What was learned about the boundaries that this process guards, keyed by boundary, and how far audits have come."""
         learned = {
             f"{boundary.name}/{name}": value
             for boundary, verifier in self.verifiers.items()
@@ -276,5 +278,4 @@ class Guard:
                     self.verifiers[boundary].load_state_dict(mine)
         if self._schedule is not None and "audits/rounds" in state:
             self._schedule.rounds = float(state["audits/rounds"])
-        self.calibration.fit()
         self._put_fences()

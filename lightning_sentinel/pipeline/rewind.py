@@ -11,32 +11,36 @@ __all__ = ["Rewind"]
 
 
 class Rewind:
-    """Remembers the gradients and the random numbers of this moment, and brings them back when it is called.
+    """Remembers the gradients, the buffers and the random numbers of this moment, and brings them back when it is called, once.
 
     Weights need no remembering: the optimizer steps only after the verdict. Gradients are copied only where there are any, which is
     so when several batches are accumulated into one step.
 
     Args:
         parameters: whose gradients.
+        buffers: what a forward pass may change, such as the statistics of a BatchNorm.
         device: where the computation draws random numbers.
 
     Example:
-        >>> rewind = Rewind([], torch.device("cpu"))
+        >>> rewind = Rewind([], [], torch.device("cpu"))
         >>> first = torch.rand(1)
         >>> rewind()
         >>> bool(first == torch.rand(1))
         True
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor], device: torch.device) -> None:
         self._parameters, self._device = list(parameters), device
         self._gradients: list[Tensor | None] = [None if p.grad is None else p.grad.clone() for p in self._parameters]
+        self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
         self._random = torch.get_rng_state()
         self._random_on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def __call__(self) -> None:
         for parameter, gradient in zip(self._parameters, self._gradients):
             parameter.grad = gradient
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
         torch.set_rng_state(self._random)
         if self._random_on_device is not None:
             torch.cuda.set_rng_state(self._random_on_device, self._device)

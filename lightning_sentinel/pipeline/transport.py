@@ -68,7 +68,7 @@ class Transport:
             the signal, in memory of its own, and the 0-dim bool taint.
         """
         if like is None:
-            shape, dtype = self._read_header(rank)
+            shape, dtype, _ = self._read_header(rank)
         else:
             shape, dtype = tuple(like.shape), like.dtype
         message = torch.empty(math.prod(shape) + 1, dtype=dtype, device=self._wire)
@@ -77,21 +77,21 @@ class Transport:
         message = message.to(self._device)
         return message[:-1].view(shape), message[-1].bool()
 
-    def send_note(self, note: Tensor, rank: int) -> None:
-        """Send a tensor with its header, without waiting; :meth:`finish_notes` does."""
-        for message in (self._header(note), note.contiguous().to(self._wire)):
+    def send_note(self, note: Tensor, number: int, rank: int) -> None:
+        """Send a tensor, and a number with its header, without waiting; :meth:`finish_notes` does."""
+        for message in (self._header(note, number), note.contiguous().to(self._wire)):
             with _naming(rank):
                 work = dist.isend(message, rank)
             assert work is not None, "the default group has all ranks"
             self._under_way.append((rank, work, message))
 
-    def receive_note(self, rank: int) -> Tensor:
-        """Receive what :meth:`send_note` sent."""
-        shape, dtype = self._read_header(rank)
+    def receive_note(self, rank: int) -> tuple[Tensor, int]:
+        """Receive what :meth:`send_note` sent: the tensor and the number."""
+        shape, dtype, number = self._read_header(rank)
         note = torch.empty(shape, dtype=dtype, device=self._wire)
         with _naming(rank):
             dist.recv(note, rank)
-        return note.to(self._device)
+        return note.to(self._device), number
 
     def finish_notes(self) -> None:
         """Wait until all notes were taken; at the end of a schedule, when their receivers have asked for them."""
@@ -101,22 +101,22 @@ class Transport:
         self._under_way.clear()
 
     @staticmethod
-    def _header(signal: Tensor) -> Tensor:
+    def _header(signal: Tensor, number: int = 0) -> Tensor:
         if signal.dtype not in _DTYPES or signal.ndim > _MOST_AXES:
             raise PipelineModelError(
                 f"A stage returned a tensor of shape {tuple(signal.shape)} and dtype {signal.dtype}. Between stages travels one"
                 f" floating-point tensor with at most {_MOST_AXES} axes: end the stage at a layer that returns one."
             )
         sizes = list(signal.shape) + [0] * (_MOST_AXES - signal.ndim)
-        return torch.tensor([_DTYPES.index(signal.dtype), signal.ndim, *sizes])
+        return torch.tensor([_DTYPES.index(signal.dtype), number, signal.ndim, *sizes])
 
     @staticmethod
-    def _read_header(rank: int) -> tuple[tuple[int, ...], torch.dtype]:
-        header = torch.empty(2 + _MOST_AXES, dtype=torch.int64)
+    def _read_header(rank: int) -> tuple[tuple[int, ...], torch.dtype, int]:
+        header = torch.empty(3 + _MOST_AXES, dtype=torch.int64)
         with _naming(rank):
             dist.recv(header, rank)
-        dtype, axes, *sizes = header.tolist()
-        return tuple(sizes[:axes]), _DTYPES[dtype]
+        dtype, number, axes, *sizes = header.tolist()
+        return tuple(sizes[:axes]), _DTYPES[dtype], number
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients, scale_gradients
 from lightning_sentinel.pipeline.guard import Guard, Ruling
 from lightning_sentinel.pipeline.partition import StageModel
-from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
 from lightning_sentinel.pipeline.rewind import Rewind
+from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import relative_error, tolerance
 from lightning_sentinel.wiring import Wiring
@@ -73,6 +73,7 @@ class VirtualEngine:
         self._stages = [layers[parts[stage] : parts[stage + 1]] for stage in range(self._mesh.stages)]
         self._stage_parameters = [[p for layer in stage for p in layer.parameters()] for stage in self._stages]
         self._parameters = [parameter for stage in self._stage_parameters for parameter in stage]
+        self._buffers = [buffer for stage in self._stages for layer in stage for buffer in layer.buffers()]
         self._held = HeldGradients(self._parameters)
         self._wiring = Wiring.fixed(self._mesh)
         self._micro_batches = 0
@@ -89,7 +90,7 @@ class VirtualEngine:
         if self.guard is not None:
             self._wiring = self.guard.wiring(step)
             if self.guard.audits:
-                self._rewind = Rewind(self._parameters, self._device)
+                self._rewind = Rewind(self._parameters, self._buffers, self._device)
         losses = torch.zeros(2, device=self._device)
         for index in range(micro_batches):
             parts = [(replica[index], *arguments[1:]) for replica in replicas]

@@ -32,7 +32,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def relative_error(claimed: Tensor, recomputed: Tensor) -> Tensor:
-    """``norm(claimed - recomputed) / norm(recomputed)`` as a 0-dim tensor; zero if both are bit for bit the same, not finite or not.
+    """``norm(claimed - recomputed) / norm(recomputed)`` as a 0-dim tensor; zero if both are the same, finite or not.
 
     Example:
         >>> relative_error(torch.tensor([3.0, 8.0]), torch.tensor([3.0, 4.0]))
@@ -47,9 +47,9 @@ def relative_error(claimed: Tensor, recomputed: Tensor) -> Tensor:
 class AuditSchedule:
     """Which signals are audited whatever they look like.
 
-    Every place of the table (boundary, lane, micro-batch) is audited once in each ``1 / rate`` steps, at a step that is drawn from a
-    secret seed. So a worker that always lies is found after ``2 / rate`` steps at the latest, where independent draws would let some
-    go on for much longer; and it cannot know when, because it does not see what is recomputed.
+    Every place of the table (boundary, lane, micro-batch) is audited once in each ``1 / rate`` steps, at a step that is drawn from
+    a secret seed. So a worker that always lies is found after ``2 / rate`` steps at the latest, where independent draws would let
+    some go on for much longer; and it cannot know when, because it does not see what is recomputed.
 
     Where one lies, others may: for 30 steps after a ban the rate is three times as high.
 

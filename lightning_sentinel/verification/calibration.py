@@ -18,6 +18,7 @@ from lightning_sentinel.verification.features import FEATURES, watched
 from lightning_sentinel.verification.fences import Fences, FenceWindow
 from lightning_sentinel.verification.peers import comparable, less_median
 from lightning_sentinel.verification.table import MAX_SCORE, SignalTable
+from lightning_sentinel.wiring import Wiring
 
 __all__ = ["Assessment", "Calibration"]
 
@@ -112,16 +113,35 @@ class Calibration:
         boundaries, *inner = centred.shape
         return self.among_peers.fences.scores(centred.flatten(1, 2).movedim(1, 0)).movedim(0, 1).view(boundaries, *inner)
 
-    def learn(self, table: SignalTable, honest: Tensor, assessment: Assessment) -> None:
+    def drifting(self, limit: float, wiring: Wiring) -> Tensor:
+        """Whose cumulative sums are above ``limit``, ``(boundaries, lanes)`` bool."""
+        return self.drift.height.gather(1, self._senders(wiring)) > limit
+
+    def exonerate(self, senders: Tensor, wiring: Wiring) -> None:
+        """Forget the sums of senders ``(boundaries, lanes)`` bool: an audit has told what they are."""
+        workers = torch.zeros_like(senders).scatter_reduce(1, self._senders(wiring), senders, "amax")
+        self.drift.reset(workers)
+
+    def _senders(self, wiring: Wiring) -> Tensor:
+        """Which replica serves a lane, ``(boundaries, lanes)``."""
+        rows = [wiring.serving[boundary.sender] for boundary in self._mesh.boundaries]
+        return torch.tensor(rows, dtype=torch.long).view(len(rows), self._mesh.replicas)
+
+    def learn(self, table: SignalTable, honest: Tensor, assessment: Assessment, wiring: Wiring) -> None:
         """Take in a step.
 
         Args:
+            table: of the step.
             honest: ``(boundaries, lanes, micro_batches)`` bool, signals to learn from.
+            assessment: of the table.
+            wiring: who served which lane.
         """
         if self.warmed_up:
-            # Only among peers: what one replica does alone may drift with the training.
-            self.drift.add(self._standard_scores(assessment.centred), honest & assessment.by_peers[:, None, None])
-        if self.steps >= min(_SETTLING_STEPS, self._config.warmup_steps // 2):
+            # Only among peers: what one replica does alone may drift with the training. Flagged or not: a drift that ends must be
+            # seen to end.
+            compared = assessment.valid & (assessment.worst >= 0) & assessment.by_peers[:, None, None]
+            self.drift.add(self._standard_scores(assessment.centred), compared, self._senders(wiring))
+        if self.steps >= max(1, min(_SETTLING_STEPS, self._config.warmup_steps // 2)):
             self.alone.add((table.features - self.trend.nan_to_num()[:, None, None]).flatten(1, 2), honest.flatten(1))
             # During the warm-up nobody lies, so all replicas can be compared with each other.
             peers = honest & (assessment.by_peers | (not self.warmed_up))[:, None, None]
@@ -149,23 +169,23 @@ class Calibration:
 
     def _standard_scores(self, centred: Tensor) -> Tensor:
         fences = self.among_peers.fences
-        return (centred - fences.centre[:, None, None]) / fences.sigma[:, None, None]
+        return (centred - fences.mean[:, None, None]) / fences.sigma[:, None, None]
 
     def state_of(self, boundary: int) -> dict[str, Tensor]:
-        """What is known of one boundary, tensors only; the fences follow from the windows."""
-        windows = {"alone": self.alone, "among_peers": self.among_peers}
+        """What is known of one boundary: tensors only, with memory of their own."""
         state = {
             "steps": torch.tensor(self.steps),
-            "trend": self.trend[boundary],
-            "drift": self.drift.sums[:, boundary],
+            "trend": self.trend[boundary].clone(),
+            "drift": self.drift.sums[:, boundary].clone(),
         }
-        for name, window in windows.items():
-            state |= {f"{name}.values": window.remembered(boundary), f"{name}.place": window.places[boundary]}
+        for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
+            state |= {f"{name}.{key}": value for key, value in window.state_of(boundary).items()}
         return state
 
     def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
-        """Load one boundary; the caller fits the fences when all are loaded."""
+        """Load one boundary. Cumulative sums of a mesh with another number of replicas are left out: they are of other workers."""
         self.steps, self.trend[boundary] = int(state["steps"]), state["trend"].cpu()
-        self.drift.sums[:, boundary] = state["drift"].cpu()
+        if state["drift"].shape == self.drift.sums[:, boundary].shape:
+            self.drift.sums[:, boundary] = state["drift"].cpu()
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
-            window.restore(boundary, state[f"{name}.values"].cpu(), state[f"{name}.place"].cpu())
+            window.load_state_of(boundary, {key: state[f"{name}.{key}"].cpu() for key in ("values", "place", "fences")})

@@ -11,45 +11,68 @@ number of positions, the means of samples take the place of tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["consistency_features", "consistency_statistics", "paired", "ridge_weights"]
+__all__ = ["Pair", "consistency_features", "consistency_statistics", "paired", "ridge_weights"]
 
 _TINY = 1e-12
 _PREDICTED = 16
 _RIDGE = 1e-3
 
 
-def paired(sent: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of both that belong together, ``(S, N, K)`` and ``(S, N, 3 K')``, in units of the received tokens' rms.
+class Pair(NamedTuple):
+    """What senders sent beside what they had received, token by token, in units of the received tokens' rms.
 
-    The second has each received token, the one before it, and the mean of its sample.
+    Args:
+        sent: ``(S, N, K)``.
+        inputs: ``(S, N, 3 K')``: the received token, the one before it, and the mean of its sample.
+        comparable: whether both have the same channels, so that what was sent is what was received plus a change.
+    """
+
+    sent: Tensor
+    inputs: Tensor
+    comparable: bool
+
+    @property
+    def received(self) -> Tensor:
+        return self.inputs[..., : self.inputs.shape[-1] // 3]
+
+    @property
+    def targets(self) -> Tensor:
+        """What is predicted, ``(S, N, 16)``: some directions of the change, or of what was sent."""
+        return (self.sent - self.received if self.comparable else self.sent)[..., :_PREDICTED]
+
+    @property
+    def predictors(self) -> Tensor:
+        """What it is predicted from, ``(S, N, 3 K' + 1)``."""
+        return torch.nn.functional.pad(self.inputs, (0, 1), value=1.0)
+
+
+def paired(sent: Tensor, received: Tensor, same_channels: bool) -> Pair:
+    """Bring together what belongs together.
 
     Args:
         sent: ``(S, B, T, K)``, projected.
         received: ``(S, B, T', K')``, projected.
+        same_channels: whether the signals themselves have as many channels.
     """
     if sent.shape[2] != received.shape[2]:
         sent, received = sent.mean(dim=2, keepdim=True), received.mean(dim=2, keepdim=True)
-    scale = received.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-30
+    scale = _or_one(received.square().mean(dim=(1, 2, 3), keepdim=True).sqrt())
     sent, received = sent / scale, received / scale
     before = received.roll(1, dims=2)
     context = received.mean(dim=2, keepdim=True).expand_as(received)
-    return sent.flatten(1, 2), torch.cat((received, before, context), dim=-1).flatten(1, 2)
+    return Pair(sent.flatten(1, 2), torch.cat((received, before, context), dim=-1).flatten(1, 2), same_channels)
 
 
-def consistency_statistics(sent: Tensor, inputs: Tensor) -> dict[str, Tensor]:
-    """What the ridge regression is made of: mean products ``inputs' inputs`` and ``inputs' targets``, flat for each sender.
-
-    Args:
-        sent: ``(S, N, K)``, from :func:`paired`.
-        inputs: ``(S, N, 3 K')``, from :func:`paired`.
-    """
-    predictors, targets = _regression(sent, inputs)
+def consistency_statistics(pair: Pair) -> dict[str, Tensor]:
+    """What the ridge regression is made of: mean products of predictors with themselves and with targets, flat for each sender."""
+    predictors = pair.predictors
     transposed = predictors.transpose(1, 2) / predictors.shape[1]
-    return {"input_input": (transposed @ predictors).flatten(1), "input_target": (transposed @ targets).flatten(1)}
+    return {"input_input": (transposed @ predictors).flatten(1), "input_target": (transposed @ pair.targets).flatten(1)}
 
 
 def ridge_weights(references: Mapping[str, Tensor]) -> Tensor:
@@ -62,36 +85,36 @@ def ridge_weights(references: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.solve_ex(gram + ridge * eye, references["input_target"].view(size, -1)).result
 
 
-def consistency_features(sent: Tensor, inputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def consistency_features(pair: Pair, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The features of the family ``input_output``, ``(S, 4)``, and of the worst token, ``(S, 2)``.
 
     Args:
-        sent: ``(S, N, K)``, from :func:`paired`.
-        inputs: ``(S, N, 3 K')``, from :func:`paired`.
+        pair: from :func:`paired`.
         weights: from :func:`ridge_weights`.
     """
-    predictors, targets = _regression(sent, inputs)
-    error = torch.linalg.vector_norm(targets - predictors @ weights, dim=-1)
+    sent, received, targets = pair.sent, pair.received, pair.targets
+    error = torch.linalg.vector_norm(targets - pair.predictors @ weights, dim=-1)
     error_rms = error.square().mean(dim=1).sqrt()
-    target_rms = torch.linalg.vector_norm(targets, dim=(1, 2)) / targets.shape[1] ** 0.5
-    residual = (error_rms / (target_rms + 1e-30) + _TINY).log()
-    peak_residual = (error.amax(dim=1) / (error_rms + 1e-30) + _TINY).log()
-    channels = inputs.shape[-1] // 3
-    received = inputs[..., :channels]
-    received_norm = torch.linalg.vector_norm(received, dim=(1, 2)) / received.shape[2] ** 0.5 + 1e-30
-    gain = (torch.linalg.vector_norm(sent, dim=(1, 2)) / sent.shape[2] ** 0.5 / received_norm + _TINY).log()
-    if channels == sent.shape[-1]:
-        cosines = torch.nn.functional.cosine_similarity(sent, received, dim=-1, eps=1e-30)
+    residual = (error_rms / _or_one(_rms(targets)) + _TINY).log()
+    peak_residual = (error.amax(dim=1) / _or_one(error_rms) + _TINY).log()
+    # Per channel, because there may be more of them on one side.
+    received_rms = _or_one(_rms(received) / received.shape[-1] ** 0.5)
+    gain = (_rms(sent) / sent.shape[-1] ** 0.5 / received_rms + _TINY).log()
+    if pair.comparable:
+        cosines = torch.nn.functional.cosine_similarity(sent, received, dim=-1, eps=_TINY)
         # Honest cosines are close to one: on a logarithmic scale they spread evenly.
         cosine, lowest = (1 - torch.stack((cosines.mean(dim=1), cosines.amin(dim=1))) + 1e-6).log()
-        difference = torch.linalg.vector_norm(sent - received, dim=(1, 2)) / received.shape[2] ** 0.5
-        change = (difference / received_norm + _TINY).log()
+        change = (_rms(sent - received) / received.shape[-1] ** 0.5 / received_rms + _TINY).log()
     else:
         cosine = lowest = change = torch.zeros_like(residual)
     return torch.stack((cosine, gain, change, residual), dim=-1), torch.stack((lowest, peak_residual), dim=-1)
 
 
-def _regression(sent: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    channels = inputs.shape[-1] // 3
-    targets = sent - inputs[..., :channels] if channels == sent.shape[-1] else sent
-    return torch.nn.functional.pad(inputs, (0, 1), value=1.0), targets[..., :_PREDICTED]
+def _rms(tokens: Tensor) -> Tensor:
+    """Root of the mean squared norm of tokens, ``(S, N, K)`` to ``(S,)``."""
+    return torch.linalg.vector_norm(tokens, dim=(1, 2)) / tokens.shape[1] ** 0.5
+
+
+def _or_one(scale: Tensor) -> Tensor:
+    """A scale to divide by: where there is nothing at all, as after an excluded gradient, nothing is scaled."""
+    return torch.where(scale > 0, scale, 1.0)

@@ -18,44 +18,50 @@ _CLIP = 2.5
 class Cusum:
     """Two-sided CUSUM of every sender and feature (Page 1954): ``S <- max(0, S + z - slack)``, and the same of ``-z``.
 
-    ``z`` is the sum of a step's standard scores of a sender, each clipped to 2.5 because some features have long tails, over the root
-    of their number; the slack is 0.75.
+    ``z`` is the sum of a step's standard scores of a worker, each clipped to 2.5 because some features have long tails, over the
+    root of their number; the slack is 0.75. Sums belong to workers, whichever lanes they serve.
 
     Args:
         boundaries: how many.
-        lanes: senders of each.
+        workers: senders of each.
         features: how many.
 
     Example:
-        >>> cusum = Cusum(boundaries=1, lanes=1, features=1)
+        >>> cusum = Cusum(boundaries=1, workers=1, features=1)
         >>> for _ in range(4):
-        ...     cusum.add(torch.full((1, 1, 1, 1), 2.0), torch.ones(1, 1, 1, dtype=torch.bool))
+        ...     cusum.add(torch.full((1, 1, 1, 1), 2.0), torch.ones(1, 1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.long))
         >>> cusum.height
         tensor([[5.]])
     """
 
-    def __init__(self, boundaries: int, lanes: int, features: int) -> None:
-        self.sums = torch.zeros(2, boundaries, lanes, features)
+    def __init__(self, boundaries: int, workers: int, features: int) -> None:
+        self.sums = torch.zeros(2, boundaries, workers, features)
 
-    def add(self, scores: Tensor, valid: Tensor) -> None:
+    def add(self, scores: Tensor, valid: Tensor, senders: Tensor) -> None:
         """Enter a step.
 
         Args:
             scores: ``(boundaries, lanes, micro_batches, F)``, standard scores.
             valid: ``(boundaries, lanes, micro_batches)`` bool.
+            senders: ``(boundaries, lanes)``, the worker that serves a lane.
         """
-        weights = valid[..., None].to(scores.dtype)
-        count = weights.sum(dim=2)
-        total = torch.where(valid[..., None], scores.nan_to_num(_CLIP, _CLIP, -_CLIP).clamp(-_CLIP, _CLIP), 0.0).sum(dim=2)
+        clipped = scores.nan_to_num(_CLIP, _CLIP, -_CLIP).clamp(-_CLIP, _CLIP)
+        total = self._of_workers(torch.where(valid[..., None], clipped, 0.0).sum(dim=2), senders)
+        count = self._of_workers(valid[..., None].to(total.dtype).sum(dim=2), senders)
         z = total / count.clamp(min=1).sqrt()
         grown = (self.sums + torch.stack((z, -z)) - _SLACK).clamp(min=0)
         self.sums = torch.where(count > 0, grown, self.sums)
 
+    def _of_workers(self, lanes: Tensor, senders: Tensor) -> Tensor:
+        """Sums over the lanes of each worker: ``(boundaries, lanes, F)`` to ``(boundaries, workers, F)``."""
+        empty = lanes.new_zeros(lanes.shape[0], self.sums.shape[2], lanes.shape[2])
+        return empty.scatter_add(1, senders[..., None].expand_as(lanes), lanes)
+
     @property
     def height(self) -> Tensor:
-        """The highest sum of each sender, ``(boundaries, lanes)``."""
+        """The highest sum of each worker, ``(boundaries, workers)``."""
         return self.sums.amax(dim=(0, 3))
 
-    def reset(self, senders: Tensor) -> None:
-        """Forget senders ``(boundaries, lanes)`` bool: an audit has told what they are."""
-        self.sums = torch.where(senders[..., None], 0.0, self.sums)
+    def reset(self, workers: Tensor) -> None:
+        """Forget workers ``(boundaries, workers)`` bool."""
+        self.sums = torch.where(workers[..., None], 0.0, self.sums)

@@ -76,6 +76,8 @@ def watched(config: Verification) -> Tensor:
     known: Sequence[str] = PUBLISHED if config.method == "paper" else FEATURES
     if config.features is None:
         return torch.tensor([name in known for name in FEATURES])
+    if isinstance(config.features, str):
+        raise ConfigurationError(f"Verification.features={config.features!r} is one name. Write a list: [{config.features!r}].")
     chosen: set[str] = set()
     for name in config.features:
         members = [feature for feature in FAMILIES.get(name, (name,)) if feature in known]

@@ -1,8 +1,8 @@
 """Adaptive Tukey fences: the range in which honest values of a feature lie.
 
 A fence stands ``k`` interquartile ranges outside the quartiles: ``Q3 + k IQR`` above and, if two-sided, ``Q1 - k IQR`` below
-(Tukey 1977; SENTINEL, arXiv 2603.03592, uses the upper one). ``k`` is not a constant. It is first set per feature and side, where an
-exponential tail through the outer tenth of the honest values falls below a small share of the rate: so features with long tails
+(Tukey 1977; SENTINEL, arXiv 2603.03592, uses the upper one). ``k`` is not a constant. It is first set per feature and side, where
+an exponential tail through the outer tenth of the honest values falls below a small share of the rate: so features with long tails
 get wide fences, and those with short tails narrow ones. Then all fences of a boundary are moved out together, until no more than
 ``rate`` of the honest *signals* is outside any of them: one quantile that the data can tell, in place of dozens so extreme that
 they cannot.
@@ -11,12 +11,13 @@ they cannot.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Fences", "FenceWindow", "fit_fences"]
+__all__ = ["FenceWindow", "Fences", "fit_fences"]
 
 _MARGIN = 1.25
 _SMALLEST_K = 1.5
@@ -37,30 +38,36 @@ class Fences:
         lower: ``(..., F)``; ``-inf`` where there is no lower fence.
         centre: ``(..., F)``, median of the honest values.
         upper: ``(..., F)``; ``inf`` where there is no fence.
-        sigma: ``(..., F)``, the honest values' standard deviation as their quartiles tell it, ``IQR / 1.349``.
+        mean: ``(..., F)``, of the honest values.
+        sigma: ``(..., F)``, their standard deviation; ``inf`` where there are too few.
     """
 
     lower: Tensor
     centre: Tensor
     upper: Tensor
+    mean: Tensor
     sigma: Tensor
 
     @classmethod
     def open(cls, *shape: int, device: torch.device | str = "cpu") -> Fences:
         """Fences that nothing exceeds: before the end of the warm-up."""
         infinite = torch.full(shape, torch.inf, device=device)
-        return cls(-infinite, torch.zeros(shape, device=device), infinite, infinite)
+        return cls(-infinite, torch.zeros(shape, device=device), infinite, torch.zeros(shape, device=device), infinite)
 
     def to(self, device: torch.device | str) -> Fences:
-        return Fences(*(part.to(device, non_blocking=True) for part in (self.lower, self.centre, self.upper, self.sigma)))
+        return Fences(*(part.to(device, non_blocking=True) for part in self.parts()))
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """All tensors, in the order of the arguments."""
+        return self.lower, self.centre, self.upper, self.mean, self.sigma
 
     def around(self, centre: Tensor) -> Fences:
         """The same fences, moved by ``centre`` ``(..., F)``."""
-        return Fences(self.lower + centre, self.centre + centre, self.upper + centre, self.sigma)
+        return Fences(self.lower + centre, self.centre + centre, self.upper + centre, self.mean + centre, self.sigma)
 
     def of(self, boundary: int) -> Fences:
         """Those of one boundary, where there is a leading axis of boundaries."""
-        return Fences(self.lower[boundary], self.centre[boundary], self.upper[boundary], self.sigma[boundary])
+        return Fences(*(part[boundary] for part in self.parts()))
 
     def scores(self, features: Tensor) -> Tensor:
         """How far out each feature lies: 0 at the centre, 1 at the fence. A value that is not finite scores infinity.
@@ -118,18 +125,29 @@ def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor) ->
     enough = (count >= _FEWEST_VALUES).unsqueeze(-1) & watched
     upper = torch.where(enough, upper_quartile + stretch * reach_up, torch.inf)
     lower = torch.where(enough & torch.tensor(two_sided), lower_quartile - stretch * reach_down, -torch.inf)
-    return Fences(lower, torch.where(enough, centre, 0.0), upper, torch.where(enough, spread / _IQR_OF_A_NORMAL, torch.inf))
+    filled, number = values.nan_to_num(0.0), count.clamp(min=1)[..., None]
+    mean = filled.sum(dim=-2) / number
+    variance = torch.where(values.isnan(), 0.0, (filled - mean.unsqueeze(-2)).square()).sum(dim=-2) / number
+    # The quartiles say little of a feature that has long tails, or nearly always the same value.
+    sigma = torch.maximum(variance.sqrt(), spread / _IQR_OF_A_NORMAL)
+    return Fences(
+        lower,
+        torch.where(enough, centre, 0.0),
+        upper,
+        torch.where(enough, mean, 0.0),
+        torch.where(enough, sigma, torch.inf),
+    )
 
 
 def _tail(values: Tensor, edge: Tensor, side: float, rate: float) -> Tensor:
-    """How far beyond ``edge`` an exponential tail with the mean excess of the values there reaches before it is as rare as asked."""
+    """How far beyond ``edge`` an exponential tail with the mean excess of the values there reaches until it is rare enough."""
     excess = (side * (values - edge.unsqueeze(-2))).nan_to_num(0.0).clamp(min=0)
     mean = excess.sum(dim=-2) / (excess > 0).sum(dim=-2).clamp(min=1)
     return mean * max(0.0, math.log(_TAIL / (_SHARE * rate)))
 
 
 def _quantile(ordered: Tensor, count: Tensor, level: float) -> Tensor:
-    """The quantile of the first ``count`` values along the last axis but one, linear between neighbours as in ``torch.quantile``."""
+    """The quantile of the first ``count`` values along the last axis but one, as ``torch.quantile`` gives it."""
     place = level * (count - 1).clamp(min=0).to(ordered.dtype)
     below = place.floor()
     index = below.long()[..., None, None].expand(*ordered.shape[:-2], 1, ordered.shape[-1])
@@ -163,6 +181,7 @@ class FenceWindow:
             honest: ``(boundaries, N)`` bool, which of them to remember.
         """
         size = self.values.shape[1]
+        honest = honest & features.isfinite().all(dim=-1)
         # Where each honest value goes: the oldest places, in order, round and round; a step larger than the window keeps its end.
         order = honest.cumsum(dim=1)
         kept = honest & (honest.sum(dim=1, keepdim=True) - order < size)
@@ -170,17 +189,23 @@ class FenceWindow:
         self.values[boundary, (self.places[boundary] + order[boundary, signal] - 1) % size] = features[boundary, signal]
         self.places = (self.places + honest.sum(dim=1)) % size
 
-    def remembered(self, boundary: int) -> Tensor:
-        """The honest values of one boundary, ``(N, F)``; the oldest are overwritten from the ``places``-th on."""
-        values = self.values[boundary]
-        return values[~values[:, 0].isnan()]
+    def state_of(self, boundary: int) -> dict[str, Tensor]:
+        """What is known of one boundary: the values, from which place on they are overwritten next, and the fences in force."""
+        values, fences = self.values[boundary], self.fences.of(boundary)
+        return {
+            "values": values[~values[:, 0].isnan()],
+            "place": self.places[boundary].clone(),
+            "fences": torch.stack(fences.parts()),
+        }
 
-    def restore(self, boundary: int, values: Tensor, place: Tensor) -> None:
-        """Put back what :meth:`remembered` gave, and where the next value goes; as many as the window has room for."""
-        kept = values[-self.values.shape[1] :]
+    def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
+        """Load what :meth:`state_of` gave: of the values as many as this window has room for."""
+        kept = state["values"][-self.values.shape[1] :]
         self.values[boundary] = torch.nan
         self.values[boundary, : len(kept)] = kept
-        self.places[boundary] = place % self.values.shape[1]
+        self.places[boundary] = state["place"] % self.values.shape[1]
+        for mine, saved in zip(self.fences.parts(), state["fences"]):
+            mine[boundary] = saved
 
     def fit(self) -> None:
         """Fit the fences to what is remembered."""

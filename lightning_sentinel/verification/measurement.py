@@ -12,7 +12,7 @@ from lightning_sentinel.verification.axes import as_tokens, batch_means
 from lightning_sentinel.verification.consistency import consistency_features, consistency_statistics, paired
 from lightning_sentinel.verification.features import FEATURES, PUBLISHED
 from lightning_sentinel.verification.moments import moment_features, moment_statistics, peak_norm
-from lightning_sentinel.verification.projection import SecretDirections
+from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.references import References
 from lightning_sentinel.verification.temporal import published_distances, temporal_features
 
@@ -32,28 +32,34 @@ class Measurement(NamedTuple):
     features: Tensor
     statistics: Mapping[str, Tensor]
 
+    @property
+    def finite(self) -> Tensor:
+        """``(senders,)`` bool: neither the signal nor what was computed from it is infinite or NaN."""
+        parts = (self.means.flatten(1), self.features, *self.statistics.values())
+        return torch.stack([part.isfinite().all(dim=1) for part in parts]).all(dim=0)
+
 
 def measure(
-    signals: Tensor, senders: int, received: Tensor | None, references: References, secret: SecretDirections
+    signals: Tensor, senders: int, received: Projection | None, references: References, secret: SecretDirections
 ) -> Measurement:
     """Measure signals by the features of ``method="sentinel"``.
 
     Args:
         signals: ``(senders * B, ...)``, one sender's samples behind the other's.
         senders: how many.
-        received: ``(senders * B, T', K')``, what the senders had received, along the same secret directions; ``None`` at the ends
-            of the pipeline.
+        received: what the senders had received, along the same secret directions; ``None`` at the ends of the pipeline.
         references: what honest signals look like.
         secret: the directions of this boundary.
     """
     tokens = as_tokens(signals).float().unflatten(0, (senders, -1))
     means = tokens.mean(dim=1)
-    projected = secret.project(tokens.flatten(0, 1)).unflatten(0, (senders, -1))
+    projected = secret.project(tokens.flatten(0, 1)).values.unflatten(0, (senders, -1))
     flat = tokens.flatten(1, 2)
     statistics = moment_statistics(flat, means.mean(dim=1), projected.flatten(1, 2))
-    pair = None if received is None else paired(projected, received.unflatten(0, (senders, -1)))
-    if pair is not None:
-        statistics |= consistency_statistics(*pair)
+    pair = None
+    if received is not None:
+        pair = paired(projected, received.values.unflatten(0, (senders, -1)), received.channels == means.shape[-1])
+        statistics |= consistency_statistics(pair)
 
     momentum = references.momentum.value
     if momentum is None or not references.statistics:
@@ -62,7 +68,7 @@ def measure(
     temporal = temporal_features(means, momentum, secret.slices(means.shape[-1]))
     moments = moment_features(norms, statistics, references.statistics)
     if pair is not None and references.weights is not None:
-        input_output, worst = consistency_features(*pair, references.weights)
+        input_output, worst = consistency_features(pair, references.weights)
     else:
         input_output, worst = means.new_zeros(senders, 4), means.new_zeros(senders, 2)
     features = torch.cat((temporal, moments, input_output, peak_norm(norms)[:, None], worst), dim=-1)

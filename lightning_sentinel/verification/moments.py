@@ -24,8 +24,8 @@ def moment_statistics(tokens: Tensor, channel_means: Tensor, projected: Tensor) 
         projected: ``(S, N, K)``, tokens along secret directions.
 
     Returns:
-        ``log_spread`` ``(S, C)``: log standard deviation of each channel, less its mean over channels, so that the size of the signal
-        does not enter; ``gram`` ``(S, k * k)`` with trace 1; ``quantiles`` ``(S, 4 * 7)`` in units of the projection's rms.
+        ``log_spread`` ``(S, C)``: log standard deviation of each channel, less its mean over channels, so that the size of the
+        signal does not enter; ``gram`` ``(S, k * k)`` with trace 1; ``quantiles`` ``(S, 4 * 7)`` in units of the projection's rms.
     """
     second = torch.linalg.vector_norm(tokens, dim=1).square() / tokens.shape[1]
     spread = 0.5 * ((second - channel_means.square()).clamp(min=0) + _TINY * second.mean(dim=-1, keepdim=True) + 1e-30).log()

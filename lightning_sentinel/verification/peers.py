@@ -33,7 +33,7 @@ def comparable(valid: Tensor, replicas: int, banned: Tensor) -> Tensor:
 
 
 def less_median(features: Tensor, valid: Tensor) -> Tensor:
-    """Features less their median over all valid signals of the step and boundary; ``(boundaries, lanes, micro_batches, F)``.
+    """Features less the median lane's of the step and boundary; ``(boundaries, lanes, micro_batches, F)``.
 
     Args:
         features: ``(boundaries, lanes, micro_batches, F)``.
@@ -45,5 +45,6 @@ def less_median(features: Tensor, valid: Tensor) -> Tensor:
         tensor([-1.,  0.,  7.])
     """
     usable = valid[..., None] & features.isfinite()
-    median = torch.where(usable, features, torch.nan).flatten(1, 2).nanmedian(dim=1).values
-    return features - median[:, None, None].nan_to_num()
+    # By lane first: one that could be verified more often than others must not outvote them.
+    lanes = torch.where(usable, features, torch.nan).nanmedian(dim=2).values
+    return features - lanes.nanmedian(dim=1).values[:, None, None].nan_to_num()

@@ -1,10 +1,12 @@
 """Secret random directions, and what a signal looks like along them.
 
-Who verifies a sender sees what it received and what it sent along the same directions. They are a few dozen for each boundary, drawn
-from a seed that workers must not know: a worker that knows them can send anything that looks right along them.
+Who verifies a sender sees what it received and what it sent along the same directions. They are a few dozen for each boundary,
+drawn from a seed that workers must not know: a worker that knows them can send anything that looks right along them.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
 from lightning_sentinel.verification.axes import as_tokens
 
-__all__ = ["PROJECTED", "SecretDirections", "orthogonal_directions", "unit_directions"]
+__all__ = ["PROJECTED", "Projection", "SecretDirections", "orthogonal_directions", "unit_directions"]
 
 PROJECTED = 32
 """Floats a token of the projection that neighbours exchange."""
@@ -46,6 +48,18 @@ def orthogonal_directions(channels: int, count: int, seed: int, device: torch.de
     return (directions * (channels / directions.shape[1]) ** 0.5).to(device)
 
 
+class Projection(NamedTuple):
+    """A signal along secret directions.
+
+    Args:
+        values: ``(B, T, min(C, PROJECTED))``, float32.
+        channels: C, of the signal.
+    """
+
+    values: Tensor
+    channels: int
+
+
 class SecretDirections:
     """The secret directions of one boundary.
 
@@ -56,14 +70,15 @@ class SecretDirections:
 
     Example:
         >>> secret = SecretDirections(Boundary(0, Direction.ACTIVATION), Verification())
-        >>> secret.project(torch.zeros(2, 16, 64)).shape
-        torch.Size([2, 16, 32])
+        >>> projection = secret.project(torch.zeros(2, 16, 64))
+        >>> projection.values.shape, projection.channels
+        (torch.Size([2, 16, 32]), 64)
     """
 
     def __init__(self, boundary: Boundary, config: Verification, device: torch.device | str = "cpu") -> None:
         # Each boundary has directions of its own: what leaks at one says nothing about another.
         gradient = boundary.direction is Direction.GRADIENT
-        self._seed = (config.seed * 100_003 + boundary.index * 2 + gradient) % 2**62
+        self._seed = config.seed * 1_000_003 + 4 * boundary.index + 2 * gradient
         self._slices, self._device = config.projections, device
         self._cache: dict[tuple[str, int], Tensor] = {}
 
@@ -71,17 +86,18 @@ class SecretDirections:
         """Unit directions ``(C, projections)`` of the sliced Wasserstein distance."""
         return self._cached("slices", channels)
 
-    def project(self, signal: Tensor) -> Tensor:
-        """A signal of any shape along the directions, ``(B, T, min(C, PROJECTED))`` in float32."""
+    def project(self, signal: Tensor) -> Projection:
+        """A signal of any shape along the directions."""
         tokens = as_tokens(signal).float()
-        return tokens @ self._cached("projection", tokens.shape[-1])
+        channels = tokens.shape[-1]
+        return Projection(tokens @ self._cached("projection", channels), channels)
 
     def _cached(self, kind: str, channels: int) -> Tensor:
         if (kind, channels) not in self._cache:
             made = (
-                unit_directions(channels, self._slices, self._seed, self._device)
+                unit_directions(channels, self._slices, self._seed % 2**63, self._device)
                 if kind == "slices"
-                else orthogonal_directions(channels, PROJECTED, self._seed + 1, self._device)
+                else orthogonal_directions(channels, PROJECTED, (self._seed + 1) % 2**63, self._device)
             )
             self._cache[kind, channels] = made
         return self._cache[kind, channels]

@@ -83,7 +83,8 @@ class References:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     weights: Tensor | None = None
     """Of the ridge regression; ``None`` where senders receive nothing."""
-    updates: int = 0
+    updates: Tensor | None = None
+    """0-dim, how many steps had something to say."""
 
     def __post_init__(self) -> None:
         self.momentum = Momentum(self.beta)
@@ -97,26 +98,30 @@ class References:
         """
         self.momentum.update(step.positions)
         averages = (step.statistics / step.signals.clamp(min=1)).split(list(sizes.values()))
+        something = (step.signals > 0).to(step.statistics.dtype)
+        before = torch.zeros_like(something) if self.updates is None else self.updates
         for name, average in zip(sizes, averages):
             # A plain average at first, or the first step would weigh as much as all that follow it.
-            weight = max(1 - (_REGRESSION_BETA if name in _REGRESSION else self.beta), 1 / (self.updates + 1))
-            old = self.statistics.get(name)
-            self.statistics[name] = average if old is None else torch.lerp(old, average, weight)
-        self.updates += 1
+            weight = (1 / (before + 1)).clamp(min=1 - (_REGRESSION_BETA if name in _REGRESSION else self.beta))
+            old = self.statistics.get(name, torch.zeros_like(average))
+            self.statistics[name] = torch.lerp(old, average, weight * something)
+        self.updates = before + something
         self._solve()
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {f"momentum.{name}": value for name, value in self.momentum.state_dict().items()}
+        state = {} if self.updates is None else {"updates": self.updates}
+        state |= {f"momentum.{name}": value for name, value in self.momentum.state_dict().items()}
         return state | {f"statistics.{name}": value for name, value in self.statistics.items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor], updates: int, device: torch.device | str = "cpu") -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         parts: dict[str, dict[str, Tensor]] = {"momentum": {}, "statistics": {}}
         for key, value in state.items():
             kind, _, name = key.partition(".")
             if kind in parts:
                 parts[kind][name] = value.to(device)
         self.momentum.load_state_dict(parts["momentum"], device)
-        self.statistics, self.updates = parts["statistics"], updates
+        self.statistics = parts["statistics"]
+        self.updates = state["updates"].to(device) if "updates" in state else None
         self._solve()
 
     def _solve(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_sentinel.mesh import Direction, Mesh
 from lightning_sentinel.verification.features import FEATURES
+from lightning_sentinel.wiring import Wiring
 
 __all__ = ["COLUMNS", "MAX_SCORE", "SignalTable", "signal_rows"]
 
@@ -68,11 +69,13 @@ class SignalTable:
         rows[..., COLUMNS.index("score")], rows[..., COLUMNS.index("worst")] = score, worst.to(rows.dtype)
         return SignalTable(rows)
 
-    def worker_scores(self, mesh: Mesh) -> Tensor:
+    def worker_scores(self, mesh: Mesh, wiring: Wiring) -> Tensor:
         """The highest score of each worker in the step: ``(stages, replicas, 2)``, activation and gradient; NaN where nothing was
         sent, or nothing could be verified."""
         scores = torch.where(self.tainted, -torch.inf, self.column("score")).amax(dim=2)
-        result = torch.full((mesh.stages, mesh.replicas, len(Direction)), torch.nan)
+        result = torch.full((mesh.stages, mesh.replicas, len(Direction)), -torch.inf)
         for boundary, values in zip(mesh.boundaries, scores):
-            result[boundary.sender, :, list(Direction).index(boundary.direction)] = values
+            workers = torch.tensor(wiring.serving[boundary.sender])
+            of_boundary = result[boundary.sender, :, list(Direction).index(boundary.direction)]
+            of_boundary.scatter_reduce_(0, workers, values, "amax")
         return torch.where(result.isinf(), torch.nan, result)

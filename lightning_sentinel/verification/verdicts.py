@@ -146,7 +146,8 @@ def judge_with_audits(
     suspected[..., 0] = drifting
     wanted = valid & (flagged | suspected | drawn)
     audited, confirmed, explained = (torch.zeros_like(valid) for _ in range(3))
-    found, oddity = torch.zeros_like(valid[0]), torch.zeros_like(assessment.score[0])
+    found = torch.zeros(valid.shape[1:], dtype=torch.bool)
+    oddity = torch.zeros(valid.shape[1:], dtype=assessment.score.dtype)
     for index in causal_order(mesh):
         score = assessment.score[index]
         follows = flagged[index] & (score <= _MUCH_FURTHER * oddity) & ~drawn[index] & ~suspected[index]

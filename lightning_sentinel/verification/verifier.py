@@ -17,7 +17,7 @@ from lightning_sentinel.verification.axes import spread_over
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.fences import Fences
 from lightning_sentinel.verification.measurement import Measurement, measure, measure_published
-from lightning_sentinel.verification.projection import SecretDirections
+from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.references import Contribution, References
 from lightning_sentinel.verification.table import MAX_SCORE, signal_rows
 
@@ -65,7 +65,7 @@ class BoundaryVerifier:
         self._secret = SecretDirections(boundary, config, self._device)
         self._kept: _Kept | None = None
 
-    def inspect(self, signals: Tensor, tainted: Tensor, received: Tensor | None = None) -> Inspection:
+    def inspect(self, signals: Tensor, tainted: Tensor, received: Projection | None = None) -> Inspection:
         """Measure what came from the senders of this process in one micro-batch, and keep what it teaches for :meth:`learn`.
 
         Args:
@@ -75,7 +75,7 @@ class BoundaryVerifier:
                 of the pipeline.
         """
         measured = self._measure(signals.detach(), len(tainted), received)
-        finite = measured.means.isfinite().all(dim=2).all(dim=1)
+        finite = measured.finite
         highest = self.fences.scores(measured.features).max(dim=1)
         score = torch.where(finite, highest.values, torch.inf).clamp(max=MAX_SCORE)
         worst = torch.where(finite, highest.indices, -1)
@@ -83,7 +83,7 @@ class BoundaryVerifier:
         self._keep(measured, honest=~flagged & ~tainted & finite, suspect=flagged & finite)
         return Inspection(signal_rows(measured.features, score, worst, flagged, tainted, measured.means.shape[1]), flagged)
 
-    def _measure(self, signals: Tensor, senders: int, received: Tensor | None) -> Measurement:
+    def _measure(self, signals: Tensor, senders: int, received: Projection | None) -> Measurement:
         if self._published:
             return measure_published(signals, senders, self.references, self._secret)
         return measure(signals, senders, received, self.references, self._secret)
@@ -128,7 +128,7 @@ class BoundaryVerifier:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only."""
-        return self.references.state_dict() | {"updates": torch.tensor(self.references.updates)}
+        return self.references.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.references.load_state_dict(state, int(state["updates"]), self._device)
+        self.references.load_state_dict(state, self._device)
