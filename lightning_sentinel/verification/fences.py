@@ -80,7 +80,7 @@ class Fences:
 
         Example:
             >>> fences = fit_fences(torch.arange(101.0)[:, None], rate=0.01, two_sided=True, watched=torch.tensor([True]))
-            >>> fences.scores(torch.tensor([[50.0], [157.5]])).round(decimals=3)
+            >>> fences.scores(torch.tensor([[50.0], [168.76]])).round(decimals=3)
             tensor([[0.],
                     [1.]])
         """
@@ -103,7 +103,7 @@ def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor) ->
     Example:
         >>> fences = fit_fences(torch.arange(101.0)[:, None], rate=0.01, two_sided=True, watched=torch.tensor([True]))
         >>> round(fences.lower.item(), 1), fences.centre.item(), round(fences.upper.item(), 1)
-        (-57.5, 50.0, 157.5)
+        (-68.8, 50.0, 168.8)
     """
     ordered = values.sort(dim=-2).values  # NaN comes last
     count = (~ordered[..., 0].isnan()).sum(dim=-1)
