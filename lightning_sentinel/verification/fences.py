@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -84,11 +85,23 @@ class Fences:
             tensor([[0.],
                     [1.]])
         """
-        above = (features - self.centre) / (self.upper - self.centre + _TINY)
-        below = (self.centre - features) / (self.centre - self.lower + _TINY)
-        scores = torch.where(features.isfinite(), torch.maximum(above, below), torch.inf)
-        # A feature without fences, because nobody watches it, may be anything.
-        return torch.where(self.upper.isinf() & self.lower.isinf(), 0.0, scores)
+        offset = features - self.centre
+        scores = torch.maximum(offset * self._above, -offset * self._below)
+        return scores.masked_fill(~features.isfinite() & self._watched, torch.inf).nan_to_num(nan=0.0, posinf=torch.inf)
+
+    # In force for several steps, and used at each receipt.
+    @cached_property
+    def _above(self) -> Tensor:
+        return 1 / (self.upper - self.centre + _TINY)
+
+    @cached_property
+    def _below(self) -> Tensor:
+        return 1 / (self.centre - self.lower + _TINY)
+
+    @cached_property
+    def _watched(self) -> Tensor:
+        """A feature without fences, because nobody watches it, may be anything."""
+        return ~(self.upper.isinf() & self.lower.isinf())
 
 
 def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor) -> Fences:
@@ -204,8 +217,10 @@ class FenceWindow:
         self.values[boundary] = torch.nan
         self.values[boundary, : len(kept)] = kept
         self.places[boundary] = state["place"] % self.values.shape[1]
-        for mine, saved in zip(self.fences.parts(), state["fences"]):
+        parts = [part.clone() for part in self.fences.parts()]
+        for mine, saved in zip(parts, state["fences"]):
             mine[boundary] = saved
+        self.fences = Fences(*parts)
 
     def fit(self) -> None:
         """Fit the fences to what is remembered."""
