@@ -203,20 +203,20 @@ class FenceWindow:
         self.places = (self.places + honest.sum(dim=1)) % size
 
     def state_of(self, boundary: int) -> dict[str, Tensor]:
-        """What is known of one boundary: the values, from which place on they are overwritten next, and the fences in force."""
-        values, fences = self.values[boundary], self.fences.of(boundary)
+        """What is known of one boundary: the values, oldest first, and the fences in force."""
+        values = self.values[boundary].roll(-int(self.places[boundary]), dims=0)
         return {
             "values": values[~values[:, 0].isnan()],
-            "place": self.places[boundary].clone(),
-            "fences": torch.stack(fences.parts()),
+            "fences": torch.stack(self.fences.of(boundary).parts()),
         }
 
     def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
-        """Load what :meth:`state_of` gave: of the values as many as this window has room for."""
-        kept = state["values"][-self.values.shape[1] :]
+        """Load what :meth:`state_of` gave: of the values the latest, as many as this window has room for."""
+        size = self.values.shape[1]
+        kept = state["values"][-size:]
         self.values[boundary] = torch.nan
         self.values[boundary, : len(kept)] = kept
-        self.places[boundary] = state["place"] % self.values.shape[1]
+        self.places[boundary] = len(kept) % size
         parts = [part.clone() for part in self.fences.parts()]
         for mine, saved in zip(parts, state["fences"]):
             mine[boundary] = saved
