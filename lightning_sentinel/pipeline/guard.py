@@ -275,8 +275,8 @@ class Guard:
             mine = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             if mine and "alone.fences" not in mine:
                 raise ConfigurationError(
-                    f"What the checkpoint says of {boundary.name} is not what this version's verifiers learn: {sorted(mine)[:3]}. Load"
-                    " its weights with load_from_checkpoint and start a new run, or resume with the version that wrote it."
+                    f"What the checkpoint says of {boundary.name} is not what this version's verifiers learn: {sorted(mine)[:3]}."
+                    " Load its weights with load_from_checkpoint and start a new run, or resume with the version that wrote it."
                 )
             if mine:
                 self.calibration.load_state_of(index, mine)
