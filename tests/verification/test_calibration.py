@@ -268,7 +268,7 @@ def state_of(calibration: Calibration, boundaries: int) -> dict[int, dict[str, T
     return {boundary: calibration.state_of(boundary) for boundary in range(boundaries)}
 
 
-aliased = pytest.mark.xfail(strict=True, reason="upper and sigma of open fences are one tensor, so loading one overwrites the other")
+aliased = pytest.mark.xfail(strict=True, reason="upper and sigma of open fences are one tensor: loading one overwrites the other")
 
 
 @pytest.mark.parametrize("steps", [0, 5, *(pytest.param(steps, marks=aliased) for steps in (WARMUP, WARMUP + 1, WARMUP + 9))])
@@ -314,3 +314,60 @@ def test_the_state_of_one_boundary_takes_the_room_of_one_boundary() -> None:
     state = calibration.state_of(0)
     torch.save(state, file)
     assert file.tell() <= 1.5 * sum(value.numel() * value.element_size() for value in state.values()) + 10_000
+
+
+# --- The trend
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("by_step", [0.05, -0.2])
+def test_a_steady_drift_of_all_features_makes_nobody_suspicious(by_step: float, replicas: int) -> None:
+    # As many steps as the window would need to be a few standard deviations behind, were it not for the trend.
+    mesh, steps = Mesh(3, replicas), 100
+    run = Run(mesh, lambda step, g: normal(mesh)(step, g) + by_step * step, ban_after=5, window=256).run(WARMUP + steps)
+    assert run.ledger.banned == frozenset()
+    assert sum(run.flags[WARMUP:]) <= 0.01 * steps * len(mesh.boundaries) * replicas * MICRO_BATCHES
+    behind = by_step * 10  # A moving average with a decay of 0.9 is ten steps behind what grows steadily.
+    newest = by_step * (WARMUP + steps - 1)
+    torch.testing.assert_close(run.calibration.trend.mean(), torch.tensor(newest + by_step - behind), rtol=0.05, atol=0.1)
+
+
+def test_one_replica_that_leaves_the_trend_is_found() -> None:
+    mesh, start = Mesh(3, 1), WARMUP + 40
+
+    def jumps(step: int, generator: torch.Generator) -> Tensor:
+        features = normal(mesh)(step, generator) + 0.05 * step
+        if step >= start:
+            features[1, 0, :, 4] += 30
+        return features
+
+    run = Run(mesh, jumps, ban_after=5).run(start + 5)
+    assert run.ledger.banned == {Worker(mesh.boundaries[1].sender, 0)}
+
+
+def test_boundaries_without_an_honest_signal_keep_their_trend() -> None:
+    run = Run(Mesh(2, 3)).run(3)
+    table = table_of(normal(run.mesh)(3, run.generator))
+    honest = torch.ones(2, 3, MICRO_BATCHES, dtype=torch.bool)
+    honest[1] = False
+    before = run.calibration.trend.clone()
+    run.calibration.learn(table, honest, run.calibration.assess(table, run.live, run.banned), run.wiring)
+    assert torch.equal(run.calibration.trend[1], before[1]) and not torch.equal(run.calibration.trend[0], before[0])
+
+
+@pytest.mark.xfail(strict=True, reason="the features of the step without references are zero, and zero is where the trend starts")
+def test_the_trend_starts_where_there_is_something_to_measure() -> None:
+    mesh = Mesh(2, 3)
+    run = Run(mesh, lambda step, g: (0.1 * normal(mesh)(step, g) + 5.0) * (step > 0), window=64).run(WARMUP)
+    assert run.calibration.alone.values.nanmean(dim=1).abs().max() < 0.2
+
+
+def test_who_is_exonerated_is_forgotten_wherever_it_served() -> None:
+    run = Run(Mesh(2, 3))
+    wiring = Wiring(((1, 0, 2), (0, 0, 2)), (True, True, True))
+    run.calibration.drift.sums.fill_(20.0)
+    assert run.calibration.drifting(10.0, wiring).all()
+    run.calibration.exonerate(torch.tensor([[True, False, False], [False, True, False]]), wiring)
+    # Boundary 0 is that of the activations of stage 0, boundary 1 that of the gradients of stage 1.
+    assert (run.calibration.drift.height == 0).tolist() == [[False, True, False], [True, False, False]]
+    assert (~run.calibration.drifting(10.0, wiring)).tolist() == [[True, False, False], [True, True, False]]

@@ -288,7 +288,7 @@ def test_fences_move_with_what_they_are_around() -> None:
         assert torch.equal(part, expected) or (not expected.any() and torch.equal(part, centre))
 
 
-aliased = pytest.mark.xfail(strict=True, reason="upper and sigma of open fences are one tensor, so loading one overwrites the other")
+aliased = pytest.mark.xfail(strict=True, reason="upper and sigma of open fences are one tensor: loading one overwrites the other")
 
 
 @pytest.mark.parametrize("filled", [0, 5, pytest.param(8, marks=aliased), pytest.param(30, marks=aliased)])
@@ -312,7 +312,7 @@ def test_a_loaded_window_goes_on_identically(filled: int) -> None:
     assert all(torch.equal(state[name].nan_to_num(), before[name].nan_to_num()) for name in state)
 
 
-by_place = pytest.mark.xfail(strict=True, reason="values are saved in the order of their places, and the place is not that of the new size")
+by_place = pytest.mark.xfail(strict=True, reason="values are saved in the order of places, not of time")
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def test_directions_differ_between_boundaries_and_follow_the_seed() -> None:
         for index, one in enumerate(of_one):
             assert not any(torch.allclose(one, other) for other in of_one[:index])
     again = SecretDirections(BOUNDARIES[0], Verification(seed=0))
-    assert torch.equal(again.slices(64), drawn[0].slices(64)) and torch.equal(again.project(eye).values, drawn[0].project(eye).values)
+    assert torch.equal(again.slices(64), drawn[0].slices(64))
+    assert torch.equal(again.project(eye).values, drawn[0].project(eye).values)
 
 
 def test_no_seed_is_used_at_two_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
