@@ -96,6 +96,11 @@ class Response:
         rate = self.audit_rate
         rule = "None, or a share above 0 and at most 1: attacks that no feature shows are found by chance alone"
         _require(rate is None or 0 < rate <= 1, "Response.audit_rate", rate, rule)
+        if self.on_flag == "exclude" and rate is not None and self.ban_after is None:
+            raise ConfigurationError(
+                f"Response(audit_rate={rate}, ban_after=None) contradicts itself: what an audit finds is kept out of the weights by"
+                " redoing the step without the worker, so it is banned. Set ban_after, or on_flag='log'."
+            )
         if self.on_flag == "log" and self.ban_after is not None:
             raise ConfigurationError(
                 f"Response(on_flag='log', ban_after={self.ban_after}) contradicts itself: a run that only reports bans"

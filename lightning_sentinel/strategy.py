@@ -28,6 +28,7 @@ from lightning_sentinel.callbacks.monitor import SentinelMonitor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.announcements import announce
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
@@ -40,7 +41,14 @@ from lightning_sentinel.pipeline.saving import StageCheckpoints
 from lightning_sentinel.pipeline.shares import CleanShares
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.summary import print_mesh
-from lightning_sentinel.pipeline.support import refuse_unsupported, require_optimizer, requiring_one_optimizer
+from lightning_sentinel.pipeline.support import (
+    check_replicas,
+    check_settings,
+    refuse_unsupported,
+    require_optimizer,
+    requiring_one_optimizer,
+    warn_of_long_warmup,
+)
 from lightning_sentinel.pipeline.transport import Transport
 from lightning_sentinel.pipeline.virtual import VirtualEngine
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
@@ -104,26 +112,8 @@ class SentinelStrategy(StageCheckpoints):
         timeout: timedelta = timedelta(minutes=5),
         **kwargs: Any,
     ) -> None:
-        if engine not in ("process", "virtual"):
-            raise ConfigurationError(f"engine={engine!r} is unknown. Use 'process' or 'virtual'.")
+        check_settings(engine, micro_batches, partition, transport, zero_stage, response)
         super().__init__(timeout=timeout, virtual=engine == "virtual", **kwargs)
-        if micro_batches < 1:
-            raise ConfigurationError(f"micro_batches={micro_batches} cannot work: a batch is at least one micro-batch.")
-        if partition not in ("parameters", "uniform") and not partition.startswith("type:"):
-            raise ConfigurationError(
-                f"partition={partition!r} is unknown. Use 'parameters', 'uniform', or 'type:REGEX' for a class name."
-            )
-        if transport not in ("auto", "device", "host"):
-            raise ConfigurationError(f"transport={transport!r} is unknown. Use 'auto', 'device' or 'host'.")
-        if response.audit_rate is not None and engine == "process":
-            raise ConfigurationError(
-                f"Response(audit_rate={response.audit_rate}) needs engine='virtual': between processes nothing is recomputed yet."
-                " Use audit_rate=None, which bans after flags alone."
-            )
-        if zero_stage != 0:
-            raise ConfigurationError(
-                f"zero_stage={zero_stage} is not supported yet: the optimizer's state could not be saved. Use zero_stage=0."
-            )
         self._stages, self._replicas, self._micro_batches = stages, replicas, micro_batches
         self._verification, self._response = verification, response
         self._partition, self._sequential = partition, sequential
@@ -187,7 +177,8 @@ class SentinelStrategy(StageCheckpoints):
 
     @override
     def _configure_launcher(self) -> None:
-        self.mesh  # noqa: B018 - an impossible mesh is reported here, before any process is started
+        # An impossible mesh is reported here, before any process is started.
+        check_replicas(self.mesh, self._verification, self._response)
         if self._virtual and self.world_size > 1:
             raise ConfigurationError(
                 f"A virtual mesh is in one process, but the Trainer has {self.world_size}. Use Trainer(devices=1), or"
@@ -275,6 +266,11 @@ class SentinelStrategy(StageCheckpoints):
     # ------------------------------------------------------------------------------------------------------------- training
 
     @override
+    def on_train_start(self) -> None:
+        if self._verification is not None:
+            warn_of_long_warmup(self._trainer, self._verification)
+
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         arguments, scale = (*args, *kwargs.values()), 1.0 / self._trainer.accumulate_grad_batches
         with self._at_work():
@@ -300,28 +296,16 @@ class SentinelStrategy(StageCheckpoints):
             verdict = ruling.verdict
             self.table, self.wiring = verdict.table, ruling.wiring
             self.detections += verdict.detections
-            self._announce(verdict.detections, ruling.banned)
+            announce(self._trainer, verdict.detections, ruling.banned, self._consequence())
             if not ruling.redo:
                 self._shares.add(verdict.clean, outcome.weights)
                 return outcome
             engine.rewind()
 
-    def _announce(self, detections: tuple[Detection, ...], banned: list[Worker]) -> None:
-        trainer, module = self._trainer, self.lightning_module
-        listeners = [one for one in (*trainer.callbacks, module) if hasattr(one, "on_sentinel_detection")]  # type: ignore[attr-defined]
-        for detection in detections:
-            for listener in listeners:
-                listener.on_sentinel_detection(trainer, module, detection)
-        for worker in banned:
-            # Unlike a log record this goes above the progress bar, not into it.
-            module.print(f"Banned {worker} at step {self.step}: {self._consequence()}")  # type: ignore[union-attr]
-
     def _consequence(self) -> str:
-        """Why a worker was banned, and what becomes of its work."""
+        """Why workers are banned, and what becomes of their work."""
         if self._response.audit_rate is not None:
-            return (
-                "what it sent is not what another worker recomputed. The others of its stage do its work, and the step is redone."
-            )
+            return "what it sent is not what another worker recomputed. The others of its stage do its work; the step is redone."
         assert self._guard is not None
         left = sum(self._guard.wiring(self.step).live)
         return (

@@ -87,7 +87,7 @@ class Guard:
         self.calibration = Calibration(mesh, verification)
         rate = response.audit_rate
         self._schedule = None if rate is None else AuditSchedule(mesh, rate, verification.seed)
-        self._drawn_for: int | None = None
+        self._drawn: tuple[int, Tensor] | None = None
         self.verifiers = {boundary: BoundaryVerifier(boundary, verification, device) for boundary in boundaries}
         self._indices = {boundary: mesh.boundaries.index(boundary) for boundary in self.verifiers}
         self._secrets: dict[Boundary, SecretDirections] = {}
@@ -204,11 +204,12 @@ class Guard:
         return Ruling(verdict, banned, redo, wiring)
 
     def _draw(self, step: int, table: SignalTable) -> Tensor:
-        """Random audits: none in a step that is done again."""
-        if self._schedule is None or step == self._drawn_for:
-            return torch.zeros_like(table.flagged)
-        self._drawn_for = step
-        return self._schedule.draw(step, table.rows.shape[2], max(self.ledger.banned_at.values(), default=None))
+        """Random audits; the same in a step that is done again, because what was behind a lie was not audited."""
+        assert self._schedule is not None
+        if self._drawn is None or self._drawn[0] != step:
+            drawn = self._schedule.draw(step, table.rows.shape[2], max(self.ledger.banned_at.values(), default=None))
+            self._drawn = (step, drawn)
+        return self._drawn[1]
 
     def _assess(self, table: SignalTable, wiring: Wiring) -> Assessment:
         banned = Counter(worker.stage for worker in self.ledger.banned)

@@ -9,11 +9,70 @@ import lightning as L
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.mesh import Mesh
 
-__all__ = ["refuse_unsupported", "require_optimizer", "requiring_one_optimizer"]
+__all__ = [
+    "check_replicas",
+    "check_settings",
+    "refuse_unsupported",
+    "require_optimizer",
+    "requiring_one_optimizer",
+    "warn_of_long_warmup",
+]
+
+
+def check_settings(engine: str, micro_batches: int, partition: str, transport: str, zero_stage: int, response: Response) -> None:
+    """Raise ``ConfigurationError`` for arguments of the strategy that cannot work."""
+    if engine not in ("process", "virtual"):
+        raise ConfigurationError(f"engine={engine!r} is unknown. Use 'process' or 'virtual'.")
+    if micro_batches < 1:
+        raise ConfigurationError(f"micro_batches={micro_batches} cannot work: a batch is at least one micro-batch.")
+    if partition not in ("parameters", "uniform") and not partition.startswith("type:"):
+        raise ConfigurationError(
+            f"partition={partition!r} is unknown. Use 'parameters', 'uniform', or 'type:REGEX' for a class name."
+        )
+    if transport not in ("auto", "device", "host"):
+        raise ConfigurationError(f"transport={transport!r} is unknown. Use 'auto', 'device' or 'host'.")
+    if response.audit_rate is not None and engine == "process":
+        raise ConfigurationError(
+            f"Response(audit_rate={response.audit_rate}) needs engine='virtual': between processes nothing is recomputed yet."
+            " Use audit_rate=None, which bans after flags alone."
+        )
+    if zero_stage != 0:
+        raise ConfigurationError(
+            f"zero_stage={zero_stage} is not supported yet: the optimizer's state could not be saved. Use zero_stage=0."
+        )
+
+
+def check_replicas(mesh: Mesh, verification: Verification | None, response: Response) -> None:
+    """Raise ``ConfigurationError``, or warn, if there are too few replicas for what is to follow from a flag."""
+    if verification is None or mesh.replicas > 1:
+        return
+    if response.audit_rate is not None:
+        raise ConfigurationError(
+            f"Response(audit_rate={response.audit_rate}) needs at least 2 replicas, because a signal is recomputed by another"
+            f" worker of its stage; this mesh has {mesh.replicas}. Use replicas=2 or more, or audit_rate=None."
+        )
+    if response.ban_after is not None:
+        rank_zero_warn(
+            "With replicas=1 nobody can take over from a banned worker: the first ban ends the run with a MeshExhaustedError. Use"
+            " more replicas, or strategy='sentinel_monitor', which only reports."
+        )
+
+
+def warn_of_long_warmup(trainer: L.Trainer, verification: Verification) -> None:
+    """Warn if the run ends before anybody can be flagged."""
+    batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+    if batches <= verification.warmup_steps:
+        rank_zero_warn(
+            f"Verification(warmup_steps={verification.warmup_steps}) outlasts this run of {batches:g} training batches: nobody"
+            " will be flagged, except for values that are not finite. Train for longer, or use a shorter warm-up."
+        )
 
 
 def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer, precision: Precision) -> None:

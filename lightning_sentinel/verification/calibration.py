@@ -146,7 +146,9 @@ class Calibration:
             # During the warm-up nobody lies, so all replicas can be compared with each other.
             peers = honest & (assessment.by_peers | (not self.warmed_up))[:, None, None]
             self.among_peers.add(assessment.centred.flatten(1, 2), peers.flatten(1))
-        self._follow(table.features, honest)
+        if self.steps > 0:
+            # In the first step there is no reference yet, so its features say nothing.
+            self._follow(table.features, honest)
         self.steps += 1
         since = self.steps - self._config.warmup_steps
         if since % _STEPS_BETWEEN_FITS == 0:
@@ -188,4 +190,4 @@ class Calibration:
         if state["drift"].shape == self.drift.sums[:, boundary].shape:
             self.drift.sums[:, boundary] = state["drift"].cpu()
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
-            window.load_state_of(boundary, {key: state[f"{name}.{key}"].cpu() for key in ("values", "place", "fences")})
+            window.load_state_of(boundary, {key: state[f"{name}.{key}"].cpu() for key in ("values", "fences")})

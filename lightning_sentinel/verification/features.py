@@ -16,8 +16,8 @@ feature                formula                                                  
 ``channel_l2``         ``l2`` of the means over positions as well, ``(C,)``                                        ours
 ``channel_wasserstein`` log W1 between the C values of both                                                        ours
 **moments**            the shape of a signal's distribution (:mod:`~lightning_sentinel.verification.moments`)
-``norm``               log rms(norm(x_t))                                                                          ours
-``norm_variation``     log std(norm(x_t)) / mean(norm(x_t))                                                        ours
+``norm``               log rms(norm(p_t))                                                                          ours
+``norm_variation``     log std(norm(p_t)) / mean(norm(p_t))                                                        ours
 ``channel_spread``     log mean abs(s - s~), s_c = log std of channel c, less its mean over channels               ours
 ``gram``               log norm(G - G~), G = P'P / trace of 16 directions                                          ours
 ``quantiles``          log mean abs(u - u~), 7 quantiles along 4 directions, over the rms                          ours
@@ -25,9 +25,9 @@ feature                formula                                                  
 ``cosine``             log(1 - mean cos(p_t, q_t))                                                                 ours
 ``gain``               log rms(p_t) / rms(q_t)                                                                     ours
 ``change``             log rms(p_t - q_t) / rms(q_t)                                                               ours
-``residual``           log rms(e_t) / rms(y_t), e_t = y_t - W [q_t, context, 1] by ridge regression                ours
+``residual``           log rms(e_t) / rms(y_t), e_t = y_t - W [q_t, 1] by ridge regression                         ours
 **extremes**           the worst token, which averages hide
-``peak_norm``          log max norm(x_t) / rms                                                                     ours
+``peak_norm``          log max norm(p_t) / rms                                                                     ours
 ``lowest_cosine``      log(1 - min cos(p_t, q_t))                                                                  ours
 ``peak_residual``      log max norm(e_t) / rms(e_t)                                                                ours
 =====================  ==========================================================================================  ============

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -80,15 +81,27 @@ class Fences:
 
         Example:
             >>> fences = fit_fences(torch.arange(101.0)[:, None], rate=0.01, two_sided=True, watched=torch.tensor([True]))
-            >>> fences.scores(torch.tensor([[50.0], [157.5]])).round(decimals=3)
+            >>> fences.scores(torch.tensor([[50.0], [168.76]])).round(decimals=3)
             tensor([[0.],
                     [1.]])
         """
-        above = (features - self.centre) / (self.upper - self.centre + _TINY)
-        below = (self.centre - features) / (self.centre - self.lower + _TINY)
-        scores = torch.where(features.isfinite(), torch.maximum(above, below), torch.inf)
-        # A feature without fences, because nobody watches it, may be anything.
-        return torch.where(self.upper.isinf() & self.lower.isinf(), 0.0, scores)
+        offset = features - self.centre
+        scores = torch.maximum(offset * self._above, -offset * self._below)
+        return scores.masked_fill(~features.isfinite() & self._watched, torch.inf).nan_to_num(nan=0.0, posinf=torch.inf)
+
+    # In force for several steps, and used at each receipt.
+    @cached_property
+    def _above(self) -> Tensor:
+        return 1 / (self.upper - self.centre + _TINY)
+
+    @cached_property
+    def _below(self) -> Tensor:
+        return 1 / (self.centre - self.lower + _TINY)
+
+    @cached_property
+    def _watched(self) -> Tensor:
+        """A feature without fences, because nobody watches it, may be anything."""
+        return ~(self.upper.isinf() & self.lower.isinf())
 
 
 def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor) -> Fences:
@@ -103,7 +116,7 @@ def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor) ->
     Example:
         >>> fences = fit_fences(torch.arange(101.0)[:, None], rate=0.01, two_sided=True, watched=torch.tensor([True]))
         >>> round(fences.lower.item(), 1), fences.centre.item(), round(fences.upper.item(), 1)
-        (-57.5, 50.0, 157.5)
+        (-68.8, 50.0, 168.8)
     """
     ordered = values.sort(dim=-2).values  # NaN comes last
     count = (~ordered[..., 0].isnan()).sum(dim=-1)
@@ -190,22 +203,24 @@ class FenceWindow:
         self.places = (self.places + honest.sum(dim=1)) % size
 
     def state_of(self, boundary: int) -> dict[str, Tensor]:
-        """What is known of one boundary: the values, from which place on they are overwritten next, and the fences in force."""
-        values, fences = self.values[boundary], self.fences.of(boundary)
+        """What is known of one boundary: the values, oldest first, and the fences in force."""
+        values = self.values[boundary].roll(-int(self.places[boundary]), dims=0)
         return {
             "values": values[~values[:, 0].isnan()],
-            "place": self.places[boundary].clone(),
-            "fences": torch.stack(fences.parts()),
+            "fences": torch.stack(self.fences.of(boundary).parts()),
         }
 
     def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
-        """Load what :meth:`state_of` gave: of the values as many as this window has room for."""
-        kept = state["values"][-self.values.shape[1] :]
+        """Load what :meth:`state_of` gave: of the values the latest, as many as this window has room for."""
+        size = self.values.shape[1]
+        kept = state["values"][-size:]
         self.values[boundary] = torch.nan
         self.values[boundary, : len(kept)] = kept
-        self.places[boundary] = state["place"] % self.values.shape[1]
-        for mine, saved in zip(self.fences.parts(), state["fences"]):
+        self.places[boundary] = len(kept) % size
+        parts = [part.clone() for part in self.fences.parts()]
+        for mine, saved in zip(parts, state["fences"]):
             mine[boundary] = saved
+        self.fences = Fences(*parts)
 
     def fit(self) -> None:
         """Fit the fences to what is remembered."""

@@ -45,13 +45,13 @@ class PositionSums:
         if positions > self.total.shape[-2]:
             grown = self.resized(positions)
             self.total, self.count = grown.total, grown.count
-        self.total[..., :positions, :] += torch.where(weights[..., None, None] > 0, means, 0.0)
+        self.total[..., :positions, :] += means.masked_fill(weights[..., None, None] == 0, 0.0)
         self.count[..., :positions] += weights[..., None]
 
     def of(self, senders: Tensor) -> PositionSums:
         """The sum over the senders for which ``(senders,)`` bool is true."""
         # Selected, not multiplied by zero: a sum that overflowed would poison the others.
-        total = torch.where(senders[:, None, None], self.total, 0.0).sum(dim=0)
+        total = self.total.masked_fill(~senders[:, None, None], 0.0).sum(dim=0)
         return PositionSums(total, torch.where(senders[:, None], self.count, 0.0).sum(dim=0))
 
     def __add__(self, other: PositionSums) -> PositionSums:

@@ -40,12 +40,12 @@ class Contribution:
     def add(self, means: Tensor, statistics: Tensor, weights: Tensor) -> None:
         """Add a signal of each sender with weights ``(senders,)`` of zero or one; zero adds nothing, whatever the signal holds."""
         self.positions.add(means, weights)
-        self.statistics += torch.where(weights[:, None] > 0, statistics, 0.0)
+        self.statistics += statistics.masked_fill(weights[:, None] == 0, 0.0)
         self.signals += weights
 
     def of(self, senders: Tensor) -> Contribution:
         """The sum over the senders for which ``(senders,)`` bool is true."""
-        statistics = torch.where(senders[:, None], self.statistics, 0.0).sum(dim=0)
+        statistics = self.statistics.masked_fill(~senders[:, None], 0.0).sum(dim=0)
         return Contribution(self.positions.of(senders), statistics, torch.where(senders, self.signals, 0.0).sum())
 
     def resized(self, positions: int) -> Contribution:

@@ -192,8 +192,9 @@ def _cleared(table: SignalTable, live: Tensor) -> Tensor:
     than twice as far out are cleared.
 
     Senders that could not be verified, because an earlier stage tainted them or they are banned, count as honest: else malicious
-    ones could get a majority of those that are left. Where too few are left, and with a single replica, there is nobody to be
-    compared with: then what is just outside its fences is cleared, or the fences could never follow a training that moves.
+    ones could get a majority of those that are left. Where too few are left for that, the one that is least far out counts as
+    honest. A single sender has nobody to be compared with: then what is just outside its fences is cleared, or the fences could
+    never follow a training that moves.
 
     Values that are not finite have the highest score, so they are cleared only where the median sender sends such values too.
     """
@@ -201,10 +202,11 @@ def _cleared(table: SignalTable, live: Tensor) -> Tensor:
     scores = torch.where(table.tainted | ~live[:, None], torch.nan, table.column("score"))
     # By sender first: one that was verified more often than others must not outvote them.
     senders = scores.nanmedian(dim=2).values
-    rank = (~senders.isnan()).sum(dim=1) - replicas // 2
+    verified = (~senders.isnan()).sum(dim=1)
+    rank = (verified - replicas // 2).clamp(min=1)
     ordered = senders.nan_to_num(nan=torch.inf).sort(dim=1).values
-    reference = ordered.gather(1, (rank - 1).clamp(min=0)[:, None]).squeeze(1)
-    alone = (rank < 1) | (replicas == 1)
+    reference = ordered.gather(1, (rank - 1)[:, None]).squeeze(1)
+    alone = verified <= 1
     limit = torch.where(alone, _ALONE, 2 * reference)[:, None, None]
     return table.flagged & (scores <= limit)
 

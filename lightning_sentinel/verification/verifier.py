@@ -45,8 +45,8 @@ class BoundaryVerifier:
     Every process that receives across it holds one with the same state, because all of them learn from the same table and the same
     sum of contributions. A process receives from one sender, or, where it runs the whole mesh, from one of each replica.
 
-    State: ``T x C`` momentum, ``C`` channel spreads, ``16 x 16`` products, and, where senders receive something, the ``97 x 97``
-    products and ``97 x 16`` weights of a ridge regression.
+    State: ``T x C`` momentum, ``C`` channel spreads, ``16 x 16`` products, and, where senders receive something, the ``33 x 33``
+    products and ``33 x 16`` weights of a ridge regression.
 
     Args:
         boundary: the stream to verify.

@@ -84,7 +84,7 @@ class Training:
     steps: int = 60
     model: str = "llama"
     data: str = "code"
-    schedule: str = "constant"
+    schedule: str = "decay"
     learning_rate: float = 3e-3
     width: int = 64
     sequence_length: int = 32
