@@ -158,7 +158,6 @@ def test_what_is_validated_on_is_not_trained_on() -> None:
         assert sum(bytes(window.tolist()) in text for window in windows) < len(windows) / 5
 
 
-@pytest.mark.xfail(strict=True, reason="upper and sigma of open fences are one tensor: loading one overwrites the other")
 @pytest.mark.parametrize("model", ["llama", "gpt"])
 def test_going_on_from_the_warm_up_is_the_same_training(model: str, tmp_path: Path) -> None:
     scenario = attack(training=replace(TINY, model=model), spec=None, workers=None)

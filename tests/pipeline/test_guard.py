@@ -503,10 +503,7 @@ def test_one_pipeline_left_is_enough() -> None:
 # --- State
 
 
-aliased = pytest.mark.xfail(strict=True, reason="upper and sigma of open fences are one tensor: loading one overwrites the other")
-
-
-@pytest.mark.parametrize("steps", [0, 3, *(pytest.param(steps, marks=aliased) for steps in (WARMUP, WARMUP + 3, WARMUP + 4))])
+@pytest.mark.parametrize("steps", [0, 3, WARMUP, WARMUP + 3, WARMUP + 4])
 def test_a_loaded_guard_goes_on_identically(steps: int) -> None:
     original, loaded = Pipelines().run(steps), Pipelines()
     state = {name: value.clone() for name, value in original.guard.state_dict().items()}
@@ -542,8 +539,8 @@ def test_memory_does_not_grow_with_steps() -> None:
     pipelines = Pipelines(window=window).run(WARMUP + 6)
     k = CHANNELS
     references = POSITIONS * k + POSITIONS + k + k * k + 4 * 7 + 1
-    regression = (3 * k + 1) * (3 * k + 1 + k)
-    fences = window * len(FEATURES) + 1 + 5 * len(FEATURES)
+    regression = (k + 1) * (k + 1 + k)
+    fences = window * len(FEATURES) + 5 * len(FEATURES)
     calibration = 2 * fences + 1 + len(FEATURES) + 2 * REPLICAS * len(FEATURES)
     # The senders of two of the four boundaries have received something.
     expected = len(MESH.boundaries) * (references + calibration) + 2 * regression
@@ -729,7 +726,8 @@ def test_every_signal_is_audited_once_in_a_round_and_bans_make_rounds_shorter() 
     assert pipelines.attempt(broken({Worker(0, 1)})).banned == [Worker(0, 1)]
     pipelines.draw()
     again = pipelines.attempt(broken({Worker(0, 1)}))
-    assert not again.redo and again.verdict.audits == 0, "what was drawn for the first attempt is not drawn again"
+    assert not again.redo and again.verdict.audits > 0, "what was drawn for the first attempt is drawn again"
+    assert pipelines.guard._schedule.rounds == pytest.approx(9 * 0.25), "and once only"
     pipelines.step_number += 1
     before = pipelines.guard.ledger.audits
     pipelines.run(4)

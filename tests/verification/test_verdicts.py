@@ -401,7 +401,7 @@ def clean_by_hand(step: Step) -> np.ndarray:
 
 def cleared_by_hand(step: Step) -> np.ndarray:
     """Twice the score that an honest sender reaches even if as many as half of the stage lie: sort those that were verified, and
-    leave out half of *all* replicas from the top. 1.5 where nobody is left, or there is nobody else."""
+    leave out half of *all* replicas from the top, but for the lowest. 1.5 where there is nobody else."""
     score, flagged, tainted = (step.rows[..., COLUMNS.index(name)].numpy() for name in ("score", "flagged", "tainted"))
     cleared = np.zeros(score.shape, dtype=bool)
     for index in range(len(score)):
@@ -411,8 +411,8 @@ def cleared_by_hand(step: Step) -> np.ndarray:
             if len(verified):
                 medians.append(sorted(verified)[(len(verified) - 1) // 2])
         replicas = len(step.live)
-        trusted = sorted(medians)[: len(medians) - replicas // 2] if len(medians) > replicas // 2 else []
-        limit = 2 * trusted[-1] if trusted and replicas > 1 else 1.5
+        trusted = sorted(medians)[: max(1, len(medians) - replicas // 2)]
+        limit = 2 * trusted[-1] if len(medians) > 1 else 1.5
         cleared[index] = (flagged[index] > 0) & (score[index] <= limit)
     return cleared
 

@@ -532,7 +532,7 @@ def test_memory_does_not_grow_with_steps() -> None:
         rig.run(8)
         sizes.append(sum(dict(storages(rig.verifier)).values()))
         state = rig.verifier.state_dict()
-        regression = (3 * CHANNELS + 1) * (3 * CHANNELS + 1 + CHANNELS)
+        regression = (CHANNELS + 1) * (CHANNELS + 1 + CHANNELS)
         moments = CHANNELS + CHANNELS * CHANNELS + 4 * 7
         assert sum(t.numel() for t in state.values()) == POSITIONS * CHANNELS + POSITIONS + moments + regression + 1
     assert sizes[0] == sizes[1] == sizes[2]
