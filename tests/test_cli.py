@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ def test_the_examples_config_is_read_with_its_settings(capsys: pytest.CaptureFix
     assert trainer["strategy"]["class_path"] == "lightning_sentinel.SentinelStrategy"
     assert trainer["strategy"]["init_args"]["verification"]["warmup_steps"] == 60
     # What is not said has the default.
-    assert trainer["strategy"]["init_args"]["response"] == {"on_flag": "exclude", "ban_after": ls.Response().ban_after}
+    assert trainer["strategy"]["init_args"]["response"] == asdict(ls.Response())
+    assert trainer["strategy"]["init_args"]["verification"] == asdict(ls.Verification(warmup_steps=60))
 
 
 @pytest.mark.parametrize("preset", ["sentinel", "sentinel_monitor"])

@@ -51,11 +51,18 @@ class TestArguments:
         with pytest.raises(ConfigurationError, match=r"transport='hots'.*'auto'"):
             ls.SentinelStrategy(transport="hots")  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("rate", [0.01, 1.0])
+    def test_processes_cannot_recompute(self, rate: float) -> None:
+        with pytest.raises(ConfigurationError, match=rf"audit_rate={rate}\) needs engine='virtual'.*Use audit_rate=None"):
+            ls.SentinelStrategy(response=ls.Response(audit_rate=rate))
+        assert ls.SentinelStrategy(engine="virtual", response=ls.Response(audit_rate=rate))._response.audit_rate == rate
+
     def test_nothing_has_happened_yet(self) -> None:
         strategy = ls.SentinelStrategy()
         assert strategy.detections == []
         assert strategy.ledger.banned == frozenset()
         assert strategy.table is None
+        assert strategy.wiring is None
         assert strategy.adversary is None
         assert strategy.step == 0
 

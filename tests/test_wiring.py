@@ -35,17 +35,55 @@ def test_fixed_lanes_are_their_own_workers_and_lost_with_one_of_them(case: tuple
     assert not banned & set(served_lanes(wiring, mesh))
 
 
+turns = st.integers(0, 1000)
+
+
 @repeatable
-@given(meshes())
-def test_gathered_bans_cost_as_few_lanes_as_possible(case: tuple[Mesh, set[Worker]]) -> None:
+@given(meshes(), turns)
+def test_gathered_bans_cost_as_few_lanes_as_possible_at_every_turn(case: tuple[Mesh, set[Worker]], turn: int) -> None:
     mesh, banned = case
-    wiring = Wiring.gathered(mesh, banned)
+    wiring = Wiring.gathered(mesh, banned, turn)
     for stage in range(mesh.stages):
         assert sorted(wiring.serving[stage]) == list(range(mesh.replicas))
     served = served_lanes(wiring, mesh)
     assert not banned & set(served)
     assert set(served.values()) <= {1}
     assert sum(wiring.live) == mesh.replicas - most_banned(mesh, banned)
+    # Which lanes are used does not depend on the turn: their data would change.
+    assert wiring.live == Wiring.gathered(mesh, banned).live
+
+
+@repeatable
+@given(meshes(), turns)
+def test_who_serves_at_all_serves_its_own_lane_if_that_is_used(case: tuple[Mesh, set[Worker]], turn: int) -> None:
+    mesh, banned = case
+    wiring = Wiring.gathered(mesh, banned, turn)
+    for stage in range(mesh.stages):
+        for lane in range(mesh.replicas):
+            worker = wiring.serving[stage][lane]
+            assert not wiring.live[lane] or worker == lane or not wiring.live[worker]
+
+
+@repeatable
+@given(meshes(), turns)
+def test_everybody_who_may_serve_has_a_turn(case: tuple[Mesh, set[Worker]], turn: int) -> None:
+    mesh, banned = case
+    if not any(Wiring.gathered(mesh, banned).live):
+        return
+    served: Counter[Worker] = Counter()
+    for later in range(mesh.replicas):
+        served += served_lanes(Wiring.gathered(mesh, banned, turn + later), mesh)
+    assert set(served) == set(mesh.workers) - banned
+
+
+def test_idle_workers_share_the_work_evenly() -> None:
+    # Stage 0 has lost two of five workers, so that stage 1 has two to spare.
+    mesh, banned = Mesh(2, 5), {Worker(0, 0), Worker(0, 3)}
+    served: Counter[Worker] = Counter()
+    for turn in range(5):
+        served += served_lanes(Wiring.gathered(mesh, banned, turn), mesh)
+    assert {served[Worker(1, replica)] for replica in range(5)} == {3}
+    assert {served[Worker(0, replica)] for replica in (1, 2, 4)} == {5}
 
 
 @repeatable

@@ -19,9 +19,21 @@ class Wire:
 
     def __init__(self) -> None:
         self.messages: deque[Tensor] = deque()
+        self.under_way: list[Tensor] = []
+        """What was sent without waiting: the memory itself, which must not change before it was taken."""
+        self.waited = 0
 
     def send(self, tensor: Tensor, rank: int) -> None:
         self.messages.append(tensor.clone())
+
+    def isend(self, tensor: Tensor, rank: int) -> Wire:
+        assert tensor.is_contiguous() and not tensor.requires_grad
+        self.messages.append(tensor)
+        self.under_way.append(tensor)
+        return self
+
+    def wait(self) -> None:
+        self.waited += 1
 
     def recv(self, tensor: Tensor, rank: int) -> None:
         message = self.messages.popleft()
@@ -34,6 +46,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
     wire = Wire()
     monkeypatch.setattr("torch.distributed.send", wire.send)
     monkeypatch.setattr("torch.distributed.recv", wire.recv)
+    monkeypatch.setattr("torch.distributed.isend", wire.isend)
     return wire
 
 
@@ -99,7 +112,59 @@ def test_what_cannot_cross_is_refused(wire: Wire, signal: Tensor) -> None:
     assert not wire.messages
 
 
+NOTES = {name: signal for name, signal in SIGNALS.items() if not signal.requires_grad}
+
+
+@pytest.mark.parametrize("mode", ["device", "host"])
+@pytest.mark.parametrize("number", [0, 64, 2**40])
+@pytest.mark.parametrize("note", NOTES.values(), ids=NOTES)
+def test_a_note_arrives_with_its_number(wire: Wire, note: Tensor, number: int, mode: str) -> None:
+    transport = Transport(CPU, mode)  # type: ignore[arg-type]
+    transport.send_note(note, number, 1)
+    received, its = transport.receive_note(1)
+    assert (received.dtype, its) == (note.dtype, number) and torch.equal(received, note) and not wire.messages
+
+
+def test_notes_are_waited_for_at_the_end_and_once(wire: Wire) -> None:
+    transport = Transport(CPU)
+    for number in range(3):
+        transport.send_note(torch.full((2,), float(number)), number, 1)
+    assert wire.waited == 0
+    transport.finish_notes()
+    assert wire.waited == len(wire.under_way) == 6
+    transport.finish_notes()
+    assert wire.waited == 6
+    assert [transport.receive_note(1)[1] for _ in range(3)] == [0, 1, 2]
+
+
+def test_notes_and_signals_keep_their_order(wire: Wire) -> None:
+    transport = Transport(CPU)
+    transport.send_note(torch.ones(2), 7, 1)
+    transport.send(torch.zeros(3), YES, 1, header=True)
+    transport.send_note(torch.ones(1), 8, 1)
+    assert transport.receive_note(1)[1] == 7
+    assert bool(transport.receive(1)[1])
+    assert transport.receive_note(1)[1] == 8
+
+
 class TestLostPeers:
+    def test_named_when_a_note_is_lost(self, monkeypatch: pytest.MonkeyPatch, wire: Wire) -> None:
+        def fail(*_: object) -> None:
+            raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:999")
+
+        transport = Transport(CPU)
+        transport.send_note(torch.ones(2), 0, 4)
+        monkeypatch.setattr(Wire, "wait", fail)
+        with pytest.raises(WorkerLostError, match="Rank 4 does not answer") as raised:
+            transport.finish_notes()
+        assert raised.value.rank == 4
+        monkeypatch.setattr("torch.distributed.isend", fail)
+        monkeypatch.setattr("torch.distributed.recv", fail)
+        with pytest.raises(WorkerLostError, match="Rank 2 does not answer"):
+            transport.send_note(torch.ones(2), 0, 2)
+        with pytest.raises(WorkerLostError, match="Rank 3 does not answer"):
+            transport.receive_note(3)
+
     @pytest.mark.parametrize("like", [None, torch.zeros(2)], ids=["header", "message"])
     def test_named(self, monkeypatch: pytest.MonkeyPatch, like: Tensor | None) -> None:
         def fail(*_: object) -> None:

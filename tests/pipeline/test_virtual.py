@@ -66,7 +66,8 @@ def test_what_was_learned_outlives_a_validation_between_two_fits() -> None:
     run.fit_loop.epoch_loop.max_steps = 8
     run.fit(module, tasks.loader(16))
     assert strategy.step == 8
-    assert {verifier.steps for verifier in strategy._guard.verifiers.values()} == {8}
+    assert strategy._guard.calibration.steps == 8
+    assert {int(verifier.references.updates) for verifier in strategy._guard.verifiers.values()} == {8}
 
 
 def test_predictions_and_checkpoints_are_those_of_an_ordinary_module(tmp_path: Any) -> None:

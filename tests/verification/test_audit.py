@@ -6,40 +6,90 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lightning_sentinel.mesh import Direction, Mesh
-from lightning_sentinel.verification.audit import causal_order, draw_audits, relative_error, tolerance
+from lightning_sentinel.verification.audit import AuditSchedule, causal_order, relative_error, tolerance
+
+MESH = Mesh(3, 4)
 
 
-@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])
-def test_each_signal_is_drawn_at_the_rate(rate: float) -> None:
-    mesh, drawn = Mesh(4, 8), torch.zeros(6, 8, 4)
-    steps = 400
-    for step in range(steps):
-        drawn += draw_audits(mesh, 4, rate, seed=1, step=step)
-    deviation = math.sqrt(rate * (1 - rate) / steps)
-    assert drawn.mean().item() / steps == pytest.approx(rate, abs=5 * deviation / math.sqrt(drawn.numel()))
-    assert (drawn / steps - rate).abs().max() < 5 * deviation
+def draws(schedule: AuditSchedule, steps: int, start: int = 0, last_ban: int | None = None, micro_batches: int = 2) -> Tensor:
+    """``(steps, boundaries, lanes, micro_batches)`` bool."""
+    return torch.stack([schedule.draw(start + step, micro_batches, last_ban) for step in range(steps)])
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(1.0, 1), (0.5, 2), (0.2, 5), (0.1, 10), (0.01, 100)])
+def test_every_place_is_audited_once_in_so_many_steps(rate: float, steps: int) -> None:
+    schedule = AuditSchedule(MESH, rate, seed=1)
+    for _ in range(4):
+        assert (draws(schedule, steps).sum(dim=0) == 1).all()
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(rate=st.floats(0.02, 1.0), seed=st.integers(0, 1000))
+def test_nobody_waits_longer_than_two_rounds(rate: float, seed: int) -> None:
+    longest = math.ceil(2 / rate)
+    drawn = draws(AuditSchedule(MESH, rate, seed), 4 * longest)
+    for start in range(3 * longest):
+        assert drawn[start : start + longest].any(dim=0).all()
+
+
+def test_when_it_is_somebodys_turn_changes_from_round_to_round() -> None:
+    drawn = draws(AuditSchedule(Mesh(4, 8), 0.1, seed=1), 400, micro_batches=4).view(40, 10, -1).long()
+    turns = drawn.argmax(dim=1).double()
+    # Uniform over the steps of a round, whatever the place and whatever its turn before.
+    assert (drawn.sum(dim=(0, 2)) / drawn.sum() - 0.1).abs().max() < 0.01
+    assert abs(turns.mean().item() - 4.5) < 0.1
+    assert abs(torch.corrcoef(torch.stack((turns[1:].flatten(), turns[:-1].flatten())))[0, 1]) < 0.05
+    assert abs(torch.corrcoef(torch.stack((turns[:, 1:].flatten(), turns[:, :-1].flatten())))[0, 1]) < 0.05
 
 
 def test_a_rate_of_one_draws_everything() -> None:
-    assert all(draw_audits(Mesh(3, 4), 2, 1.0, seed=0, step=step).all() for step in range(50))
+    assert draws(AuditSchedule(MESH, 1.0, seed=0), 50).all()
+    assert draws(AuditSchedule(MESH, 1.0, seed=0), 50, last_ban=10).all()
 
 
-def test_audits_follow_the_seed_and_the_step_alone() -> None:
+@pytest.mark.parametrize("rate", [0.05, 0.2])
+def test_after_a_ban_the_rate_is_three_times_as_high_for_thirty_steps(rate: float) -> None:
+    schedule, ban = AuditSchedule(MESH, rate, seed=3), 7
+    schedule.draw(ban, 2, last_ban=None)
+    assert schedule.rounds == pytest.approx(rate)
+    drawn = draws(schedule, 30, start=ban + 1, last_ban=ban)
+    assert schedule.rounds == pytest.approx(rate * (1 + 3 * 30))
+    assert drawn.float().mean().item() == pytest.approx(3 * rate, rel=0.1)
+    schedule.draw(ban + 31, 2, last_ban=ban)
+    assert schedule.rounds == pytest.approx(rate * (2 + 3 * 30))
+
+
+def test_the_raised_rate_is_at_most_everything() -> None:
+    schedule = AuditSchedule(MESH, 0.5, seed=3)
+    assert draws(schedule, 20, last_ban=0).all() and schedule.rounds == 20
+
+
+def test_a_schedule_goes_on_from_its_rounds() -> None:
+    whole, second = AuditSchedule(MESH, 0.13, seed=5), AuditSchedule(MESH, 0.13, seed=5)
+    draws(whole, 17)
+    second.rounds = whole.rounds
+    assert torch.equal(draws(whole, 40, start=17), draws(second, 40, start=17))
+
+
+def test_audits_follow_the_seed_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    one = draw_audits(Mesh(3, 4), 8, 0.5, seed=5, step=7)
+    one, again, other = (draws(AuditSchedule(MESH, 0.5, seed), 10) for seed in (5, 5, 6))
     assert torch.equal(torch.rand(2), expected)
-    assert torch.equal(one, draw_audits(Mesh(3, 4), 8, 0.5, seed=5, step=7))
-    for seed, step in ((5, 8), (6, 7)):
-        assert not torch.equal(one, draw_audits(Mesh(3, 4), 8, 0.5, seed=seed, step=step))
+    assert torch.equal(one, again) and not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63 - 1])
 def test_any_integer_is_a_seed(seed: int) -> None:
-    assert draw_audits(Mesh(3, 4), 2, 0.5, seed, step=10**9).shape == (4, 4, 2)
+    assert AuditSchedule(MESH, 0.5, seed).draw(10**9, 2, None).shape == (4, 4, 2)
+
+
+def test_a_mesh_of_one_stage_has_nothing_to_draw() -> None:
+    assert AuditSchedule(Mesh(1, 4), 0.5, seed=0).draw(0, 2, None).shape == (0, 4, 2)
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)

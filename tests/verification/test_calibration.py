@@ -47,18 +47,24 @@ class Run:
     def step(self, table: SignalTable) -> Any:
         number, calibration = len(self.flags), self.calibration
         assessment = calibration.assess(table, self.live, self.banned)
-        drifting = calibration.drift.height > ALARM_WITHOUT_AUDITS
+        drifting = calibration.drifting(ALARM_WITHOUT_AUDITS, self.wiring)
         verdict = judge(table, assessment, drifting, self.mesh, self.wiring, number, True)
         self.ledger.record(number, verdict.flagged, verdict.suspects, verdict.verified)
         self.flags.append(verdict.flagged.total())
-        calibration.learn(verdict.table, verdict.honest, assessment)
+        calibration.learn(verdict.table, verdict.honest, assessment, self.wiring)
         return assessment, verdict
 
 
+def lower_median(values: np.ndarray) -> float:
+    return np.quantile(values, 0.5, method="lower")
+
+
 def centre_by_hand(features: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Less the median of the lanes' medians."""
     centred = np.empty_like(features)
     for b, f in np.ndindex(features.shape[0], features.shape[3]):
-        centred[b, ..., f] = features[b, ..., f] - np.quantile(features[b, ..., f][kept[b]], 0.5, method="lower")
+        lanes = [lower_median(values[use]) for values, use in zip(features[b, ..., f], kept[b]) if use.any()]
+        centred[b, ..., f] = features[b, ..., f] - lower_median(np.array(lanes))
     return centred
 
 
@@ -153,17 +159,23 @@ def test_where_most_are_out_of_line_the_median_of_all_stands() -> None:
 
 def test_windows_hold_what_was_honest_after_the_first_steps() -> None:
     run, rows = Run(Mesh(2, 4), warmup_steps=30, window=4096), []
+    trend = np.full((2, F), np.nan, dtype="float32")
     for step in range(34):
         table = table_of(normal(run.mesh)(step, run.generator), calibration=run.calibration)
         honest = torch.rand(2, 4, MICRO_BATCHES, generator=run.generator) < 0.7
         assessment = run.calibration.assess(table, run.live, run.banned)
-        run.calibration.learn(table, honest, assessment)
+        run.calibration.learn(table, honest, assessment, run.wiring)
         if step >= 10:
-            rows.append((table.features, assessment.centred, honest))
+            rows.append((table.features - torch.from_numpy(trend)[:, None, None], assessment.centred, honest))
+        for b, f in np.ndindex(2, F):
+            median = lower_median(table.features[b, ..., f][honest[b]].numpy())
+            # The features of the first step are those of a step without references.
+            trend[b, f] = [np.nan, median][step] if step < 2 else 0.9 * trend[b, f] + 0.1 * median
+        np.testing.assert_allclose(run.calibration.trend.numpy(), trend, rtol=1e-4, atol=1e-6)
     for window, part in ((run.calibration.alone, 0), (run.calibration.among_peers, 1)):
         for boundary in range(2):
             expected = torch.cat([row[part][boundary][row[2][boundary]] for row in rows])
-            assert torch.equal(window.values[boundary, : len(expected)], expected)
+            torch.testing.assert_close(window.values[boundary, : len(expected)], expected, rtol=1e-4, atol=1e-5)
             assert window.values[boundary, len(expected) :].isnan().all()
 
 
@@ -184,7 +196,7 @@ def test_honest_workers_are_flagged_at_the_asked_rate_and_none_is_banned(replica
     run = Run(Mesh(3, replicas), ban_after=5, window=512).run(WARMUP + 100)
     assert run.ledger.banned == frozenset()
     signals = 100 * 4 * replicas * MICRO_BATCHES
-    assert 0.001 * signals < sum(run.flags[WARMUP:]) <= 0.02 * signals
+    assert 0 < sum(run.flags[WARMUP:]) <= 0.01 * signals
 
 
 def test_a_sender_on_one_side_is_found_by_its_sum() -> None:
@@ -209,9 +221,6 @@ def features_with(mesh: Mesh, column: Callable[[torch.Generator, tuple[int, ...]
     return draw
 
 
-@pytest.mark.xfail(
-    strict=True, reason="standard scores are taken from the median and the quartiles, which skew and ties leave beside 0 and 1"
-)
 @pytest.mark.parametrize("replicas", [3, 8])
 @pytest.mark.parametrize("kind", ["mostly zero", "skewed"])
 def test_honest_workers_do_not_drift_because_a_feature_is_skewed(kind: str, replicas: int) -> None:
@@ -224,7 +233,6 @@ def test_honest_workers_do_not_drift_because_a_feature_is_skewed(kind: str, repl
     assert run.ledger.banned == frozenset()
 
 
-@pytest.mark.xfail(strict=True, reason="who drifts is not honest, so nothing enters its sum again, which stays where it is")
 def test_a_drift_that_ended_is_forgotten() -> None:
     mesh, start = Mesh(2, 8), WARMUP + 60
 
@@ -238,7 +246,6 @@ def test_a_drift_that_ended_is_forgotten() -> None:
     assert run.ledger.streaks[Worker(0, 0)] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the sums of senders without peers hold what the training does, and nothing clears them")
 def test_a_change_of_the_training_makes_nobody_drift() -> None:
     mesh, start = Mesh(2, 3), WARMUP + 60
 
@@ -249,7 +256,6 @@ def test_a_change_of_the_training_makes_nobody_drift() -> None:
     assert run.ledger.banned == frozenset()
 
 
-@pytest.mark.xfail(strict=True, reason="a single step of warm-up fills the window with the zeros of a step without references")
 def test_features_without_a_reference_do_not_become_fences() -> None:
     mesh = Mesh(2, 8)
     run = Run(mesh, lambda step, g: normal(mesh)(step, g) * (step > 0), ban_after=5, warmup_steps=1).run(12)
@@ -263,7 +269,7 @@ def state_of(calibration: Calibration, boundaries: int) -> dict[int, dict[str, T
     return {boundary: calibration.state_of(boundary) for boundary in range(boundaries)}
 
 
-@pytest.mark.parametrize("steps", [0, 5, WARMUP, WARMUP + 9])
+@pytest.mark.parametrize("steps", [0, 5, WARMUP, WARMUP + 1, WARMUP + 9])
 def test_a_loaded_calibration_goes_on_identically(steps: int) -> None:
     original, loaded = Run(Mesh(3, 4)).run(steps), Run(Mesh(3, 4))
     file = io.BytesIO()
@@ -271,30 +277,28 @@ def test_a_loaded_calibration_goes_on_identically(steps: int) -> None:
     file.seek(0)
     for boundary, state in torch.load(file, weights_only=True).items():
         loaded.calibration.load_state_of(boundary, state)
-    loaded.calibration.fit()
     loaded.generator.manual_seed(3)
     original.generator.manual_seed(3)
     loaded.flags = list(original.flags)
-    original.calibration.fit()
     original.run(8)
     loaded.run(8)
     assert original.flags == loaded.flags
     for boundary in range(4):
         for name, value in original.calibration.state_of(boundary).items():
-            torch.testing.assert_close(loaded.calibration.state_of(boundary)[name], value, rtol=0, atol=0, equal_nan=True)
+            # Windows begin at another place, so that sums over them are rounded otherwise.
+            torch.testing.assert_close(loaded.calibration.state_of(boundary)[name], value, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_boundaries_are_loaded_one_by_one() -> None:
     original, loaded = Run(Mesh(3, 4)).run(WARMUP + 4), Run(Mesh(3, 4)).calibration
     loaded.load_state_of(2, original.calibration.state_of(2))
-    loaded.fit()
     for window, known in ((loaded.alone, original.calibration.alone), (loaded.among_peers, original.calibration.among_peers)):
-        torch.testing.assert_close(window.values[2], known.values[2], equal_nan=True)
+        mine, theirs = (one.values[2, :, 0] for one in (window, known))
+        assert mine[~mine.isnan()].sort().values.tolist() == theirs[~theirs.isnan()].sort().values.tolist()
         assert window.fences.upper[2].isfinite().all() and window.fences.upper[[0, 1, 3]].isinf().all()
     assert torch.equal(loaded.drift.sums[:, 2], original.calibration.drift.sums[:, 2]) and not loaded.drift.sums[:, :2].any()
 
 
-@pytest.mark.xfail(strict=True, reason="the state is a view of the windows, which later steps write into")
 def test_a_state_does_not_change_with_later_steps() -> None:
     run = Run(Mesh(2, 4)).run(WARMUP)
     state = run.calibration.state_of(0)
@@ -304,10 +308,65 @@ def test_a_state_does_not_change_with_later_steps() -> None:
         torch.testing.assert_close(value, before[name], equal_nan=True)
 
 
-@pytest.mark.xfail(strict=True, reason="a view is saved with all of the memory that it looks at")
 def test_the_state_of_one_boundary_takes_the_room_of_one_boundary() -> None:
     calibration = Calibration(Mesh(9, 4), Verification())
     file = io.BytesIO()
     state = calibration.state_of(0)
     torch.save(state, file)
     assert file.tell() <= 1.5 * sum(value.numel() * value.element_size() for value in state.values()) + 10_000
+
+
+# --- The trend
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("by_step", [0.05, -0.2])
+def test_a_steady_drift_of_all_features_makes_nobody_suspicious(by_step: float, replicas: int) -> None:
+    # As many steps as the window would need to be a few standard deviations behind, were it not for the trend.
+    mesh, steps = Mesh(3, replicas), 100
+    run = Run(mesh, lambda step, g: normal(mesh)(step, g) + by_step * step, ban_after=5, window=256).run(WARMUP + steps)
+    assert run.ledger.banned == frozenset()
+    assert sum(run.flags[WARMUP:]) <= 0.01 * steps * len(mesh.boundaries) * replicas * MICRO_BATCHES
+    behind = by_step * 10  # A moving average with a decay of 0.9 is ten steps behind what grows steadily.
+    newest = by_step * (WARMUP + steps - 1)
+    torch.testing.assert_close(run.calibration.trend.mean(), torch.tensor(newest + by_step - behind), rtol=0.05, atol=0.1)
+
+
+def test_one_replica_that_leaves_the_trend_is_found() -> None:
+    mesh, start = Mesh(3, 1), WARMUP + 40
+
+    def jumps(step: int, generator: torch.Generator) -> Tensor:
+        features = normal(mesh)(step, generator) + 0.05 * step
+        if step >= start:
+            features[1, 0, :, 4] += 30
+        return features
+
+    run = Run(mesh, jumps, ban_after=5).run(start + 5)
+    assert run.ledger.banned == {Worker(mesh.boundaries[1].sender, 0)}
+
+
+def test_boundaries_without_an_honest_signal_keep_their_trend() -> None:
+    run = Run(Mesh(2, 3)).run(3)
+    table = table_of(normal(run.mesh)(3, run.generator))
+    honest = torch.ones(2, 3, MICRO_BATCHES, dtype=torch.bool)
+    honest[1] = False
+    before = run.calibration.trend.clone()
+    run.calibration.learn(table, honest, run.calibration.assess(table, run.live, run.banned), run.wiring)
+    assert torch.equal(run.calibration.trend[1], before[1]) and not torch.equal(run.calibration.trend[0], before[0])
+
+
+def test_the_trend_starts_where_there_is_something_to_measure() -> None:
+    mesh = Mesh(2, 3)
+    run = Run(mesh, lambda step, g: (0.1 * normal(mesh)(step, g) + 5.0) * (step > 0), window=64).run(WARMUP)
+    assert run.calibration.alone.values.nanmean(dim=1).abs().max() < 0.2
+
+
+def test_who_is_exonerated_is_forgotten_wherever_it_served() -> None:
+    run = Run(Mesh(2, 3))
+    wiring = Wiring(((1, 0, 2), (0, 0, 2)), (True, True, True))
+    run.calibration.drift.sums.fill_(20.0)
+    assert run.calibration.drifting(10.0, wiring).all()
+    run.calibration.exonerate(torch.tensor([[True, False, False], [False, True, False]]), wiring)
+    # Boundary 0 is that of the activations of stage 0, boundary 1 that of the gradients of stage 1.
+    assert (run.calibration.drift.height == 0).tolist() == [[False, True, False], [True, False, False]]
+    assert (~run.calibration.drifting(10.0, wiring)).tolist() == [[True, False, False], [True, True, False]]

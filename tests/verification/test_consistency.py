@@ -10,21 +10,19 @@ from torch import Tensor
 
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
-from lightning_sentinel.verification.consistency import consistency_features, consistency_statistics, paired, ridge_weights
+from lightning_sentinel.verification.consistency import Pair, consistency_features, consistency_statistics, paired, ridge_weights
 from lightning_sentinel.verification.projection import SecretDirections
 
 SAMPLES, POSITIONS, CHANNELS = 6, 10, 24
-COSINE, CHANGE, RESIDUAL = range(3)
+COSINE, GAIN, CHANGE, RESIDUAL = range(4)
 
 
 class Stage:
-    """A residual stage that is linear in a token, in the one before it and in the mean of its sample, and a little noise."""
+    """A residual stage that is linear in a token, and a little noise."""
 
     def __init__(self, seed: int = 0, sent_channels: int = CHANNELS, noise: float = 0.002) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.own, self.before, self.context = (
-            0.2 * self.draw(CHANNELS, sent_channels) / CHANNELS**0.5 * scale for scale in (1.0, 0.5, 0.5)
-        )
+        self.own = 0.2 * self.draw(CHANNELS, sent_channels) / CHANNELS**0.5
         self.skip = torch.eye(CHANNELS) if sent_channels == CHANNELS else torch.zeros(CHANNELS, sent_channels)
         self.noise = noise
         self.secret = SecretDirections(Boundary(1, Direction.ACTIVATION), Verification())
@@ -36,33 +34,37 @@ class Stage:
         return self.draw(senders, SAMPLES, POSITIONS, CHANNELS)
 
     def sent(self, received: Tensor) -> Tensor:
-        linear = received @ self.own + received.roll(1, dims=2) @ self.before + received.mean(dim=2, keepdim=True) @ self.context
+        linear = received @ self.own
         return received @ self.skip + linear + self.noise * self.draw(*linear.shape)
 
-    def pair(self, sent: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:
-        senders = len(sent)
-        return paired(*(self.secret.project(one.flatten(0, 1)).unflatten(0, (senders, -1)) for one in (sent, received)))
+    def pair(self, sent: Tensor, received: Tensor) -> Pair:
+        projected = (self.secret.project(one.flatten(0, 1)).values.unflatten(0, (len(sent), -1)) for one in (sent, received))
+        return paired(*projected, same_channels=sent.shape[-1] == received.shape[-1])
 
     def weights(self, steps: int = 30) -> Tensor:
         received = self.received(steps)
         return ridge_weights(
-            {name: part.mean(dim=0) for name, part in consistency_statistics(*self.pair(self.sent(received), received)).items()}
+            {name: part.mean(dim=0) for name, part in consistency_statistics(self.pair(self.sent(received), received)).items()}
         )
 
     def features(self, sent: Tensor, received: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return consistency_features(*self.pair(sent, received), weights)
+        return consistency_features(self.pair(sent, received), weights)
 
 
-def test_pairs_are_tokens_their_predecessors_and_the_means_of_their_samples() -> None:
+def test_pairs_are_tokens_in_units_of_what_was_received() -> None:
     generator = torch.Generator().manual_seed(0)
     sent, received = (torch.randn(2, 3, 5, 4, generator=generator) for _ in range(2))
-    outputs, inputs = paired(sent, received)
-    assert (outputs.shape, inputs.shape) == ((2, 15, 4), (2, 15, 12))
+    pair = paired(sent, received, same_channels=True)
+    outputs, inputs = pair.sent, pair.received
+    assert (outputs.shape, inputs.shape) == ((2, 15, 4), (2, 15, 4))
+    assert torch.equal(pair.targets, outputs - inputs)
+    assert torch.equal(pair.predictors[..., :4], inputs) and (pair.predictors[..., 4] == 1).all()
+    apart = paired(sent, received, same_channels=False)
+    assert apart.change is None and torch.equal(apart.targets, outputs)
     for sender in range(2):
         scale = np.sqrt(np.square(received[sender].numpy()).mean())
         for token, (sample, position) in enumerate(np.ndindex(3, 5)):
-            of_sample = received[sender, sample].numpy() / scale
-            expected = np.concatenate((of_sample[position], of_sample[position - 1], of_sample.mean(axis=0)))
+            expected = received[sender, sample, position].numpy() / scale
             np.testing.assert_allclose(inputs[sender, token].numpy(), expected, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(outputs[sender, token].numpy(), sent[sender, sample, position].numpy() / scale, rtol=1e-5)
 
@@ -71,20 +73,21 @@ def test_pairs_are_tokens_their_predecessors_and_the_means_of_their_samples() ->
 def test_where_the_number_of_positions_changes_the_means_of_samples_are_paired(mine: int, its: int) -> None:
     generator = torch.Generator().manual_seed(0)
     sent, received = torch.randn(2, 3, mine, 4, generator=generator), torch.randn(2, 3, its, 7, generator=generator)
-    outputs, inputs = paired(sent, received)
-    assert (outputs.shape, inputs.shape) == ((2, 3, 4), (2, 3, 21))
+    outputs, inputs, _, _ = paired(sent, received, same_channels=False)
+    assert (outputs.shape, inputs.shape) == ((2, 3, 4), (2, 3, 7))
     means = received.double().numpy().mean(axis=2)
     scale = np.sqrt(np.square(means).mean(axis=(1, 2), keepdims=True))
     np.testing.assert_allclose(outputs.numpy(), sent.double().numpy().mean(axis=2) / scale, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(inputs.numpy(), np.tile(means / scale, 3), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(inputs.numpy(), means / scale, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sent_channels", [CHANNELS, 12])
 def test_weights_are_those_of_numpys_least_squares_with_the_same_ridge(sent_channels: int) -> None:
     stage = Stage(sent_channels=sent_channels)
     received = stage.received(senders=4)
-    outputs, inputs = stage.pair(stage.sent(received), received)
-    weights = ridge_weights({name: part.mean(dim=0) for name, part in consistency_statistics(outputs, inputs).items()})
+    pair = stage.pair(stage.sent(received), received)
+    outputs, inputs = pair.sent, pair.received
+    weights = ridge_weights({name: part.mean(dim=0) for name, part in consistency_statistics(pair).items()})
     x = np.concatenate((inputs.flatten(0, 1).double().numpy(), np.ones((inputs[..., 0].numel(), 1))), axis=1)
     y = outputs.flatten(0, 1).double().numpy()
     y = (y - x[:, :CHANNELS] if sent_channels == CHANNELS else y)[:, :16]
@@ -92,7 +95,7 @@ def test_weights_are_those_of_numpys_least_squares_with_the_same_ridge(sent_chan
     ridge = np.sqrt(1e-3 * np.square(x).sum() / x.shape[1])
     augmented = np.concatenate((x, ridge * np.eye(x.shape[1])))
     expected = np.linalg.lstsq(augmented, np.concatenate((y, np.zeros((x.shape[1], y.shape[1])))), rcond=None)[0]
-    assert weights.shape == expected.shape == (3 * CHANNELS + 1, min(16, sent_channels))
+    assert weights.shape == expected.shape == (CHANNELS + 1, min(16, sent_channels))
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-2, atol=1e-4)
 
 
@@ -100,7 +103,7 @@ def test_features_are_their_formulas() -> None:
     stage = Stage()
     weights, received = stage.weights(), stage.received(senders=2)
     sent = stage.sent(received)
-    (outputs, inputs), (features, worst) = stage.pair(sent, received), stage.features(sent, received, weights)
+    (outputs, inputs, _, _), (features, worst) = stage.pair(sent, received), stage.features(sent, received, weights)
     for sender in range(2):
         p, q = outputs[sender].double().numpy(), inputs[sender].double().numpy()
         own = q[:, :CHANNELS]
@@ -110,6 +113,7 @@ def test_features_are_their_formulas() -> None:
         error = np.sqrt(np.square(errors).mean())
         expected = [
             math.log(1 - cosines.mean() + 1e-6),
+            math.log(np.linalg.norm(p) / np.linalg.norm(own)),
             math.log(np.linalg.norm(p - own) / np.linalg.norm(own)),
             math.log(error / np.sqrt(np.square(targets).sum(axis=1).mean())),
         ]
@@ -125,6 +129,7 @@ ATTACKS: dict[str, tuple[Callable[[Tensor, Stage], Tensor], tuple[int, ...]]] = 
     "flipped sign": (lambda sent, stage: -sent, (COSINE, CHANGE, RESIDUAL)),
     "replayed": (lambda sent, stage: stage.sent(stage.received()), (COSINE, CHANGE, RESIDUAL)),
     "zeros": (lambda sent, stage: torch.zeros_like(sent), (COSINE, CHANGE)),
+    "scaled": (lambda sent, stage: 1.5 * sent, (CHANGE,)),
     "noise": (lambda sent, stage: sent + 0.3 * stage.draw(*sent.shape), (COSINE, CHANGE, RESIDUAL)),
     "shrunk": (lambda sent, stage: 0.1 * sent, (CHANGE,)),
 }
@@ -177,21 +182,23 @@ def test_with_other_channels_the_output_itself_is_predicted() -> None:
     weights, received = stage.weights(), stage.received(senders=30)
     sent = stage.sent(received)
     honest, worst = stage.features(sent, received, weights)
-    assert not honest[:, COSINE].any() and not worst[:, 0].any()
-    outputs, _ = stage.pair(sent, received)
-    np.testing.assert_allclose(honest[:, CHANGE].numpy(), 0.5 * np.log(outputs.square().sum(dim=2).mean(dim=1).numpy()), rtol=1e-4)
+    assert not honest[:, [COSINE, CHANGE]].any() and not worst[:, 0].any()
+    rms = [signal.double().square().mean(dim=(1, 2, 3)).sqrt().numpy() for signal in (sent, received)]
+    np.testing.assert_allclose(honest[:, GAIN].numpy(), np.log(rms[0] / rms[1]), rtol=1e-4, atol=1e-4)
     for tampered in (sent.flip(2), sent.roll(1, dims=1), -sent, sent.roll(1, dims=0)):
         assert (stage.features(tampered, received, weights)[0][:, RESIDUAL] > honest[:, RESIDUAL].max() + 1).all()
 
 
-@pytest.mark.xfail(strict=True, reason="beyond 32 channels projections have equal widths, whatever the numbers of channels")
 def test_signals_of_more_than_32_channels_are_not_compared_with_those_of_another_number() -> None:
     # Directions of 64 and of 128 channels have nothing to do with each other, and so neither has the cosine along them.
     secret, generator = SecretDirections(Boundary(1, Direction.ACTIVATION), Verification()), torch.Generator().manual_seed(0)
     received = torch.randn(SAMPLES, POSITIONS, 64, generator=generator)
-    pair = paired(secret.project(torch.cat((received, received), dim=2))[None], secret.project(received)[None])
-    weights = ridge_weights({name: part[0] for name, part in consistency_statistics(*pair).items()})
-    assert not consistency_features(*pair, weights)[0][:, COSINE].any()
+    sent = secret.project(torch.cat((received, received), dim=2))
+    its = secret.project(received)
+    assert sent.values.shape == its.values.shape
+    pair = paired(sent.values[None], its.values[None], sent.channels == its.channels)
+    weights = ridge_weights({name: part[0] for name, part in consistency_statistics(pair).items()})
+    assert not consistency_features(pair, weights)[0][:, [COSINE, CHANGE]].any()
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-18, 1e10])
@@ -200,7 +207,7 @@ def test_features_are_finite_for_any_size_of_signal(size: float) -> None:
     weights, received = stage.weights(), size * stage.received(senders=2)
     for sent in (received, -3 * received, torch.zeros_like(received)):
         assert all(part.isfinite().all() for part in stage.features(sent, received, weights))
-    statistics = consistency_statistics(*stage.pair(received, received))
+    statistics = consistency_statistics(stage.pair(received, received))
     assert ridge_weights({name: part[0] for name, part in statistics.items()}).isfinite().all()
 
 
@@ -212,7 +219,6 @@ def test_the_size_of_everything_does_not_matter() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="what was sent is divided by the size of what was received, and its square overflows")
 def test_what_a_stage_makes_of_zeros_has_finite_features() -> None:
     # A gradient that was flagged is replaced by zeros, and a stage with a bias answers zeros with something.
     stage = Stage()

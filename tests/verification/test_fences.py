@@ -32,24 +32,34 @@ def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor | N
 
 def by_hand(
     values: np.ndarray, rate: float, two_sided: bool, watched: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Feature by feature as far as the documented quantile, then all of them further by one factor."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Feature by feature as far as an exponential tail is rarer than a tenth of the rate, then all of them by one factor."""
     x = values.astype("float64")
-    low, q1, centre, q3, high = np.quantile(x, [rate, 0.25, 0.5, 0.75, 1 - rate], axis=0)
+    low, q1, centre, q3, high = np.quantile(x, [0.1, 0.25, 0.5, 0.75, 0.9], axis=0)
     spread = np.maximum(q3 - q1, 1e-12) + 1e-4 * np.abs(centre)
-    up, down = np.maximum(high - q3, 1.5 * spread), np.maximum(q1 - low, 1.5 * spread)
+
+    def tail(excess: np.ndarray) -> np.ndarray:
+        # P(beyond the edge + t) = 0.1 exp(-t / mean), which is 0.1 rate at mean * log(1 / rate).
+        mean = np.array([column[column > 0].mean() if (column > 0).any() else 0.0 for column in excess.T])
+        return mean * np.log(1 / rate)
+
+    up = np.maximum(high + tail(x - high) - q3, 1.5 * spread)
+    down = np.maximum(q1 - low + tail(low - x), 1.5 * spread)
     out = np.maximum((x - q3) / up, (q1 - x) / down if two_sided else -np.inf)
     worst = out[:, slice(None) if watched is None else watched].max(axis=1)
-    stretch = 1.1 * max(1.0, np.quantile(worst, 1 - rate))
+    stretch = 1.25 * max(1.0, np.quantile(worst, 1 - rate))
     lower = q1 - stretch * down if two_sided else np.full(x.shape[1], -np.inf)
-    return lower, centre, q3 + stretch * up, spread / 1.349
+    sigma = np.maximum(x.std(axis=0), spread / 1.349)
+    return lower, centre, q3 + stretch * up, x.mean(axis=0), sigma
 
 
-NAMES = ("lower", "centre", "upper", "sigma")
+NAMES = ("lower", "centre", "upper", "mean", "sigma")
 
 
 def parts(fences: Fences) -> tuple[Tensor, ...]:
-    return tuple(getattr(fences, name) for name in NAMES)
+    named = tuple(getattr(fences, name) for name in NAMES)
+    assert all(one is other for one, other in zip(named, fences.parts()))
+    return named
 
 
 @pytest.mark.parametrize("two_sided", [True, False])
@@ -116,8 +126,9 @@ def test_the_asked_share_of_fresh_honest_signals_is_outside(features: int, name:
         window, fresh = (draw(name, rng, count * 5).reshape(count, -1)[:, :features] for count in (512, 1500))
         rates.append((fit_fences(window, 0.01, two_sided).scores(fresh) > 1).any(dim=1).float().mean().item())
     # No k is below Tukey's 1.5, which no uniform value exceeds.
-    assert (0.0 if name == "uniform" else 0.001) <= np.mean(rates) <= 0.015
-    assert max(rates) <= 0.035
+    # The rate is an upper limit, and the margin around it is wide: those that are out are few, but there are some.
+    assert (0.0 if name == "uniform" else 0.0002) <= np.mean(rates) <= 0.01
+    assert max(rates) <= 0.025
 
 
 @pytest.mark.parametrize("two_sided", [True, False])
@@ -210,14 +221,15 @@ def test_moving_fences_keeps_them() -> None:
         assert torch.equal(getattr(moved, name), getattr(fences, name))
 
 
-@pytest.mark.xfail(strict=True, reason="a quantile beside an infinite value is NaN, and so are the fences and all scores")
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_one_value_that_is_not_finite_does_not_take_the_fences_down(value: float) -> None:
-    values = draw("normal", np.random.default_rng(14), 80)
+    values, window = draw("normal", np.random.default_rng(14), 80), FenceWindow(1, 128, ALL, 0.01, True)
     values[5, 1] = value
-    fences = fit_fences(values, 0.01, two_sided=True)
-    assert not any(part.isnan().any() for part in parts(fences))
-    assert (fences.scores(torch.full((4,), 1e6))[[0, 2, 3]] > 1).all()
+    window.add(values[None], torch.ones(1, 80, dtype=torch.bool))
+    window.fit()
+    assert window.values.isfinite().all(dim=2).sum() == 79
+    assert all(part.isfinite().all() for part in parts(window.fences))
+    assert (window.fences.scores(torch.full((4,), 1e6)) > 1).all()
 
 
 # --- The window
@@ -263,3 +275,54 @@ def test_what_is_not_honest_leaves_no_trace_in_a_window() -> None:
     values[0, ::2] = torch.arange(3.0)[:, None]
     window.add(values, torch.tensor([[True, False] * 3]))
     assert window.values[0, :3, 0].tolist() == [0, 1, 2] and window.values[0, 3:].isnan().all()
+
+
+def test_fences_move_with_what_they_are_around() -> None:
+    fences, centre = fit_fences(draw("normal", np.random.default_rng(16), 64), 0.01, True), torch.tensor([1.0, -2.0, 0.0, 5.0])
+    moved = fences.around(centre)
+    values = draw("normal", np.random.default_rng(17), 64)
+    torch.testing.assert_close(moved.scores(values + centre), fences.scores(values), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moved.mean, fences.mean + centre)
+    assert torch.equal(moved.sigma, fences.sigma)
+    for part, expected in zip(parts(Fences.open(4).around(centre)), parts(Fences.open(4))):
+        assert torch.equal(part, expected) or (not expected.any() and torch.equal(part, centre))
+
+
+def oldest_first(window: FenceWindow, boundary: int) -> list[float]:
+    kept = window.values[boundary].roll(-int(window.places[boundary]), dims=0)[:, 0]
+    return kept[~kept.isnan()].tolist()
+
+
+@pytest.mark.parametrize("filled", [0, 5, 8, 30])
+def test_a_loaded_window_goes_on_identically(filled: int) -> None:
+    rng = np.random.default_rng(18)
+    original, loaded = (FenceWindow(3, 8, ALL, 0.05, True) for _ in range(2))
+    values = torch.stack([draw("normal", rng, filled) for _ in range(3)])
+    original.add(values, torch.ones(3, filled, dtype=torch.bool))
+    original.fit()
+    state = original.state_of(1)
+    before = {name: value.clone() for name, value in state.items()}
+    loaded.load_state_of(1, state)
+    for found, expected in zip(parts(loaded.fences.of(1)), parts(original.fences.of(1))):
+        assert torch.equal(found, expected)
+    assert loaded.fences.upper[[0, 2]].isinf().all() and loaded.values[[0, 2]].isnan().all()
+    for _ in range(3):
+        more = draw("normal", rng, 5).expand(3, 5, 4)
+        for window in (original, loaded):
+            window.add(more, torch.ones(3, 5, dtype=torch.bool))
+        assert oldest_first(loaded, 1) == oldest_first(original, 1)
+    assert all(torch.equal(state[name].nan_to_num(), before[name].nan_to_num()) for name in state)
+
+
+@pytest.mark.parametrize(("saved", "mine"), [(8, 4), (4, 8)])
+@pytest.mark.parametrize("filled", [3, 4, 8, 13])
+def test_a_window_of_another_size_loads_the_latest_values(saved: int, mine: int, filled: int) -> None:
+    original, loaded = FenceWindow(1, saved, ALL, 0.05, True), FenceWindow(1, mine, ALL, 0.05, True)
+    original.add(torch.arange(float(filled))[None, :, None].expand(1, filled, 4), torch.ones(1, filled, dtype=torch.bool))
+    loaded.load_state_of(0, original.state_of(0))
+    kept = loaded.values[0, :, 0]
+    assert sorted(kept[~kept.isnan()].tolist()) == [float(value) for value in range(filled)][-min(saved, mine) :]
+    # And the oldest of them, or a place that is still free, is the next to go.
+    loaded.add(torch.full((1, 1, 4), 99.0), torch.ones(1, 1, dtype=torch.bool))
+    kept = loaded.values[0, :, 0]
+    assert sorted(kept[~kept.isnan()].tolist()) == [*range(filled)[-saved:], 99][-mine:]

@@ -62,10 +62,10 @@ def test_every_family_is_where_its_names_say(shape: tuple[int, ...], dtype: torc
     torch.testing.assert_close(measured.means, batch_means(signals, SENDERS))
 
     tokens = as_tokens(signals).float().unflatten(0, (SENDERS, -1))
-    norms = tokens.flatten(1, 2).norm(dim=-1)
+    norms = SECRET.project(signals).values.unflatten(0, (SENDERS, -1)).flatten(1, 2).norm(dim=-1)
     momentum = references.momentum.value
-    projections = (SECRET.project(part).unflatten(0, (SENDERS, -1)) for part in (signals, received))
-    input_output, worst = consistency_features(*paired(*projections), references.weights)
+    projections = (SECRET.project(part).values.unflatten(0, (SENDERS, -1)) for part in (signals, received))
+    input_output, worst = consistency_features(paired(*projections, same_channels=True), references.weights)
     expected = {
         "temporal": temporal_features(measured.means, momentum, SECRET.slices(momentum.shape[-1])),
         "moments": moment_features(norms, measured.statistics, references.statistics),
@@ -122,7 +122,7 @@ def test_without_references_features_are_zero_and_there_is_something_to_learn() 
     measured = measure(signals, SENDERS, SECRET.project(received), References(0.9), SECRET)
     assert not measured.features.any() and measured.means.any()
     sizes = {name: part.shape[1] for name, part in measured.statistics.items()}
-    assert sizes == {"log_spread": 8, "gram": 64, "quantiles": 28, "input_input": 25 * 25, "input_target": 25 * 8}
+    assert sizes == {"log_spread": 8, "gram": 64, "quantiles": 28, "input_input": 9 * 9, "input_target": 9 * 8}
 
 
 @pytest.mark.parametrize(("shape", "of_input"), [((4, 6, 8), (4, 3, 8)), ((4, 6, 8), (4, 6, 20)), ((4, 8), (4, 20, 3, 2))], ids=str)
@@ -132,7 +132,9 @@ def test_what_was_received_may_have_another_shape(shape: tuple[int, ...], of_inp
         measured = measure(draw(shape, seed), SENDERS, SECRET.project(draw(of_input, seed + 100)), references, SECRET)
         take_in(references, measured)
     assert measured.features.isfinite().all()
-    assert (columns(measured, "input_output")[:, 2] != 0).all()
+    # There is a gain and a residual whatever the shape; a cosine and a change where the channels are the same.
+    used = [True if of_input == (4, 3, 8) else name in ("gain", "residual") for name in FAMILIES["input_output"]]
+    assert (columns(measured, "input_output") != 0).tolist() == [used] * SENDERS
 
 
 def test_the_published_distances_are_on_their_own_scale() -> None:
@@ -144,3 +146,20 @@ def test_the_published_distances_are_on_their_own_scale() -> None:
     np.testing.assert_allclose(measured.features[:, 2], sign_flip_ratio(measured.means, momentum), rtol=1e-5)
     assert not measured.features[:, 4:].any() and measured.statistics == {}
     assert not measure_published(signals, SENDERS, References(0.9), SECRET).features.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e25])
+def test_what_cannot_be_computed_with_is_not_finite(value: float, dtype: torch.dtype) -> None:
+    # The last is finite itself, but its square is not.
+    for references in (References(0.9), learned((4, 6, 8))):
+        signals, received = pair((4, 6, 8), 56, dtype)
+        signals[5, 2, 3] = value
+        assert measure(signals, SENDERS, SECRET.project(received), references, SECRET).finite.tolist() == [True, False, True]
+
+
+def test_a_measurement_without_statistics_is_finite_if_its_means_are() -> None:
+    signals = draw((4, 6, 8), 57)
+    signals[9, 0, 0] = torch.inf
+    for references in (References(0.9), learned((4, 6, 8))):
+        assert measure_published(signals, SENDERS, references, SECRET).finite.tolist() == [True, True, False]

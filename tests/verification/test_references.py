@@ -128,7 +128,6 @@ def test_a_step_without_statistics_teaches_the_momentum_alone() -> None:
     assert torch.equal(references.momentum.value, means[0]) and references.statistics == {}
 
 
-@pytest.mark.xfail(strict=True, reason="a sum over no signals counts as an average of zero, and as an update")
 @pytest.mark.parametrize("earlier", [0, 5])
 def test_a_sum_over_no_signals_changes_nothing(earlier: int) -> None:
     references, nobody = References(0.9), torch.zeros(SENDERS).bool()
@@ -136,7 +135,7 @@ def test_a_sum_over_no_signals_changes_nothing(earlier: int) -> None:
         references.update(one_step(seed, WEIGHTS)[0].of(~nobody), SIZES)
     before = {name: value.clone() for name, value in references.statistics.items()}
     references.update(one_step(99, WEIGHTS)[0].of(nobody), SIZES)
-    assert references.updates == earlier
+    assert int(references.updates) == earlier
     for name, value in before.items():
         torch.testing.assert_close(references.statistics[name], value, rtol=0, atol=0)
     if not before:
@@ -153,7 +152,7 @@ def test_saved_and_loaded_references_go_on_identically(steps: int) -> None:
     file = io.BytesIO()
     torch.save(original.state_dict(), file)
     file.seek(0)
-    loaded.load_state_dict(torch.load(file, weights_only=True), original.updates)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
     for seed in range(steps, steps + 4):
         if original.weights is None:
             assert loaded.weights is None

@@ -401,7 +401,7 @@ def clean_by_hand(step: Step) -> np.ndarray:
 
 def cleared_by_hand(step: Step) -> np.ndarray:
     """Twice the score that an honest sender reaches even if as many as half of the stage lie: sort those that were verified, and
-    leave out half of *all* replicas from the top. 1.5 where nobody is left, or there is nobody else."""
+    leave out half of *all* replicas from the top, but for the lowest. 1.5 where there is nobody else."""
     score, flagged, tainted = (step.rows[..., COLUMNS.index(name)].numpy() for name in ("score", "flagged", "tainted"))
     cleared = np.zeros(score.shape, dtype=bool)
     for index in range(len(score)):
@@ -411,8 +411,8 @@ def cleared_by_hand(step: Step) -> np.ndarray:
             if len(verified):
                 medians.append(sorted(verified)[(len(verified) - 1) // 2])
         replicas = len(step.live)
-        trusted = sorted(medians)[: len(medians) - replicas // 2] if len(medians) > replicas // 2 else []
-        limit = 2 * trusted[-1] if trusted and replicas > 1 else 1.5
+        trusted = sorted(medians)[: max(1, len(medians) - replicas // 2)]
+        limit = 2 * trusted[-1] if len(medians) > 1 else 1.5
         cleared[index] = (flagged[index] > 0) & (score[index] <= limit)
     return cleared
 
@@ -522,6 +522,23 @@ def audited_steps(draw: st.DrawFn) -> tuple[Step, Tensor, Tensor, Tensor]:
     return step, some(draw(st.sampled_from([0, 0.1, 0.5])), *shape), some(0.2, *shape), some(0.1, *shape[:2])
 
 
+def followed_by_hand(step: Step, wanted: Tensor, anyway: Tensor, lies: Tensor) -> np.ndarray:
+    """What is audited: each micro-batch on its way, up to the first lie, without flags that follow from one that was dropped."""
+    score = step.rows[..., COLUMNS.index("score")]
+    audited = np.zeros(wanted.shape, dtype=bool)
+    for lane, m in np.ndindex(wanted.shape[1:]):
+        oddity = 0.0
+        for index in causal_order(step.mesh):
+            at = index, lane, m
+            if not wanted[at] or (not anyway[at] and score[at] <= 2 * oddity):
+                continue
+            audited[at] = True
+            if lies[at]:
+                break
+            oddity = max(oddity, float(score[at]) if score[at] > 1 else 0.0)
+    return audited
+
+
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(case=audited_steps())
 def test_audits_find_liars_and_nobody_else(case: tuple[Step, Tensor, Tensor, Tensor]) -> None:
@@ -533,8 +550,8 @@ def test_audits_find_liars_and_nobody_else(case: tuple[Step, Tensor, Tensor, Ten
     suspected = torch.zeros_like(valid)
     suspected[..., 0] = drifting
     wanted = valid & ((score > 1) | drawn | suspected)
-    lied, behind = first_of_each_micro_batch((wanted & lies).numpy(), mesh)
-    audited = wanted & ~torch.from_numpy(behind)
+    audited = torch.from_numpy(followed_by_hand(step, wanted, drawn | suspected, lies))
+    lied, behind = first_of_each_micro_batch((audited & lies).numpy(), mesh)
     assert torch.equal(torch.stack(asked), audited)
     assert verdict.audits == int(audited.sum())
 
@@ -567,6 +584,33 @@ def test_an_unnoticed_lie_is_found_by_chance_alone() -> None:
     assert detection.audited and detection.confirmed and detection.score < 1
 
 
+@pytest.mark.parametrize(("score", "asked_again"), [(9.0, False), (18.0, False), (18.1, True)])
+def test_odd_data_is_followed_once_unless_it_gets_much_odder(score: float, asked_again: bool) -> None:
+    nobody = torch.zeros(6, 3, MICRO_BATCHES, dtype=torch.bool)
+    step = Step().flag(0, A, 1, [2], score=9.0).flag(2, A, 1, [2], score=score).flag(1, G, 1, [2], score=2.0)
+    verdict, asked = step.audited(nobody)
+    found = torch.stack(asked)
+    assert found[0, 1, 2] and found[2, 1, 2] == asked_again and not found[4, 1, 2]
+    assert verdict.audits == 1 + asked_again == len(verdict.detections) and not verdict.guilty
+    # What was not asked about is as honest as what it follows from.
+    assert verdict.honest.all()
+
+
+def test_what_is_behind_odd_data_is_audited_if_it_was_drawn_or_drifts_or_is_of_another_micro_batch() -> None:
+    drawn, drifting = torch.zeros(6, 3, MICRO_BATCHES, dtype=torch.bool), torch.zeros(6, 3, dtype=torch.bool)
+    drawn[2, 1, 2], drifting[1, 1] = True, True
+    step = Step().flag(0, A, 1, [0, 2], score=9.0)
+    for index in (1, 2):
+        step.flag(index, A, 1, [0, 2, 3], score=3.0)
+    _, asked = step.audited(torch.zeros_like(drawn), drawn, drifting)
+    # Boundary 1 drifts, of which its first micro-batch tells; micro-batch 3 is first odd there, and followed to boundary 2.
+    assert [torch.stack(asked)[index, 1].tolist() for index in range(3)] == [
+        [True, False, True, False],
+        [True, False, False, True],
+        [False, False, True, False],
+    ]
+
+
 def test_one_audit_tells_why_a_sender_drifts() -> None:
     drifting = torch.zeros(6, 3, dtype=torch.bool)
     drifting[1, 2] = True
@@ -582,7 +626,6 @@ def test_a_banned_lane_is_not_audited() -> None:
     assert verdict.audits == 2 * MICRO_BATCHES
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="a mesh of one stage has no boundary of which the shape could be taken")
 def test_a_mesh_of_one_stage_has_nothing_to_audit() -> None:
     verdict, _ = Step(stages=1).audited(torch.zeros(0, 3, MICRO_BATCHES, dtype=torch.bool))
     assert verdict.audits == 0 and verdict.clean.all()

@@ -20,6 +20,7 @@ from lightning_sentinel.verification import COLUMNS, BoundaryVerifier, Inspectio
 from lightning_sentinel.verification.features import FEATURES, watched
 from lightning_sentinel.verification.fences import Fences, FenceWindow
 from lightning_sentinel.verification.measurement import measure
+from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.table import MAX_SCORE
 
 SAMPLES, POSITIONS, CHANNELS = 4, 6, 8
@@ -48,6 +49,11 @@ class Honest:
         return self.mean + self.noise(SAMPLES, POSITIONS, CHANNELS)
 
 
+def known_of(verifier: BoundaryVerifier, received: Tensor) -> Projection:
+    """What its neighbours tell a verifier of what a sender had received."""
+    return SecretDirections(verifier.boundary, Verification(), received.device).project(received)
+
+
 class Rig:
     """A verifier with the fences of a calibration that sees the same honest stream."""
 
@@ -64,9 +70,9 @@ class Rig:
     def warmed_up(self) -> bool:
         return self.steps >= self.warmup
 
-    def received(self, signal: Tensor) -> Tensor | None:
+    def received(self, signal: Tensor) -> Projection | None:
         """What the sender of an honest signal had received: the signal is a little more than that."""
-        return self.verifier.project(0.9 * signal) if self.with_input else None
+        return known_of(self.verifier, 0.9 * signal) if self.with_input else None
 
     def step(self, others: Callable[[BoundaryVerifier], None] | None = None) -> Tensor:
         """One step, in which all replicas are honest; returns the rows ``(replicas * micro_batches, len(COLUMNS))``."""
@@ -208,14 +214,6 @@ def test_a_row_holds_the_features_and_the_score_of_the_feature_furthest_out(rigs
     assert row[WORST].item() == scores.argmax()
     assert row[FLAGGED].item() == float(scores.max() > 1)
     assert (row[TAINTED], row[LENGTH]) == (0, POSITIONS)
-
-
-@pytest.mark.parametrize("method", ["sentinel", "paper"])
-def test_what_the_sender_had_received_is_asked_for_by_the_method_that_uses_it(method: Any) -> None:
-    verifier = BoundaryVerifier(Boundary(1, Direction.ACTIVATION), Verification(method=method))
-    projected = verifier.project(torch.ones(SAMPLES, POSITIONS, CHANNELS))
-    assert (projected is None) == (method == "paper")
-    assert projected is None or projected.shape == (SAMPLES, POSITIONS, CHANNELS)
 
 
 @pytest.mark.parametrize("direction", Direction)
@@ -458,7 +456,6 @@ def test_positions_that_nobody_honest_sent_are_not_compared(rigs: Callable[..., 
     assert rig.score(honest) == pytest.approx(before, rel=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="in the warm-up values whose squares overflow are honest, and make references NaN for good")
 def test_values_whose_squares_overflow_are_not_learned() -> None:
     rig = Rig()
     rig.run(2)
@@ -535,7 +532,7 @@ def test_memory_does_not_grow_with_steps() -> None:
         rig.run(8)
         sizes.append(sum(dict(storages(rig.verifier)).values()))
         state = rig.verifier.state_dict()
-        regression = (3 * CHANNELS + 1) * (3 * CHANNELS + 1 + CHANNELS)
+        regression = (CHANNELS + 1) * (CHANNELS + 1 + CHANNELS)
         moments = CHANNELS + CHANNELS * CHANNELS + 4 * 7
         assert sum(t.numel() for t in state.values()) == POSITIONS * CHANNELS + POSITIONS + moments + regression + 1
     assert sizes[0] == sizes[1] == sizes[2]
@@ -547,12 +544,12 @@ def test_the_state_of_a_wide_verifier_is_small_beside_its_signals(direction: Dir
     verifier = BoundaryVerifier(Boundary(1, direction), Verification())
     signal = torch.randn(samples, positions, channels, generator=torch.Generator().manual_seed(0))
     for _ in range(3):
-        verifier.inspect(signal, NO, verifier.project(0.9 * signal))
+        verifier.inspect(signal, NO, known_of(verifier, 0.9 * signal))
         verifier.learn(verifier.contribution(YES, NO))
     one_signal = signal.numel() * signal.element_size()
     assert sum(value.numel() * value.element_size() for value in verifier.state_dict().values()) <= one_signal
     assert sum(dict(storages(verifier)).values()) <= 4 * one_signal
-    verifier.inspect(signal, NO, verifier.project(0.9 * signal))  # In the middle of a step it keeps more.
+    verifier.inspect(signal, NO, known_of(verifier, 0.9 * signal))  # In the middle of a step it keeps more.
     assert sum(dict(storages(verifier)).values()) <= 4 * one_signal
 
 
@@ -621,7 +618,7 @@ def test_a_receipt_and_what_it_teaches_read_nothing_back(
     results: list[Inspection] = []
     with no_readback(monkeypatch):
         for signal, tainted in zip(signals, taints):
-            received = rig.verifier.project(inputs) if with_input else None
+            received = known_of(rig.verifier, inputs) if with_input else None
             results.append(rig.verifier.inspect(signal, tainted, received))
             rig.verifier.substitute(signal)
         rig.verifier.learn(rig.verifier.contribution(cleared, cleared))
@@ -636,15 +633,16 @@ def test_a_receipt_needs_no_values_at_all(device: str, mode: Callable[[], Any], 
     # Neither kind of tensor has values, so that any branch on one raises; on the meta device mixing it with the host does, too.
     with mode():
         verifier = BoundaryVerifier(Boundary(0, direction), Verification(method=method), device)
-        for step in range(3):
+        for _ in range(3):
             for _ in range(MICRO_BATCHES):
                 signals = torch.empty(2 * SAMPLES, POSITIONS, CHANNELS, device=device)
                 tainted = torch.empty(2, dtype=torch.bool, device=device)
-                rows, flagged = verifier.inspect(signals, tainted, verifier.project(signals))
+                rows, flagged = verifier.inspect(signals, tainted, known_of(verifier, signals))
                 assert (rows.shape, flagged.shape, flagged.dtype) == ((2, len(COLUMNS)), (2,), torch.bool)
                 assert rows.device.type == flagged.device.type == device
                 assert verifier.substitute(signals).device == signals.device
             chosen = torch.empty(2, dtype=torch.bool, device=device)
             verifier.learn(verifier.contribution(chosen, chosen))
             verifier.fences = Fences.open(len(FEATURES)).to(device)
-            assert verifier.references.updates == step + 1
+        updates = verifier.references.updates
+        assert updates is not None and updates.device.type == device and updates.shape == ()

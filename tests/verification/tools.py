@@ -22,9 +22,8 @@ def table_of(features: Tensor, tainted: Tensor | None = None, calibration: Calib
     if tainted is not None:
         table.column("tainted").copy_(tainted)
     if calibration is not None:
-        fences = calibration.alone.fences
         for boundary in range(len(features)):
-            scores, worst = fences.of(boundary).scores(features[boundary]).max(dim=-1)
+            scores, worst = calibration.fences_at_receipt(boundary).scores(features[boundary]).max(dim=-1)
             table.column("score")[boundary] = scores.clamp(max=MAX_SCORE)
             table.column("worst")[boundary] = worst.float()
         table.column("flagged").copy_((table.column("score") > 1) & ~table.tainted)

@@ -1,0 +1,289 @@
+"""Runs with audits, from end to end: the whole mesh in one process, liars found by recomputation, steps done again without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_sentinel as ls
+from lightning_sentinel.attacks import AttackContext
+from lightning_sentinel.wiring import Wiring
+from tests.distributed import tasks
+
+STAGES, REPLICAS, MICRO_BATCHES = 3, 4, 2
+BOUNDARIES = 2 * (STAGES - 1)
+SIGNALS = BOUNDARIES * REPLICAS * MICRO_BATCHES
+START = 3
+"""The first step that is tampered with: in the warm-up, in which nobody is flagged."""
+BATCH = 16
+
+Attack = Callable[[Tensor, AttackContext], Tensor]
+
+
+class Attempts(L.Callback):
+    """Listens to an engine: how often steps were trained, and what was audited in each attempt."""
+
+    def __init__(self) -> None:
+        self.audited: list[Tensor] = []
+        """Of every attempt, ``(boundaries, lanes, micro_batches)``."""
+        self.steps: list[int] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        engine = trainer.strategy._engine  # type: ignore[attr-defined]
+        train, audit = engine.train, engine.audit
+
+        def counted(arguments: Any, step: int, *rest: Any) -> Any:
+            self.steps.append(step)
+            self.audited.append(torch.zeros(BOUNDARIES, REPLICAS, MICRO_BATCHES, dtype=torch.bool))
+            return train(arguments, step, *rest)
+
+        def listened(boundary: int, signals: Tensor) -> Tensor:
+            self.audited[-1][boundary] |= signals
+            return audit(boundary, signals)
+
+        engine.train, engine.audit = counted, listened
+
+
+class Run:
+    """A trained module, with all that was noticed on the way."""
+
+    def __init__(
+        self,
+        attacks: Any = None,
+        workers: Sequence[ls.Worker] = (),
+        *,
+        module: L.LightningModule | None = None,
+        rate: float | None = 1.0,
+        steps: int = START + 3,
+        warmup: int = 100,
+        response: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        options = dict(options)
+        self.source = options.pop("ckpt_path", None)
+        verification = ls.Verification(warmup_steps=warmup)
+        self.strategy = ls.SentinelStrategy(
+            STAGES,
+            REPLICAS,
+            micro_batches=MICRO_BATCHES,
+            engine="virtual",
+            verification=verification,
+            response=ls.Response(audit_rate=rate, **(response or {})),
+        )
+        self.module, self.attempts = module or tasks.Classifier("adamw"), Attempts()
+        injector = [] if attacks is None else [ls.AttackInjector(attacks, workers=workers, start_step=START)]
+        self.trainer = tasks.trainer(self.strategy, 1, steps, [*injector, self.attempts], **options)
+        L.seed_everything(5, verbose=False)
+        self.trainer.fit(self.module, tasks.loader(BATCH), ckpt_path=self.source)
+
+    @property
+    def ledger(self) -> Any:
+        return self.strategy.ledger
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return tasks.local_weights(self.module)
+
+
+@pytest.fixture(autouse=True)
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+
+
+def assert_same_weights(one: Run, other: Run, tolerance: float = 1e-6) -> None:
+    assert one.weights.keys() == other.weights.keys()
+    for name, value in one.weights.items():
+        torch.testing.assert_close(other.weights[name], value, rtol=0, atol=tolerance, msg=name)
+
+
+LIARS = [ls.Worker(1, 0), ls.Worker(1, 3)]
+ATTACKS: dict[str, Any] = {
+    "loud": {"name": "scale", "factor": 50.0},
+    "hardly noticeable": {"name": "add_noise", "strength": 0.02},
+    "not finite": lambda signal, context: signal * torch.nan,
+}
+
+
+@pytest.fixture(scope="module")
+def clean() -> Run:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PL_GLOBAL_SEED", "5")
+        return Run()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_liars_are_banned_in_their_first_step_and_no_weight_has_seen_what_they_sent(name: str, clean: Run) -> None:
+    run = Run(ATTACKS[name], LIARS)
+    assert run.ledger.banned_at == dict.fromkeys(LIARS, START)
+    assert_same_weights(clean, run)
+    assert run.attempts.steps == [*range(START), START, START, *range(START + 1, START + 3)]
+    # The others do their work, so that nothing of the data is lost; in another lane each step.
+    assert run.strategy.wiring == Wiring.taken_over(run.strategy.mesh, set(LIARS), START + 2)
+    confirmed = {(d.worker, d.step) for d in run.strategy.detections if d.confirmed}
+    assert confirmed == {(liar, START) for liar in LIARS}
+
+
+def test_metrics_are_logged_once_for_a_step_that_is_done_twice(clean: Run) -> None:
+    run = Run(ATTACKS["loud"], LIARS)
+    for name in ("train_loss", "train_loss_step", "train_loss_epoch", "train_accuracy"):
+        if name in clean.trainer.callback_metrics:
+            torch.testing.assert_close(
+                run.trainer.callback_metrics[name], clean.trainer.callback_metrics[name], rtol=1e-5, atol=1e-5
+            )
+    assert run.strategy.step == clean.strategy.step == START + 3 == run.trainer.global_step
+    assert float(run.trainer.callback_metrics["sentinel/audits"]) == run.ledger.audits
+    assert float(run.trainer.callback_metrics["sentinel/banned"]) == len(LIARS)
+
+
+def test_what_was_learned_is_that_of_the_clean_run() -> None:
+    state, attacked = (run.strategy._guard.state_dict() for run in (Run(), Run(ATTACKS["loud"], LIARS)))
+    assert state.keys() == attacked.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(attacked[name], value, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def test_a_rate_of_one_audits_every_signal_of_a_step_once(clean: Run) -> None:
+    assert all(audited.all() for audited in clean.attempts.audited)
+    assert clean.ledger.audits == (START + 3) * SIGNALS
+    assert not clean.ledger.banned and not clean.ledger.total_flags
+
+
+def test_a_rate_of_one_audits_every_signal_of_every_attempt() -> None:
+    run = Run(ATTACKS["hardly noticeable"], [ls.Worker(1, 0)])
+    assert run.attempts.steps.count(START) == 2
+    again = run.attempts.audited[START + 1]
+    assert again.all()
+
+
+def test_a_liar_behind_a_liar_is_found_in_the_same_step(clean: Run) -> None:
+    # What is behind a lie tells nothing; the step that is done again without the first liar does.
+    run = Run(ATTACKS["hardly noticeable"], [ls.Worker(0, 1), ls.Worker(1, 1)])
+    assert run.ledger.banned_at == {ls.Worker(0, 1): START, ls.Worker(1, 1): START}
+    assert_same_weights(clean, run)
+
+
+def test_a_lower_rate_finds_liars_within_two_rounds() -> None:
+    run = Run(ATTACKS["hardly noticeable"], LIARS, rate=0.2, steps=START + 10)
+    assert run.ledger.banned == set(LIARS)
+    assert run.ledger.audits < 0.7 * (START + 10) * SIGNALS
+
+
+def test_a_run_that_only_reports_bans_nobody_and_does_nothing_again() -> None:
+    run = Run(ATTACKS["loud"], LIARS, response={"on_flag": "log", "ban_after": None})
+    assert not run.ledger.banned and run.attempts.steps == list(range(START + 3))
+    assert {d.worker for d in run.strategy.detections if d.confirmed} == set(LIARS)
+    assert {d.step for d in run.strategy.detections} == set(range(START, START + 3))
+    without = Run(ATTACKS["loud"], LIARS, rate=None, response={"on_flag": "log", "ban_after": None})
+    assert_same_weights(without, run, tolerance=0.0)
+
+
+def test_an_odd_batch_is_exonerated_and_bans_nobody() -> None:
+    class Odd(tasks.Classifier):
+        """In one step the data of one replica is much larger than usual."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            inputs, labels = batch
+            if self.trainer.strategy.step >= warmup + 4:  # type: ignore[attr-defined]
+                inputs = torch.where(self.first[: len(inputs), None, None], 30.0, 1.0) * inputs
+            return super().training_step((inputs, labels), batch_idx)
+
+        first = torch.tensor([True] + [False] * 15)
+
+    warmup = 20
+    run = Run(module=Odd("sgd"), rate=1e-6, warmup=warmup, steps=warmup + 5)
+    assert not run.ledger.banned and run.ledger.total_flags == 0
+    assert run.ledger.exonerated.total() == len(run.strategy.detections) > 0
+    assert {(d.audited, d.confirmed) for d in run.strategy.detections} == {(True, False)}
+    assert run.attempts.steps == list(range(warmup + 5))
+
+
+def test_a_whole_stage_of_liars_exhausts_the_mesh() -> None:
+    with pytest.raises(ls.SentinelError, match=rf"No complete pipeline is left at step {START}"):
+        Run(ATTACKS["loud"], [ls.Worker(1, replica) for replica in range(REPLICAS)])
+
+
+# --- What a step that is done again finds as it was
+
+
+class Dropout(tasks.Classifier):
+    """Draws random numbers in every stage."""
+
+    def __init__(self) -> None:
+        super().__init__("adamw")
+        layers = [layer for block in self.net for layer in (block, nn.Dropout(0.3))]
+        self.net = nn.Sequential(*layers[:-1])
+
+
+class Normalised(tasks.Classifier):
+    """Keeps statistics. A bias before a BatchNorm has a gradient of rounding errors, which Adam would blow up."""
+
+    def __init__(self) -> None:
+        super().__init__("sgd")
+        layers = list(self.net)
+        for place in (4, 2, 1):
+            layers.insert(place, OverTokens(16))
+        self.net = nn.Sequential(*layers)
+
+
+class OverTokens(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("make", [Dropout, Normalised])
+def test_random_numbers_and_statistics_are_those_of_a_run_without_liars(make: Any) -> None:
+    runs = [Run(attack, LIARS, module=make()) for attack in (None, ATTACKS["loud"])]
+    assert runs[1].attempts.steps.count(START) == 2 and runs[1].ledger.banned == set(LIARS)
+    assert_same_weights(*runs)
+    if make is Normalised:
+        counts = {name: int(value) for name, value in runs[1].weights.items() if name.endswith("num_batches_tracked")}
+        assert len(counts) == 3 and set(counts.values()) == {(START + 3) * MICRO_BATCHES}
+
+
+@pytest.mark.parametrize("first_lie", [START, START + 1])
+def test_gradients_of_earlier_batches_survive_a_batch_that_is_done_again(first_lie: int) -> None:
+    # Batches are accumulated in pairs: 2 and 3, 4 and 5. A redo in the second of a pair keeps the first one's gradients.
+    def lies(signal: Tensor, context: AttackContext) -> Tensor:
+        return 50 * signal if context.step >= first_lie else signal
+
+    clean, run = (Run(attack, LIARS, steps=4, accumulate_grad_batches=2) for attack in (None, lies))
+    assert run.ledger.banned_at == dict.fromkeys(LIARS, first_lie)
+    assert run.attempts.steps == sorted([*range(8), first_lie])
+    assert_same_weights(clean, run)
+
+
+# --- Checkpoints
+
+
+@pytest.mark.parametrize(
+    ("rate", "first_lie", "warmup"),
+    [(0.13, 7, 100), (0.13, 8, 100), (0.13, 13, 100), (1.0, 13, 100), (0.13, 13, 10)],
+)
+def test_a_run_that_is_resumed_is_the_run_in_one_go(rate: float, first_lie: int, warmup: int, tmp_path: Path) -> None:
+    # Epochs have six steps.
+    def lies(signal: Tensor, context: AttackContext) -> Tensor:
+        return 50 * signal if context.step >= first_lie else signal
+
+    def run(epochs: int, source: Path | None = None) -> Run:
+        return Run(lies, LIARS, rate=rate, warmup=warmup, steps=-1, max_epochs=epochs, ckpt_path=source)
+
+    whole, first = run(4), run(2)
+    first.trainer.save_checkpoint(tmp_path / "first.ckpt")
+    second = run(4, tmp_path / "first.ckpt")
+    assert whole.strategy.step == second.strategy.step == 24
+    assert whole.ledger == second.ledger
+    assert whole.strategy._guard._schedule.rounds == second.strategy._guard._schedule.rounds
+    attempts = [*first.attempts.audited, *second.attempts.audited]
+    assert len(attempts) == len(whole.attempts.audited)
+    assert all(torch.equal(one, other) for one, other in zip(whole.attempts.audited, attempts))
+    assert_same_weights(whole, second, tolerance=0.0)
+    states = [one.strategy._guard.state_dict() for one in (whole, second)]
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=0, equal_nan=True, msg=name)
