@@ -1,0 +1,7 @@
+"""One thread for everything that tests compute: it is small, and threads that wait for each other on busy cores cost more than it."""
+
+from __future__ import annotations
+
+import torch
+
+torch.set_num_threads(1)
