@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
-from lightning_sentinel.verification.axes import as_tokens, batch_means
+from lightning_sentinel.verification.axes import batch_means
 from lightning_sentinel.verification.consistency import consistency_features, paired
 from lightning_sentinel.verification.distances import mean_absolute_difference, sign_flip_ratio
 from lightning_sentinel.verification.features import FAMILIES, FEATURES
@@ -61,7 +61,6 @@ def test_every_family_is_where_its_names_say(shape: tuple[int, ...], dtype: torc
     assert measured.features.isfinite().all() and (measured.features != 0).any(dim=0).all()
     torch.testing.assert_close(measured.means, batch_means(signals, SENDERS))
 
-    tokens = as_tokens(signals).float().unflatten(0, (SENDERS, -1))
     norms = SECRET.project(signals).values.unflatten(0, (SENDERS, -1)).flatten(1, 2).norm(dim=-1)
     momentum = references.momentum.value
     projections = (SECRET.project(part).values.unflatten(0, (SENDERS, -1)) for part in (signals, received))
