@@ -7,7 +7,7 @@ BIN := .venv/bin
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-.PHONY: setup demo test test-gpu lint clean
+.PHONY: setup demo test test-gpu benchmark-quick lint clean
 
 setup: .venv/.ok  ## create .venv with everything
 
@@ -19,6 +19,10 @@ test: .venv/.ok  ## the whole suite, doctests included
 
 test-gpu: .venv/.ok  ## only the tests that need a GPU
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu
+
+benchmark-quick: .venv/.ok  ## has detection got worse? about two minutes; fails if it has
+	rm -rf runs/benchmark-quick
+	$(BIN)/lightning-sentinel benchmark detection --quick --output runs/benchmark-quick
 
 lint: .venv/.ok  ## style, types, and the direction of imports
 	$(BIN)/ruff check .

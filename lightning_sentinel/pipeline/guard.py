@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.config import Response, Verification
-from lightning_sentinel.errors import MeshExhaustedError
+from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
 from lightning_sentinel.verification import (
     Audit,
@@ -273,6 +273,11 @@ class Guard:
         for index, boundary in enumerate(self._mesh.boundaries):
             prefix = f"{boundary.name}/"
             mine = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            if mine and "alone.fences" not in mine:
+                raise ConfigurationError(
+                    f"What the checkpoint says of {boundary.name} is not what this version's verifiers learn: {sorted(mine)[:3]}."
+                    " Load its weights with load_from_checkpoint and start a new run, or resume with the version that wrote it."
+                )
             if mine:
                 self.calibration.load_state_of(index, mine)
                 if boundary in self.verifiers:

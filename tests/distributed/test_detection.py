@@ -11,8 +11,8 @@ from tests.distributed import campaign, world
 ATTACKS = [
     ("activation", ("zeros", "sign", "scale -1")),
     ("activation", ("random", "x10")),
-    ("gradient", ("zeros", "ones")),
-    ("gradient", ("random", "x10")),
+    ("gradient", ("zeros", "ones", "scale -1")),
+    ("gradient", ("random", "x10", "sign")),
 ]
 
 

@@ -40,13 +40,14 @@ class Bar:
 
 
 BARS = (
-    Bar("sentinel", "f1", 0.9, at_least=True),
-    Bar("sentinel", "false_bans", 1.0),
+    Bar("sentinel", "f1", 0.95, at_least=True),
+    Bar("sentinel", "false_bans", 0.0),
+    Bar("sentinel", "gap", 0.05),
     Bar("audited", "f1", 0.99, at_least=True),
     Bar("audited", "false_bans", 0.0),
-    Bar("audited", "iterations", 3.0),
-    Bar("audited", "audit_share", 0.15),
-    Bar("audited", "gap", 0.1),
+    Bar("audited", "iterations", 2.0),
+    Bar("audited", "audit_share", 0.06),
+    Bar("audited", "gap", 0.01),
 )
 """The bars of the quick suite."""
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import signal
@@ -74,6 +75,8 @@ def perform(scenario: Scenario, folder: Folder) -> Measures:
     warmup = folder.warmup(scenario)
     measures = measure(scenario, None if scenario.remembers else warmup)
     folder.write(scenario, measures)
+    # A Trainer and what hangs on it are a ring of references; a process makes hundreds of them.
+    gc.collect()
     return measures
 
 

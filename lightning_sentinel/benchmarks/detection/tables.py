@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -30,19 +30,45 @@ _TEXT = 4
 _NOTHING = "-"
 
 _EXPLAINED = (
-    "Means over seeds. F1 is over workers, in percent; iterations are steps of a malicious worker until its ban; *flagged* is the"
-    " share of honest signals that were flagged; false bans are honest workers banned in a run; audits are recomputed signals; the"
-    " loss gap is validation loss above that of the clean run, and *unprotected* the same where nobody looks on."
+    "Means over seeds. Under each method: F1 over workers in percent / steps of a malicious worker until its ban / honest workers"
+    " banned in a run / recomputed signals, where there are audits / validation loss above that of the clean run; where nobody is"
+    " malicious, the share of honest signals that were flagged stands in place of the first two. *Unprotected* is the loss where"
+    " nobody looks on. `x`: in so many runs no pipeline was left."
 )
 
 
 def markdown(title: str, groups: Sequence[Group]) -> str:
-    """A Markdown page with one table."""
-    columns, lines = _lines(groups)
-    head = "| " + " | ".join(columns) + " |"
-    rule = "|" + "|".join("---" if column in _COLUMNS[:_TEXT] else "---:" for column in columns) + "|"
-    body = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([f"# {title}", "", _EXPLAINED, "", head, rule, *body]) + "\n"
+    """A Markdown page with one table: a row for each attack, a column for each method."""
+    methods = list(dict.fromkeys(group.scenario.method for group in groups if group.scenario.method != "unprotected"))
+    names = list(dict.fromkeys(group.name for group in groups if methods == [] or group.scenario.method in methods))
+    found = {(group.name, group.scenario.method): group for group in groups}
+    varied = any(variant for _, _, variant in names)
+    head = ["attack", "direction", *(["variant"] if varied else []), "unprotected", *methods]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name in names:
+        members = [found[name, method] for method in (*methods, "unprotected") if (name, method) in found]
+        alone = _loss(_first(group.unprotected_gap for group in members))
+        cells = [_cell(found.get((name, method))) for method in methods]
+        lines.append("| " + " | ".join([*(name if varied else name[:2]), alone, *cells]) + " |")
+    return "\n".join([f"# {title}", "", _EXPLAINED, "", *lines]) + "\n"
+
+
+def _first(values: Iterable[float | None]) -> float | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _cell(group: Group | None) -> str:
+    if group is None:
+        return _NOTHING
+    if group.scenario.attacked:
+        parts = [_percent(group.f1), _NOTHING if group.iterations is None else f"{group.iterations:.1f}"]
+    else:
+        parts = [f"{_percent(group.false_positive_rate, ' %')} flagged"]
+    parts.append(f"{group.false_bans:.1f}")
+    if group.audit_share:
+        parts.append(_percent(group.audit_share, " %"))
+    parts.append(_loss(group.gap))
+    return " / ".join(parts) + (f" x{group.exhausted}" if group.exhausted else "")
 
 
 def terminal(title: str, groups: Sequence[Group]) -> Table:
