@@ -558,7 +558,7 @@ def audited(rate: float = 1e-9, **options: Any) -> Response:
 
 
 def test_with_audits_signals_go_on_as_they_are_until_the_step_is_settled() -> None:
-    pipelines = Pipelines(audited(ban_after=None), rewires=True).run(2)
+    pipelines = Pipelines(audited(on_flag="log", ban_after=None), rewires=True).run(2)
     guard = pipelines.guard
     assert guard.audits and not guard.excludes
     pipelines.draw()
@@ -621,7 +621,7 @@ def test_a_rate_of_one_finds_what_no_feature_shows() -> None:
 
 
 def test_a_run_that_bans_nobody_reports_what_audits_find_and_is_not_done_again() -> None:
-    pipelines = Pipelines(audited(ban_after=None), rewires=True).run(2)
+    pipelines = Pipelines(audited(on_flag="log", ban_after=None), rewires=True).run(2)
     verdict, banned = pipelines.step(broken({Worker(1, 1)}, A))
     assert verdict.guilty == {Worker(1, 1)} and banned == [] and not pipelines.guard.ledger.banned
     assert not verdict.honest[1:, 1].any()
@@ -658,7 +658,7 @@ def test_a_step_of_which_every_sender_is_mixed_leaves_the_momentum_where_it_was(
 
 def mixed_step() -> tuple[Pipelines, dict[str, Tensor]]:
     """A step in which each sender lies in one of its two micro-batches: of no sender is all of it honest."""
-    pipelines = Pipelines(audited(1.0, ban_after=None), rewires=True).run(3)
+    pipelines = Pipelines(audited(1.0, on_flag="log", ban_after=None), rewires=True).run(3)
     before = {name: value.clone() for name, value in pipelines.guard.verifiers[Boundary(0, A)].state_dict().items()}
     sent = dict.fromkeys(MESH.workers, 0)
 
@@ -679,7 +679,7 @@ def test_a_step_of_which_every_sender_is_mixed_teaches_nothing() -> None:
 
 
 def test_a_worker_that_takes_over_a_lane_does_not_take_over_its_drift() -> None:
-    pipelines = Pipelines(Response(ban_after=1), rewires=True).run(WARMUP + 1)
+    pipelines = Pipelines(Response(), rewires=True).run(WARMUP + 1)
     guard = pipelines.guard
     guard.ledger.ban(0, [Worker(0, 0), Worker(1, 1)])
     wiring = guard.wiring(pipelines.step_number)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
-from lightning_sentinel.verification.axes import as_tokens, batch_means
+from lightning_sentinel.verification.axes import batch_means
 from lightning_sentinel.verification.consistency import consistency_features, paired
 from lightning_sentinel.verification.distances import mean_absolute_difference, sign_flip_ratio
 from lightning_sentinel.verification.features import FAMILIES, FEATURES
