@@ -1,4 +1,4 @@
-"""One thread for everything that tests compute: it is small, and threads that wait for each other on busy cores cost more than it."""
+"""One thread for what tests compute: it is small, and threads that wait for each other on busy cores cost more than they save."""
 
 from __future__ import annotations
 
