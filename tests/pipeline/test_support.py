@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,12 @@ from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision,
 from torch import nn
 from torch.optim import Optimizer
 
+import lightning_sentinel as ls
+from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.pipeline.support import refuse_unsupported, require_optimizer, requiring_one_optimizer
+from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.pipeline.support import check_replicas, refuse_unsupported, require_optimizer, requiring_one_optimizer
+from tests.distributed import tasks
 
 
 class Module(L.LightningModule):
@@ -111,3 +116,26 @@ class TestOptimizers:
         with pytest.raises(type(error)) as raised, requiring_one_optimizer(Module()):
             raise error
         assert raised.value is error
+
+
+def test_audits_need_a_second_replica() -> None:
+    with pytest.raises(ConfigurationError, match=r"audit_rate=0.1\) needs at least 2 replicas.*this mesh has 1"):
+        check_replicas(Mesh(stages=4, replicas=1), Verification(), Response(audit_rate=0.1))
+    check_replicas(Mesh(stages=4, replicas=2), Verification(), Response(audit_rate=0.1))
+
+
+def test_a_ban_without_a_second_replica_is_announced_to_end_the_run(recwarn: pytest.WarningsRecorder) -> None:
+    check_replicas(Mesh(stages=4, replicas=1), None, Response())
+    check_replicas(Mesh(stages=4, replicas=1), Verification(), Response(on_flag="log", ban_after=None))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="the first ban ends the run"):
+        check_replicas(Mesh(stages=4, replicas=1), Verification(), Response())
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(5, True), (6, False)])
+def test_a_warm_up_that_outlasts_the_run_is_announced(steps: int, warns: bool) -> None:
+    strategy = ls.SentinelStrategy(stages=2, replicas=2, engine="virtual", verification=ls.Verification(warmup_steps=5))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tasks.trainer(strategy, 1, steps).fit(tasks.Classifier("sgd"), tasks.loader(16))
+    assert any("outlasts this run of 5 training batches" in str(one.message) for one in caught) == warns
