@@ -23,16 +23,14 @@ import lightning as L
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
+from lightning_sentinel.benchmarks.random_bytes import QUIET, RandomBytesLlama, random_bytes
 from lightning_sentinel.config import Response, Verification
-from lightning_sentinel.models import llama
 from lightning_sentinel.strategy import SentinelStrategy
 
 __all__ = ["Load", "overhead"]
 
-_VOCABULARY = 256
 _THROWN_AWAY = 4
 _TIMED = ("project", "receive", "take_rows", "settle")
 """What a guard is asked to do in a step."""
@@ -131,14 +129,12 @@ def _measure(load: Load, steps: int) -> dict[str, float]:
             strategy=strategy,
             accelerator="cpu",
             devices=1,
-            max_epochs=1,
             callbacks=[clock],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
         )
-        trainer.fit(_Module(load), DataLoader(_data(load, steps), batch_size=_batch_size(load)))
+        batch_size = load.micro_batch_size * load.micro_batches * load.replicas
+        data = random_bytes(batch_size * (steps + _THROWN_AWAY), load.sequence_length)
+        trainer.fit(RandomBytesLlama(load.width, load.stages * load.blocks), DataLoader(data, batch_size=batch_size))
     timed = clock.seconds[_THROWN_AWAY:]
     # The largest of the boundaries: those in the middle also know what their senders had received.
     guard = strategy._guard
@@ -183,26 +179,3 @@ class _Clock(L.Callback):
             return result
 
         return timed
-
-
-class _Module(L.LightningModule):
-    def __init__(self, load: Load) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = llama(vocab_size=_VOCABULARY, width=load.width, depth=load.stages * load.blocks, heads=4)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]).flatten(0, 1), batch[1].flatten())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
-
-
-def _batch_size(load: Load) -> int:
-    return load.micro_batch_size * load.micro_batches * load.replicas
-
-
-def _data(load: Load, steps: int) -> TensorDataset:
-    shape = (_batch_size(load) * (steps + _THROWN_AWAY), load.sequence_length)
-    generator = torch.Generator().manual_seed(1)
-    return TensorDataset(*(torch.randint(_VOCABULARY, shape, generator=generator) for _ in range(2)))

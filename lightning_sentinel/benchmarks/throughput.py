@@ -21,17 +21,21 @@ import lightning as L
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_sentinel.benchmarks.processes import on_ranks
+from lightning_sentinel.benchmarks.random_bytes import (
+    QUIET,
+    RandomBytesLlama,
+    loss_of_bytes,
+    random_bytes,
+    random_bytes_layers,
+)
 from lightning_sentinel.config import Response, Verification
-from lightning_sentinel.models import llama
 from lightning_sentinel.strategy import SentinelStrategy
 
 __all__ = ["Workload", "throughput"]
 
-_VOCABULARY = 256
 _VARIANTS = ("bare DeepSpeed", "unverified", "verified")
 
 
@@ -110,27 +114,6 @@ def _turn(name: str, workload: Workload) -> float:
     return _lightning(workload, Verification(warmup_steps=2) if name == "verified" else None)
 
 
-def _layers(workload: Workload) -> nn.Sequential:
-    torch.manual_seed(0)
-    return llama(vocab_size=_VOCABULARY, width=workload.width, depth=workload.depth, heads=4)
-
-
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-class _Module(L.LightningModule):
-    def __init__(self, workload: Workload) -> None:
-        super().__init__()
-        self.net = _layers(workload)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return _loss(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
-
-
 class _Clock(L.Callback):
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
@@ -158,10 +141,7 @@ _THROWN_AWAY = 3
 
 def _data(workload: Workload) -> TensorDataset:
     samples = workload.micro_batch_size * workload.micro_batches * workload.replicas
-    samples *= workload.steps + _THROWN_AWAY
-    shape = (samples, workload.sequence_length)
-    generator = torch.Generator().manual_seed(1)
-    return TensorDataset(*(torch.randint(_VOCABULARY, shape, generator=generator) for _ in range(2)))
+    return random_bytes(samples * (workload.steps + _THROWN_AWAY), workload.sequence_length)
 
 
 def _lightning(workload: Workload, verification: Verification | None) -> float:
@@ -174,15 +154,11 @@ def _lightning(workload: Workload, verification: Verification | None) -> float:
             strategy=strategy,
             accelerator="auto",
             devices=workload.stages * workload.replicas,
-            max_epochs=1,
             callbacks=[clock],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
         )
         batch_size = workload.micro_batch_size * workload.micro_batches
-        trainer.fit(_Module(workload), DataLoader(_data(workload), batch_size=batch_size))
+        trainer.fit(RandomBytesLlama(workload.width, workload.depth), DataLoader(_data(workload), batch_size=batch_size))
     return (clock.stop - clock.start) / workload.steps
 
 
@@ -193,7 +169,10 @@ def _bare(workload: Workload) -> float:
 
     with contextlib.redirect_stdout(io.StringIO()):
         pipeline = PipelineModule(
-            layers=list(_layers(workload)), num_stages=workload.stages, loss_fn=_loss, partition_method="parameters"
+            layers=list(random_bytes_layers(workload.width, workload.depth)),
+            num_stages=workload.stages,
+            loss_fn=loss_of_bytes,
+            partition_method="parameters",
         )
         config = {
             "train_micro_batch_size_per_gpu": workload.micro_batch_size,
