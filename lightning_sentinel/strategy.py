@@ -112,7 +112,7 @@ class SentinelStrategy(StageCheckpoints):
         timeout: timedelta = timedelta(minutes=5),
         **kwargs: Any,
     ) -> None:
-        check_settings(engine, micro_batches, partition, transport, zero_stage, response)
+        check_settings(engine, micro_batches, partition, transport, zero_stage, verification, response)
         super().__init__(timeout=timeout, virtual=engine == "virtual", **kwargs)
         self._stages, self._replicas, self._micro_batches = stages, replicas, micro_batches
         self._verification, self._response = verification, response

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.verification.features import watched
 
 __all__ = [
     "check_replicas",
@@ -26,7 +27,15 @@ __all__ = [
 ]
 
 
-def check_settings(engine: str, micro_batches: int, partition: str, transport: str, zero_stage: int, response: Response) -> None:
+def check_settings(
+    engine: str,
+    micro_batches: int,
+    partition: str,
+    transport: str,
+    zero_stage: int,
+    verification: Verification | None,
+    response: Response,
+) -> None:
     """Raise ``ConfigurationError`` for arguments of the strategy that cannot work."""
     if engine not in ("process", "virtual"):
         raise ConfigurationError(f"engine={engine!r} is unknown. Use 'process' or 'virtual'.")
@@ -38,6 +47,8 @@ def check_settings(engine: str, micro_batches: int, partition: str, transport: s
         )
     if transport not in ("auto", "device", "host"):
         raise ConfigurationError(f"transport={transport!r} is unknown. Use 'auto', 'device' or 'host'.")
+    if verification is not None:
+        watched(verification)
     if response.audit_rate is not None and engine == "process":
         raise ConfigurationError(
             f"Response(audit_rate={response.audit_rate}) needs engine='virtual': between processes nothing is recomputed yet."

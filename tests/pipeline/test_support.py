@@ -139,3 +139,9 @@ def test_a_warm_up_that_outlasts_the_run_is_announced(steps: int, warns: bool) -
         warnings.simplefilter("always")
         tasks.trainer(strategy, 1, steps).fit(tasks.Classifier("sgd"), tasks.loader(16))
     assert any("outlasts this run of 5 training batches" in str(one.message) for one in caught) == warns
+
+
+@pytest.mark.parametrize("features", [["gradients"], "temporal", ["input_output", "l3"]], ids=str)
+def test_features_that_are_none_are_named_when_the_strategy_is_made(features: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"Verification\.features"):
+        ls.SentinelStrategy(stages=2, verification=ls.Verification(features=features))
