@@ -8,7 +8,7 @@ by all ranks from the same table.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,9 +29,9 @@ from lightning_sentinel.verification import (
 )
 from lightning_sentinel.verification.audit import AuditSchedule
 from lightning_sentinel.verification.calibration import Assessment
-from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS
 from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.references import Contribution
+from lightning_sentinel.verification.verdicts import behind
 from lightning_sentinel.wiring import Wiring
 
 __all__ = ["Guard", "Ruling"]
@@ -179,29 +179,35 @@ class Guard:
         """
         wiring = self.wiring(step)
         self._require_a_pipeline(wiring, step)
-        assessment = self._assess(table, wiring)
+        assessment, heights = self._assess(table, wiring), self.calibration.heights(wiring)
         if audit is not None:
             drawn = self._draw(step, table)
-            drifting = self.calibration.drifting(ALARM, wiring)
-            verdict = judge_with_audits(table, assessment, drifting, drawn, audit, self._mesh, wiring, step)
+            verdict = judge_with_audits(table, assessment, heights, drawn, audit, self._mesh, wiring, step)
             exonerated = Counter(detection.worker for detection in verdict.detections if detection.confirmed is False)
             banned = self.ledger.record_audits(step, verdict.audits, verdict.flagged, exonerated)
         else:
             exclude = self._response.on_flag == "exclude"
-            drifting = self.calibration.drifting(ALARM_WITHOUT_AUDITS, wiring)
-            verdict = judge(table, assessment, drifting, self._mesh, wiring, step, exclude)
+            verdict = judge(table, assessment, heights, self._mesh, wiring, step, exclude)
             banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified)
         self._require_a_pipeline(self.wiring(step), step)
+        if banned:
+            # What those behind a liar looked like was not their doing.
+            self.calibration.forget_sums(behind(self._sent_by(banned, wiring), self._mesh), wiring)
         redo = bool(banned) and self.audits
         if redo:
             for verifier in self.verifiers.values():
                 verifier.forget_step()
         else:
             self._learn(table, verdict, assessment, sum_over_replicas)
-            self.calibration.learn(verdict.table, verdict.honest, assessment, wiring)
-            self.calibration.exonerate(verdict.cleared, wiring)
+            self.calibration.learn(verdict.table, verdict.honest, verdict.explained, assessment, wiring)
+            self.calibration.forget_sums(verdict.cleared, wiring)
             self._put_fences()
         return Ruling(verdict, banned, redo, wiring)
+
+    def _sent_by(self, workers: Collection[Worker], wiring: Wiring) -> Tensor:
+        """Which lanes these workers served, ``(boundaries, lanes)`` bool."""
+        lanes = range(self._mesh.replicas)
+        return torch.tensor([[wiring.worker(b.sender, lane) in workers for lane in lanes] for b in self._mesh.boundaries])
 
     def _draw(self, step: int, table: SignalTable) -> Tensor:
         """Random audits; the same in a step that is done again, because what was behind a lie was not audited."""
@@ -212,9 +218,10 @@ class Guard:
         return self._drawn[1]
 
     def _assess(self, table: SignalTable, wiring: Wiring) -> Assessment:
-        banned = Counter(worker.stage for worker in self.ledger.banned)
-        per_boundary = torch.tensor([banned[boundary.sender] for boundary in self._mesh.boundaries])
-        return self.calibration.assess(table, torch.tensor(wiring.live), per_boundary)
+        banned = torch.zeros(self._mesh.stages, self._mesh.replicas, dtype=torch.bool)
+        for worker in self.ledger.banned:
+            banned[worker.stage, worker.replica] = True
+        return self.calibration.assess(table, wiring, banned[[boundary.sender for boundary in self._mesh.boundaries]])
 
     def _require_a_pipeline(self, wiring: Wiring, step: int) -> None:
         if not any(wiring.live):
@@ -273,7 +280,7 @@ class Guard:
         for index, boundary in enumerate(self._mesh.boundaries):
             prefix = f"{boundary.name}/"
             mine = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            if mine and "alone.fences" not in mine:
+            if mine and "last" not in mine:
                 raise ConfigurationError(
                     f"What the checkpoint says of {boundary.name} is not what this version's verifiers learn: {sorted(mine)[:3]}."
                     " Load its weights with load_from_checkpoint and start a new run, or resume with the version that wrote it."

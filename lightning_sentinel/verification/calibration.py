@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.verification.audit import causal_order
 from lightning_sentinel.verification.drift import Cusum
 from lightning_sentinel.verification.features import FEATURES, watched
 from lightning_sentinel.verification.fences import Fences, FenceWindow
-from lightning_sentinel.verification.peers import comparable, less_median
+from lightning_sentinel.verification.peers import comparable, median_vote, of_workers
 from lightning_sentinel.verification.table import MAX_SCORE, SignalTable
 from lightning_sentinel.wiring import Wiring
 
@@ -34,17 +35,45 @@ class Assessment(NamedTuple):
 
     Args:
         by_peers: ``(boundaries,)`` bool, whether signals were compared with those of the other replicas.
+        quorum: ``(boundaries,)`` bool, whether at least half of those that they were compared with sent something in this step.
+        certain: ``(boundaries,)`` bool, whether those of this step would be enough without those that are remembered.
         score: 0 at the centre, 1 at the fence.
         worst: index of the feature that is furthest out; -1 if the signal is not finite.
         valid: whether the signal tells anything: its micro-batch was not tainted before, its lane is live.
-        centred: ``(boundaries, lanes, micro_batches, F)``, features less their median across replicas.
+        opinion: ``(boundaries, F)``, the median across replicas; who could not be verified is remembered.
+        centre: ``(boundaries, F)``, the same across those of this step that are in line with it. NaN where nobody sent anything
+            valid yet.
     """
 
     by_peers: Tensor
+    quorum: Tensor
+    certain: Tensor
     score: Tensor
     worst: Tensor
     valid: Tensor
-    centred: Tensor
+    opinion: Tensor
+    centre: Tensor
+
+    def centred(self, features: Tensor) -> Tensor:
+        """Features ``(boundaries, lanes, micro_batches, F)`` less their median across replicas."""
+        return features - self.centre.nan_to_num()[:, None, None]
+
+
+class _Comparison(NamedTuple):
+    """How the signals of some boundaries compare with each other; see :class:`Assessment`."""
+
+    by_peers: Tensor
+    quorum: Tensor
+    certain: Tensor
+    score: Tensor
+    worst: Tensor
+    opinion: Tensor
+    centre: Tensor
+
+    @property
+    def out(self) -> Tensor:
+        """``(boundaries, lanes, micro_batches)`` bool, signals that are out of line for certain."""
+        return (self.score > 1) & (self.by_peers & self.certain)[:, None, None]
 
 
 _TREND_BETA = 0.9
@@ -73,6 +102,8 @@ class Calibration:
         self.drift = Cusum(boundaries, mesh.replicas, len(FEATURES))
         self.trend = torch.full((boundaries, len(FEATURES)), torch.nan)
         """``(boundaries, F)``; NaN until something honest was seen."""
+        self.last = torch.full((boundaries, mesh.replicas, len(FEATURES)), torch.nan)
+        """``(boundaries, replicas, F)``, what each worker sent when it last sent something honest, less the trend of then."""
         self.steps = 0
         self._compares = two_sided
 
@@ -80,45 +111,83 @@ class Calibration:
     def warmed_up(self) -> bool:
         return self.steps >= self._config.warmup_steps
 
-    def assess(self, table: SignalTable, live: Tensor, banned: Tensor) -> Assessment:
+    def assess(self, table: SignalTable, wiring: Wiring, banned: Tensor) -> Assessment:
         """Score all signals of a step.
 
         Args:
             table: of the step.
-            live: ``(lanes,)`` bool.
-            banned: ``(boundaries,)``, banned workers of the stage that sends.
+            wiring: who served which lane.
+            banned: ``(boundaries, replicas)`` bool, workers of the stage that sends.
         """
-        finite = table.column("worst") >= 0
-        valid = ~table.tainted & live[:, None]
-        by_peers = comparable(valid, self._mesh.replicas, banned) & self._compares & self.warmed_up
-        centred = less_median(table.features, valid & finite)
-        inside = self._scores(centred).amax(dim=-1) <= 1
-        # Once more without those that are out, which pull the median to their side; unless most are, which no attack can do.
-        kept = valid & finite & inside
-        centred = torch.where(
-            (2 * kept.sum(dim=(1, 2)) > valid.sum(dim=(1, 2)))[:, None, None, None], less_median(table.features, kept), centred
-        )
-        highest = self._scores(centred).max(dim=-1)
-        score = torch.where(by_peers[:, None, None], highest.values.clamp(max=MAX_SCORE), table.column("score"))
-        worst = torch.where(by_peers[:, None, None], highest.indices.to(table.rows.dtype), table.column("worst"))
+        finite, senders = table.column("worst") >= 0, self._senders(wiring)
+        valid = ~table.tainted & torch.tensor(wiring.live)[:, None]
+        # Who could not be verified now votes with what it sent last: else malicious ones could get a majority of those that are
+        # left.
+        last = torch.where(banned[..., None], torch.nan, self.last + self.trend[:, None])
+
+        def compare(boundaries: slice, counted: Tensor) -> _Comparison:
+            signals = (table.features[boundaries], counted[boundaries], senders[boundaries])
+            return self._compare(*signals, last[boundaries], banned[boundaries], boundaries)
+
+        counted = valid & finite
+        found = compare(slice(None), counted)
+        if bool((counted & found.out).any()):
+            # What is out of line puts everything out of line that comes behind it, which must not vote.
+            order = causal_order(self._mesh)
+            parts = {}
+            for index in order:
+                parts[index] = compare(slice(index, index + 1), counted)
+                counted = counted & ~(valid[index] & (parts[index].out[0] | ~finite[index]))
+            found = _Comparison(*(torch.cat(pieces) for pieces in zip(*(parts[index] for index in sorted(order)))))
+        peers = found.by_peers[:, None, None]
+        score = torch.where(peers, found.score, table.column("score"))
+        worst = torch.where(peers, found.worst.to(table.rows.dtype), table.column("worst"))
         return Assessment(
-            by_peers=by_peers,
+            by_peers=found.by_peers,
+            quorum=found.quorum,
+            certain=found.certain,
             score=torch.where(finite, score, MAX_SCORE),
             worst=torch.where(finite, worst, -1.0),
             valid=valid,
-            centred=centred,
+            opinion=found.opinion,
+            centre=found.centre,
         )
 
-    def _scores(self, centred: Tensor) -> Tensor:
-        boundaries, *inner = centred.shape
-        return self.among_peers.fences.scores(centred.flatten(1, 2).movedim(1, 0)).movedim(0, 1).view(boundaries, *inner)
+    def _compare(
+        self, features: Tensor, counted: Tensor, senders: Tensor, last: Tensor, banned: Tensor, boundaries: slice
+    ) -> _Comparison:
+        """Compare the signals of some boundaries with each other; all arguments have these boundaries in front."""
+        sent = of_workers(features, counted, senders)
+        votes = torch.where(sent.isnan(), last, sent)
+        opinion = median_vote(votes)
+        inside = self._scores(features - opinion[:, None, None], boundaries).amax(dim=-1) <= 1
+        # Once more among those of this step, without those that are out, which pull the median to their side, and without memories,
+        # which a training that moves leaves behind; unless most are out, which no attack can do.
+        kept = counted & inside
+        most = 2 * kept.sum(dim=(1, 2)) > counted.sum(dim=(1, 2))
+        centre = torch.where(most[:, None], median_vote(of_workers(features, kept, senders)), opinion)
+        highest = self._scores(features - centre.nan_to_num()[:, None, None], boundaries).max(dim=-1)
+        present, voting = (~given.isnan().all(dim=2) for given in (sent, votes))
+        return _Comparison(
+            by_peers=comparable(voting, banned) & self._compares & self.warmed_up,
+            quorum=2 * present.sum(dim=1) >= voting.sum(dim=1),
+            certain=comparable(present, banned),
+            score=highest.values.clamp(max=MAX_SCORE),
+            worst=highest.indices,
+            opinion=opinion,
+            centre=centre,
+        )
 
-    def drifting(self, limit: float, wiring: Wiring) -> Tensor:
-        """Whose cumulative sums are above ``limit``, ``(boundaries, lanes)`` bool."""
-        return self.drift.height.gather(1, self._senders(wiring)) > limit
+    def _scores(self, centred: Tensor, boundaries: slice) -> Tensor:
+        fences = Fences(*(part[boundaries, None, None] for part in self.among_peers.fences.parts()))
+        return fences.scores(centred)
 
-    def exonerate(self, senders: Tensor, wiring: Wiring) -> None:
-        """Forget the sums of senders ``(boundaries, lanes)`` bool: an audit has told what they are."""
+    def heights(self, wiring: Wiring) -> Tensor:
+        """The highest cumulative sum of who serves a lane, ``(boundaries, lanes)``."""
+        return self.drift.height.gather(1, self._senders(wiring))
+
+    def forget_sums(self, senders: Tensor, wiring: Wiring) -> None:
+        """Forget the cumulative sums of senders ``(boundaries, lanes)`` bool: now it is known what they are."""
         workers = torch.zeros_like(senders).scatter_reduce(1, self._senders(wiring), senders, "amax")
         self.drift.reset(workers)
 
@@ -127,35 +196,42 @@ class Calibration:
         rows = [wiring.serving[boundary.sender] for boundary in self._mesh.boundaries]
         return torch.tensor(rows, dtype=torch.long).view(len(rows), self._mesh.replicas)
 
-    def learn(self, table: SignalTable, honest: Tensor, assessment: Assessment, wiring: Wiring) -> None:
+    def learn(self, table: SignalTable, honest: Tensor, explained: Tensor, assessment: Assessment, wiring: Wiring) -> None:
         """Take in a step.
 
         Args:
             table: of the step.
             honest: ``(boundaries, lanes, micro_batches)`` bool, signals to learn from.
+            explained: ``(boundaries, lanes, micro_batches)`` bool, signals that say nothing of their sender.
             assessment: of the table.
             wiring: who served which lane.
         """
+        centred = assessment.centred(table.features)
         if self.warmed_up:
             # Only among peers: what one replica does alone may drift with the training. Flagged or not: a drift that ends must be
             # seen to end.
-            compared = assessment.valid & (assessment.worst >= 0) & assessment.by_peers[:, None, None]
-            self.drift.add(self._standard_scores(assessment.centred), compared, self._senders(wiring))
+            peers = (assessment.by_peers & assessment.quorum)[:, None, None]
+            compared = assessment.valid & ~explained & (assessment.worst >= 0) & peers
+            self.drift.add(self._standard_scores(centred), compared, self._senders(wiring))
         if self.steps >= max(1, min(_SETTLING_STEPS, self._config.warmup_steps // 2)):
             self.alone.add((table.features - self.trend.nan_to_num()[:, None, None]).flatten(1, 2), honest.flatten(1))
             # During the warm-up nobody lies, so all replicas can be compared with each other.
             peers = honest & (assessment.by_peers | (not self.warmed_up))[:, None, None]
-            self.among_peers.add(assessment.centred.flatten(1, 2), peers.flatten(1))
+            self.among_peers.add(centred.flatten(1, 2), peers.flatten(1))
         if self.steps > 0:
             # In the first step there is no reference yet, so its features say nothing.
-            self._follow(table.features, honest)
+            self._follow(table.features, honest, assessment)
+            sent = of_workers(table.features, honest, self._senders(wiring)) - self.trend[:, None]
+            self.last = torch.where(sent.isnan(), self.last, sent)
         self.steps += 1
         since = self.steps - self._config.warmup_steps
         if since % _STEPS_BETWEEN_FITS == 0:
             self.fit()
 
-    def _follow(self, features: Tensor, honest: Tensor) -> None:
+    def _follow(self, features: Tensor, honest: Tensor, assessment: Assessment) -> None:
         median = torch.where(honest[..., None], features, torch.nan).flatten(1, 2).nanmedian(dim=1).values
+        # Where others vote: of the few that are left when others are tainted, most may be malicious.
+        median = torch.where(assessment.by_peers[:, None], assessment.opinion, median)
         moved = torch.lerp(median, self.trend, _TREND_BETA)
         self.trend = torch.where(median.isnan(), self.trend, torch.where(self.trend.isnan(), median, moved))
 
@@ -178,6 +254,7 @@ class Calibration:
         state = {
             "steps": torch.tensor(self.steps),
             "trend": self.trend[boundary].clone(),
+            "last": self.last[boundary].clone(),
             "drift": self.drift.sums[:, boundary].clone(),
         }
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
@@ -185,9 +262,9 @@ class Calibration:
         return state
 
     def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
-        """Load one boundary. Cumulative sums of a mesh with another number of replicas are left out: they are of other workers."""
+        """Load one boundary. What is known of single workers is left out if the mesh had another number of them."""
         self.steps, self.trend[boundary] = int(state["steps"]), state["trend"].cpu()
         if state["drift"].shape == self.drift.sums[:, boundary].shape:
-            self.drift.sums[:, boundary] = state["drift"].cpu()
+            self.drift.sums[:, boundary], self.last[boundary] = state["drift"].cpu(), state["last"].cpu()
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
             window.load_state_of(boundary, {key: state[f"{name}.{key}"].cpu() for key in ("values", "fences")})

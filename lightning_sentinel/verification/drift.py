@@ -11,15 +11,22 @@ ALARM = 10.0
 """Where an audit is called for."""
 ALARM_WITHOUT_AUDITS = 16.0
 """Where a worker is a suspect, if nothing can be recomputed."""
+DOUBT = 8.0
+"""Where a worker may be the reason for what is slightly odd behind it; hardly any honest worker gets there."""
+_HIGHEST = 18.0
+"""Who is in line again falls below the alarm in less steps than it takes to be banned."""
 _SLACK = 0.75
 _CLIP = 2.5
+_MAD_OF_A_NORMAL = 0.6745
 
 
 class Cusum:
     """Two-sided CUSUM of every sender and feature (Page 1954): ``S <- max(0, S + z - slack)``, and the same of ``-z``.
 
     ``z`` is the sum of a step's standard scores of a worker, each clipped to 2.5 because some features have long tails, over the
-    root of their number; the slack is 0.75. Sums belong to workers, whichever lanes they serve.
+    root of their number; less its median over workers and, where it is more than one, over their normalised median absolute
+    deviation: a distribution that widens or leans to one side everywhere is the training, not a worker. The slack is 0.75. Sums
+    belong to workers, whichever lanes they serve.
 
     Args:
         boundaries: how many.
@@ -27,11 +34,11 @@ class Cusum:
         features: how many.
 
     Example:
-        >>> cusum = Cusum(boundaries=1, workers=1, features=1)
+        >>> cusum, everything = Cusum(boundaries=1, workers=3, features=1), torch.ones(1, 3, 1, dtype=torch.bool)
         >>> for _ in range(4):
-        ...     cusum.add(torch.full((1, 1, 1, 1), 2.0), torch.ones(1, 1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.long))
+        ...     cusum.add(torch.tensor([2.0, 0.0, 0.0]).view(1, 3, 1, 1), everything, torch.arange(3)[None])
         >>> cusum.height
-        tensor([[5.]])
+        tensor([[5., 0., 0.]])
     """
 
     def __init__(self, boundaries: int, workers: int, features: int) -> None:
@@ -48,8 +55,8 @@ class Cusum:
         clipped = scores.nan_to_num(_CLIP, _CLIP, -_CLIP).clamp(-_CLIP, _CLIP)
         total = self._of_workers(torch.where(valid[..., None], clipped, 0.0).sum(dim=2), senders)
         count = self._of_workers(valid[..., None].to(total.dtype).sum(dim=2), senders)
-        z = total / count.clamp(min=1).sqrt()
-        grown = (self.sums + torch.stack((z, -z)) - _SLACK).clamp(min=0)
+        z = _among_workers(total / count.clamp(min=1).sqrt())
+        grown = (self.sums + torch.stack((z, -z)) - _SLACK).clamp(0, _HIGHEST)
         self.sums = torch.where(count > 0, grown, self.sums)
 
     def _of_workers(self, lanes: Tensor, senders: Tensor) -> Tensor:
@@ -65,3 +72,10 @@ class Cusum:
     def reset(self, workers: Tensor) -> None:
         """Forget workers ``(boundaries, workers)`` bool."""
         self.sums = torch.where(workers[..., None], 0.0, self.sums)
+
+
+def _among_workers(z: Tensor) -> Tensor:
+    """``(boundaries, workers, F)``; who was not verified counts with the zero that is expected of it."""
+    away = z - z.median(dim=1, keepdim=True).values
+    deviation = away.abs().median(dim=1, keepdim=True).values / _MAD_OF_A_NORMAL
+    return away / deviation.clamp(min=1)

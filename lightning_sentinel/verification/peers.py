@@ -5,46 +5,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["FEWEST_PEERS", "comparable", "less_median"]
+__all__ = ["FEWEST_PEERS", "comparable", "median_vote", "of_workers"]
 
 FEWEST_PEERS = 4
-"""Replicas that a median needs to say anything."""
+"""Workers that a median needs to say anything."""
 
 
-def comparable(valid: Tensor, replicas: int, banned: Tensor) -> Tensor:
-    """Whether the median of a boundary's valid signals is that of honest workers, ``(boundaries,)`` bool.
+def comparable(voting: Tensor, banned: Tensor) -> Tensor:
+    """Whether the median of a stage's workers is that of honest ones, ``(boundaries,)`` bool.
 
-    Fewer than half of a stage's workers are malicious. Those that are banned are known; the others could all be among the senders
-    that are left when earlier verdicts took honest ones out, so more than twice as many must be left.
+    Fewer than half of a stage's workers are malicious. Those that are banned are known; all others could be among those that vote,
+    so more than twice as many must vote.
 
     Args:
-        valid: ``(boundaries, lanes, micro_batches)`` bool, signals that can be compared.
-        replicas: of the mesh.
-        banned: ``(boundaries,)``, banned workers of the sending stage.
+        voting: ``(boundaries, workers)`` bool, of whom it is known what they send.
+        banned: ``(boundaries, workers)`` bool.
 
     Example:
-        >>> valid = torch.ones(1, 8, 2, dtype=torch.bool)
-        >>> comparable(valid, 8, banned=torch.tensor([0])), comparable(valid[:, :6], 8, banned=torch.tensor([0]))
+        >>> everybody, nobody = torch.ones(1, 8, dtype=torch.bool), torch.zeros(1, 8, dtype=torch.bool)
+        >>> comparable(everybody, nobody), comparable(everybody & (torch.arange(8) < 6), nobody)
         (tensor([True]), tensor([False]))
     """
-    lanes = valid.any(dim=2).sum(dim=1)
-    malicious = ((replicas - 1) // 2 - banned).clamp(min=0)
-    return (lanes >= FEWEST_PEERS) & (lanes > 2 * malicious)
+    votes = (voting & ~banned).sum(dim=1)
+    malicious = ((voting.shape[1] - 1) // 2 - banned.sum(dim=1)).clamp(min=0)
+    return (votes >= FEWEST_PEERS) & (votes > 2 * malicious)
 
 
-def less_median(features: Tensor, valid: Tensor) -> Tensor:
-    """Features less the median lane's of the step and boundary; ``(boundaries, lanes, micro_batches, F)``.
+def of_workers(features: Tensor, valid: Tensor, senders: Tensor) -> Tensor:
+    """What each worker sent, ``(boundaries, workers, F)``: the mean of its lanes' medians; NaN where nothing of it is valid.
+
+    By worker, so that one that could be verified more often than others does not outvote them.
 
     Args:
         features: ``(boundaries, lanes, micro_batches, F)``.
         valid: ``(boundaries, lanes, micro_batches)`` bool.
+        senders: ``(boundaries, lanes)``, the worker that serves a lane; there are as many workers as lanes.
 
     Example:
         >>> features = torch.tensor([1.0, 2.0, 9.0]).view(1, 3, 1, 1)
-        >>> less_median(features, torch.ones(1, 3, 1, dtype=torch.bool)).flatten()
-        tensor([-1.,  0.,  7.])
+        >>> of_workers(features, torch.ones(1, 3, 1, dtype=torch.bool), torch.tensor([[0, 2, 2]])).flatten()
+        tensor([1.0000,    nan, 5.5000])
     """
     usable = valid[..., None] & features.isfinite()
-    # By lane first: one that could be verified more often than others must not outvote them.
     lanes = torch.where(usable, features, torch.nan).nanmedian(dim=2).values
-    return features - lanes.nanmedian(dim=1).values[:, None, None].nan_to_num()
+    known, index = ~lanes.isnan(), senders[..., None].expand_as(lanes)
+    total = torch.zeros_like(lanes).scatter_add(1, index, lanes.nan_to_num())
+    return total / torch.zeros_like(lanes).scatter_add(1, index, known.to(lanes.dtype))
+
+
+def median_vote(votes: Tensor) -> Tensor:
+    """The median over workers, ``(boundaries, F)``; of an even number the lower of the two in the middle, NaN where nobody votes.
+
+    Args:
+        votes: ``(boundaries, workers, F)``; NaN does not vote.
+
+    Example:
+        >>> median_vote(torch.tensor([9.0, torch.nan, 1.0, 2.0]).view(1, 4, 1))
+        tensor([[2.]])
+    """
+    return votes.nanmedian(dim=1).values

@@ -15,11 +15,12 @@ from torch import Tensor
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.verification.audit import causal_order
 from lightning_sentinel.verification.calibration import Assessment
+from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS, DOUBT
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.table import SignalTable
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["Audit", "Detection", "StepVerdict", "judge", "judge_with_audits"]
+__all__ = ["Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits"]
 
 Audit = Callable[[int, Tensor], Tensor]
 """Recomputes signals of a boundary: its index and which, ``(lanes, micro_batches)`` bool; answers whether they do *not* match."""
@@ -28,6 +29,8 @@ _ALONE = 1.5
 """The score up to which a sender without peers is cleared."""
 
 _MUCH_FURTHER = 2.0
+_NEARLY = 0.75
+"""The score above which nothing is learned from a signal where it is uncertain that most of those compared are honest."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class StepVerdict:
         guilty: workers that an audit found to have lied.
         audits: signals that were recomputed.
         honest: ``(boundaries, lanes, micro_batches)`` bool, signals to learn from.
+        explained: ``(boundaries, lanes, micro_batches)`` bool, signals that say nothing of their sender: what it was sent may be
+            the reason.
         cleared: ``(boundaries, lanes)`` bool, senders that an audit found honest.
         clean: ``(stages, lanes, micro_batches)`` bool, whether the gradient of a micro-batch counts at a stage.
         table: the step's signals with their final scores.
@@ -79,29 +84,44 @@ class StepVerdict:
     guilty: frozenset[Worker]
     audits: int
     honest: Tensor
+    explained: Tensor
     cleared: Tensor
     clean: Tensor
     table: SignalTable
 
 
 def judge(
-    table: SignalTable, assessment: Assessment, drifting: Tensor, mesh: Mesh, wiring: Wiring, step: int, exclude: bool
+    table: SignalTable, assessment: Assessment, heights: Tensor, mesh: Mesh, wiring: Wiring, step: int, exclude: bool
 ) -> StepVerdict:
     """Verdicts of one step where nothing is recomputed.
+
+    A micro-batch is followed on its way, forward and backward. The first signal that is out of line explains all that is odd
+    behind it. And a sender whose cumulative sum is high explains what is only slightly odd behind it: a lie that is too small to
+    be seen by itself is made larger by the stages that it goes through, and who passes it on is not to be blamed.
 
     Args:
         table: all signals of the step.
         assessment: their scores.
-        drifting: ``(boundaries, lanes)`` bool, senders that are always on one side.
+        heights: ``(boundaries, lanes)``, cumulative sums of the senders.
         mesh: the workers.
         wiring: who served which lane.
         step: number of the training batch.
         exclude: whether flagged micro-batches were kept out of the weights at receipt.
     """
-    live = torch.tensor(wiring.live)
-    valid = assessment.valid
-    out = torch.where(assessment.by_peers[:, None, None], valid & (assessment.score > 1), table.flagged & ~_cleared(table, live))
-    standing, explained = _first_along_the_way(out | (drifting[..., None] & valid), mesh)
+    live, valid, score = torch.tensor(wiring.live), assessment.valid, assessment.score
+    out = valid & (score > 1)
+    certain = (assessment.by_peers & assessment.certain)[:, None, None]
+    blamed = out & (certain | ~_cleared(score, valid))
+    # Those that are remembered do not follow the training from step to step.
+    remembered = (assessment.by_peers & ~assessment.quorum)[:, None, None]
+    blamed &= ~remembered | (score > _MUCH_FURTHER)
+    open_question = assessment.by_peers[:, None, None] & ~certain & valid & (score > _NEARLY) & ~blamed
+
+    doubtful = valid & (heights > DOUBT)[..., None]
+    doubted = behind(doubtful | open_question, mesh)
+    slightly = blamed & (score <= _MUCH_FURTHER) | valid & ~out & (heights > ALARM_WITHOUT_AUDITS)[..., None]
+    standing, explained = _first_along_the_way(blamed & ~slightly | slightly & ~doubted, mesh)
+    explained |= (doubted | open_question) & ~standing
     scored = table.scored(assessment.score, assessment.worst)
     return StepVerdict(
         detections=_detections(scored, standing, mesh, wiring, step),
@@ -111,8 +131,9 @@ def judge(
         guilty=frozenset(),
         audits=0,
         # A training that overflows everywhere is nobody's fault, but there is nothing to learn from it.
-        honest=valid & ~standing & ~explained & (assessment.worst >= 0),
-        cleared=torch.zeros_like(drifting),
+        honest=valid & ~standing & ~explained & ~doubtful & (assessment.worst >= 0),
+        explained=explained,
+        cleared=torch.zeros_like(heights, dtype=torch.bool),
         clean=_clean(table.flagged, live, mesh) if exclude else torch.ones(mesh.stages, *valid.shape[1:], dtype=torch.bool),
         table=scored,
     )
@@ -121,7 +142,7 @@ def judge(
 def judge_with_audits(
     table: SignalTable,
     assessment: Assessment,
-    drifting: Tensor,
+    heights: Tensor,
     drawn: Tensor,
     audit: Audit,
     mesh: Mesh,
@@ -143,7 +164,7 @@ def judge_with_audits(
     valid, flagged = assessment.valid, assessment.valid & (assessment.score > 1)
     # One signal of a sender tells whether it drifts away because it lies.
     suspected = torch.zeros_like(valid)
-    suspected[..., 0] = drifting
+    suspected[..., 0] = heights > ALARM
     wanted = valid & (flagged | suspected | drawn)
     audited, confirmed, explained = (torch.zeros_like(valid) for _ in range(3))
     found = torch.zeros(valid.shape[1:], dtype=torch.bool)
@@ -168,24 +189,34 @@ def judge_with_audits(
         guilty=frozenset(_count(confirmed, mesh, wiring)),
         audits=int(audited.sum()),
         honest=valid & ~confirmed & ~explained & (assessment.worst >= 0),
+        explained=explained,
         cleared=(audited & ~confirmed).any(dim=2) & ~confirmed.any(dim=2),
         clean=torch.tensor(wiring.live)[None, :, None].expand(mesh.stages, *valid.shape[1:]),
         table=scored,
     )
 
 
+def behind(signals: Tensor, mesh: Mesh) -> Tensor:
+    """What comes behind any of the given signals on the way of its micro-batch; both ``(boundaries, lanes, ...)`` bool.
+
+    Example:
+        >>> behind(torch.tensor([[True], [False], [False], [False]]), Mesh(stages=3, replicas=1)).flatten()
+        tensor([False,  True,  True,  True])
+    """
+    order = torch.tensor(causal_order(mesh), dtype=torch.long)
+    along, result = signals[order].long(), torch.zeros_like(signals)
+    result[order] = (along.cumsum(dim=0) - along) > 0
+    return result
+
+
 def _first_along_the_way(out: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
     """Of the signals of a micro-batch that are out of line the first, and all that come behind it, which it explains."""
-    order = torch.tensor(causal_order(mesh), dtype=torch.long)
-    along = out[order]
-    behind = (along.cumsum(dim=0) - along.long()) > 0
-    first, explained = torch.zeros_like(out), torch.zeros_like(out)
-    first[order], explained[order] = along & ~behind, behind
-    return first, explained
+    explained = behind(out, mesh)
+    return out & ~explained, explained
 
 
-def _cleared(table: SignalTable, live: Tensor) -> Tensor:
-    """Flags at receipt that a change of the training explains, not a worker; for boundaries without enough peers.
+def _cleared(score: Tensor, valid: Tensor) -> Tensor:
+    """What is out of line because the training has changed, not because of a worker; for boundaries without enough peers.
 
     Fewer than half of a stage's workers are malicious, so the *median* sender of a boundary is honest. When the training changes (a
     new learning rate, other data, or just progress since the window was filled) the median moves out as well, and signals no more
@@ -197,18 +228,19 @@ def _cleared(table: SignalTable, live: Tensor) -> Tensor:
     never follow a training that moves.
 
     Values that are not finite have the highest score, so they are cleared only where the median sender sends such values too.
+
+    Args:
+        score: ``(boundaries, lanes, micro_batches)``.
+        valid: ``(boundaries, lanes, micro_batches)`` bool.
     """
-    replicas = len(live)
-    scores = torch.where(table.tainted | ~live[:, None], torch.nan, table.column("score"))
     # By sender first: one that was verified more often than others must not outvote them.
-    senders = scores.nanmedian(dim=2).values
+    senders = torch.where(valid, score, torch.nan).nanmedian(dim=2).values
     verified = (~senders.isnan()).sum(dim=1)
-    rank = (verified - replicas // 2).clamp(min=1)
+    rank = (verified - score.shape[1] // 2).clamp(min=1)
     ordered = senders.nan_to_num(nan=torch.inf).sort(dim=1).values
     reference = ordered.gather(1, (rank - 1)[:, None]).squeeze(1)
-    alone = verified <= 1
-    limit = torch.where(alone, _ALONE, 2 * reference)[:, None, None]
-    return table.flagged & (scores <= limit)
+    limit = torch.where(verified <= 1, _ALONE, 2 * reference)[:, None, None]
+    return score <= limit
 
 
 def _clean(flagged: Tensor, live: Tensor, mesh: Mesh) -> Tensor:

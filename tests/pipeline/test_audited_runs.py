@@ -145,7 +145,8 @@ def test_metrics_are_logged_once_for_a_step_that_is_done_twice(clean: Run) -> No
 def test_what_was_learned_is_that_of_the_clean_run() -> None:
     state, attacked = (run.strategy._guard.state_dict() for run in (Run(), Run(ATTACKS["loud"], LIARS)))
     assert state.keys() == attacked.keys()
-    for name, value in state.items():
+    # All but what is known of single workers: some have done a banned one's work.
+    for name, value in ((name, value) for name, value in state.items() if not name.endswith("/last")):
         torch.testing.assert_close(attacked[name], value, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 

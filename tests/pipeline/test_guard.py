@@ -541,7 +541,7 @@ def test_memory_does_not_grow_with_steps() -> None:
     references = POSITIONS * k + POSITIONS + k + k * k + 4 * 7 + 1
     regression = (k + 1) * (k + 1 + k)
     fences = window * len(FEATURES) + 5 * len(FEATURES)
-    calibration = 2 * fences + 1 + len(FEATURES) + 2 * REPLICAS * len(FEATURES)
+    calibration = 2 * fences + 1 + len(FEATURES) + 3 * REPLICAS * len(FEATURES)
     # The senders of two of the four boundaries have received something.
     expected = len(MESH.boundaries) * (references + calibration) + 2 * regression
     for _ in range(2):
@@ -688,6 +688,19 @@ def test_a_worker_that_takes_over_a_lane_does_not_take_over_its_drift() -> None:
     guard.calibration.drift.sums[0, MESH.boundaries.index(Boundary(1, A)), 1, 0] = 20.0
     verdict, banned = pipelines.step()
     assert Worker(1, 0) not in verdict.suspects and banned == []
+
+
+@pytest.mark.parametrize("response", [Response(ban_after=1), audited()], ids=["flags", "audits"])
+def test_a_ban_clears_those_behind_the_liar_of_their_sums(response: Response) -> None:
+    pipelines = Pipelines(response, rewires=True).run(WARMUP)
+    drift, at = pipelines.guard.calibration.drift, {b: i for i, b in enumerate(MESH.boundaries)}
+    drift.sums[0, :, :, 3] = 7.0
+    pipelines.draw()
+    assert pipelines.attempt(broken({Worker(1, 2)}, A)).banned == [Worker(1, 2)]
+    for boundary in MESH.boundaries:
+        behind = boundary.direction is G or boundary.index > 1
+        assert (drift.height[at[boundary], 2] < 5) == behind
+        assert (drift.height[at[boundary], [0, 1]] > 5).all()
 
 
 # --- What is drawn

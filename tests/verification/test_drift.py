@@ -7,11 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS, Cusum
+from lightning_sentinel.config import Response
+from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS, DOUBT, Cusum
 
 
 def own_lanes(boundaries: int, lanes: int) -> Tensor:
     return torch.arange(lanes).expand(boundaries, lanes)
+
+
+def lower_median(values: np.ndarray) -> float:
+    return np.quantile(values, 0.5, method="lower")
 
 
 def textbook(scores: np.ndarray, valid: np.ndarray, senders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -25,13 +30,14 @@ def textbook(scores: np.ndarray, valid: np.ndarray, senders: np.ndarray) -> tupl
     _, boundaries, lanes, _, features = scores.shape
     up, down = np.zeros((boundaries, lanes, features)), np.zeros((boundaries, lanes, features))
     for of_step, valid_of_step, senders_of_step in zip(scores, valid, senders):
-        for b, worker, f in np.ndindex(up.shape):
-            mine = senders_of_step[b] == worker
-            chosen = of_step[b, mine, :, f][valid_of_step[b, mine]].clip(-2.5, 2.5)
-            if len(chosen):
-                z = chosen.sum() / math.sqrt(len(chosen))
-                up[b, worker, f] = max(0.0, up[b, worker, f] + z - 0.75)
-                down[b, worker, f] = max(0.0, down[b, worker, f] - z - 0.75)
+        for b, f in np.ndindex(boundaries, features):
+            chosen = [of_step[b, own, :, f][valid_of_step[b, own]] for own in (senders_of_step[b] == w for w in range(lanes))]
+            z = np.array([x.clip(-2.5, 2.5).sum() / math.sqrt(len(x)) if len(x) else 0.0 for x in chosen])
+            z -= lower_median(z)
+            z /= max(1.0, lower_median(np.abs(z)) / 0.6745)
+            for worker in (w for w in range(lanes) if len(chosen[w])):
+                up[b, worker, f] = min(18.0, max(0.0, up[b, worker, f] + z[worker] - 0.75))
+                down[b, worker, f] = min(18.0, max(0.0, down[b, worker, f] - z[worker] - 0.75))
     return up, down
 
 
@@ -56,34 +62,59 @@ def test_the_textbook_agrees_whichever_lanes_workers_serve(shape: tuple[int, ...
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
 def test_scores_that_are_not_finite_stay_with_their_sender(value: float) -> None:
-    cusum, scores = Cusum(1, 2, 1), torch.zeros(1, 2, 3, 1)
+    cusum, scores = Cusum(1, 3, 1), torch.zeros(1, 3, 3, 1)
     scores[0, 0, 1] = value
     for _ in range(5):
-        cusum.add(scores, torch.ones(1, 2, 3, dtype=torch.bool), own_lanes(1, 2))
-    assert cusum.sums.isfinite().all() and cusum.height[0, 0] > 0 and cusum.height[0, 1] == 0
+        cusum.add(scores, torch.ones(1, 3, 3, dtype=torch.bool), own_lanes(1, 3))
+    assert cusum.sums.isfinite().all() and cusum.height[0, 0] > 0 and not cusum.height[0, 1:].any()
+
+
+def one_of_three(shift: float, micro_batches: int = 1) -> Tensor:
+    """Standard scores ``(1, 3, M, 1)``: the first of three workers is off."""
+    return torch.tensor([shift, 0.0, 0.0])[None, :, None, None].expand(1, 3, micro_batches, 1)
 
 
 def test_who_could_not_be_verified_stays_where_it_was() -> None:
-    cusum, everyone = Cusum(1, 2, 1), torch.ones(1, 2, 1, dtype=torch.bool)
+    cusum, valid = Cusum(1, 3, 1), torch.ones(1, 3, 1, dtype=torch.bool)
     for _ in range(3):
-        cusum.add(torch.full((1, 2, 1, 1), 4.0), everyone, own_lanes(1, 2))
-    cusum.add(torch.full((1, 2, 1, 1), math.nan), torch.tensor([[[True], [False]]]), own_lanes(1, 2))
-    cusum.add(torch.zeros(1, 2, 1, 1), torch.tensor([[[True], [False]]]), own_lanes(1, 2))
-    assert cusum.height.tolist() == [[3 * 1.75 + 1.75 - 0.75, 3 * 1.75]]
+        cusum.add(one_of_three(4.0), valid, own_lanes(1, 3))
+    valid[0, 0] = False
+    cusum.add(one_of_three(math.nan), valid, own_lanes(1, 3))
+    assert cusum.height.tolist() == [[3 * 1.75, 0, 0]]
+    cusum.add(one_of_three(0.0), ~valid, own_lanes(1, 3))
+    assert cusum.height.tolist() == [[3 * 1.75 - 0.75, 0, 0]]
+
+
+def test_who_was_not_verified_is_expected_in_the_middle() -> None:
+    # One of five is seen: that it is where it should not be is its own doing, not that of all who were seen.
+    cusum, valid = Cusum(1, 5, 1), torch.zeros(1, 5, 1, dtype=torch.bool)
+    valid[0, 2] = True
+    cusum.add(torch.full((1, 5, 1, 1), 2.5), valid, own_lanes(1, 5))
+    assert cusum.height.tolist() == [[0, 0, 1.75, 0, 0]]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize(("shift", "steps"), [(1.75, 10), (2.5, 6), (9.0, 6)])
 def test_a_drift_raises_the_alarm_when_it_should(shift: float, steps: int, micro_batches: int, sign: int) -> None:
-    cusum, everything = Cusum(1, 1, 2), torch.ones(1, 1, micro_batches, dtype=torch.bool)
-    scores = torch.tensor([sign * shift, 0.0]).expand(1, 1, micro_batches, 2)
+    cusum, everything = Cusum(1, 3, 1), torch.ones(1, 3, micro_batches, dtype=torch.bool)
     grows = micro_batches**0.5 * min(shift, 2.5) - 0.75
     for step in range(steps + 1):
-        assert (cusum.height > ALARM).item() == (step * grows > ALARM)
-        cusum.add(scores, everything, own_lanes(1, 1))
-    assert cusum.height > ALARM
-    assert ALARM < ALARM_WITHOUT_AUDITS
+        assert (cusum.height > ALARM).tolist() == [[step * grows > ALARM, False, False]]
+        cusum.add(one_of_three(sign * shift, micro_batches), everything, own_lanes(1, 3))
+    assert cusum.height[0, 0] > ALARM
+    assert DOUBT < ALARM < ALARM_WITHOUT_AUDITS
+
+
+@pytest.mark.parametrize(("shift", "spread"), [(2.0, 0.5), (0.0, 1.5), (1.0, 1.5)])
+def test_a_distribution_that_moves_or_widens_everywhere_raises_no_alarm(shift: float, spread: float) -> None:
+    cusum, generator = Cusum(4, 8, 17), torch.Generator().manual_seed(0)
+    highest = 0.0
+    for _ in range(120):
+        scores = shift + spread * torch.randn(4, 8, 2, 17, generator=generator)
+        cusum.add(scores, torch.ones(4, 8, 2, dtype=torch.bool), own_lanes(4, 8))
+        highest = max(highest, float(cusum.height.max()))
+    assert highest < ALARM_WITHOUT_AUDITS
 
 
 def test_standard_normal_scores_raise_no_alarm() -> None:
@@ -97,17 +128,20 @@ def test_standard_normal_scores_raise_no_alarm() -> None:
 
 def test_a_sender_can_be_forgotten_by_itself() -> None:
     cusum = Cusum(2, 3, 4)
-    cusum.add(torch.full((2, 3, 1, 4), 3.0), torch.ones(2, 3, 1, dtype=torch.bool), own_lanes(2, 3))
+    cusum.sums.fill_(1.75)
     chosen = torch.tensor([[True, False, False], [False, True, False]])
     cusum.reset(chosen)
     assert torch.equal(cusum.height, torch.where(chosen, 0.0, 1.75))
 
 
-def test_a_drift_that_ends_comes_down_again() -> None:
-    cusum, one = Cusum(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool)
-    for _ in range(12):
-        cusum.add(torch.full((1, 1, 1, 1), 2.5), one, own_lanes(1, 1))
-    assert cusum.height > ALARM_WITHOUT_AUDITS
-    for _ in range(28):
-        cusum.add(torch.zeros(1, 1, 1, 1), one, own_lanes(1, 1))
-    assert cusum.height == 0
+def test_who_is_in_line_again_is_no_suspect_for_long_enough_to_be_banned() -> None:
+    cusum, everything = Cusum(1, 3, 1), torch.ones(1, 3, 1, dtype=torch.bool)
+    for _ in range(100):
+        cusum.add(one_of_three(2.5), everything, own_lanes(1, 3))
+    assert cusum.height[0, 0] > ALARM_WITHOUT_AUDITS
+    for _ in range(Response().ban_after - 1):
+        cusum.add(one_of_three(0.0), everything, own_lanes(1, 3))
+    assert cusum.height[0, 0] < ALARM_WITHOUT_AUDITS
+    for _ in range(24):
+        cusum.add(one_of_three(0.0), everything, own_lanes(1, 3))
+    assert not cusum.height.any()

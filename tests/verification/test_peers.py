@@ -6,29 +6,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sentinel.verification.peers import FEWEST_PEERS, comparable, less_median
+from lightning_sentinel.verification.peers import FEWEST_PEERS, comparable, median_vote, of_workers
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
 
 
 @repeatable
-@given(
-    replicas=st.integers(1, 12),
-    micro_batches=st.integers(1, 3),
-    share=st.floats(0, 1),
-    banned=st.integers(0, 12),
-    seed=st.integers(0, 99),
-)
-def test_lanes_are_compared_where_those_that_may_lie_are_a_minority_of_them(
-    replicas: int, micro_batches: int, share: float, banned: int, seed: int
+@given(workers=st.integers(1, 12), share=st.floats(0, 1), lost=st.floats(0, 0.6), seed=st.integers(0, 99))
+def test_workers_are_compared_where_those_that_may_lie_are_a_minority_of_the_votes(
+    workers: int, share: float, lost: float, seed: int
 ) -> None:
-    valid = np.random.default_rng(seed).uniform(size=(3, replicas, micro_batches)) < share
-    lost = [min(banned, replicas), 0, min(1, replicas)]
-    found = comparable(torch.from_numpy(valid), replicas, torch.tensor(lost))
+    rng = np.random.default_rng(seed)
+    voting, banned = rng.uniform(size=(3, workers)) < share, rng.uniform(size=(3, workers)) < lost
+    found = comparable(torch.from_numpy(voting), torch.from_numpy(banned))
     for boundary, is_comparable in enumerate(found.tolist()):
-        lanes = sum(any(lane) for lane in valid[boundary])
-        at_large = max(0, max(m for m in range(replicas) if 2 * m < replicas) - lost[boundary])
-        assert is_comparable == (lanes >= FEWEST_PEERS and lanes - at_large > at_large)
+        votes = sum(vote and not out for vote, out in zip(voting[boundary], banned[boundary]))
+        at_large = max(0, max(m for m in range(workers) if 2 * m < workers) - banned[boundary].sum())
+        assert is_comparable == (votes >= FEWEST_PEERS and votes - at_large > at_large)
 
 
 def lower_median(values: np.ndarray) -> float:
@@ -38,40 +32,30 @@ def lower_median(values: np.ndarray) -> float:
     return median
 
 
+@pytest.mark.parametrize("wired", ["own lanes", "shuffled", "two lanes at once"])
 @pytest.mark.parametrize("shape", [(1, 5, 1, 2), (3, 4, 3, 6), (2, 7, 2, 1)], ids=str)
-def test_the_median_is_numpys_over_the_medians_of_lanes(shape: tuple[int, ...]) -> None:
+def test_a_worker_has_one_vote_however_many_of_its_signals_count(shape: tuple[int, ...], wired: str) -> None:
     rng = np.random.default_rng(0)
     features = rng.normal(size=shape).astype("float32")
     features[rng.uniform(size=shape) < 0.1] = np.nan
     features[rng.uniform(size=shape) < 0.05] = np.inf
     valid = rng.uniform(size=shape[:3]) < 0.8
-    found = less_median(torch.from_numpy(features), torch.from_numpy(valid)).numpy()
-    for boundary in range(shape[0]):
-        for feature in range(shape[3]):
-            values = features[boundary, ..., feature]
-            usable = [lane[use] for lane, use in zip(values, valid[boundary] & np.isfinite(values))]
-            lanes = [lower_median(lane) for lane in usable if len(lane)]
-            median = lower_median(np.array(lanes)) if lanes else 0.0
-            np.testing.assert_allclose(found[boundary, ..., feature], values - median, rtol=1e-6)
-
-
-def test_without_a_valid_signal_features_stay_as_they_are() -> None:
-    features = torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(less_median(features, torch.zeros(2, 4, 2, dtype=torch.bool)), features)
-
-
-def test_what_is_not_finite_does_not_reach_the_others() -> None:
-    features = torch.zeros(1, 5, 1, 2)
-    features[0, 0] = torch.tensor([torch.nan, torch.inf])
-    centred = less_median(features, torch.ones(1, 5, 1, dtype=torch.bool))
-    assert not centred[0, 1:].any() and not centred[0, 0].isfinite().any()
-
-
-def test_a_shift_of_everybody_vanishes() -> None:
-    features = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(1))
-    valid = torch.ones(2, 5, 3, dtype=torch.bool)
-    shifted = features + torch.tensor([3.0, -7.0])[:, None, None, None]
-    torch.testing.assert_close(less_median(features, valid), less_median(shifted, valid), rtol=1e-5, atol=1e-5)
+    senders = np.tile(np.arange(shape[1]), (shape[0], 1))
+    if wired != "own lanes":
+        senders = rng.permuted(senders, axis=1) if wired == "shuffled" else rng.integers(shape[1], size=senders.shape)
+    votes = of_workers(torch.from_numpy(features), torch.from_numpy(valid), torch.from_numpy(senders))
+    medians = median_vote(votes)
+    for boundary, feature in np.ndindex(shape[0], shape[3]):
+        values = features[boundary, ..., feature]
+        usable = [lane[use] for lane, use in zip(values, valid[boundary] & np.isfinite(values))]
+        expected = np.full(shape[1], np.nan)
+        for worker in range(shape[1]):
+            mine = [lower_median(usable[lane]) for lane in np.flatnonzero(senders[boundary] == worker) if len(usable[lane])]
+            expected[worker] = np.mean(mine) if mine else np.nan
+        np.testing.assert_allclose(votes[boundary, :, feature].numpy(), expected, rtol=1e-6)
+        given_votes = expected[~np.isnan(expected)]
+        median = lower_median(given_votes) if len(given_votes) else np.nan
+        np.testing.assert_allclose(medians[boundary, feature].item(), median, rtol=1e-6)
 
 
 def test_a_sender_that_is_verified_more_often_does_not_outvote_the_others() -> None:
@@ -79,5 +63,4 @@ def test_a_sender_that_is_verified_more_often_does_not_outvote_the_others() -> N
     features, valid = torch.zeros(1, 8, 4, 1), torch.ones(1, 8, 4, dtype=torch.bool)
     features[0, :3] = 9.0
     valid[0, 3:6, 1:] = False
-    assert comparable(valid, 8, torch.tensor([0])).all()
-    assert not less_median(features, valid)[0, 3:].any()
+    assert not median_vote(of_workers(features, valid, torch.arange(8)[None])).any()

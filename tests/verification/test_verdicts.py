@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.verification import COLUMNS, Detection, SignalTable, StepVerdict, judge, judge_with_audits
 from lightning_sentinel.verification.audit import causal_order
+from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS, DOUBT
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.table import MAX_SCORE
 from lightning_sentinel.wiring import Wiring
@@ -73,8 +74,8 @@ class Step:
     ) -> StepVerdict:
         """By default as if all signals had been compared with those of the other replicas."""
         table = SignalTable(self.rows)
-        drifting = torch.zeros(self.rows.shape[:2], dtype=torch.bool) if drifting is None else drifting
-        return judge(table, assess(table, self.live), drifting, self.mesh, self.wiring, step, exclude)
+        heights = self.heights(ALARM_WITHOUT_AUDITS + 1, drifting)
+        return judge(table, assess(table, self.live), heights, self.mesh, self.wiring, step, exclude)
 
     def audited(
         self, lies: Tensor, drawn: Tensor | None = None, drifting: Tensor | None = None
@@ -88,8 +89,12 @@ class Step:
             return lies[index]  # also of signals that nobody asked about, which must not count
 
         drawn = torch.zeros_like(lies) if drawn is None else drawn
-        drifting = torch.zeros(self.rows.shape[:2], dtype=torch.bool) if drifting is None else drifting
-        return judge_with_audits(table, compared(table, self.live), drifting, drawn, audit, self.mesh, self.wiring, 7), asked
+        heights = self.heights(ALARM + 1, drifting)
+        return judge_with_audits(table, compared(table, self.live), heights, drawn, audit, self.mesh, self.wiring, 7), asked
+
+    def heights(self, height: float, drifting: Tensor | None) -> Tensor:
+        """Cumulative sums ``(boundaries, lanes)``: zero but for those that drift."""
+        return torch.zeros(self.rows.shape[:2]) if drifting is None else height * drifting
 
     @property
     def wiring(self) -> Wiring:
@@ -445,8 +450,13 @@ def test_any_table_has_a_verdict(step: Step, exclude: bool, peers: bool, drifts:
     flagged, tainted, worst, score = (step.rows[..., COLUMNS.index(n)].numpy() for n in ("flagged", "tainted", "worst", "score"))
     valid = (tainted == 0) & step.live.numpy()[:, None]
     out = valid & (score > 1) if peers else (flagged > 0) & ~cleared_by_hand(step)
-    blamed, behind = first_of_each_micro_batch(out | (drifting.numpy()[..., None] & valid), mesh)
-    np.testing.assert_array_equal(verdict.honest.numpy(), valid & ~blamed & ~behind & (worst >= 0))
+    drifts_now = drifting.numpy()[..., None] & valid
+    _, doubted = first_of_each_micro_batch(drifts_now, mesh)
+    slightly = drifts_now & ~(valid & (score > 1)) | out & (score <= 2)
+    blamed, behind = first_of_each_micro_batch(out & (score > 2) | slightly & ~doubted, mesh)
+    behind = (behind | doubted) & ~blamed
+    np.testing.assert_array_equal(verdict.explained.numpy(), behind)
+    np.testing.assert_array_equal(verdict.honest.numpy(), valid & ~blamed & ~behind & ~drifts_now & (worst >= 0))
     assert not verdict.cleared.any() and not verdict.guilty
 
     expected = clean_by_hand(step) if exclude else np.ones((mesh.stages, *flagged.shape[1:]), dtype=bool)
@@ -497,11 +507,51 @@ def test_who_drifts_is_a_suspect_and_explains_what_is_behind() -> None:
     assert verdict.suspects == {Worker(1, 3)} and verdict.flagged == Counter({Worker(1, 3): MICRO_BATCHES})
 
 
+@pytest.mark.parametrize(("score", "blamed"), [(1.5, False), (3.0, True)])
+def test_a_sender_in_doubt_explains_what_is_slightly_odd_behind_it(score: float, blamed: bool) -> None:
+    step, doubt = Step(replicas=5).flag(2, A, 3, ALL, score=score), torch.zeros(6, 5)
+    doubt[0, 3] = DOUBT + 0.1
+    verdict = judge(SignalTable(step.rows), compared(SignalTable(step.rows), step.live), doubt, step.mesh, step.wiring, 7, True)
+    assert verdict.suspects == ({Worker(2, 3)} if blamed else frozenset())
+    # Neither who is in doubt nor who is behind it teaches anything, and the latter has proven nothing.
+    assert not verdict.honest[:, 3].any() and verdict.honest[:, :3].all()
+    assert (Worker(2, 3) in verdict.verified) == blamed and Worker(0, 3) in verdict.verified
+
+
+def with_doubtful_peers(step: Step, *, quorum: bool) -> StepVerdict:
+    """Compared with others of which some are remembered: fewer than half if there is a ``quorum``."""
+    boundaries = len(step.rows)
+    changes = {"quorum": torch.full((boundaries,), quorum), "certain": torch.zeros(boundaries, dtype=torch.bool)}
+    return step.with_peers(lambda table, live: compared(table, live)._replace(**changes))
+
+
+@pytest.mark.parametrize(("score", "quorum", "blamed"), [(1.5, False, False), (3.0, False, True), (1.5, True, True)])
+def test_among_a_few_only_what_is_far_out_is_blamed(score: float, quorum: bool, blamed: bool) -> None:
+    verdict = with_doubtful_peers(Step(replicas=5).flag(1, A, 3, ALL, score=score), quorum=quorum)
+    assert verdict.suspects == ({Worker(1, 3)} if blamed else frozenset())
+    # What is left open says nothing of its sender, and nothing is learned from it or from what is behind it.
+    assert (Worker(1, 3) in verdict.verified) == blamed
+    assert not verdict.honest[[1, 2, 3, 4, 5], 3].any() and verdict.honest[0].all()
+
+
+@pytest.mark.parametrize("quorum", [True, False])
+def test_what_a_few_have_in_common_is_nobodys_fault_and_teaches_nothing(quorum: bool) -> None:
+    step = Step(replicas=5, score=2.5).flag(1, A, 3, ALL, score=30.0)
+    verdict = with_doubtful_peers(step, quorum=quorum)
+    assert verdict.suspects == {Worker(1, 3)} and not verdict.honest.any()
+
+
+@pytest.mark.parametrize(("score", "teaches"), [(0.5, True), (0.9, False)])
+def test_who_nearly_is_out_among_a_few_teaches_nothing(score: float, teaches: bool) -> None:
+    verdict = with_doubtful_peers(Step(replicas=5, score=score), quorum=True)
+    assert not verdict.flagged and bool(verdict.honest[0].all()) == bool(verdict.honest[0].any()) == teaches
+
+
 def test_blame_follows_the_wiring() -> None:
     step = Step(replicas=5).flag(1, A, 0, ALL)
     serving = ((0, 1, 2, 3, 4), (4, 1, 2, 3, 0), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4))
     table = SignalTable(step.rows)
-    nobody = torch.zeros(6, 5, dtype=torch.bool)
+    nobody = torch.zeros(6, 5)
     wiring = Wiring(serving, (True,) * 5)
     verdict = judge(table, compared(table, step.live), nobody, step.mesh, wiring, 7, True)
     assert verdict.suspects == set(verdict.flagged) == {Worker(1, 4)} == {d.worker for d in verdict.detections}

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_sentinel.verification import COLUMNS, SignalTable
 from lightning_sentinel.verification.calibration import Assessment, Calibration
 from lightning_sentinel.verification.features import FEATURES
-from lightning_sentinel.verification.peers import less_median
+from lightning_sentinel.verification.peers import median_vote, of_workers
 from lightning_sentinel.verification.table import MAX_SCORE
 
 F = len(FEATURES)
@@ -34,12 +34,17 @@ def table_of(features: Tensor, tainted: Tensor | None = None, calibration: Calib
 def as_received(table: SignalTable, live: Tensor) -> Assessment:
     """No comparison with others: the scores are those of the table."""
     valid = ~table.tainted & live[:, None]
+    boundaries, lanes = valid.shape[:2]
+    centre = median_vote(of_workers(table.features, valid, torch.arange(lanes).expand(boundaries, lanes)))
     return Assessment(
-        by_peers=torch.zeros(len(table.rows), dtype=torch.bool),
+        by_peers=torch.zeros(boundaries, dtype=torch.bool),
+        quorum=torch.ones(boundaries, dtype=torch.bool),
+        certain=torch.ones(boundaries, dtype=torch.bool),
         score=table.column("score"),
         worst=table.column("worst"),
         valid=valid,
-        centred=less_median(table.features, valid),
+        opinion=centre,
+        centre=centre,
     )
 
 
