@@ -110,11 +110,22 @@ def test_a_training_that_diverged_is_called_so() -> None:
 def test_the_table_has_a_line_for_every_attack_and_a_column_for_every_method(groups: dict[tuple[str, str], Group]) -> None:
     text = markdown("How well?", list(groups.values()))
     assert text.startswith("# How well?\n")
-    lines = [line for line in text.splitlines() if line.startswith("|")]
+    lines = text[text.index("| attack |") :].splitlines()
     assert len(lines) == 2 + 2
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells == ["x10", "gradient", "+2.375", "75.0 / 5.0 / 1.5 / 2.5 % / +0.375 x1", "-"]
     assert terminal("How well?", list(groups.values())).row_count == 2
+
+
+def test_kinds_of_attacks_are_summed_up(groups: dict[tuple[str, str], Group]) -> None:
+    other = replace(attack("audited", 0), attack="x1.1", direction="activation")
+    better = Group(tuple(rows([other], {other.key: measures(iterations=[1], validation_loss=2.0)})))
+    page = markdown("Which?", [groups["x10", "audited"], groups["x10", "unprotected"], better, groups["none", "sentinel"]])
+    published, unprotected, subtle = (line.split(" | ") for line in page.splitlines() if "published" in line or "subtle" in line)
+    # Two seeds of one attack: F1 1 and 0.5, bans after 2, 4 and 9 steps, 0 and 3 honest ones, 10 of 400 signals audited.
+    assert published == ["| published", "audited", "75.0, 75.0", "5.0", "1.50", "2.5 %", "+0.375, +0.375 |"]
+    assert unprotected == ["| published", "unprotected", "", "", "", "", "+2.375, +2.375 |"]
+    assert subtle[:4] == ["| subtle", "audited", "100.0, 100.0", "1.0"]
 
 
 def test_files_have_one_entry_for_every_run(groups: dict[tuple[str, str], Group]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_sentinel import attacks
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["COLLUDING", "HIDDEN", "NAMED", "PUBLISHED", "SWEPT", "attack_named"]
+__all__ = ["COLLUDING", "HIDDEN", "IMITATING", "NAMED", "PUBLISHED", "SUBTLE", "SWEPT", "attack_named"]
 
 
 def _attack(name: str, **parameters: Any) -> dict[str, Any]:
@@ -35,12 +35,16 @@ PUBLISHED: dict[str, Any] = {
 Its longest delay, 100, is longer than the honest part of these short runs, before which there is nothing to replay: here it is 50.
 """
 
-HIDDEN: dict[str, Any] = {
+IMITATING: dict[str, Any] = {
     "permute": "permute",
     "swap": "swap",
     "identity": "identity",
     "received_noise": "received_noise",
     "momentum_noise": "momentum_noise",
+}
+"""Those that send what an honest worker sends, or something like it, but not what is due."""
+
+SUBTLE: dict[str, Any] = {
     "surrogate": "surrogate",
     "surrogate_noise": _attack("surrogate", noise=True),
     "flip_residual": "flip_residual",
@@ -53,6 +57,9 @@ HIDDEN: dict[str, Any] = {
     "local": "local",
     "intermittent": "intermittent",
 }
+"""Those that do nearly what is due, or not all the time."""
+
+HIDDEN: dict[str, Any] = IMITATING | SUBTLE
 """Those that were designed against the published distances, or are weak."""
 
 COLLUDING: dict[str, Any] = {"collude": "collude", "frame": "frame"}

@@ -8,6 +8,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from lightning_sentinel.benchmarks.detection.results import Group
+from lightning_sentinel.benchmarks.detection.summary import summary
 
 __all__ = ["markdown", "terminal"]
 
@@ -38,7 +39,7 @@ _EXPLAINED = (
 
 
 def markdown(title: str, groups: Sequence[Group]) -> str:
-    """A Markdown page with one table: a row for each attack, a column for each method."""
+    """A Markdown page: kinds of attacks in short, then a row for each attack and a column for each method."""
     methods = list(dict.fromkeys(group.scenario.method for group in groups if group.scenario.method != "unprotected"))
     names = list(dict.fromkeys(group.name for group in groups if methods == [] or group.scenario.method in methods))
     found = {(group.name, group.scenario.method): group for group in groups}
@@ -50,7 +51,8 @@ def markdown(title: str, groups: Sequence[Group]) -> str:
         alone = _loss(_first(group.unprotected_gap for group in members))
         cells = [_cell(found.get((name, method))) for method in methods]
         lines.append("| " + " | ".join([*(name if varied else name[:2]), alone, *cells]) + " |")
-    return "\n".join([f"# {title}", "", _EXPLAINED, "", *lines]) + "\n"
+    short = summary(groups)
+    return "\n".join([f"# {title}", "", *short, *([""] if short else []), _EXPLAINED, "", *lines]) + "\n"
 
 
 def _first(values: Iterable[float | None]) -> float | None:
