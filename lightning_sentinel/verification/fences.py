@@ -86,8 +86,8 @@ class Fences:
                     [1.]])
         """
         offset = features - self.centre
-        scores = torch.maximum(offset * self._above, -offset * self._below)
-        return scores.masked_fill(~features.isfinite() & self._watched, torch.inf).nan_to_num(nan=0.0, posinf=torch.inf)
+        scores = torch.maximum(offset * self._above, offset * self._below)
+        return torch.where(scores.isnan(), self._unknown, scores)
 
     # In force for several steps, and used at each receipt.
     @cached_property
@@ -96,12 +96,15 @@ class Fences:
 
     @cached_property
     def _below(self) -> Tensor:
-        return 1 / (self.centre - self.lower + _TINY)
+        return -1 / (self.centre - self.lower + _TINY)
 
     @cached_property
-    def _watched(self) -> Tensor:
-        """A feature without fences, because nobody watches it, may be anything."""
-        return ~(self.upper.isinf() & self.lower.isinf())
+    def _unknown(self) -> Tensor:
+        """Scores in place of NaN, which only a value that is not finite can have, if it does not score infinity anyway.
+
+        A feature without fences, because nobody watches it, may be anything.
+        """
+        return torch.where(self.upper.isinf() & self.lower.isinf(), 0.0, torch.inf)
 
 
 def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor) -> Fences:
