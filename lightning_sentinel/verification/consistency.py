@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["Pair", "consistency_features", "consistency_statistics", "paired", "ridge_weights"]
 
@@ -55,19 +56,16 @@ def paired(sent: Tensor, received: Tensor, same_channels: bool) -> Pair:
     """
     if sent.shape[2] != received.shape[2]:
         sent, received = sent.mean(dim=2, keepdim=True), received.mean(dim=2, keepdim=True)
-    scale = _or_one(received.square().mean(dim=(1, 2, 3), keepdim=True).sqrt())
-    sent, received = sent / scale, received / scale
     sent, received = sent.flatten(1, 2), received.flatten(1, 2)
-    predictors = torch.cat((received, torch.ones_like(received[..., :1])), dim=-1)
-    return Pair(sent, received, sent - received if same_channels else None, predictors)
+    scale = _or_one(torch.linalg.vector_norm(received, dim=(1, 2), keepdim=True) / received[0].numel() ** 0.5)
+    sent, received = sent / scale, received / scale
+    return Pair(sent, received, sent - received if same_channels else None, pad(received, (0, 1), value=1.0))
 
 
 def consistency_statistics(pair: Pair) -> dict[str, Tensor]:
     """What the ridge regression is made of: mean products of predictors with themselves and with targets, flat for each sender."""
-    products = pair.predictors.transpose(1, 2) @ torch.cat((pair.predictors, pair.targets), dim=-1)
-    products = products / pair.predictors.shape[1]
-    size = pair.predictors.shape[2]
-    return {"input_input": products[..., :size].flatten(1), "input_target": products[..., size:].flatten(1)}
+    inputs = (pair.predictors / pair.predictors.shape[1]).mT
+    return {"input_input": (inputs @ pair.predictors).flatten(1), "input_target": (inputs @ pair.targets).flatten(1)}
 
 
 def ridge_weights(references: Mapping[str, Tensor]) -> Tensor:
@@ -87,35 +85,26 @@ def consistency_features(pair: Pair, weights: Tensor) -> tuple[Tensor, Tensor]:
         pair: from :func:`paired`.
         weights: from :func:`ridge_weights`.
     """
-    sent, received, targets = pair.sent, pair.received, pair.targets
-    error = torch.linalg.vector_norm(targets - pair.predictors @ weights, dim=-1)
-    error_rms = _rms_of_norms(error)
-    sent_norms, received_norms = torch.linalg.vector_norm(sent, dim=-1), torch.linalg.vector_norm(received, dim=-1)
-    received_rms = _or_one(_rms_of_norms(received_norms))
+    sent, received, change, targets = pair.sent, pair.received, pair.change, pair.targets
+    errors = targets - pair.predictors @ weights
+    parts = (sent, received, errors, targets) if change is None else (sent, received, errors, targets, change)
+    norms = [torch.linalg.vector_norm(part, dim=-1) for part in parts]
+    rms = torch.linalg.vector_norm(torch.stack(norms), dim=-1) / sent.shape[1] ** 0.5
+    sent_rms, _, error_rms, _, *changed = rms.unbind()
+    _, received_scale, error_scale, target_scale, *_ = _or_one(rms).unbind()
     # Per channel, because there may be more of them on one side.
-    per_channel = (received.shape[-1] / sent.shape[-1]) ** 0.5
-    residual = error_rms / _or_one(_rms(targets))
-    gain = _rms_of_norms(sent_norms) * per_channel / received_rms
-    peak_residual = error.amax(dim=1) / _or_one(error_rms)
-    if pair.change is None:
-        change = far = farthest = torch.ones_like(residual)
+    gain = sent_rms * (received.shape[-1] / sent.shape[-1]) ** 0.5 / received_scale
+    residual = error_rms / target_scale
+    peak_residual = norms[2].amax(dim=-1) / error_scale
+    if change is None:
+        relative_change = far = farthest = torch.ones_like(residual)
     else:
-        cosines = (sent * received).sum(dim=-1) / (sent_norms * received_norms + _TINY)
+        relative_change = changed[0] / received_scale
+        cosines = (sent * received).sum(dim=-1) / (norms[0] * norms[1] + _TINY)
         # Honest cosines are close to one: on a logarithmic scale what is missing to it spreads evenly.
-        far, farthest = 1 + _ROUNDING - cosines.mean(dim=1), 1 + _ROUNDING - cosines.amin(dim=1)
-        change = _rms(pair.change) / received_rms
-    logs = (torch.stack((far, gain, change, residual, farthest, peak_residual), dim=-1) + _TINY).log()
+        far, farthest = 1 + _ROUNDING - cosines.mean(dim=-1), 1 + _ROUNDING - cosines.amin(dim=-1)
+    logs = (torch.stack((far, gain, relative_change, residual, farthest, peak_residual)) + _TINY).log().T
     return logs[:, :4], logs[:, 4:]
-
-
-def _rms(tokens: Tensor) -> Tensor:
-    """Root of the mean squared norm of tokens, ``(S, N, K)`` to ``(S,)``."""
-    return torch.linalg.vector_norm(tokens, dim=(1, 2)) / tokens.shape[1] ** 0.5
-
-
-def _rms_of_norms(norms: Tensor) -> Tensor:
-    """The same from norms, ``(S, N)`` to ``(S,)``."""
-    return torch.linalg.vector_norm(norms, dim=1) / norms.shape[1] ** 0.5
 
 
 def _or_one(scale: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_sentinel.verification.axes import as_tokens, batch_means
 from lightning_sentinel.verification.consistency import consistency_features, consistency_statistics, paired
 from lightning_sentinel.verification.features import FEATURES, PUBLISHED
-from lightning_sentinel.verification.moments import moment_features, moment_statistics, peak_norm
-from lightning_sentinel.verification.projection import Projection, SecretDirections
+from lightning_sentinel.verification.moments import moment_features, moment_statistics
+from lightning_sentinel.verification.projection import PROJECTED, Projection, SecretDirections
 from lightning_sentinel.verification.references import References
 from lightning_sentinel.verification.temporal import published_distances, temporal_features
 
@@ -25,19 +25,20 @@ class Measurement(NamedTuple):
     Args:
         means: ``(senders, T, C)``, over samples.
         features: ``(senders, len(FEATURES))``; zero where there is no reference yet, or nothing to be compared with.
-        statistics: ``(senders, ...)`` by name, what references are averages of.
+        statistics: ``(senders, sum(sizes))``, what references are averages of, one part behind the other.
+        sizes: names of the parts, and how many floats each has.
     """
 
     means: Tensor
     features: Tensor
-    statistics: Mapping[str, Tensor]
+    statistics: Tensor
+    sizes: Mapping[str, int]
 
     @property
     def finite(self) -> Tensor:
         """``(senders,)`` bool: neither the signal nor what was computed from it is infinite or NaN."""
-        # A sum is not finite if one of its terms is not.
-        parts = (self.means.flatten(1), self.features, *self.statistics.values())
-        return torch.stack([part.sum(dim=1) for part in parts]).sum(dim=0).isfinite()
+        # A sum is not finite if one of its terms is not, and NaN is not less than anything.
+        return (self.means.sum(dim=(1, 2)) + self.features.sum(dim=1) + self.statistics.sum(dim=1)).abs() < torch.inf
 
 
 def measure(
@@ -52,35 +53,38 @@ def measure(
         references: what honest signals look like.
         secret: the directions of this boundary.
     """
-    tokens = as_tokens(signals).float().unflatten(0, (senders, -1))
-    means = tokens.mean(dim=1)
-    projected = secret.project(tokens.flatten(0, 1)).values.unflatten(0, (senders, -1))
-    flat = tokens.flatten(1, 2)
-    statistics = moment_statistics(flat, means.mean(dim=1), projected.flatten(1, 2))
+    tokens = as_tokens(signals).float()
+    positions, channels = tokens.shape[1:]
+    means = tokens.view(senders, -1, positions, channels).mean(dim=1)
+    projected = secret.project(tokens).values.view(senders, -1, positions, min(channels, PROJECTED))
+    flat = projected.flatten(1, 2)
+    parts = moment_statistics(tokens.reshape(senders, -1, channels), means.mean(dim=1), flat)
     pair = None
     if received is not None:
-        pair = paired(projected, received.values.unflatten(0, (senders, -1)), received.channels == means.shape[-1])
-        statistics |= consistency_statistics(pair)
+        pair = paired(projected, received.values.view(senders, -1, *received.values.shape[1:]), received.channels == channels)
+        parts |= consistency_statistics(pair)
+    statistics, sizes = torch.cat(list(parts.values()), dim=1), {name: part.shape[1] for name, part in parts.items()}
 
-    momentum = references.momentum.value
-    if momentum is None or not references.statistics:
-        return Measurement(means, means.new_zeros(senders, len(FEATURES)), statistics)
+    anchor = references.anchor(positions, secret.slices(channels))
+    if anchor is None or not references.statistics:
+        return Measurement(means, means.new_zeros(senders, len(FEATURES)), statistics, sizes)
     # Along the secret directions, which keep lengths: a pass over a few dozen floats a token in place of all channels.
-    norms = torch.linalg.vector_norm(projected.flatten(1, 2), dim=-1)
-    temporal = temporal_features(means, momentum, secret.slices(means.shape[-1]))
-    moments = moment_features(norms, statistics, references.statistics)
+    norms = torch.linalg.vector_norm(flat, dim=-1)
+    temporal = temporal_features(means, anchor)
+    moments, largest = moment_features(norms, parts, references.statistics)
     if pair is not None and references.weights is not None:
         input_output, worst = consistency_features(pair, references.weights)
     else:
         input_output, worst = means.new_zeros(senders, 4), means.new_zeros(senders, 2)
-    features = torch.cat((temporal, moments, input_output, peak_norm(norms)[:, None], worst), dim=-1)
-    return Measurement(means, features, statistics)
+    features = torch.cat((temporal, moments, input_output, largest, worst), dim=-1)
+    return Measurement(means, features, statistics, sizes)
 
 
 def measure_published(signals: Tensor, senders: int, references: References, secret: SecretDirections) -> Measurement:
     """Measure signals by the distances of ``method="paper"``, on their own scale; the other features are zero."""
     means = batch_means(signals, senders)
     features = means.new_zeros(senders, len(FEATURES))
-    if references.momentum.value is not None:
-        features[:, : len(PUBLISHED)] = published_distances(means, references.momentum.value, secret.slices(means.shape[-1]))
-    return Measurement(means, features, {})
+    anchor = references.anchor(means.shape[1], secret.slices(means.shape[2]))
+    if anchor is not None:
+        features[:, : len(PUBLISHED)] = published_distances(means, anchor)
+    return Measurement(means, features, means.new_empty(senders, 0), {})

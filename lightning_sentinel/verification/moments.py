@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["moment_features", "moment_statistics", "peak_norm"]
+__all__ = ["moment_features", "moment_statistics"]
 
 _TINY = 1e-12
 _SMALLEST = 1e-30
@@ -32,56 +32,41 @@ def moment_statistics(tokens: Tensor, channel_means: Tensor, projected: Tensor) 
     # A channel that is constant up to rounding has no variance of its own, only some share of all channels'.
     second = tokens.square().mean(dim=1)
     floor = _TINY * second.mean(dim=-1, keepdim=True) + _SMALLEST
-    spread = 0.5 * (second - channel_means.square()).clamp(min=floor).log()
+    spread = 0.5 * torch.addcmul(second, channel_means, channel_means, value=-1).clamp(min=floor).log()
     few = projected[..., :_GRAM_DIRECTIONS]
-    gram = few.transpose(1, 2) @ few
-    trace = gram.diagonal(dim1=1, dim2=2).sum(dim=-1)
-    scale = (trace / (few.shape[1] * few.shape[2])).sqrt() + _SMALLEST
+    norm = torch.linalg.vector_norm(few, dim=(1, 2), keepdim=True)
+    gram = (few.mT @ few) / (norm.square() + _SMALLEST)
     ordered = projected[..., :_QUANTILE_DIRECTIONS].sort(dim=1).values
-    places = [min(ordered.shape[1] - 1, round(level * (ordered.shape[1] - 1))) for level in _LEVELS]
+    # Place by place: a list of places as an index is a tensor that has to be sent to a GPU, which waits for it.
+    quantiles = torch.cat([ordered[:, round(level * (ordered.shape[1] - 1))] for level in _LEVELS], dim=1)
+    rms = norm.flatten(1) / few[0].numel() ** 0.5
     return {
         "log_spread": spread - spread.mean(dim=-1, keepdim=True),
-        "gram": (gram / (trace[:, None, None] + _SMALLEST)).flatten(1),
-        "quantiles": (ordered[:, places] / scale[:, None, None]).flatten(1),
+        "gram": gram.flatten(1),
+        "quantiles": quantiles / (rms + _SMALLEST),
     }
 
 
-def moment_features(norms: Tensor, statistics: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> Tensor:
-    """The features of the family ``moments``, ``(S, 5)``.
+def moment_features(norms: Tensor, statistics: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The features of the family ``moments``, ``(S, 5)``, and of the worst token, ``(S, 1)``: how far the largest stands out.
 
     Args:
         norms: ``(S, N)``, of all tokens.
         statistics: of the signals, from :func:`moment_statistics`.
         references: their averages over honest signals, without the leading axis.
     """
-    spread = statistics["log_spread"] - references["log_spread"]
-    gram = statistics["gram"] - references["gram"]
-    quantiles = statistics["quantiles"] - references["quantiles"]
-    mean, rms = norms.mean(dim=1), _rms(norms)
-    variation = (rms.square() - mean.square()).clamp(min=0).sqrt() / (mean + _SMALLEST)
+    spread, gram, quantiles = (statistics[name] - references[name] for name in ("log_spread", "gram", "quantiles"))
+    rms = torch.linalg.vector_norm(norms, dim=1) / norms.shape[1] ** 0.5 + _SMALLEST
+    deviation, mean = torch.std_mean(norms, dim=1, correction=0)
     magnitudes = torch.stack(
         (
-            rms + _SMALLEST,
-            variation + _ROUNDING,
+            rms,
+            deviation / (mean + _SMALLEST) + _ROUNDING,
             spread.abs().mean(dim=-1) + _TINY,
             torch.linalg.vector_norm(gram, dim=-1) + _TINY,
             quantiles.abs().mean(dim=-1) + _TINY,
-        ),
-        dim=-1,
+            norms.amax(dim=1) / rms + _TINY,
+        )
     )
-    return magnitudes.log()
-
-
-def peak_norm(norms: Tensor) -> Tensor:
-    """How far the largest token stands out, ``log max / rms``, ``(S,)``.
-
-    Example:
-        >>> import torch
-        >>> peak_norm(torch.tensor([[3.0, 3.0, 3.0]]))
-        tensor([0.])
-    """
-    return (norms.amax(dim=1) / (_rms(norms) + _SMALLEST) + _TINY).log()
-
-
-def _rms(norms: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(norms, dim=1) / norms.shape[1] ** 0.5
+    logs = magnitudes.log().T
+    return logs[:, :5], logs[:, 5:]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_sentinel.verification.consistency import ridge_weights
 from lightning_sentinel.verification.momentum import Momentum, PositionSums
+from lightning_sentinel.verification.temporal import Anchor
 
 __all__ = ["Contribution", "References"]
 
@@ -24,7 +25,7 @@ class Contribution:
 
     Args:
         positions: sums of batch means, for the momentum.
-        statistics: ``(..., S)``, sums of the signals' statistics; a leading axis tells senders apart.
+        statistics: ``(..., S)``, sums of the signals' statistics; a leading axis of places, as positions have it.
         signals: ``(...)``, how many signals were added.
     """
 
@@ -33,20 +34,21 @@ class Contribution:
     signals: Tensor
 
     @classmethod
-    def like(cls, means: Tensor, statistics: Tensor) -> Contribution:
-        """Nothing yet, in the shape of ``means`` ``(senders, T, C)`` and ``statistics`` ``(senders, S)``."""
-        return cls(PositionSums.like(means), torch.zeros_like(statistics), statistics.new_zeros(len(means)))
+    def empty(cls, places: int, means: Tensor, statistics: Tensor) -> Contribution:
+        """Nothing yet in each place, for signals with ``means`` like ``(N, T, C)`` and ``statistics`` like ``(N, S)``."""
+        of_signals = statistics.new_zeros(places, statistics.shape[1])
+        return cls(PositionSums.empty(places, means), of_signals, statistics.new_zeros(places))
 
-    def add(self, means: Tensor, statistics: Tensor, weights: Tensor) -> None:
-        """Add a signal of each sender with weights ``(senders,)`` of zero or one; zero adds nothing, whatever the signal holds."""
-        self.positions.add(means, weights)
-        self.statistics += statistics.masked_fill(weights[:, None] == 0, 0.0)
-        self.signals += weights
+    def add(self, means: Tensor, statistics: Tensor, places: Tensor) -> None:
+        """Add ``N`` signals, each to a place of its own, ``(N,)``; the other places do not see what it holds."""
+        self.positions.add(means, places)
+        self.statistics.index_add_(0, places, statistics)
+        self.signals.index_add_(0, places, statistics.new_ones(len(places)))
 
-    def of(self, senders: Tensor) -> Contribution:
-        """The sum over the senders for which ``(senders,)`` bool is true."""
-        statistics = self.statistics.masked_fill(~senders[:, None], 0.0).sum(dim=0)
-        return Contribution(self.positions.of(senders), statistics, torch.where(senders, self.signals, 0.0).sum())
+    def of(self, places: Tensor) -> Contribution:
+        """The sum over the places for which ``(places,)`` bool is true."""
+        statistics = self.statistics.masked_fill(~places[:, None], 0.0).sum(dim=0)
+        return Contribution(self.positions.of(places), statistics, torch.where(places, self.signals, 0.0).sum())
 
     def resized(self, positions: int) -> Contribution:
         """The same over the first ``positions`` positions."""
@@ -85,9 +87,26 @@ class References:
     """Of the ridge regression; ``None`` where senders receive nothing."""
     updates: Tensor | None = None
     """0-dim, how many steps had something to say."""
+    _anchor: Anchor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.momentum = Momentum(self.beta)
+
+    def anchor(self, positions: int, directions: Tensor) -> Anchor | None:
+        """The momentum as signals of so many positions are compared with it; ``None`` before the first step.
+
+        Args:
+            positions: of the signals.
+            directions: ``(C, K)``, always the same ones.
+        """
+        momentum = self.momentum.value
+        if momentum is None:
+            return None
+        shared = min(positions, len(momentum))
+        # Only the latest is kept: where lengths vary it is not worth the memory of one for each.
+        if self._anchor is None or len(self._anchor.momentum) != shared:
+            self._anchor = Anchor.of(momentum[:shared], directions)
+        return self._anchor
 
     def update(self, step: Contribution, sizes: Mapping[str, int]) -> None:
         """Take in one step's honest signals.
@@ -97,6 +116,7 @@ class References:
             sizes: names of the statistics, and how many floats each has.
         """
         self.momentum.update(step.positions)
+        self._anchor = None
         averages = (step.statistics / step.signals.clamp(min=1)).split(list(sizes.values()))
         something = (step.signals > 0).to(step.statistics.dtype)
         before = torch.zeros_like(something) if self.updates is None else self.updates
@@ -120,6 +140,7 @@ class References:
             if kind in parts:
                 parts[kind][name] = value.to(device)
         self.momentum.load_state_dict(parts["momentum"], device)
+        self._anchor = None
         self.statistics = parts["statistics"]
         self.updates = state["updates"].to(device) if "updates" in state else None
         self._solve()

@@ -2,75 +2,114 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lightning_sentinel.verification.distances import (
+    euclidean_size,
     mean_absolute_difference,
     normalised_euclidean,
+    ordered_along,
     sign_flip_ratio,
+    signs,
     sliced_wasserstein,
 )
 
-__all__ = ["published_distances", "temporal_features"]
+__all__ = ["Anchor", "published_distances", "temporal_features"]
 
 _TINY = 1e-12
 
 
-def published_distances(means: Tensor, momentum: Tensor, slices: Tensor) -> Tensor:
-    """The four distances of the published method as they are, ``(S, 4)``.
+@dataclass(frozen=True)
+class Anchor:
+    """A momentum with all that distances from it ask for again and again.
 
-    Where a signal has fewer positions than the momentum, or more (variable sequence lengths), the shared ones count.
+    The momentum changes once a step, and many signals are compared with it in between.
 
     Args:
-        means: ``(S, T, C)``, means of signals over their samples.
-        momentum: ``(T', C)``.
-        slices: ``(C, K)``, secret unit directions.
+        momentum: ``(T, C)``.
+        size: 0-dim, :func:`~lightning_sentinel.verification.distances.euclidean_size`.
+        signs: ``(T, C)``, 1 or -1.
+        directions: ``(C, K)``, secret unit directions.
+        ordered: ``(T, K)``, the momentum along them, sorted along each.
+        channels: ``(C,)``, its mean over positions.
+        channel_size: 0-dim, :func:`~lightning_sentinel.verification.distances.euclidean_size` of ``channels``.
+        ordered_channels: ``(C,)``, ``channels`` sorted.
+    """
+
+    momentum: Tensor
+    size: Tensor
+    signs: Tensor
+    directions: Tensor
+    ordered: Tensor
+    channels: Tensor
+    channel_size: Tensor
+    ordered_channels: Tensor
+
+    @classmethod
+    def of(cls, momentum: Tensor, directions: Tensor) -> Anchor:
+        """Of a momentum ``(T, C)`` and unit directions ``(C, K)``."""
+        channels = momentum.mean(dim=0)
+        return cls(
+            momentum,
+            euclidean_size(momentum),
+            signs(momentum),
+            directions,
+            ordered_along(momentum, directions),
+            channels,
+            euclidean_size(channels),
+            channels.sort().values,
+        )
+
+    def shared(self, means: Tensor) -> Tensor:
+        """The positions of means ``(..., T', C)`` that the momentum has as well."""
+        return means[..., : len(self.momentum), :] if means.shape[-2] > len(self.momentum) else means
+
+
+def published_distances(means: Tensor, anchor: Anchor) -> Tensor:
+    """The four distances of the published method as they are, ``(S, 4)``.
+
+    Where a signal has more positions than the momentum (variable sequence lengths), the shared ones count; where it has fewer, the
+    anchor must be of that many.
+
+    Args:
+        means: ``(S, T', C)``, means of signals over their samples.
+        anchor: of the momentum.
 
     Example:
         >>> import torch
         >>> from lightning_sentinel.verification.projection import unit_directions
-        >>> published_distances(torch.ones(1, 4, 8), torch.ones(4, 8), unit_directions(8, 2, seed=0))
+        >>> published_distances(torch.ones(1, 4, 8), Anchor.of(torch.ones(4, 8), unit_directions(8, 2, seed=0)))
         tensor([[0., 0., 0., 0.]])
     """
-    means, momentum = _shared(means, momentum)
-    return torch.stack(
-        (
-            mean_absolute_difference(means, momentum),
-            normalised_euclidean(means, momentum),
-            sign_flip_ratio(means, momentum),
-            sliced_wasserstein(means, momentum, slices),
-        ),
-        dim=-1,
-    )
+    return torch.stack(_published(anchor.shared(means), anchor), dim=-1)
 
 
-def temporal_features(means: Tensor, momentum: Tensor, slices: Tensor) -> Tensor:
+def temporal_features(means: Tensor, anchor: Anchor) -> Tensor:
     """The features of the family ``temporal``, ``(S, 6)``; arguments as for :func:`published_distances`.
 
     Example:
         >>> import torch
         >>> from lightning_sentinel.verification.projection import unit_directions
-        >>> temporal_features(torch.full((1, 4, 8), 2.0), torch.ones(4, 8), unit_directions(8, 2, seed=0))[0, :3]
+        >>> temporal_features(torch.full((1, 4, 8), 2.0), Anchor.of(torch.ones(4, 8), unit_directions(8, 2, seed=0)))[0, :3]
         tensor([0., 0., 0.])
     """
-    distances = published_distances(means, momentum, slices)
-    means, momentum = _shared(means, momentum)
-    channels, reference = means.mean(dim=-2), momentum.mean(dim=-2)
-    unbounded = torch.stack(
-        (
-            distances[:, 0],
-            distances[:, 1],
-            distances[:, 3],
-            normalised_euclidean(channels[:, None], reference[None]),
-            (channels.sort(dim=-1).values - reference.sort().values).abs().mean(dim=-1),
-        ),
-        dim=-1,
+    means = anchor.shared(means)
+    l1, l2, flips, wasserstein = _published(means, anchor)
+    channels = means.mean(dim=-2, keepdim=True)
+    channel_l2 = normalised_euclidean(channels, anchor.channels, anchor.channel_size)
+    channel_wasserstein = mean_absolute_difference(channels.sort(dim=-1).values, anchor.ordered_channels)
+    features = (torch.stack((l1, l2, flips, wasserstein, channel_l2, channel_wasserstein)) + _TINY).log()
+    features[2] = flips  # A share has bounds of its own.
+    return features.T
+
+
+def _published(means: Tensor, anchor: Anchor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        mean_absolute_difference(means, anchor.momentum),
+        normalised_euclidean(means, anchor.momentum, anchor.size),
+        sign_flip_ratio(means, anchor.signs),
+        sliced_wasserstein(means, anchor.directions, anchor.ordered),
     )
-    logs = (unbounded + _TINY).log()
-    return torch.cat((logs[:, :2], distances[:, 2:3], logs[:, 2:]), dim=-1)
-
-
-def _shared(means: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
-    shared = min(means.shape[-2], momentum.shape[0])
-    return means[..., :shared, :], momentum[:shared]

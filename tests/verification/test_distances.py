@@ -10,13 +10,22 @@ from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from lightning_sentinel.verification.distances import (
-    mean_absolute_difference,
-    normalised_euclidean,
-    sign_flip_ratio,
-    sliced_wasserstein,
-)
+from lightning_sentinel.verification import distances
+from lightning_sentinel.verification.distances import euclidean_size, mean_absolute_difference, ordered_along, signs
 from lightning_sentinel.verification.projection import unit_directions
+
+
+def normalised_euclidean(mean: Tensor, momentum: Tensor) -> Tensor:
+    return distances.normalised_euclidean(mean, momentum, euclidean_size(momentum))
+
+
+def sign_flip_ratio(mean: Tensor, momentum: Tensor) -> Tensor:
+    return distances.sign_flip_ratio(mean, signs(momentum))
+
+
+def sliced_wasserstein(mean: Tensor, momentum: Tensor, directions: Tensor) -> Tensor:
+    return distances.sliced_wasserstein(mean, directions, ordered_along(momentum, directions))
+
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": mean_absolute_difference,
@@ -75,12 +84,12 @@ def test_leading_axes_are_a_loop_over_them(name: str, shape: tuple[int, int], le
     means, momentum = torch.empty(*leading, *shape), cloud(1, *shape, offset=0.5)
     for seed, index in enumerate(np.ndindex(leading)):
         means[index] = cloud(10 + seed, *shape)
-    distances = DISTANCES[name](means, momentum)
-    assert (distances.shape, distances.dtype) == (leading, torch.float32)
+    together = DISTANCES[name](means, momentum)
+    assert (together.shape, together.dtype) == (leading, torch.float32)
     for index in np.ndindex(leading):
         expected = DISTANCES[name](means[index], momentum)
         assert expected.shape == ()
-        torch.testing.assert_close(distances[index], expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(together[index], expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ["l1", "l2", "sw"])
@@ -169,3 +178,8 @@ def test_nan_is_not_hidden(name: str) -> None:
     mean = cloud(0)
     mean[1, 1] = torch.nan
     assert DISTANCES[name](mean, cloud(1)).isnan()
+
+
+def test_zeros_have_signs_too() -> None:
+    momentum = torch.tensor([[0.0, -0.0, 1.0, -1.0]])
+    assert sign_flip_ratio(torch.tensor([[-0.0, -0.0, -0.0, 0.0]]), momentum).item() == 0.75

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
-from lightning_sentinel.verification.axes import batch_means
+from lightning_sentinel.verification.axes import as_tokens, batch_means
 from lightning_sentinel.verification.consistency import consistency_features, paired
-from lightning_sentinel.verification.distances import mean_absolute_difference, sign_flip_ratio
+from lightning_sentinel.verification.distances import mean_absolute_difference, sign_flip_ratio, signs
 from lightning_sentinel.verification.features import FAMILIES, FEATURES
 from lightning_sentinel.verification.measurement import Measurement, measure, measure_published
-from lightning_sentinel.verification.moments import moment_features, peak_norm
+from lightning_sentinel.verification.moments import moment_features, moment_statistics
 from lightning_sentinel.verification.projection import SecretDirections
 from lightning_sentinel.verification.references import Contribution, References
-from lightning_sentinel.verification.temporal import temporal_features
+from lightning_sentinel.verification.temporal import Anchor, temporal_features
 
 SENDERS = 3
 SHAPES = [(4, 8), (4, 6, 8), (4, 40, 3, 2)]
@@ -33,10 +33,9 @@ def pair(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) 
 
 
 def take_in(references: References, measured: Measurement) -> None:
-    statistics, everyone = torch.cat(list(measured.statistics.values()), dim=1), torch.ones(SENDERS, dtype=torch.bool)
-    step = Contribution.like(measured.means, statistics)
-    step.add(measured.means, statistics, everyone)
-    references.update(step.of(everyone), {name: part.shape[1] for name, part in measured.statistics.items()})
+    step = Contribution.empty(SENDERS, measured.means, measured.statistics)
+    step.add(measured.means, measured.statistics, torch.arange(SENDERS))
+    references.update(step.of(torch.ones(SENDERS, dtype=torch.bool)), measured.sizes)
 
 
 def learned(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, with_input: bool = True) -> References:
@@ -61,15 +60,17 @@ def test_every_family_is_where_its_names_say(shape: tuple[int, ...], dtype: torc
     assert measured.features.isfinite().all() and (measured.features != 0).any(dim=0).all()
     torch.testing.assert_close(measured.means, batch_means(signals, SENDERS))
 
-    norms = SECRET.project(signals).values.unflatten(0, (SENDERS, -1)).flatten(1, 2).norm(dim=-1)
     momentum = references.momentum.value
-    projections = (SECRET.project(part).values.unflatten(0, (SENDERS, -1)) for part in (signals, received))
-    input_output, worst = consistency_features(paired(*projections, same_channels=True), references.weights)
+    sent, its = (SECRET.project(part).values.unflatten(0, (SENDERS, -1)) for part in (signals, received))
+    tokens, flat = as_tokens(signals.float()).reshape(SENDERS, -1, momentum.shape[1]), sent.flatten(1, 2)
+    statistics = moment_statistics(tokens, tokens.mean(dim=1), flat)
+    moments, largest = moment_features(flat.norm(dim=-1), statistics, references.statistics)
+    input_output, worst = consistency_features(paired(sent, its, same_channels=True), references.weights)
     expected = {
-        "temporal": temporal_features(measured.means, momentum, SECRET.slices(momentum.shape[-1])),
-        "moments": moment_features(norms, measured.statistics, references.statistics),
+        "temporal": temporal_features(measured.means, Anchor.of(momentum, SECRET.slices(momentum.shape[1]))),
+        "moments": moments,
         "input_output": input_output,
-        "extremes": torch.cat((peak_norm(norms)[:, None], worst), dim=1),
+        "extremes": torch.cat((largest, worst), dim=1),
     }
     for family, values in expected.items():
         torch.testing.assert_close(columns(measured, family), values, rtol=1e-4, atol=1e-4, msg=family)
@@ -91,8 +92,7 @@ def test_senders_at_once_are_measured_as_each_by_itself_in_any_order(shape: tupl
         for one, index in ((apart[sender], 0), (shuffled, place)):
             torch.testing.assert_close(together.means[sender], one.means[index], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(together.features[sender], one.features[index], rtol=1e-3, atol=1e-3)
-            for name, part in together.statistics.items():
-                torch.testing.assert_close(part[sender], one.statistics[name][index], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(together.statistics[sender], one.statistics[index], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
@@ -120,8 +120,8 @@ def test_without_references_features_are_zero_and_there_is_something_to_learn() 
     signals, received = pair((4, 6, 8), 54)
     measured = measure(signals, SENDERS, SECRET.project(received), References(0.9), SECRET)
     assert not measured.features.any() and measured.means.any()
-    sizes = {name: part.shape[1] for name, part in measured.statistics.items()}
-    assert sizes == {"log_spread": 8, "gram": 64, "quantiles": 28, "input_input": 9 * 9, "input_target": 9 * 8}
+    assert measured.sizes == {"log_spread": 8, "gram": 64, "quantiles": 28, "input_input": 9 * 9, "input_target": 9 * 8}
+    assert measured.statistics.shape == (SENDERS, sum(measured.sizes.values()))
 
 
 @pytest.mark.parametrize(("shape", "of_input"), [((4, 6, 8), (4, 3, 8)), ((4, 6, 8), (4, 6, 20)), ((4, 8), (4, 20, 3, 2))], ids=str)
@@ -142,8 +142,8 @@ def test_the_published_distances_are_on_their_own_scale() -> None:
     measured = measure_published(signals, SENDERS, references, SECRET)
     momentum = references.momentum.value
     np.testing.assert_allclose(measured.features[:, 0], mean_absolute_difference(measured.means, momentum), rtol=1e-5)
-    np.testing.assert_allclose(measured.features[:, 2], sign_flip_ratio(measured.means, momentum), rtol=1e-5)
-    assert not measured.features[:, 4:].any() and measured.statistics == {}
+    np.testing.assert_allclose(measured.features[:, 2], sign_flip_ratio(measured.means, signs(momentum)), rtol=1e-5)
+    assert not measured.features[:, 4:].any() and measured.statistics.shape == (SENDERS, 0) and measured.sizes == {}
     assert not measure_published(signals, SENDERS, References(0.9), SECRET).features.any()
 
 

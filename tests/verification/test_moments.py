@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.verification.features import FAMILIES
-from lightning_sentinel.verification.moments import moment_features, moment_statistics, peak_norm
+from lightning_sentinel.verification.moments import moment_features, moment_statistics
 
 NAMES = FAMILIES["moments"]
 SENDERS, TOKENS, CHANNELS, DIRECTIONS = 3, 50, 20, 18
@@ -51,8 +51,8 @@ def test_features_are_their_formulas() -> None:
     tokens, secret = draw()
     found, references = statistics(tokens, secret), {name: part.mean(dim=0) for name, part in statistics(*draw(1)).items()}
     norms = tokens.norm(dim=-1)
-    features = moment_features(norms, found, references)
-    assert features.shape == (SENDERS, len(NAMES))
+    features, largest = moment_features(norms, found, references)
+    assert (features.shape, largest.shape) == ((SENDERS, len(NAMES)), (SENDERS, 1))
     for sender in range(SENDERS):
         n = norms[sender].double().numpy()
         off = {name: (found[name][sender] - references[name]).double().numpy() for name in references}
@@ -64,14 +64,17 @@ def test_features_are_their_formulas() -> None:
             "quantiles": math.log(np.abs(off["quantiles"]).mean()),
         }
         np.testing.assert_allclose(features[sender].numpy(), [expected[name] for name in NAMES], rtol=1e-4, atol=1e-4)
-        assert peak_norm(norms)[sender].item() == pytest.approx(math.log(n.max() / math.sqrt(np.square(n).mean())), abs=1e-5)
+        assert largest[sender].item() == pytest.approx(math.log(n.max() / math.sqrt(np.square(n).mean())), abs=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1e-6, 0.1, 10.0, 1e6])
 def test_only_the_norm_knows_the_size_of_a_signal(factor: float) -> None:
     tokens, secret = draw()
     references = {name: part.mean(dim=0) for name, part in statistics(*draw(1)).items()}
-    one, other = (moment_features((f * tokens).norm(dim=-1), statistics(f * tokens, secret), references)[0] for f in (1.0, factor))
+    one, other = (
+        torch.cat(moment_features((f * tokens).norm(dim=-1), statistics(f * tokens, secret), references), dim=1)[0]
+        for f in (1.0, factor)
+    )
     assert (other - one)[0].item() == pytest.approx(math.log(factor), abs=1e-4)
     np.testing.assert_allclose((other - one)[1:].numpy(), 0, atol=2e-3)
 
@@ -81,8 +84,18 @@ def test_constant_signals_have_finite_features(value: float) -> None:
     tokens, secret = torch.full((2, 12, CHANNELS), value), draw()[1]
     references = {name: part.mean(dim=0) for name, part in statistics(*draw(1)).items()}
     norms = tokens.norm(dim=-1)
-    assert moment_features(norms, statistics(tokens, secret), references).isfinite().all()
-    assert peak_norm(norms).isfinite().all()
+    assert all(part.isfinite().all() for part in moment_features(norms, statistics(tokens, secret), references))
+
+
+def test_norms_that_hardly_vary_are_told_apart() -> None:
+    # As after a normalisation: the mean square less the square of the mean would be rounding alone.
+    tokens, secret = draw()
+    found = statistics(tokens, secret)
+    references = {name: part.mean(dim=0) for name, part in found.items()}
+    for deviation in (1e-4, 1e-3):
+        norms = 16 + 16 * deviation * torch.tensor([1.0, -1.0]).repeat(SENDERS, TOKENS // 2)
+        variation = moment_features(norms, found, references)[0][:, NAMES.index("norm_variation")]
+        np.testing.assert_allclose(variation.exp().numpy(), deviation, rtol=2e-2)
 
 
 def test_the_order_of_tokens_does_not_matter() -> None:

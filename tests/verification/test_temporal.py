@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sentinel.verification.features import FAMILIES
 from lightning_sentinel.verification.projection import unit_directions
-from lightning_sentinel.verification.temporal import published_distances, temporal_features
+from lightning_sentinel.verification.temporal import Anchor, published_distances, temporal_features
 
 CHANNELS = 6
 NAMES = FAMILIES["temporal"]
@@ -37,7 +37,8 @@ def by_hand(mean: Tensor, momentum: Tensor) -> dict[str, float]:
 @pytest.mark.parametrize(("mine", "known"), [(9, 9), (3, 9), (9, 3), (1, 1), (1, 9), (9, 1)])
 def test_scipy_and_numpy_agree_on_the_shared_positions_of_every_sender(mine: int, known: int, senders: int) -> None:
     means, momentum = torch.stack([cloud(10 + sender, mine) for sender in range(senders)]), cloud(1, known)
-    features, published = temporal_features(means, momentum, DIRECTIONS), published_distances(means, momentum, DIRECTIONS)
+    anchor = Anchor.of(momentum[:mine], DIRECTIONS)
+    features, published = temporal_features(means, anchor), published_distances(means, anchor)
     assert (features.shape, features.dtype) == ((senders, len(NAMES)), torch.float32)
     shared = min(mine, known)
     for sender in range(senders):
@@ -50,14 +51,14 @@ def test_scipy_and_numpy_agree_on_the_shared_positions_of_every_sender(mine: int
 @pytest.mark.parametrize("factor", [0.001, 0.1, 10.0, 1000.0])
 def test_a_factor_of_the_deviation_is_an_addend_of_the_logarithms(factor: float) -> None:
     momentum, deviation = cloud(4, 5), cloud(5, 5)
-    near, far = (temporal_features((momentum + f * deviation)[None], momentum, DIRECTIONS)[0] for f in (1.0, factor))
+    near, far = (temporal_features((momentum + f * deviation)[None], Anchor.of(momentum, DIRECTIONS))[0] for f in (1.0, factor))
     logs = [NAMES.index(name) for name in ("l1", "l2", "channel_l2")]
     np.testing.assert_allclose((far - near)[logs].numpy(), np.log(factor), rtol=2e-3)
 
 
 def test_the_momentum_itself_has_finite_features() -> None:
     momentum = cloud(6, 5)
-    features = temporal_features(momentum[None], momentum, DIRECTIONS)[0]
+    features = temporal_features(momentum[None], Anchor.of(momentum, DIRECTIONS))[0]
     assert features.isfinite().all()
     assert features[NAMES.index("sign_flip_ratio")] == 0
     assert (features[[index for index, name in enumerate(NAMES) if name != "sign_flip_ratio"]] < np.log(1e-6)).all()
@@ -65,6 +66,6 @@ def test_the_momentum_itself_has_finite_features() -> None:
 
 def test_channels_swapped_alike_at_all_positions_show_in_channel_l2_only_of_the_channel_features() -> None:
     momentum = cloud(7, 5)
-    features = temporal_features(momentum.flip(1)[None], momentum, DIRECTIONS)[0]
+    features = temporal_features(momentum.flip(1)[None], Anchor.of(momentum, DIRECTIONS))[0]
     assert features[NAMES.index("channel_l2")] > np.log(0.1)
     assert features[NAMES.index("channel_wasserstein")] < np.log(1e-5)
