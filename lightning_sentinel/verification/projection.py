@@ -88,7 +88,7 @@ class SecretDirections:
 
     def project(self, signal: Tensor) -> Projection:
         """A signal of any shape along the directions."""
-        tokens = as_tokens(signal).float()
+        tokens = as_tokens(signal.detach()).float()
         channels = tokens.shape[-1]
         return Projection(tokens @ self._cached("projection", channels), channels)
 

@@ -89,7 +89,13 @@ class BoundaryVerifier:
             received: what the senders had received themselves, along the secret directions of this boundary; ``None`` at the ends
                 of the pipeline.
         """
-        measured = self._measure(signals.detach(), len(tainted), received)
+        rows, flagged = self._inspect(signals.detach(), tainted, received)
+        return Inspection(rows.clone(), flagged.clone())  # Outside of inference mode, so that autograd may meet them.
+
+    # Most operations here are on a few floats, and without the bookkeeping for views and versions each takes a fifth less time.
+    @torch.inference_mode()
+    def _inspect(self, signals: Tensor, tainted: Tensor, received: Projection | None) -> Inspection:
+        measured = self._measure(signals, len(tainted), received)
         broken = ~measured.finite
         highest = self.fences.scores(measured.features).max(dim=1)
         score = highest.values.clamp(max=MAX_SCORE).masked_fill(broken, MAX_SCORE)

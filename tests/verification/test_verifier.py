@@ -258,6 +258,16 @@ def test_inspection_leaves_the_signal_and_its_graph_alone() -> None:
     assert torch.equal(signal, before) and signal.grad is None
 
 
+def test_verdicts_may_take_part_in_a_backward_pass() -> None:
+    rig = Rig()
+    signal = rig.stream.signal().requires_grad_()
+    for _ in range(2):  # The first has nothing to be compared with.
+        rows, flagged = rig.verifier.inspect(signal, NO, rig.received(signal))
+        (torch.where(flagged, 0 * signal, signal) * rows[0, SCORE]).sum().backward()
+        rig.verifier.learn(rig.verifier.contribution(YES, NO))
+    assert not known_of(rig.verifier, signal).values.requires_grad
+
+
 # --- What is learned
 
 
@@ -561,9 +571,9 @@ class _Synchronised(AssertionError):
 
 
 class _NoReadback(TorchDispatchMode):
-    """Fails at operators whose result, or the shape of it, depends on values."""
+    """Fails at operators whose result, or the shape of it, depends on values, and where values of the host become a tensor."""
 
-    forbidden = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2", "unique_dim")
+    forbidden = ("lift_fresh", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2", "unique_dim")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -596,6 +606,8 @@ def no_readback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         lambda t: t[t > 0],
         lambda t: t.numpy(),
         lambda t: torch.equal(t, t),
+        lambda t: t[[0, 2]],
+        lambda t: t + torch.tensor([1.0, 2.0, 3.0]),
     ],
 )
 def test_the_trap_closes(reads: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
