@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Momentum", "PositionSums"]
+__all__ = ["Momentum", "PositionSums", "numbers"]
+
+
+def numbers(values: Tensor) -> Tensor:
+    """Zero in place of what is not finite, so that zero times it is zero: faster than to select what has a weight."""
+    return values.nan_to_num(0.0, 0.0, 0.0)
 
 
 @dataclass
@@ -20,7 +25,7 @@ class PositionSums:
     """Sums of batch means per position, to be added over senders and processes before they enter a momentum.
 
     Args:
-        total: ``(..., T, C)``, sum of batch means; a leading axis of places keeps apart what may have to stay out.
+        total: ``(..., T, C)``, sum of batch means; leading axes tell apart what may have to stay out.
         count: ``(..., T)``, how many means each position had.
     """
 
@@ -28,10 +33,9 @@ class PositionSums:
     count: Tensor
 
     @classmethod
-    def empty(cls, places: int, means: Tensor) -> PositionSums:
-        """Nothing yet in each place, for means like ``(N, T, C)``."""
-        total = means.new_zeros(places, *means.shape[1:])
-        return cls(total, means.new_zeros(total.shape[:-1]))
+    def like(cls, means: Tensor) -> PositionSums:
+        """Nothing yet, in the shape of ``means`` ``(..., T, C)``."""
+        return cls(torch.zeros_like(means), means.new_zeros(means.shape[:-1]))
 
     def resized(self, positions: int) -> PositionSums:
         """The same sums over the first ``positions`` positions, new ones with weight zero."""
@@ -40,20 +44,23 @@ class PositionSums:
             return PositionSums(self.total[..., :positions, :], self.count[..., :positions])
         return PositionSums(pad(self.total, (0, 0, 0, missing)), pad(self.count, (0, missing)))
 
-    def add(self, means: Tensor, places: Tensor) -> None:
-        """Add batch means ``(N, T, C)``, each to a place of its own, ``(N,)``; the other places do not see what it holds."""
-        positions = means.shape[1]
-        if positions > self.total.shape[1]:
+    def add(self, means: Tensor, weights: Tensor) -> None:
+        """Add batch means ``(..., T, C)`` with weights ``(...)``; a weight of zero adds nothing, whatever the mean holds.
+
+        What is not finite must have that weight. Means may lack leading axes that the weights have.
+        """
+        positions = means.shape[-2]
+        if positions > self.total.shape[-2]:
             grown = self.resized(positions)
             self.total, self.count = grown.total, grown.count
-        self.total[:, :positions].index_add_(0, places, means)
-        self.count[:, :positions].index_add_(0, places, means.new_ones(means.shape[:2]))
+        self.total[..., :positions, :].addcmul_(numbers(means), weights[..., None, None])
+        self.count[..., :positions] += weights[..., None]
 
-    def of(self, places: Tensor) -> PositionSums:
-        """The sum over the places for which ``(places,)`` bool is true."""
+    def of(self, chosen: Tensor) -> PositionSums:
+        """The sum over those places of the leading axes for which ``(...)`` bool is true."""
         # Selected, not multiplied by zero: a sum that overflowed would poison the others.
-        total = self.total.masked_fill(~places[:, None, None], 0.0).sum(dim=0)
-        return PositionSums(total, torch.where(places[:, None], self.count, 0.0).sum(dim=0))
+        total = self.total.masked_fill(~chosen[..., None, None], 0.0).flatten(0, -3).sum(dim=0)
+        return PositionSums(total, self.count.masked_fill(~chosen[..., None], 0.0).flatten(0, -2).sum(dim=0))
 
     def __add__(self, other: PositionSums) -> PositionSums:
         positions = max(self.total.shape[-2], other.total.shape[-2])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.verification.consistency import ridge_weights
-from lightning_sentinel.verification.momentum import Momentum, PositionSums
+from lightning_sentinel.verification.momentum import Momentum, PositionSums, numbers
 from lightning_sentinel.verification.temporal import Anchor
 
 __all__ = ["Contribution", "References"]
@@ -25,7 +25,7 @@ class Contribution:
 
     Args:
         positions: sums of batch means, for the momentum.
-        statistics: ``(..., S)``, sums of the signals' statistics; a leading axis of places, as positions have it.
+        statistics: ``(..., S)``, sums of the signals' statistics; leading axes as positions have them.
         signals: ``(...)``, how many signals were added.
     """
 
@@ -34,21 +34,23 @@ class Contribution:
     signals: Tensor
 
     @classmethod
-    def empty(cls, places: int, means: Tensor, statistics: Tensor) -> Contribution:
-        """Nothing yet in each place, for signals with ``means`` like ``(N, T, C)`` and ``statistics`` like ``(N, S)``."""
-        of_signals = statistics.new_zeros(places, statistics.shape[1])
-        return cls(PositionSums.empty(places, means), of_signals, statistics.new_zeros(places))
+    def like(cls, means: Tensor, statistics: Tensor) -> Contribution:
+        """Nothing yet, in the shape of ``means`` ``(..., T, C)`` and ``statistics`` ``(..., S)``."""
+        return cls(PositionSums.like(means), torch.zeros_like(statistics), statistics.new_zeros(statistics.shape[:-1]))
 
-    def add(self, means: Tensor, statistics: Tensor, places: Tensor) -> None:
-        """Add ``N`` signals, each to a place of its own, ``(N,)``; the other places do not see what it holds."""
-        self.positions.add(means, places)
-        self.statistics.index_add_(0, places, statistics)
-        self.signals.index_add_(0, places, statistics.new_ones(len(places)))
+    def add(self, means: Tensor, statistics: Tensor, weights: Tensor) -> None:
+        """Add signals with weights ``(...)`` of zero or one; zero adds nothing, whatever the signal holds.
 
-    def of(self, places: Tensor) -> Contribution:
-        """The sum over the places for which ``(places,)`` bool is true."""
-        statistics = self.statistics.masked_fill(~places[:, None], 0.0).sum(dim=0)
-        return Contribution(self.positions.of(places), statistics, torch.where(places, self.signals, 0.0).sum())
+        What is not finite must have that weight. Means and statistics may lack leading axes that the weights have.
+        """
+        self.positions.add(means, weights)
+        self.statistics.addcmul_(numbers(statistics), weights[..., None])
+        self.signals += weights
+
+    def of(self, chosen: Tensor) -> Contribution:
+        """The sum over those places of the leading axes for which ``(...)`` bool is true."""
+        statistics = self.statistics.masked_fill(~chosen[..., None], 0.0).flatten(0, -2).sum(dim=0)
+        return Contribution(self.positions.of(chosen), statistics, self.signals.masked_fill(~chosen, 0.0).sum())
 
     def resized(self, positions: int) -> Contribution:
         """The same over the first ``positions`` positions."""
@@ -120,11 +122,12 @@ class References:
         averages = (step.statistics / step.signals.clamp(min=1)).split(list(sizes.values()))
         something = (step.signals > 0).to(step.statistics.dtype)
         before = torch.zeros_like(something) if self.updates is None else self.updates
+        # A plain average at first, or the first step would weigh as much as all that follow it.
+        plain = 1 / (before + 1)
+        moments, regression = (plain.clamp(min=1 - beta) * something for beta in (self.beta, _REGRESSION_BETA))
         for name, average in zip(sizes, averages):
-            # A plain average at first, or the first step would weigh as much as all that follow it.
-            weight = (1 / (before + 1)).clamp(min=1 - (_REGRESSION_BETA if name in _REGRESSION else self.beta))
-            old = self.statistics.get(name, torch.zeros_like(average))
-            self.statistics[name] = torch.lerp(old, average, weight * something)
+            old = self.statistics[name] if name in self.statistics else torch.zeros_like(average)
+            self.statistics[name] = torch.lerp(old, average, regression if name in _REGRESSION else moments)
         self.updates = before + something
         self._solve()
 

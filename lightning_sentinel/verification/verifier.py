@@ -6,6 +6,7 @@ never waited for. What the step teaches enters once it is known which signals we
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -31,27 +32,17 @@ class Inspection(NamedTuple):
     flagged: Tensor
 
 
-class _Kept:
-    """What the current step has to teach, apart by sender and by the verdict at receipt, which may still be dropped.
+class _Kept(NamedTuple):
+    """What the current step has to teach.
 
-    Each sender has three places: for what was not flagged, for what was, and for what is never learned from. The last one is never
-    read: to add everything, some of it there, takes fewer and faster operations than to tell what not to add.
+    Args:
+        sums: with leading axes ``(2, senders)``: of signals that were not flagged at receipt, and of those that were, which
+            may still be dropped.
+        sizes: names of the statistics, and how many floats each has.
     """
 
-    def __init__(self, measured: Measurement) -> None:
-        senders = len(measured.means)
-        self.sizes = measured.sizes
-        self._sums = Contribution.empty(3 * senders, measured.means, measured.statistics)
-        self._first = torch.arange(0, 3 * senders, 3, device=measured.means.device)
-
-    def add(self, measured: Measurement, flagged: Tensor, unusable: Tensor) -> None:
-        """Add a signal of each sender; both tensors ``(senders,)`` bool."""
-        place = self._first + flagged.long().masked_fill(unusable, 2)
-        self._sums.add(measured.means, measured.statistics, place)
-
-    def of(self, unflagged: Tensor, flagged: Tensor) -> Contribution:
-        """The sum over the senders whose unflagged, and whose flagged signals count, ``(senders,)`` bool."""
-        return self._sums.of(torch.stack((unflagged, flagged, torch.zeros_like(flagged)), dim=1).flatten())
+    sums: Contribution
+    sizes: Mapping[str, int]
 
 
 class BoundaryVerifier:
@@ -101,15 +92,22 @@ class BoundaryVerifier:
         score = highest.values.clamp(max=MAX_SCORE).masked_fill(broken, MAX_SCORE)
         worst = highest.indices.masked_fill(broken, -1)
         flagged = (score > 1) & ~tainted
-        if self._kept is None:
-            self._kept = _Kept(measured)
-        self._kept.add(measured, flagged, tainted | broken)
+        self._keep(measured, flagged, ~(tainted | broken))
         return Inspection(signal_rows(measured.features, score, worst, flagged, tainted, measured.means.shape[1]), flagged)
 
     def _measure(self, signals: Tensor, senders: int, received: Projection | None) -> Measurement:
         if self._published:
             return measure_published(signals, senders, self.references, self._secret)
         return measure(signals, senders, received, self.references, self._secret)
+
+    def _keep(self, measured: Measurement, flagged: Tensor, usable: Tensor) -> None:
+        means, statistics = measured.means, measured.statistics
+        if self._kept is None:
+            self._kept = _Kept(
+                Contribution.like(torch.stack((means, means)), torch.stack((statistics, statistics))), measured.sizes
+            )
+        suspect = usable & flagged
+        self._kept.sums.add(means, statistics, torch.stack((usable ^ suspect, suspect)).float())
 
     def substitute(self, signal: Tensor) -> Tensor:
         """A harmless stand-in of a signal's shape: the momentum for an activation, zero for a gradient."""
@@ -131,7 +129,7 @@ class BoundaryVerifier:
         """
         if self._kept is None:
             raise RuntimeError(f"No signal crossed {self.boundary.name} in this step, so there is nothing to contribute.")
-        return self._kept.of(unflagged.to(self._device), flagged.to(self._device))
+        return self._kept.sums.of(torch.stack((unflagged, flagged)).to(self._device))
 
     def learn(self, step: Contribution | None) -> None:
         """Take in one step's honest signals, summed over all senders; ``None`` if no signal was honest."""

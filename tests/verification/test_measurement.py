@@ -33,9 +33,9 @@ def pair(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) 
 
 
 def take_in(references: References, measured: Measurement) -> None:
-    step = Contribution.empty(SENDERS, measured.means, measured.statistics)
-    step.add(measured.means, measured.statistics, torch.arange(SENDERS))
-    references.update(step.of(torch.ones(SENDERS, dtype=torch.bool)), measured.sizes)
+    step, everyone = Contribution.like(measured.means, measured.statistics), torch.ones(SENDERS, dtype=torch.bool)
+    step.add(measured.means, measured.statistics, everyone.float())
+    references.update(step.of(everyone), measured.sizes)
 
 
 def learned(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, with_input: bool = True) -> References:

@@ -16,11 +16,10 @@ CHANNELS = 3
 
 
 def sums_of(means: list[Tensor], weights: list[float] | None = None) -> PositionSums:
-    """The sum of those with a weight of one; the others go to a place that is left out."""
-    step = PositionSums.empty(2, torch.empty(1, 0, CHANNELS))
+    step = PositionSums.like(torch.empty(0, CHANNELS))
     for mean, weight in zip(means, weights or [1.0] * len(means)):
-        step.add(mean[None], torch.tensor([int(weight)]))
-    return step.of(torch.tensor([False, True]))
+        step.add(mean, torch.tensor(weight))
+    return step
 
 
 def means_of(lengths: list[int], seed: int) -> list[Tensor]:
@@ -126,63 +125,71 @@ def test_what_has_no_weight_does_not_poison(value: float) -> None:
     assert torch.equal(momentum.value, honest)
 
 
-def places_of(rounds: list[tuple[int, list[int]]], seed: int) -> tuple[PositionSums, list[PositionSums]]:
-    """What was added to four places, as one and place by place; a round is a length, and the places of its means."""
+def test_boolean_weights_count_like_numbers() -> None:
+    step, mean = PositionSums.like(torch.empty(2, CHANNELS)), torch.ones(2, CHANNELS)
+    for weight in (True, False, True):
+        step.add(mean, torch.tensor(weight))
+    assert step.count.tolist() == [2, 2] and step.total.unique().tolist() == [2]
+
+
+def senders_of(rounds: list[tuple[int, list[float]]], seed: int) -> tuple[PositionSums, list[PositionSums]]:
+    """Several senders' contributions, as one with a leading axis and one by one; a round is a length and the senders' weights."""
     rng = np.random.default_rng(seed)
-    together = PositionSums.empty(4, torch.empty(1, rounds[0][0], CHANNELS))
-    added: list[list[Tensor]] = [[] for _ in range(4)]
-    for length, places in rounds:
-        means = torch.from_numpy(rng.normal(size=(len(places), length, CHANNELS)).astype("float32"))
-        together.add(means, torch.tensor(places))
-        for mean, place in zip(means, places):
-            added[place].append(mean)
-    return together, [sums_of(means) for means in added]
+    senders = len(rounds[0][1])
+    together = PositionSums.like(torch.empty(senders, rounds[0][0], CHANNELS))
+    apart = [PositionSums.like(torch.empty(rounds[0][0], CHANNELS)) for _ in range(senders)]
+    for length, weights in rounds:
+        means = torch.from_numpy(rng.normal(size=(senders, length, CHANNELS)).astype("float32"))
+        together.add(means, torch.tensor(weights))
+        for one, mean, weight in zip(apart, means, weights):
+            one.add(mean, torch.tensor(weight))
+    return together, apart
 
 
-ROUNDS = [(3, [2, 0]), (5, [0, 1]), (2, [1, 2])]
+ROUNDS = [(3, [1.0, 0.0, 1.0, 0.0]), (5, [1.0, 1.0, 0.0, 0.0]), (2, [0.0, 1.0, 1.0, 0.0])]
 
 
 @pytest.mark.parametrize("positions", [None, 1, 5, 8])
-def test_places_are_kept_apart(positions: int | None) -> None:
-    together, apart = places_of(ROUNDS, seed=8)
+def test_a_leading_axis_tells_senders_apart(positions: int | None) -> None:
+    together, apart = senders_of(ROUNDS, seed=8)
     if positions is not None:
         together, apart = together.resized(positions), [one.resized(positions) for one in apart]
     assert (together.total.shape, together.count.shape) == ((4, positions or 5, CHANNELS), (4, positions or 5))
-    for place, one in enumerate(apart):
+    for sender, one in enumerate(apart):
         length = len(one.count)
-        assert torch.equal(together.total[place, :length], one.total) and torch.equal(together.count[place, :length], one.count)
-        assert not together.total[place, length:].any() and not together.count[place, length:].any()
+        assert torch.equal(together.total[sender, :length], one.total) and torch.equal(together.count[sender, :length], one.count)
+        assert not together.total[sender, length:].any() and not together.count[sender, length:].any()
 
 
-def test_places_of_different_lengths_add_up() -> None:
-    short, _ = places_of([(2, [0])], seed=9)
-    long, _ = places_of([(4, [0, 1])], seed=10)
+def test_senders_of_different_lengths_add_up() -> None:
+    short, _ = senders_of([(2, [1.0, 0.0])], seed=9)
+    long, _ = senders_of([(4, [1.0, 1.0])], seed=10)
     for added in (short + long, long + short):
         expected = long.total.clone()
         expected[:, :2] += short.total
         assert torch.equal(added.total, expected)
-        assert added.count.tolist() == [[2, 2, 1, 1], [1, 1, 1, 1], [0] * 4, [0] * 4]
+        assert added.count.tolist() == [[2, 2, 1, 1], [1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("chosen", list(itertools.product([False, True], repeat=4)), ids=str)
-def test_the_sum_over_places_is_a_loop_over_them(chosen: tuple[bool, ...]) -> None:
-    together, apart = places_of(ROUNDS, seed=11)
+def test_the_sum_over_senders_is_a_loop_over_them(chosen: tuple[bool, ...]) -> None:
+    together, apart = senders_of(ROUNDS, seed=11)
     total, count = np.zeros((5, CHANNELS)), np.zeros(5)
-    for place, is_chosen in enumerate(chosen):
+    for sender, is_chosen in enumerate(chosen):
         if is_chosen:
-            total += apart[place].resized(5).total.double().numpy()
-            count += apart[place].resized(5).count.double().numpy()
+            total += apart[sender].resized(5).total.double().numpy()
+            count += apart[sender].resized(5).count.double().numpy()
     sum_ = together.of(torch.tensor(chosen))
     assert (sum_.total.dtype, sum_.count.dtype) == (torch.float32, torch.float32)
     np.testing.assert_allclose(sum_.total.numpy(), total, rtol=1e-6, atol=1e-6)
     assert sum_.count.tolist() == count.tolist()
 
 
-def test_the_sum_over_places_ignores_an_overflow_of_those_left_out() -> None:
+def test_the_sum_over_senders_ignores_an_overflow_of_those_left_out() -> None:
     # Every mean is finite, but the sum of two is not: what is left out must not matter, whatever it holds.
-    step = PositionSums.empty(2, torch.empty(2, 1, CHANNELS))
+    step = PositionSums.like(torch.empty(2, 1, CHANNELS))
     for _ in range(2):
-        step.add(torch.tensor([1.0, 3e38])[:, None, None].expand(2, 1, CHANNELS), torch.tensor([0, 1]))
+        step.add(torch.tensor([1.0, 3e38])[:, None, None].expand(2, 1, CHANNELS), torch.tensor([True, True]))
     assert step.of(torch.tensor([True, False])).total.tolist() == [[2.0] * CHANNELS]
 
 

@@ -30,28 +30,16 @@ def products(rng: np.random.Generator, senders: int) -> Tensor:
     return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
-def places(counting: list[bool]) -> Tensor:
-    """Each sender has a place for what counts, and one behind them all for what does not."""
-    return torch.arange(SENDERS) + SENDERS * ~torch.tensor(counting)
-
-
-def counted_of(chosen: Tensor) -> Tensor:
-    return torch.cat((chosen, torch.zeros_like(chosen)))
-
-
-EVERYONE = counted_of(torch.ones(SENDERS).bool())
-
-
 def one_step(
     seed: int, weights: list[list[bool]], positions: int = POSITIONS
 ) -> tuple[Contribution, list[list[tuple[Tensor, Tensor]]]]:
     """A step of several micro-batches, and what of each sender's should count."""
     rng = np.random.default_rng(seed)
-    step = Contribution.empty(2 * SENDERS, torch.empty(SENDERS, positions, CHANNELS), torch.empty(SENDERS, TOTAL))
+    step = Contribution.like(torch.empty(SENDERS, positions, CHANNELS), torch.empty(SENDERS, TOTAL))
     counted: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(SENDERS)]
     for of_micro_batch in weights:
         means, statistics = draw(rng, SENDERS, positions, CHANNELS), products(rng, SENDERS)
-        step.add(means, statistics, places(of_micro_batch))
+        step.add(means, statistics, torch.tensor(of_micro_batch))
         for sender, counts in enumerate(of_micro_batch):
             if counts:
                 counted[sender].append((means[sender], statistics[sender]))
@@ -65,7 +53,7 @@ WEIGHTS = [[True, False, True], [True, True, False]]
 def test_the_sum_over_senders_is_a_loop_over_their_signals(chosen: tuple[bool, ...]) -> None:
     step, counted = one_step(0, WEIGHTS)
     signals = [signal for sender, is_chosen in enumerate(chosen) if is_chosen for signal in counted[sender]]
-    total = step.of(counted_of(torch.tensor(chosen)))
+    total = step.of(torch.tensor(chosen))
     assert total.signals.item() == len(signals) and total.positions.count.tolist() == [len(signals)] * POSITIONS
     means = np.sum([mean.double().numpy() for mean, _ in signals], axis=0) if signals else np.zeros((POSITIONS, CHANNELS))
     statistics = np.sum([part.double().numpy() for _, part in signals], axis=0) if signals else np.zeros(TOTAL)
@@ -78,17 +66,22 @@ def test_what_has_no_weight_does_not_poison(value: float) -> None:
     clean, _ = one_step(1, WEIGHTS)
     dirty, _ = one_step(1, WEIGHTS)
     for _ in range(3):
+        dirty.add(
+            torch.full((SENDERS, POSITIONS, CHANNELS), value), torch.full((SENDERS, TOTAL), value), torch.zeros(SENDERS).bool()
+        )
         # A sender that is left out of the sum may hold anything, too.
-        for counting in ([False, False, False], [False, False, True]):
-            bad = torch.full((SENDERS, POSITIONS, CHANNELS), value), torch.full((SENDERS, TOTAL), value)
-            dirty.add(*bad, places(counting))
-    chosen = counted_of(torch.tensor([True, True, False]))
+        dirty.add(
+            torch.full((SENDERS, POSITIONS, CHANNELS), value),
+            torch.full((SENDERS, TOTAL), value),
+            torch.tensor([False, False, True]),
+        )
+    chosen = torch.tensor([True, True, False])
     assert torch.equal(clean.of(chosen).flat(), dirty.of(chosen).flat())
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_the_sum_of_flat_vectors_is_the_whole(replicas: int) -> None:
-    steps = [one_step(seed, WEIGHTS, positions=2 + seed)[0].of(EVERYONE) for seed in range(replicas)]
+    steps = [one_step(seed, WEIGHTS, positions=2 + seed)[0].of(torch.ones(SENDERS).bool()) for seed in range(replicas)]
     whole = steps[0]
     for step in steps[1:]:
         whole = whole + step
@@ -104,9 +97,10 @@ def test_the_sum_of_flat_vectors_is_the_whole(replicas: int) -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
 def test_averages_are_plain_at_first_and_decay_later(beta: float) -> None:
     references, plain = References(beta), dict.fromkeys(SIZES)
+    everyone = torch.ones(SENDERS).bool()
     for count in range(1, 80):
         step, counted = one_step(count, WEIGHTS)
-        references.update(step.of(EVERYONE), SIZES)
+        references.update(step.of(everyone), SIZES)
         average = np.mean([part.double().numpy() for sender in counted for _, part in sender], axis=0)
         for name, part in zip(SIZES, np.split(average, np.cumsum(list(SIZES.values()))[:-1])):
             weight = max(1 - (beta if name == "log_spread" else 0.98), 1 / count)
@@ -122,41 +116,41 @@ def test_averages_are_plain_at_first_and_decay_later(beta: float) -> None:
 def test_without_products_there_are_no_weights() -> None:
     references = References(0.9)
     means, statistics = torch.ones(1, POSITIONS, CHANNELS), torch.ones(1, 5)
-    step = Contribution.empty(1, means, statistics)
-    step.add(means, statistics, torch.tensor([0]))
+    step = Contribution.like(means, statistics)
+    step.add(means, statistics, torch.tensor([True]))
     references.update(step.of(torch.tensor([True])), {"log_spread": 5})
     assert references.weights is None and references.statistics.keys() == {"log_spread"}
 
 
 def test_a_step_without_statistics_teaches_the_momentum_alone() -> None:
     references, means = References(0.9), torch.ones(1, POSITIONS, CHANNELS)
-    step = Contribution.empty(1, means, torch.empty(1, 0))
-    step.add(means, torch.empty(1, 0), torch.tensor([0]))
+    step = Contribution.like(means, torch.empty(1, 0))
+    step.add(means, torch.empty(1, 0), torch.tensor([True]))
     references.update(step.of(torch.tensor([True])), {})
     assert torch.equal(references.momentum.value, means[0]) and references.statistics == {}
 
 
 @pytest.mark.parametrize("earlier", [0, 5])
 def test_a_sum_over_no_signals_changes_nothing(earlier: int) -> None:
-    references, nobody = References(0.9), torch.zeros_like(EVERYONE)
+    references, nobody = References(0.9), torch.zeros(SENDERS).bool()
     for seed in range(earlier):
-        references.update(one_step(seed, WEIGHTS)[0].of(EVERYONE), SIZES)
+        references.update(one_step(seed, WEIGHTS)[0].of(~nobody), SIZES)
     before = {name: value.clone() for name, value in references.statistics.items()}
     references.update(one_step(99, WEIGHTS)[0].of(nobody), SIZES)
     assert int(references.updates) == earlier
     for name, value in before.items():
         torch.testing.assert_close(references.statistics[name], value, rtol=0, atol=0)
     if not before:
-        references.update(one_step(0, WEIGHTS)[0].of(EVERYONE), SIZES)
-        expected = one_step(0, WEIGHTS)[0].of(EVERYONE)
+        references.update(one_step(0, WEIGHTS)[0].of(~nobody), SIZES)
+        expected = one_step(0, WEIGHTS)[0].of(~nobody)
         assert torch.equal(references.statistics["log_spread"], (expected.statistics / expected.signals)[:5])
 
 
 @pytest.mark.parametrize("steps", [0, 1, 20])
 def test_saved_and_loaded_references_go_on_identically(steps: int) -> None:
-    original, loaded = References(0.8), References(0.8)
+    original, loaded, everyone = References(0.8), References(0.8), torch.ones(SENDERS).bool()
     for seed in range(steps):
-        original.update(one_step(seed, WEIGHTS, 2 + seed % 3)[0].of(EVERYONE), SIZES)
+        original.update(one_step(seed, WEIGHTS, 2 + seed % 3)[0].of(everyone), SIZES)
     file = io.BytesIO()
     torch.save(original.state_dict(), file)
     file.seek(0)
@@ -170,13 +164,13 @@ def test_saved_and_loaded_references_go_on_identically(steps: int) -> None:
         for name, value in original.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], value), name
         for references in (original, loaded):
-            references.update(one_step(seed, WEIGHTS)[0].of(EVERYONE), SIZES)
+            references.update(one_step(seed, WEIGHTS)[0].of(everyone), SIZES)
 
 
 def test_weights_follow_from_the_averages() -> None:
-    references = References(0.8)
+    references, everyone = References(0.8), torch.ones(SENDERS).bool()
     for seed in range(3):
-        references.update(one_step(seed, WEIGHTS)[0].of(EVERYONE), SIZES)
+        references.update(one_step(seed, WEIGHTS)[0].of(everyone), SIZES)
         assert torch.equal(references.weights, ridge_weights(references.statistics))
 
 
@@ -202,7 +196,7 @@ def test_there_is_nothing_to_compare_with_before_the_first_step() -> None:
 
 def test_an_anchor_fits_the_length_of_signals_and_is_kept_while_it_does() -> None:
     references = References(0.9)
-    references.update(one_step(0, WEIGHTS)[0].of(EVERYONE), SIZES)
+    references.update(one_step(0, WEIGHTS)[0].of(torch.ones(SENDERS).bool()), SIZES)
     for positions in (POSITIONS, 1, POSITIONS - 1, POSITIONS, POSITIONS + 3, POSITIONS):
         assert_anchored(references, positions)
         assert references.anchor(positions, DIRECTIONS) is references.anchor(positions, DIRECTIONS)
@@ -213,10 +207,10 @@ def test_an_anchor_fits_the_length_of_signals_and_is_kept_while_it_does() -> Non
 def test_an_anchor_follows_the_momentum() -> None:
     references, other = References(0.5), References(0.5)
     for seed in range(3):
-        references.update(one_step(seed, WEIGHTS, POSITIONS + seed)[0].of(EVERYONE), SIZES)
+        references.update(one_step(seed, WEIGHTS, POSITIONS + seed)[0].of(torch.ones(SENDERS).bool()), SIZES)
         for positions in (POSITIONS, POSITIONS + 5):
             assert_anchored(references, positions)
-    other.update(one_step(9, WEIGHTS)[0].of(EVERYONE), SIZES)
+    other.update(one_step(9, WEIGHTS)[0].of(torch.ones(SENDERS).bool()), SIZES)
     assert_anchored(other, POSITIONS)
     other.load_state_dict(references.state_dict())
     assert_anchored(other, POSITIONS)
