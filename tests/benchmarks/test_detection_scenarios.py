@@ -90,6 +90,21 @@ def test_one_worker_lies_however_many_replicas_there_are() -> None:
     assert {run.fraction for run in runs} == {None}
 
 
+def test_the_places_suite_has_liars_at_both_ends_in_one_pipeline_and_late() -> None:
+    runs = [run for run in scenarios("places", request_of("places")) if run.attacked and run.method == "sentinel"]
+    places = {(run.variant, run.direction): run for run in runs}
+    assert set(places) == {
+        ("first stage", "activation"),
+        ("last stage", "gradient"),
+        *((variant, direction) for variant in ("one pipeline", "late start") for direction in ("activation", "gradient")),
+    }
+    assert places["first stage", "activation"].workers == ((0, 0), (0, 1), (0, 2))
+    assert places["last stage", "gradient"].workers == ((7, 0), (7, 1), (7, 2))
+    assert places["one pipeline", "gradient"].workers == tuple((stage, 0) for stage in range(1, 7))
+    late = places["late start", "activation"]
+    assert late.make_verification().warmup_steps == 30 and late.training.warmup_steps == 60 and late.fraction == 0.375
+
+
 def test_the_clean_suite_changes_the_data_under_a_learning_rate_that_decays() -> None:
     runs = scenarios("clean", request_of("clean", seeds=10))
     assert not any(run.attacked for run in runs)

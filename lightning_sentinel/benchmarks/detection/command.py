@@ -31,7 +31,9 @@ _TABLE_WIDTH = 140
 
 
 def detection(
-    suite: Literal["attacks", "mixed", "share", "ablation", "replicas", "collusion", "strength", "clean", "quick"] = "attacks",
+    suite: Literal[
+        "attacks", "mixed", "share", "ablation", "replicas", "collusion", "places", "strength", "clean", "quick"
+    ] = "attacks",
     quick: bool = False,
     output: Path = Path("benchmark-detection"),
     stages: int | None = None,
@@ -57,8 +59,8 @@ def detection(
 
     Args:
         suite: which question to answer: each attack by itself, malicious workers that do different things, the share of malicious
-            workers, parts of the detector left out, the number of replicas, workers that act together, the strength of an attack,
-            or nobody malicious at all.
+            workers, parts of the detector left out, the number of replicas, workers that act together, workers at the ends of the
+            pipeline, in one pipeline or that start late, the strength of an attack, or nobody malicious at all.
         quick: the suite "quick" in a few minutes, with an exit status of 1 if detection got worse.
         output: folder for results; nothing is written outside it.
         stages: pipeline stages, 8 in most suites.

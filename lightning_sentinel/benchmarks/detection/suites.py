@@ -181,6 +181,19 @@ def _collusion(request: Request) -> Iterator[Scenario]:
         yield from request.attacked_runs(fraction=fraction, variant=_share(fraction))
 
 
+def _places(request: Request) -> Iterator[Scenario]:
+    training = request.training
+    last, liars = training.stages - 1, range(max(1, (training.replicas - 1) // 2))
+    # At the ends of the pipeline there is one direction only, and nothing that the sender had received.
+    for variant, stage, direction in (("first stage", 0, "activation"), ("last stage", last, "gradient")):
+        if direction in request.directions:
+            workers = tuple((stage, replica) for replica in liars)
+            yield from replace(request, directions=[direction]).attacked_runs(variant=variant, workers=workers)
+    yield from request.attacked_runs(variant="one pipeline", workers=tuple((stage, 0) for stage in range(1, last)))
+    # Verifiers have been at work for as long as they were warming up when the attack begins.
+    yield from request.attacked_runs(variant="late start", verification={"warmup_steps": max(1, training.warmup_steps // 2)})
+
+
 def _clean(request: Request) -> Iterator[Scenario]:
     if request.attacks:
         raise ConfigurationError(
@@ -215,6 +228,11 @@ SUITES: dict[str, Suite] = {
     ),
     "replicas": Suite("How many peers does detection need?", _replicas, attacks=_REPRESENTATIVE),
     "collusion": Suite("What if malicious workers act together?", _collusion, attacks=COLLUDING),
+    "places": Suite(
+        "Does it matter who attacks, and when?",
+        _places,
+        attacks=_named("zeros", "x-1", "sign", "delay 10", "noise 0.99", "momentum_noise"),
+    ),
     "strength": Suite("Is what goes undetected harmless?", _attacks, attacks=SWEPT),
     "clean": Suite(
         "How often is somebody honest blamed?",
