@@ -29,6 +29,8 @@ _SETTLING_STEPS = 10
 _STEPS_BETWEEN_FITS = 4
 """A window changes little from step to step."""
 
+_TREND_BETA = 0.9
+
 
 class Assessment(NamedTuple):
     """How far out every signal of a step is; all ``(boundaries, lanes, micro_batches)`` but for the first and the last.
@@ -74,9 +76,6 @@ class _Comparison(NamedTuple):
     def out(self) -> Tensor:
         """``(boundaries, lanes, micro_batches)`` bool, signals that are out of line for certain."""
         return (self.score > 1) & (self.by_peers & self.certain)[:, None, None]
-
-
-_TREND_BETA = 0.9
 
 
 class Calibration:
