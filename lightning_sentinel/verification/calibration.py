@@ -17,7 +17,7 @@ from lightning_sentinel.verification.audit import causal_order
 from lightning_sentinel.verification.drift import Cusum
 from lightning_sentinel.verification.features import FEATURES, watched
 from lightning_sentinel.verification.fences import Fences, FenceWindow
-from lightning_sentinel.verification.peers import comparable, median_vote, of_workers
+from lightning_sentinel.verification.peers import Comparison, compare, of_workers
 from lightning_sentinel.verification.table import MAX_SCORE, SignalTable
 from lightning_sentinel.wiring import Wiring
 
@@ -59,23 +59,6 @@ class Assessment(NamedTuple):
     def centred(self, features: Tensor) -> Tensor:
         """Features ``(boundaries, lanes, micro_batches, F)`` less their median across replicas."""
         return features - self.centre.nan_to_num()[:, None, None]
-
-
-class _Comparison(NamedTuple):
-    """How the signals of some boundaries compare with each other; see :class:`Assessment`."""
-
-    by_peers: Tensor
-    quorum: Tensor
-    certain: Tensor
-    score: Tensor
-    worst: Tensor
-    opinion: Tensor
-    centre: Tensor
-
-    @property
-    def out(self) -> Tensor:
-        """``(boundaries, lanes, micro_batches)`` bool, signals that are out of line for certain."""
-        return (self.score > 1) & (self.by_peers & self.certain)[:, None, None]
 
 
 class Calibration:
@@ -124,20 +107,29 @@ class Calibration:
         # left.
         last = torch.where(banned[..., None], torch.nan, self.last + self.trend[:, None])
 
-        def compare(boundaries: slice, counted: Tensor) -> _Comparison:
-            signals = (table.features[boundaries], counted[boundaries], senders[boundaries])
-            return self._compare(*signals, last[boundaries], banned[boundaries], boundaries)
+        enabled = torch.tensor(self._compares and self.warmed_up)
+
+        def compared(boundaries: slice, counted: Tensor) -> Comparison:
+            found = compare(
+                table.features[boundaries],
+                counted[boundaries],
+                senders[boundaries],
+                last[boundaries],
+                banned[boundaries],
+                self.among_peers.fences.of(boundaries),
+            )
+            return found._replace(by_peers=found.by_peers & enabled)
 
         counted = valid & finite
-        found = compare(slice(None), counted)
+        found = compared(slice(None), counted)
         if bool((counted & found.out).any()):
             # What is out of line puts everything out of line that comes behind it, which must not vote.
             order = causal_order(self._mesh)
             parts = {}
             for index in order:
-                parts[index] = compare(slice(index, index + 1), counted)
+                parts[index] = compared(slice(index, index + 1), counted)
                 counted = counted & ~(valid[index] & (parts[index].out[0] | ~finite[index]))
-            found = _Comparison(*(torch.cat(pieces) for pieces in zip(*(parts[index] for index in sorted(order)))))
+            found = Comparison(*(torch.cat(pieces) for pieces in zip(*(parts[index] for index in sorted(order)))))
         peers = found.by_peers[:, None, None]
         score = torch.where(peers, found.score, table.column("score"))
         worst = torch.where(peers, found.worst.to(table.rows.dtype), table.column("worst"))
@@ -151,35 +143,6 @@ class Calibration:
             opinion=found.opinion,
             centre=found.centre,
         )
-
-    def _compare(
-        self, features: Tensor, counted: Tensor, senders: Tensor, last: Tensor, banned: Tensor, boundaries: slice
-    ) -> _Comparison:
-        """Compare the signals of some boundaries with each other; all arguments have these boundaries in front."""
-        sent = of_workers(features, counted, senders)
-        votes = torch.where(sent.isnan(), last, sent)
-        opinion = median_vote(votes)
-        inside = self._scores(features - opinion[:, None, None], boundaries).amax(dim=-1) <= 1
-        # Once more among those of this step, without those that are out, which pull the median to their side, and without memories,
-        # which a training that moves leaves behind; unless most are out, which no attack can do.
-        kept = counted & inside
-        most = 2 * kept.sum(dim=(1, 2)) > counted.sum(dim=(1, 2))
-        centre = torch.where(most[:, None], median_vote(of_workers(features, kept, senders)), opinion)
-        highest = self._scores(features - centre.nan_to_num()[:, None, None], boundaries).max(dim=-1)
-        present, voting = (~given.isnan().all(dim=2) for given in (sent, votes))
-        return _Comparison(
-            by_peers=comparable(voting, banned) & self._compares & self.warmed_up,
-            quorum=2 * present.sum(dim=1) >= voting.sum(dim=1),
-            certain=comparable(present, banned),
-            score=highest.values.clamp(max=MAX_SCORE),
-            worst=highest.indices,
-            opinion=opinion,
-            centre=centre,
-        )
-
-    def _scores(self, centred: Tensor, boundaries: slice) -> Tensor:
-        fences = Fences(*(part[boundaries, None, None] for part in self.among_peers.fences.parts()))
-        return fences.scores(centred)
 
     def heights(self, wiring: Wiring) -> Tensor:
         """The highest cumulative sum of who serves a lane, ``(boundaries, lanes)``."""

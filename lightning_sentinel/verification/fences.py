@@ -66,8 +66,8 @@ class Fences:
         """The same fences, moved by ``centre`` ``(..., F)``."""
         return Fences(self.lower + centre, self.centre + centre, self.upper + centre, self.mean + centre, self.sigma)
 
-    def of(self, boundary: int) -> Fences:
-        """Those of one boundary, where there is a leading axis of boundaries."""
+    def of(self, boundary: int | slice) -> Fences:
+        """Those of one boundary or of some, where there is a leading axis of boundaries."""
         return Fences(*(part[boundary] for part in self.parts()))
 
     def scores(self, features: Tensor) -> Tensor:

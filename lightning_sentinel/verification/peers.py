@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["FEWEST_PEERS", "comparable", "median_vote", "of_workers"]
+from lightning_sentinel.verification.fences import Fences
+from lightning_sentinel.verification.table import MAX_SCORE
+
+__all__ = ["FEWEST_PEERS", "Comparison", "comparable", "compare", "median_vote", "of_workers"]
 
 FEWEST_PEERS = 4
 """Workers that a median needs to say anything."""
@@ -64,3 +69,64 @@ def median_vote(votes: Tensor) -> Tensor:
         tensor([[2.]])
     """
     return votes.nanmedian(dim=1).values
+
+
+class Comparison(NamedTuple):
+    """How the signals of a step compare with each other.
+
+    Args:
+        by_peers: ``(boundaries,)`` bool, whether the vote is that of honest workers.
+        quorum: ``(boundaries,)`` bool, whether at least half of the votes are of this step.
+        certain: ``(boundaries,)`` bool, whether those of this step would be enough without those that are remembered.
+        score: ``(boundaries, lanes, micro_batches)``, 0 at the centre, 1 at the fence.
+        worst: ``(boundaries, lanes, micro_batches)``, index of the feature that is furthest out.
+        opinion: ``(boundaries, F)``, the median vote; NaN where nobody votes.
+        centre: ``(boundaries, F)``, the same across those of this step that are in line with it.
+    """
+
+    by_peers: Tensor
+    quorum: Tensor
+    certain: Tensor
+    score: Tensor
+    worst: Tensor
+    opinion: Tensor
+    centre: Tensor
+
+    @property
+    def out(self) -> Tensor:
+        """``(boundaries, lanes, micro_batches)`` bool, signals that are out of line for certain."""
+        return (self.score > 1) & (self.by_peers & self.certain)[:, None, None]
+
+
+def compare(features: Tensor, counted: Tensor, senders: Tensor, last: Tensor, banned: Tensor, fences: Fences) -> Comparison:
+    """Compare the signals of a step with the median of their stage's workers.
+
+    Args:
+        features: ``(boundaries, lanes, micro_batches, F)``.
+        counted: ``(boundaries, lanes, micro_batches)`` bool, signals that say something of their sender.
+        senders: ``(boundaries, lanes)``, the worker that serves a lane.
+        last: ``(boundaries, workers, F)``, the votes of those of whom nothing counts now; NaN if there is nothing to remember.
+        banned: ``(boundaries, workers)`` bool.
+        fences: ``(boundaries, F)``, around features less the median.
+    """
+    per_signal = Fences(*(part[:, None, None] for part in fences.parts()))
+    sent = of_workers(features, counted, senders)
+    votes = torch.where(sent.isnan(), last, sent)
+    opinion = median_vote(votes)
+    inside = per_signal.scores(features - opinion[:, None, None]).amax(dim=-1) <= 1
+    # Once more among those of this step, without those that are out, which pull the median to their side, and without memories,
+    # which a training that moves leaves behind; unless most are out, which no attack can do.
+    kept = counted & inside
+    most = 2 * kept.sum(dim=(1, 2)) > counted.sum(dim=(1, 2))
+    centre = torch.where(most[:, None], median_vote(of_workers(features, kept, senders)), opinion)
+    highest = per_signal.scores(features - centre.nan_to_num()[:, None, None]).max(dim=-1)
+    present, voting = (~given.isnan().all(dim=2) for given in (sent, votes))
+    return Comparison(
+        by_peers=comparable(voting, banned),
+        quorum=2 * present.sum(dim=1) >= voting.sum(dim=1),
+        certain=comparable(present, banned),
+        score=highest.values.clamp(max=MAX_SCORE),
+        worst=highest.indices,
+        opinion=opinion,
+        centre=centre,
+    )
