@@ -16,9 +16,10 @@ from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.verification.audit import causal_order
 from lightning_sentinel.verification.drift import Cusum
 from lightning_sentinel.verification.features import FEATURES, watched
-from lightning_sentinel.verification.fences import Fences, FenceWindow
+from lightning_sentinel.verification.fences import Fences
 from lightning_sentinel.verification.peers import Comparison, compare, of_workers
 from lightning_sentinel.verification.table import MAX_SCORE, SignalTable
+from lightning_sentinel.verification.window import FenceWindow
 from lightning_sentinel.wiring import Wiring
 
 __all__ = ["Assessment", "Calibration"]
@@ -229,4 +230,4 @@ class Calibration:
         if state["drift"].shape == self.drift.sums[:, boundary].shape:
             self.drift.sums[:, boundary], self.last[boundary] = state["drift"].cpu(), state["last"].cpu()
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
-            window.load_state_of(boundary, {key: state[f"{name}.{key}"].cpu() for key in ("values", "fences")})
+            window.load_state_of(boundary, {key: state[f"{name}.{key}"].cpu() for key in ("values", "fences", "spread")})

@@ -11,14 +11,13 @@ they cannot.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-__all__ = ["FenceWindow", "Fences", "fit_fences"]
+__all__ = ["Fences", "fit_fences"]
 
 _MARGIN = 1.25
 _SMALLEST_K = 1.5
@@ -65,6 +64,11 @@ class Fences:
     def around(self, centre: Tensor) -> Fences:
         """The same fences, moved by ``centre`` ``(..., F)``."""
         return Fences(self.lower + centre, self.centre + centre, self.upper + centre, self.mean + centre, self.sigma)
+
+    def widened(self, factor: Tensor) -> Fences:
+        """The same fences, ``factor`` ``(..., F)`` times as far from their centre."""
+        reach_down, reach_up = (self.centre - self.lower) * factor, (self.upper - self.centre) * factor
+        return Fences(self.centre - reach_down, self.centre, self.centre + reach_up, self.mean, self.sigma)
 
     def of(self, boundary: int | slice) -> Fences:
         """Those of one boundary or of some, where there is a leading axis of boundaries."""
@@ -170,61 +174,3 @@ def _quantile(ordered: Tensor, count: Tensor, level: float) -> Tensor:
     after = torch.minimum(index + 1, (count - 1).clamp(min=0)[..., None, None].expand_as(index))
     first, second = (ordered.gather(-2, i).squeeze(-2) for i in (index, after))
     return torch.lerp(first, second, (place - below)[..., None])
-
-
-class FenceWindow:
-    """The latest honest values of all boundaries, and fences around them.
-
-    Args:
-        boundaries: how many.
-        size: values of a boundary that are remembered.
-        watched: ``(F,)`` bool, features to fence.
-        rate: share of honest signals that may be outside.
-        two_sided: whether a value can also be too small.
-    """
-
-    def __init__(self, boundaries: int, size: int, watched: Tensor, rate: float, two_sided: bool) -> None:
-        self._rate, self._two_sided, self._watched = rate, two_sided, watched
-        self.values = torch.full((boundaries, size, len(watched)), torch.nan)
-        self.places = torch.zeros(boundaries, dtype=torch.long)
-        self.fences = Fences.open(boundaries, len(watched))
-
-    def add(self, features: Tensor, honest: Tensor) -> None:
-        """Enter a step.
-
-        Args:
-            features: ``(boundaries, N, F)``.
-            honest: ``(boundaries, N)`` bool, which of them to remember.
-        """
-        size = self.values.shape[1]
-        honest = honest & features.isfinite().all(dim=-1)
-        # Where each honest value goes: the oldest places, in order, round and round; a step larger than the window keeps its end.
-        order = honest.cumsum(dim=1)
-        kept = honest & (honest.sum(dim=1, keepdim=True) - order < size)
-        boundary, signal = kept.nonzero(as_tuple=True)
-        self.values[boundary, (self.places[boundary] + order[boundary, signal] - 1) % size] = features[boundary, signal]
-        self.places = (self.places + honest.sum(dim=1)) % size
-
-    def state_of(self, boundary: int) -> dict[str, Tensor]:
-        """What is known of one boundary: the values, oldest first, and the fences in force."""
-        values = self.values[boundary].roll(-int(self.places[boundary]), dims=0)
-        return {
-            "values": values[~values[:, 0].isnan()],
-            "fences": torch.stack(self.fences.of(boundary).parts()),
-        }
-
-    def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
-        """Load what :meth:`state_of` gave: of the values the latest, as many as this window has room for."""
-        size = self.values.shape[1]
-        kept = state["values"][-size:]
-        self.values[boundary] = torch.nan
-        self.values[boundary, : len(kept)] = kept
-        self.places[boundary] = len(kept) % size
-        parts = [part.clone() for part in self.fences.parts()]
-        for mine, saved in zip(parts, state["fences"]):
-            mine[boundary] = saved
-        self.fences = Fences(*parts)
-
-    def fit(self) -> None:
-        """Fit the fences to what is remembered."""
-        self.fences = fit_fences(self.values, self._rate, self._two_sided, self._watched)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_sentinel.verification import fences as module
-from lightning_sentinel.verification.fences import Fences, FenceWindow
+from lightning_sentinel.verification.fences import Fences
 
 DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "normal": lambda rng, count: rng.normal(-3.0, 2.0, size=(count, 4)),
@@ -221,62 +221,6 @@ def test_moving_fences_keeps_them() -> None:
         assert torch.equal(getattr(moved, name), getattr(fences, name))
 
 
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_one_value_that_is_not_finite_does_not_take_the_fences_down(value: float) -> None:
-    values, window = draw("normal", np.random.default_rng(14), 80), FenceWindow(1, 128, ALL, 0.01, True)
-    values[5, 1] = value
-    window.add(values[None], torch.ones(1, 80, dtype=torch.bool))
-    window.fit()
-    assert window.values.isfinite().all(dim=2).sum() == 79
-    assert all(part.isfinite().all() for part in parts(window.fences))
-    assert (window.fences.scores(torch.full((4,), 1e6)) > 1).all()
-
-
-# --- The window
-
-
-@settings(derandomize=True, deadline=None, max_examples=60)
-@given(
-    size=st.integers(1, 12),
-    boundaries=st.integers(1, 3),
-    signals=st.integers(1, 15),
-    steps=st.integers(1, 8),
-    seed=st.integers(0, 999),
-)
-def test_a_window_holds_the_latest_honest_values(size: int, boundaries: int, signals: int, steps: int, seed: int) -> None:
-    rng, window = np.random.default_rng(seed), FenceWindow(boundaries, size, ALL, 0.01, True)
-    remembered: list[list[list[float]]] = [[] for _ in range(boundaries)]
-    for _ in range(steps):
-        features = torch.from_numpy(rng.normal(size=(boundaries, signals, 4)).astype("float32"))
-        honest = torch.from_numpy(rng.uniform(size=(boundaries, signals)) < rng.uniform())
-        window.add(features, honest)
-        for boundary in range(boundaries):
-            remembered[boundary] += features[boundary][honest[boundary]].tolist()
-    for boundary in range(boundaries):
-        kept = window.values[boundary]
-        filled = kept[~kept.isnan().any(dim=1)].tolist()
-        assert sorted(filled) == sorted(remembered[boundary][-size:])
-        assert int(window.places[boundary]) == len(remembered[boundary]) % size
-
-
-def test_a_window_is_fenced_when_it_is_asked_to_be() -> None:
-    rng, window = np.random.default_rng(15), FenceWindow(2, 64, ALL, 0.02, False)
-    values = torch.stack([draw("uniform", rng, 40), draw("normal", rng, 40)])
-    window.add(values, torch.ones(2, 40, dtype=torch.bool))
-    assert window.fences.upper.isinf().all()
-    window.fit()
-    for found, expected in zip(parts(window.fences), parts(fit_fences(values, 0.02, two_sided=False))):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_what_is_not_honest_leaves_no_trace_in_a_window() -> None:
-    window = FenceWindow(1, 8, ALL, 0.01, True)
-    values = torch.full((1, 6, 4), torch.nan)
-    values[0, ::2] = torch.arange(3.0)[:, None]
-    window.add(values, torch.tensor([[True, False] * 3]))
-    assert window.values[0, :3, 0].tolist() == [0, 1, 2] and window.values[0, 3:].isnan().all()
-
-
 def test_fences_move_with_what_they_are_around() -> None:
     fences, centre = fit_fences(draw("normal", np.random.default_rng(16), 64), 0.01, True), torch.tensor([1.0, -2.0, 0.0, 5.0])
     moved = fences.around(centre)
@@ -288,41 +232,10 @@ def test_fences_move_with_what_they_are_around() -> None:
         assert torch.equal(part, expected) or (not expected.any() and torch.equal(part, centre))
 
 
-def oldest_first(window: FenceWindow, boundary: int) -> list[float]:
-    kept = window.values[boundary].roll(-int(window.places[boundary]), dims=0)[:, 0]
-    return kept[~kept.isnan()].tolist()
-
-
-@pytest.mark.parametrize("filled", [0, 5, 8, 30])
-def test_a_loaded_window_goes_on_identically(filled: int) -> None:
-    rng = np.random.default_rng(18)
-    original, loaded = (FenceWindow(3, 8, ALL, 0.05, True) for _ in range(2))
-    values = torch.stack([draw("normal", rng, filled) for _ in range(3)])
-    original.add(values, torch.ones(3, filled, dtype=torch.bool))
-    original.fit()
-    state = original.state_of(1)
-    before = {name: value.clone() for name, value in state.items()}
-    loaded.load_state_of(1, state)
-    for found, expected in zip(parts(loaded.fences.of(1)), parts(original.fences.of(1))):
-        assert torch.equal(found, expected)
-    assert loaded.fences.upper[[0, 2]].isinf().all() and loaded.values[[0, 2]].isnan().all()
-    for _ in range(3):
-        more = draw("normal", rng, 5).expand(3, 5, 4)
-        for window in (original, loaded):
-            window.add(more, torch.ones(3, 5, dtype=torch.bool))
-        assert oldest_first(loaded, 1) == oldest_first(original, 1)
-    assert all(torch.equal(state[name].nan_to_num(), before[name].nan_to_num()) for name in state)
-
-
-@pytest.mark.parametrize(("saved", "mine"), [(8, 4), (4, 8)])
-@pytest.mark.parametrize("filled", [3, 4, 8, 13])
-def test_a_window_of_another_size_loads_the_latest_values(saved: int, mine: int, filled: int) -> None:
-    original, loaded = FenceWindow(1, saved, ALL, 0.05, True), FenceWindow(1, mine, ALL, 0.05, True)
-    original.add(torch.arange(float(filled))[None, :, None].expand(1, filled, 4), torch.ones(1, filled, dtype=torch.bool))
-    loaded.load_state_of(0, original.state_of(0))
-    kept = loaded.values[0, :, 0]
-    assert sorted(kept[~kept.isnan()].tolist()) == [float(value) for value in range(filled)][-min(saved, mine) :]
-    # And the oldest of them, or a place that is still free, is the next to go.
-    loaded.add(torch.full((1, 1, 4), 99.0), torch.ones(1, 1, dtype=torch.bool))
-    kept = loaded.values[0, :, 0]
-    assert sorted(kept[~kept.isnan()].tolist()) == [*range(filled)[-saved:], 99][-mine:]
+def test_widened_fences_score_as_much_lower() -> None:
+    fences, factor = fit_fences(draw("lognormal", np.random.default_rng(18), 64), 0.01, True), torch.tensor([1.0, 2.0, 3.0, 10.0])
+    values = draw("normal", np.random.default_rng(19), 64)
+    torch.testing.assert_close(fences.widened(factor).scores(values) * factor, fences.scores(values))
+    assert torch.equal(fences.widened(factor).centre, fences.centre)
+    for part, expected in zip(parts(Fences.open(4).widened(factor)), parts(Fences.open(4))):
+        assert torch.equal(part, expected)

@@ -18,10 +18,11 @@ from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
 from lightning_sentinel.verification import COLUMNS, BoundaryVerifier, Inspection
 from lightning_sentinel.verification.features import FEATURES, watched
-from lightning_sentinel.verification.fences import Fences, FenceWindow
+from lightning_sentinel.verification.fences import Fences
 from lightning_sentinel.verification.measurement import measure
 from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.table import MAX_SCORE
+from lightning_sentinel.verification.window import FenceWindow
 
 SAMPLES, POSITIONS, CHANNELS = 4, 6, 8
 REPLICAS, MICRO_BATCHES = 4, 2
