@@ -109,7 +109,10 @@ def test_a_training_that_diverged_is_called_so() -> None:
 
 def test_the_table_has_a_line_for_every_attack_and_a_column_for_every_method(groups: dict[tuple[str, str], Group]) -> None:
     text = markdown("How well?", list(groups.values()))
-    assert text.startswith("# How well?\n")
+    assert text.startswith(
+        "# How well?\n\n8 stages x 8 replicas; 2 micro-batches of 2 x 32 bytes of code a replica and step; llama of width 64;"
+        " 60 honest steps, then 60; 25 % malicious in each middle stage; seeds 0, 1.\n"
+    )
     lines = text[text.index("| attack |") :].splitlines()
     assert len(lines) == 2 + 2
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]

@@ -39,7 +39,7 @@ _EXPLAINED = (
 
 
 def markdown(title: str, groups: Sequence[Group]) -> str:
-    """A Markdown page: kinds of attacks in short, then a row for each attack and a column for each method."""
+    """A Markdown page: what was run, kinds of attacks in short, then a row for each attack and a column for each method."""
     methods = list(dict.fromkeys(group.scenario.method for group in groups if group.scenario.method != "unprotected"))
     names = list(dict.fromkeys(group.name for group in groups if methods == [] or group.scenario.method in methods))
     found = {(group.name, group.scenario.method): group for group in groups}
@@ -52,7 +52,26 @@ def markdown(title: str, groups: Sequence[Group]) -> str:
         cells = [_cell(found.get((name, method))) for method in methods]
         lines.append("| " + " | ".join([*(name if varied else name[:2]), alone, *cells]) + " |")
     short = summary(groups)
-    return "\n".join([f"# {title}", "", *short, *([""] if short else []), _EXPLAINED, "", *lines]) + "\n"
+    return "\n".join([f"# {title}", "", _setting(groups), "", *short, *([""] if short else []), _EXPLAINED, "", *lines]) + "\n"
+
+
+def _setting(groups: Sequence[Group]) -> str:
+    """What was run, in one sentence; where a suite varies it, all values."""
+    runs = [row.scenario for group in groups for row in group.rows]
+
+    def among(values: Iterable[object]) -> str:
+        return ", ".join(dict.fromkeys(map(str, values)))
+
+    def of(part: str) -> str:
+        return among(getattr(run.training, part) for run in runs)
+
+    shares = among(f"{100 * run.fraction:g}" for run in runs if run.fraction)
+    return (
+        f"{of('stages')} stages x {of('replicas')} replicas; {of('micro_batches')} micro-batches of {of('micro_batch_size')} x"
+        f" {of('sequence_length')} bytes of {of('data')} a replica and step; {of('model')} of width {of('width')};"
+        f" {of('warmup_steps')} honest steps, then {of('steps')}{f'; {shares} % malicious in each middle stage' * bool(shares)};"
+        f" seeds {among(run.seed for run in runs)}."
+    )
 
 
 def _first(values: Iterable[float | None]) -> float | None:
