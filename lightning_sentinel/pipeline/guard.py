@@ -199,7 +199,7 @@ class Guard:
                 verifier.forget_step()
         else:
             self._learn(table, verdict, assessment, sum_over_replicas)
-            self.calibration.learn(verdict.table, verdict.honest, verdict.explained, assessment, wiring)
+            self.calibration.learn(verdict.table, verdict.honest, verdict.heard, verdict.explained, assessment, wiring)
             self.calibration.forget_sums(verdict.cleared, wiring)
             self._put_fences()
         return Ruling(verdict, banned, redo, wiring)

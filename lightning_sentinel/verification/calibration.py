@@ -86,7 +86,7 @@ class Calibration:
         self.trend = torch.full((boundaries, len(FEATURES)), torch.nan)
         """``(boundaries, F)``; NaN until something honest was seen."""
         self.last = torch.full((boundaries, mesh.replicas, len(FEATURES)), torch.nan)
-        """``(boundaries, replicas, F)``, what each worker sent when it last sent something honest, less the trend of then."""
+        """``(boundaries, replicas, F)``, what each worker sent when it last could be heard, less the trend of then."""
         self.steps = 0
         self._compares = two_sided
 
@@ -159,12 +159,15 @@ class Calibration:
         rows = [wiring.serving[boundary.sender] for boundary in self._mesh.boundaries]
         return torch.tensor(rows, dtype=torch.long).view(len(rows), self._mesh.replicas)
 
-    def learn(self, table: SignalTable, honest: Tensor, explained: Tensor, assessment: Assessment, wiring: Wiring) -> None:
+    def learn(
+        self, table: SignalTable, honest: Tensor, heard: Tensor, explained: Tensor, assessment: Assessment, wiring: Wiring
+    ) -> None:
         """Take in a step.
 
         Args:
             table: of the step.
             honest: ``(boundaries, lanes, micro_batches)`` bool, signals to learn from.
+            heard: ``(boundaries, lanes, micro_batches)`` bool, signals to remember as the word of their senders.
             explained: ``(boundaries, lanes, micro_batches)`` bool, signals that say nothing of their sender.
             assessment: of the table.
             wiring: who served which lane.
@@ -184,7 +187,7 @@ class Calibration:
         if self.steps > 0:
             # In the first step there is no reference yet, so its features say nothing.
             self._follow(table.features, honest, assessment)
-            sent = of_workers(table.features, honest, self._senders(wiring)) - self.trend[:, None]
+            sent = of_workers(table.features, heard, self._senders(wiring)) - self.trend[:, None]
             self.last = torch.where(sent.isnan(), self.last, sent)
         self.steps += 1
         since = self.steps - self._config.warmup_steps

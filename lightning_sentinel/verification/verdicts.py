@@ -70,6 +70,8 @@ class StepVerdict:
         guilty: workers that an audit found to have lied.
         audits: signals that were recomputed.
         honest: ``(boundaries, lanes, micro_batches)`` bool, signals to learn from.
+        heard: ``(boundaries, lanes, micro_batches)`` bool, signals to remember as the word of their senders: also those of which it
+            is open whether they are honest.
         explained: ``(boundaries, lanes, micro_batches)`` bool, signals that say nothing of their sender: what it was sent may be
             the reason.
         cleared: ``(boundaries, lanes)`` bool, senders that an audit found honest.
@@ -84,6 +86,7 @@ class StepVerdict:
     guilty: frozenset[Worker]
     audits: int
     honest: Tensor
+    heard: Tensor
     explained: Tensor
     cleared: Tensor
     clean: Tensor
@@ -121,6 +124,8 @@ def judge(
     doubted = behind(doubtful | open_question, mesh)
     slightly = blamed & (score <= _MUCH_FURTHER) | valid & ~out & (heights > ALARM_WITHOUT_AUDITS)[..., None]
     standing, explained = _first_along_the_way(blamed & ~slightly | slightly & ~doubted, mesh)
+    finite = assessment.worst >= 0
+    heard = valid & ~standing & ~explained & ~doubted & finite
     explained |= (doubted | open_question) & ~standing
     scored = table.scored(assessment.score, assessment.worst)
     return StepVerdict(
@@ -131,7 +136,8 @@ def judge(
         guilty=frozenset(),
         audits=0,
         # A training that overflows everywhere is nobody's fault, but there is nothing to learn from it.
-        honest=valid & ~standing & ~explained & ~doubtful & (assessment.worst >= 0),
+        honest=valid & ~standing & ~explained & ~doubtful & finite,
+        heard=heard,
         explained=explained,
         cleared=torch.zeros_like(heights, dtype=torch.bool),
         clean=_clean(table.flagged, live, mesh) if exclude else torch.ones(mesh.stages, *valid.shape[1:], dtype=torch.bool),
@@ -177,6 +183,7 @@ def judge_with_audits(
         confirmed[index] = audited[index] & audit(index, audited[index])
         found = found | confirmed[index]
         oddity = torch.maximum(oddity, torch.where(audited[index] & flagged[index], score, 0.0))
+    honest = valid & ~confirmed & ~explained & (assessment.worst >= 0)
     scored = table.scored(assessment.score, assessment.worst)
     shown = ((flagged | suspected) & audited) | confirmed
     detections = _detections(scored, shown, mesh, wiring, step)
@@ -188,7 +195,8 @@ def judge_with_audits(
         verified=frozenset(_count(valid & ~explained, mesh, wiring)),
         guilty=frozenset(_count(confirmed, mesh, wiring)),
         audits=int(audited.sum()),
-        honest=valid & ~confirmed & ~explained & (assessment.worst >= 0),
+        honest=honest,
+        heard=honest,
         explained=explained,
         cleared=(audited & ~confirmed).any(dim=2) & ~confirmed.any(dim=2),
         clean=torch.tensor(wiring.live)[None, :, None].expand(mesh.stages, *valid.shape[1:]),

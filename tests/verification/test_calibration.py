@@ -53,7 +53,7 @@ class Run:
         verdict = judge(table, assessment, calibration.heights(self.wiring), self.mesh, self.wiring, number, True)
         self.ledger.record(number, verdict.flagged, verdict.suspects, verdict.verified)
         self.flags.append(verdict.flagged.total())
-        calibration.learn(verdict.table, verdict.honest, verdict.explained, assessment, self.wiring)
+        calibration.learn(verdict.table, verdict.honest, verdict.heard, verdict.explained, assessment, self.wiring)
         return assessment, verdict
 
 
@@ -182,6 +182,28 @@ def test_who_cannot_be_verified_votes_with_what_it_sent_last() -> None:
     assert run.assess(table_of(features, tainted)).by_peers.tolist() == [True, False]
 
 
+def test_who_moved_while_nobody_could_look_is_believed_once_most_were_heard() -> None:
+    # What is remembered of eight workers is old; five honest ones have moved since, three liars stay where they all were. Only
+    # three lanes a step can be verified, so that those of a step are never a majority.
+    mesh = Mesh(2, 8)
+    run = Run(mesh).run(WARMUP + 8)
+    tainted, moved = torch.ones(2, 8, MICRO_BATCHES, dtype=torch.bool), torch.zeros(2, 8, 1, F)
+    tainted[0] = False
+    moved[1, 3:] = 4.0
+    scores = []
+    for step in range(16):
+        lanes = [(step * 3 + k) % 8 for k in range(3)]
+        seen = tainted.clone()
+        seen[1, lanes] = False
+        assessment, verdict = run.step(table_of(normal(mesh)(0, run.generator) + moved, seen, run.calibration))
+        assert assessment.by_peers.all() and not assessment.certain[1] and {worker.stage for worker in verdict.flagged} <= {0}
+        scores.append({lane: float(assessment.score[1, lane].median()) for lane in lanes})
+    first, last = scores[:2], scores[-5:]
+    assert min(score[lane] for score in first for lane in score if lane >= 3) > 0.75  # an open question
+    assert max(score[lane] for score in last for lane in score if lane >= 3) < 1
+    assert min(score[lane] for score in last for lane in score if lane < 3) > 0.75
+
+
 def test_the_few_that_are_left_do_not_move_the_trend() -> None:
     mesh, tainted = Mesh(2, 8), torch.zeros(2, 8, MICRO_BATCHES, dtype=torch.bool)
     run = Run(mesh).run(WARMUP + 8)
@@ -191,7 +213,7 @@ def test_the_few_that_are_left_do_not_move_the_trend() -> None:
         features = normal(mesh)(0, run.generator)
         features[1, :2] += 0.8  # Not enough to be seen by itself.
         table = table_of(features, tainted)
-        run.calibration.learn(table, ~tainted, tainted, run.assess(table), run.wiring)
+        run.calibration.learn(table, ~tainted, ~tainted, tainted, run.assess(table), run.wiring)
     assert (run.calibration.trend - before)[1].mean() < 0.3
 
 
@@ -212,7 +234,7 @@ def test_windows_hold_what_was_honest_after_the_first_steps() -> None:
         table = table_of(normal(run.mesh)(step, run.generator), calibration=run.calibration)
         honest = torch.rand(2, 4, MICRO_BATCHES, generator=run.generator) < 0.7
         assessment = run.assess(table)
-        run.calibration.learn(table, honest, ~honest, assessment, run.wiring)
+        run.calibration.learn(table, honest, honest, ~honest, assessment, run.wiring)
         if step >= 10:
             rows.append((table.features - torch.from_numpy(trend)[:, None, None], assessment.centred(table.features), honest))
         for b, f in np.ndindex(2, F):
@@ -401,7 +423,7 @@ def test_boundaries_without_an_honest_signal_keep_their_trend() -> None:
     honest = torch.ones(2, 3, MICRO_BATCHES, dtype=torch.bool)
     honest[1] = False
     before = run.calibration.trend.clone()
-    run.calibration.learn(table, honest, ~honest, run.assess(table), run.wiring)
+    run.calibration.learn(table, honest, honest, ~honest, run.assess(table), run.wiring)
     assert torch.equal(run.calibration.trend[1], before[1]) and not torch.equal(run.calibration.trend[0], before[0])
 
 

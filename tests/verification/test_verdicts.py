@@ -203,6 +203,9 @@ def test_among_a_few_only_what_is_far_out_is_blamed(score: float, quorum: bool, 
     # What is left open says nothing of its sender, and nothing is learned from it or from what is behind it.
     assert (Worker(1, 3) in verdict.verified) == blamed
     assert not verdict.honest[[1, 2, 3, 4, 5], 3].any() and verdict.honest[0].all()
+    # But it is the word of its sender, which others are compared with; what is behind it is nobody's.
+    assert bool(verdict.heard[1, 3].all()) == bool(verdict.heard[1, 3].any()) == (not blamed)
+    assert not verdict.heard[[2, 3, 4, 5], 3].any() and verdict.heard[:, :3].all()
 
 
 @pytest.mark.parametrize("quorum", [True, False])
