@@ -62,11 +62,6 @@ class PositionSums:
         total = self.total.masked_fill(~chosen[..., None, None], 0.0).flatten(0, -3).sum(dim=0)
         return PositionSums(total, self.count.masked_fill(~chosen[..., None], 0.0).flatten(0, -2).sum(dim=0))
 
-    def __add__(self, other: PositionSums) -> PositionSums:
-        positions = max(self.total.shape[-2], other.total.shape[-2])
-        mine, theirs = self.resized(positions), other.resized(positions)
-        return PositionSums(mine.total + theirs.total, mine.count + theirs.count)
-
 
 @dataclass
 class Momentum:

@@ -56,9 +56,6 @@ class Contribution:
         """The same over the first ``positions`` positions."""
         return Contribution(self.positions.resized(positions), self.statistics, self.signals)
 
-    def __add__(self, other: Contribution) -> Contribution:
-        return Contribution(self.positions + other.positions, self.statistics + other.statistics, self.signals + other.signals)
-
     def flat(self) -> Tensor:
         """One vector for an all-reduce: ``T * C`` sums, ``T`` counts, ``S`` sums, one count."""
         parts = (self.positions.total, self.positions.count, self.statistics, self.signals)

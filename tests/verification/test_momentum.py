@@ -102,15 +102,6 @@ def test_resizing_drops_positions_or_adds_some_of_no_weight(positions: int) -> N
     assert not resized.total[4:].any() and not resized.count[4:].any()
 
 
-def test_sums_of_different_lengths_add_up() -> None:
-    short, long = (sums_of(means_of([length], seed=length)) for length in (2, 5))
-    for added in (short + long, long + short):
-        expected = long.total.numpy().copy()
-        expected[:2] += short.total.numpy()
-        np.testing.assert_allclose(added.total.numpy(), expected, rtol=1e-6)
-        assert added.count.tolist() == [2, 2, 1, 1, 1]
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_has_no_weight_does_not_poison(value: float) -> None:
     honest = means_of([4], seed=6)[0]
@@ -159,16 +150,6 @@ def test_a_leading_axis_tells_senders_apart(positions: int | None) -> None:
         length = len(one.count)
         assert torch.equal(together.total[sender, :length], one.total) and torch.equal(together.count[sender, :length], one.count)
         assert not together.total[sender, length:].any() and not together.count[sender, length:].any()
-
-
-def test_senders_of_different_lengths_add_up() -> None:
-    short, _ = senders_of([(2, [1.0, 0.0])], seed=9)
-    long, _ = senders_of([(4, [1.0, 1.0])], seed=10)
-    for added in (short + long, long + short):
-        expected = long.total.clone()
-        expected[:, :2] += short.total
-        assert torch.equal(added.total, expected)
-        assert added.count.tolist() == [[2, 2, 1, 1], [1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("chosen", list(itertools.product([False, True], repeat=4)), ids=str)

@@ -82,14 +82,16 @@ def test_what_has_no_weight_does_not_poison(value: float) -> None:
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_the_sum_of_flat_vectors_is_the_whole(replicas: int) -> None:
     steps = [one_step(seed, WEIGHTS, positions=2 + seed)[0].of(torch.ones(SENDERS).bool()) for seed in range(replicas)]
-    whole = steps[0]
-    for step in steps[1:]:
-        whole = whole + step
     longest = 1 + replicas
     vectors = [step.resized(longest).flat() for step in steps]
     assert {vector.shape for vector in vectors} == {(longest * CHANNELS + longest + TOTAL + 1,)}
     back = Contribution.from_flat(torch.stack(vectors).sum(dim=0), steps[0].resized(longest))
-    np.testing.assert_allclose(back.flat().numpy(), whole.flat().numpy(), rtol=1e-5, atol=1e-5)
+    whole = np.zeros((longest, CHANNELS))
+    for step in steps:
+        whole[: len(step.positions.total)] += step.positions.total.numpy()
+    np.testing.assert_allclose(back.positions.total.numpy(), whole, rtol=1e-5, atol=1e-5)
+    statistics = np.sum([step.statistics.numpy() for step in steps], axis=0)
+    np.testing.assert_allclose(back.statistics.numpy(), statistics, rtol=1e-5, atol=1e-5)
     assert back.signals.item() == 4 * replicas
     assert back.positions.count.tolist() == [sum(2 + seed > t for seed in range(replicas)) * 4 for t in range(longest)]
 

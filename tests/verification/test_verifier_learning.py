@@ -14,6 +14,7 @@ from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
 from lightning_sentinel.verification import BoundaryVerifier
 from lightning_sentinel.verification.features import FEATURES, watched
+from lightning_sentinel.verification.references import Contribution
 from lightning_sentinel.verification.window import FenceWindow
 from tests.verification.rigs import (
     CHANNELS,
@@ -196,7 +197,9 @@ def test_senders_at_once_are_verifiers_of_one_sender_each(shape: tuple[int, ...]
         unflagged, cleared = torch.tensor([True, step % 3 != 0, True]), torch.tensor([True, False, False])
         whole = together.contribution(unflagged, cleared)
         parts = [one.contribution(unflagged[i : i + 1], cleared[i : i + 1]) for i, one in enumerate(apart)]
-        summed = parts[0] + parts[1] + parts[2]
+        length = len(whole.positions.count)
+        flat = torch.stack([part.resized(length).flat() for part in parts]).sum(dim=0)
+        summed = Contribution.from_flat(flat, whole)
         assert whole.signals == summed.signals and torch.equal(whole.positions.count, summed.positions.count)
         close(whole.flat(), summed.flat())
         values = torch.cat(honest)
