@@ -17,7 +17,7 @@ from lightning_sentinel.verification.audit import causal_order
 from lightning_sentinel.verification.drift import Cusum
 from lightning_sentinel.verification.features import FEATURES, watched
 from lightning_sentinel.verification.fences import Fences
-from lightning_sentinel.verification.peers import Comparison, compare, of_workers
+from lightning_sentinel.verification.peers import Comparison, compare, median_vote, of_workers
 from lightning_sentinel.verification.table import MAX_SCORE, SignalTable
 from lightning_sentinel.verification.window import FenceWindow
 from lightning_sentinel.wiring import Wiring
@@ -31,6 +31,9 @@ _STEPS_BETWEEN_FITS = 4
 """A window changes little from step to step."""
 
 _TREND_BETA = 0.9
+_RECENT_BETA = 0.9
+_FURTHEST = 5.0
+"""The highest score that is remembered: what is further out is an attack, and would fade too slowly."""
 
 
 class Assessment(NamedTuple):
@@ -41,6 +44,8 @@ class Assessment(NamedTuple):
         quorum: ``(boundaries,)`` bool, whether at least half of those that they were compared with sent something in this step.
         certain: ``(boundaries,)`` bool, whether those of this step would be enough without those that are remembered.
         score: 0 at the centre, 1 at the fence.
+        recent: ``(boundaries, workers)``, how far out each worker has been of late at its furthest.
+        typical: ``(boundaries,)``, the median of that, so how far out an honest worker has been.
         worst: index of the feature that is furthest out; -1 if the signal is not finite.
         valid: whether the signal tells anything: its micro-batch was not tainted before, its lane is live.
         opinion: ``(boundaries, F)``, the median across replicas; who could not be verified is remembered.
@@ -52,6 +57,8 @@ class Assessment(NamedTuple):
     quorum: Tensor
     certain: Tensor
     score: Tensor
+    recent: Tensor
+    typical: Tensor
     worst: Tensor
     valid: Tensor
     opinion: Tensor
@@ -87,6 +94,8 @@ class Calibration:
         """``(boundaries, F)``; NaN until something honest was seen."""
         self.last = torch.full((boundaries, mesh.replicas, len(FEATURES)), torch.nan)
         """``(boundaries, replicas, F)``, what each worker sent when it last could be heard, less the trend of then."""
+        self.recent = torch.zeros(boundaries, mesh.replicas)
+        """``(boundaries, replicas)``, the highest score of each worker; it fades with every step in which the worker is seen."""
         self.steps = 0
         self._compares = two_sided
 
@@ -122,28 +131,39 @@ class Calibration:
             return found._replace(by_peers=found.by_peers & enabled)
 
         counted = valid & finite
-        found = compared(slice(None), counted)
+        found, heard = compared(slice(None), counted), counted
         if bool((counted & found.out).any()):
             # What is out of line puts everything out of line that comes behind it, which must not vote.
             order = causal_order(self._mesh)
-            parts = {}
+            parts, heard = {}, counted.clone()
             for index in order:
-                parts[index] = compared(slice(index, index + 1), counted)
+                parts[index], heard[index] = compared(slice(index, index + 1), counted), counted[index]
                 counted = counted & ~(valid[index] & (parts[index].out[0] | ~finite[index]))
             found = Comparison(*(torch.cat(pieces) for pieces in zip(*(parts[index] for index in sorted(order)))))
         peers = found.by_peers[:, None, None]
         score = torch.where(peers, found.score, table.column("score"))
         worst = torch.where(peers, found.worst.to(table.rows.dtype), table.column("worst"))
+        score, recent = torch.where(finite, score, MAX_SCORE), self._recent(score, heard & peers, senders)
         return Assessment(
             by_peers=found.by_peers,
             quorum=found.quorum,
             certain=found.certain,
-            score=torch.where(finite, score, MAX_SCORE),
+            score=score,
+            recent=recent,
+            typical=median_vote(torch.where(banned, torch.nan, recent)[..., None]).squeeze(1).nan_to_num(),
             worst=torch.where(finite, worst, -1.0),
             valid=valid,
             opinion=found.opinion,
             centre=found.centre,
         )
+
+    def _recent(self, score: Tensor, counted: Tensor, senders: Tensor) -> Tensor:
+        """``self.recent`` with this step; who is not seen in it stays as it was."""
+        highest = torch.where(counted, score, 0.0).amax(dim=2).clamp(max=_FURTHEST)
+        now = torch.zeros_like(self.recent).scatter_reduce(1, senders, highest, "amax")
+        seen = torch.zeros_like(counted[..., 0].long()).scatter_reduce(1, senders, counted.any(dim=2).long(), "amax").bool()
+        faded = torch.maximum(now, _RECENT_BETA * self.recent)
+        return torch.where(seen, faded, self.recent)
 
     def heights(self, wiring: Wiring) -> Tensor:
         """The highest cumulative sum of who serves a lane, ``(boundaries, lanes)``."""
@@ -189,6 +209,7 @@ class Calibration:
             self._follow(table.features, honest, assessment)
             sent = of_workers(table.features, heard, self._senders(wiring)) - self.trend[:, None]
             self.last = torch.where(sent.isnan(), self.last, sent)
+        self.recent = assessment.recent
         self.steps += 1
         since = self.steps - self._config.warmup_steps
         if since % _STEPS_BETWEEN_FITS == 0:
@@ -221,6 +242,7 @@ class Calibration:
             "steps": torch.tensor(self.steps),
             "trend": self.trend[boundary].clone(),
             "last": self.last[boundary].clone(),
+            "recent": self.recent[boundary].clone(),
             "drift": self.drift.sums[:, boundary].clone(),
         }
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
@@ -232,5 +254,6 @@ class Calibration:
         self.steps, self.trend[boundary] = int(state["steps"]), state["trend"].cpu()
         if state["drift"].shape == self.drift.sums[:, boundary].shape:
             self.drift.sums[:, boundary], self.last[boundary] = state["drift"].cpu(), state["last"].cpu()
+            self.recent[boundary] = state["recent"].cpu()
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
             window.load_state_of(boundary, {key: state[f"{name}.{key}"].cpu() for key in ("values", "fences", "spread")})

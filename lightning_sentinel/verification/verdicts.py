@@ -112,7 +112,8 @@ def judge(
         exclude: whether flagged micro-batches were kept out of the weights at receipt.
     """
     live, valid, score = torch.tensor(wiring.live), assessment.valid, assessment.score
-    out = valid & (score > 1)
+    # Where honest workers are out of line themselves every now and then, nobody is blamed for as much.
+    out = valid & (score > assessment.typical.clamp(min=1)[:, None, None])
     certain = (assessment.by_peers & assessment.certain)[:, None, None]
     blamed = out & (certain | ~_cleared(score, valid))
     # Those that are remembered do not follow the training from step to step.

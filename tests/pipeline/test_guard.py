@@ -214,7 +214,7 @@ def test_memory_does_not_grow_with_steps() -> None:
     references = POSITIONS * k + POSITIONS + k + k * k + 4 * 7 + 1
     regression = (k + 1) * (k + 1 + k)
     fences = window * len(FEATURES) + (5 + 1) * len(FEATURES)  # and the spread of the last steps
-    calibration = 2 * fences + 1 + len(FEATURES) + 3 * REPLICAS * len(FEATURES)
+    calibration = 2 * fences + 1 + len(FEATURES) + 3 * REPLICAS * len(FEATURES) + REPLICAS
     # The senders of two of the four boundaries have received something.
     expected = len(MESH.boundaries) * (references + calibration) + 2 * regression
     for _ in range(2):

@@ -328,6 +328,28 @@ def test_a_change_of_the_training_makes_nobody_drift() -> None:
     assert run.ledger.banned == frozenset()
 
 
+@pytest.mark.parametrize(("workers", "typical"), [(3, False), (5, True)])
+def test_how_far_out_honest_workers_have_been_is_told_by_the_median_of_all(workers: int, typical: bool) -> None:
+    mesh, nobody = Mesh(2, 8), torch.zeros(2, 8, MICRO_BATCHES, dtype=torch.bool)
+    run = Run(mesh).run(WARMUP + 8)
+    for worker in range(workers):  # One after the other, in one of four micro-batches: odd data.
+        features = normal(mesh)(0, run.generator)
+        features[1, worker, 0] += 6
+        assessment, _ = run.step(table_of(features))
+    assert assessment.score[1, worker, 0] > 1
+    assert (assessment.typical[1] > 1) == typical and assessment.typical[0] < 1.5
+    # It fades with every step in which the workers are seen, and not while they are not.
+    features = normal(mesh)(0, run.generator)
+    seen = run.assess(table_of(features)).recent[1]
+    hidden = run.assess(table_of(features, ~nobody)).recent[1]
+    assert torch.equal(hidden, assessment.recent[1])
+    scores = run.assess(table_of(features)).score[1].amax(dim=1)
+    torch.testing.assert_close(seen, torch.maximum(scores.clamp(max=5.0), 0.9 * assessment.recent[1]))
+    # Whoever is banned counts no more.
+    run.banned[1, 5:] = True
+    assert run.assess(table_of(features, ~nobody)).typical[1] == assessment.recent[1, :5].sort().values[2]
+
+
 def test_features_without_a_reference_do_not_become_fences() -> None:
     mesh = Mesh(2, 8)
     run = Run(mesh, lambda step, g: normal(mesh)(step, g) * (step > 0), ban_after=5, warmup_steps=1).run(12)

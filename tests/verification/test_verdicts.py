@@ -189,6 +189,15 @@ def test_a_sender_in_doubt_explains_what_is_slightly_odd_behind_it(score: float,
     assert (Worker(2, 3) in verdict.verified) == blamed and Worker(0, 3) in verdict.verified
 
 
+@pytest.mark.parametrize(("score", "blamed"), [(1.9, False), (2.1, True)])
+def test_nobody_is_blamed_for_what_honest_workers_do_every_now_and_then(score: float, blamed: bool) -> None:
+    step = Step(replicas=5).flag(1, A, 3, ALL, score=score)
+    verdict = step.with_peers(lambda table, live: compared(table, live)._replace(typical=torch.full((len(step.rows),), 2.0)))
+    assert verdict.suspects == ({Worker(1, 3)} if blamed else frozenset())
+    # And it is learned from, so that fences widen where they are too narrow.
+    assert bool(verdict.honest.all()) == (not blamed)
+
+
 def with_doubtful_peers(step: Step, *, quorum: bool) -> StepVerdict:
     """Compared with others of which some are remembered: fewer than half if there is a ``quorum``."""
     boundaries = len(step.rows)

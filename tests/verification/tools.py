@@ -41,6 +41,8 @@ def as_received(table: SignalTable, live: Tensor) -> Assessment:
         quorum=torch.ones(boundaries, dtype=torch.bool),
         certain=torch.ones(boundaries, dtype=torch.bool),
         score=table.column("score"),
+        recent=torch.zeros(boundaries, lanes),
+        typical=torch.zeros(boundaries),
         worst=table.column("worst"),
         valid=valid,
         opinion=centre,
