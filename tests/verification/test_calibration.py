@@ -11,11 +11,7 @@ from lightning_sentinel.verification import COLUMNS
 from lightning_sentinel.verification.table import MAX_SCORE
 from lightning_sentinel.wiring import Wiring
 from tests.verification.runs import MICRO_BATCHES, WARMUP, Run, normal
-from tests.verification.tools import F, table_of
-
-
-def lower_median(values: np.ndarray) -> float:
-    return np.quantile(values, 0.5, method="lower")
+from tests.verification.tools import F, lower_median, table_of
 
 
 def centre_by_hand(features: np.ndarray, kept: np.ndarray) -> np.ndarray:

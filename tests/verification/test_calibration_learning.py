@@ -13,11 +13,7 @@ from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification import Calibration
 from lightning_sentinel.wiring import Wiring
 from tests.verification.runs import MICRO_BATCHES, WARMUP, Draw, Run, normal
-from tests.verification.tools import F, table_of
-
-
-def lower_median(values: np.ndarray) -> float:
-    return np.quantile(values, 0.5, method="lower")
+from tests.verification.tools import F, lower_median, table_of
 
 
 def test_windows_hold_what_was_honest_after_the_first_steps() -> None:

@@ -9,14 +9,11 @@ from torch import Tensor
 
 from lightning_sentinel.config import Response
 from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS, DOUBT, Cusum
+from tests.verification.tools import lower_median
 
 
 def own_lanes(boundaries: int, lanes: int) -> Tensor:
     return torch.arange(lanes).expand(boundaries, lanes)
-
-
-def lower_median(values: np.ndarray) -> float:
-    return np.quantile(values, 0.5, method="lower")
 
 
 def textbook(scores: np.ndarray, valid: np.ndarray, senders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.verification.peers import FEWEST_PEERS, comparable, median_vote, of_workers
+from tests.verification.tools import lower_median
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
 
@@ -23,13 +24,6 @@ def test_workers_are_compared_where_those_that_may_lie_are_a_minority_of_the_vot
         votes = sum(vote and not out for vote, out in zip(voting[boundary], banned[boundary]))
         at_large = max(0, max(m for m in range(workers) if 2 * m < workers) - banned[boundary].sum())
         assert is_comparable == (votes >= FEWEST_PEERS and votes - at_large > at_large)
-
-
-def lower_median(values: np.ndarray) -> float:
-    """Of an even number the lower of the two in the middle: a value that somebody sent."""
-    median = np.quantile(values, 0.5, method="lower")
-    assert len(values) % 2 == 0 or median == np.median(values)
-    return median
 
 
 @pytest.mark.parametrize("wired", ["own lanes", "shuffled", "two lanes at once"])
