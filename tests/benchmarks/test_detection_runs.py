@@ -198,6 +198,14 @@ def test_signals_are_counted() -> None:
     assert (unseen.honest_signals, unseen.tampered_signals, unseen.recall, unseen.precision) == (0, 0, 0.0, 1.0)
 
 
+def test_signals_are_counted_by_who_sent_them_when_others_serve_a_lane() -> None:
+    training = replace(TINY, stages=4, replicas=6, warmup_steps=30, steps=24)
+    found = measure(attack(spec={"name": "scale", "factor": 1e4}, training=training, workers=None, fraction=0.34), None)
+    assert len(found.guilty) == 4 and found.recall == 1.0
+    # Nearly every tampered signal that could be verified is flagged, and none is counted that another worker sent.
+    assert found.tampered_flagged <= found.tampered_signals <= 1.1 * found.tampered_flagged
+
+
 def run_command(output: Path, **settings: Any) -> None:
     small: dict[str, Any] = {"stages": 3, "replicas": 3, "micro_batches": 1, "warmup_steps": 10, "steps": 6, "seeds": 1}
     command.detection(output=output, workers=0, **(small | settings))

@@ -128,9 +128,10 @@ class _Observer(L.Callback):
             return
         at_large = self.guilty - {worker for worker, step in strategy.ledger.banned_at.items() if step < strategy.step - 1}
         verified = (~strategy.table.tainted).sum(dim=2)
+        assert strategy.wiring is not None
         for boundary, counts in zip(strategy.mesh.boundaries, verified.tolist()):
-            for replica, count in enumerate(counts):
-                if Worker(boundary.sender, replica) not in at_large:
+            for lane, count in enumerate(counts):
+                if strategy.wiring.worker(boundary.sender, lane) not in at_large:
                     self.honest += count
                 elif self.tampers_with(boundary.direction):
                     self.tampered += count
