@@ -160,10 +160,8 @@ class Calibration:
     def _recent(self, score: Tensor, counted: Tensor, senders: Tensor) -> Tensor:
         """``self.recent`` with this step; who is not seen in it stays as it was."""
         highest = torch.where(counted, score, 0.0).amax(dim=2).clamp(max=_FURTHEST)
-        now = torch.zeros_like(self.recent).scatter_reduce(1, senders, highest, "amax")
-        seen = torch.zeros_like(counted[..., 0].long()).scatter_reduce(1, senders, counted.any(dim=2).long(), "amax").bool()
-        faded = torch.maximum(now, _RECENT_BETA * self.recent)
-        return torch.where(seen, faded, self.recent)
+        faded = torch.maximum(_most_of_workers(highest, senders), _RECENT_BETA * self.recent)
+        return torch.where(_most_of_workers(counted.any(dim=2), senders), faded, self.recent)
 
     def heights(self, wiring: Wiring) -> Tensor:
         """The highest cumulative sum of who serves a lane, ``(boundaries, lanes)``."""
@@ -171,8 +169,7 @@ class Calibration:
 
     def forget_sums(self, senders: Tensor, wiring: Wiring) -> None:
         """Forget the cumulative sums of senders ``(boundaries, lanes)`` bool: now it is known what they are."""
-        workers = torch.zeros_like(senders).scatter_reduce(1, self._senders(wiring), senders, "amax")
-        self.drift.reset(workers)
+        self.drift.reset(_most_of_workers(senders, self._senders(wiring)))
 
     def _senders(self, wiring: Wiring) -> Tensor:
         """Which replica serves a lane, ``(boundaries, lanes)``."""
@@ -257,3 +254,8 @@ class Calibration:
             self.recent[boundary] = state["recent"].cpu()
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
             window.load_state_of(boundary, {key: state[f"{name}.{key}"].cpu() for key in ("values", "fences", "spread")})
+
+
+def _most_of_workers(lanes: Tensor, senders: Tensor) -> Tensor:
+    """``(boundaries, lanes)`` to ``(boundaries, workers)``: the highest over a worker's lanes, zero if it serves none."""
+    return torch.zeros_like(lanes).scatter_reduce(1, senders, lanes, "amax")

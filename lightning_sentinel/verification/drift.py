@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_sentinel.verification.fences import MAD_OF_A_NORMAL
+
 __all__ = ["ALARM", "ALARM_WITHOUT_AUDITS", "Cusum"]
 
 ALARM = 10.0
@@ -17,7 +19,6 @@ _HIGHEST = 18.0
 """Who is in line again falls below the alarm in less steps than it takes to be banned."""
 _SLACK = 0.75
 _CLIP = 2.5
-_MAD_OF_A_NORMAL = 0.6745
 
 
 class Cusum:
@@ -77,5 +78,5 @@ class Cusum:
 def _among_workers(z: Tensor) -> Tensor:
     """``(boundaries, workers, F)``; who was not verified counts with the zero that is expected of it."""
     away = z - z.median(dim=1, keepdim=True).values
-    deviation = away.abs().median(dim=1, keepdim=True).values / _MAD_OF_A_NORMAL
+    deviation = away.abs().median(dim=1, keepdim=True).values / MAD_OF_A_NORMAL
     return away / deviation.clamp(min=1)

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Fences", "fit_fences"]
+__all__ = ["MAD_OF_A_NORMAL", "Fences", "fit_fences"]
 
 _MARGIN = 1.25
 _SMALLEST_K = 1.5
@@ -27,6 +27,7 @@ _SHARE = 0.1
 _TINY = 1e-12
 _RELATIVE = 1e-4
 _IQR_OF_A_NORMAL = 1.349
+MAD_OF_A_NORMAL = 0.6745
 _FEWEST_VALUES = 8
 
 

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_sentinel.verification.fences import Fences, fit_fences
+from lightning_sentinel.verification.fences import MAD_OF_A_NORMAL, Fences, fit_fences
 
 __all__ = ["FenceWindow"]
 
-_MAD_OF_A_NORMAL = 0.6745
 _SPREAD_BETA = 0.9
 
 
@@ -58,7 +57,7 @@ class FenceWindow:
 
     def _follow(self, features: Tensor, honest: Tensor) -> None:
         deviation = torch.where(honest[..., None], (features - self._fitted.mean[:, None]).abs(), torch.nan)
-        spread = deviation.nanmedian(dim=1).values / _MAD_OF_A_NORMAL
+        spread = deviation.nanmedian(dim=1).values / MAD_OF_A_NORMAL
         spread = torch.where(self._fitted.sigma.isfinite(), spread, torch.nan)
         moved = torch.lerp(spread, self.spread, _SPREAD_BETA)
         self.spread = torch.where(spread.isnan(), self.spread, torch.where(self.spread.isnan(), spread, moved))
