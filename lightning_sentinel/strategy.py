@@ -249,14 +249,9 @@ class SentinelStrategy(StageCheckpoints):
         """Made once: what the verifiers have learned outlives a ``validate`` after ``fit``, and goes into later checkpoints."""
         if self._verification is None or self._guard is not None:
             return self._guard
-        mesh, replicas = self.mesh, range(self.mesh.replicas)
-        received = mesh.boundaries
-        if not self._virtual:
-            received = tuple(boundary for boundary in mesh.boundaries if boundary.receiver == self.worker.stage)
-            replicas = range(self.worker.replica, self.worker.replica + 1)
-        self._guard = Guard(
-            mesh, received, replicas, self._verification, self._response, self.ledger, self.root_device, rewires=self._virtual
-        )
+        mesh, worker = self.mesh, None if self._virtual else self.worker
+        received = [boundary for boundary in mesh.boundaries if worker is None or boundary.receiver == worker.stage]
+        self._guard = Guard(mesh, received, worker, self._verification, self._response, self.ledger, self.root_device)
         return self._guard
 
     def _agree_on_seed(self) -> int:
@@ -304,13 +299,13 @@ class SentinelStrategy(StageCheckpoints):
 
     def _consequence(self) -> str:
         """Why workers are banned, and what becomes of their work."""
-        if self._response.audit_rate is not None:
-            return "what it sent is not what another worker recomputed. The others of its stage do its work; the step is redone."
         assert self._guard is not None
-        left = sum(self._guard.wiring(self.step).live)
-        return (
-            f"flagged in {self._response.ban_after} steps in a row. A pipeline is left out; {left} of {self.mesh.replicas} go on."
-        )
+        if self._response.audit_rate is not None:
+            why, then = "what it sent is not what another worker recomputed", "the step is done again without it"
+        else:
+            why, then = f"flagged in {self._response.ban_after} steps in a row", "its work is dealt to others"
+        left = len(self._guard.wiring(self.step).lanes)
+        return f"{why}; {then}. {left} of {self.mesh.replicas} pipelines go on."
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,88 +1,129 @@
-"""Which worker serves which pipeline: the mesh as it is once workers are banned.
+"""Which worker serves which pipeline, and which data: the mesh as it is once workers are banned.
 
-All replicas of a stage hold the same weights, so any of them can serve any pipeline. A *lane* is a pipeline as the data sees it:
-lane ``r`` gets the samples of replica ``r``, whoever works on them.
+All replicas of a stage hold the same weights, so any of them can serve any pipeline. A *lane* is a pipeline: one worker of each
+stage. While nobody is banned lane ``r`` is replica ``r`` and works on the samples that are dealt to it. Banned workers share as few
+lanes as possible, those are left out, and their micro-batches are dealt to the others. So a batch stays what it was, whoever works
+on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh, Worker
 
-__all__ = ["Wiring"]
+__all__ = ["Part", "Wiring"]
+
+
+class Part(NamedTuple):
+    """One micro-batch of a step: the replica to which its samples were dealt, and its number there."""
+
+    replica: int
+    micro_batch: int
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """Who serves which lane.
+    """Who serves which lane, and with what.
 
     Args:
         serving: the replica that serves lane ``l`` at stage ``s`` is ``serving[s][l]``.
         live: whether lane ``l`` is used.
+        work: the micro-batches of lane ``l``, in order; ``work[l][k]`` is in its *slot* ``k``. In a lane that is left out: what
+            nobody can do.
     """
 
     serving: tuple[tuple[int, ...], ...]
     live: tuple[bool, ...]
+    work: tuple[tuple[Part, ...], ...]
 
     @classmethod
-    def fixed(cls, mesh: Mesh, banned: Collection[Worker] = ()) -> Wiring:
-        """Every worker in the lane of its own number; a lane with a banned worker is left out.
-
-        Example:
-            >>> Wiring.fixed(Mesh(stages=2, replicas=3), {Worker(0, 1)}).live
-            (True, False, True)
-        """
-        lost = {worker.replica for worker in banned}
-        lanes = range(mesh.replicas)
-        return cls(tuple(tuple(lanes) for _ in range(mesh.stages)), tuple(lane not in lost for lane in lanes))
-
-    @classmethod
-    def gathered(cls, mesh: Mesh, banned: Collection[Worker], turn: int = 0) -> Wiring:
-        """Banned workers share as few lanes as possible: as many are left out as the stage that was hit hardest has banned workers.
+    def of(cls, mesh: Mesh, banned: Collection[Worker] = (), micro_batches: int = 1, turn: int = 0) -> Wiring:
+        """Leave out as many lanes as the stage that was hit hardest has banned workers, and deal their micro-batches to the others.
 
         A stage with fewer banned workers than that has workers to spare, which take turns: who is never verified is never found.
+        The samples of a replica of which every worker is banned are lost, because nobody else has them.
 
         Args:
+            banned: workers that serve nothing.
+            micro_batches: of each replica's batch.
             turn: who of those that could be spared serves now.
 
         Example:
-            >>> wiring = Wiring.gathered(Mesh(stages=2, replicas=3), {Worker(0, 1), Worker(1, 2)})
+            >>> wiring = Wiring.of(Mesh(stages=2, replicas=3), {Worker(0, 1), Worker(1, 2)}, micro_batches=2)
             >>> wiring.live, wiring.serving
             ((True, False, True), ((0, 1, 2), (0, 2, 1)))
+            >>> [tuple(part) for part in wiring.work[2]]
+            [(2, 0), (2, 1), (1, 1)]
         """
         by_stage = [{worker.replica for worker in banned if worker.stage == stage} for stage in range(mesh.stages)]
         lanes = range(mesh.replicas)
         hits = [sum(lane in stage for stage in by_stage) for lane in lanes]
         left_out = set(sorted(lanes, key=lambda lane: (-hits[lane], lane))[: max(map(len, by_stage))])
-        return cls(tuple(_row(lanes, left_out, bad, turn) for bad in by_stage), tuple(lane not in left_out for lane in lanes))
+        left = [lane for lane in lanes if lane not in left_out]
+        orphaned = {lane for lane in left_out if left and hits[lane] < mesh.stages}
+        numbers = range(micro_batches)
+        work = [[Part(lane, number) for number in numbers if lane not in orphaned] for lane in lanes]
+        # By number first: micro-batches of the same number are of the same size, and stay side by side.
+        for index, part in enumerate(Part(lane, number) for number in numbers for lane in sorted(orphaned)):
+            work[left[index % len(left)]].append(part)
+        return cls(
+            serving=tuple(_row(lanes, left_out, bad, turn) for bad in by_stage),
+            live=tuple(lane not in left_out for lane in lanes),
+            work=tuple(map(tuple, work)),
+        )
 
-    @classmethod
-    def taken_over(cls, mesh: Mesh, banned: Collection[Worker], turn: int) -> Wiring:
-        """The others of the stage do a banned worker's work besides their own, in turn. No lane is left out while one is left.
+    @property
+    def lanes(self) -> list[int]:
+        """The lanes that are used."""
+        return [lane for lane, live in enumerate(self.live) if live]
 
-        Args:
-            turn: the number of the step; who takes over changes with it, so that an undetected liar does not keep a second lane.
+    @property
+    def slots(self) -> int:
+        """Micro-batches of the lane that has most."""
+        return max(map(len, self.work))
 
-        Example:
-            >>> mesh, banned = Mesh(stages=1, replicas=3), {Worker(0, 1)}
-            >>> Wiring.taken_over(mesh, banned, turn=0).serving, Wiring.taken_over(mesh, banned, turn=1).serving
-            (((0, 0, 2),), ((0, 2, 2),))
-        """
-        serving, possible = [], True
-        for stage in range(mesh.stages):
-            fit = [lane for lane in range(mesh.replicas) if Worker(stage, lane) not in banned]
-            possible = possible and bool(fit)
-            helpers = iter(range(turn, turn + mesh.replicas))
-            serving.append(
-                tuple(lane if lane in fit or not fit else fit[next(helpers) % len(fit)] for lane in range(mesh.replicas))
-            )
-        return cls(tuple(serving), (possible,) * mesh.replicas)
+    @cached_property
+    def places(self) -> dict[Part, tuple[int, int]]:
+        """The lane and the slot of each micro-batch."""
+        return {part: (lane, slot) for lane, parts in enumerate(self.work) for slot, part in enumerate(parts)}
 
     def worker(self, stage: int, lane: int) -> Worker:
         """Who serves ``lane`` at ``stage``."""
         return Worker(stage, self.serving[stage][lane])
+
+    def lane(self, worker: Worker) -> int | None:
+        """Which lane a worker serves; ``None`` if it has nothing to do."""
+        lane = self.serving[worker.stage].index(worker.replica)
+        return lane if self.live[lane] else None
+
+    def arrange(self, values: Tensor) -> Tensor:
+        """What is known of micro-batches by their samples, as lanes work on them; zero where a lane has nothing in a slot.
+
+        Args:
+            values: ``(..., replicas, micro_batches)``.
+
+        Returns:
+            ``(..., lanes, slots)``.
+
+        Example:
+            >>> wiring = Wiring.of(Mesh(stages=2, replicas=3), {Worker(0, 1)}, micro_batches=2)
+            >>> wiring.arrange(torch.tensor([[1, 2], [3, 4], [5, 6]]))
+            tensor([[1, 2, 3],
+                    [0, 0, 0],
+                    [5, 6, 4]])
+        """
+        arranged = values.new_zeros(*values.shape[:-2], len(self.work), self.slots)
+        parts = [(*part, *place) for part, place in self.places.items()]
+        replicas, numbers, lanes, slots = torch.tensor(parts).T
+        arranged[..., lanes, slots] = values[..., replicas, numbers]
+        return arranged
 
 
 def _row(lanes: range, left_out: set[int], banned: set[int], turn: int) -> tuple[int, ...]:

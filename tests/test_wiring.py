@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.wiring import Wiring
+from lightning_sentinel.wiring import Part, Wiring
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=300)
 
@@ -25,16 +26,6 @@ def served_lanes(wiring: Wiring, mesh: Mesh) -> Counter[Worker]:
     return Counter(wiring.worker(stage, lane) for stage in range(mesh.stages) for lane in range(mesh.replicas) if wiring.live[lane])
 
 
-@repeatable
-@given(meshes())
-def test_fixed_lanes_are_their_own_workers_and_lost_with_one_of_them(case: tuple[Mesh, set[Worker]]) -> None:
-    mesh, banned = case
-    wiring = Wiring.fixed(mesh, banned)
-    assert wiring.serving == (tuple(range(mesh.replicas)),) * mesh.stages
-    assert wiring.live == tuple(all(Worker(s, lane) not in banned for s in range(mesh.stages)) for lane in range(mesh.replicas))
-    assert not banned & set(served_lanes(wiring, mesh))
-
-
 turns = st.integers(0, 1000)
 
 
@@ -42,7 +33,7 @@ turns = st.integers(0, 1000)
 @given(meshes(), turns)
 def test_gathered_bans_cost_as_few_lanes_as_possible_at_every_turn(case: tuple[Mesh, set[Worker]], turn: int) -> None:
     mesh, banned = case
-    wiring = Wiring.gathered(mesh, banned, turn)
+    wiring = Wiring.of(mesh, banned, turn=turn)
     for stage in range(mesh.stages):
         assert sorted(wiring.serving[stage]) == list(range(mesh.replicas))
     served = served_lanes(wiring, mesh)
@@ -50,14 +41,14 @@ def test_gathered_bans_cost_as_few_lanes_as_possible_at_every_turn(case: tuple[M
     assert set(served.values()) <= {1}
     assert sum(wiring.live) == mesh.replicas - most_banned(mesh, banned)
     # Which lanes are used does not depend on the turn: their data would change.
-    assert wiring.live == Wiring.gathered(mesh, banned).live
+    assert wiring.live == Wiring.of(mesh, banned).live
 
 
 @repeatable
 @given(meshes(), turns)
 def test_who_serves_at_all_serves_its_own_lane_if_that_is_used(case: tuple[Mesh, set[Worker]], turn: int) -> None:
     mesh, banned = case
-    wiring = Wiring.gathered(mesh, banned, turn)
+    wiring = Wiring.of(mesh, banned, turn=turn)
     for stage in range(mesh.stages):
         for lane in range(mesh.replicas):
             worker = wiring.serving[stage][lane]
@@ -68,11 +59,11 @@ def test_who_serves_at_all_serves_its_own_lane_if_that_is_used(case: tuple[Mesh,
 @given(meshes(), turns)
 def test_everybody_who_may_serve_has_a_turn(case: tuple[Mesh, set[Worker]], turn: int) -> None:
     mesh, banned = case
-    if not any(Wiring.gathered(mesh, banned).live):
+    if not any(Wiring.of(mesh, banned).live):
         return
     served: Counter[Worker] = Counter()
     for later in range(mesh.replicas):
-        served += served_lanes(Wiring.gathered(mesh, banned, turn + later), mesh)
+        served += served_lanes(Wiring.of(mesh, banned, turn=turn + later), mesh)
     assert set(served) == set(mesh.workers) - banned
 
 
@@ -81,7 +72,7 @@ def test_idle_workers_share_the_work_evenly() -> None:
     mesh, banned = Mesh(2, 5), {Worker(0, 0), Worker(0, 3)}
     served: Counter[Worker] = Counter()
     for turn in range(5):
-        served += served_lanes(Wiring.gathered(mesh, banned, turn), mesh)
+        served += served_lanes(Wiring.of(mesh, banned, turn=turn), mesh)
     assert {served[Worker(1, replica)] for replica in range(5)} == {3}
     assert {served[Worker(0, replica)] for replica in (1, 2, 4)} == {5}
 
@@ -90,39 +81,54 @@ def test_idle_workers_share_the_work_evenly() -> None:
 @given(meshes())
 def test_gathering_moves_nobody_without_need(case: tuple[Mesh, set[Worker]]) -> None:
     mesh, banned = case
-    wiring = Wiring.gathered(mesh, banned)
+    wiring = Wiring.of(mesh, banned)
     for stage in range(mesh.stages):
         for lane in range(mesh.replicas):
             if wiring.live[lane] and Worker(stage, lane) not in banned:
                 assert wiring.serving[stage][lane] == lane
-    assert Wiring.gathered(mesh, set()) == Wiring.fixed(mesh)
+    assert Wiring.of(mesh, set()).serving == (tuple(range(mesh.replicas)),) * mesh.stages
+
+
+counts = st.integers(1, 4)
 
 
 @repeatable
-@given(meshes(), st.integers(0, 20))
-def test_work_is_taken_over_by_the_others_of_a_stage_while_one_is_left(case: tuple[Mesh, set[Worker]], turn: int) -> None:
+@given(meshes(), counts)
+def test_every_micro_batch_is_worked_on_once_by_a_lane_that_is_used_unless_nobody_has_it(
+    case: tuple[Mesh, set[Worker]], micro_batches: int
+) -> None:
     mesh, banned = case
-    wiring = Wiring.taken_over(mesh, banned, turn)
-    possible = most_banned(mesh, banned) < mesh.replicas
-    assert wiring.live == (possible,) * mesh.replicas
-    served = served_lanes(wiring, mesh)
-    assert not banned & set(served)
-    for stage in range(mesh.stages):
-        assert len(wiring.serving[stage]) == mesh.replicas
-        fit = [lane for lane in range(mesh.replicas) if Worker(stage, lane) not in banned]
-        assert all(wiring.serving[stage][lane] == lane for lane in fit)
-        if possible:
-            # The load is even: nobody helps twice before everybody has helped once.
-            loads = [served[Worker(stage, lane)] for lane in fit]
-            assert max(loads) - min(loads) <= 1
+    wiring = Wiring.of(mesh, banned, micro_batches)
+    everything = {Part(replica, number) for replica in range(mesh.replicas) for number in range(micro_batches)}
+    assert wiring.places.keys() == everything and sum(map(len, wiring.work)) == len(everything)
+    lost = {r for r in range(mesh.replicas) if all(Worker(stage, r) in banned for stage in range(mesh.stages))}
+    for (replica, _), (lane, _) in wiring.places.items():
+        assert wiring.live[lane] == (replica not in lost) or not any(wiring.live)
+        assert lane == replica or not wiring.live[replica]
+    if wiring.lanes:
+        loads = [len(wiring.work[lane]) for lane in wiring.lanes]
+        assert max(loads) - min(loads) <= 1
+
+
+@repeatable
+@given(meshes(), counts)
+def test_values_are_arranged_as_lanes_work_on_them(case: tuple[Mesh, set[Worker]], micro_batches: int) -> None:
+    mesh, banned = case
+    wiring = Wiring.of(mesh, banned, micro_batches)
+    values = torch.arange(1, 1 + mesh.size * micro_batches).view(mesh.stages, mesh.replicas, micro_batches)
+    arranged = wiring.arrange(values)
+    assert arranged.shape == (mesh.stages, mesh.replicas, wiring.slots)
+    for (replica, number), (lane, slot) in wiring.places.items():
+        assert torch.equal(arranged[:, lane, slot], values[:, replica, number])
+    assert (arranged != 0).sum() == values.numel()
 
 
 @repeatable
 @given(meshes())
-def test_taking_over_goes_round(case: tuple[Mesh, set[Worker]]) -> None:
+def test_a_worker_knows_its_lane(case: tuple[Mesh, set[Worker]]) -> None:
     mesh, banned = case
-    for stage in range(mesh.stages):
-        fit = [lane for lane in range(mesh.replicas) if Worker(stage, lane) not in banned]
-        for lane in set(range(mesh.replicas)) - set(fit):
-            helpers = Counter(Wiring.taken_over(mesh, banned, turn).serving[stage][lane] for turn in range(2 * len(fit)))
-            assert helpers == Counter(dict.fromkeys(fit, 2))
+    wiring = Wiring.of(mesh, banned)
+    for worker in mesh:
+        lane = wiring.lane(worker)
+        assert lane is None or (wiring.worker(worker.stage, lane) == worker and wiring.live[lane])
+    assert sum(wiring.lane(worker) is not None for worker in mesh) == mesh.stages * len(wiring.lanes)

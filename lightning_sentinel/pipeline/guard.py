@@ -8,7 +8,7 @@ by all ranks from the same table.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ from lightning_sentinel.wiring import Wiring
 __all__ = ["Guard", "Ruling"]
 
 _STEPS_A_TURN = 16
-"""For how long a worker serves a lane when there are more workers than lanes: long enough to be a suspect in consecutive steps."""
+"""For how long a worker serves when there are more workers than lanes: long enough to be a suspect in consecutive steps."""
 
 
 class Ruling(NamedTuple):
@@ -62,27 +62,25 @@ class Guard:
     Args:
         mesh: all workers.
         boundaries: the boundaries that this process receives from.
-        lanes: the lanes that it receives from, in the order of signals.
+        worker: the worker that this process is; ``None`` if it is all of them.
         verification: how signals are verified.
         response: what follows from a flag.
         ledger: flags and bans; the same on all ranks.
         device: where signals are.
-        rewires: whether any worker of a stage can serve any lane. If not, a lane with a banned worker is left out.
     """
 
     def __init__(
         self,
         mesh: Mesh,
         boundaries: Iterable[Boundary],
-        lanes: Sequence[int],
+        worker: Worker | None,
         verification: Verification,
         response: Response,
         ledger: Ledger,
         device: torch.device,
-        rewires: bool = False,
     ) -> None:
-        self._mesh, self._response, self._device, self._rewires = mesh, response, device, rewires
-        self._verification = verification
+        self._mesh, self._worker, self._device = mesh, worker, device
+        self._verification, self._response = verification, response
         self.ledger = ledger
         self.calibration = Calibration(mesh, verification)
         rate = response.audit_rate
@@ -91,7 +89,7 @@ class Guard:
         self.verifiers = {boundary: BoundaryVerifier(boundary, verification, device) for boundary in boundaries}
         self._indices = {boundary: mesh.boundaries.index(boundary) for boundary in self.verifiers}
         self._secrets: dict[Boundary, SecretDirections] = {}
-        self._lanes = list(lanes)
+        self._wiring, self._micro_batches = Wiring.of(mesh), 1
         self._rows: dict[Boundary, list[Tensor]] = {boundary: [] for boundary in self.verifiers}
 
     @property
@@ -109,18 +107,28 @@ class Guard:
         """Whether flagged micro-batches are kept out of the weights at receipt. Audits decide at the end of the step instead."""
         return self._response.on_flag == "exclude" and not self.audits
 
-    def wiring(self, step: int) -> Wiring:
-        """Who serves which lane in a step."""
-        if not self._rewires:
-            return Wiring.fixed(self._mesh, self.ledger.banned)
-        if self.audits:
-            return Wiring.taken_over(self._mesh, self.ledger.banned, step)
-        return Wiring.gathered(self._mesh, self.ledger.banned, step // _STEPS_A_TURN)
+    def wiring(self, step: int, micro_batches: int = 1) -> Wiring:
+        """Who would serve which lane in a step, by the bans of now.
 
-    def initial_taint(self, step: int) -> Tensor:
-        """The taint with which micro-batches start, ``(lanes of this process,)`` bool: false while a lane is live."""
-        live = self.wiring(step).live
-        return torch.tensor([not live[lane] for lane in self._lanes], device=self._device)
+        Args:
+            step: number of the training batch.
+            micro_batches: of each replica.
+        """
+        return Wiring.of(self._mesh, self.ledger.banned, micro_batches, step // _STEPS_A_TURN)
+
+    def begin(self, step: int, micro_batches: int) -> Wiring:
+        """Begin a step. Returns who serves which lane in it, and with which micro-batches."""
+        self._wiring, self._micro_batches = self.wiring(step, micro_batches), micro_batches
+        self._require_a_pipeline(self._wiring, step)
+        return self._wiring
+
+    @property
+    def _lanes(self) -> list[int]:
+        """The lanes that this process receives from in this step."""
+        if self._worker is None:
+            return list(range(self._mesh.replicas))
+        lane = self._wiring.lane(self._worker)
+        return [] if lane is None else [lane]
 
     def project(self, boundary: Boundary, signal: Tensor) -> Projection | None:
         """A signal as those who verify ``boundary`` are to know it: what its senders had received, along secret directions.
@@ -134,20 +142,26 @@ class Guard:
         return self._secrets[boundary].project(signal)
 
     def receive(
-        self, boundary: Boundary, signals: Tensor, tainted: Tensor, received: Projection | None = None
+        self,
+        boundary: Boundary,
+        signals: Tensor,
+        tainted: Tensor,
+        received: Projection | None = None,
+        lanes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Verify what the neighbours sent; to be called in the order of micro-batches.
 
         Args:
-            signals: ``(lanes * B, ...)``, of one micro-batch.
-            tainted: ``(lanes,)`` bool, what the neighbours' own verifiers had found before.
+            signals: ``(senders * B, ...)``, of one micro-batch: of a sender, or one of each replica's batch.
+            tainted: ``(senders,)`` bool, what the neighbours' own verifiers had found before.
             received: what the neighbours had received themselves, from :meth:`project`.
+            lanes: ``(senders,)``, the lanes that the senders serve; ``None`` if in order.
 
         Returns:
             the signals to go on with, and the taint to pass on.
         """
         verifier = self.verifiers[boundary]
-        rows, flagged = verifier.inspect(signals, tainted, received)
+        rows, flagged = verifier.inspect(signals, tainted, received, lanes)
         self._rows[boundary].append(rows)
         if self.audits:
             return signals, tainted
@@ -159,7 +173,7 @@ class Guard:
         return signals, tainted
 
     def take_rows(self, boundary: Boundary) -> Tensor:
-        """This step's rows of one boundary, ``(lanes, micro_batches, len(COLUMNS))``, and forget them."""
+        """This step's rows of one boundary, ``(senders, receipts, len(COLUMNS))``, and forget them."""
         rows, self._rows[boundary] = self._rows[boundary], []
         return torch.stack(rows, dim=1)
 
@@ -177,11 +191,10 @@ class Guard:
         Raises:
             MeshExhaustedError: on all ranks, if no complete pipeline is left.
         """
-        wiring = self.wiring(step)
-        self._require_a_pipeline(wiring, step)
+        wiring = self._wiring
         assessment, heights = self._assess(table, wiring), self.calibration.heights(wiring)
         if audit is not None:
-            drawn = self._draw(step, table)
+            drawn = wiring.arrange(self._draw(step))
             verdict = judge_with_audits(table, assessment, heights, drawn, audit, self._mesh, wiring, step)
             exonerated = Counter(detection.worker for detection in verdict.detections if detection.confirmed is False)
             banned = self.ledger.record_audits(step, verdict.audits, verdict.flagged, exonerated)
@@ -209,11 +222,11 @@ class Guard:
         lanes = range(self._mesh.replicas)
         return torch.tensor([[wiring.worker(b.sender, lane) in workers for lane in lanes] for b in self._mesh.boundaries])
 
-    def _draw(self, step: int, table: SignalTable) -> Tensor:
-        """Random audits; the same in a step that is done again, because what was behind a lie was not audited."""
+    def _draw(self, step: int) -> Tensor:
+        """Random audits, by samples; the same in a step that is done again, because what was behind a lie was not audited."""
         assert self._schedule is not None
         if self._drawn is None or self._drawn[0] != step:
-            drawn = self._schedule.draw(step, table.rows.shape[2], max(self.ledger.banned_at.values(), default=None))
+            drawn = self._schedule.draw(step, self._micro_batches, max(self.ledger.banned_at.values(), default=None))
             self._drawn = (step, drawn)
         return self._drawn[1]
 

@@ -33,8 +33,8 @@ class CleanShares:
         """Enter a batch.
 
         Args:
-            clean: ``(stages, replicas, micro_batches)`` bool, which gradients count at which stage; ``None`` if all do.
-            weights: ``(replicas, micro_batches)``, each micro-batch's share of its replica's batch.
+            clean: ``(stages, lanes, micro_batches)`` bool, which gradients count at which stage; ``None`` if all do.
+            weights: ``(lanes, micro_batches)``, each micro-batch's share of its replica's batch.
         """
         self._batches += 1
         if clean is not None:

@@ -29,7 +29,7 @@ from lightning_sentinel.pipeline.rewind import Rewind
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import relative_error, tolerance
-from lightning_sentinel.wiring import Wiring
+from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["VirtualEngine"]
 
@@ -75,8 +75,7 @@ class VirtualEngine:
         self._parameters = [parameter for stage in self._stage_parameters for parameter in stage]
         self._buffers = [buffer for stage in self._stages for layer in stage for buffer in layer.buffers()]
         self._held = HeldGradients(self._parameters)
-        self._wiring = Wiring.fixed(self._mesh)
-        self._micro_batches = 0
+        self._wiring = Wiring.of(self._mesh)
         self._lies: dict[int, dict[tuple[int, int], Tensor]] = {}
         self._rewind: Rewind | None = None
 
@@ -85,19 +84,24 @@ class VirtualEngine:
     def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
         replicas = deal(arguments[0], self._mesh.replicas, micro_batches)
         self._steps.new_records()
-        self._micro_batches = micro_batches
         self._lies.clear()
+        self._wiring = Wiring.of(self._mesh, micro_batches=micro_batches)
         if self.guard is not None:
-            self._wiring = self.guard.wiring(step)
+            self._wiring = self.guard.begin(step, micro_batches)
             if self.guard.audits:
                 self._rewind = Rewind(self._parameters, self._buffers, self._device)
         losses = torch.zeros(2, device=self._device)
         for index in range(micro_batches):
             parts = [(replica[index], *arguments[1:]) for replica in replicas]
             losses += self._train_micro_batch(parts, replicas, index, step, scale)
-        rows = [self.guard.take_rows(boundary) for boundary in self._mesh.boundaries] if self.guard is not None else []
-        table = SignalTable(torch.stack(rows).cpu()) if rows else None
-        return self._outcome(losses, table, torch.tensor([replica.weights for replica in replicas]))
+        weights = self._wiring.arrange(torch.tensor([replica.weights for replica in replicas]))
+        return self._outcome(losses, self._table(), weights)
+
+    def _table(self) -> SignalTable | None:
+        if self.guard is None or not self._mesh.boundaries:
+            return None
+        rows = [self.guard.take_rows(boundary) for boundary in self._mesh.boundaries]
+        return SignalTable.by_samples(torch.stack(rows).cpu(), self._wiring)
 
     def rewind(self) -> None:
         assert self._rewind is not None, "only what is audited is done again"
@@ -130,8 +134,8 @@ class VirtualEngine:
         last = self._mesh.stages - 1
         signals = self._input_of("training_step", parts)
         tainted = torch.zeros(len(parts), dtype=torch.bool, device=self._device)
-        if self.guard is not None:
-            tainted = self.guard.initial_taint(step)
+        if (lanes := self._lanes(index)) is not None:
+            tainted = ~torch.tensor(self._wiring.live, device=self._device)[lanes]
         leaves: list[Any] = []
         outputs: list[Tensor] = []
         for stage in range(self._mesh.stages):
@@ -172,25 +176,31 @@ class VirtualEngine:
             return sent, tainted
         first = self._mesh.before(boundary) is None
         projected = None if first else self.guard.project(boundary, received.detach())
-        return self.guard.receive(boundary, sent, tainted, projected)
+        return self.guard.receive(boundary, sent, tainted, projected, self._lanes(micro_batch))
 
     def _tampered(
         self, adversary: Adversary, boundary: Boundary, sent: Tensor, received: Any, micro_batch: int, step: int
     ) -> Tensor:
-        serving = [self._wiring.worker(boundary.sender, lane) for lane in range(self._mesh.replicas)]
+        places = [self._wiring.places[Part(replica, micro_batch)] for replica in range(self._mesh.replicas)]
+        serving = [self._wiring.worker(boundary.sender, lane) for lane, _ in places]
         if not adversary.workers.intersection(serving):
             return sent
         pieces = list(sent.chunk(self._mesh.replicas))
         got = received.chunk(self._mesh.replicas) if isinstance(received, Tensor) else [None] * self._mesh.replicas
         lies = self._lies.setdefault(self._mesh.boundaries.index(boundary), {})
-        for lane, worker in enumerate(serving):
-            # A worker that serves a second lane has a micro-batch of its own there.
-            number = micro_batch + self._micro_batches * serving[:lane].count(worker)
-            honest = pieces[lane]
-            pieces[lane] = adversary.tamper(honest, worker, boundary.direction, step, number, got[lane])
-            if pieces[lane] is not honest:
-                lies[lane, micro_batch] = relative_error(pieces[lane], honest) > tolerance(honest.dtype)
+        for index, ((lane, slot), worker) in enumerate(zip(places, serving)):
+            honest = pieces[index]
+            pieces[index] = adversary.tamper(honest, worker, boundary.direction, step, slot, got[index])
+            if pieces[index] is not honest:
+                lies[lane, slot] = relative_error(pieces[index], honest) > tolerance(honest.dtype)
         return torch.cat(pieces)
+
+    def _lanes(self, micro_batch: int) -> Tensor | None:
+        """Which lane works on a micro-batch of each replica; ``None`` while each works on its own."""
+        if all(self._wiring.live):
+            return None
+        lanes = [self._wiring.places[Part(replica, micro_batch)][0] for replica in range(self._mesh.replicas)]
+        return torch.tensor(lanes, device=self._device)
 
     def evaluate(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> StepOutcome:
         self._steps.new_records()

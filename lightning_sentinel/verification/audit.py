@@ -47,9 +47,9 @@ def relative_error(claimed: Tensor, recomputed: Tensor) -> Tensor:
 class AuditSchedule:
     """Which signals are audited whatever they look like.
 
-    Every place of the table (boundary, lane, micro-batch) is audited once in each ``1 / rate`` steps, at a step that is drawn from
-    a secret seed. So a worker that always lies is found after ``2 / rate`` steps at the latest, where independent draws would let
-    some go on for much longer; and it cannot know when, because it does not see what is recomputed.
+    Every place (boundary, replica to which the samples were dealt, micro-batch) is audited once in each ``1 / rate`` steps, at a
+    step that is drawn from a secret seed. So a worker that always lies is found after ``2 / rate`` steps at the latest, where
+    independent draws would let some go on for much longer; and it cannot know when, because it does not see what is recomputed.
 
     Where one lies, others may: for 30 steps after a ban the rate is three times as high.
 
@@ -71,11 +71,11 @@ class AuditSchedule:
         """How often every place was due so far: the sum of the rates."""
 
     def draw(self, step: int, micro_batches: int, last_ban: int | None) -> Tensor:
-        """The audits of a step, ``(boundaries, lanes, micro_batches)`` bool.
+        """The audits of a step, ``(boundaries, replicas, micro_batches)`` bool, by samples.
 
         Args:
             step: number of the training batch.
-            micro_batches: of each lane.
+            micro_batches: of each replica.
             last_ban: the step of the latest ban.
         """
         alert = last_ban is not None and step - last_ban <= _ALERT_STEPS

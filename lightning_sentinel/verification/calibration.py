@@ -160,8 +160,8 @@ class Calibration:
     def _recent(self, score: Tensor, counted: Tensor, senders: Tensor) -> Tensor:
         """``self.recent`` with this step; who is not seen in it stays as it was."""
         highest = torch.where(counted, score, 0.0).amax(dim=2).clamp(max=_FURTHEST)
-        faded = torch.maximum(_most_of_workers(highest, senders), _RECENT_BETA * self.recent)
-        return torch.where(_most_of_workers(counted.any(dim=2), senders), faded, self.recent)
+        faded = torch.maximum(_by_worker(highest, senders), _RECENT_BETA * self.recent)
+        return torch.where(_by_worker(counted.any(dim=2), senders), faded, self.recent)
 
     def heights(self, wiring: Wiring) -> Tensor:
         """The highest cumulative sum of who serves a lane, ``(boundaries, lanes)``."""
@@ -169,7 +169,7 @@ class Calibration:
 
     def forget_sums(self, senders: Tensor, wiring: Wiring) -> None:
         """Forget the cumulative sums of senders ``(boundaries, lanes)`` bool: now it is known what they are."""
-        self.drift.reset(_most_of_workers(senders, self._senders(wiring)))
+        self.drift.reset(_by_worker(senders, self._senders(wiring)))
 
     def _senders(self, wiring: Wiring) -> Tensor:
         """Which replica serves a lane, ``(boundaries, lanes)``."""
@@ -256,6 +256,6 @@ class Calibration:
             window.load_state_of(boundary, {key: state[f"{name}.{key}"].cpu() for key in ("values", "fences", "spread")})
 
 
-def _most_of_workers(lanes: Tensor, senders: Tensor) -> Tensor:
-    """``(boundaries, lanes)`` to ``(boundaries, workers)``: the highest over a worker's lanes, zero if it serves none."""
-    return torch.zeros_like(lanes).scatter_reduce(1, senders, lanes, "amax")
+def _by_worker(lanes: Tensor, senders: Tensor) -> Tensor:
+    """``(boundaries, lanes)`` to ``(boundaries, workers)``."""
+    return torch.empty_like(lanes).scatter(1, senders, lanes)

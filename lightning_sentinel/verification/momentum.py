@@ -44,17 +44,25 @@ class PositionSums:
             return PositionSums(self.total[..., :positions, :], self.count[..., :positions])
         return PositionSums(pad(self.total, (0, 0, 0, missing)), pad(self.count, (0, missing)))
 
-    def add(self, means: Tensor, weights: Tensor) -> None:
+    def add(self, means: Tensor, weights: Tensor, places: Tensor | None = None) -> None:
         """Add batch means ``(..., T, C)`` with weights ``(...)``; a weight of zero adds nothing, whatever the mean holds.
 
         What is not finite must have that weight. Means may lack leading axes that the weights have.
+
+        Args:
+            places: where on the last leading axis of the sums each of that axis of the means is added; ``None`` if in order.
         """
         positions = means.shape[-2]
         if positions > self.total.shape[-2]:
             grown = self.resized(positions)
             self.total, self.count = grown.total, grown.count
-        self.total[..., :positions, :].addcmul_(numbers(means), weights[..., None, None])
-        self.count[..., :positions] += weights[..., None]
+        total, count = self.total[..., :positions, :], self.count[..., :positions]
+        if places is None:
+            total.addcmul_(numbers(means), weights[..., None, None])
+            count += weights[..., None]
+        else:
+            total.index_add_(-3, places, numbers(means) * weights[..., None, None])
+            count.index_add_(-2, places, weights[..., None].expand(*weights.shape, positions))
 
     def of(self, chosen: Tensor) -> PositionSums:
         """The sum over those places of the leading axes for which ``(...)`` bool is true."""

@@ -37,25 +37,23 @@ def comparable(voting: Tensor, banned: Tensor) -> Tensor:
 
 
 def of_workers(features: Tensor, valid: Tensor, senders: Tensor) -> Tensor:
-    """What each worker sent, ``(boundaries, workers, F)``: the mean of its lanes' medians; NaN where nothing of it is valid.
+    """What each worker sent, ``(boundaries, workers, F)``: the median of its signals; NaN where nothing of it is valid.
 
     By worker, so that one that could be verified more often than others does not outvote them.
 
     Args:
         features: ``(boundaries, lanes, micro_batches, F)``.
         valid: ``(boundaries, lanes, micro_batches)`` bool.
-        senders: ``(boundaries, lanes)``, the worker that serves a lane; there are as many workers as lanes.
+        senders: ``(boundaries, lanes)``, the worker that serves a lane; each serves one.
 
     Example:
-        >>> features = torch.tensor([1.0, 2.0, 9.0]).view(1, 3, 1, 1)
-        >>> of_workers(features, torch.ones(1, 3, 1, dtype=torch.bool), torch.tensor([[0, 2, 2]])).flatten()
-        tensor([1.0000,    nan, 5.5000])
+        >>> features, valid = torch.tensor([1.0, 2.0, 9.0]).view(1, 3, 1, 1), torch.tensor([True, True, False])
+        >>> of_workers(features, valid.view(1, 3, 1), torch.tensor([[0, 2, 1]])).flatten()
+        tensor([1., nan, 2.])
     """
     usable = valid[..., None] & features.isfinite()
     lanes = torch.where(usable, features, torch.nan).nanmedian(dim=2).values
-    known, index = ~lanes.isnan(), senders[..., None].expand_as(lanes)
-    total = torch.zeros_like(lanes).scatter_add(1, index, lanes.nan_to_num())
-    return total / torch.zeros_like(lanes).scatter_add(1, index, known.to(lanes.dtype))
+    return torch.empty_like(lanes).scatter(1, senders[..., None].expand_as(lanes), lanes)
 
 
 def median_vote(votes: Tensor) -> Tensor:

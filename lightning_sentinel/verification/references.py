@@ -38,14 +38,21 @@ class Contribution:
         """Nothing yet, in the shape of ``means`` ``(..., T, C)`` and ``statistics`` ``(..., S)``."""
         return cls(PositionSums.like(means), torch.zeros_like(statistics), statistics.new_zeros(statistics.shape[:-1]))
 
-    def add(self, means: Tensor, statistics: Tensor, weights: Tensor) -> None:
+    def add(self, means: Tensor, statistics: Tensor, weights: Tensor, places: Tensor | None = None) -> None:
         """Add signals with weights ``(...)`` of zero or one; zero adds nothing, whatever the signal holds.
 
         What is not finite must have that weight. Means and statistics may lack leading axes that the weights have.
+
+        Args:
+            places: where on the last leading axis of the sums each signal is added; ``None`` if in order.
         """
-        self.positions.add(means, weights)
-        self.statistics.addcmul_(numbers(statistics), weights[..., None])
-        self.signals += weights
+        self.positions.add(means, weights, places)
+        if places is None:
+            self.statistics.addcmul_(numbers(statistics), weights[..., None])
+            self.signals += weights
+        else:
+            self.statistics.index_add_(-2, places, numbers(statistics) * weights[..., None])
+            self.signals.index_add_(-1, places, weights)
 
     def of(self, chosen: Tensor) -> Contribution:
         """The sum over those places of the leading axes for which ``(...)`` bool is true."""

@@ -40,19 +40,33 @@ class SignalTable:
     """Rows of all signals of a step.
 
     Args:
-        rows: ``(boundaries, replicas, micro_batches, len(COLUMNS))`` on the host, boundaries in the order of
-            :attr:`Mesh.boundaries`.
+        rows: ``(boundaries, lanes, micro_batches, len(COLUMNS))`` on the host, boundaries in the order of
+            :attr:`Mesh.boundaries`, micro-batches in the order in which a lane works on them. Where it has nothing to do the row is
+            that of a tainted signal.
     """
 
     rows: Tensor
 
+    @classmethod
+    def by_samples(cls, rows: Tensor, wiring: Wiring) -> SignalTable:
+        """Rows that are told apart by whose samples they are about, put in the order of lanes.
+
+        Args:
+            rows: ``(boundaries, replicas, micro_batches, len(COLUMNS))``.
+            wiring: which lane works on which samples.
+        """
+        arranged = wiring.arrange(rows.movedim(3, 1)).movedim(1, 3)
+        nothing = wiring.arrange(torch.ones(rows.shape[1:3])) == 0
+        arranged[:, nothing, COLUMNS.index("tainted")] = 1
+        return cls(arranged)
+
     def column(self, name: str) -> Tensor:
-        """``(boundaries, replicas, micro_batches)``."""
+        """``(boundaries, lanes, micro_batches)``."""
         return self.rows[..., COLUMNS.index(name)]
 
     @property
     def features(self) -> Tensor:
-        """``(boundaries, replicas, micro_batches, F)``."""
+        """``(boundaries, lanes, micro_batches, F)``."""
         return self.rows[..., : len(FEATURES)]
 
     @property
@@ -64,7 +78,7 @@ class SignalTable:
         return self.column("tainted").bool()
 
     def scored(self, score: Tensor, worst: Tensor) -> SignalTable:
-        """The same signals with other scores; both arguments ``(boundaries, replicas, micro_batches)``."""
+        """The same signals with other scores; both arguments ``(boundaries, lanes, micro_batches)``."""
         rows = self.rows.clone()
         rows[..., COLUMNS.index("score")], rows[..., COLUMNS.index("worst")] = score, worst.to(rows.dtype)
         return SignalTable(rows)

@@ -36,7 +36,7 @@ class _Kept(NamedTuple):
     """What the current step has to teach.
 
     Args:
-        sums: with leading axes ``(2, senders)``: of signals that were not flagged at receipt, and of those that were, which
+        sums: with leading axes ``(2, lanes)``: of signals that were not flagged at receipt, and of those that were, which
             may still be dropped.
         sizes: names of the statistics, and how many floats each has.
     """
@@ -71,7 +71,9 @@ class BoundaryVerifier:
         self._secret = SecretDirections(boundary, config, self._device)
         self._kept: _Kept | None = None
 
-    def inspect(self, signals: Tensor, tainted: Tensor, received: Projection | None = None) -> Inspection:
+    def inspect(
+        self, signals: Tensor, tainted: Tensor, received: Projection | None = None, lanes: Tensor | None = None
+    ) -> Inspection:
         """Measure what came from the senders of this process in one micro-batch, and keep what it teaches for :meth:`learn`.
 
         Args:
@@ -79,20 +81,22 @@ class BoundaryVerifier:
             tainted: ``(senders,)`` bool; a tainted signal is scored, never flagged, and never learned from.
             received: what the senders had received themselves, along the secret directions of this boundary; ``None`` at the ends
                 of the pipeline.
+            lanes: ``(senders,)``, the lanes that they serve, each below their number; ``None`` if they are in order. A worker may
+                have sent several of the signals.
         """
-        rows, flagged = self._inspect(signals.detach(), tainted, received)
+        rows, flagged = self._inspect(signals.detach(), tainted, received, lanes)
         return Inspection(rows.clone(), flagged.clone())  # Outside of inference mode, so that autograd may meet them.
 
     # Most operations here are on a few floats, and without the bookkeeping for views and versions each takes a fifth less time.
     @torch.inference_mode()
-    def _inspect(self, signals: Tensor, tainted: Tensor, received: Projection | None) -> Inspection:
+    def _inspect(self, signals: Tensor, tainted: Tensor, received: Projection | None, lanes: Tensor | None) -> Inspection:
         measured = self._measure(signals, len(tainted), received)
         broken = ~measured.finite
         highest = self.fences.scores(measured.features).max(dim=1)
         score = highest.values.clamp(max=MAX_SCORE).masked_fill(broken, MAX_SCORE)
         worst = highest.indices.masked_fill(broken, -1)
         flagged = (score > 1) & ~tainted
-        self._keep(measured, flagged, ~(tainted | broken))
+        self._keep(measured, flagged, ~(tainted | broken), lanes)
         return Inspection(signal_rows(measured.features, score, worst, flagged, tainted, measured.means.shape[1]), flagged)
 
     def _measure(self, signals: Tensor, senders: int, received: Projection | None) -> Measurement:
@@ -100,14 +104,14 @@ class BoundaryVerifier:
             return measure_published(signals, senders, self.references, self._secret)
         return measure(signals, senders, received, self.references, self._secret)
 
-    def _keep(self, measured: Measurement, flagged: Tensor, usable: Tensor) -> None:
+    def _keep(self, measured: Measurement, flagged: Tensor, usable: Tensor, lanes: Tensor | None) -> None:
         means, statistics = measured.means, measured.statistics
         if self._kept is None:
             self._kept = _Kept(
                 Contribution.like(torch.stack((means, means)), torch.stack((statistics, statistics))), measured.sizes
             )
         suspect = usable & flagged
-        self._kept.sums.add(means, statistics, torch.stack((usable ^ suspect, suspect)).float())
+        self._kept.sums.add(means, statistics, torch.stack((usable ^ suspect, suspect)).float(), lanes)
 
     def substitute(self, signal: Tensor) -> Tensor:
         """A harmless stand-in of a signal's shape: the momentum for an activation, zero for a gradient."""
@@ -121,11 +125,11 @@ class BoundaryVerifier:
         self._kept = None
 
     def contribution(self, unflagged: Tensor, flagged: Tensor) -> Contribution:
-        """What the step teaches, summed over the senders of this process; asked for once a step.
+        """What the step teaches, summed over the lanes that this process receives from; asked for once a step.
 
         Args:
-            unflagged: ``(senders,)`` bool, whose signals count that were not flagged at receipt.
-            flagged: ``(senders,)`` bool, whose signals count that were flagged at receipt.
+            unflagged: ``(lanes,)`` bool, whose signals count that were not flagged at receipt.
+            flagged: ``(lanes,)`` bool, whose signals count that were flagged at receipt.
         """
         if self._kept is None:
             raise RuntimeError(f"No signal crossed {self.boundary.name} in this step, so there is nothing to contribute.")

@@ -14,6 +14,7 @@ from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.guard import Guard, Ruling
 from lightning_sentinel.verification import Ledger, SignalTable, StepVerdict
 from lightning_sentinel.verification.projection import Projection
+from lightning_sentinel.wiring import Part
 
 STAGES, REPLICAS, MICRO_BATCHES = 3, 3, 2
 SAMPLES, POSITIONS, CHANNELS = 4, 5, 6
@@ -61,7 +62,6 @@ class Pipelines:
         apart: bool = False,
         longer: int = 0,
         later: int = 0,
-        rewires: bool = False,
     ) -> None:
         assert apart or not longer
         self.response = response or Response(ban_after=None)
@@ -73,14 +73,22 @@ class Pipelines:
         self.groups = [[replica] for replica in range(REPLICAS)] if apart else [list(range(REPLICAS))]
         self.ledgers = [Ledger(self.response.ban_after) for _ in self.groups]
         self.guards = [
-            Guard(MESH, MESH.boundaries, replicas, verification, self.response, ledger, torch.device("cpu"), rewires)
-            for replicas, ledger in zip(self.groups, self.ledgers)
+            Guard(
+                MESH,
+                MESH.boundaries,
+                Worker(0, group[0]) if apart else None,
+                verification,
+                self.response,
+                ledger,
+                torch.device("cpu"),
+            )
+            for group, ledger in zip(self.groups, self.ledgers)
         ]
         self.step_number = 0
         self.received: list[tuple[Tensor, Tensor]] = []
         """What each receipt of the latest step was given, and what came of it."""
         self.lies: dict[tuple[int, int, int], bool] = {}
-        """Whether a signal is not what an honest worker would have sent, by index of the boundary, lane and micro-batch."""
+        """Whether a signal is not what an honest worker would have sent, by index of the boundary, lane and slot."""
         self.audited: list[tuple[int, Tensor]] = []
         self.sent: dict[tuple[Boundary, int, int], Tensor] = {}
         self.went_on_with: dict[tuple[Boundary, int, int], Tensor] = {}
@@ -103,31 +111,35 @@ class Pipelines:
 
     def draw(self) -> None:
         """The noise of a step, which is the same whether guards are apart or not."""
+        self.begin()
         self.drawn = {
             (replica, micro_batch): iter([self.noise(replica, micro_batch) for _ in range(2 * STAGES)])
             for replica in range(REPLICAS)
             for micro_batch in range(MICRO_BATCHES)
         }
 
+    def begin(self) -> None:
+        self.wiring = next(iter([guard.begin(self.step_number, MICRO_BATCHES) for guard in self.guards]))
+
     def run_micro_batch(self, group: int, micro_batch: int, tamper: Tamper) -> None:
         """One micro-batch of all replicas of a guard, forward and back."""
-        guard, replicas = self.guards[group], self.groups[group]
+        guard, replicas, wiring = self.guards[group], self.groups[group], self.wiring
+        places = [wiring.places[Part(replica, micro_batch)] for replica in replicas]
+        lanes = None if len(self.guards) > 1 else torch.tensor([lane for lane, _ in places])
 
         def noise() -> Tensor:
             return torch.cat([next(self.drawn[replica, micro_batch]) for replica in replicas])
 
         def cross(boundary: Boundary, signals: Tensor, taint: Tensor) -> tuple[Tensor, Tensor]:
-            pieces = zip(replicas, signals.split(SAMPLES))
-            wiring = guard.wiring(self.step_number)
-            sent = [tamper(wiring.worker(boundary.sender, replica), boundary.direction, piece) for replica, piece in pieces]
-            for replica, (mine, piece) in zip(replicas, zip(sent, signals.split(SAMPLES))):
-                self.lies[MESH.boundaries.index(boundary), replica, micro_batch] = mine is not piece and not torch.equal(
-                    mine, piece
-                )
+            pieces = signals.split(SAMPLES)
+            senders = [wiring.worker(boundary.sender, lane) for lane, _ in places]
+            sent = [tamper(sender, boundary.direction, piece) for sender, piece in zip(senders, pieces)]
+            for (lane, slot), mine, piece in zip(places, sent, pieces):
+                self.lies[MESH.boundaries.index(boundary), lane, slot] = mine is not piece and not torch.equal(mine, piece)
             given = torch.cat(sent)
             # A gradient follows from the one behind, an activation from the one before; the noise in them is new.
             known = self.projected(boundary, replicas, micro_batch)
-            went_on, taint = guard.receive(boundary, given, taint, known)
+            went_on, taint = guard.receive(boundary, given, taint, known, lanes)
             assert taint.shape == (len(replicas),) and taint.dtype == torch.bool
             self.received.append((given, went_on))
             for replica, mine, piece in zip(replicas, sent, went_on.split(SAMPLES)):
@@ -135,7 +147,7 @@ class Pipelines:
                 self.went_on_with[boundary, replica, micro_batch] = piece
             return went_on, taint
 
-        signals, taint = noise(), guard.initial_taint(self.step_number)
+        signals, taint = noise(), torch.tensor([not wiring.live[lane] for lane, _ in places])
         pattern = self.pattern[: signals.shape[1]]
         for index in range(STAGES - 1):
             signals, taint = cross(Boundary(index, A), 0.3 * signals + pattern * (index + 1) + 0.5 * noise(), taint)
@@ -145,11 +157,12 @@ class Pipelines:
 
     def exchange(self) -> SignalTable:
         rows = [torch.cat([guard.take_rows(boundary) for guard in self.guards]) for boundary in MESH.boundaries]
-        return SignalTable(torch.stack(rows))
+        return SignalTable.by_samples(torch.stack(rows), self.wiring)
 
     def attempt(self, tamper: Tamper = honest) -> Ruling:
         """One step up to its verdict; the same noise again if it has been drawn and is to be used again."""
         self.received.clear()
+        self.begin()
         for group in range(len(self.guards)):
             for micro_batch in range(MICRO_BATCHES):
                 self.run_micro_batch(group, micro_batch, tamper)
@@ -165,8 +178,8 @@ class Pipelines:
     def audit(self, boundary: int, signals: Tensor) -> Tensor:
         self.audited.append((boundary, signals.clone()))
         lies = torch.zeros_like(signals)
-        for lane, micro_batch in signals.nonzero().tolist():
-            lies[lane, micro_batch] = self.lies[boundary, lane, micro_batch]
+        for lane, slot in signals.nonzero().tolist():
+            lies[lane, slot] = self.lies[boundary, lane, slot]
         return lies
 
     def step(self, tamper: Tamper = honest) -> tuple[StepVerdict, list[Worker]]:

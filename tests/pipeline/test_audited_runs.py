@@ -31,7 +31,7 @@ class Attempts(L.Callback):
 
     def __init__(self) -> None:
         self.audited: list[Tensor] = []
-        """Of every attempt, ``(boundaries, lanes, micro_batches)``."""
+        """Of every attempt, ``(boundaries, replicas, micro_batches)``, by samples."""
         self.steps: list[int] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -44,7 +44,8 @@ class Attempts(L.Callback):
             return train(arguments, step, *rest)
 
         def listened(boundary: int, signals: Tensor) -> Tensor:
-            self.audited[-1][boundary] |= signals
+            for (replica, micro_batch), place in engine._wiring.places.items():
+                self.audited[-1][boundary, replica, micro_batch] |= signals[place]
             return audit(boundary, signals)
 
         engine.train, engine.audit = counted, listened
@@ -124,8 +125,8 @@ def test_liars_are_banned_in_their_first_step_and_no_weight_has_seen_what_they_s
     assert run.ledger.banned_at == dict.fromkeys(LIARS, START)
     assert_same_weights(clean, run)
     assert run.attempts.steps == [*range(START), START, START, *range(START + 1, START + 3)]
-    # The others do their work, so that nothing of the data is lost; in another lane each step.
-    assert run.strategy.wiring == Wiring.taken_over(run.strategy.mesh, set(LIARS), START + 2)
+    # Their work is dealt to the others, so that nothing of the data is lost.
+    assert run.strategy.wiring == Wiring.of(run.strategy.mesh, set(LIARS), MICRO_BATCHES)
     confirmed = {(d.worker, d.step) for d in run.strategy.detections if d.confirmed}
     assert confirmed == {(liar, START) for liar in LIARS}
 
@@ -165,8 +166,9 @@ def test_a_rate_of_one_audits_every_signal_of_every_attempt() -> None:
 
 def test_a_liar_behind_a_liar_is_found_in_the_same_step(clean: Run) -> None:
     # What is behind a lie tells nothing; the step that is done again without the first liar does.
-    run = Run(ATTACKS["hardly noticeable"], [ls.Worker(0, 1), ls.Worker(1, 1)])
-    assert run.ledger.banned_at == {ls.Worker(0, 1): START, ls.Worker(1, 1): START}
+    liars = [ls.Worker(0, 1), ls.Worker(1, 1), ls.Worker(1, 2)]
+    run = Run(ATTACKS["hardly noticeable"], liars)
+    assert run.ledger.banned_at == dict.fromkeys(liars, START) and run.attempts.steps.count(START) == 3
     assert_same_weights(clean, run)
 
 

@@ -13,6 +13,7 @@ from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline.guard import Guard
 from lightning_sentinel.verification import Ledger
 from lightning_sentinel.verification.features import FEATURES
+from lightning_sentinel.wiring import Part
 from tests.pipeline.pipelines import (
     CHANNELS,
     MESH,
@@ -128,7 +129,7 @@ def test_only_reporting_leaves_values_and_weights_untouched() -> None:
 
 
 @pytest.mark.parametrize("ban_after", [1, 3])
-def test_a_ban_follows_and_the_run_goes_on_without_the_pipeline(ban_after: int) -> None:
+def test_a_ban_follows_and_the_run_goes_on_without_it(ban_after: int) -> None:
     pipelines, culprit = Pipelines(Response(ban_after=ban_after)), Worker(1, 2)
     outcomes = [pipelines.step(broken({culprit})) for _ in range(ban_after + 3)]
     assert [banned for _, banned in outcomes] == [[]] * (ban_after - 1) + [[culprit]] + [[]] * 3
@@ -136,15 +137,27 @@ def test_a_ban_follows_and_the_run_goes_on_without_the_pipeline(ban_after: int) 
     assert ledger.banned_at == {culprit: ban_after - 1}
     assert ledger.flags == {culprit: MICRO_BATCHES * ban_after}
     assert pipelines.guard.wiring(0).live == (True, True, False)
-    assert pipelines.guard.initial_taint(0).tolist() == [False, False, True]
+    # The others of its stage go on, two at a time; of its pipeline's data nothing is lost.
     verdict, _ = outcomes[-1]
-    assert dirty(verdict) == {(stage, 2) for stage in range(STAGES)}
+    assert pipelines.wiring.places.keys() == {Part(replica, m) for replica in range(REPLICAS) for m in range(MICRO_BATCHES)}
+    assert all(verdict.clean[:, :2, k].all() for k in range(MICRO_BATCHES)) and verdict.clean.shape == (
+        STAGES,
+        REPLICAS,
+        MICRO_BATCHES + 1,
+    )
     assert verdict.detections == () and verdict.verified == {worker for worker in MESH if worker.replica != 2}
 
 
-def test_the_mesh_is_exhausted_when_every_pipeline_has_a_banned_worker() -> None:
+def test_bans_in_every_pipeline_cost_one_pipeline_if_they_are_in_different_stages() -> None:
+    pipelines, culprits = Pipelines(Response(ban_after=2)), [Worker(0, 0), Worker(2, 1), Worker(1, 2)]
+    pipelines.run(3, broken(culprits))
+    assert pipelines.guard.ledger.banned == set(culprits) and len(pipelines.wiring.lanes) == 2
+
+
+def test_the_mesh_is_exhausted_when_a_stage_has_nobody_left() -> None:
     pipelines = Pipelines(Response(ban_after=2))
-    culprits = [Worker(0, 0), Worker(2, 1), Worker(1, 2)]
+    culprits = [Worker(1, replica) for replica in range(REPLICAS)]
+    pipelines.guard.ledger.ban(0, culprits[1:])
     pipelines.step(broken(culprits))
     with pytest.raises(MeshExhaustedError) as caught:
         pipelines.step(broken(culprits))

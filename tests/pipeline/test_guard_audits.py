@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,7 +35,7 @@ def audited(rate: float = 1e-9, **options: Any) -> Response:
 
 
 def test_with_audits_signals_go_on_as_they_are_until_the_step_is_settled() -> None:
-    pipelines = Pipelines(audited(on_flag="log", ban_after=None), rewires=True).run(2)
+    pipelines = Pipelines(audited(on_flag="log", ban_after=None)).run(2)
     guard = pipelines.guard
     assert guard.audits and not guard.excludes
     pipelines.draw()
@@ -47,7 +46,7 @@ def test_with_audits_signals_go_on_as_they_are_until_the_step_is_settled() -> No
 
 @pytest.mark.parametrize("steps_before", [0, 1, WARMUP + 3])
 def test_one_lie_bans_and_the_step_is_done_again_without_the_liar(steps_before: int) -> None:
-    pipelines, culprit = Pipelines(audited(), rewires=True).run(steps_before), Worker(1, 2)
+    pipelines, culprit = Pipelines(audited()).run(steps_before), Worker(1, 2)
     before = {name: value.clone() for name, value in pipelines.guard.state_dict().items()}
     pipelines.audited.clear()
     pipelines.draw()
@@ -61,16 +60,16 @@ def test_one_lie_bans_and_the_step_is_done_again_without_the_liar(steps_before: 
     behind = [(index, int(signals[2].sum())) for index, signals in pipelines.audited if MESH.boundaries[index] != Boundary(1, A)]
     assert all(count == 0 for index, count in behind if index >= 2)
     wiring = pipelines.guard.wiring(pipelines.step_number)
-    assert wiring == Wiring.taken_over(MESH, {culprit}, pipelines.step_number) and all(wiring.live)
+    assert wiring == Wiring.of(MESH, {culprit}, turn=pipelines.step_number // 16) and wiring.live == (True, True, False)
     pipelines.draw()
     again = pipelines.attempt(broken({culprit}, A))
-    assert not again.redo and again.banned == [] and again.verdict.clean.all()
+    assert not again.redo and again.banned == [] and again.verdict.clean[:, wiring.lanes].all()
     assert all(verifier.references.updates == steps_before + 1 for verifier in pipelines.guard.verifiers.values())
     assert pipelines.guard.calibration.steps == steps_before + 1
 
 
 def test_flags_that_an_audit_drops_are_counted_as_exonerated_and_learned_from() -> None:
-    pipelines = Pipelines(audited(), rewires=True).run(WARMUP + 6)
+    pipelines = Pipelines(audited()).run(WARMUP + 6)
     ledger, calibration = pipelines.guard.ledger, pipelines.guard.calibration
     exonerated, audits, flags = ledger.exonerated.total(), ledger.audits, ledger.total_flags
     pipelines.pattern = 3 * pipelines.pattern
@@ -91,7 +90,7 @@ def test_a_rate_of_one_finds_what_no_feature_shows() -> None:
     def slightly(worker: Worker, direction: Direction, signal: Tensor) -> Tensor:
         return 1.01 * signal if worker == culprit else signal
 
-    pipelines = Pipelines(audited(1.0), rewires=True)
+    pipelines = Pipelines(audited(1.0))
     pipelines.draw()
     ruling = pipelines.attempt(slightly)
     assert ruling.banned == [culprit] and ruling.redo
@@ -99,34 +98,27 @@ def test_a_rate_of_one_finds_what_no_feature_shows() -> None:
 
 
 def test_a_run_that_bans_nobody_reports_what_audits_find_and_is_not_done_again() -> None:
-    pipelines = Pipelines(audited(on_flag="log", ban_after=None), rewires=True).run(2)
+    pipelines = Pipelines(audited(on_flag="log", ban_after=None)).run(2)
     verdict, banned = pipelines.step(broken({Worker(1, 1)}, A))
     assert verdict.guilty == {Worker(1, 1)} and banned == [] and not pipelines.guard.ledger.banned
     assert not verdict.honest[1:, 1].any()
 
 
 def test_the_mesh_is_exhausted_when_a_stage_has_nobody_left() -> None:
-    pipelines = Pipelines(audited(), rewires=True)
+    pipelines = Pipelines(audited())
     everyone = {Worker(1, replica) for replica in range(REPLICAS)}
     pipelines.draw()
     with pytest.raises(MeshExhaustedError, match=r"step 0"):
         pipelines.attempt(broken(everyone, A))
 
 
-@pytest.mark.parametrize(
-    ("response", "rewires", "expected"),
-    [
-        (Response(), False, lambda banned: Wiring.fixed(MESH, banned)),
-        (Response(), True, lambda banned: Wiring.gathered(MESH, banned)),
-        (audited(), True, lambda banned: Wiring.taken_over(MESH, banned, 5)),
-        (audited(), False, lambda banned: Wiring.fixed(MESH, banned)),
-    ],
-)
-def test_the_wiring_follows_from_the_bans(response: Response, rewires: bool, expected: Callable[[set[Worker]], Wiring]) -> None:
-    pipelines = Pipelines(response, rewires=rewires)
+@pytest.mark.parametrize("response", [Response(), audited()], ids=["flags", "audits"])
+def test_the_wiring_follows_from_the_bans(response: Response) -> None:
+    guard = Pipelines(response).guard
     for banned in (set(), {Worker(1, 0)}, {Worker(1, 0), Worker(2, 1)}):
-        pipelines.guard.ledger.banned_at = dict.fromkeys(banned, 0)
-        assert pipelines.guard.wiring(5) == expected(banned)
+        guard.ledger.banned_at = dict.fromkeys(banned, 0)
+        assert guard.wiring(5) == Wiring.of(MESH, banned)
+        assert guard.begin(20, 4) == Wiring.of(MESH, banned, micro_batches=4, turn=1)
 
 
 def test_a_step_of_which_every_sender_is_mixed_leaves_the_momentum_where_it_was() -> None:
@@ -136,7 +128,7 @@ def test_a_step_of_which_every_sender_is_mixed_leaves_the_momentum_where_it_was(
 
 def mixed_step() -> tuple[Pipelines, dict[str, Tensor]]:
     """A step in which each sender lies in one of its two micro-batches: of no sender is all of it honest."""
-    pipelines = Pipelines(audited(1.0, on_flag="log", ban_after=None), rewires=True).run(3)
+    pipelines = Pipelines(audited(1.0, on_flag="log", ban_after=None)).run(3)
     before = {name: value.clone() for name, value in pipelines.guard.verifiers[Boundary(0, A)].state_dict().items()}
     sent = dict.fromkeys(MESH.workers, 0)
 
@@ -157,7 +149,7 @@ def test_a_step_of_which_every_sender_is_mixed_teaches_nothing() -> None:
 
 
 def test_a_worker_that_takes_over_a_lane_does_not_take_over_its_drift() -> None:
-    pipelines = Pipelines(Response(), rewires=True).run(WARMUP + 1)
+    pipelines = Pipelines(Response()).run(WARMUP + 1)
     guard = pipelines.guard
     guard.ledger.ban(0, [Worker(0, 0), Worker(1, 1)])
     wiring = guard.wiring(pipelines.step_number)
@@ -170,7 +162,7 @@ def test_a_worker_that_takes_over_a_lane_does_not_take_over_its_drift() -> None:
 
 @pytest.mark.parametrize("response", [Response(ban_after=1), audited()], ids=["flags", "audits"])
 def test_a_ban_clears_those_behind_the_liar_of_their_sums(response: Response) -> None:
-    pipelines = Pipelines(response, rewires=True).run(WARMUP)
+    pipelines = Pipelines(response).run(WARMUP)
     drift, at = pipelines.guard.calibration.drift, {b: i for i, b in enumerate(MESH.boundaries)}
     drift.sums[0, :, :, 3] = 7.0
     pipelines.draw()
@@ -185,7 +177,7 @@ def test_a_ban_clears_those_behind_the_liar_of_their_sums(response: Response) ->
 
 
 def test_what_was_drawn_is_saved_and_goes_on() -> None:
-    original, loaded, other = (Pipelines(audited(0.07), rewires=True) for _ in range(3))
+    original, loaded, other = (Pipelines(audited(0.07)) for _ in range(3))
     original.run(9)
     state = {name: value.clone() for name, value in original.guard.state_dict().items()}
     assert float(state["audits/rounds"]) == pytest.approx(9 * 0.07)
@@ -203,11 +195,11 @@ def test_what_was_drawn_is_saved_and_goes_on() -> None:
 def test_a_guard_without_audits_saves_and_reads_no_rounds() -> None:
     guard = Pipelines().run(1).guard
     assert "audits/rounds" not in guard.state_dict()
-    guard.load_state_dict(Pipelines(audited(0.5), rewires=True).run(2).guard.state_dict())
+    guard.load_state_dict(Pipelines(audited(0.5)).run(2).guard.state_dict())
 
 
 def test_every_signal_is_audited_once_in_a_round_and_bans_make_rounds_shorter() -> None:
-    pipelines = Pipelines(audited(0.25), rewires=True)
+    pipelines = Pipelines(audited(0.25))
     signals = len(MESH.boundaries) * REPLICAS * MICRO_BATCHES
     for _ in range(2):
         before = pipelines.guard.ledger.audits
@@ -229,7 +221,7 @@ def test_what_the_senders_had_received_is_projected_by_the_method_that_uses_it()
     signal = torch.ones(SAMPLES, POSITIONS, CHANNELS)
     for method in ("sentinel", "paper"):
         config = Verification(method=method)
-        guard = Guard(MESH, MESH.boundaries, range(REPLICAS), config, Response(), Ledger(), torch.device("cpu"))
+        guard = Guard(MESH, MESH.boundaries, None, config, Response(), Ledger(), torch.device("cpu"))
         projected = [guard.project(boundary, signal) for boundary in MESH.boundaries]
         assert guard.compares_inputs == (method == "sentinel")
         if method == "paper":
@@ -244,27 +236,27 @@ def test_what_the_senders_had_received_is_projected_by_the_method_that_uses_it()
 
 
 def test_idle_workers_take_turns_of_sixteen_steps() -> None:
-    pipelines = Pipelines(Response(ban_after=1), rewires=True)
+    pipelines = Pipelines(Response(ban_after=1))
     pipelines.guard.ledger.ban(0, [Worker(0, 0)])
     wirings = [pipelines.guard.wiring(step) for step in range(3 * 16 + 1)]
-    assert wirings == [Wiring.gathered(MESH, {Worker(0, 0)}, step // 16) for step in range(3 * 16 + 1)]
+    assert wirings == [Wiring.of(MESH, {Worker(0, 0)}, turn=step // 16) for step in range(3 * 16 + 1)]
     assert len(set(wirings)) == 3 and wirings[0] == wirings[-1]
 
 
 def test_a_ruling_says_who_served() -> None:
-    pipelines, culprit = Pipelines(Response(ban_after=1), rewires=True), Worker(1, 2)
+    pipelines, culprit = Pipelines(Response(ban_after=1)), Worker(1, 2)
     pipelines.draw()
     ruling = pipelines.attempt(broken({culprit}))
     # The worker that the step bans still served in it.
-    assert ruling.banned == [culprit] and ruling.wiring == Wiring.gathered(MESH, ())
+    assert ruling.banned == [culprit] and ruling.wiring == Wiring.of(MESH, (), MICRO_BATCHES)
     pipelines.step_number += 1
     pipelines.draw()
-    assert pipelines.attempt().wiring == Wiring.gathered(MESH, {culprit})
+    assert pipelines.attempt().wiring == Wiring.of(MESH, {culprit}, MICRO_BATCHES)
 
 
 def test_who_drifts_is_asked_once_and_forgotten_if_honest() -> None:
     mesh_index = MESH.boundaries.index(Boundary(1, A))
-    pipelines = Pipelines(audited(), rewires=True).run(WARMUP + 1)
+    pipelines = Pipelines(audited()).run(WARMUP + 1)
     sums = pipelines.guard.calibration.drift.sums
     sums[0, mesh_index, 2, 3] = 12.0
     verdict, banned = pipelines.step()

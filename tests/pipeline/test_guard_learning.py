@@ -141,7 +141,7 @@ def test_replicas_of_different_lengths_teach_each_position_what_was_sent_there(l
 
 
 def test_a_process_without_boundaries_has_nothing_to_add() -> None:
-    guard = Guard(Mesh(1, 2), (), [0], Verification(), Response(), Ledger(), torch.device("cpu"))
+    guard = Guard(Mesh(1, 2), (), Worker(0, 0), Verification(), Response(), Ledger(), torch.device("cpu"))
     table = SignalTable(torch.empty(0, 2, MICRO_BATCHES, len(COLUMNS)))
 
     def never(vector: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def test_a_process_without_boundaries_has_nothing_to_add() -> None:
 
     ruling = guard.settle(table, 0, never)
     assert ruling.banned == [] and not ruling.redo and ruling.verdict.clean.all() and guard.state_dict() == {}
-    assert ruling.wiring == Wiring.fixed(Mesh(1, 2))
+    assert ruling.wiring == Wiring.of(Mesh(1, 2))
 
 
 def test_rows_are_in_the_order_of_replicas_and_micro_batches_and_handed_out_once() -> None:
@@ -163,11 +163,3 @@ def test_rows_are_in_the_order_of_replicas_and_micro_batches_and_handed_out_once
         assert rows[..., COLUMNS.index("positions")].tolist() == [[POSITIONS + m for m in range(length)]] * REPLICAS
         flagged = [[replica == 1 and micro_batch == 1 for micro_batch in range(length)] for replica in range(REPLICAS)]
         assert rows[..., COLUMNS.index("flagged")].bool().tolist() == flagged
-
-
-@pytest.mark.parametrize("replicas", [[0], [2], [2, 0], [0, 1, 2]], ids=str)
-def test_a_guard_starts_with_the_taint_of_its_own_replicas(replicas: list[int]) -> None:
-    ledger = Ledger()
-    ledger.banned_at[Worker(1, 2)] = 0
-    guard = Guard(MESH, MESH.boundaries, replicas, Verification(), Response(), ledger, torch.device("cpu"))
-    assert guard.initial_taint(0).tolist() == [replica == 2 for replica in replicas]

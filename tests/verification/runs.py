@@ -32,7 +32,7 @@ class Run:
         self.mesh, self.draw, self.ledger = mesh, draw or normal(mesh), Ledger(ban_after)
         self.calibration = Calibration(mesh, Verification(**{"warmup_steps": WARMUP, "window": 256, **settings}))
         self.generator = torch.Generator().manual_seed(seed)
-        self.wiring = Wiring.fixed(mesh)
+        self.wiring = Wiring.of(mesh)
         self.banned = torch.zeros(len(mesh.boundaries), mesh.replicas, dtype=torch.bool)
         self.flags: list[int] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ class Step:
 
     @property
     def wiring(self) -> Wiring:
-        return Wiring(Wiring.fixed(self.mesh).serving, tuple(self.live.tolist()))
+        return replace(Wiring.of(self.mesh, micro_batches=self.rows.shape[2]), live=tuple(self.live.tolist()))
 
 
 ALL = list(range(MICRO_BATCHES))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.verification import COLUMNS
 from lightning_sentinel.verification.table import MAX_SCORE
-from lightning_sentinel.wiring import Wiring
 from tests.verification.runs import MICRO_BATCHES, WARMUP, Run, normal
 from tests.verification.tools import F, lower_median, table_of
 
@@ -82,7 +82,7 @@ def test_lanes_that_are_left_out_and_tainted_signals_have_no_say() -> None:
     wild = features.clone()
     wild[:, 7] = 1e4
     wild[2, :2, 1:] = torch.nan
-    run.wiring = Wiring(run.wiring.serving, tuple(live.tolist()))
+    run.wiring = dataclasses.replace(run.wiring, live=tuple(live.tolist()))
     one, other = (run.assess(table_of(f, tainted)) for f in (features, wild))
     valid = ~tainted & live[:, None]
     assert torch.equal(one.valid, valid) and torch.equal(other.valid, valid)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import torch
 
-from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification import COLUMNS, SignalTable
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.table import signal_rows
@@ -66,20 +67,32 @@ def test_a_workers_score_is_the_highest_that_could_be_verified() -> None:
             scores = [rows[index, replica, m, COLUMNS.index("score")].item() for m in range(3) if not tainted[index, replica, m]]
             expected[sender, replica, direction] = max(scores, default=math.nan)
     assert np.isnan(expected).sum() == 2 * 2 + 1
-    np.testing.assert_array_equal(SignalTable(rows).worker_scores(mesh, Wiring.fixed(mesh)).numpy(), expected)
+    np.testing.assert_array_equal(SignalTable(rows).worker_scores(mesh, Wiring.of(mesh)).numpy(), expected)
 
 
 def test_a_mesh_of_one_stage_has_no_scores() -> None:
     table = SignalTable(torch.empty(0, 2, 3, len(COLUMNS)))
-    assert table.worker_scores(Mesh(1, 2), Wiring.fixed(Mesh(1, 2))).isnan().all()
+    assert table.worker_scores(Mesh(1, 2), Wiring.of(Mesh(1, 2))).isnan().all()
 
 
 def test_scores_belong_to_those_who_served_the_lanes() -> None:
     mesh, rows = Mesh(stages=2, replicas=3), torch.zeros(2, 3, 1, len(COLUMNS))
     rows[..., COLUMNS.index("score")] = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
-    # Replica 2 of stage 0 serves two lanes, replica 0 none; the others of stage 1 have changed lanes.
-    scores = SignalTable(rows).worker_scores(mesh, Wiring(((2, 1, 2), (1, 0, 2)), (True,) * 3))
-    expected = [[math.nan, 2, 3], [5, 4, 6]]
+    wiring = dataclasses.replace(Wiring.of(mesh), serving=((2, 1, 0), (1, 0, 2)))
+    scores = SignalTable(rows).worker_scores(mesh, wiring)
+    expected = [[3, 2, 1], [5, 4, 6]]
     np.testing.assert_array_equal(scores[0, :, 0].numpy(), expected[0])
     np.testing.assert_array_equal(scores[1, :, 1].numpy(), expected[1])
     assert scores[0, :, 1].isnan().all() and scores[1, :, 0].isnan().all()
+
+
+def test_rows_by_samples_are_put_in_the_order_of_lanes() -> None:
+    mesh = Mesh(stages=2, replicas=3)
+    wiring = Wiring.of(mesh, {Worker(0, 1)}, micro_batches=2)
+    rows = torch.arange(2.0 * 3 * 2 * len(COLUMNS)).view(2, 3, 2, len(COLUMNS))
+    table = SignalTable.by_samples(rows, wiring)
+    assert table.rows.shape == (2, 3, 3, len(COLUMNS))
+    for (replica, number), (lane, slot) in wiring.places.items():
+        assert torch.equal(table.rows[:, lane, slot], rows[:, replica, number])
+    empty = [(1, 0), (1, 1), (1, 2)]
+    assert all(table.tainted[:, lane, slot].all() for lane, slot in empty) and wiring.work[1] == ()

@@ -235,6 +235,6 @@ def test_blame_follows_the_wiring() -> None:
     serving = ((0, 1, 2, 3, 4), (4, 1, 2, 3, 0), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4))
     table = SignalTable(step.rows)
     nobody = torch.zeros(6, 5)
-    wiring = Wiring(serving, (True,) * 5)
+    wiring = dataclasses.replace(Wiring.of(step.mesh), serving=serving)
     verdict = judge(table, compared(table, step.live), nobody, step.mesh, wiring, 7, True)
     assert verdict.suspects == set(verdict.flagged) == {Worker(1, 4)} == {d.worker for d in verdict.detections}
