@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ConfigurationError",
+    "MalformedMessageError",
     "MeshExhaustedError",
     "MissingExtraError",
     "PipelineModelError",
@@ -45,6 +46,23 @@ class WorkerLostError(SentinelError, RuntimeError):
     Args:
         message: what happened, and what to do.
         rank: the rank that was lost, if it is known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class MalformedMessageError(SentinelError, ValueError):
+    """A worker sent something other than what was due; nothing of it was used.
+
+    Args:
+        message: what was expected, and what came.
+        rank: the rank that sent it, if it is known.
+
+    Example:
+        >>> MalformedMessageError("Expected 4 axes; what came announces 9.", rank=3).rank
+        3
     """
 
     def __init__(self, message: str, rank: int | None = None) -> None:

@@ -1,13 +1,22 @@
 """Point-to-point messages between neighbouring stages.
 
-A signal travels as one message: its elements, then one more that carries the taint flag, so that the flag costs no message of its
-own. Where the receiver cannot know the shape, a header of integers goes ahead, on the host, so that no device is waited for.
+A signal travels as two messages: a header of integers (see :mod:`~lightning_sentinel.pipeline.headers`), on the host, so that no
+device is waited for, and the elements, then one more that carries the taint flag, so that the flag costs no message of its own.
 
 Besides, a worker sends small notes past its neighbour to the stage behind it: what the neighbour was sent, along secret directions.
 Nobody waits for a note to arrive before going on, because its receiver asks for it only when the neighbour's own signal is there.
 
 ``device`` sends tensors from where they are. ``host`` copies them through host memory: between sites, and where the backend cannot
 send from the device (several ranks on one GPU).
+
+Nothing in a message is believed before it was compared with what is due. What gloo itself does with a message whose size is not
+that of the receiver's buffer (test_transport.py has it in writing):
+
+- A shorter one is taken without a word, and the end of the buffer stays what it was. So the end is marked before, and looked at
+  afterwards. The next message is not affected, because gloo knows where each ends.
+- A longer one ends the receiver's *process*: gloo aborts in a thread of its own (``Received data size doesn't match expected
+  size``), which no Python code can catch. A worker that sends fewer elements than it announced is refused; one that sends more
+  takes its receiver down. Only another transport could help.
 """
 
 from __future__ import annotations
@@ -21,17 +30,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_sentinel.errors import PipelineModelError, WorkerLostError
+from lightning_sentinel.errors import MalformedMessageError, WorkerLostError
+from lightning_sentinel.pipeline.headers import HEADER_WORDS, Expected, Place, decode, encode
 from lightning_sentinel.pipeline.liveness import is_lost_connection
 
 __all__ = ["Transport"]
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_MOST_AXES = 8
+# What a buffer holds where nothing arrived: no word of a header is negative, no taint is, and all dtypes have the number.
+_UNTOUCHED = -1
 
 
 class Transport:
     """Sends signals to, and receives them from, other ranks.
+
+    A rank whose message was malformed is not listened to again: what it sent after that header is still under way, and would be
+    taken for the next message. With gloo that rank waits, until the group's timeout, for somebody to take it. Sending to it goes
+    on, because others wait for what it makes of that.
 
     Args:
         device: where signals live.
@@ -44,79 +58,113 @@ class Transport:
             mode = "host" if device.type != "cpu" and not _sends_from(device) else "device"
         self._wire = torch.device("cpu") if mode == "host" else device
         self._under_way: list[tuple[int, dist.Work, Tensor]] = []
+        self._broken: dict[int, str] = {}
 
-    def send(self, signal: Tensor, tainted: Tensor, rank: int, *, header: bool) -> None:
-        """Send a signal and its taint (0-dim bool); with a header if the receiver does not know the shape.
+    def send(self, signal: Tensor, tainted: Tensor, rank: int, place: Place) -> None:
+        """Send a signal of any shape, and its taint (0-dim bool).
 
         Raises:
             PipelineModelError: if the signal is no tensor that can cross a boundary.
+            WorkerLostError: if ``rank`` does not answer.
         """
-        message = torch.cat((signal.detach().reshape(-1), tainted.to(signal.dtype).reshape(1))).to(self._wire)
-        head = self._header(signal) if header else None
-        with _naming(rank):
-            if head is not None:
-                dist.send(head, rank)
-            dist.send(message, rank)
+        for message in self._messages(signal, tainted, place):
+            with _naming(rank):
+                dist.send(message, rank)
 
-    def receive(self, rank: int, *, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Receive a signal and its taint from ``rank``.
+    def receive(self, rank: int, place: Place, expected: Expected) -> tuple[Tensor, Tensor]:
+        """Receive a signal and its taint.
 
         Args:
-            like: a tensor of the signal's shape and dtype; without one a header is expected.
+            rank: the sender.
+            place: the message that is due.
+            expected: what is allowed of it.
 
         Returns:
-            the signal, in memory of its own, and the 0-dim bool taint.
-        """
-        if like is None:
-            shape, dtype, _ = self._read_header(rank)
-        else:
-            shape, dtype = tuple(like.shape), like.dtype
-        message = torch.empty(math.prod(shape) + 1, dtype=dtype, device=self._wire)
-        with _naming(rank):
-            dist.recv(message, rank)
-        message = message.to(self._device)
-        return message[:-1].view(shape), message[-1].bool()
+            the signal, in memory of its own, and the 0-dim bool taint: true unless the sender wrote exactly 0.
 
-    def send_note(self, note: Tensor, number: int, rank: int) -> None:
-        """Send a tensor, and a number with its header, without waiting; :meth:`finish_notes` does."""
-        for message in (self._header(note, number), note.contiguous().to(self._wire)):
+        Raises:
+            MalformedMessageError: if something else came, now or before.
+            WorkerLostError: if ``rank`` does not answer.
+        """
+        signal, tainted, _ = self._receive(rank, place, expected)
+        return signal, tainted
+
+    def send_note(self, note: Tensor, number: int, rank: int, place: Place) -> None:
+        """Send a tensor, and a number with its header, without waiting; :meth:`finish_notes` does.
+
+        Raises:
+            PipelineModelError: if the note is no tensor that can cross a boundary.
+            WorkerLostError: if ``rank`` does not answer.
+        """
+        for message in self._messages(note, torch.zeros((), dtype=torch.bool, device=note.device), place, number):
             with _naming(rank):
                 work = dist.isend(message, rank)
             assert work is not None, "the default group has all ranks"
             self._under_way.append((rank, work, message))
 
-    def receive_note(self, rank: int) -> tuple[Tensor, int]:
-        """Receive what :meth:`send_note` sent: the tensor and the number."""
-        shape, dtype, number = self._read_header(rank)
-        note = torch.empty(shape, dtype=dtype, device=self._wire)
-        with _naming(rank):
-            dist.recv(note, rank)
-        return note.to(self._device), number
+    def receive_note(self, rank: int, place: Place, expected: Expected) -> tuple[Tensor, int]:
+        """Receive what :meth:`send_note` sent: the tensor, in memory of its own, and the number.
+
+        Raises:
+            MalformedMessageError: if something else came, now or before.
+            WorkerLostError: if ``rank`` does not answer.
+        """
+        note, _, number = self._receive(rank, place, expected)
+        return note, number
 
     def finish_notes(self) -> None:
-        """Wait until all notes were taken; at the end of a schedule, when their receivers have asked for them."""
+        """Wait until all notes were taken; at the end of a schedule, when their receivers have asked for them.
+
+        Raises:
+            WorkerLostError: if one of the receivers does not answer.
+        """
         for rank, work, _ in self._under_way:
             with _naming(rank):
                 work.wait()
         self._under_way.clear()
 
-    @staticmethod
-    def _header(signal: Tensor, number: int = 0) -> Tensor:
-        if signal.dtype not in _DTYPES or signal.ndim > _MOST_AXES:
-            raise PipelineModelError(
-                f"A stage returned a tensor of shape {tuple(signal.shape)} and dtype {signal.dtype}. Between stages travels one"
-                f" floating-point tensor with at most {_MOST_AXES} axes: end the stage at a layer that returns one."
-            )
-        sizes = list(signal.shape) + [0] * (_MOST_AXES - signal.ndim)
-        return torch.tensor([_DTYPES.index(signal.dtype), number, signal.ndim, *sizes])
+    def _messages(self, tensor: Tensor, last: Tensor, place: Place, number: int = 0) -> tuple[Tensor, Tensor]:
+        """Header and elements, both in memory that nobody else writes to."""
+        header = encode(place, tensor.shape, tensor.dtype, number)
+        return header, torch.cat((tensor.detach().reshape(-1), last.to(tensor.dtype).reshape(1))).to(self._wire)
 
-    @staticmethod
-    def _read_header(rank: int) -> tuple[tuple[int, ...], torch.dtype, int]:
-        header = torch.empty(3 + _MOST_AXES, dtype=torch.int64)
-        with _naming(rank):
-            dist.recv(header, rank)
-        dtype, number, axes, *sizes = header.tolist()
-        return tuple(sizes[:axes]), _DTYPES[dtype], number
+    def _receive(self, rank: int, place: Place, expected: Expected) -> tuple[Tensor, Tensor, int]:
+        with self._believing_only_what_is_due(rank, place):
+            words = torch.full((HEADER_WORDS,), _UNTOUCHED, dtype=torch.int64)
+            with _naming(rank):
+                dist.recv(words, rank)
+            header = decode(words, place, expected)
+            message = torch.empty(math.prod(header.shape) + 1, dtype=header.dtype, device=self._wire)
+            message[-1] = _UNTOUCHED
+            with _naming(rank):
+                dist.recv(message, rank)
+            # A device would have to be waited for. There the mark is not zero, and makes the signal a tainted one.
+            if self._wire.type == "cpu" and message[-1] == _UNTOUCHED:
+                raise MalformedMessageError(
+                    f"Expected the {place}; what came has fewer elements than the {len(message)} of shape {header.shape} and flag"
+                    " that its header announces."
+                )
+        message = message.to(self._device)
+        return message[:-1].view(header.shape), message[-1].bool(), header.number
+
+    @contextmanager
+    def _believing_only_what_is_due(self, rank: int, place: Place) -> Iterator[None]:
+        """Say whose message was malformed, and listen to that rank no more."""
+        if rank in self._broken:
+            raise MalformedMessageError(
+                f"Rank {rank} is not listened to, not for the {place} either, since it sent a malformed message."
+                f" {self._broken[rank]} Leave it out of the pipeline, or start the run again.",
+                rank=rank,
+            )
+        try:
+            yield
+        except MalformedMessageError as error:
+            self._broken[rank] = str(error)
+            raise MalformedMessageError(
+                f"Rank {rank} sent a malformed message. {error} Nothing of it was used. See that the rank runs the same release and"
+                " settings as this one; if it does, it is faulty or hostile, and has to go.",
+                rank=rank,
+            ) from error
 
 
 @contextmanager

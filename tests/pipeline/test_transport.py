@@ -1,21 +1,39 @@
 from __future__ import annotations
 
+import math
+import signal as signals
+import subprocess
+import sys
+import textwrap
 from collections import deque
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_sentinel.errors import PipelineModelError, WorkerLostError
+from lightning_sentinel.errors import MalformedMessageError, PipelineModelError, WorkerLostError
+from lightning_sentinel.pipeline.headers import DTYPES, HEADER_WORDS, Expected, Kind, Place, encode
 from lightning_sentinel.pipeline.transport import Transport
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 YES = torch.tensor(True)
 NO = torch.tensor(False)
+ANY = Expected(DTYPES, most_elements=100)
+NOTE = Expected(DTYPES, most_elements=100, numbers=range(2**40 + 1))
+
+
+def at(slot: int, kind: Kind = Kind.ACTIVATION) -> Place:
+    return Place(5, slot, kind)
+
+
+DUE, NOTE_DUE = at(0), at(0, Kind.NOTE_ACTIVATION)
 
 
 class Wire:
-    """What this process sends comes back to it."""
+    """What this process sends comes back to it; the end of a buffer that is too large stays what it was, as with gloo."""
 
     def __init__(self) -> None:
         self.messages: deque[Tensor] = deque()
@@ -37,8 +55,9 @@ class Wire:
 
     def recv(self, tensor: Tensor, rank: int) -> None:
         message = self.messages.popleft()
-        assert (message.shape, message.dtype) == (tensor.shape, tensor.dtype)
-        tensor.copy_(message)
+        assert message.dtype == tensor.dtype
+        assert len(message) <= len(tensor), "gloo aborts the process"
+        tensor[: len(message)] = message
 
 
 @pytest.fixture
@@ -69,9 +88,9 @@ SIGNALS = {
 @pytest.mark.parametrize("signal", SIGNALS.values(), ids=SIGNALS)
 def test_there_and_back(wire: Wire, signal: Tensor, taint: Tensor, mode: str) -> None:
     transport = Transport(CPU, mode)  # type: ignore[arg-type]
-    transport.send(signal, taint, 1, header=True)
-    assert len(wire.messages) == 2
-    received, tainted = transport.receive(1)
+    transport.send(signal, taint, 1, DUE)
+    assert [len(message) for message in wire.messages] == [HEADER_WORDS, signal.numel() + 1]
+    received, tainted = transport.receive(1, DUE, ANY)
     assert received.dtype == signal.dtype
     assert torch.equal(received, signal)
     assert received.is_contiguous()
@@ -80,20 +99,30 @@ def test_there_and_back(wire: Wire, signal: Tensor, taint: Tensor, mode: str) ->
 
 
 @pytest.mark.parametrize("taint", [YES, NO], ids=["tainted", "clean"])
-def test_without_a_header_it_is_one_message(wire: Wire, taint: Tensor) -> None:
+def test_a_gradient_of_known_shape(wire: Wire, taint: Tensor) -> None:
     transport, signal = Transport(CPU), torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
-    transport.send(signal, taint, 1, header=False)
-    assert len(wire.messages) == 1
-    received, tainted = transport.receive(1, like=torch.zeros(3, 2))
+    transport.send(signal, taint, 1, at(2, Kind.GRADIENT))
+    received, tainted = transport.receive(1, at(2, Kind.GRADIENT), Expected.like(torch.zeros(3, 2)))
     assert torch.equal(received, signal)
     assert bool(tainted) == bool(taint)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("flag", "tainted"), [(0.0, False), (-0.0, False), (1.0, True), (0.5, True), (2.0, True), (math.nan, True), (-math.inf, True)]
+)
+def test_any_flag_but_zero_is_a_taint(wire: Wire, flag: float, tainted: bool, dtype: torch.dtype) -> None:
+    wire.messages.extend((encode(DUE, (2,), dtype), torch.tensor([3.0, 4.0, flag], dtype=dtype)))
+    signal, its = Transport(CPU).receive(1, DUE, ANY)
+    assert signal.tolist() == [3.0, 4.0]
+    assert bool(its) is tainted
+
+
 def test_signals_do_not_share_memory(wire: Wire) -> None:
     transport, signal = Transport(CPU), torch.ones(3)
-    for _ in range(2):
-        transport.send(signal, NO, 1, header=True)
-    first, second = transport.receive(1)[0], transport.receive(1)[0]
+    for slot in range(2):
+        transport.send(signal, NO, 1, at(slot))
+    first, second = (transport.receive(1, at(slot), ANY)[0] for slot in range(2))
     first.fill_(5.0)
     assert second.tolist() == signal.tolist() == [1.0, 1.0, 1.0]
 
@@ -105,7 +134,7 @@ def test_signals_do_not_share_memory(wire: Wire) -> None:
 )
 def test_what_cannot_cross_is_refused(wire: Wire, signal: Tensor) -> None:
     with pytest.raises(PipelineModelError) as raised:
-        Transport(CPU).send(signal, NO, 1, header=True)
+        Transport(CPU).send(signal, NO, 1, DUE)
     message = str(raised.value)
     assert f"shape {tuple(signal.shape)} and dtype {signal.dtype}" in message
     assert "at most 8 axes: end the stage" in message
@@ -120,31 +149,39 @@ NOTES = {name: signal for name, signal in SIGNALS.items() if not signal.requires
 @pytest.mark.parametrize("note", NOTES.values(), ids=NOTES)
 def test_a_note_arrives_with_its_number(wire: Wire, note: Tensor, number: int, mode: str) -> None:
     transport = Transport(CPU, mode)  # type: ignore[arg-type]
-    transport.send_note(note, number, 1)
-    received, its = transport.receive_note(1)
+    transport.send_note(note, number, 1, NOTE_DUE)
+    received, its = transport.receive_note(1, NOTE_DUE, NOTE)
     assert (received.dtype, its) == (note.dtype, number) and torch.equal(received, note) and not wire.messages
 
 
 def test_notes_are_waited_for_at_the_end_and_once(wire: Wire) -> None:
     transport = Transport(CPU)
     for number in range(3):
-        transport.send_note(torch.full((2,), float(number)), number, 1)
+        transport.send_note(torch.full((2,), float(number)), number, 1, at(number, Kind.NOTE_GRADIENT))
     assert wire.waited == 0
     transport.finish_notes()
     assert wire.waited == len(wire.under_way) == 6
     transport.finish_notes()
     assert wire.waited == 6
-    assert [transport.receive_note(1)[1] for _ in range(3)] == [0, 1, 2]
+    assert [transport.receive_note(1, at(slot, Kind.NOTE_GRADIENT), NOTE)[1] for slot in range(3)] == [0, 1, 2]
+
+
+def test_a_note_may_be_changed_once_it_is_under_way(wire: Wire) -> None:
+    transport, note = Transport(CPU), torch.ones(2)
+    transport.send_note(note, 1, 1, NOTE_DUE)
+    note.zero_()
+    assert transport.receive_note(1, NOTE_DUE, NOTE)[0].tolist() == [1.0, 1.0]
 
 
 def test_notes_and_signals_keep_their_order(wire: Wire) -> None:
     transport = Transport(CPU)
-    transport.send_note(torch.ones(2), 7, 1)
-    transport.send(torch.zeros(3), YES, 1, header=True)
-    transport.send_note(torch.ones(1), 8, 1)
-    assert transport.receive_note(1)[1] == 7
-    assert bool(transport.receive(1)[1])
-    assert transport.receive_note(1)[1] == 8
+    after = at(1, Kind.NOTE_ACTIVATION)
+    transport.send_note(torch.ones(2), 7, 1, NOTE_DUE)
+    transport.send(torch.zeros(3), YES, 1, DUE)
+    transport.send_note(torch.ones(1), 8, 1, after)
+    assert transport.receive_note(1, NOTE_DUE, NOTE)[1] == 7
+    assert bool(transport.receive(1, DUE, ANY)[1])
+    assert transport.receive_note(1, after, NOTE)[1] == 8
 
 
 class TestLostPeers:
@@ -153,7 +190,7 @@ class TestLostPeers:
             raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:999")
 
         transport = Transport(CPU)
-        transport.send_note(torch.ones(2), 0, 4)
+        transport.send_note(torch.ones(2), 0, 4, NOTE_DUE)
         monkeypatch.setattr(Wire, "wait", fail)
         with pytest.raises(WorkerLostError, match="Rank 4 does not answer") as raised:
             transport.finish_notes()
@@ -161,24 +198,31 @@ class TestLostPeers:
         monkeypatch.setattr("torch.distributed.isend", fail)
         monkeypatch.setattr("torch.distributed.recv", fail)
         with pytest.raises(WorkerLostError, match="Rank 2 does not answer"):
-            transport.send_note(torch.ones(2), 0, 2)
+            transport.send_note(torch.ones(2), 0, 2, NOTE_DUE)
         with pytest.raises(WorkerLostError, match="Rank 3 does not answer"):
-            transport.receive_note(3)
+            transport.receive_note(3, NOTE_DUE, NOTE)
 
-    @pytest.mark.parametrize("like", [None, torch.zeros(2)], ids=["header", "message"])
-    def test_named(self, monkeypatch: pytest.MonkeyPatch, like: Tensor | None) -> None:
-        def fail(*_: object) -> None:
-            raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:999")
+    @pytest.mark.parametrize("header", [True, False], ids=["at the header", "at the elements"])
+    def test_named(self, monkeypatch: pytest.MonkeyPatch, wire: Wire, header: bool) -> None:
+        def closed_after(count: int, works: Callable[[Tensor, int], object]) -> Callable[[Tensor, int], None]:
+            left = iter(range(count))
 
-        monkeypatch.setattr("torch.distributed.send", fail)
-        monkeypatch.setattr("torch.distributed.recv", fail)
+            def call(tensor: Tensor, rank: int) -> None:
+                if next(left, None) is None:
+                    raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:999")
+                works(tensor, rank)
+
+            return call
+
         transport = Transport(CPU)
-        with pytest.raises(WorkerLostError, match=r"Rank 3 does not answer: .*closed by peer") as raised:
-            transport.receive(3, like=like)
-        assert raised.value.rank == 3
+        monkeypatch.setattr("torch.distributed.send", closed_after(0 if header else 1, wire.send))
+        monkeypatch.setattr("torch.distributed.recv", closed_after(0 if header else 1, wire.recv))
         with pytest.raises(WorkerLostError, match="Rank 2 does not answer") as raised:
-            transport.send(torch.ones(2), NO, 2, header=like is None)
+            transport.send(torch.ones(2), NO, 2, DUE)
         assert raised.value.rank == 2
+        with pytest.raises(WorkerLostError, match=r"Rank 3 does not answer: .*closed by peer") as raised:
+            transport.receive(3, DUE, ANY)
+        assert raised.value.rank == 3
 
     def test_other_errors_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: object) -> None:
@@ -186,5 +230,154 @@ class TestLostPeers:
 
         monkeypatch.setattr("torch.distributed.recv", fail)
         with pytest.raises(RuntimeError, match="out of memory") as raised:
-            Transport(CPU).receive(3)
+            Transport(CPU).receive(3, DUE, ANY)
         assert not isinstance(raised.value, WorkerLostError)
+
+
+class TestMalformed:
+    MALFORMED = {
+        "a duplicate": ((encode(at(0), (2,), torch.float32), torch.zeros(3)), "is a duplicate or late"),
+        "late": ((encode(Place(4, 3, Kind.ACTIVATION), (2,), torch.float32), torch.zeros(3)), "is a duplicate or late"),
+        "early": ((encode(at(2), (2,), torch.float32), torch.zeros(3)), "is early"),
+        "of another kind": ((encode(at(1, Kind.GRADIENT), (2,), torch.float32), torch.zeros(3)), "is of another kind"),
+        "huge": ((encode(at(1), (2**40, 2**40), torch.float32), torch.zeros(3)), "memory for 100 elements"),
+        "one element too large": ((encode(at(1), (101,), torch.float32), torch.zeros(102)), "memory for 100 elements"),
+        "no header": ((torch.zeros(HEADER_WORDS, dtype=torch.int64),), "does not begin as a header"),
+        "an empty header": ((torch.empty(0, dtype=torch.int64),), "does not begin as a header"),
+        "half a header": ((encode(at(1), (2,), torch.float32)[:9], torch.zeros(3)), "must not be negative"),
+        "a header but its last word": ((encode(at(1), (2,), torch.float32)[:-1], torch.zeros(3)), "must not be negative"),
+        "no flag": ((encode(at(1), (2,), torch.float32), torch.zeros(2)), "has fewer elements than the 3 of shape (2,)"),
+        "no elements": ((encode(at(1), (2,), torch.float16), torch.zeros(0, dtype=torch.float16)), "has fewer elements"),
+    }
+
+    @pytest.mark.parametrize("mode", ["device", "host"])
+    @pytest.mark.parametrize(("messages", "reason"), MALFORMED.values(), ids=MALFORMED)
+    def test_refused_and_named(self, wire: Wire, messages: tuple[Tensor, ...], reason: str, mode: str) -> None:
+        transport = Transport(CPU, mode)  # type: ignore[arg-type]
+        wire.messages.extend(messages)
+        with pytest.raises(MalformedMessageError) as raised:
+            transport.receive(3, at(1), ANY)
+        message = str(raised.value)
+        assert raised.value.rank == 3
+        assert message.startswith("Rank 3 sent a malformed message. Expected the activation of step 5, micro-batch 1; what came ")
+        assert reason in message and "See that the rank runs the same release" in message
+
+    def test_nothing_is_allocated_for_a_header_that_is_refused(self, monkeypatch: pytest.MonkeyPatch, wire: Wire) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("memory was asked for")
+
+        wire.messages.append(encode(DUE, (101,), torch.float32))
+        monkeypatch.setattr("torch.empty", refuse)
+        with pytest.raises(MalformedMessageError):
+            Transport(CPU).receive(3, DUE, ANY)
+
+    @pytest.mark.parametrize("kind", [Kind.NOTE_ACTIVATION, Kind.ACTIVATION])
+    def test_the_wire_is_not_touched_again(self, wire: Wire, kind: Kind) -> None:
+        transport = Transport(CPU)
+        wire.messages.extend((encode(at(0, kind), (2**40,), torch.float32), torch.zeros(3)))
+        with pytest.raises(MalformedMessageError):
+            transport.receive_note(3, at(0, kind), NOTE)
+        transport.send(torch.ones(2), NO, 3, at(1))
+        before = len(wire.messages)
+        assert before == 3
+        for again in (lambda: transport.receive(3, at(1), ANY), lambda: transport.receive_note(3, at(1, kind), NOTE)):
+            with pytest.raises(MalformedMessageError, match=r"Rank 3 is not listened to.* since .*announces sizes") as raised:
+                again()
+            assert raised.value.rank == 3
+            assert "micro-batch 1 either" in str(raised.value)
+        assert len(wire.messages) == before
+
+    def test_other_ranks_are_heard(self, wire: Wire) -> None:
+        transport = Transport(CPU)
+        wire.messages.append(torch.zeros(HEADER_WORDS, dtype=torch.int64))
+        with pytest.raises(MalformedMessageError):
+            transport.receive(3, DUE, ANY)
+        transport.send(torch.ones(2), NO, 2, DUE)
+        assert transport.receive(2, DUE, ANY)[0].tolist() == [1.0, 1.0]
+
+    def test_a_message_that_is_sent_twice(self, wire: Wire) -> None:
+        transport = Transport(CPU)
+        for _ in range(2):
+            transport.send(torch.ones(2), NO, 1, at(0))
+        transport.receive(1, at(0), ANY)
+        with pytest.raises(MalformedMessageError, match="is a duplicate or late: the activation of step 5, micro-batch 0"):
+            transport.receive(1, at(1), ANY)
+
+    def test_notes(self, wire: Wire) -> None:
+        transport = Transport(CPU)
+        transport.send_note(torch.ones(2), 65, 1, NOTE_DUE)
+        with pytest.raises(MalformedMessageError, match="carries the number 65, and allowed are 1 to 64"):
+            transport.receive_note(1, NOTE_DUE, Expected(DTYPES, 100, numbers=range(1, 65)))
+        wire.messages.clear()
+        wire.messages.extend((encode(NOTE_DUE, (2,), torch.float32), torch.zeros(1)))
+        with pytest.raises(MalformedMessageError, match="has fewer elements"):
+            transport.receive_note(2, NOTE_DUE, NOTE)
+
+
+class TestGloo:
+    """What gloo does with a message of another size than the receiver's buffer: with two processes, nothing simulated."""
+
+    BOTH = """
+        import sys
+        from datetime import timedelta
+        import torch, torch.distributed as dist
+        from lightning_sentinel.errors import MalformedMessageError
+        from lightning_sentinel.pipeline.headers import Expected, Kind, Place, encode
+        from lightning_sentinel.pipeline.liveness import is_lost_connection
+        from lightning_sentinel.pipeline.transport import Transport
+
+        rank, file = int(sys.argv[1]), sys.argv[2]
+        store = dist.FileStore(file, 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+        due, signal, no = Place(0, 0, Kind.GRADIENT), torch.ones(8), torch.tensor(False)
+    """
+    SENDER = """
+        dist.send(encode(due, (8,), torch.float32), 1)
+        dist.send(torch.zeros(5), 1)
+        dist.send(encode(due, (8,), torch.float32)[:9], 1)
+        Transport(torch.device("cpu")).send(signal, no, 1, due)
+        dist.send(encode(due, (8,), torch.float32), 1)
+        try:
+            dist.send(torch.zeros(500_000), 1)
+            Transport(torch.device("cpu")).receive(1, due, Expected.like(signal))
+        except RuntimeError as error:
+            print("lost:", is_lost_connection(error))
+    """
+    RECEIVER = """
+        def receive():
+            return Transport(torch.device("cpu")).receive(0, due, Expected.like(signal))
+
+        for _ in range(2):
+            try:
+                receive()
+            except MalformedMessageError as error:
+                print(error, flush=True)
+        print("received", receive()[0].tolist(), flush=True)
+        print("received", receive(), flush=True)
+    """
+
+    def test_sizes_that_do_not_fit(self, tmp_path: Path) -> None:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", textwrap.dedent(self.BOTH) + textwrap.dedent(code), str(rank), str(tmp_path / "store")],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+            )
+            for rank, code in enumerate((self.SENDER, self.RECEIVER))
+        ]
+        try:
+            (sent, sender_errors), (received, errors) = (process.communicate(timeout=50) for process in processes)
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0, -signals.SIGABRT], (sender_errors, errors)
+        lines = received.splitlines()
+        # A shorter message is noticed by us alone, and does no harm to the one after it.
+        assert "has fewer elements than the 9 of shape (8,)" in lines[0]
+        assert "must not be negative" in lines[1]
+        assert lines[2:] == [f"received {[1.0] * 8}"]
+        # A longer one ends the process of the receiver, whose peer sees it as lost.
+        assert "Received data size doesn't match expected size" in errors
+        assert sent.splitlines() == ["lost: True"]

@@ -1,0 +1,209 @@
+"""Headers of messages between workers: what is coming, and which message it is.
+
+A header is a fixed number of integers ahead of the elements. It was written by somebody who may be faulty or hostile, so the
+receiver compares every word of it with what it expects before it allocates anything. What does not fit is refused with one error,
+:class:`~lightning_sentinel.errors.MalformedMessageError`, whatever the integers are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
+
+__all__ = ["DTYPES", "HEADER_WORDS", "Expected", "Header", "Kind", "Place", "decode", "encode"]
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""What can cross a boundary. The place in this tuple goes over the wire: append only, or count ``_MAGIC`` up."""
+
+_MOST_AXES = 8
+# Says that this is a header of ours, and in its last byte which layout it has.
+_MAGIC = int.from_bytes(b"sentine\x01", "big")
+HEADER_WORDS = 7 + _MOST_AXES
+"""Length of a header: magic and version, step, slot, kind, dtype, number, axes, and as many sizes as there can be axes."""
+
+
+class Kind(IntEnum):
+    """What a message carries; notes carry projections of activations and of gradients."""
+
+    ACTIVATION = 1
+    GRADIENT = 2
+    NOTE_ACTIVATION = 3
+    NOTE_GRADIENT = 4
+
+    def __str__(self) -> str:
+        return {3: "note on the activation", 4: "note on the gradient"}.get(self.value, self.name.lower())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which message it is.
+
+    Args:
+        step: number of the training batch.
+        slot: which micro-batch of the lane, in the order of the schedule.
+        kind: what it carries.
+
+    Example:
+        >>> str(Place(12, 3, Kind.GRADIENT))
+        'gradient of step 12, micro-batch 3'
+    """
+
+    step: int
+    slot: int
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.kind} of step {self.step}, micro-batch {self.slot}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a receiver allows.
+
+    Args:
+        dtypes: each of them will do.
+        most_elements: the largest message there is memory for, where sizes of 0 count as 1; not looked at if ``shape`` is known.
+        shape: the exact shape, if it is known, as that of a gradient is from the forward pass.
+        channels: size of the last axis, if it is known.
+        samples: size of the first axis, if it is known.
+        numbers: what may stand in the header besides; 0 alone for signals, which have no number.
+
+    Example:
+        >>> Expected((torch.float32,), most_elements=4096, channels=64).channels
+        64
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    most_elements: int
+    shape: tuple[int, ...] | None = None
+    channels: int | None = None
+    samples: int | None = None
+    numbers: range = range(1)
+
+    @classmethod
+    def like(cls, tensor: Tensor) -> Expected:
+        """A signal of the shape and dtype of ``tensor``.
+
+        Example:
+            >>> Expected.like(torch.ones(2, 3)).shape
+            (2, 3)
+        """
+        return cls((tensor.dtype,), tensor.numel(), tuple(tensor.shape))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a header says once it is believed.
+
+    Args:
+        shape: of the tensor that follows.
+        dtype: of the tensor that follows.
+        number: goes along with notes: the channels of the signal that the note is about.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    number: int
+
+
+def encode(place: Place, shape: Sequence[int], dtype: torch.dtype, number: int = 0) -> Tensor:
+    """The header of a message.
+
+    Returns:
+        ``(HEADER_WORDS,)``, int64, on the host.
+
+    Raises:
+        PipelineModelError: if a tensor of this shape or dtype cannot cross a boundary.
+
+    Example:
+        >>> encode(Place(12, 3, Kind.ACTIVATION), (2, 5), torch.float64)[1:]
+        tensor([12,  3,  1,  1,  0,  2,  2,  5,  0,  0,  0,  0,  0,  0])
+    """
+    if dtype not in DTYPES or len(shape) > _MOST_AXES:
+        raise PipelineModelError(
+            f"A stage returned a tensor of shape {tuple(shape)} and dtype {dtype}. Between stages travels one floating-point tensor"
+            f" with at most {_MOST_AXES} axes: end the stage at a layer that returns one."
+        )
+    padding = [0] * (_MOST_AXES - len(shape))
+    words = [_MAGIC, place.step, place.slot, place.kind, DTYPES.index(dtype), number, len(shape), *shape, *padding]
+    return torch.tensor(words, dtype=torch.int64)
+
+
+def decode(header: Tensor, place: Place, expected: Expected) -> Header:
+    """Read a header, and believe it only if it is the one that is expected.
+
+    Args:
+        header: ``(HEADER_WORDS,)``, int64, on the host: any integers at all.
+        place: the message that is due.
+        expected: what is allowed of it.
+
+    Raises:
+        MalformedMessageError: if anything in it is not as it should be; nothing else is ever raised, nor anything allocated.
+
+    Example:
+        >>> due = Place(12, 3, Kind.ACTIVATION)
+        >>> header = encode(due, (2, 5), torch.float64)
+        >>> decode(header, due, Expected((torch.float64,), most_elements=10))
+        Header(shape=(2, 5), dtype=torch.float64, number=0)
+        >>> decode(header, due, Expected((torch.float64,), most_elements=9))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        lightning_sentinel.errors.MalformedMessageError: Expected the activation of step 12, micro-batch 3; what came announces ...
+    """
+    # Python's integers, because products of sizes need not fit into 64 bits.
+    magic, step, slot, kind, dtype, number, axes, *sizes = header.tolist()
+    wrong = _wrong_place(magic, step, slot, kind, place) or _wrong_layout(dtype, number, axes, sizes, expected)
+    if not wrong:
+        shape = tuple(sizes[:axes])
+        wrong = _wrong_shape(shape, expected)
+        if not wrong:
+            return Header(shape, DTYPES[dtype], number)
+    raise MalformedMessageError(f"Expected the {place}; what came {wrong}.")
+
+
+def _wrong_place(magic: int, step: int, slot: int, kind: int, place: Place) -> str:
+    if magic != _MAGIC:
+        return f"does not begin as a header of this version does: word {magic}, not {_MAGIC}"
+    if kind not in tuple(Kind):
+        return f"is of the unknown kind {kind}"
+    if (step, slot, kind) == (place.step, place.slot, place.kind):
+        return ""
+    came = Place(step, slot, Kind(kind))
+    if kind != place.kind:
+        return f"is of another kind: the {came}"
+    if (step, slot) < (place.step, place.slot):
+        return f"is a duplicate or late: the {came}"
+    return f"is early, or one before it was left out: the {came}"
+
+
+def _wrong_layout(dtype: int, number: int, axes: int, sizes: list[int], expected: Expected) -> str:
+    allowed = [DTYPES.index(each) for each in expected.dtypes]
+    if dtype not in allowed:
+        came = DTYPES[dtype] if 0 <= dtype < len(DTYPES) else f"number {dtype}"
+        return f"has dtype {came}, and allowed are {', '.join(map(str, expected.dtypes))}"
+    if number not in expected.numbers:
+        return f"carries the number {number}, and allowed are {expected.numbers.start} to {expected.numbers.stop - 1}"
+    if not 0 <= axes <= _MOST_AXES:
+        return f"announces {axes} axes, and there can be 0 to {_MOST_AXES}"
+    if min(sizes) < 0 or any(sizes[axes:]):
+        return f"announces {axes} axes and the sizes {sizes}, which must not be negative, and be 0 from there on"
+    return ""
+
+
+def _wrong_shape(shape: tuple[int, ...], expected: Expected) -> str:
+    if expected.shape is not None:
+        return "" if shape == expected.shape else f"announces shape {shape}, not {expected.shape}"
+    # Without the zeros: an empty tensor can have sizes whose product overflows in what is computed from them.
+    if math.prod(size for size in shape if size) > expected.most_elements:
+        return f"announces sizes {list(shape)}, and there is memory for {expected.most_elements} elements"
+    if expected.channels is not None and shape[-1:] != (expected.channels,):
+        return f"announces shape {shape}, whose last axis should have {expected.channels} channels"
+    if expected.samples is not None and shape[:1] != (expected.samples,):
+        return f"announces shape {shape}, whose first axis should have {expected.samples} samples"
+    return ""
