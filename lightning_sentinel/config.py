@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["Response", "Verification"]
+__all__ = ["Aggregation", "Response", "Verification"]
+
+Aggregation = Literal["mean", "trimmed_mean", "median", "krum", "multi_krum", "centred_clipping"]
+"""How the gradients of a stage's workers become one; see :mod:`lightning_sentinel.aggregation.rules`."""
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -76,6 +79,12 @@ class Response:
         audit_rate: share of all signals that is recomputed by another replica of the same stage, drawn at random; what is flagged
             is recomputed as well. A worker whose signal does not match is banned at once and its work is done by the others; a
             flag whose signal matches is dropped. 1 recomputes everything. ``None``: no audits, flags alone decide.
+        aggregation: how the gradients of a stage's workers become one. ``"mean"`` believes all that are not banned; the others
+            bound what a minority of them can do: ``"trimmed_mean"`` and ``"median"`` of every coordinate (Yin et al., 2018),
+            ``"krum"`` and ``"multi_krum"`` (Blanchard et al., 2017), ``"centred_clipping"`` (Karimireddy et al., 2021). They need
+            at least 3 workers a stage: of fewer, no minority can be outvoted.
+        tolerated: how many workers of a stage may send anything, for ``aggregation`` other than ``"mean"``. ``None``, and at most:
+            fewer than half of those that have worked.
 
     Raises:
         ConfigurationError: if a value cannot work.
@@ -83,12 +92,14 @@ class Response:
     Example:
         >>> import lightning_sentinel as ls
         >>> ls.Response(on_flag="log", ban_after=None)
-        Response(on_flag='log', ban_after=None, audit_rate=None)
+        Response(on_flag='log', ban_after=None, audit_rate=None, aggregation='mean', tolerated=None)
     """
 
     on_flag: Literal["exclude", "log"] = "exclude"
     ban_after: int | None = 5
     audit_rate: float | None = None
+    aggregation: Aggregation = "mean"
+    tolerated: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.on_flag in ("exclude", "log"), "Response.on_flag", self.on_flag, "'exclude' or 'log'")
@@ -96,6 +107,14 @@ class Response:
         rate = self.audit_rate
         rule = "None, or a share above 0 and at most 1: attacks that no feature shows are found by chance alone"
         _require(rate is None or 0 < rate <= 1, "Response.audit_rate", rate, rule)
+        names = get_args(Aggregation)
+        _require(self.aggregation in names, "Response.aggregation", self.aggregation, f"one of {', '.join(map(repr, names))}")
+        _require(self.tolerated is None or self.tolerated >= 1, "Response.tolerated", self.tolerated, "None or at least 1")
+        if self.aggregation == "mean" and self.tolerated is not None:
+            raise ConfigurationError(
+                f"Response(aggregation='mean', tolerated={self.tolerated}) contradicts itself: a mean tolerates nobody who sends"
+                " anything. Leave tolerated out, or choose another aggregation."
+            )
         if self.on_flag == "exclude" and rate is not None and self.ban_after is None:
             raise ConfigurationError(
                 f"Response(audit_rate={rate}, ban_after=None) contradicts itself: what an audit finds is kept out of the weights by"

@@ -1,0 +1,289 @@
+"""From the gradients of a stage's workers to the gradient of the step, by healthy workers alone.
+
+Every worker holds sums over the micro-batches that it served, weighted so that the mean over all lanes is the gradient of the
+batch: ``sum over workers / lanes / share`` is the step's gradient, where ``share`` is the part of the data that was not excluded.
+In what follows ``divisor`` is ``lanes * share``.
+
+Workers that served nothing have no gradients. They take part all the same, because they need the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_sentinel.aggregation.rules import COORDINATE_WISE, WEIGHING, combine, tolerable
+from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError
+from lightning_sentinel.mesh import Mesh, Worker
+
+__all__ = ["StageGroups", "clip_by_global_norm", "reduce_mean", "reduce_robustly"]
+
+_MEGABYTE = 2**20
+
+
+class StageGroups:
+    """Process groups of the healthy ranks of each stage.
+
+    Args:
+        mesh: all workers, one a rank.
+        rank: this process's.
+        timeout: how long the members of a group wait for each other.
+    """
+
+    def __init__(self, mesh: Mesh, rank: int, timeout: timedelta) -> None:
+        self._mesh, self._rank, self._timeout = mesh, rank, timeout
+        self._members: list[tuple[int, ...]] = [()] * mesh.stages
+        self._mine: dist.ProcessGroup | None = None
+
+    def healthy(self, banned: Collection[Worker]) -> dist.ProcessGroup | None:
+        """The workers of this rank's stage that are not banned.
+
+        The first call makes the groups, and so does a call with other banned workers than the one before, where a stage changes.
+        Such a call is a collective of *all* ranks, banned ones included, which must all name the same workers. A group is not to be
+        used once a later call has replaced it.
+
+        Returns:
+            ``None`` if this rank is banned.
+
+        Raises:
+            MeshExhaustedError: on all ranks, if a stage has no healthy worker.
+        """
+        members = [
+            tuple(rank for rank in self._mesh.stage_ranks(stage) if self._mesh.worker(rank) not in banned)
+            for stage in range(self._mesh.stages)
+        ]
+        _require_healthy(members)
+        replaces = any(before not in ((), now) for before, now in zip(self._members, members))
+        outdated = None
+        for stage, ranks in enumerate(members):
+            if ranks == self._members[stage]:
+                continue
+            group = dist.new_group(list(ranks), timeout=self._timeout)
+            if stage == self._mesh.worker(self._rank).stage:
+                outdated, self._mine = self._mine, group if self._rank in ranks else None
+        self._members = members
+        if replaces:
+            # A rank that is still busy in an old group would find its connections closed, and making a group waits for nobody else.
+            dist.barrier()
+        if outdated is not None:
+            dist.destroy_process_group(outdated)
+        return self._mine
+
+
+@torch.no_grad()
+def reduce_mean(
+    parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, divisor: float, *, bucket_bytes: int = 32 * _MEGABYTE
+) -> None:
+    """Replace every gradient by its sum over the group, divided by ``divisor``.
+
+    A gradient that is missing on some ranks counts as zeros there; one that is missing on all ranks stays missing, so that the
+    optimizer passes its parameter over.
+
+    Args:
+        parameters: the same on all ranks of the group. Those that are not trained are passed over.
+        group: of :class:`StageGroups`.
+        divisor: lanes times the share of the data that was not excluded.
+        bucket_bytes: gradients are sent in messages of at most so many bytes, each of one dtype.
+    """
+    buckets = _Buckets(parameters, bucket_bytes)
+    for number in range(len(buckets)):
+        message = buckets.message(number)
+        dist.all_reduce(message, group=group)
+        buckets.store(number, message.div_(divisor))
+    buckets.finish()
+
+
+@torch.no_grad()
+def reduce_robustly(
+    parameters: Iterable[nn.Parameter],
+    group: dist.ProcessGroup,
+    divisor: float,
+    weights: Sequence[float],
+    rule: str,
+    *,
+    tolerated: int | None = None,
+    bucket_bytes: int = 4 * _MEGABYTE,
+) -> None:
+    """Replace every gradient by a robust mean over the workers of the group, of which a minority may send anything.
+
+    Worker ``i`` sends ``g_i``, the sum over its own work, a part ``w_i / sum(w)`` of all. The rule is applied to
+    ``x_i = g_i * sum(w) / (w_i * divisor)``, which is the step's gradient as that worker alone would estimate it: the scale of
+    accumulated batches is that of :func:`reduce_mean`, and the mean of all ``x_i``, weighted by ``w_i``, is exactly its result.
+    Rules know no weights: whoever has worked at all has one vote.
+
+    No rank holds more than one bucket of each worker. Krum, multi-Krum and centred clipping send everything twice: they know how to
+    weigh whom once they have seen all. A worker that has a weight and sends something else the second time is not noticed.
+
+    All ranks compute the result for themselves from the same bits, so replicas stay equal as long as their devices are of one kind.
+
+    Args:
+        parameters: the same on all ranks of the group, on one device. Those that are not trained are passed over.
+        group: of :class:`StageGroups`.
+        divisor: lanes times the share of the data that was not excluded.
+        weights: how much data each member of the group served, in the order of the group and in any unit. Those with 0 served
+            nothing and have no vote.
+        rule: a name in :data:`lightning_sentinel.aggregation.rules.COORDINATE_WISE` or ``WEIGHING``.
+        tolerated: how many may send anything; ``None``, and at most: fewer than half of those that served something.
+        bucket_bytes: each worker's gradients are sent in messages of at most so many bytes, each of one dtype.
+
+    Raises:
+        ConfigurationError: if there is no such rule.
+        ValueError: if ``weights`` does not fit the group, or nobody served anything.
+    """
+    votes = _Votes(group, divisor, weights)
+    f = tolerable(len(votes.voters), tolerated)
+    buckets = _Buckets(parameters, bucket_bytes)
+    if rule in COORDINATE_WISE:
+        for number, seen, rows in votes.gather(buckets):
+            buckets.store(number, torch.cat((seen, COORDINATE_WISE[rule](rows, f))))
+    elif rule in WEIGHING:
+        # Honest gradients are close to each other, and their distances are what is left of the difference of large numbers.
+        gram: Tensor | float = 0.0
+        for _, _, rows in votes.gather(buckets):
+            gram = gram + rows.double() @ rows.double().T
+        if isinstance(gram, Tensor):
+            vector = WEIGHING[rule](gram, f)
+            for number, seen, rows in votes.gather(buckets):
+                buckets.store(number, torch.cat((seen, combine(rows, vector))))
+    else:
+        raise ConfigurationError(f"rule={rule!r} is unknown: choose one of {sorted(COORDINATE_WISE | WEIGHING)}.")
+    buckets.finish()
+
+
+@torch.no_grad()
+def clip_by_global_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, banned: Collection[Worker], device: torch.device
+) -> Tensor:
+    """Scale the gradients of all stages so that their common norm is at most ``max_norm``, as ``clip_grad_norm_`` does.
+
+    All ranks take part, banned ones included, after the gradients of the stages have been reduced. Of each stage the norm that its
+    first healthy rank reports counts, so what a banned rank reports counts nowhere.
+
+    Args:
+        parameters: of this rank's stage.
+        max_norm: what the norm of all stages' gradients may be.
+        mesh: all workers, one a rank.
+        banned: workers that nobody believes, the same on all ranks.
+        device: of this rank; a stage may have no parameters that would tell.
+
+    Returns:
+        the norm before clipping, over all stages: a float64 scalar on ``device``, not waited for.
+
+    Raises:
+        MeshExhaustedError: on all ranks, if a stage has no healthy worker.
+    """
+    healthy = [[rank for rank in mesh.stage_ranks(stage) if mesh.worker(rank) not in banned] for stage in range(mesh.stages)]
+    _require_healthy(healthy)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    squared = torch.zeros(1, dtype=torch.float64, device=device)
+    # The norm of half-precision gradients may be too large for half precision.
+    dtype = functools.reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
+    if gradients:
+        squared += torch.stack(torch._foreach_norm(gradients, 2.0, dtype=dtype)).double().square().sum()
+    reported = torch.empty(mesh.size, dtype=torch.float64, device=device)
+    dist.all_gather(list(reported.split(1)), squared)
+    norm = torch.stack([reported[ranks[0]] for ranks in healthy]).sum().sqrt()
+    if gradients:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(dtype))
+    return norm
+
+
+def _require_healthy(members: Sequence[Sequence[int]]) -> None:
+    for stage, ranks in enumerate(members):
+        if not ranks:
+            raise MeshExhaustedError(
+                f"All workers of stage {stage} are banned: nobody is left who could reduce its gradients. Start again from a"
+                " checkpoint with other machines for this stage."
+            )
+
+
+class _Votes:
+    """Everybody's gradients, on every rank, as far as they count."""
+
+    def __init__(self, group: dist.ProcessGroup, divisor: float, weights: Sequence[float]) -> None:
+        if len(weights) != group.size() or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+            raise ValueError(
+                f"weights={list(weights)} does not fit a group of {group.size()} workers: give what each of them served, at"
+                " least 0."
+            )
+        self.voters = [place for place, weight in enumerate(weights) if weight > 0]
+        if not self.voters:
+            raise ValueError(f"weights={list(weights)}: nobody served anything, so there is no gradient. Skip the step.")
+        self._group = group
+        self._scales = [sum(weights) / (weights[voter] * divisor) for voter in self.voters]
+
+    def gather(self, buckets: _Buckets) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of each bucket its number, whether any voter has each gradient ``(head,)``, and the estimates ``(voters, values)``."""
+        for number in range(len(buckets)):
+            message = buckets.message(number)
+            everyone = message.new_empty(self._group.size(), len(message))
+            dist.all_gather(list(everyone.unbind()), message, group=self._group)
+            votes = everyone if len(self.voters) == len(everyone) else everyone[self.voters]
+            votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
+            heads, rows = votes.tensor_split([buckets.head(number)], dim=1)
+            # Compared one by one: a sum with something that is not a number would deny the gradients of everybody.
+            seen = (heads > 0).any(dim=0).to(rows.dtype)
+            yield number, seen, rows.mul_(rows.new_tensor(self._scales)[:, None])
+
+
+class _Buckets:
+    """Gradients in messages of a limited size, so that a few messages do for many parameters and a large one needs little room.
+
+    The first message begins with its *head*, which says which gradients this rank has.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], size: int) -> None:
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._present = [parameter.grad is not None for parameter in self._parameters]
+        self._gradients = [
+            torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            if parameter.grad is None
+            else parameter.grad.contiguous()
+            for parameter in self._parameters
+        ]
+        self._pieces = _packed(self._gradients, size)
+        self._anywhere: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def head(self, number: int) -> int:
+        return len(self._present) if number == 0 else 0
+
+    def message(self, number: int) -> Tensor:
+        pieces = self._pieces[number]
+        return torch.cat([pieces[0].new_tensor(self._present[: self.head(number)]), *pieces])
+
+    def store(self, number: int, message: Tensor) -> None:
+        """Write a message's values to the gradients; its head says which there are on any rank, by being above zero."""
+        head, *parts = message.split([self.head(number), *map(len, self._pieces[number])])
+        if number == 0:
+            self._anywhere = head
+        torch._foreach_copy_(self._pieces[number], parts)
+
+    def finish(self) -> None:
+        """Give the parameters their gradients."""
+        # The host waits for an answer only where there is a question.
+        ask = self._anywhere is not None and not all(self._present)
+        anywhere = (self._anywhere > 0).tolist() if ask and self._anywhere is not None else self._present
+        for parameter, gradient, present in zip(self._parameters, self._gradients, anywhere):
+            parameter.grad = gradient if present else None
+
+
+def _packed(gradients: Sequence[Tensor], size: int) -> list[list[Tensor]]:
+    """Flat views of contiguous gradients, in lists of one dtype and device and of at most ``size`` bytes."""
+    closed: list[list[Tensor]] = []
+    filling: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for gradient in gradients:
+        kind, room = (gradient.dtype, gradient.device), max(1, size // gradient.element_size())
+        for piece in gradient.view(-1).split(room):
+            if sum(map(len, filling.get(kind, ()))) + len(piece) > room:
+                closed.append(filling.pop(kind))
+            filling.setdefault(kind, []).append(piece)
+    return closed + list(filling.values())
