@@ -222,15 +222,16 @@ class SentinelStrategy(StageCheckpoints):
                     self.setup_optimizers(trainer)
                 require_optimizer(module, self.optimizers)
             self.setup_precision_plugin()
-            self._engine = self._make_engine(model, self.optimizers[0] if fitting else None)
+            seed = self._agree_on_seed()
+            self._engine = self._make_engine(model, self.optimizers[0] if fitting else None, seed)
             self._engine.adversary = self.adversary
-            self._randomness = self._randomness or SeparateRandomness(self._agree_on_seed(), self.global_rank, self.worker.replica)
-        self._shares = CleanShares(self.mesh.stages)
+            self._randomness = self._randomness or SeparateRandomness(seed, self.global_rank, self.worker.replica)
+        self._shares = CleanShares(self.mesh)
         silence_misleading_warnings()
         if fitting and self.is_global_zero:
             print_mesh(model)
 
-    def _make_engine(self, model: StageModel, optimizer: Optimizer | None) -> Engine:
+    def _make_engine(self, model: StageModel, optimizer: Optimizer | None, seed: int) -> Engine:
         # Imported here, because DeepSpeed must not be imported before its accelerator is known.
         from lightning_sentinel.pipeline.engine import SentinelEngine
 
@@ -243,7 +244,8 @@ class SentinelStrategy(StageCheckpoints):
                 model, optimizer, steps, guard, self.root_device, clip_norm, self._activation_checkpointing, context
             )
         transport = Transport(self.root_device, self._transport)
-        return SentinelEngine(model, optimizer, steps, transport, guard, clip_norm, context)
+        response, timeout = self._response, self._timeout
+        return SentinelEngine(model, optimizer, steps, transport, guard, response, timeout, seed, clip_norm, context)
 
     def _kept_guard(self) -> Guard | None:
         """Made once: what the verifiers have learned outlives a ``validate`` after ``fit``, and goes into later checkpoints."""
@@ -285,15 +287,15 @@ class SentinelStrategy(StageCheckpoints):
             outcome = engine.train(arguments, self.step, self._micro_batches, scale)
             ruling = engine.settle(outcome, self.step)
             if ruling is None:
-                self.table = outcome.table
-                self._shares.add(None, outcome.weights)
+                self.table, self.wiring = outcome.table, outcome.wiring
+                self._shares.add(None, outcome.weights, outcome.wiring)
                 return outcome
             verdict = ruling.verdict
             self.table, self.wiring = verdict.table, ruling.wiring
             self.detections += verdict.detections
             announce(self._trainer, verdict.detections, ruling.banned, self._consequence())
             if not ruling.redo:
-                self._shares.add(verdict.clean, outcome.weights)
+                self._shares.add(verdict.clean, outcome.weights, ruling.wiring)
                 return outcome
             engine.rewind()
 
@@ -324,7 +326,8 @@ class SentinelStrategy(StageCheckpoints):
         **kwargs: Any,
     ) -> Any:
         result = closure()
-        engine, shares = self._running_engine, self._shares.take()
+        engine = self._running_engine
+        shares = self._shares.take(engine.left_out)
         if shares is None:
             rank_zero_warn(
                 f"Some stage had no honest gradient in the step that ended with batch {self.step - 1}, so the weights were left as"

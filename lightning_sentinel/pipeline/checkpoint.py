@@ -6,29 +6,30 @@ on one process can read it. Stages hand their part to rank zero as JSON and tens
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.parcels import receive_parcel, send_parcel
 
 __all__ = ["collect", "merge_optimizer_states", "optimizer_part", "own_optimizer_state", "select_state"]
 
 Part = tuple[dict[str, Any], dict[str, Tensor]]
 
 
-def collect(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], mesh: Mesh) -> list[Part]:
+def collect(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], mesh: Mesh, banned: Collection[Worker] = ()) -> list[Part]:
     """Bring a part from each stage to rank zero; to be called by all ranks. One process has all there is.
 
     Args:
         plain: what JSON can say.
         tensors: the rest.
+        mesh: all workers.
+        banned: workers that are not asked, because nobody brings them up to date. Rank zero writes the file all the same.
 
     Returns:
         on rank zero the parts of all stages, in order, on the host; elsewhere nothing.
@@ -36,35 +37,14 @@ def collect(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], mesh: Mesh)
     mine = (dict(plain), {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     if not dist.is_initialized():
         return [mine]
-    me = mesh.worker(dist.get_rank())
-    if me.replica != 0:
+    rank = dist.get_rank()
+    stages = [mesh.stage_ranks(stage) for stage in range(mesh.stages)]
+    speakers = [next((r for r in ranks if mesh.worker(r) not in banned), ranks[0]) for ranks in stages]
+    if rank != 0:
+        if rank in speakers:
+            send_parcel(mine, 0)
         return []
-    if me.stage != 0:
-        _send_part(*mine, rank=0)
-        return []
-    return [mine, *(_receive_part(mesh.stage_ranks(stage)[0]) for stage in range(1, mesh.stages))]
-
-
-def _send_part(plain: dict[str, Any], tensors: dict[str, Tensor], rank: int) -> None:
-    layout = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]
-    header = torch.frombuffer(bytearray(json.dumps([plain, layout]).encode()), dtype=torch.uint8)
-    dist.send(torch.tensor([len(header)]), rank)
-    dist.send(header, rank)
-    for tensor in tensors.values():
-        dist.send(tensor.contiguous(), rank)
-
-
-def _receive_part(rank: int) -> Part:
-    size = torch.empty(1, dtype=torch.int64)
-    dist.recv(size, rank)
-    header = torch.empty(int(size), dtype=torch.uint8)
-    dist.recv(header, rank)
-    plain, layout = json.loads(bytes(header.tolist()))
-    tensors = {}
-    for name, dtype, shape in layout:
-        tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
-        dist.recv(tensors[name], rank)
-    return plain, tensors
+    return [mine if speaker == 0 else receive_parcel(speaker) for speaker in speakers]
 
 
 def select_state(state: Mapping[str, Any], module: nn.Module, known: Sequence[str], strict: bool) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """The process engine: DeepSpeed's ``PipelineEngine`` with one worker in this process.
 
-Taken from DeepSpeed: the 1F1B schedule, the distribution of the model, the reduction of gradients, clipping, ZeRO and the optimizer
-step. Ours: how a micro-batch is loaded and its loss computed (by the user's own step), what crosses a boundary and how, and the
-instructions that tamper and verify.
+Taken from DeepSpeed: the 1F1B schedule, the distribution of the model, and the optimizer step. Ours: who serves which lane, how a
+micro-batch is loaded and its loss computed (by the user's own step), what crosses a boundary and how, the instructions that tamper
+and verify, and the reduction and clipping of gradients, which banned workers must have no part in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,21 +22,31 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
+from lightning_sentinel.config import Response
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
-from lightning_sentinel.pipeline.gradients import HeldGradients, scale_gradients
+from lightning_sentinel.pipeline.gradients import HeldGradients
 from lightning_sentinel.pipeline.guard import Guard, Ruling
+from lightning_sentinel.pipeline.headers import Allowance, Expected, Kind, Place
 from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.predictions import share_predictions
+from lightning_sentinel.pipeline.randomness import seed_forward
+from lightning_sentinel.pipeline.reduction import StageGroups, clip_by_global_norm, reduce_mean, reduce_robustly
+from lightning_sentinel.pipeline.rewind import Rewind
+from lightning_sentinel.pipeline.shares import Shares
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
+from lightning_sentinel.pipeline.supply import Supply, Work
 from lightning_sentinel.pipeline.transport import Transport
-from lightning_sentinel.verification import COLUMNS
 from lightning_sentinel.verification.projection import Projection
+from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["SentinelEngine"]
+
+_SIGNALS = {Direction.ACTIVATION: Kind.ACTIVATION, Direction.GRADIENT: Kind.GRADIENT}
+_NOTES = {Direction.ACTIVATION: Kind.NOTE_ACTIVATION, Direction.GRADIENT: Kind.NOTE_GRADIENT}
 
 
 class SentinelEngine(PipelineEngine):  # type: ignore[misc]
@@ -47,6 +58,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         steps: runs the user's step functions.
         transport: sends and receives signals.
         guard: verifies what is received; ``None`` for a plain pipeline.
+        response: what follows from a flag, and how gradients are aggregated.
+        timeout: how long ranks of a stage wait for each other.
+        seed: of the random numbers in forward passes; the same on all ranks.
         clip_norm: clip the norm of all stages' gradients to this; 0 does not clip.
         forward_context: entered around every forward pass, for mixed precision.
     """
@@ -58,6 +72,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         steps: StepRunner,
         transport: Transport,
         guard: Guard | None,
+        response: Response,
+        timeout: timedelta,
+        seed: int,
         clip_norm: float = 0.0,
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -66,7 +83,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             # Batches are dealt by us, so that gradients are scaled in one place; DeepSpeed sees one micro-batch a step.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": clip_norm,
+            # DeepSpeed's norm asks banned workers too; and left out it is not zero.
+            "gradient_clipping": 0.0,
             "steps_per_print": None,
         }
         groups = list(optimizer.param_groups) if optimizer is not None else []
@@ -88,70 +106,100 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.adversary: Adversary | None = None
         self.guard = guard
         self._mesh = mesh
-        self._step = 0
         self._steps = steps
         self._transport = transport
         self._forward_context = forward_context
+        self._response, self._clip_norm, self._seed = response, clip_norm, seed
         self._exchange = Exchange(mesh, self.device)
+        self._supply = Supply(mesh, self.worker, self.device)
+        self._groups = StageGroups(mesh, self.global_rank, timeout)
+        self._group: dist.ProcessGroup | None = None
         self._last_layer = stage_model.stage_layers(self.worker.stage)[-1]
         self._untainted = torch.tensor(False, device=self.device)
         self.pipe_buffers["taints"] = []
-        self._held = HeldGradients(list(self.module.parameters()))
+        # Not `_parameters`, which is torch's: the engine is a module itself.
+        self._stage_parameters = list(self.module.parameters())
+        self._held = HeldGradients(self._stage_parameters)
+        self._rewind: Rewind | None = None
+        self._allowances = {kind: Allowance() for kind in Kind}
+        self._wiring = Wiring.of(mesh)
+        self._lane = 0
+        self._work: list[Work] = []
+        self._runs = {"training": 0, "predicting": 0}
         self._altered: Tensor | None = None
         self._received_gradient: Tensor | None = None
+        self.left_out: frozenset[Worker] = frozenset()
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
     def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
-        self._begin("training_step", arguments, micro_batches)
         self._step, self._scale = step, scale
-        self._exec_schedule(schedule.TrainSchedule(micro_batches, self.num_stages, self.stage_id))
+        self._wiring = Wiring.of(self._mesh, micro_batches=micro_batches)
+        if self.guard is not None:
+            self._wiring = self.guard.begin(step, micro_batches)
+            if self.guard.audits:
+                self._rewind = Rewind(self._stage_parameters, list(self.module.buffers()), self.device)
+        self.left_out = self._banned
+        self._group = self._groups.healthy(self.left_out)
+        self._begin("training_step", arguments, micro_batches)
+        if self._work:
+            self._exec_schedule(schedule.TrainSchedule(len(self._work), self.num_stages, self.stage_id))
         self._transport.finish_notes()
-        return self._exchange.run("training_step", self._rows(), self._weights(), self._loss, self._steps.recorder)
+        return self._exchange.run("training_step", self._wiring, self._rows(), self._weights(), self._loss, self._steps.recorder)
 
     def evaluate(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> StepOutcome:
         self._forward_only(step, arguments, micro_batches)
         kind = "/".join((step, *map(str, arguments[2:])))
-        nothing = torch.empty(0, device=self.device)
-        return self._exchange.run(kind, nothing, self._weights(), self._loss, self._steps.recorder)
+        return self._exchange.run(kind, self._wiring, None, self._weights(), self._loss, self._steps.recorder)
 
     def predict(self, arguments: tuple[Any, ...], micro_batches: int) -> Any:
         self._forward_only("predict_step", arguments, micro_batches)
-        return share_predictions(self._results, self._mesh, self.worker, self.grid.get_pipe_parallel_group())
+        return share_predictions(self._results, self._mesh, self._wiring, self.worker, self.grid.get_pipe_parallel_group())
 
     def _forward_only(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> None:
+        self._wiring = Wiring.of(self._mesh, self._banned, micro_batches)
         self._begin(step, arguments, micro_batches)
-        with torch.no_grad():
-            self._exec_schedule(schedule.InferenceSchedule(micro_batches, self.num_stages, self.stage_id))
+        if self._work:
+            with torch.no_grad():
+                self._exec_schedule(schedule.InferenceSchedule(len(self._work), self.num_stages, self.stage_id))
 
     def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
         if self.guard is None or outcome.table is None:
             return None
         return self.guard.settle(outcome.table, step, self._sum_over_replicas)
 
+    def rewind(self) -> None:
+        assert self._rewind is not None, "only what is audited is done again"
+        self._rewind()
+
+    @property
+    def _banned(self) -> frozenset[Worker]:
+        return frozenset() if self.guard is None else self.guard.ledger.banned
+
     def _begin(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> None:
         self._step_name, self._arguments = step, arguments
-        self._batches = MicroBatches(arguments[0], micro_batches)
+        # Replicas may predict different numbers of batches, and train the same.
+        self._runs["predicting" if step == "predict_step" else "training"] += 1
+        lane = self._wiring.lane(self.worker)
+        self._lane = -1 if lane is None else lane
+        self._work = self._supply.of_step(MicroBatches(arguments[0], micro_batches), self._wiring, self._banned)
         self._steps.new_records()
-        self._results: list[Any] = []
+        self._results: dict[Part, Any] = {}
         self._loss = torch.zeros(2, device=self.device)
 
     def _weights(self) -> Tensor:
-        return torch.tensor(self._batches.weights, device=self.device)
+        return torch.tensor([work.weight for work in self._work], device=self.device)
 
-    def _rows(self) -> Tensor:
-        """``(2, micro_batches, columns)``: what this worker received, activations first; nothing if it is not verified."""
+    def _rows(self) -> dict[Direction, Tensor] | None:
+        """``(micro_batches, columns)`` of each direction that this worker verifies; ``None`` in a plain pipeline."""
         if self.guard is None:
-            return torch.empty(0, device=self.device)
-        count = len(self._batches)
-        nothing = torch.zeros(count, len(COLUMNS), device=self.device)
-        incoming = {boundary.direction: boundary for boundary in self.guard.verifiers}
-        return torch.stack(
-            [self.guard.take_rows(incoming[direction])[0] if direction in incoming else nothing for direction in Direction]
-        )
+            return None
+        received = self.guard.verifiers if self._work else ()
+        return {boundary.direction: self.guard.take_rows(boundary)[0] for boundary in received}
 
     def _sum_over_replicas(self, vector: Tensor) -> Tensor:
-        dist.all_reduce(vector, group=self.grid.get_data_parallel_group())
+        if self._group is not None:
+            dist.all_reduce(vector, group=self._group)
         return vector
 
     # ------------------------------------------------------------------------------------------------- gradients and weights
@@ -162,12 +210,23 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def release_gradients(self) -> None:
         self._held.release()
 
-    def reduce_gradients(self, shares: list[float]) -> None:
-        scale_gradients(list(self.module.parameters()), 1.0 / shares[self.worker.stage])
-        self._exec_reduce_tied_grads()
-        self._exec_reduce_grads()
+    def reduce_gradients(self, shares: Shares) -> None:
+        if self._group is None:
+            # Nobody asks a banned worker for its weights again.
+            self.zero_grad()
+            return
+        divisor = self._mesh.replicas * shares.of_stage(self.worker.stage)
+        if self._response.aggregation == "mean":
+            reduce_mean(self._stage_parameters, self._group, divisor)
+        else:
+            ranks = [rank for rank in self._mesh.stage_ranks(self.worker.stage) if self._mesh.worker(rank) not in self.left_out]
+            weights = [shares.of_worker(self._mesh.worker(rank)) for rank in ranks]
+            rule, tolerated = self._response.aggregation, self._response.tolerated
+            reduce_robustly(self._stage_parameters, self._group, divisor, weights, rule, tolerated=tolerated)
 
     def apply_gradients(self) -> None:
+        if self._clip_norm > 0:
+            clip_by_global_norm(self._stage_parameters, self._clip_norm, self._mesh, self.left_out, self.device)
         self._exec_optimizer_step()
 
     def discard_gradients(self) -> None:
@@ -179,26 +238,29 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         if self.is_first_stage():
             with self._forward_context():
                 self.pipe_buffers["inputs"][buffer_id] = self._steps.input_of(self._step_name, self._part(micro_batch))
-            self.pipe_buffers["taints"][buffer_id] = self._initial_taint()
+            self.pipe_buffers["taints"][buffer_id] = self._untainted
 
     def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
         inputs = self.pipe_buffers["inputs"][buffer_id]
         if isinstance(inputs, Tensor) and inputs.requires_grad:
             # A layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
             inputs = inputs.clone()
+        if self._step_name == "training_step":
+            seed_forward(self.device, self._seed, self._step, *self._work[micro_batch].part, self.stage_id)
         with self._forward_context():
             outputs = DeepSpeedEngine.forward(self, inputs)
         if not self.is_last_stage():
             self.pipe_buffers["outputs"][buffer_id] = checked_signal(outputs, self._last_layer, self.stage_id)
             return
         counts = ~self.pipe_buffers["taints"][buffer_id] if self._excludes else ~self._untainted
+        work = self._work[micro_batch]
         with self._forward_context():
-            result = self._steps.finish(self._step_name, self._part(micro_batch), outputs, self._batches.sizes[micro_batch], counts)
+            result = self._steps.finish(self._step_name, self._part(micro_batch), outputs, work.samples, counts)
         if self._step_name != "training_step":
-            self._results.append(result)
+            self._results[work.part] = result
             return
         loss = loss_of(result, self._step_name)
-        weight = self._batches.weights[micro_batch]
+        weight = work.weight
         self._loss += torch.stack((torch.where(counts, loss.detach().float() * weight, 0.0), counts * weight))
         self.pipe_buffers["outputs"][buffer_id] = torch.where(counts, loss * (weight * self._scale), 0.0)
 
@@ -217,30 +279,33 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.pipe_buffers["outputs"][buffer_id] = self.pipe_buffers["output_tensors"][buffer_id] = None
 
     def _exec_send_activation(self, buffer_id: int, micro_batch: int) -> None:
-        self._send(Direction.ACTIVATION, buffer_id, header=True)
+        self._send(Direction.ACTIVATION, buffer_id, micro_batch)
 
     def _exec_send_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        self._send(Direction.GRADIENT, buffer_id, header=False)
+        self._send(Direction.GRADIENT, buffer_id, micro_batch)
         self.pipe_buffers["inputs"][buffer_id] = None
 
     def _exec_recv_activation(self, buffer_id: int, micro_batch: int) -> None:
-        signal, tainted = self._transport.receive(self.grid.stage_to_global(self.stage_id - 1))
+        allowance, place = self._allowances[Kind.ACTIVATION], self._place(Kind.ACTIVATION, micro_batch)
+        signal, tainted = self._transport.receive(self._peer(self.stage_id - 1), place, allowance.expected())
+        allowance.saw(signal)
         self.pipe_buffers["inputs"][buffer_id] = signal.requires_grad_()
         self.pipe_buffers["taints"][buffer_id] = tainted
 
     def _exec_recv_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        like = self.pipe_buffers["outputs"][buffer_id]
-        signal, tainted = self._transport.receive(self.grid.stage_to_global(self.stage_id + 1), like=like)
+        expected = Expected.like(self.pipe_buffers["outputs"][buffer_id])
+        place = self._place(Kind.GRADIENT, micro_batch)
+        signal, tainted = self._transport.receive(self._peer(self.stage_id + 1), place, expected)
         self.pipe_buffers["output_tensors"][buffer_id] = signal
         self.pipe_buffers["taints"][buffer_id] = tainted
 
     def _exec_verify_activation(self, buffer_id: int, micro_batch: int) -> None:
-        signal = self._verified(Direction.ACTIVATION, self.pipe_buffers["inputs"][buffer_id].detach(), buffer_id)
+        signal = self._verified(Direction.ACTIVATION, self.pipe_buffers["inputs"][buffer_id].detach(), buffer_id, micro_batch)
         self.pipe_buffers["inputs"][buffer_id] = signal.requires_grad_()
 
     def _exec_verify_gradient(self, buffer_id: int, micro_batch: int) -> None:
         signal = self.pipe_buffers["output_tensors"][buffer_id]
-        self.pipe_buffers["output_tensors"][buffer_id] = self._verified(Direction.GRADIENT, signal, buffer_id)
+        self.pipe_buffers["output_tensors"][buffer_id] = self._verified(Direction.GRADIENT, signal, buffer_id, micro_batch)
 
     def _exec_tamper_activation(self, buffer_id: int, micro_batch: int) -> None:
         self._tamper(Direction.ACTIVATION, self.pipe_buffers["inputs"][buffer_id], buffer_id, micro_batch)
@@ -254,20 +319,28 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _excludes(self) -> bool:
         return self.guard is not None and self.guard.excludes
 
+    def _peer(self, stage: int) -> int:
+        """The rank that serves another stage of this lane."""
+        return self._mesh.rank(self._wiring.worker(stage, self._lane))
+
+    def _place(self, kind: Kind, micro_batch: int) -> Place:
+        return Place(self._runs["predicting" if self._step_name == "predict_step" else "training"], micro_batch, kind)
+
     def _part(self, micro_batch: int) -> tuple[Any, ...]:
-        return (self._batches[micro_batch], *self._arguments[1:])
+        return (self._work[micro_batch].batch, *self._arguments[1:])
 
-    def _initial_taint(self) -> Tensor:
-        return self._untainted if self.guard is None else self.guard.initial_taint(self._step)[0]
-
-    def _verified(self, direction: Direction, signal: Tensor, buffer_id: int) -> Tensor:
+    def _verified(self, direction: Direction, signal: Tensor, buffer_id: int, micro_batch: int) -> Tensor:
         if self.guard is None:
             return signal
         boundary = Boundary(self.stage_id - (direction is Direction.ACTIVATION), direction)
         tainted, before = self.pipe_buffers["taints"][buffer_id], self._mesh.before(boundary)
         received = None
         if before is not None and self.guard.compares_inputs:
-            received = Projection(*self._transport.receive_note(self.grid.stage_to_global(before.sender)))
+            kind = _NOTES[direction]
+            expected = self._allowances[kind].expected(numbers=range(1, 2**31))
+            note, channels = self._transport.receive_note(self._peer(before.sender), self._place(kind, micro_batch), expected)
+            self._allowances[kind].saw(note)
+            received = Projection(note, channels)
         signal, tainted = self.guard.receive(boundary, signal, tainted.view(1), received)
         self.pipe_buffers["taints"][buffer_id] = tainted[0]
         return signal
@@ -288,17 +361,18 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             )
         return gradient
 
-    def _send(self, direction: Direction, buffer_id: int, *, header: bool) -> None:
+    def _send(self, direction: Direction, buffer_id: int, micro_batch: int) -> None:
         # An altered copy: the tensor itself is what the backward pass of this stage starts from.
         signal, self._altered = (self._outgoing(buffer_id, direction) if self._altered is None else self._altered), None
         boundary = Boundary(self.stage_id - (direction is Direction.GRADIENT), direction)
-        receiver = self.grid.stage_to_global(boundary.receiver)
-        self._transport.send(signal, self.pipe_buffers["taints"][buffer_id], receiver, header=header)
+        taint, place = self.pipe_buffers["taints"][buffer_id], self._place(_SIGNALS[direction], micro_batch)
+        self._transport.send(signal, taint, self._peer(boundary.receiver), place)
         after = self._mesh.after(boundary)
         if self.guard is not None and after is not None and self._step_name == "training_step":
             note = self.guard.project(after, signal)
             if note is not None:
-                self._transport.send_note(note.values, note.channels, self.grid.stage_to_global(after.receiver))
+                place = self._place(_NOTES[direction], micro_batch)
+                self._transport.send_note(note.values, note.channels, self._peer(after.receiver), place)
 
     _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
         ds_schedule.LoadMicroBatch: _exec_load_micro_batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Direction, Mesh
 from lightning_sentinel.pipeline.logs import LogRecorder, LogSchema
-from lightning_sentinel.verification import COLUMNS, SignalTable
+from lightning_sentinel.verification import SignalTable
+from lightning_sentinel.verification.table import no_rows
+from lightning_sentinel.wiring import Wiring
 
 __all__ = ["Exchange", "StepOutcome"]
 
@@ -23,7 +26,8 @@ class StepOutcome:
     Args:
         loss: mean over the samples that count, or ``None`` if none does.
         table: all signals, or ``None`` if nothing is verified.
-        weights: ``(replicas, micro_batches)``, the share of its replica's batch that a micro-batch has.
+        weights: ``(lanes, micro_batches)``, the share of its replica's batch that a micro-batch has.
+        wiring: who served which lane.
         schema: what the step logs.
         logged: value and number of samples of each logged name.
     """
@@ -31,6 +35,7 @@ class StepOutcome:
     loss: float | None
     table: SignalTable | None
     weights: Tensor
+    wiring: Wiring
     schema: LogSchema
     logged: dict[str, tuple[float, float]]
 
@@ -51,13 +56,22 @@ class Exchange:
         self._device = device
         self._schemas: dict[str, LogSchema] = {}
 
-    def run(self, kind: str, rows: Tensor, weights: Tensor, loss: Tensor, recorder: LogRecorder) -> StepOutcome:
+    def run(
+        self,
+        kind: str,
+        wiring: Wiring,
+        rows: Mapping[Direction, Tensor] | None,
+        weights: Tensor,
+        loss: Tensor,
+        recorder: LogRecorder,
+    ) -> StepOutcome:
         """Exchange a step.
 
         Args:
             kind: steps of one kind log the same names: the name of the step function, and the data loader.
-            rows: ``(2, micro_batches, len(COLUMNS))``, what this rank received: activations, then gradients; or empty.
-            weights: ``(micro_batches,)``, shares of this replica's batch.
+            wiring: who served which lane.
+            rows: ``(micro_batches, len(COLUMNS))`` of each direction that this rank received; ``None`` if nothing is verified.
+            weights: ``(micro_batches,)``, shares that this lane's micro-batches have of their replicas' batches.
             loss: ``(2,)``, sum of weighted losses and sum of weights; zero except on the last stage.
             recorder: what was logged; empty except on the last stage.
         """
@@ -65,24 +79,47 @@ class Exchange:
         mine = recorder.schema
         values = self._log_vector(recorder, schema)
         fingerprint = torch.tensor([float(mine.fingerprint)], device=self._device)
-        everyone = self._gather(torch.cat((rows.flatten(), weights, loss, fingerprint, values)))
-        parts = everyone.split([rows.numel(), len(weights), 2, 1, len(values)], dim=1)
+        table = torch.empty(0, device=self._device) if rows is None else self._padded_rows(rows, wiring.slots)
+        padded = torch.cat((weights, weights.new_zeros(wiring.slots - len(weights))))
+        everyone = self._gather(torch.cat((table.flatten(), padded, loss, fingerprint, values)))
+        parts = everyone.split([table.numel(), len(padded), 2, 1, len(values)], dim=1)
 
-        last = list(self._mesh.stage_ranks(self._mesh.stages - 1))
+        last = [self._mesh.rank(wiring.worker(self._mesh.stages - 1, lane)) for lane in wiring.lanes]
         fingerprints = parts[3][last, 0]
         log_values = parts[4][last]
         if (fingerprints != schema.fingerprint).any():
-            schema = self._schemas[kind] = self._agree(kind, mine, fingerprints)
+            schema = self._schemas[kind] = self._agree(kind, mine, fingerprints, last[0])
             log_values = self._gather(self._log_vector(recorder, schema))[last]
 
-        total, weight = parts[2].sum(dim=0).tolist()
+        # Of those that serve the last stage: what others say of the loss is not asked for.
+        total, weight = parts[2][last].sum(dim=0).tolist()
         return StepOutcome(
             loss=total / weight if weight > 0 else None,
-            table=self._table(parts[0].view(self._mesh.size, *rows.shape)) if rows.numel() else None,
-            weights=parts[1][: self._mesh.replicas],
+            table=None if rows is None else self._table(parts[0].view(self._mesh.size, *table.shape), wiring),
+            weights=self._lane_weights(parts[1], wiring),
+            wiring=wiring,
             schema=schema,
             logged=schema.reduce(log_values),
         )
+
+    def _padded_rows(self, rows: Mapping[Direction, Tensor], slots: int) -> Tensor:
+        """``(2, slots, columns)``."""
+        padded = no_rows(len(Direction), slots).to(self._device)
+        for place, direction in enumerate(Direction):
+            if direction in rows:
+                padded[place, : len(rows[direction])] = rows[direction]
+        return padded
+
+    def _lane_weights(self, everyone: Tensor, wiring: Wiring) -> Tensor:
+        """``(lanes, slots)``, as the first stage of each lane says."""
+        weights = everyone.new_zeros(self._mesh.replicas, wiring.slots)
+        for lane in wiring.lanes:
+            weights[lane] = everyone[self._mesh.rank(wiring.worker(0, lane))]
+        for lane, parts in enumerate(wiring.work):
+            if parts and not wiring.live[lane] and wiring.lanes:
+                # Samples that nobody could work on weigh what those of others with the same numbers do.
+                weights[lane, : len(parts)] = weights[wiring.lanes[0], : len(parts)]
+        return weights
 
     def _log_vector(self, recorder: LogRecorder, schema: LogSchema) -> Tensor:
         """This rank's values if its names are the agreed ones; else zeros, which weigh nothing."""
@@ -96,14 +133,13 @@ class Exchange:
             dist.all_gather(list(gathered.unbind()), vector)
         return gathered.cpu()
 
-    def _agree(self, kind: str, mine: LogSchema, fingerprints: Tensor) -> LogSchema:
-        """Take the names over from the first replica's last stage. All ranks are here, because all saw the same fingerprints."""
+    def _agree(self, kind: str, mine: LogSchema, fingerprints: Tensor, source: int) -> LogSchema:
+        """Take the names over from one rank. All ranks are here, because all saw the same fingerprints."""
         if (fingerprints != fingerprints[0]).any():
             raise PipelineModelError(
                 f"The replicas log different names in {kind}; this rank logs {sorted(mine.entries) or 'nothing'}. Log the same"
                 " names in every step: a name that one replica leaves out cannot be reduced over all."
             )
-        source = self._mesh.stage_ranks(self._mesh.stages - 1)[0]
         data = torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8).to(self._device)
         size = torch.tensor([len(data)], device=self._device)
         dist.broadcast(size, source)
@@ -112,11 +148,11 @@ class Exchange:
         dist.broadcast(data, source)
         return LogSchema.decode(bytes(data.cpu().tolist()))
 
-    def _table(self, everyone: Tensor) -> SignalTable:
-        """Rows by rank ``(ranks, 2, micro_batches, columns)`` put in the order of the boundaries they were received from."""
-        slots = {direction: slot for slot, direction in enumerate(Direction)}
-        rows = [
-            everyone[list(self._mesh.stage_ranks(boundary.receiver)), slots[boundary.direction]]
-            for boundary in self._mesh.boundaries
-        ]
-        return SignalTable(torch.stack(rows) if rows else everyone.new_empty(0, *everyone.shape[1:3], len(COLUMNS)))
+    def _table(self, everyone: Tensor, wiring: Wiring) -> SignalTable:
+        """Rows by rank ``(ranks, 2, slots, columns)`` put in the order of the boundaries and lanes they were received from."""
+        rows = no_rows(len(self._mesh.boundaries), self._mesh.replicas, wiring.slots)
+        directions = {direction: place for place, direction in enumerate(Direction)}
+        for index, boundary in enumerate(self._mesh.boundaries):
+            ranks = [self._mesh.rank(wiring.worker(boundary.receiver, lane)) for lane in wiring.lanes]
+            rows[index, wiring.lanes] = everyone[ranks, directions[boundary.direction]]
+        return SignalTable(rows)

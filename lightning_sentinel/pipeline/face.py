@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from lightning_sentinel.attacks import Adversary
+from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.guard import Guard, Ruling
+from lightning_sentinel.pipeline.shares import Shares
 
 __all__ = ["Engine"]
 
@@ -17,10 +19,12 @@ class Engine(Protocol):
     Attributes:
         guard: verifies what is received; ``None`` for a plain pipeline.
         adversary: a simulated attacker, if there is one.
+        left_out: workers whose gradients :meth:`reduce_gradients` does not ask for.
     """
 
     guard: Guard | None
     adversary: Adversary | None
+    left_out: frozenset[Worker]
 
     def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
         """Forward and backward of one batch, and the exchange of what came of it.
@@ -50,11 +54,11 @@ class Engine(Protocol):
     def release_gradients(self) -> None:
         """Give them back, to where Lightning expects the result of ``backward``."""
 
-    def reduce_gradients(self, shares: list[float]) -> None:
+    def reduce_gradients(self, shares: Shares) -> None:
         """Mean over replicas of the gradients that count.
 
         Args:
-            shares: of each stage, which part of the data was not excluded.
+            shares: which part of the data was not excluded.
         """
 
     def apply_gradients(self) -> None:

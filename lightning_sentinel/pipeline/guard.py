@@ -255,7 +255,11 @@ class Guard:
             # Sums of a sender's signals cannot be taken apart again: it counts if all of it is honest.
             unflagged_ones = ~(known & ~honest).any(dim=1)
             flagged_ones = (flagged & honest).any(dim=1) & ~(flagged & ~honest).any(dim=1)
-            mine = verifier.contribution(unflagged_ones[self._lanes], flagged_ones[self._lanes])
+            lanes = self._lanes
+            if not lanes:
+                self._stand_by(boundary, table)
+                lanes = [0]
+            mine = verifier.contribution(unflagged_ones[lanes], flagged_ones[lanes])
             if honest.any():
                 # As long as the longest honest signal of any replica; what a tainted one had beyond it is not to be remembered.
                 positions = table.column("positions")[index][honest].max()
@@ -268,6 +272,15 @@ class Guard:
                 summed[boundary] = Contribution.from_flat(part, mine)
         for boundary, verifier in self.verifiers.items():
             verifier.learn(summed.get(boundary))
+
+    def _stand_by(self, boundary: Boundary, table: SignalTable) -> None:
+        """A worker that has nothing to do learns what the others of its stage learn, because it may have to do something later."""
+        before = self._mesh.before(boundary)
+        positions, channels = (int(table.column(name)[self._indices[boundary]].max()) for name in ("positions", "channels"))
+        received = None
+        if before is not None and self.compares_inputs:
+            received = int(table.column("channels")[self._mesh.boundaries.index(before)].max())
+        self.verifiers[boundary].stand_by(positions, channels, received)
 
     def _put_fences(self) -> None:
         for boundary, verifier in self.verifiers.items():

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import psutil
 import torch
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 
-__all__ = ["DTYPES", "HEADER_WORDS", "Expected", "Header", "Kind", "Place", "decode", "encode"]
+__all__ = ["DTYPES", "HEADER_WORDS", "Allowance", "Expected", "Header", "Kind", "Place", "decode", "encode"]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """What can cross a boundary. The place in this tuple goes over the wire: append only, or count ``_MAGIC`` up."""
@@ -96,6 +97,33 @@ class Expected:
             (2, 3)
         """
         return cls((tensor.dtype,), tensor.numel(), tuple(tensor.shape))
+
+
+class Allowance:
+    """What is allowed of signals whose shape is not known beforehand, because samples may differ in length.
+
+    The first may fill a quarter of the memory that is free; later ones may be a few times as large as the largest so far.
+
+    Example:
+        >>> allowance = Allowance()
+        >>> allowance.saw(torch.ones(8, 4096))
+        >>> allowance.expected().most_elements
+        524288
+    """
+
+    _GROWTH = 16
+
+    def __init__(self) -> None:
+        self._largest = 0
+
+    def expected(self, numbers: range = range(1)) -> Expected:
+        """What may come next."""
+        most = self._GROWTH * self._largest if self._largest else psutil.virtual_memory().available // 16
+        return Expected(DTYPES, most, numbers=numbers)
+
+    def saw(self, signal: Tensor) -> None:
+        """Take note of a signal that came."""
+        self._largest = max(self._largest, signal.numel())
 
 
 @dataclass(frozen=True)

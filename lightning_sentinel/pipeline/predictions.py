@@ -1,56 +1,57 @@
-"""What ``predict_step`` returned on the last stage, brought to all stages of its pipeline."""
+"""What ``predict_step`` returned on the last stage, brought to the ranks that ask for it."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.parcels import broadcast_parcel
+from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["share_predictions"]
 
 
-def share_predictions(parts: list[Any], mesh: Mesh, worker: Worker, group: dist.ProcessGroup) -> Any:
-    """Join the predictions of a batch's micro-batches and give them to every rank of the pipeline.
+def share_predictions(results: Mapping[Part, Any], mesh: Mesh, wiring: Wiring, worker: Worker, pipeline: dist.ProcessGroup) -> Any:
+    """Join the predictions of a replica's micro-batches on every rank of its pipeline.
+
+    While every lane works on its own replica's samples no other pipeline is waited for.
 
     Args:
-        parts: on the last stage, what ``predict_step`` returned for each micro-batch: tensors, or nested collections of them.
-        group: the ranks of this pipeline.
+        results: on the last stage of a lane, what ``predict_step`` returned for each of its micro-batches.
+        mesh: all workers.
+        wiring: which lane worked on what.
+        worker: that this rank is.
+        pipeline: the ranks of this replica's pipeline.
 
-    Raises:
-        PipelineModelError: if there is something else than tensors in them.
+    Returns:
+        tensors, or nested collections of them, with the samples along the first axis, on the host.
     """
-    source = mesh.rank(Worker(mesh.stages - 1, worker.replica))
-    tensors: list[Tensor] = []
-    description = b""
-    if worker.stage == mesh.stages - 1:
-        flat = [tree_flatten(part) for part in parts]
-        leaves = [list(column) for column in zip(*(leaves for leaves, _ in flat))]
-        for column in leaves:
-            if not isinstance(column[0], Tensor):
-                raise PipelineModelError(
-                    f"predict_step returned a {type(column[0]).__name__} among its results. Between processes travel tensors only:"
-                    " return tensors, or collections of them, with the samples along the first axis."
-                )
-        tensors = [torch.cat(column) if column[0].ndim else torch.stack(column) for column in leaves]
-        layout = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]
-        description = json.dumps([treespec_dumps(flat[0][1]), layout]).encode()
-    size = torch.tensor([len(description)])
-    dist.broadcast(size, source, group=group)
-    header = (
-        torch.frombuffer(bytearray(description), dtype=torch.uint8) if description else torch.empty(int(size), dtype=torch.uint8)
-    )
-    dist.broadcast(header, source, group=group)
-    spec, layout = json.loads(bytes(header.tolist()))
-    if worker.stage != mesh.stages - 1:
-        tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in layout]
-    on_host = [tensor.detach().cpu().contiguous() for tensor in tensors]
-    for tensor in on_host:
-        dist.broadcast(tensor, source, group=group)
-    return tree_unflatten(on_host, treespec_loads(spec))
+    last, mine = mesh.stages - 1, {}
+    if all(wiring.live):
+        source = mesh.rank(Worker(last, worker.replica))
+        parts = broadcast_parcel(list(results.values()), source, pipeline)
+        return _joined(parts)
+    for part, (lane, _) in wiring.places.items():
+        if wiring.live[lane]:
+            found = broadcast_parcel(results.get(part), mesh.rank(wiring.worker(last, lane)))
+            if part.replica == worker.replica:
+                mine[part.micro_batch] = found
+    return _joined([mine[number] for number in sorted(mine)])
+
+
+def _joined(parts: list[Any]) -> Any:
+    flat = [tree_flatten(part) for part in parts]
+    columns = [list(column) for column in zip(*(leaves for leaves, _ in flat))]
+    return tree_unflatten([_column(column) for column in columns], flat[0][1]) if flat else None
+
+
+def _column(values: list[Any]) -> Any:
+    if not isinstance(values[0], Tensor):
+        return values[0] if len(values) == 1 else values
+    return torch.cat(values) if values[0].ndim else torch.stack(values)

@@ -16,13 +16,29 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["SeparateRandomness", "base_seed"]
+from lightning_sentinel.attacks.context import derive_seed
+
+__all__ = ["SeparateRandomness", "base_seed", "seed_forward"]
 
 
 def base_seed() -> int | None:
     """The seed of ``seed_everything``, if it was called."""
     seed = os.environ.get("PL_GLOBAL_SEED")
     return int(seed) if seed is not None else None
+
+
+def seed_forward(device: torch.device, *place: int) -> None:
+    """Let a forward pass draw what any worker would draw in its place, so that its work can be recomputed, or done by another.
+
+    Args:
+        device: that computes.
+        place: the run's seed, the step, and which micro-batch goes through which stage.
+    """
+    seed = derive_seed("forward", *place)
+    # Not torch.manual_seed, which keeps a traceback of every call for each kind of device that was not used yet: milliseconds.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 class SeparateRandomness:

@@ -59,7 +59,7 @@ class StageCheckpoints(ProcessStrategy):
         assert self.lightning_module is not None
         model, state = self._running_stage_model, self.lightning_module.state_dict()
         with self._at_work():
-            parts = stage_files.collect({}, state, self.mesh)
+            parts = stage_files.collect({}, state, self.mesh, self.ledger.banned)
         merged = {name: value for _, tensors in parts for name, value in tensors.items()}
         return {name: merged[name] for name in model.state_names if name in merged}
 
@@ -68,7 +68,7 @@ class StageCheckpoints(ProcessStrategy):
         """The unsplit module's optimizer state on rank zero, nothing elsewhere; a collective."""
         plain, tensors = stage_files.optimizer_part(optimizer, self._parameter_names())
         with self._at_work():
-            parts = stage_files.collect(plain, tensors, self.mesh)
+            parts = stage_files.collect(plain, tensors, self.mesh, self.ledger.banned)
         if not parts:
             return {}
         options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -80,7 +80,7 @@ class StageCheckpoints(ProcessStrategy):
         if "optimizer_states" in checkpoint:
             with self._at_work():
                 state = self._guard.state_dict() if self._guard is not None else {}
-                parts = stage_files.collect({}, state, self.mesh)
+                parts = stage_files.collect({}, state, self.mesh, self.ledger.banned)
             checkpoint[_SECTION] = {
                 "step": self.step,
                 "ledger": self.ledger.state_dict(),

@@ -2,50 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["CleanShares"]
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.wiring import Wiring
+
+__all__ = ["CleanShares", "Shares"]
 
 _NOTHING = 1e-6
+
+
+class Shares(NamedTuple):
+    """What counts of a step.
+
+    Args:
+        stages: of each stage, which part of the data was not excluded.
+        workers: ``(stages, replicas)``, of each worker, in batches of one replica.
+    """
+
+    stages: list[float]
+    workers: Tensor
+
+    def of_stage(self, stage: int) -> float:
+        return self.stages[stage]
+
+    def of_worker(self, worker: Worker) -> float:
+        return float(self.workers[worker.stage, worker.replica])
 
 
 class CleanShares:
     """Counts what was excluded.
 
     Args:
-        stages: of the mesh.
+        mesh: the workers.
 
     Example:
         >>> import torch
-        >>> shares = CleanShares(stages=2)
-        >>> clean = torch.tensor([[[False, True]], [[True, True]]])  # stages x replicas x micro-batches
-        >>> shares.add(clean, weights=torch.tensor([[0.5, 0.5]]))
-        >>> shares.take()
+        >>> mesh = Mesh(stages=2, replicas=1)
+        >>> shares = CleanShares(mesh)
+        >>> clean = torch.tensor([[[False, True]], [[True, True]]])  # stages x lanes x micro-batches
+        >>> shares.add(clean, weights=torch.tensor([[0.5, 0.5]]), wiring=Wiring.of(mesh, micro_batches=2))
+        >>> shares.take().stages
         [0.5, 1.0]
     """
 
-    def __init__(self, stages: int) -> None:
-        self._excluded = torch.zeros(stages, dtype=torch.float64)
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._forget()
+
+    def _forget(self) -> None:
+        self._excluded = torch.zeros(self._mesh.stages, dtype=torch.float64)
+        self._served = torch.zeros(self._mesh.stages, self._mesh.replicas, dtype=torch.float64)
         self._batches = 0
 
-    def add(self, clean: Tensor | None, weights: Tensor) -> None:
+    def add(self, clean: Tensor | None, weights: Tensor, wiring: Wiring) -> None:
         """Enter a batch.
 
         Args:
             clean: ``(stages, lanes, micro_batches)`` bool, which gradients count at which stage; ``None`` if all do.
             weights: ``(lanes, micro_batches)``, each micro-batch's share of its replica's batch.
+            wiring: who served which lane.
         """
         self._batches += 1
-        if clean is not None:
-            self._excluded += (weights.double() * ~clean).sum(dim=(1, 2)) / clean.shape[1]
+        if clean is None:
+            clean = torch.ones(self._mesh.stages, *weights.shape, dtype=torch.bool)
+        counted = weights.double() * clean
+        self._excluded += (weights.double() * ~clean).sum(dim=(1, 2)) / self._mesh.replicas
+        self._served.scatter_add_(1, torch.tensor(wiring.serving), counted.sum(dim=2))
 
-    def take(self) -> list[float] | None:
-        """The share of each stage since the last call; exactly 1 where nothing was excluded.
+    def take(self, left_out: Collection[Worker] = ()) -> Shares | None:
+        """The shares since the last call; exactly 1 for a stage where nothing was excluded.
+
+        Args:
+            left_out: workers whose gradients are not asked for.
 
         Returns:
             ``None`` if a stage has nothing to step with: then no stage may move, or they would no longer fit together.
         """
-        shares = 1.0 - self._excluded / max(1, self._batches)
-        self._excluded, self._batches = torch.zeros_like(self._excluded), 0
-        return shares.tolist() if float(shares.min()) > _NOTHING else None
+        for worker in left_out:
+            self._excluded[worker.stage] += self._served[worker.stage, worker.replica] / self._mesh.replicas
+            self._served[worker.stage, worker.replica] = 0
+        stages = 1.0 - self._excluded / max(1, self._batches)
+        shares = Shares(stages.tolist(), self._served)
+        self._forget()
+        return shares if float(stages.min()) > _NOTHING else None

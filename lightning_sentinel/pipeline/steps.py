@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from lightning_sentinel.pipeline.logs import LogRecorder
@@ -62,6 +63,11 @@ class MicroBatches:
     def weights(self) -> tuple[float, ...]:
         """Share of the batch that each micro-batch has; a mean over samples is their mean with these weights."""
         return tuple(size / self._samples for size in self.sizes)
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors of the batch."""
+        return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(self._batch) if isinstance(leaf, Tensor))
 
     def __len__(self) -> int:
         return self._count

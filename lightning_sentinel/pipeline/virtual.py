@@ -19,13 +19,14 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from lightning_sentinel.attacks import Adversary
-from lightning_sentinel.mesh import Boundary, Direction
+from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline.dealing import deal
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients, scale_gradients
 from lightning_sentinel.pipeline.guard import Guard, Ruling
 from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.rewind import Rewind
+from lightning_sentinel.pipeline.shares import Shares
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import relative_error, tolerance
@@ -78,6 +79,7 @@ class VirtualEngine:
         self._wiring = Wiring.of(self._mesh)
         self._lies: dict[int, dict[tuple[int, int], Tensor]] = {}
         self._rewind: Rewind | None = None
+        self.left_out: frozenset[Worker] = frozenset()
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
@@ -231,6 +233,7 @@ class VirtualEngine:
             loss=total / weight if weight > 0 else None,
             table=table,
             weights=weights,
+            wiring=self._wiring,
             schema=recorder.schema,
             logged=recorder.schema.reduce(recorder.vector().cpu()[None]),
         )
@@ -256,8 +259,8 @@ class VirtualEngine:
     def release_gradients(self) -> None:
         self._held.release()
 
-    def reduce_gradients(self, shares: list[float]) -> None:
-        for parameters, share in zip(self._stage_parameters, shares):
+    def reduce_gradients(self, shares: Shares) -> None:
+        for parameters, share in zip(self._stage_parameters, shares.stages):
             scale_gradients(parameters, 1.0 / (self._mesh.replicas * share))
 
     def apply_gradients(self) -> None:

@@ -11,15 +11,17 @@ from lightning_sentinel.mesh import Direction, Mesh
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["COLUMNS", "MAX_SCORE", "SignalTable", "signal_rows"]
+__all__ = ["COLUMNS", "MAX_SCORE", "SignalTable", "no_rows", "signal_rows"]
 
 MAX_SCORE = 1e6
 """Scores end here, so that they stay finite in logs and files; a signal that is not finite has this score."""
 
-COLUMNS = (*FEATURES, "score", "worst", "flagged", "tainted", "positions")
+COLUMNS = (*FEATURES, "score", "worst", "flagged", "tainted", "positions", "channels")
 
 
-def signal_rows(features: Tensor, score: Tensor, worst: Tensor, flagged: Tensor, tainted: Tensor, positions: int) -> Tensor:
+def signal_rows(
+    features: Tensor, score: Tensor, worst: Tensor, flagged: Tensor, tainted: Tensor, positions: int, channels: int
+) -> Tensor:
     """Rows of signals, ``(senders, len(COLUMNS))`` float32, built on their device without waiting for it.
 
     Args:
@@ -29,10 +31,18 @@ def signal_rows(features: Tensor, score: Tensor, worst: Tensor, flagged: Tensor,
         flagged: ``(senders,)`` bool, the verdict at receipt.
         tainted: ``(senders,)`` bool, whether an earlier boundary had flagged the micro-batch, so that this one proves nothing.
         positions: length of the signals' position axis.
+        channels: length of the signals' channel axis.
     """
-    length = torch.full_like(score, positions)
-    rest = torch.stack([column.float() for column in (score, worst, flagged, tainted, length)], dim=1)
-    return torch.cat((features, rest), dim=1)
+    rest = torch.stack([column.float() for column in (score, worst, flagged, tainted)], dim=1)
+    sizes = rest.new_tensor((positions, channels)).expand(len(rest), 2)
+    return torch.cat((features, rest, sizes), dim=1)
+
+
+def no_rows(*shape: int) -> Tensor:
+    """Rows where nobody had anything to send, ``(*shape, len(COLUMNS))``: as those of tainted signals."""
+    rows = torch.zeros(*shape, len(COLUMNS))
+    rows[..., COLUMNS.index("tainted")] = 1
+    return rows
 
 
 @dataclass(frozen=True)
@@ -55,10 +65,9 @@ class SignalTable:
             rows: ``(boundaries, replicas, micro_batches, len(COLUMNS))``.
             wiring: which lane works on which samples.
         """
+        present = wiring.arrange(torch.ones(rows.shape[1:3], dtype=torch.bool))[..., None]
         arranged = wiring.arrange(rows.movedim(3, 1)).movedim(1, 3)
-        nothing = wiring.arrange(torch.ones(rows.shape[1:3])) == 0
-        arranged[:, nothing, COLUMNS.index("tainted")] = 1
-        return cls(arranged)
+        return cls(torch.where(present, arranged, no_rows(1)))
 
     def column(self, name: str) -> Tensor:
         """``(boundaries, lanes, micro_batches)``."""

@@ -18,7 +18,7 @@ from lightning_sentinel.verification.axes import spread_over
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.fences import Fences
 from lightning_sentinel.verification.measurement import Measurement, measure, measure_published
-from lightning_sentinel.verification.projection import Projection, SecretDirections
+from lightning_sentinel.verification.projection import PROJECTED, Projection, SecretDirections
 from lightning_sentinel.verification.references import Contribution, References
 from lightning_sentinel.verification.table import MAX_SCORE, signal_rows
 
@@ -97,7 +97,7 @@ class BoundaryVerifier:
         worst = highest.indices.masked_fill(broken, -1)
         flagged = (score > 1) & ~tainted
         self._keep(measured, flagged, ~(tainted | broken), lanes)
-        return Inspection(signal_rows(measured.features, score, worst, flagged, tainted, measured.means.shape[1]), flagged)
+        return Inspection(signal_rows(measured.features, score, worst, flagged, tainted, *measured.means.shape[1:]), flagged)
 
     def _measure(self, signals: Tensor, senders: int, received: Projection | None) -> Measurement:
         if self._published:
@@ -119,6 +119,21 @@ class BoundaryVerifier:
         if self.boundary.direction is Direction.GRADIENT or value is None:
             return torch.zeros_like(signal)
         return spread_over(value, signal)
+
+    def stand_by(self, positions: int, channels: int, received: int | None) -> None:
+        """Have nothing to teach of a step in which nothing came, in the shapes of those to whom something came.
+
+        Args:
+            positions: of the signals.
+            channels: of the signals.
+            received: channels of what the senders had received; ``None`` at the ends of the pipeline.
+        """
+        nothing, tainted = torch.zeros(1, positions, channels, device=self._device), torch.ones(1, dtype=torch.bool)
+        projected = None
+        if received is not None:
+            values = torch.zeros(1, positions, min(received, PROJECTED), device=self._device)
+            projected = Projection(values, received)
+        self.inspect(nothing, tainted.to(self._device), projected)
 
     def forget_step(self) -> None:
         """Keep nothing of the step, which is to be done again."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lightning_sentinel.mesh import Mesh
 from tests.distributed import tasks, world
 
 
@@ -16,8 +17,10 @@ from tests.distributed import tasks, world
 def test_the_virtual_engine_is_the_process_engine_in_one_process(attack: Any, direction: str) -> None:
     ranks = world.run(tasks.attacked, 6, "process", attack, direction)
     virtual = tasks.attacked("virtual", attack, direction)
-    for rank in ranks:
-        for name, value in rank["weights"].items():
+    for number, rank in enumerate(ranks):
+        # Nobody brings a banned worker's weights up to date.
+        weights = {} if Mesh(3, 2).worker(number) in virtual["banned"] else rank["weights"]
+        for name, value in weights.items():
             assert (value - virtual["weights"][name]).abs().max() <= 1e-6, name
         assert rank["banned"] == virtual["banned"]
         assert len(rank["detections"]) == len(virtual["detections"])

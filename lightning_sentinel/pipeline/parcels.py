@@ -1,0 +1,152 @@
+"""Nested collections of tensors between ranks: a description in JSON, then the tensors. Nothing is ever unpickled.
+
+What a description announces is compared with what there is room for before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+
+from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
+
+__all__ = ["broadcast_parcel", "pack", "receive_parcel", "reserve", "send_parcel", "unpack"]
+
+_LONGEST_DESCRIPTION = 2**26
+_MOST_BYTES = 2**42
+"""What a parcel may hold where the receiver has no reason to expect less, such as a stage's part of a checkpoint."""
+
+
+def pack(tree: Any) -> tuple[bytes, list[Tensor]]:
+    """A description, and the tensors that it leaves out, on the host.
+
+    Args:
+        tree: nested collections of tensors and of what JSON can say.
+
+    Raises:
+        PipelineModelError: if there is something else in it.
+
+    Example:
+        >>> description, tensors = pack({"image": torch.ones(2, 3), "name": "cat"})
+        >>> unpack(description, tensors)["name"], [tuple(tensor.shape) for tensor in tensors]
+        ('cat', [(2, 3)])
+    """
+    leaves, spec = tree_flatten(tree)
+    tensors = [leaf.detach().cpu().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
+    entries = [_layout(leaf) if isinstance(leaf, Tensor) else {"value": leaf} for leaf in leaves]
+    try:
+        return json.dumps([treespec_dumps(spec), entries]).encode(), tensors
+    except (TypeError, NotImplementedError) as error:
+        kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
+        raise PipelineModelError(
+            f"Between processes travel tensors, numbers and text, in lists, tuples and dicts; here is {', '.join(kinds)} ({error})."
+            " Return tensors, or collections of them."
+        ) from error
+
+
+def _layout(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def reserve(description: bytes, most_bytes: int = _MOST_BYTES) -> list[Tensor]:
+    """Memory for the tensors of a parcel.
+
+    Raises:
+        MalformedMessageError: if the description is not one, or there is no room for so much.
+
+    Example:
+        >>> description, _ = pack([torch.ones(2, 3)])
+        >>> reserve(description)[0].shape
+        torch.Size([2, 3])
+    """
+    try:
+        _, entries = json.loads(description)
+        layouts = [(getattr(torch, entry["dtype"]), entry["shape"]) for entry in entries if "dtype" in entry]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise MalformedMessageError(f"What should describe a parcel does not: {description[:80]!r} ({error}).") from error
+    total = 0
+    for dtype, shape in layouts:
+        fits = isinstance(dtype, torch.dtype) and isinstance(shape, list)
+        if not fits or not all(type(size) is int and size >= 0 for size in shape):
+            raise MalformedMessageError(f"A parcel announces a tensor of dtype {dtype} and shape {shape}, which there cannot be.")
+        total += math.prod(shape) * dtype.itemsize
+    if total > most_bytes:
+        raise MalformedMessageError(f"A parcel announces {total} bytes, and there is room for {most_bytes}.")
+    return [torch.empty(shape, dtype=dtype) for dtype, shape in layouts]
+
+
+def unpack(description: bytes, tensors: list[Tensor]) -> Any:
+    """The inverse of :func:`pack`."""
+    spec, entries = json.loads(description)
+    arrived = iter(tensors)
+    return tree_unflatten([next(arrived) if "dtype" in entry else entry["value"] for entry in entries], treespec_loads(spec))
+
+
+def send_parcel(tree: Any, rank: int) -> None:
+    """Send a collection to a rank that calls :func:`receive_parcel`."""
+    description, tensors = pack(tree)
+    dist.send(torch.tensor([len(description)]), rank)
+    dist.send(torch.frombuffer(bytearray(description), dtype=torch.uint8), rank)
+    for tensor in tensors:
+        dist.send(tensor, rank)
+
+
+def receive_parcel(rank: int, most_bytes: int = _MOST_BYTES) -> Any:
+    """Receive a collection, on the host.
+
+    Args:
+        rank: of the sender.
+        most_bytes: that there is room for.
+
+    Raises:
+        MalformedMessageError: if what comes is no parcel, or too large.
+    """
+    length = torch.full((1,), -1)
+    dist.recv(length, rank)
+    data = torch.empty(_checked_length(int(length), rank), dtype=torch.uint8)
+    dist.recv(data, rank)
+    description = bytes(data.tolist())
+    try:
+        tensors = reserve(description, most_bytes)
+    except MalformedMessageError as error:
+        raise MalformedMessageError(f"Rank {rank} sent a malformed message. {error}", rank=rank) from error
+    for tensor in tensors:
+        dist.recv(tensor, rank)
+    return unpack(description, tensors)
+
+
+def broadcast_parcel(tree: Any, source: int, group: dist.ProcessGroup | None = None) -> Any:
+    """Bring a collection from one rank to all of a group.
+
+    Args:
+        tree: looked at on the source only.
+        source: rank in the world.
+        group: ``None`` is the world.
+
+    Returns:
+        the collection, on the host, on all ranks.
+    """
+    description, tensors = pack(tree) if dist.get_rank() == source else (b"", [])
+    length = torch.tensor([len(description)])
+    dist.broadcast(length, source, group=group)
+    data = torch.frombuffer(bytearray(description), dtype=torch.uint8) if description else None
+    if data is None:
+        data = torch.empty(_checked_length(int(length), source), dtype=torch.uint8)
+    dist.broadcast(data, source, group=group)
+    description = description or bytes(data.tolist())
+    tensors = tensors or reserve(description)
+    for tensor in tensors:
+        dist.broadcast(tensor, source, group=group)
+    return unpack(description, tensors)
+
+
+def _checked_length(length: int, rank: int) -> int:
+    if not 0 < length <= _LONGEST_DESCRIPTION:
+        raise MalformedMessageError(f"Rank {rank} announces a description of {length} bytes, which there cannot be.", rank=rank)
+    return length
