@@ -26,6 +26,7 @@ from lightning_sentinel.config import Response
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline import schedule
+from lightning_sentinel.pipeline.auditing import Audits, Evidence, Kept
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients
@@ -121,6 +122,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._stage_parameters = list(self.module.parameters())
         self._held = HeldGradients(self._stage_parameters)
         self._rewind: Rewind | None = None
+        self._kept = Kept()
+        secret = 0 if guard is None else guard.secret
+        self._audits = Audits(mesh, self.worker, self._kept, self._samples, self._recompute, self.device, secret)
         self._allowances = {kind: Allowance() for kind in Kind}
         self._wiring = Wiring.of(mesh)
         self._lane = 0
@@ -166,7 +170,38 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
         if self.guard is None or outcome.table is None:
             return None
-        return self.guard.settle(outcome.table, step, self._sum_over_replicas)
+        audit = self._audit if self.guard.audits else None
+        return self.guard.settle(outcome.table, step, self._sum_over_replicas, audit)
+
+    def _audit(self, boundary: int, signals: Tensor) -> Tensor:
+        if not bool(signals.any()):
+            return torch.zeros_like(signals)
+        return self._audits.run(self._mesh.boundaries[boundary], signals, self._wiring, self.left_out, self._step)
+
+    def _samples(self, part: Part) -> Any:
+        own = self._own
+        return [own[part.micro_batch], own.sizes[part.micro_batch], own.weights[part.micro_batch]]
+
+    def _recompute(self, direction: Direction, part: Part, evidence: Evidence) -> Tensor:
+        """What an honest worker of this stage sends; leaves no trace here."""
+        restore = Rewind((), list(self.module.buffers()), self.device)
+        arguments = (evidence.batch, *self._arguments[1:])
+        backward = direction is Direction.GRADIENT
+        seed_forward(self.device, self._seed, self._step, *part, self.stage_id)
+        with torch.set_grad_enabled(backward), self._steps.unheard(), self._forward_context():
+            if evidence.activation is None:
+                inputs = leaf = self._steps.input_of(self._step_name, arguments)
+            else:
+                leaf = evidence.activation.detach().requires_grad_(backward)
+                inputs = leaf.clone()
+            signal = self.module(inputs)
+            if backward:
+                if self.is_last_stage():
+                    result = self._steps.finish(self._step_name, arguments, signal, evidence.samples, ~self._untainted)
+                    signal = loss_of(result, self._step_name) * (evidence.weight * self._scale)
+                (signal,) = torch.autograd.grad(signal, leaf, evidence.gradient)
+        restore()
+        return signal.detach()
 
     def rewind(self) -> None:
         assert self._rewind is not None, "only what is audited is done again"
@@ -182,7 +217,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._runs["predicting" if step == "predict_step" else "training"] += 1
         lane = self._wiring.lane(self.worker)
         self._lane = -1 if lane is None else lane
-        self._work = self._supply.of_step(MicroBatches(arguments[0], micro_batches), self._wiring, self._banned)
+        self._own = MicroBatches(arguments[0], micro_batches)
+        self._work = self._supply.of_step(self._own, self._wiring, self._banned)
+        self._kept.clear()
         self._steps.new_records()
         self._results: dict[Part, Any] = {}
         self._loss = torch.zeros(2, device=self.device)
@@ -289,6 +326,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         allowance, place = self._allowances[Kind.ACTIVATION], self._place(Kind.ACTIVATION, micro_batch)
         signal, tainted = self._transport.receive(self._peer(self.stage_id - 1), place, allowance.expected())
         allowance.saw(signal)
+        self._keep(self._kept.received, Direction.ACTIVATION, micro_batch, signal)
         self.pipe_buffers["inputs"][buffer_id] = signal.requires_grad_()
         self.pipe_buffers["taints"][buffer_id] = tainted
 
@@ -296,6 +334,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         expected = Expected.like(self.pipe_buffers["outputs"][buffer_id])
         place = self._place(Kind.GRADIENT, micro_batch)
         signal, tainted = self._transport.receive(self._peer(self.stage_id + 1), place, expected)
+        self._keep(self._kept.received, Direction.GRADIENT, micro_batch, signal)
         self.pipe_buffers["output_tensors"][buffer_id] = signal
         self.pipe_buffers["taints"][buffer_id] = tainted
 
@@ -322,6 +361,11 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _peer(self, stage: int) -> int:
         """The rank that serves another stage of this lane."""
         return self._mesh.rank(self._wiring.worker(stage, self._lane))
+
+    def _keep(self, where: dict[tuple[Direction, int], Tensor], direction: Direction, micro_batch: int, signal: Tensor) -> None:
+        """Until the step is settled: what may be audited."""
+        if self.guard is not None and self.guard.audits and self._step_name == "training_step":
+            where[direction, micro_batch] = signal.detach()
 
     def _place(self, kind: Kind, micro_batch: int) -> Place:
         return Place(self._runs["predicting" if self._step_name == "predict_step" else "training"], micro_batch, kind)
@@ -364,6 +408,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _send(self, direction: Direction, buffer_id: int, micro_batch: int) -> None:
         # An altered copy: the tensor itself is what the backward pass of this stage starts from.
         signal, self._altered = (self._outgoing(buffer_id, direction) if self._altered is None else self._altered), None
+        self._keep(self._kept.sent, direction, micro_batch, signal)
         boundary = Boundary(self.stage_id - (direction is Direction.GRADIENT), direction)
         taint, place = self.pipe_buffers["taints"][buffer_id], self._place(_SIGNALS[direction], micro_batch)
         self._transport.send(signal, taint, self._peer(boundary.receiver), place)

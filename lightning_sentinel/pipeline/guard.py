@@ -98,6 +98,11 @@ class Guard:
         return self._response.audit_rate is not None
 
     @property
+    def secret(self) -> int:
+        """The seed that workers must not know."""
+        return self._verification.seed
+
+    @property
     def compares_inputs(self) -> bool:
         """Whether signals are compared with what their senders had received."""
         return self._verification.method != "paper"

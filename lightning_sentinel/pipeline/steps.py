@@ -7,6 +7,7 @@ The step itself, its preprocessing and its logging stay as the user wrote them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
 
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from lightning_sentinel.pipeline.logs import LogRecorder
@@ -151,6 +153,19 @@ class StepRunner:
         self.recorder.begin(samples, counts)
         with self._redirected(answer, log=self.recorder.log):
             return getattr(self._module, step)(*arguments)
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """Run steps inside without a trace in what is logged: neither values nor the states of torchmetrics."""
+        recorder, self.recorder = self.recorder, LogRecorder(self._module)
+        metrics = [metric for metric in self._module.modules() if isinstance(metric, Metric)]
+        before = [copy.deepcopy(vars(metric)) for metric in metrics]
+        try:
+            yield
+        finally:
+            self.recorder = recorder
+            for metric, state in zip(metrics, before):
+                vars(metric).update(state)
 
     @property
     def _call(self) -> str:

@@ -49,11 +49,6 @@ def check_settings(
         raise ConfigurationError(f"transport={transport!r} is unknown. Use 'auto', 'device' or 'host'.")
     if verification is not None:
         watched(verification)
-    if response.audit_rate is not None and engine == "process":
-        raise ConfigurationError(
-            f"Response(audit_rate={response.audit_rate}) needs engine='virtual': between processes nothing is recomputed yet."
-            " Use audit_rate=None, which bans after flags alone."
-        )
     if zero_stage != 0:
         raise ConfigurationError(
             f"zero_stage={zero_stage} is not supported yet: the optimizer's state could not be saved. Use zero_stage=0."

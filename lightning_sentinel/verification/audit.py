@@ -7,13 +7,27 @@ decided by all ranks from the same data and a secret seed: the audited worker ca
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Direction, Mesh
 
-__all__ = ["AuditSchedule", "causal_order", "relative_error", "tolerance"]
+__all__ = ["AuditSchedule", "Outcome", "causal_order", "relative_error", "tolerance"]
+
+
+class Outcome(IntEnum):
+    """What an audit says of a signal."""
+
+    MATCHES = 0
+    LIED = 1
+    """It is not what an honest worker makes of what the sender was sent."""
+    ACTIVATION_WITHHELD = 2
+    """Who sent the sender its activation gave the auditor another one."""
+    GRADIENT_WITHHELD = 3
+    """Who sent the sender its gradient gave the auditor another one."""
+
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 

@@ -33,9 +33,9 @@ def signal_rows(
         positions: length of the signals' position axis.
         channels: length of the signals' channel axis.
     """
-    rest = torch.stack([column.float() for column in (score, worst, flagged, tainted)], dim=1)
-    sizes = rest.new_tensor((positions, channels)).expand(len(rest), 2)
-    return torch.cat((features, rest, sizes), dim=1)
+    sizes = (torch.full_like(score, size) for size in (positions, channels))
+    rest = torch.stack([column.float() for column in (score, worst, flagged, tainted, *sizes)], dim=1)
+    return torch.cat((features, rest), dim=1)
 
 
 def no_rows(*shape: int) -> Tensor:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_sentinel.mesh import Direction, Mesh, Worker
-from lightning_sentinel.verification.audit import causal_order
+from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.verification.audit import Outcome, causal_order
 from lightning_sentinel.verification.calibration import Assessment
 from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS, DOUBT
 from lightning_sentinel.verification.features import FEATURES
@@ -23,10 +23,13 @@ from lightning_sentinel.wiring import Wiring
 __all__ = ["Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits"]
 
 Audit = Callable[[int, Tensor], Tensor]
-"""Recomputes signals of a boundary: its index and which, ``(lanes, micro_batches)`` bool; answers whether they do *not* match."""
+"""Recomputes signals of a boundary: its index and which, ``(lanes, micro_batches)`` bool, to what is found, values of
+:class:`~lightning_sentinel.verification.audit.Outcome`."""
 
 _ALONE = 1.5
 """The score up to which a sender without peers is cleared."""
+
+_WITHHELD = {Outcome.ACTIVATION_WITHHELD: Direction.ACTIVATION, Outcome.GRADIENT_WITHHELD: Direction.GRADIENT}
 
 _MUCH_FURTHER = 2.0
 _NEARLY = 0.75
@@ -181,16 +184,20 @@ def judge_with_audits(
         follows = flagged[index] & (score <= _MUCH_FURTHER * oddity) & ~drawn[index] & ~suspected[index]
         explained[index] = found
         audited[index] = wanted[index] & ~found & ~follows
-        confirmed[index] = audited[index] & audit(index, audited[index])
-        found = found | confirmed[index]
+        outcome = torch.where(audited[index], audit(index, audited[index]).long(), Outcome.MATCHES)
+        confirmed[index] |= outcome == Outcome.LIED
+        for said, direction in _WITHHELD.items():
+            if bool((outcome == said).any()):
+                confirmed[_sent_to(index, direction, mesh)] |= outcome == said
+        found = found | (outcome != Outcome.MATCHES)
         oddity = torch.maximum(oddity, torch.where(audited[index] & flagged[index], score, 0.0))
     honest = valid & ~confirmed & ~explained & (assessment.worst >= 0)
     scored = table.scored(assessment.score, assessment.worst)
     shown = ((flagged | suspected) & audited) | confirmed
     detections = _detections(scored, shown, mesh, wiring, step)
-    outcome = confirmed[shown].tolist()
+    lies = confirmed[shown].tolist()
     return StepVerdict(
-        detections=tuple(replace(one, audited=True, confirmed=lied) for one, lied in zip(detections, outcome)),
+        detections=tuple(replace(one, audited=True, confirmed=lied) for one, lied in zip(detections, lies)),
         flagged=_count(confirmed, mesh, wiring),
         suspects=frozenset(),
         verified=frozenset(_count(valid & ~explained, mesh, wiring)),
@@ -203,6 +210,12 @@ def judge_with_audits(
         clean=torch.tensor(wiring.live)[None, :, None].expand(mesh.stages, *valid.shape[1:]),
         table=scored,
     )
+
+
+def _sent_to(index: int, direction: Direction, mesh: Mesh) -> int:
+    """The boundary across which the sender of another was sent an activation or a gradient."""
+    stage = mesh.boundaries[index].sender
+    return mesh.boundaries.index(Boundary(stage - (direction is Direction.ACTIVATION), direction))
 
 
 def behind(signals: Tensor, mesh: Mesh) -> Tensor:

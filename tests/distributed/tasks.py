@@ -204,15 +204,26 @@ def logged_values(batch_size: int) -> dict[str, Any]:
     return {"metrics": metrics, "predictions": predictions}
 
 
-def attacked(engine: str, attack: Any, direction: str) -> dict[str, Any]:
+def attacked(engine: str, attack: Any, direction: str, audit_rate: float | None = None) -> dict[str, Any]:
     """The same mesh, data and seed on either engine."""
     stages, replicas, batch_size, warmup = 3, 2, 8, 20
     virtual = engine == "virtual"
     strategy = ls.SentinelStrategy(
-        stages, replicas, micro_batches=2, verification=ls.Verification(warmup_steps=warmup), engine=engine, timeout=PATIENCE
+        stages,
+        replicas,
+        micro_batches=2,
+        verification=ls.Verification(warmup_steps=warmup),
+        response=ls.Response(audit_rate=audit_rate),
+        engine=engine,
+        timeout=PATIENCE,
     )
     module = Classifier("sgd")
     injector = ls.AttackInjector(attack, workers=[ls.Worker(1, 1)], direction=direction)
     data = loader(batch_size * replicas) if virtual else loader(batch_size, replicas)
     trainer(strategy, 1 if virtual else stages * replicas, warmup + 10, [injector]).fit(module, data)
-    return {"weights": local_weights(module), "detections": strategy.detections, "banned": strategy.ledger.banned_at}
+    return {
+        "weights": local_weights(module),
+        "detections": strategy.detections,
+        "banned": strategy.ledger.banned_at,
+        "audits": strategy.ledger.audits,
+    }

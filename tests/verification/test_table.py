@@ -21,6 +21,7 @@ def test_rows_are_in_the_order_of_the_columns() -> None:
         torch.tensor([True, False]),
         torch.tensor([False, True]),
         positions=11,
+        channels=5,
     )
     assert (rows.shape, rows.dtype) == ((2, len(COLUMNS)), torch.float32)
     one, other = (dict(zip(COLUMNS, row.tolist())) for row in rows)
@@ -31,6 +32,7 @@ def test_rows_are_in_the_order_of_the_columns() -> None:
         "flagged": 1.0,
         "tainted": 0.0,
         "positions": 11.0,
+        "channels": 5.0,
     }
     assert other == {
         **{name: float(len(FEATURES) + index) for index, name in enumerate(FEATURES)},
@@ -39,6 +41,7 @@ def test_rows_are_in_the_order_of_the_columns() -> None:
         "flagged": 0.0,
         "tainted": 1.0,
         "positions": 11.0,
+        "channels": 5.0,
     }
 
 
