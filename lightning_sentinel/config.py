@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.mesh import Worker
 
 __all__ = ["Aggregation", "Response", "Verification"]
 
@@ -74,8 +75,8 @@ class Response:
 
     Args:
         on_flag: ``"exclude"`` keeps the micro-batch out of the weights; ``"log"`` only reports.
-        ban_after: a worker of which at least half the signals were flagged in this many consecutive steps is banned, and its
-            pipeline is left out from then on. ``None`` bans nobody.
+        ban_after: a worker of which at least half the signals were flagged in this many consecutive steps is banned, and others
+            of its stage do its work from then on. ``None`` bans nobody.
         audit_rate: share of all signals that is recomputed by another replica of the same stage, drawn at random; what is flagged
             is recomputed as well. A worker whose signal does not match is banned at once and its work is done by the others; a
             flag whose signal matches is dropped. 1 recomputes everything. ``None``: no audits, flags alone decide.
@@ -85,6 +86,8 @@ class Response:
             at least 3 workers a stage: of fewer, no minority can be outvoted.
         tolerated: how many workers of a stage may send anything, for ``aggregation`` other than ``"mean"``. ``None``, and at most:
             fewer than half of those that have worked.
+        banned: workers that are banned from the first step on, such as those of an earlier run on the same machines; see
+            :meth:`lightning_sentinel.Ledger.export`.
 
     Raises:
         ConfigurationError: if a value cannot work.
@@ -92,7 +95,7 @@ class Response:
     Example:
         >>> import lightning_sentinel as ls
         >>> ls.Response(on_flag="log", ban_after=None)
-        Response(on_flag='log', ban_after=None, audit_rate=None, aggregation='mean', tolerated=None)
+        Response(on_flag='log', ban_after=None, audit_rate=None, aggregation='mean', tolerated=None, banned=())
     """
 
     on_flag: Literal["exclude", "log"] = "exclude"
@@ -100,6 +103,7 @@ class Response:
     audit_rate: float | None = None
     aggregation: Aggregation = "mean"
     tolerated: int | None = None
+    banned: Sequence[Worker] = ()
 
     def __post_init__(self) -> None:
         _require(self.on_flag in ("exclude", "log"), "Response.on_flag", self.on_flag, "'exclude' or 'log'")
@@ -110,6 +114,8 @@ class Response:
         names = get_args(Aggregation)
         _require(self.aggregation in names, "Response.aggregation", self.aggregation, f"one of {', '.join(map(repr, names))}")
         _require(self.tolerated is None or self.tolerated >= 1, "Response.tolerated", self.tolerated, "None or at least 1")
+        for worker in self.banned:
+            _require(isinstance(worker, Worker), "Response.banned", worker, "a list of Worker(stage=..., replica=...)")
         if self.aggregation == "mean" and self.tolerated is not None:
             raise ConfigurationError(
                 f"Response(aggregation='mean', tolerated={self.tolerated}) contradicts itself: a mean tolerates nobody who sends"

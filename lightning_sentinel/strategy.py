@@ -252,6 +252,7 @@ class SentinelStrategy(StageCheckpoints):
         if self._verification is None or self._guard is not None:
             return self._guard
         mesh, worker = self.mesh, None if self._virtual else self.worker
+        self.ledger.ban(0, self._response.banned)
         received = [boundary for boundary in mesh.boundaries if worker is None or boundary.receiver == worker.stage]
         self._guard = Guard(mesh, received, worker, self._verification, self._response, self.ledger, self.root_device)
         return self._guard

@@ -51,11 +51,14 @@ class TestArguments:
         with pytest.raises(ConfigurationError, match=r"transport='hots'.*'auto'"):
             ls.SentinelStrategy(transport="hots")  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("rate", [0.01, 1.0])
-    def test_processes_cannot_recompute(self, rate: float) -> None:
-        with pytest.raises(ConfigurationError, match=rf"audit_rate={rate}\) needs engine='virtual'.*Use audit_rate=None"):
-            ls.SentinelStrategy(response=ls.Response(audit_rate=rate))
-        assert ls.SentinelStrategy(engine="virtual", response=ls.Response(audit_rate=rate))._response.audit_rate == rate
+    @pytest.mark.parametrize("engine", ["process", "virtual"])
+    def test_both_engines_audit(self, engine: Any) -> None:
+        assert ls.SentinelStrategy(engine=engine, response=ls.Response(audit_rate=0.02))._response.audit_rate == 0.02
+
+    def test_a_virtual_mesh_has_nothing_to_aggregate(self) -> None:
+        with pytest.raises(ConfigurationError, match=r"aggregation='krum'\) needs engine='process'"):
+            ls.SentinelStrategy(engine="virtual", response=ls.Response(aggregation="krum"))
+        assert ls.SentinelStrategy(response=ls.Response(aggregation="krum"))._response.aggregation == "krum"
 
     def test_nothing_has_happened_yet(self) -> None:
         strategy = ls.SentinelStrategy()

@@ -26,8 +26,8 @@ class SentinelMonitor(L.Callback):
 
     To every logger go ``sentinel/anomaly_score``, the highest score of the batch (1 is the fence), the same by sender and direction
     as ``sentinel/anomaly_score/stage{s}/{activation|gradient}``, and the running totals ``sentinel/flags``, ``sentinel/banned`` and
-    ``sentinel/audits``. Detections go to ``<log_dir>/sentinel/detections.jsonl``, one JSON object a line,
-    if the Trainer has a logger.
+    ``sentinel/audits``. If the Trainer has a logger, detections go to ``<log_dir>/sentinel/detections.jsonl``, one JSON object a
+    line, and who is banned to ``<log_dir>/sentinel/ledger.json``, which a next run can start from.
 
     Attributes:
         anomaly_score: mean scores of the run so far; ``anomaly_score.plot()`` draws them over the mesh.
@@ -41,6 +41,7 @@ class SentinelMonitor(L.Callback):
 
     def __init__(self) -> None:
         self._file: Path | None = None
+        self._banned = 0
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -68,6 +69,10 @@ class SentinelMonitor(L.Callback):
         totals = {"sentinel/flags": strategy.ledger.total_flags, "sentinel/banned": len(strategy.ledger.banned)}
         pl_module.log_dict({name: float(total) for name, total in totals.items()}, prog_bar=True, batch_size=1)
         pl_module.log("sentinel/audits", float(strategy.ledger.audits), batch_size=1)
+        if self._file is not None and len(strategy.ledger.banned) != self._banned:
+            self._banned = len(strategy.ledger.banned)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            strategy.ledger.export(self._file.with_name("ledger.json"))
 
     def on_sentinel_detection(self, trainer: L.Trainer, pl_module: L.LightningModule, detection: Detection) -> None:
         """Append a detection to the file, at once: a run that dies keeps what it found."""

@@ -110,7 +110,9 @@ class StageCheckpoints(ProcessStrategy):
                 stage_files.own_optimizer_state(saved, section["optimizer_groups"], optimizer, self._parameter_names())
             )
         self.step = section["step"]
+        imported = self.ledger.banned
         self.ledger.load_state_dict(section["ledger"])
+        self.ledger.ban(self.step, imported)
         if self._guard is not None:
             self._guard.load_state_dict(section["verifiers"])
 

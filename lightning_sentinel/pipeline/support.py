@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 
+_FEWEST_TO_OUTVOTE = 3
+
+
 def check_settings(
     engine: str,
     micro_batches: int,
@@ -49,6 +52,11 @@ def check_settings(
         raise ConfigurationError(f"transport={transport!r} is unknown. Use 'auto', 'device' or 'host'.")
     if verification is not None:
         watched(verification)
+    if response.aggregation != "mean" and engine == "virtual":
+        raise ConfigurationError(
+            f"Response(aggregation={response.aggregation!r}) needs engine='process': the virtual mesh computes the gradients of all"
+            " replicas of a stage at once, so that there is nothing to aggregate. Use aggregation='mean'."
+        )
     if zero_stage != 0:
         raise ConfigurationError(
             f"zero_stage={zero_stage} is not supported yet: the optimizer's state could not be saved. Use zero_stage=0."
@@ -57,6 +65,18 @@ def check_settings(
 
 def check_replicas(mesh: Mesh, verification: Verification | None, response: Response) -> None:
     """Raise ``ConfigurationError``, or warn, if there are too few replicas for what is to follow from a flag."""
+    if response.aggregation != "mean" and mesh.replicas < _FEWEST_TO_OUTVOTE:
+        raise ConfigurationError(
+            f"Response(aggregation={response.aggregation!r}) needs at least {_FEWEST_TO_OUTVOTE} replicas, because of fewer no"
+            f" minority can be outvoted; this mesh has {mesh.replicas}. Use replicas={_FEWEST_TO_OUTVOTE} or more, or 'mean'."
+        )
+    for worker in response.banned:
+        mesh.rank(worker)
+    if response.banned and verification is None:
+        raise ConfigurationError(
+            f"Response(banned={list(response.banned)}) has no effect with verification=None, where nobody is left out. Set a"
+            " Verification, or leave the machines out of the run."
+        )
     if verification is None or mesh.replicas > 1:
         return
     if response.audit_rate is not None:

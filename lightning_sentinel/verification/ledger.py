@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Worker
 
 __all__ = ["Ledger"]
@@ -100,6 +103,45 @@ class Ledger:
         new = sorted(worker for worker in workers if worker not in self.banned_at)
         self.banned_at.update(dict.fromkeys(new, step))
         return new
+
+    def export(self, path: Path | str) -> None:
+        """Write who is banned, when, and with how many flags, as JSON, for people and for the next run.
+
+        Args:
+            path: of the file; it is replaced as a whole.
+
+        Example:
+            >>> import tempfile
+            >>> ledger, path = Ledger(), Path(tempfile.mkdtemp()) / "ledger.json"
+            >>> _ = ledger.ban(64, [Worker(1, 2)])
+            >>> ledger.export(path)
+            >>> Ledger.banned_in(path)
+            [Worker(stage=1, replica=2)]
+        """
+        path = Path(path)
+        banned = [
+            {"stage": worker.stage, "replica": worker.replica, "step": step, "flags": self.flags[worker]}
+            for worker, step in sorted(self.banned_at.items())
+        ]
+        whole = path.with_name(path.name + ".new")
+        whole.write_text(json.dumps({"banned": banned, "flags": self.total_flags, "audits": self.audits}, indent=1) + "\n")
+        whole.replace(path)
+
+    @staticmethod
+    def banned_in(path: Path | str) -> list[Worker]:
+        """The workers that an exported ledger bans: ``Response(banned=Ledger.banned_in(path))``.
+
+        Raises:
+            ConfigurationError: if the file is not an exported ledger.
+        """
+        try:
+            entries = json.loads(Path(path).read_text())["banned"]
+            return [Worker(int(entry["stage"]), int(entry["replica"])) for entry in entries]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"{path} is not a ledger ({type(error).__name__}: {error}). Give a file that Ledger.export wrote, such as"
+                " sentinel/ledger.json in the log directory of a run."
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, so that a checkpoint loads with ``weights_only=True``."""

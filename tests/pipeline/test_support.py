@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 import lightning_sentinel as ls
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.support import check_replicas, refuse_unsupported, require_optimizer, requiring_one_optimizer
 from tests.distributed import tasks
 
@@ -145,3 +145,15 @@ def test_a_warm_up_that_outlasts_the_run_is_announced(steps: int, warns: bool) -
 def test_features_that_are_none_are_named_when_the_strategy_is_made(features: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"Verification\.features"):
         ls.SentinelStrategy(stages=2, verification=ls.Verification(features=features))
+
+
+def test_bans_and_aggregations_that_cannot_work_are_refused() -> None:
+    mesh, banned = Mesh(stages=2, replicas=2), Response(banned=[Worker(1, 2)])
+    with pytest.raises(ConfigurationError, match=r"worker \(stage 1, replica 2\) is not in the mesh"):
+        check_replicas(mesh, Verification(), banned)
+    with pytest.raises(ConfigurationError, match=r"has no effect with verification=None"):
+        check_replicas(Mesh(2, 3), None, banned)
+    check_replicas(Mesh(2, 3), Verification(), banned)
+    with pytest.raises(ConfigurationError, match=r"aggregation='median'\) needs at least 3 replicas.*has 2"):
+        check_replicas(mesh, Verification(), Response(aggregation="median"))
+    check_replicas(Mesh(2, 3), None, Response(aggregation="median"))

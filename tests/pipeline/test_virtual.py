@@ -150,9 +150,20 @@ def test_everything_that_was_found_is_logged_and_written(tmp_path: Path) -> None
     assert heard == strategy.detections
     lines = [json.loads(line) for line in (Path(logger.log_dir) / "sentinel" / "detections.jsonl").read_text().splitlines()]
     assert len(lines) == len(heard)
+    assert ls.Ledger.banned_in(Path(logger.log_dir) / "sentinel" / "ledger.json") == [ls.Worker(0, 1)]
     assert lines[0]["worker"] == {"stage": 0, "replica": 1} and lines[0]["direction"] == "activation"
     logger.save()
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         last = [row for row in csv.DictReader(file) if row["sentinel/flags"]][-1]
     assert float(last["sentinel/banned"]) == 1
     assert float(last["sentinel/flags"]) == len(heard)
+
+
+def test_who_was_banned_before_serves_nothing_and_the_batch_is_whole() -> None:
+    clean, module = tasks.Classifier("sgd"), tasks.Classifier("sgd")
+    tasks.trainer(virtual(3, 4), 1, 3).fit(clean, tasks.loader(16))
+    strategy = virtual(3, 4, response=ls.Response(banned=[ls.Worker(1, 0), ls.Worker(1, 3)]))
+    tasks.trainer(strategy, 1, 3, [ls.AttackInjector("random", workers=[(1, 0), (1, 3)])]).fit(module, tasks.loader(16))
+    assert strategy.ledger.banned == {ls.Worker(1, 0), ls.Worker(1, 3)} and strategy.ledger.total_flags == 0
+    for name, value in clean.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=0, atol=1e-6)

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.verification import Ledger
 
@@ -164,3 +166,18 @@ def test_audits_are_saved_and_older_states_load_without_them() -> None:
     older = {name: entries for name, entries in ledger.state_dict().items() if name not in ("audits", "exonerated")}
     loaded.load_state_dict(older)
     assert (loaded.audits, loaded.exonerated, loaded.banned) == (0, {}, {W})
+
+
+def test_an_exported_ledger_names_the_banned_and_anything_else_is_refused(tmp_path: Path) -> None:
+    ledger, path = Ledger(ban_after=2), tmp_path / "ledger.json"
+    ledger.export(path)
+    assert Ledger.banned_in(path) == []
+    ledger.ban(5, [Worker(2, 1), Worker(0, 3)])
+    ledger.export(path)
+    assert Ledger.banned_in(path) == [Worker(0, 3), Worker(2, 1)] and list(tmp_path.iterdir()) == [path]
+    for text in ("", "[]", '{"banned": [{"stage": 1}]}', '{"banned": 3}'):
+        path.write_text(text)
+        with pytest.raises(ConfigurationError, match=r"ledger.json is not a ledger .*Ledger.export"):
+            Ledger.banned_in(path)
+    with pytest.raises(ConfigurationError, match="FileNotFoundError"):
+        Ledger.banned_in(tmp_path / "none.json")
