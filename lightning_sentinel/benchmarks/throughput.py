@@ -1,4 +1,4 @@
-"""What the strategy and its verification cost, against DeepSpeed's bare pipeline in the same run.
+"""What the strategy, its verification, audits and bans cost, against DeepSpeed's bare pipeline in the same run.
 
 The variants take turns, in another order each round, so that a machine that gets slower gets slower for all of them. A turn gives
 the mean time of its steps; ratios are taken within a round, and their medians over rounds are reported.
@@ -32,11 +32,13 @@ from lightning_sentinel.benchmarks.random_bytes import (
     random_bytes_layers,
 )
 from lightning_sentinel.config import Response, Verification
+from lightning_sentinel.mesh import Worker
 from lightning_sentinel.strategy import SentinelStrategy
 
 __all__ = ["Workload", "throughput"]
 
-_VARIANTS = ("bare DeepSpeed", "unverified", "verified")
+_BARE = "bare DeepSpeed"
+_AUDITS = 0.02
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,25 @@ class Workload:
     steps: int = 12
     rounds: int = 9
 
+    def variants(self) -> dict[str, tuple[Verification | None, Response]]:
+        """What the strategy is run with; audits and bans need a second replica."""
+        # A short warm-up, so that fences are fitted and applied in the timed steps. Fences fitted to so few steps flag much; what
+        # follows from a flag is part of what is timed, but nobody may be banned.
+        verification = Verification(warmup_steps=2)
+        found: dict[str, tuple[Verification | None, Response]] = {
+            "unverified": (None, Response(ban_after=None)),
+            "verified": (verification, Response(ban_after=None)),
+        }
+        if self.replicas > 1:
+            # A long warm-up: of audits those that are drawn are to be timed, not those of bad fences.
+            audited = Response(on_flag="log", ban_after=None, audit_rate=_AUDITS)
+            found[f"{_AUDITS:.0%} audited"] = (Verification(warmup_steps=1000), audited)
+            found["one banned"] = (verification, Response(ban_after=None, banned=[Worker(self.stages - 1, self.replicas - 1)]))
+        return found
+
 
 def throughput(workload: Workload = Workload(), output: Path | None = None) -> None:
-    """Time a step of bare DeepSpeed, of the strategy, and of the strategy with verification.
+    """Time a step of bare DeepSpeed, of the strategy, and of the strategy with verification, audits, and a banned worker.
 
     Args:
         workload: what is trained.
@@ -76,11 +94,11 @@ def throughput(workload: Workload = Workload(), output: Path | None = None) -> N
     times: dict[str, list[float]] = on_ranks(_measure, workload.stages * workload.replicas, asdict(workload))
     medians = {name: statistics.median(turns) for name, turns in times.items()}
     table = Table(title=f"width {workload.width}, {workload.stages} stages x {workload.replicas} replicas")
-    for heading in ("", "step (ms)", "tokens/s", "against bare", "against unverified"):
+    for heading in ("", "step (ms)", "tokens/s", "against bare", "against unverified", "against verified"):
         table.add_column(heading, justify="right" if heading else "left")
     tokens = workload.sequence_length * workload.micro_batch_size * workload.micro_batches * workload.replicas
     for name, median in medians.items():
-        against = [f"{_ratio(times[name], times[other]):.3f}" for other in ("bare DeepSpeed", "unverified")]
+        against = [f"{_ratio(times[name], times[other]):.3f}" for other in (_BARE, "unverified", "verified")]
         table.add_row(name, f"{1e3 * median:.1f}", f"{tokens / median:,.0f}", *against)
     Console().print(table)
     if output is not None:
@@ -98,20 +116,15 @@ def _measure(settings: dict[str, Any]) -> dict[str, list[float]]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     # The first turn of the strategy starts the process group that the bare pipeline needs as well.
-    _lightning(workload, None)
-    times: dict[str, list[float]] = {name: [] for name in _VARIANTS}
+    variants = workload.variants()
+    _lightning(workload, *variants["unverified"])
+    names = (_BARE, *variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(workload.rounds):
-        first = number % len(_VARIANTS)
-        for name in (*_VARIANTS[first:], *_VARIANTS[:first]):
-            times[name].append(_turn(name, workload))
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
+            times[name].append(_bare(workload) if name == _BARE else _lightning(workload, *variants[name]))
     return times
-
-
-def _turn(name: str, workload: Workload) -> float:
-    if name == "bare DeepSpeed":
-        return _bare(workload)
-    # A short warm-up, so that fences are fitted and applied in the timed steps.
-    return _lightning(workload, Verification(warmup_steps=2) if name == "verified" else None)
 
 
 class _Clock(L.Callback):
@@ -144,9 +157,7 @@ def _data(workload: Workload) -> TensorDataset:
     return random_bytes(samples * (workload.steps + _THROWN_AWAY), workload.sequence_length)
 
 
-def _lightning(workload: Workload, verification: Verification | None) -> float:
-    # Fences fitted to so few steps flag much; what follows from a flag is part of what is timed, but nobody may be banned.
-    response = Response(ban_after=None)
+def _lightning(workload: Workload, verification: Verification | None, response: Response) -> float:
     strategy = SentinelStrategy(workload.stages, workload.replicas, workload.micro_batches, verification, response)
     clock = _Clock(_THROWN_AWAY, workload.steps + _THROWN_AWAY - 1)
     with contextlib.redirect_stdout(io.StringIO()):

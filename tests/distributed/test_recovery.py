@@ -1,0 +1,52 @@
+"""After workers were caught: the others do their work, and the weights are those of a run that nobody attacked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning_sentinel as ls
+from lightning_sentinel.mesh import Mesh
+from tests.distributed import tasks, world
+
+STAGES, REPLICAS, BATCH, STEPS, START = 3, 4, 6, 6, 2
+GUILTY = [ls.Worker(1, 1), ls.Worker(1, 3), ls.Worker(0, 2)]
+ATTACKS = ["sign", {"name": "add_noise", "strength": 0.02}, "noise"]
+
+
+def attacked() -> dict[str, Any]:
+    """Everything is recomputed: also what no feature shows, in a warm-up in which nobody is flagged."""
+    response = ls.Response(audit_rate=1.0)
+    strategy = ls.SentinelStrategy(STAGES, REPLICAS, micro_batches=3, response=response, timeout=tasks.PATIENCE)
+    module = tasks.Classifier("adamw")
+    injector = ls.AttackInjector(ATTACKS, workers=GUILTY, start_step=START)
+    options = {"gradient_clip_val": 0.05, "limit_val_batches": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    run = tasks.trainer(strategy, STAGES * REPLICAS, STEPS, [injector], **options)
+    run.fit(module, tasks.loader(BATCH, REPLICAS), tasks.loader(BATCH, REPLICAS))
+    metrics = {name: float(value) for name, value in run.callback_metrics.items() if not name.startswith("sentinel/")}
+    assert strategy.wiring is not None
+    return {
+        "weights": tasks.local_weights(module),
+        "metrics": metrics,
+        "banned": strategy.ledger.banned_at,
+        "lanes": strategy.wiring.lanes,
+    }
+
+
+def test_weights_and_metrics_after_bans_are_those_of_a_clean_run_on_the_same_data() -> None:
+    ranks = world.run(attacked, STAGES * REPLICAS, timeout=110)
+    options = {"gradient_clip_val": 0.05, "limit_val_batches": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    alone = tasks.fit_alone("adamw", STEPS, BATCH * REPLICAS, options)
+    mesh, seen = Mesh(STAGES, REPLICAS), set()
+    for number, rank in enumerate(ranks):
+        assert rank["banned"] == dict.fromkeys(sorted(GUILTY), START)
+        # Three of them, two of one stage: two of four pipelines go on, with all of the data.
+        assert len(rank["lanes"]) == 2
+        assert rank["metrics"].keys() == alone["metrics"].keys()
+        for name, value in alone["metrics"].items():
+            assert math.isclose(rank["metrics"][name], value, abs_tol=1e-5), name
+        if mesh.worker(number) not in GUILTY:
+            for name, value in rank["weights"].items():
+                seen.add(name)
+                assert (value - alone["weights"][name]).abs().max() <= 1e-5, name
+    assert seen == set(alone["weights"])
