@@ -5,6 +5,8 @@ BIN := .venv/bin
 .venv/.ok: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# An oracle of tests. Its own dependencies draw a torch with CUDA; what the tests ask of it needs none of them.
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt byzfl
 	@touch $@
 
 .PHONY: setup demo test test-gpu benchmark-quick lint clean

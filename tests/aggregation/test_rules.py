@@ -21,10 +21,11 @@ def oracle() -> Any:
     """byzfl's aggregators. Its own ``__init__`` imports benchmarks, and with them torchvision, which needs a build of its own."""
     if "byzfl" not in sys.modules:
         spec = importlib.util.find_spec("byzfl")
-        if spec is None or spec.submodule_search_locations is None:
-            pytest.skip("byzfl is not installed: pip install --no-deps byzfl (its dependencies draw another torch)")
+        assert spec is not None and spec.submodule_search_locations is not None, (
+            "byzfl is not installed: make setup, or pip install --no-deps byzfl"
+        )
         package = ModuleType("byzfl")
-        package.__path__ = list(spec.submodule_search_locations)
+        package.__path__ = list(found)
         sys.modules["byzfl"] = package
     return importlib.import_module("byzfl.aggregators.aggregators")
 
