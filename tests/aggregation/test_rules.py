@@ -25,7 +25,7 @@ def oracle() -> Any:
             "byzfl is not installed: make setup, or pip install --no-deps byzfl"
         )
         package = ModuleType("byzfl")
-        package.__path__ = list(found)
+        package.__path__ = list(spec.submodule_search_locations)
         sys.modules["byzfl"] = package
     return importlib.import_module("byzfl.aggregators.aggregators")
 
