@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,7 +23,7 @@ from torch.distributed import PrefixStore, Store, rendezvous
 from lightning_sentinel.errors import WorkerLostError
 from lightning_sentinel.mesh import Mesh
 
-__all__ = ["Roster", "connect", "is_lost_connection"]
+__all__ = ["Roster", "agree_on_round", "connect", "is_lost_connection"]
 
 _LOST = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset|refused)|timed? ?out|socket|broken pipe", re.IGNORECASE)
 _store: Store | None = None
@@ -41,9 +43,54 @@ def connect(backend: str, *, address: str, port: int, rank: int, world_size: int
     global _store
     if not dist.is_initialized():
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
-        _store, _, _ = next(rendezvous("env://", rank=rank, world_size=world_size, timeout=timeout))
+        shared, _, _ = next(rendezvous("env://", rank=rank, world_size=world_size, timeout=timeout))
+        _store = PrefixStore(agree_on_round(shared, rank, world_size, timeout), shared)
         dist.init_process_group(backend, store=PrefixStore("default", _store), rank=rank, world_size=world_size, timeout=timeout)
     return _store
+
+
+def agree_on_round(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name that all ranks of this start have in common, and no earlier start had.
+
+    Under torchrun the store outlives a restart, and with it the addresses of processes that are gone (torch 2.13 takes the store to
+    be a new one, which it is not where the rendezvous shares it). So ranks greet each other by names of their own; rank zero says
+    whom it sees, until everybody has found itself there.
+
+    Args:
+        store: of the rendezvous.
+        rank: this process's.
+        world_size: how many there are.
+        timeout: how long they wait for each other.
+
+    Raises:
+        WorkerLostError: if somebody does not turn up.
+    """
+    me, deadline, others = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds(), range(1, world_size)
+    store.set(f"hello/{rank}", me)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            hellos = [f"hello/{r}" for r in range(world_size)]
+            if store.check(hellos):
+                seen = ",".join(store.get(hello).decode() for hello in hellos)
+                name = uuid.uuid5(uuid.NAMESPACE_OID, seen).hex
+                store.set("seen", seen)
+                if not others or store.check([f"{name}/ready/{r}" for r in others]):
+                    store.set(f"{name}/go", "")
+                    return name
+        elif store.check(["seen"]):
+            seen = store.get("seen").decode()
+            name = uuid.uuid5(uuid.NAMESPACE_OID, seen).hex
+            if me in seen.split(","):
+                store.set(f"{name}/ready/{rank}", "")
+                if store.check([f"{name}/go"]):
+                    return name
+        time.sleep(0.02)
+    missing = [r for r in range(world_size) if not store.check([f"hello/{r}"])]
+    raise WorkerLostError(
+        f"The run cannot start: within {timeout} rank {rank} did not come together with {world_size - 1} others"
+        + (f"; never heard of {missing}." if missing else ".")
+        + " See that all of them were started, with the same address and port."
+    )
 
 
 class Roster:

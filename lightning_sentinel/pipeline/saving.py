@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -83,6 +84,7 @@ class StageCheckpoints(ProcessStrategy):
                 parts = stage_files.collect({}, state, self.mesh, self.ledger.banned)
             checkpoint[_SECTION] = {
                 "step": self.step,
+                "mesh": [self.mesh.stages, self.mesh.replicas],
                 "ledger": self.ledger.state_dict(),
                 "verifiers": {name: value for _, tensors in parts for name, value in tensors.items()},
                 "optimizer_groups": self._saved_groups,
@@ -110,11 +112,31 @@ class StageCheckpoints(ProcessStrategy):
                 stage_files.own_optimizer_state(saved, section["optimizer_groups"], optimizer, self._parameter_names())
             )
         self.step = section["step"]
-        imported = self.ledger.banned
-        self.ledger.load_state_dict(section["ledger"])
-        self.ledger.ban(self.step, imported)
-        if self._guard is not None:
+        written_on = Mesh(*section.get("mesh", (self.mesh.stages, self.mesh.replicas)))
+        if written_on == self.mesh:
+            imported = self.ledger.banned
+            self.ledger.load_state_dict(section["ledger"])
+            self.ledger.ban(self.step, imported)
+        else:
+            self._warn_of_another_mesh(written_on, section["ledger"])
+        # A boundary is another one if the module is cut at another place.
+        if self._guard is not None and written_on.stages == self.mesh.stages:
             self._guard.load_state_dict(section["verifiers"])
+
+    def _warn_of_another_mesh(self, written_on: Mesh, ledger: Mapping[str, Any]) -> None:
+        before = Ledger()
+        before.load_state_dict(ledger)
+        told = [f"This run has {self.mesh.stages} x {self.mesh.replicas}."]
+        if before.banned:
+            told.append(
+                f"Banned there were {', '.join(map(str, sorted(before.banned)))}; here those places are other machines', so nobody"
+                " is banned. See that theirs are not among these, or name their places in Response(banned=[...])."
+            )
+        if self._guard is not None and written_on.stages != self.mesh.stages:
+            told.append("Verifiers start afresh: until their warm-up is over nobody is flagged.")
+        rank_zero_warn(
+            f"The checkpoint was written on {written_on.stages} stages x {written_on.replicas} replicas. {' '.join(told)}"
+        )
 
     def _parameter_names(self) -> dict[int, str]:
         assert self.lightning_module is not None
