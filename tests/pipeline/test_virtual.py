@@ -167,3 +167,28 @@ def test_who_was_banned_before_serves_nothing_and_the_batch_is_whole() -> None:
     assert strategy.ledger.banned == {ls.Worker(1, 0), ls.Worker(1, 3)} and strategy.ledger.total_flags == 0
     for name, value in clean.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mesh", "steps_known"), [((3, 3), 30), ((2, 4), 0)], ids=["fewer replicas", "another cut"])
+def test_a_checkpoint_of_another_mesh_goes_on_and_says_what_it_means(
+    mesh: tuple[int, int], steps_known: int, tmp_path: Path
+) -> None:
+    verification, module = ls.Verification(warmup_steps=20), tasks.Classifier("adamw")
+    injector = ls.AttackInjector("random", workers=[(1, 3)], direction="activation")
+    strategy = virtual(3, 4, verification=verification)
+    run = tasks.trainer(strategy, 1, 30, [injector])
+    run.fit(module, tasks.loader(16))
+    assert strategy.ledger.banned == {ls.Worker(1, 3)}
+    run.save_checkpoint(tmp_path / "last.ckpt")
+
+    again, other = (
+        tasks.Classifier("adamw"),
+        virtual(*mesh, verification=verification, response=ls.Response(banned=[ls.Worker(1, 0)])),
+    )
+    resumed = tasks.trainer(other, 1, 32)
+    says = r"written on 3 stages x 4 replicas.*Banned there were worker \(stage 1, replica 3\)"
+    with pytest.warns(UserWarning, match=says):
+        resumed.fit(again, tasks.loader(16), ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.global_step == 32 and other.step == 32
+    assert other.ledger.banned == {ls.Worker(1, 0)}
+    assert other._guard.calibration.steps == steps_known + 2
