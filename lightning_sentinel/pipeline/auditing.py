@@ -59,26 +59,29 @@ class Kept:
 
     sent: dict[tuple[Direction, int], Tensor] = field(default_factory=dict)
     received: dict[tuple[Direction, int], Tensor] = field(default_factory=dict)
+    _largest: int = 0
 
     def clear(self) -> None:
+        self._largest = self.bytes
         self.sent.clear()
         self.received.clear()
 
     @property
     def bytes(self) -> int:
-        """Of the largest signal."""
-        return max((t.numel() * t.element_size() for kept in (self.sent, self.received) for t in kept.values()), default=0)
+        """Of the largest signal so far: who has nothing to do in a step may be asked to recompute the signals of others."""
+        kept = (*self.sent.values(), *self.received.values())
+        return max([self._largest, *(signal.numel() * signal.element_size() for signal in kept)])
 
 
 def digest(signal: Tensor) -> str:
-    """A fingerprint of a signal's bytes.
+    """A fingerprint of a signal: its shape and dtype, because the same bytes can be another signal, and its bytes.
 
     Example:
         >>> digest(torch.ones(3)) == digest(torch.ones(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
         (True, False)
     """
     data = signal.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(f"{signal.dtype} {tuple(signal.shape)} ".encode() + data).hexdigest()
 
 
 def auditors(audited: Worker, mesh: Mesh, banned: Collection[Worker], seed: int, *place: int) -> list[Worker]:
@@ -201,8 +204,8 @@ class Audits:
         dist.all_gather(list(everyone.unbind()), said)
         everyone = everyone.cpu()
         # Each case is for its auditor to say, whatever others put there.
-        values = [int(everyone[self._mesh.rank(auditor), number]) for number, (_, auditor) in enumerate(asked)]
-        return [Outcome(value) if value in tuple(Outcome) else Outcome.MATCHES for value in values]
+        values = [float(everyone[self._mesh.rank(auditor), number]) for number, (_, auditor) in enumerate(asked)]
+        return [Outcome(int(value)) if value in tuple(Outcome) else Outcome.MATCHES for value in values]
 
     def _hand_over(
         self, boundary: Boundary, case: _Case, auditor: Worker, wiring: Wiring, banned: Collection[Worker]
@@ -228,7 +231,7 @@ class Audits:
         backward = boundary.direction is Direction.GRADIENT
         needs = []
         if stage == 0 or (backward and stage == last):
-            needs.append((_Item.BATCH, supplier(case.part, stage, self._mesh, {*banned, case.audited})))
+            needs.append((_Item.BATCH, supplier(case.part, stage, self._mesh, banned, case.audited)))
         if stage > 0:
             needs.append((_Item.ACTIVATION, wiring.worker(stage - 1, case.lane)))
         if backward and stage < last:
@@ -256,7 +259,7 @@ class Audits:
             (_Item.GRADIENT, Direction.GRADIENT, Outcome.GRADIENT_WITHHELD),
         )
         for item, direction, outcome in given:
-            if item in items and digest(items[item]) != digests.get(direction.value):
+            if item in items and not self._is(items[item], digests.get(direction.value)):
                 return outcome
         batch, samples, weight = items.get(_Item.BATCH, (None, 0, 0.0))
         batch = apply_to_collection(batch, Tensor, self._on_device)
@@ -267,6 +270,10 @@ class Audits:
         if claimed.shape != honest.shape or bool(relative_error(claimed, honest) > tolerance(honest.dtype)):
             return Outcome.LIED
         return Outcome.MATCHES
+
+    @staticmethod
+    def _is(given: Any, fingerprint: str | None) -> bool:
+        return isinstance(given, Tensor) and digest(given) == fingerprint
 
     def _on_device(self, signal: Tensor | None) -> Tensor | None:
         return None if signal is None else signal.to(self._device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ def pack(tree: Any) -> tuple[bytes, list[Tensor]]:
     tensors = [leaf.detach().cpu().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
     entries = [_layout(leaf) if isinstance(leaf, Tensor) else {"value": leaf} for leaf in leaves]
     try:
-        return json.dumps([treespec_dumps(spec), entries]).encode(), tensors
+        described = treespec_dumps(spec)
+        _require_no_names(json.loads(described)[1])
+        return json.dumps([described, entries]).encode(), tensors
     except (TypeError, NotImplementedError) as error:
         kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
         raise PipelineModelError(
@@ -67,8 +70,8 @@ def reserve(description: bytes, most_bytes: int = _MOST_BYTES) -> list[Tensor]:
     """
     try:
         _, entries = json.loads(description)
-        layouts = [(getattr(torch, entry["dtype"]), entry["shape"]) for entry in entries if "dtype" in entry]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        layouts = [(vars(torch)[entry["dtype"]], entry["shape"]) for entry in entries if "dtype" in entry]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise MalformedMessageError(f"What should describe a parcel does not: {description[:80]!r} ({error}).") from error
     total = 0
     for dtype, shape in layouts:
@@ -78,14 +81,45 @@ def reserve(description: bytes, most_bytes: int = _MOST_BYTES) -> list[Tensor]:
         total += math.prod(shape) * dtype.itemsize
     if total > most_bytes:
         raise MalformedMessageError(f"A parcel announces {total} bytes, and there is room for {most_bytes}.")
-    return [torch.empty(shape, dtype=dtype) for dtype, shape in layouts]
+    try:
+        return [torch.empty(shape, dtype=dtype) for dtype, shape in layouts]
+    except (RuntimeError, TypeError, OverflowError) as error:
+        # Sizes beside a zero can be any, and a machine can have less memory than a checkpoint may need.
+        raise MalformedMessageError(f"A parcel announces tensors that cannot be allocated ({error}).") from error
 
 
 def unpack(description: bytes, tensors: list[Tensor]) -> Any:
-    """The inverse of :func:`pack`."""
-    spec, entries = json.loads(description)
+    """The inverse of :func:`pack`.
+
+    Raises:
+        MalformedMessageError: if the description is not one.
+    """
     arrived = iter(tensors)
-    return tree_unflatten([next(arrived) if "dtype" in entry else entry["value"] for entry in entries], treespec_loads(spec))
+    try:
+        spec, entries = json.loads(description)
+        _require_no_names(json.loads(spec)[1])
+        return tree_unflatten([next(arrived) if "dtype" in entry else entry["value"] for entry in entries], treespec_loads(spec))
+    except Exception as error:
+        # What torch and the registered collections raise of a description that somebody made up can be anything.
+        raise MalformedMessageError(f"What should describe a parcel does not: {description[:80]!r} ({error}).") from error
+
+
+def _require_no_names(node: Any) -> None:
+    """Torch imports what a ``defaultdict`` or an ``Enum`` in a description names; the sender is not to choose what.
+
+    Raises:
+        TypeError: if there is one.
+    """
+    found: list[Any] = []
+    if isinstance(node["context"], str):
+        with suppress(json.JSONDecodeError):
+            json.loads(node["context"], object_hook=found.append)
+    elif node["context"] is not None:
+        found.append(node["context"])
+    if found:
+        raise TypeError(f"{node['type']} with {found[0]} cannot travel")
+    for child in node["children_spec"]:
+        _require_no_names(child)
 
 
 def send_parcel(tree: Any, rank: int) -> None:
@@ -114,11 +148,11 @@ def receive_parcel(rank: int, most_bytes: int = _MOST_BYTES) -> Any:
     description = bytes(data.tolist())
     try:
         tensors = reserve(description, most_bytes)
+        for tensor in tensors:
+            dist.recv(tensor, rank)
+        return unpack(description, tensors)
     except MalformedMessageError as error:
         raise MalformedMessageError(f"Rank {rank} sent a malformed message. {error}", rank=rank) from error
-    for tensor in tensors:
-        dist.recv(tensor, rank)
-    return unpack(description, tensors)
 
 
 def broadcast_parcel(tree: Any, source: int, group: dist.ProcessGroup | None = None) -> Any:

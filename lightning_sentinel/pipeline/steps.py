@@ -7,7 +7,6 @@ The step itself, its preprocessing and its logging stay as the user wrote them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
 
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
@@ -159,7 +158,7 @@ class StepRunner:
         """Run steps inside without a trace in what is logged: neither values nor the states of torchmetrics."""
         recorder, self.recorder = self.recorder, LogRecorder(self._module)
         metrics = [metric for metric in self._module.modules() if isinstance(metric, Metric)]
-        before = [copy.deepcopy(vars(metric)) for metric in metrics]
+        before = [tree_map(_copied, vars(metric)) for metric in metrics]
         try:
             yield
         finally:
@@ -180,6 +179,11 @@ class StepRunner:
 
 def _discard(*_: Any, **__: Any) -> None:
     """The first stage sees a step only up to the pipeline; what it logs there is logged again on the last."""
+
+
+def _copied(value: Any) -> Any:
+    """What a metric holds may belong to a graph, which cannot be copied; what it was made of stays itself."""
+    return value.detach().clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 
 
 @contextmanager

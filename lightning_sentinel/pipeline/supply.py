@@ -48,15 +48,23 @@ class Delivery(NamedTuple):
     receiver: int
 
 
-def supplier(part: Part, stage: int, mesh: Mesh, banned: Collection[Worker]) -> Worker:
+def supplier(part: Part, stage: int, mesh: Mesh, banned: Collection[Worker], last_resort: Worker | None = None) -> Worker:
     """Who hands out the samples of a replica: of its workers that are not banned the one of this stage, else of the ends, else any.
+
+    Args:
+        part: whose samples.
+        stage: that needs them.
+        mesh: all workers.
+        banned: workers that hand out nothing.
+        last_resort: who is asked only if nobody else has them.
 
     Example:
         >>> supplier(Part(1, 0), 0, Mesh(stages=3, replicas=2), {Worker(0, 1)})
         Worker(stage=2, replica=1)
     """
     order = sorted(range(mesh.stages), key=lambda s: (s != stage, s not in (0, mesh.stages - 1), s))
-    return next(worker for s in order if (worker := Worker(s, part.replica)) not in banned)
+    workers = [worker for s in order if (worker := Worker(s, part.replica)) not in banned]
+    return min(workers, key=lambda worker: worker == last_resort)
 
 
 def deliveries(wiring: Wiring, mesh: Mesh, banned: Collection[Worker]) -> Iterator[Delivery]:

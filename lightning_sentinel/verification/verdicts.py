@@ -189,11 +189,13 @@ def judge_with_audits(
         for said, direction in _WITHHELD.items():
             if bool((outcome == said).any()):
                 confirmed[_sent_to(index, direction, mesh)] |= outcome == said
+                # Of what was computed from it nobody can say whether it is right.
+                explained[index] |= outcome == said
         found = found | (outcome != Outcome.MATCHES)
         oddity = torch.maximum(oddity, torch.where(audited[index] & flagged[index], score, 0.0))
     honest = valid & ~confirmed & ~explained & (assessment.worst >= 0)
     scored = table.scored(assessment.score, assessment.worst)
-    shown = ((flagged | suspected) & audited) | confirmed
+    shown = ((flagged | suspected) & audited & ~explained) | confirmed
     detections = _detections(scored, shown, mesh, wiring, step)
     lies = confirmed[shown].tolist()
     return StepVerdict(
@@ -206,7 +208,7 @@ def judge_with_audits(
         honest=honest,
         heard=honest,
         explained=explained,
-        cleared=(audited & ~confirmed).any(dim=2) & ~confirmed.any(dim=2),
+        cleared=(audited & ~confirmed & ~explained).any(dim=2) & ~confirmed.any(dim=2),
         clean=torch.tensor(wiring.live)[None, :, None].expand(mesh.stages, *valid.shape[1:]),
         table=scored,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.checkpoint import (
     collect,
     merge_optimizer_states,
@@ -269,3 +269,20 @@ class TestCollect:
     def test_one_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         Post(monkeypatch)
         assert collect({"a": 1}, {}, Mesh(1, 1)) == [({"a": 1}, {})]
+
+    @pytest.mark.parametrize("banned", [set(), *({Worker(s, r)} for s in range(3) for r in range(2)), {Worker(0, 0), Worker(2, 0)}])
+    def test_banned_workers_are_not_asked(self, monkeypatch: pytest.MonkeyPatch, banned: set[Worker]) -> None:
+        post, mesh = Post(monkeypatch), Mesh(stages=3, replicas=2)
+        for post.rank in reversed(range(mesh.size)):
+            worker = mesh.worker(post.rank)
+            found = collect({"of": [worker.stage, worker.replica]}, {"it": torch.tensor(post.rank)}, mesh, banned)
+        assert not any(post.letters.values())
+        speakers = [Worker(*plain["of"]) for plain, _ in found]
+        assert [worker.stage for worker in speakers] == [0, 1, 2] and not set(speakers) & banned
+        assert [mesh.rank(worker) for worker in speakers] == [int(tensors["it"]) for _, tensors in found]
+
+    def test_of_a_stage_of_which_everybody_is_banned_there_is_still_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        post, mesh = Post(monkeypatch), Mesh(stages=2, replicas=2)
+        for post.rank in reversed(range(mesh.size)):
+            found = collect({"rank": post.rank}, {}, mesh, {Worker(1, 0), Worker(1, 1)})
+        assert [plain["rank"] for plain, _ in found] == [0, 2]

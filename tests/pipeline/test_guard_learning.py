@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
 
 import pytest
@@ -10,6 +11,7 @@ from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.guard import Guard
 from lightning_sentinel.verification import COLUMNS, Ledger, SignalTable
+from lightning_sentinel.verification.table import no_rows
 from lightning_sentinel.wiring import Wiring
 from tests.pipeline.pipelines import (
     CHANNELS,
@@ -138,6 +140,67 @@ def test_replicas_of_different_lengths_teach_each_position_what_was_sent_there(l
     for boundary, verifier in pipelines.guard.verifiers.items():
         expected = torch.stack([plain[boundary, position] for position in range(len(pipelines.pattern))])
         torch.testing.assert_close(verifier.references.momentum.value.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+class Receivers:
+    """The guards of all workers that receive activations, in processes of their own, while one lane is left out."""
+
+    def __init__(self, verification: Verification, response: Response) -> None:
+        self.banned = Worker(0, 0)
+        self.generator = torch.Generator().manual_seed(0)
+        self.guards = {}
+        for worker in MESH.workers:
+            if worker.stage > 0:
+                ledger = Ledger(response.ban_after)
+                ledger.ban(0, [self.banned])
+                boundary = Boundary(worker.stage - 1, A)
+                self.guards[worker] = Guard(MESH, [boundary], worker, verification, response, ledger, torch.device("cpu"))
+
+    def step(self, number: int) -> set[Worker]:
+        """One step; returns who had nothing to do in it."""
+        (wiring,) = {guard.begin(number, MICRO_BATCHES) for guard in self.guards.values()}
+        rows = no_rows(len(MESH.boundaries), REPLICAS, wiring.slots)
+        for lane in wiring.lanes:
+            for slot in range(len(wiring.work[lane])):
+                signal = torch.randn(4, POSITIONS + slot, CHANNELS, generator=self.generator)
+                received = None
+                for stage in (1, 2):
+                    guard, boundary = self.guards[wiring.worker(stage, lane)], Boundary(stage - 1, A)
+                    guard.receive(boundary, signal, torch.tensor([False]), received)
+                    # The next stage is twice as wide.
+                    received = guard.project(Boundary(stage, A), signal) if stage == 1 else None
+                    signal = torch.cat((signal, 0.5 * signal + 1), dim=-1)
+        for worker, guard in self.guards.items():
+            lane = wiring.lane(worker)
+            if lane is not None:
+                boundary = Boundary(worker.stage - 1, A)
+                rows[MESH.boundaries.index(boundary), lane, : len(wiring.work[lane])] = guard.take_rows(boundary)[0]
+        for stage in (1, 2):
+            self._settle([guard for worker, guard in self.guards.items() if worker.stage == stage], SignalTable(rows), number)
+        return {worker for worker in self.guards if wiring.lane(worker) is None}
+
+    def _settle(self, guards: list[Guard], table: SignalTable, number: int) -> None:
+        vectors: list[Tensor] = []
+        for guard in guards:
+            copy.deepcopy(guard).settle(table, number, lambda vector: vectors.append(vector) or vector)
+        total = torch.stack(vectors).sum(dim=0)
+        for guard in guards:
+            guard.settle(table, number, lambda _: total)
+
+
+@pytest.mark.parametrize("method", ["sentinel", "paper"])
+def test_workers_that_have_nothing_to_do_learn_what_their_stage_learns(method: str) -> None:
+    receivers, idle = Receivers(Verification(method=method, warmup_steps=4), Response(on_flag="log", ban_after=None)), set()
+    # Idle workers take turns of sixteen steps.
+    for number in (*range(6), 16, 17, 32, 33):
+        nobody = receivers.step(number)
+        assert {worker.stage for worker in nobody} == {1, 2} and len(nobody) == 2
+        idle |= nobody
+        for stage in (1, 2):
+            first, *others = [guard.state_dict() for worker, guard in receivers.guards.items() if worker.stage == stage]
+            assert all(same(first, other) for other in others)
+            assert len(first[f"stage{stage - 1}/activation/momentum.value"]) == POSITIONS + 2
+    assert idle == set(receivers.guards), "each had nothing to do at some time"
 
 
 def test_a_process_without_boundaries_has_nothing_to_add() -> None:

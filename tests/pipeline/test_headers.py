@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError, SentinelError
-from lightning_sentinel.pipeline.headers import DTYPES, HEADER_WORDS, Expected, Header, Kind, Place, decode, encode
+from lightning_sentinel.pipeline.headers import DTYPES, HEADER_WORDS, Allowance, Expected, Header, Kind, Place, decode, encode
 
 DUE = Place(step=7, slot=2, kind=Kind.ACTIVATION)
 ANY = Expected(DTYPES, most_elements=100)
@@ -199,3 +200,36 @@ def test_one_word_changed(shape: list[int], dtype: torch.dtype, word: int, value
     header[word] = value
     believed_or_refused(header, expected)
     believed_or_refused(header, ANY)
+
+
+class TestAllowance:
+    @pytest.fixture(autouse=True)
+    def _memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=64_000))
+
+    def test_the_first_may_fill_a_quarter_of_the_memory_that_is_free(self) -> None:
+        expected = Allowance().expected()
+        assert expected.most_elements * torch.float32.itemsize == 64_000 / 4
+        assert (expected.dtypes, expected.shape, expected.numbers) == (DTYPES, None, range(1))
+
+    @settings(derandomize=True, deadline=None, max_examples=50)
+    @given(sizes=st.lists(st.integers(0, 300), min_size=1, max_size=6))
+    def test_later_ones_may_be_sixteen_times_the_largest(self, sizes: list[int]) -> None:
+        allowance = Allowance()
+        for size in sizes:
+            allowance.saw(torch.empty(size))
+        # Signals without elements say nothing of how large others may be.
+        assert allowance.expected().most_elements == (16 * max(sizes) or 4000)
+
+    def test_numbers_are_those_that_are_asked_for(self) -> None:
+        assert Allowance().expected(range(1, 9)).numbers == range(1, 9)
+
+    @pytest.mark.parametrize(("elements", "fits"), [(160, True), (161, False)])
+    def test_it_decides_what_is_believed(self, elements: int, fits: bool) -> None:
+        allowance = Allowance()
+        allowance.saw(torch.empty(2, 5))
+        header = encode(DUE, (elements,), torch.float32)
+        if fits:
+            assert decode(header, DUE, allowance.expected()).shape == (elements,)
+        else:
+            assert "there is memory for 160 elements" in refusal(header, allowance.expected())

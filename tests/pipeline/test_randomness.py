@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed
+from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed, seed_forward
 
 Draws = tuple[float, float, float]
 
@@ -97,3 +98,37 @@ def test_base_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert base_seed() is None
     monkeypatch.setenv("PL_GLOBAL_SEED", "42")
     assert base_seed() == 42
+
+
+PLACES = list(itertools.product((0, 9), (0, 1, 11), (0, 1), (0, 1), (0, 1)))
+"""Seed, step, replica, micro-batch, stage."""
+
+
+def draws_at(*place: int) -> tuple[float, ...]:
+    seed_forward(torch.device("cpu"), *place)
+    mask = torch.nn.functional.dropout(torch.ones(20))
+    return (*torch.rand(3).tolist(), *torch.randn(2).tolist(), *mask.tolist())
+
+
+def test_whoever_computes_in_the_same_place_draws_the_same() -> None:
+    first = {place: draws_at(*place) for place in PLACES}
+    SeparateRandomness(seed=5, rank=2, replica=0)
+    assert {place: draws_at(*place) for place in reversed(PLACES)} == first
+
+
+def test_forward_passes_in_different_places_draw_differently() -> None:
+    # Step 1 of replica 11 is not step 11 of replica 1.
+    places = {*PLACES, (0, 1, 11, 0, 0)}
+    assert len({draws_at(*place)[0] for place in places}) == len(places)
+
+
+def test_forward_passes_leave_the_datas_generators_alone() -> None:
+    randomness = SeparateRandomness(seed=5, rank=2, replica=0)
+    undisturbed = draw_data(4)
+    randomness = SeparateRandomness(seed=5, rank=2, replica=0)
+    disturbed = []
+    for step in range(4):
+        with randomness.of_computation():
+            draws_at(5, step)
+        disturbed += draw_data(1)
+    assert disturbed == undisturbed

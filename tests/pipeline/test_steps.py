@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torchmetrics import CatMetric, MeanMetric, MeanSquaredError, Metric, MinMaxMetric
 
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, loss_of
@@ -75,6 +76,15 @@ class TestMicroBatches:
     def test_no_copies(self) -> None:
         batch = rows(6)
         assert MicroBatches(batch, 2)[0].data_ptr() == batch.data_ptr()
+
+    def test_bytes_of_all_tensors(self) -> None:
+        inputs, mask = rows(4), torch.ones(4, 2, 5, dtype=torch.bool)
+        nested = {"pair": Pair(inputs, (torch.arange(4), "text")), "rest": [mask, None, 7, torch.tensor(1.0, dtype=torch.float64)]}
+        # 4 x 3 floats, 4 integers of 64 bits, 4 x 2 x 5 truth values, and one float of 64 bits.
+        assert MicroBatches(nested, 2).bytes == 4 * 12 + 8 * 4 + 40 + 8
+
+    def test_bytes_are_of_what_is_there_not_of_the_memory_behind_it(self) -> None:
+        assert MicroBatches(rows(8)[::2], 2).bytes == MicroBatches(rows(4), 2).bytes == 48
 
     def test_a_mapping_that_is_no_dict(self) -> None:
         """Tokenizers return a ``UserDict``."""
@@ -242,6 +252,76 @@ class TestFinish:
         runner.input_of("training_step", (batch(), 0))
         runner.finish("training_step", (batch(), 0), rows(4), 4, YES)
         assert torch.equal(module(x), before)
+
+
+class Measured(L.LightningModule):
+    """Its metrics are of all kinds: sums, lists, a wrapper around one that is logged itself, and one with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+        self.error, self.outputs, self.mean = MeanSquaredError(), CatMetric(), MeanMetric()
+        self.extremes = MinMaxMetric(self.mean)
+        self.mean.scale = nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        output = self.net(batch[0])
+        # Called, not updated: then they keep the value of the batch, with its graph.
+        self.error(output, batch[1])
+        self.outputs(output)
+        self.extremes(output.mean())
+        self.log("error", self.error)
+        self.log("mean", output.mean())
+        return output.mean()
+
+
+class TestUnheard:
+    def setup_method(self) -> None:
+        self.module = Measured()
+        self.runner = StepRunner(self.module, self.module.net)
+        self.metrics = [one for one in self.module.modules() if isinstance(one, Metric)]
+
+    def finish(self, seed: int) -> None:
+        output = rows(4, seed)[:, :1].requires_grad_() * 2
+        self.runner.finish("training_step", (batch(), 0), output, 4, YES)
+
+    def computed(self) -> list[Any]:
+        return [metric.compute() for metric in (self.module.error, self.module.outputs, self.module.extremes)]
+
+    @pytest.mark.parametrize("before", [0, 1, 2])
+    def test_logs_and_metrics_are_as_if_the_steps_inside_had_not_been(self, before: int) -> None:
+        for seed in range(before):
+            self.finish(seed)
+        recorder, logged = self.runner.recorder, self.runner.recorder.vector().tolist()
+        with self.runner.unheard():
+            for seed in (7, 8):
+                self.finish(seed)
+            assert self.runner.recorder is not recorder
+            assert self.module.error.update_count == before + 2
+        assert self.runner.recorder is recorder and recorder.vector().tolist() == logged
+        self.finish(5)
+        found = self.computed()
+        self.setup_method()
+        for seed in (*range(before), 5):
+            self.finish(seed)
+        torch.testing.assert_close(found, self.computed(), rtol=0, atol=0)
+
+    def test_an_error_inside_leaves_no_trace_either(self) -> None:
+        self.finish(0)
+        recorder, expected = self.runner.recorder, self.computed()
+        with pytest.raises(ArithmeticError), self.runner.unheard():
+            self.finish(1)
+            raise ArithmeticError
+        assert self.runner.recorder is recorder
+        torch.testing.assert_close(self.computed(), expected, rtol=0, atol=0)
+
+    def test_modules_and_parameters_stay_the_same_objects(self) -> None:
+        before = [*self.module.modules(), *self.module.parameters()]
+        with self.runner.unheard():
+            self.finish(0)
+        after = [*self.module.modules(), *self.module.parameters()]
+        assert all(one is other for one, other in zip(before, after)) and len(before) == len(after)
+        assert self.module.extremes._base_metric is self.module.mean
 
 
 class TestLossOf:

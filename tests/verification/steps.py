@@ -78,7 +78,10 @@ class Step:
     def audited(
         self, lies: Tensor, drawn: Tensor | None = None, drifting: Tensor | None = None
     ) -> tuple[StepVerdict, list[Tensor]]:
-        """The verdict where an audit knows the lies ``(boundaries, lanes, micro_batches)``, and what it was asked in order."""
+        """The verdict where an audit knows the lies ``(boundaries, lanes, micro_batches)``, and what it was asked in order.
+
+        In place of lies outcomes will do.
+        """
         table, asked = SignalTable(self.rows), [torch.zeros(0)] * len(self.rows)
 
         def audit(index: int, signals: Tensor) -> Tensor:

@@ -174,6 +174,41 @@ def test_the_sum_over_senders_ignores_an_overflow_of_those_left_out() -> None:
     assert step.of(torch.tensor([True, False])).total.tolist() == [[2.0] * CHANNELS]
 
 
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    rounds=st.lists(
+        st.tuples(st.integers(1, 4), st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=4, max_size=4)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_means_are_added_where_they_belong(rounds: list[tuple[int, list[tuple[int, bool]]]]) -> None:
+    # Two leading axes, as with signals that were flagged and those that were not; lengths vary.
+    step, longest = PositionSums.like(torch.empty(2, 4, 1, CHANNELS)), max(1, *(length for length, _ in rounds))
+    total, count = np.zeros((2, 4, longest, CHANNELS)), np.zeros((2, 4, longest))
+    for seed, (length, signals) in enumerate(rounds):
+        means = torch.stack(means_of([length] * 4, seed))
+        means[0, 0, 0] = math.nan
+        weights, places = torch.zeros(2, 4), torch.tensor([place for place, _ in signals])
+        for index, (place, flagged) in enumerate(signals):
+            # What is not finite has no weight.
+            if index > 0:
+                weights[int(flagged), index] = 1.0
+                total[int(flagged), place, :length] += means[index].double().numpy()
+                count[int(flagged), place, :length] += 1
+        step.add(means, weights, places)
+    np.testing.assert_allclose(step.resized(longest).total.numpy(), total, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(step.resized(longest).count.numpy(), count)
+
+
+def test_places_in_order_are_the_same_as_none() -> None:
+    means, weights = torch.stack(means_of([3] * 4, seed=5)), torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+    plain, placed = (PositionSums.like(torch.empty(2, 4, 3, CHANNELS)) for _ in range(2))
+    plain.add(means, weights)
+    placed.add(means, weights, torch.arange(4))
+    assert torch.equal(plain.total, placed.total) and torch.equal(plain.count, placed.count)
+
+
 def test_updating_keeps_the_callers_tensors() -> None:
     mean = means_of([3], seed=7)[0]
     untouched = mean.clone()

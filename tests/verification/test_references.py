@@ -61,6 +61,28 @@ def test_the_sum_over_senders_is_a_loop_over_their_signals(chosen: tuple[bool, .
     np.testing.assert_allclose(total.statistics.numpy(), statistics, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("places", [[0, 1, 2], [2, 0, 1], [1, 1, 1], [2, 2, 0]], ids=str)
+def test_signals_are_added_to_the_sums_of_their_places(places: list[int]) -> None:
+    rng = np.random.default_rng(3)
+    step = Contribution.like(torch.empty(2, SENDERS, POSITIONS, CHANNELS), torch.empty(2, SENDERS, TOTAL))
+    counted: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    for weights in ([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]):
+        means, statistics = draw(rng, SENDERS, POSITIONS, CHANNELS), products(rng, SENDERS)
+        step.add(means, statistics, torch.tensor(weights), torch.tensor(places))
+        for kind, sender in np.argwhere(weights).tolist():
+            counted.setdefault((kind, places[sender]), []).append((means[sender], statistics[sender]))
+    for kind, place in np.ndindex(2, SENDERS):
+        chosen = torch.zeros(2, SENDERS, dtype=torch.bool)
+        chosen[kind, place] = True
+        found, signals = step.of(chosen), counted.get((kind, place), [])
+        assert found.signals == len(signals) and found.positions.count.tolist() == [len(signals)] * POSITIONS
+        means, statistics = torch.zeros(POSITIONS, CHANNELS), torch.zeros(TOTAL)
+        for mean, of_signal in signals:
+            means, statistics = means + mean, statistics + of_signal
+        torch.testing.assert_close(found.positions.total, means)
+        torch.testing.assert_close(found.statistics, statistics)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
 def test_what_has_no_weight_does_not_poison(value: float) -> None:
     clean, _ = one_step(1, WEIGHTS)

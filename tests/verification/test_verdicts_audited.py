@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sentinel.mesh import Worker
+from lightning_sentinel.mesh import Boundary, Worker
 from lightning_sentinel.verification import COLUMNS
-from lightning_sentinel.verification.audit import causal_order
+from lightning_sentinel.verification.audit import Outcome, causal_order
 from tests.verification.steps import MICRO_BATCHES, A, G, Step, first_of_each_micro_batch, steps
 
 
@@ -134,3 +134,63 @@ def test_a_banned_lane_is_not_audited() -> None:
 def test_a_mesh_of_one_stage_has_nothing_to_audit() -> None:
     verdict, _ = Step(stages=1).audited(torch.zeros(0, 3, MICRO_BATCHES, dtype=torch.bool))
     assert verdict.audits == 0 and verdict.clean.all()
+
+
+# --- Neighbours that hand over something else than they sent
+
+
+def giver_of(boundary: Boundary, outcome: Outcome) -> Boundary:
+    """Across which the sender of ``boundary`` was sent what an auditor was not given: found by who sends what to its stage."""
+    direction = A if outcome is Outcome.ACTIVATION_WITHHELD else G
+    (giver,) = [one for one in Step().mesh.boundaries if (one.receiver, one.direction) == (boundary.sender, direction)]
+    return giver
+
+
+WITHHELD = [
+    *[(Boundary(index, A), Outcome.ACTIVATION_WITHHELD) for index in (1, 2)],
+    *[(Boundary(index, G), Outcome.ACTIVATION_WITHHELD) for index in (0, 1, 2)],
+    *[(Boundary(index, G), Outcome.GRADIENT_WITHHELD) for index in (0, 1)],
+]
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["drawn", "flagged"])
+@pytest.mark.parametrize(("boundary", "outcome"), WITHHELD, ids=str)
+def test_who_withholds_is_blamed_and_nothing_is_said_of_the_signal_that_was_not_audited_or_behind_it(
+    boundary: Boundary, outcome: Outcome, odd: bool
+) -> None:
+    step, lane, slot = Step(), 1, 2
+    if odd:
+        step.flag(boundary.index, boundary.direction, lane, [slot])
+    mesh, everything = step.mesh, torch.ones(6, 3, MICRO_BATCHES, dtype=torch.bool)
+    outcomes = torch.zeros(6, 3, MICRO_BATCHES, dtype=torch.long)
+    at, giver = mesh.boundaries.index(boundary), giver_of(boundary, outcome)
+    outcomes[at, lane, slot] = outcome
+    verdict, asked = step.audited(outcomes, drawn=everything)
+    assert verdict.guilty == {Worker(giver.sender, lane)} and verdict.flagged == Counter({Worker(giver.sender, lane): 1})
+    (detection,) = verdict.detections
+    assert (detection.worker, detection.direction, detection.micro_batch) == (Worker(giver.sender, lane), giver.direction, slot)
+    assert detection.audited and detection.confirmed, "and the sender of what could not be audited is not exonerated"
+    order = causal_order(mesh)
+    behind = order[order.index(at) + 1 :]
+    for index in range(6):
+        signals = torch.zeros(3, MICRO_BATCHES, dtype=torch.bool)
+        signals[lane, slot] = True
+        assert torch.equal(asked[index], ~signals if index in behind else everything[index])
+        assert torch.equal(verdict.explained[index], signals if index in (at, *behind) else ~everything[index])
+        blamed = mesh.boundaries[index] == giver
+        assert torch.equal(verdict.honest[index], ~signals if blamed or index in (at, *behind) else everything[index])
+        # Of the lane's other micro-batches the senders were found honest.
+        assert verdict.cleared[index].tolist() == [True, not blamed, True]
+
+
+@pytest.mark.parametrize(("boundary", "outcome"), WITHHELD, ids=str)
+def test_a_sender_whose_only_audit_was_thwarted_is_not_cleared(boundary: Boundary, outcome: Outcome) -> None:
+    step, drifting = Step(), torch.zeros(6, 3, dtype=torch.bool)
+    at = step.mesh.boundaries.index(boundary)
+    drifting[at, 2] = True
+    outcomes = torch.zeros(6, 3, MICRO_BATCHES, dtype=torch.long)
+    outcomes[at, 2, 0] = outcome
+    verdict, _ = step.audited(outcomes, drifting=drifting)
+    assert verdict.audits == 1 and not verdict.cleared.any()
+    assert verdict.guilty == {Worker(giver_of(boundary, outcome).sender, 2)}
+    assert [one.confirmed for one in verdict.detections] == [True]

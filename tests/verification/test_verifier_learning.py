@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
-from lightning_sentinel.verification import BoundaryVerifier
+from lightning_sentinel.verification import COLUMNS, BoundaryVerifier
 from lightning_sentinel.verification.features import FEATURES, watched
 from lightning_sentinel.verification.references import Contribution
 from lightning_sentinel.verification.window import FenceWindow
@@ -212,6 +212,55 @@ def test_senders_at_once_are_verifiers_of_one_sender_each(shape: tuple[int, ...]
             one.fences = window.fences.of(0)
         assert_same_state(together, apart[0])
     assert seen[1] >= 6
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2], [2, 0, 1], [1, 1, 2], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("shape", [(4, 8), (4, 6, 8), (4, 8, 3, 2)], ids=str)
+def test_a_lane_teaches_what_a_verifier_learns_that_sees_this_lane_alone(shape: tuple[int, ...], places: list[int]) -> None:
+    def verifier() -> BoundaryVerifier:
+        return BoundaryVerifier(Boundary(0, Direction.ACTIVATION), Verification())
+
+    together, lanes, generator = verifier(), [verifier() for _ in range(3)], torch.Generator().manual_seed(4)
+    tainted = torch.tensor([False, True, False])
+    # In the third step a signal is not finite, which is flagged.
+    for micro_batch in range(3):
+        signals = one_of_each(shape, torch.float32, generator, micro_batch, 0)
+        rows, _ = together.inspect(torch.cat(signals), tainted, lanes=torch.tensor(places))
+        for sender, lane in enumerate(places):
+            (row,), _ = lanes[lane].inspect(signals[sender], tainted[sender : sender + 1])
+            torch.testing.assert_close(rows[sender], row, rtol=2e-3, atol=2e-3, equal_nan=True)
+    for lane, alone in enumerate(lanes):
+        chosen = torch.arange(3) == lane
+        whole = together.contribution(chosen, chosen)
+        if lane in places:
+            flat = alone.contribution(YES, YES).resized(len(whole.positions.count)).flat()
+            torch.testing.assert_close(whole.flat(), flat, rtol=2e-3, atol=2e-3)
+        else:
+            assert not whole.flat().any()
+
+
+@pytest.mark.parametrize("method", ["sentinel", "paper"])
+@pytest.mark.parametrize("with_input", [False, True], ids=["first stage", "later stage"])
+@pytest.mark.parametrize("shape", [(4, 8), (4, 6, 8), (4, 8, 3, 2), (4, 6, 40)], ids=str)
+def test_who_stands_by_learns_what_the_others_learn(shape: tuple[int, ...], with_input: bool, method: str) -> None:
+    config, generator = Verification(method=method), torch.Generator().manual_seed(4)
+    serving, idle = (BoundaryVerifier(Boundary(1, Direction.ACTIVATION), config) for _ in range(2))
+    with_input = with_input and method == "sentinel"
+    for step in range(5):
+        signal = torch.randn(shape, generator=generator)
+        received = known_of(serving, signal[:, : shape[1] // 2] if len(shape) == 2 else 0.5 * signal) if with_input else None
+        row = serving.inspect(signal, NO, received).rows[0]
+        positions, channels = (int(row[COLUMNS.index(name)]) for name in ("positions", "channels"))
+        idle.stand_by(positions, channels, received.channels if received is not None else None)
+        taught, nothing = serving.contribution(YES, NO), idle.contribution(YES, YES)
+        assert nothing.flat().shape == taught.flat().shape and not nothing.flat().any()
+        whole = Contribution.from_flat(taught.flat() + nothing.flat(), nothing)
+        for one in (serving, idle):
+            one.learn(whole)
+        assert_same_state(serving, idle)
+        assert serving.references.updates == step + 1
+    # From then on it can do the work of the other.
+    assert torch.equal(serving.inspect(signal, NO, received).rows, idle.inspect(signal, NO, received).rows)
 
 
 def test_a_contribution_is_asked_for_once() -> None:

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_sentinel.errors import PipelineModelError
+from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
+from lightning_sentinel.pipeline.logs import LogRecorder
+from lightning_sentinel.verification.table import COLUMNS, no_rows
+from lightning_sentinel.wiring import Part, Wiring
+from tests.pipeline.ranks import Ranks, ranks
+
+CPU = torch.device("cpu")
+Log = Callable[[LogRecorder, Worker, int], None]
+
+
+def row(boundary: Boundary, part: Part) -> Tensor:
+    """Numbers that say which signal it is."""
+    number = 1 + part.micro_batch + 10 * part.replica + 100 * boundary.index + 1000 * (boundary.direction is Direction.GRADIENT)
+    return number + torch.arange(len(COLUMNS)) / 64
+
+
+def weight_of(part: Part) -> float:
+    return (1 + part.micro_batch + part.replica) / 8
+
+
+def loss_of(part: Part) -> float:
+    return 1.0 + part.replica - 0.25 * part.micro_batch
+
+
+def log_loss(recorder: LogRecorder, worker: Worker, step: int) -> None:
+    recorder.begin(2 + worker.replica, torch.tensor(True))
+    recorder.log("loss", float(worker.replica))
+
+
+def exchanged(
+    world: Ranks,
+    mesh: Mesh,
+    wiring: Wiring,
+    log: Log = log_loss,
+    verified: bool = True,
+    steps: int = 1,
+    claimed: Tensor | None = None,
+) -> list[list[StepOutcome]]:
+    """Steps of which each rank says what it knows; ranks that have nothing to do claim a loss if one is given."""
+
+    def work(rank: int) -> list[StepOutcome]:
+        worker, exchange = mesh.worker(rank), Exchange(mesh, CPU)
+        lane = wiring.lane(worker)
+        parts = () if lane is None else wiring.work[lane]
+        last = worker.stage == mesh.stages - 1
+        outcomes = []
+        for step in range(steps):
+            recorder, loss = LogRecorder(L.LightningModule()), torch.zeros(2)
+            if last and parts:
+                log(recorder, worker, step)
+                weights = [weight_of(part) for part in parts]
+                loss = torch.tensor([sum(w * loss_of(part) for w, part in zip(weights, parts)), sum(weights)])
+            elif claimed is not None:
+                loss = claimed
+            rows: dict[Direction, Tensor] | None = None
+            if verified:
+                received = [boundary for boundary in mesh.boundaries if boundary.receiver == worker.stage and parts]
+                rows = {boundary.direction: torch.stack([row(boundary, part) for part in parts]) for boundary in received}
+            own = torch.tensor([weight_of(part) for part in parts])
+            outcomes.append(exchange.run("training_step", wiring, rows, own, loss, recorder))
+        return outcomes
+
+    return world.run(work)
+
+
+def by_hand(mesh: Mesh, wiring: Wiring) -> tuple[Tensor, Tensor]:
+    """The table, and the weights, slot by slot."""
+    rows, weights = no_rows(len(mesh.boundaries), mesh.replicas, wiring.slots), torch.zeros(mesh.replicas, wiring.slots)
+    for lane, parts in enumerate(wiring.work):
+        for slot, part in enumerate(parts):
+            if wiring.live[lane]:
+                weights[lane, slot] = weight_of(part)
+                for index, boundary in enumerate(mesh.boundaries):
+                    rows[index, lane, slot] = row(boundary, part)
+            else:
+                weights[lane, slot] = weight_of(wiring.work[wiring.lanes[0]][slot])
+    return rows, weights
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(data=st.data(), stages=st.integers(1, 3), replicas=st.integers(1, 4), micro_batches=st.integers(1, 3))
+def test_all_ranks_know_of_every_slot_what_those_that_served_it_say(
+    data: st.DataObject, stages: int, replicas: int, micro_batches: int
+) -> None:
+    mesh = Mesh(stages, replicas)
+    banned = data.draw(st.sets(st.sampled_from(mesh.workers), max_size=replicas - 1))
+    wiring = Wiring.of(mesh, banned, micro_batches, turn=data.draw(st.integers(0, 3)))
+    with ranks(mesh.size) as world:
+        # What those that serve nothing say of the loss is not asked for.
+        found = exchanged(world, mesh, wiring, claimed=torch.tensor([1e6, 1.0]))
+    rows, weights = by_hand(mesh, wiring)
+    parts = [part for lane in wiring.lanes for part in wiring.work[lane]]
+    loss = sum(weight_of(part) * loss_of(part) for part in parts) / sum(map(weight_of, parts))
+    serving = [wiring.worker(stages - 1, lane).replica for lane in wiring.lanes]
+    samples = [2 + replica for replica in serving]
+    for (outcome,) in found:
+        assert torch.equal(outcome.table.rows, rows) and torch.equal(outcome.weights, weights)
+        assert outcome.loss == pytest.approx(loss, rel=1e-5) and outcome.wiring is wiring
+        mean = sum(replica * n for replica, n in zip(serving, samples)) / sum(samples)
+        assert outcome.logged == {"loss": (pytest.approx(mean, rel=1e-5), float(sum(samples)))}
+
+
+def test_nothing_is_verified_in_a_plain_pipeline() -> None:
+    mesh = Mesh(2, 2)
+    with ranks(mesh.size) as world:
+        found = exchanged(world, mesh, Wiring.of(mesh, micro_batches=2), verified=False)
+    assert all(outcome.table is None and outcome.loss is not None for (outcome,) in found)
+
+
+def test_a_step_in_which_no_sample_counts_has_no_loss() -> None:
+    mesh, wiring = Mesh(1, 2), Wiring.of(Mesh(1, 2))
+    with ranks(mesh.size) as world:
+
+        def work(rank: int) -> StepOutcome:
+            recorder = LogRecorder(L.LightningModule())
+            return Exchange(mesh, CPU).run("training_step", wiring, None, torch.ones(1), torch.zeros(2), recorder)
+
+        assert [outcome.loss for outcome in world.run(work)] == [None, None]
+
+
+def test_names_are_agreed_upon_once_and_again_when_they_change() -> None:
+    mesh, wiring = Mesh(2, 2), Wiring.of(Mesh(2, 2))
+
+    def log(recorder: LogRecorder, worker: Worker, step: int) -> None:
+        log_loss(recorder, worker, step)
+        if step >= 2:
+            recorder.log("largest", 3.0 + worker.replica, prog_bar=True, reduce_fx="max")
+
+    for steps, agreed in ((1, 1), (2, 1), (3, 2), (5, 2)):
+        with ranks(mesh.size) as world:
+            found = exchanged(world, mesh, wiring, log, steps=steps)
+        # To agree takes two broadcasts, the length and the names, and another gather of the values under these names.
+        assert world.collectives == {"all_gather": steps + agreed, "broadcast": 2 * agreed}
+        for of_rank in found:
+            for step, outcome in enumerate(of_rank):
+                assert outcome.logged["loss"] == (pytest.approx(0.6), 5.0)
+                assert outcome.logged.get("largest") == ((4.0, 5.0) if step >= 2 else None)
+                assert step < 2 or outcome.schema.entries["largest"]["options"] == {"prog_bar": True}
+
+
+def test_replicas_that_log_different_names_are_refused_on_all_ranks() -> None:
+    mesh, refused = Mesh(2, 2), []
+
+    def work(rank: int) -> None:
+        worker, recorder = mesh.worker(rank), LogRecorder(L.LightningModule())
+        if worker.stage:
+            recorder.log(f"loss of {worker.replica}", 1.0)
+        with pytest.raises(PipelineModelError, match=r"log different names in training_step; this rank logs .*Log the same"):
+            Exchange(mesh, CPU).run("training_step", Wiring.of(mesh), None, torch.ones(1), torch.zeros(2), recorder)
+        refused.append(rank)
+
+    with ranks(mesh.size) as world:
+        world.run(work)
+    assert sorted(refused) == [0, 1, 2, 3]
+
+
+def test_what_a_worker_without_a_lane_logs_is_not_asked_for() -> None:
+    mesh, wiring = Mesh(2, 2), Wiring.of(Mesh(2, 2), {Worker(1, 0)})
+
+    def work(rank: int) -> StepOutcome:
+        worker, recorder = mesh.worker(rank), LogRecorder(L.LightningModule())
+        if worker.stage:
+            recorder.log("loss" if worker.replica else "nonsense", 5.0 + worker.replica)
+        lane = wiring.lane(worker)
+        weights = torch.ones(0 if lane is None else len(wiring.work[lane]))
+        return Exchange(mesh, CPU).run("training_step", wiring, None, weights, torch.zeros(2), recorder)
+
+    with ranks(mesh.size) as world:
+        assert [outcome.logged for outcome in world.run(work)] == [{"loss": (6.0, 1.0)}] * 4
