@@ -22,8 +22,6 @@ _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "PipelineEngine": (
             "_INSTRUCTION_MAP",
             "_exec_schedule",
-            "_exec_reduce_tied_grads",
-            "_exec_reduce_grads",
             "_exec_optimizer_step",
         ),
     },

@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule as ds_schedule
@@ -32,10 +31,11 @@ from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients
 from lightning_sentinel.pipeline.guard import Guard, Ruling
 from lightning_sentinel.pipeline.headers import Allowance, Expected, Kind, Place
+from lightning_sentinel.pipeline.healthy import HealthyStage
 from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.predictions import share_predictions
 from lightning_sentinel.pipeline.randomness import seed_forward
-from lightning_sentinel.pipeline.reduction import StageGroups, clip_by_global_norm, reduce_mean, reduce_robustly
+from lightning_sentinel.pipeline.recomputation import Recomputation
 from lightning_sentinel.pipeline.rewind import Rewind
 from lightning_sentinel.pipeline.shares import Shares
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
@@ -110,21 +110,21 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._steps = steps
         self._transport = transport
         self._forward_context = forward_context
-        self._response, self._clip_norm, self._seed = response, clip_norm, seed
+        self._seed = seed
         self._exchange = Exchange(mesh, self.device)
         self._supply = Supply(mesh, self.worker, self.device)
-        self._groups = StageGroups(mesh, self.global_rank, timeout)
-        self._group: dist.ProcessGroup | None = None
         self._last_layer = stage_model.stage_layers(self.worker.stage)[-1]
         self._untainted = torch.tensor(False, device=self.device)
         self.pipe_buffers["taints"] = []
         # Not `_parameters`, which is torch's: the engine is a module itself.
         self._stage_parameters = list(self.module.parameters())
         self._held = HeldGradients(self._stage_parameters)
+        self._healthy = HealthyStage(self._stage_parameters, mesh, self.worker, response, clip_norm, timeout, self.device)
         self._rewind: Rewind | None = None
         self._kept = Kept()
+        self._recompute = Recomputation(self.module, self.stage_id, self.is_last_stage(), steps, self.device, seed, forward_context)
         secret = 0 if guard is None else guard.secret
-        self._audits = Audits(mesh, self.worker, self._kept, self._samples, self._recompute, self.device, secret)
+        self._audits = Audits(mesh, self.worker, self._kept, self._samples, self._recomputed, self.device, secret)
         self._allowances = {kind: Allowance() for kind in Kind}
         self._wiring = Wiring.of(mesh)
         self._lane = 0
@@ -132,7 +132,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._runs = {"training": 0, "predicting": 0}
         self._altered: Tensor | None = None
         self._received_gradient: Tensor | None = None
-        self.left_out: frozenset[Worker] = frozenset()
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
@@ -143,8 +142,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             self._wiring = self.guard.begin(step, micro_batches)
             if self.guard.audits:
                 self._rewind = Rewind(self._stage_parameters, list(self.module.buffers()), self.device)
-        self.left_out = self._banned
-        self._group = self._groups.healthy(self.left_out)
+        self._healthy.begin(self._banned)
         self._begin("training_step", arguments, micro_batches)
         if self._work:
             self._exec_schedule(schedule.TrainSchedule(len(self._work), self.num_stages, self.stage_id))
@@ -171,7 +169,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         if self.guard is None or outcome.table is None:
             return None
         audit = self._audit if self.guard.audits else None
-        return self.guard.settle(outcome.table, step, self._sum_over_replicas, audit)
+        return self.guard.settle(outcome.table, step, self._healthy.sum, audit)
 
     def _audit(self, boundary: int, signals: Tensor) -> Tensor:
         if not bool(signals.any()):
@@ -182,26 +180,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         own = self._own
         return [own[part.micro_batch], own.sizes[part.micro_batch], own.weights[part.micro_batch]]
 
-    def _recompute(self, direction: Direction, part: Part, evidence: Evidence) -> Tensor:
-        """What an honest worker of this stage sends; leaves no trace here."""
-        restore = Rewind((), list(self.module.buffers()), self.device)
-        arguments = (evidence.batch, *self._arguments[1:])
-        backward = direction is Direction.GRADIENT
-        seed_forward(self.device, self._seed, self._step, *part, self.stage_id)
-        with torch.set_grad_enabled(backward), self._steps.unheard(), self._forward_context():
-            if evidence.activation is None:
-                inputs = leaf = self._steps.input_of(self._step_name, arguments)
-            else:
-                leaf = evidence.activation.detach().requires_grad_(backward)
-                inputs = leaf.clone()
-            signal = self.module(inputs)
-            if backward:
-                if self.is_last_stage():
-                    result = self._steps.finish(self._step_name, arguments, signal, evidence.samples, ~self._untainted)
-                    signal = loss_of(result, self._step_name) * (evidence.weight * self._scale)
-                (signal,) = torch.autograd.grad(signal, leaf, evidence.gradient)
-        restore()
-        return signal.detach()
+    def _recomputed(self, direction: Direction, part: Part, evidence: Evidence) -> Tensor:
+        return self._recompute(direction, part, evidence, self._arguments[1:], self._step, self._scale)
 
     def rewind(self) -> None:
         assert self._rewind is not None, "only what is audited is done again"
@@ -234,11 +214,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         received = self.guard.verifiers if self._work else ()
         return {boundary.direction: self.guard.take_rows(boundary)[0] for boundary in received}
 
-    def _sum_over_replicas(self, vector: Tensor) -> Tensor:
-        if self._group is not None:
-            dist.all_reduce(vector, group=self._group)
-        return vector
-
     # ------------------------------------------------------------------------------------------------- gradients and weights
 
     def hold_gradients(self) -> None:
@@ -247,23 +222,15 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def release_gradients(self) -> None:
         self._held.release()
 
+    @property
+    def left_out(self) -> frozenset[Worker]:
+        return self._healthy.left_out
+
     def reduce_gradients(self, shares: Shares) -> None:
-        if self._group is None:
-            # Nobody asks a banned worker for its weights again.
-            self.zero_grad()
-            return
-        divisor = self._mesh.replicas * shares.of_stage(self.worker.stage)
-        if self._response.aggregation == "mean":
-            reduce_mean(self._stage_parameters, self._group, divisor)
-        else:
-            ranks = [rank for rank in self._mesh.stage_ranks(self.worker.stage) if self._mesh.worker(rank) not in self.left_out]
-            weights = [shares.of_worker(self._mesh.worker(rank)) for rank in ranks]
-            rule, tolerated = self._response.aggregation, self._response.tolerated
-            reduce_robustly(self._stage_parameters, self._group, divisor, weights, rule, tolerated=tolerated)
+        self._healthy.reduce(shares)
 
     def apply_gradients(self) -> None:
-        if self._clip_norm > 0:
-            clip_by_global_norm(self._stage_parameters, self._clip_norm, self._mesh, self.left_out, self.device)
+        self._healthy.clip()
         self._exec_optimizer_step()
 
     def discard_gradients(self) -> None:

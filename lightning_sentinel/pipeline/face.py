@@ -19,12 +19,14 @@ class Engine(Protocol):
     Attributes:
         guard: verifies what is received; ``None`` for a plain pipeline.
         adversary: a simulated attacker, if there is one.
-        left_out: workers whose gradients :meth:`reduce_gradients` does not ask for.
     """
 
     guard: Guard | None
     adversary: Adversary | None
-    left_out: frozenset[Worker]
+
+    @property
+    def left_out(self) -> frozenset[Worker]:
+        """Workers whose gradients :meth:`reduce_gradients` does not ask for."""
 
     def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
         """Forward and backward of one batch, and the exchange of what came of it.

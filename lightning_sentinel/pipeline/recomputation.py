@@ -1,0 +1,76 @@
+"""What an honest worker of a stage sends, computed again from evidence; leaves no trace on the rank that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sentinel.mesh import Direction
+from lightning_sentinel.pipeline.auditing import Evidence
+from lightning_sentinel.pipeline.randomness import seed_forward
+from lightning_sentinel.pipeline.rewind import Rewind
+from lightning_sentinel.pipeline.steps import StepRunner, loss_of
+from lightning_sentinel.wiring import Part
+
+__all__ = ["Recomputation"]
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """Recomputes signals of one stage.
+
+    Args:
+        module: the stage.
+        stage: its number.
+        last: whether it is the last.
+        steps: runs the user's step functions.
+        device: where the stage is.
+        seed: of the random numbers in forward passes.
+        forward_context: entered around every forward pass.
+    """
+
+    module: nn.Module
+    stage: int
+    last: bool
+    steps: StepRunner
+    device: torch.device
+    seed: int
+    forward_context: Callable[[], AbstractContextManager[Any]]
+
+    def __call__(
+        self, direction: Direction, part: Part, evidence: Evidence, rest: tuple[Any, ...], step: int, scale: float
+    ) -> Tensor:
+        """A signal.
+
+        Args:
+            direction: an activation, or the gradient for the stage before.
+            part: the micro-batch.
+            evidence: what the worker had been sent.
+            rest: arguments of ``training_step`` behind the batch.
+            step: number of the training batch.
+            scale: factor of the loss.
+        """
+        restore = Rewind((), list(self.module.buffers()), self.device)
+        arguments = (evidence.batch, *rest)
+        backward = direction is Direction.GRADIENT
+        seed_forward(self.device, self.seed, step, *part, self.stage)
+        with torch.set_grad_enabled(backward), self.steps.unheard(), self.forward_context():
+            if evidence.activation is None:
+                inputs = leaf = self.steps.input_of("training_step", arguments)
+            else:
+                leaf = evidence.activation.detach().requires_grad_(backward)
+                inputs = leaf.clone()
+            signal = self.module(inputs)
+            if backward:
+                if self.last:
+                    counts = torch.tensor(True, device=self.device)
+                    result = self.steps.finish("training_step", arguments, signal, evidence.samples, counts)
+                    signal = loss_of(result, "training_step") * (evidence.weight * scale)
+                (signal,) = torch.autograd.grad(signal, leaf, evidence.gradient)
+        restore()
+        return signal.detach()
