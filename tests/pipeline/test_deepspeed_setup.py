@@ -38,7 +38,7 @@ class TestPrivateNames:
     @pytest.mark.parametrize(
         ("owner", "name", "path"),
         [
-            (PipelineEngine, "_exec_optimizer_step", "deepspeed.runtime.pipe.engine.PipelineEngine._exec_reduce_grads"),
+            (PipelineEngine, "_exec_optimizer_step", "deepspeed.runtime.pipe.engine.PipelineEngine._exec_optimizer_step"),
             (PipelineEngine, "_INSTRUCTION_MAP", "deepspeed.runtime.pipe.engine.PipelineEngine._INSTRUCTION_MAP"),
             (TrainSchedule, "_step_to_micro_batch", "deepspeed.runtime.pipe.schedule.TrainSchedule._step_to_micro_batch"),
         ],
