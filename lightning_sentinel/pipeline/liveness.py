@@ -31,6 +31,7 @@ from lightning_sentinel.mesh import Mesh
 __all__ = ["Roster", "connect", "is_lost_connection"]
 
 _LOST = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset|refused)|timed? ?out|socket|broken pipe", re.IGNORECASE)
+_MOMENT = timedelta(seconds=2)
 _store: Store | None = None
 
 
@@ -145,10 +146,12 @@ class Roster:
 
     def _read(self) -> tuple[int, str] | None:
         try:
-            if self._store is not None and self._store.check(["failure"]):
+            if self._store is not None:
+                # Who waited for the lost rank itself knows which it is, and may be about to write that down.
+                self._store.wait(["failure"], _MOMENT)
                 return _parsed(self._kept(self._store.get("failure")))
         except RuntimeError:
-            pass
+            pass  # nobody wrote, or the store is gone
         return _parsed(self._file.read_bytes()) if self._file is not None and self._file.exists() else None
 
     def _kept(self, note: bytes) -> bytes:

@@ -4,9 +4,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -64,9 +66,10 @@ def store() -> dist.Store:
 
 
 @pytest.fixture(autouse=True)
-def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notes of a test are no test's of another."""
+def _alone_and_impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes of a test are no test's of another, and those that nobody writes are not waited for."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("lightning_sentinel.pipeline.liveness._MOMENT", timedelta(milliseconds=10))
 
 
 def roster(rank: int, store: dist.Store | None) -> Roster:
@@ -213,6 +216,15 @@ class TestRoster:
         assert "rank 1, worker (stage 0, replica 1)," in str(error)
         assert "a worker did not answer" in str(loss_seen_by(watcher))
 
+    def test_a_name_that_somebody_is_about_to_write_down_is_waited_for(
+        self, store: dist.Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lightning_sentinel.pipeline.liveness._MOMENT", timedelta(seconds=30))
+        knowing = threading.Timer(0.2, roster(1, store).report_failure, [ValueError("the cause")])
+        knowing.start()
+        assert "failed with ValueError: the cause" in str(loss_seen_by(roster(0, store)))
+        knowing.join()
+
     def test_a_store_that_is_gone_too_hides_nothing(self) -> None:
         class Gone(dist.Store):
             def set(self, *_: object) -> None:
@@ -221,7 +233,7 @@ class TestRoster:
             def compare_set(self, *_: object) -> bytes:
                 raise dist.DistNetworkError("Failed to send, sent 0 bytes")
 
-            def check(self, *_: object) -> bool:
+            def wait(self, *_: object) -> None:
                 raise dist.DistNetworkError("Failed to recv, got 0 bytes")
 
         watcher = roster(0, Gone())
@@ -232,22 +244,29 @@ class TestRoster:
         assert "a worker did not answer" in str(loss_seen_by(watcher))
 
 
-class Leaving(dist.HashStore):
+class Leaving(dist.Store):
     """A store whose host can end."""
 
-    gone = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone, self._inner = False, dist.HashStore()
 
-    def _ask(self) -> None:
+    def _ask(self, what: str, *arguments: Any) -> Any:
         if self.gone:
             raise dist.DistNetworkError("Failed to recv, got 0 bytes")
+        return getattr(self._inner, what)(*arguments)
 
-    def compare_set(self, *arguments: str) -> bytes:
-        self._ask()
-        return super().compare_set(*arguments)
+    def set(self, key: str, value: bytes) -> None:
+        self._ask("set", key, value.decode())
 
-    def check(self, keys: list[str]) -> bool:
-        self._ask()
-        return super().check(keys)
+    def get(self, key: str) -> bytes:
+        return self._ask("get", key)
+
+    def compare_set(self, key: str, old: bytes, new: bytes) -> bytes:
+        return self._ask("compare_set", key, old.decode(), new.decode())
+
+    def wait(self, *arguments: Any) -> None:
+        self._ask("wait", *arguments)
 
 
 class TestTheStoreIsGone:
