@@ -18,3 +18,13 @@ def test_links_and_named_tests_exist(document: Path) -> None:
         assert link.startswith("https://") or (document.parent / link).exists(), link
     for named in re.findall(r"`((?:tests|examples|docs)/[\w/.-]+)`", text):
         assert (ROOT / named).exists(), named
+
+
+def test_every_fault_has_a_test() -> None:
+    rows = [line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")][1:]
+    tests = "".join(
+        (ROOT / "tests" / "distributed" / name).read_text() for name in ("test_faults.py", "test_failures.py", "test_elastic.py")
+    )
+    for row in rows:
+        (named,) = re.findall(r"`(test_\w+)`", row)
+        assert f"def {named}(" in tests, row

@@ -102,7 +102,8 @@ class Expected:
 class Allowance:
     """What is allowed of signals whose shape is not known beforehand, because samples may differ in length.
 
-    The first may fill a quarter of the memory that is free; later ones may be a few times as large as the largest so far.
+    The first may fill a quarter of the memory that is free; later ones have its dtype, and may be a few times as large as the
+    largest so far.
 
     Example:
         >>> allowance = Allowance()
@@ -115,15 +116,16 @@ class Allowance:
 
     def __init__(self) -> None:
         self._largest = 0
+        self._dtypes: tuple[torch.dtype, ...] = DTYPES
 
     def expected(self, numbers: range = range(1)) -> Expected:
         """What may come next."""
         most = self._GROWTH * self._largest if self._largest else psutil.virtual_memory().available // 16
-        return Expected(DTYPES, most, numbers=numbers)
+        return Expected(self._dtypes, most, numbers=numbers)
 
     def saw(self, signal: Tensor) -> None:
         """Take note of a signal that came."""
-        self._largest = max(self._largest, signal.numel())
+        self._largest, self._dtypes = max(self._largest, signal.numel()), (signal.dtype,)
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,37 @@
 A rank that dies shows on its peers as a closed connection, and on *their* peers as theirs; a rank that hangs shows as a timeout.
 So the first rank to notice writes down in the rendezvous store whom it lost, and those that fail in its wake read the name there. A
 rank that ends with an error of its own writes that down as well.
+
+The store goes with rank zero, which may be the one that failed, or the first to leave. So the note is also a file on each host
+where somebody has written or read it. It stays there, a line in the directory of temporary files, because nobody knows who leaves
+last.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous
 
-from lightning_sentinel.errors import WorkerLostError
+from lightning_sentinel.errors import MalformedMessageError, WorkerLostError
 from lightning_sentinel.mesh import Mesh
 
 __all__ = ["Roster", "agree_on_round", "connect", "is_lost_connection"]
 
 _LOST = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset|refused)|timed? ?out|socket|broken pipe", re.IGNORECASE)
+_MOMENT = timedelta(seconds=2)
 _store: Store | None = None
 
 
@@ -109,10 +117,14 @@ class Roster:
         if self._store is not None:
             self._store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
         self._processes: dict[int, tuple[str, int]] = {}
+        self._file: Path | None = None
 
     def meet(self) -> None:
         """Learn which process serves which rank, while the store's host is known to be there."""
         if self._store is not None:
+            # A name that others on the host cannot foresee.
+            name = self._store.compare_set("name", "", secrets.token_hex(16)).decode()
+            self._file = Path(tempfile.gettempdir()) / f"lightning-sentinel-{name}"
             for rank in range(self._mesh.size):
                 host, pid = self._store.get(f"process/{rank}").decode().rsplit(" ", 1)
                 self._processes[rank] = (host, int(pid))
@@ -130,26 +142,31 @@ class Roster:
             raise self._named(None) from error
 
     def report_failure(self, error: BaseException) -> None:
-        """Write down that this rank ends with an error, so that its peers can say why."""
-        if not isinstance(error, WorkerLostError):
-            first_line = (str(error).splitlines() or [""])[0]
-            self._note(self._rank, f"{self._describe(self._rank)} failed with {type(error).__name__}: {first_line}")
+        """Write down that this rank ends with an error, so that its peers can say why.
+
+        A malformed message is the fault of the rank that sent it, not of the one that refused it.
+        """
+        if isinstance(error, MalformedMessageError) and error.rank is not None:
+            reason = _first_line(error.__cause__ or error)
+            self._note(error.rank, f"{self._describe(error.rank)} sent a malformed message: {reason}")
+        elif not isinstance(error, WorkerLostError):
+            self._note(self._rank, f"{self._describe(self._rank)} failed with {type(error).__name__}: {_first_line(error)}")
 
     def _named(self, suspect: int | None) -> WorkerLostError:
         gone = [rank for rank in range(self._mesh.size) if rank != self._rank and self._is_gone(rank)]
         gone = gone or ([suspect] if suspect is not None else [])
+        silence = (
+            f"did not answer within {self._timeout}, or its process ended; if it was only slow, a larger"
+            " SentinelStrategy(timeout=...) helps"
+        )
         if gone:
-            lost = ", ".join(self._describe(rank) for rank in gone)
+            lost = " and ".join(self._describe(rank) for rank in gone)
             rank: int | None
-            rank, text = self._note(gone[0], f"{lost} did not answer within {self._timeout}, or its process ended")
+            rank, text = self._note(gone[0], f"{lost} {silence}")
         else:
             note: tuple[int | None, str] | None = self._read()
-            rank, text = note or (None, f"a worker did not answer within {self._timeout}, or its process ended")
-        return WorkerLostError(
-            f"The run cannot go on: {text}. Start it again from the last checkpoint; a larger SentinelStrategy(timeout=...) helps"
-            " if the worker was only slow.",
-            rank=rank,
-        )
+            rank, text = note or (None, f"a worker {silence}")
+        return WorkerLostError(f"The run cannot go on: {text}. Start it again from the last checkpoint.", rank=rank)
 
     def _describe(self, rank: int) -> str:
         return f"rank {rank}, {self._mesh.worker(rank)},"
@@ -166,20 +183,44 @@ class Roster:
 
     def _note(self, rank: int, text: str) -> tuple[int, str]:
         """Write a note on ``rank`` unless there is one, and return the one that stands: the first is nearest to the cause."""
+        note = f"{rank} {text}".encode()
         try:
             if self._store is not None:
-                return _parsed(self._store.compare_set("failure", "", f"{rank} {text}"))
+                note = self._store.compare_set("failure", "", note.decode())
         except RuntimeError:
             pass  # the store went with its host
-        return rank, text
+        return _parsed(self._kept(note))
 
     def _read(self) -> tuple[int, str] | None:
         try:
-            if self._store is not None and self._store.check(["failure"]):
-                return _parsed(self._store.get("failure"))
+            if self._store is not None:
+                # Who waited for the lost rank itself knows which it is, and may be about to write that down.
+                self._store.wait(["failure"], _MOMENT)
+                return _parsed(self._kept(self._store.get("failure")))
         except RuntimeError:
-            pass
-        return None
+            pass  # nobody wrote, or the store is gone
+        return _parsed(self._file.read_bytes()) if self._file is not None and self._file.exists() else None
+
+    def _kept(self, note: bytes) -> bytes:
+        """Write a note to this host's file unless there is one, and return the one that stands."""
+        if self._file is None:
+            return note
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._file.parent) as whole:
+                whole.write(note)
+                whole.flush()
+                # Fails if the name is taken, and shows nobody half a note.
+                os.link(whole.name, self._file)
+        except FileExistsError:
+            return self._file.read_bytes()
+        except OSError:
+            pass  # a disk that is full must not hide what happened
+        return note
+
+
+def _first_line(error: BaseException) -> str:
+    """Without its full stop, because it becomes a part of a sentence."""
+    return (str(error).splitlines() or [""])[0].rstrip(".")
 
 
 def _parsed(note: bytes) -> tuple[int, str]:

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.errors import ConfigurationError, WorkerLostError
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline import checkpoint as stage_files
+from lightning_sentinel.pipeline.checkpoint_io import AtomicCheckpointIO
 from lightning_sentinel.pipeline.guard import Guard
 from lightning_sentinel.pipeline.liveness import Roster
 from lightning_sentinel.pipeline.partition import StageModel
@@ -54,6 +56,21 @@ class StageCheckpoints(ProcessStrategy):
         """Weights are loaded into stages, so the module must have been cut before."""
         return True
 
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """The user's plugin, or one that never leaves half a file."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif getattr(self._checkpoint_io, "checkpoint_io", self) is None:
+            # Lightning's AsyncCheckpointIO, which leaves the writing to another.
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # type: ignore[attr-defined]
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
+        self._checkpoint_io = checkpoint_io
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The unsplit module's state on rank zero, nothing elsewhere; a collective."""
@@ -89,7 +106,25 @@ class StageCheckpoints(ProcessStrategy):
                 "verifiers": {name: value for _, tensors in parts for name, value in tensors.items()},
                 "optimizer_groups": self._saved_groups,
             }
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        self._write(checkpoint, filepath, storage_options)
+
+    def _write(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
+        """Rank zero writes, and tells the others how it went: they would wait for it at the next collective."""
+        failure: Exception | None = None
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        except Exception as error:
+            failure = error
+        with self._at_work():
+            reason = self.broadcast(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        if reason is not None:
+            raise WorkerLostError(
+                f"The run cannot go on: rank 0, {self.mesh.worker(0)}, could not save the checkpoint {filepath}: {reason}. Start it"
+                " again from an earlier checkpoint once the cause is gone.",
+                rank=0,
+            )
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

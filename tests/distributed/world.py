@@ -92,6 +92,8 @@ def _rank(
     queue: Any, directory: str, port: int, rank: int, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     os.chdir(directory)
+    # What ranks leave behind when a run fails goes with it.
+    tempfile.tempdir = directory
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
     )

@@ -4,15 +4,17 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch.distributed as dist
 
-from lightning_sentinel.errors import ConfigurationError, WorkerLostError
+from lightning_sentinel.errors import ConfigurationError, MalformedMessageError, WorkerLostError
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.liveness import Roster, connect, is_lost_connection
 
@@ -61,6 +63,13 @@ class TestIsLostConnection:
 @pytest.fixture
 def store() -> dist.Store:
     return dist.HashStore()
+
+
+@pytest.fixture(autouse=True)
+def _alone_and_impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes of a test are no test's of another, and those that nobody writes are not waited for."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("lightning_sentinel.pipeline.liveness._MOMENT", timedelta(milliseconds=10))
 
 
 def roster(rank: int, store: dist.Store | None) -> Roster:
@@ -146,6 +155,25 @@ class TestRoster:
         assert "rank 3" in str(error)
         assert error.rank in (3, None)
 
+    def test_a_malformed_message_is_the_fault_of_its_sender(self, store: dist.Store) -> None:
+        error = MalformedMessageError("Rank 3 sent a malformed message. Expected one. See that it goes.", rank=3)
+        error.__cause__ = MalformedMessageError("Expected the gradient; what came is late.")
+        roster(1, store).report_failure(error)
+        seen = loss_seen_by(roster(0, store), WorkerLostError("Rank 1 does not answer", rank=1))
+        text = "rank 3, worker (stage 1, replica 1), sent a malformed message: Expected the gradient; what came is late. Start"
+        assert text in str(seen)
+        assert seen.rank == 3
+
+    def test_a_malformed_message_of_unknown_origin_is_a_failure_of_ones_own(self, store: dist.Store) -> None:
+        roster(1, store).report_failure(MalformedMessageError("Whose is it?"))
+        assert "rank 1, worker (stage 0, replica 1), failed with MalformedMessageError" in str(loss_seen_by(roster(0, store)))
+
+    def test_several_that_have_ended_are_all_named(self, store: dist.Store) -> None:
+        watcher, _ = all_met(store, ended=3)
+        watcher._processes[1] = watcher._processes[3]
+        text = str(loss_seen_by(watcher))
+        assert "rank 1, worker (stage 0, replica 1), and rank 3, worker (stage 1, replica 1), did not answer" in text
+
     def test_a_loss_is_no_failure_of_ones_own(self, store: dist.Store) -> None:
         roster(0, store).report_failure(WorkerLostError("lost", rank=2))
         assert "failed with" not in str(loss_seen_by(roster(1, store)))
@@ -188,6 +216,15 @@ class TestRoster:
         assert "rank 1, worker (stage 0, replica 1)," in str(error)
         assert "a worker did not answer" in str(loss_seen_by(watcher))
 
+    def test_a_name_that_somebody_is_about_to_write_down_is_waited_for(
+        self, store: dist.Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lightning_sentinel.pipeline.liveness._MOMENT", timedelta(seconds=30))
+        knowing = threading.Timer(0.2, roster(1, store).report_failure, [ValueError("the cause")])
+        knowing.start()
+        assert "failed with ValueError: the cause" in str(loss_seen_by(roster(0, store)))
+        knowing.join()
+
     def test_a_store_that_is_gone_too_hides_nothing(self) -> None:
         class Gone(dist.Store):
             def set(self, *_: object) -> None:
@@ -196,7 +233,7 @@ class TestRoster:
             def compare_set(self, *_: object) -> bytes:
                 raise dist.DistNetworkError("Failed to send, sent 0 bytes")
 
-            def check(self, *_: object) -> bool:
+            def wait(self, *_: object) -> None:
                 raise dist.DistNetworkError("Failed to recv, got 0 bytes")
 
         watcher = roster(0, Gone())
@@ -205,6 +242,80 @@ class TestRoster:
         assert "rank 1," in str(error)
         assert error.rank == 1
         assert "a worker did not answer" in str(loss_seen_by(watcher))
+
+
+class Leaving(dist.Store):
+    """A store whose host can end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone, self._inner = False, dist.HashStore()
+
+    def _ask(self, what: str, *arguments: Any) -> Any:
+        if self.gone:
+            raise dist.DistNetworkError("Failed to recv, got 0 bytes")
+        return getattr(self._inner, what)(*arguments)
+
+    def set(self, key: str, value: bytes) -> None:
+        self._ask("set", key, value.decode())
+
+    def get(self, key: str) -> bytes:
+        return self._ask("get", key)
+
+    def compare_set(self, key: str, old: bytes, new: bytes) -> bytes:
+        return self._ask("compare_set", key, old.decode(), new.decode())
+
+    def wait(self, *arguments: Any) -> None:
+        self._ask("wait", *arguments)
+
+
+class TestTheStoreIsGone:
+    @pytest.fixture
+    def store(self) -> Leaving:
+        return Leaving()
+
+    @pytest.fixture
+    def rosters(self, store: Leaving) -> list[Roster]:
+        met = [roster(rank, store) for rank in range(MESH.size)]
+        for each in met:
+            each.meet()
+        return met
+
+    def test_what_was_written_before_is_still_read(self, store: Leaving, rosters: list[Roster]) -> None:
+        rosters[0].report_failure(ValueError("the cause"))
+        store.gone = True
+        for watcher in rosters[1:]:
+            seen = loss_seen_by(watcher, WorkerLostError("no answer", rank=0))
+            assert "rank 0, worker (stage 0, replica 0), failed with ValueError: the cause" in str(seen)
+        assert "failed with ValueError: the cause" in str(loss_seen_by(rosters[3])), "without a suspect"
+
+    def test_the_first_note_after_that_wins_too(self, store: Leaving, rosters: list[Roster]) -> None:
+        store.gone = True
+        rosters[1].report_failure(ValueError("the cause"))
+        rosters[2].report_failure(ValueError("in its wake"))
+        assert "rank 1, worker (stage 0, replica 1), failed with ValueError: the cause" in str(loss_seen_by(rosters[3]))
+
+    def test_whoever_has_read_it_hands_it_on(self, store: Leaving, rosters: list[Roster], tmp_path: Path) -> None:
+        """On another host than the one that wrote it."""
+        rosters[0].report_failure(ValueError("the cause"))
+        (written,) = tmp_path.glob("lightning-sentinel-*")
+        written.unlink()
+        loss_seen_by(rosters[1])
+        store.gone = True
+        assert "the cause" in str(loss_seen_by(rosters[2]))
+
+    def test_a_note_that_cannot_be_written_is_used_all_the_same(self, rosters: list[Roster], tmp_path: Path) -> None:
+        tmp_path.rmdir()
+        assert loss_seen_by(rosters[1], WorkerLostError("no answer", rank=2)).rank == 2
+
+    def test_runs_have_files_of_their_own(self, rosters: list[Roster], tmp_path: Path) -> None:
+        rosters[0].report_failure(ValueError("the cause"))
+        second = dist.HashStore()
+        others = [roster(rank, second) for rank in range(MESH.size)]
+        for each in others:
+            each.meet()
+        assert "the cause" not in str(loss_seen_by(others[1], WorkerLostError("no answer", rank=2)))
+        assert len(list(tmp_path.glob("lightning-sentinel-*"))) == 2
 
 
 class TestConnect:

@@ -1,0 +1,364 @@
+"""The faults of docs/reliability.md, in real processes; test_failures.py has the others."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal as signals
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import lightning_sentinel as ls
+from lightning_sentinel.mesh import Boundary, Direction
+from lightning_sentinel.pipeline.headers import Place, encode
+from tests.distributed import tasks, world
+
+PATIENCE = timedelta(seconds=10)
+BATCH = 2
+"""When it happens."""
+
+STRAY: list[Any] = []
+"""What must live until it was sent."""
+
+Send = Callable[[Tensor, Tensor, int, Place], None]
+
+
+def strategy(**options: Any) -> ls.SentinelStrategy:
+    return ls.SentinelStrategy(stages=2, replicas=2, micro_batches=2, timeout=PATIENCE, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------ what is sent wrongly
+
+
+def send_other_shape(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place) -> None:
+    send(signal[..., :-1], tainted, rank, place)
+
+
+def send_huge_shape(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place) -> None:
+    dist.send(encode(place, (2**31, 2**31), signal.dtype), rank)
+
+
+def send_other_dtype(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place) -> None:
+    send(signal.double(), tainted, rank, place)
+
+
+def send_twice(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place) -> None:
+    header = encode(place, signal.shape, signal.dtype)
+    elements = torch.cat((signal.flatten(), torch.zeros(1)))
+    for _ in range(2):
+        # Without waiting until they are taken: nobody takes the second.
+        STRAY.extend((dist.isend(message, rank), message) for message in (header, elements))
+
+
+def send_early(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place) -> None:
+    send(signal, tainted, rank, replace(place, slot=place.slot + 1))
+
+
+def send_late(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place) -> None:
+    send(signal, tainted, rank, replace(place, step=place.step - 1))
+
+
+def send_too_little(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place) -> None:
+    dist.send(encode(place, signal.shape, signal.dtype), rank)
+    dist.send(signal.flatten()[:-3].clone(), rank)
+
+
+def send_too_much(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place) -> None:
+    dist.send(encode(place, signal.shape, signal.dtype), rank)
+    dist.send(torch.zeros(10 * signal.numel()), rank)
+
+
+def send_slowly(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place) -> None:
+    threading.Event().wait(3 * PATIENCE.total_seconds())
+    send(signal, tainted, rank, place)
+
+
+def send_untainted(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place) -> None:
+    send(signal, torch.zeros_like(tainted), rank, place)
+
+
+class Sends(L.Callback):
+    """From one batch on, one rank sends wrongly."""
+
+    def __init__(self, how: Any, by: int) -> None:
+        self.how, self.by = how, by
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == BATCH and trainer.global_rank == self.by:
+            transport = trainer.strategy._engine._transport
+            transport.send = partial(self.how, transport.send)
+
+
+def fit(*callbacks: L.Callback) -> None:
+    tasks.trainer(strategy(), 4, 6, callbacks).fit(tasks.Classifier(), tasks.loader(4, 2))
+
+
+def fit_sending(how: Any, by: int) -> None:
+    fit(Sends(how, by))
+
+
+@pytest.mark.parametrize(
+    ("how", "sender", "receiver", "why"),
+    [
+        (send_other_shape, 3, 1, "announces shape (2, 6, 15), not (2, 6, 16)"),
+        (send_huge_shape, 3, 1, "announces shape (2147483648, 2147483648)"),
+        (send_huge_shape, 1, 3, "announces sizes [2147483648, 2147483648], and there is memory for"),
+        (send_other_dtype, 3, 1, "has dtype torch.float64, and allowed are torch.float32"),
+        (send_other_dtype, 1, 3, "has dtype torch.float64, and allowed are torch.float32"),
+        (send_twice, 3, 1, "is a duplicate or late: the gradient of step 3, micro-batch 0"),
+        (send_early, 3, 1, "is early, or one before it was left out: the gradient of step 3, micro-batch 1"),
+        (send_late, 3, 1, "is a duplicate or late: the gradient of step 2, micro-batch 0"),
+        (send_too_little, 3, 1, "has fewer elements than the"),
+        # Rank zero takes the store with it, in which the others read what happened.
+        (send_late, 2, 0, "is a duplicate or late: the gradient of step 2, micro-batch 0"),
+    ],
+    ids=[
+        "shape",
+        "huge gradient",
+        "huge activation",
+        "dtype of a gradient",
+        "dtype of an activation",
+        "duplicate",
+        "early",
+        "late",
+        "shorter than announced",
+        "to rank zero",
+    ],
+)
+def test_a_malformed_message_names_its_sender(how: Any, sender: int, receiver: int, why: str) -> None:
+    results, failures = world.outcomes(fit_sending, 4, how, sender, timeout=40)
+    assert not results
+    assert set(failures) == {0, 1, 2, 3}
+    guilty = f"rank {sender}, worker (stage {sender // 2}, replica {sender % 2}), sent a malformed message"
+    for rank, failure in failures.items():
+        assert why in failure.message, failure.message
+        if rank == receiver:
+            assert failure.kind == "MalformedMessageError"
+            assert f"Rank {sender} sent a malformed message" in failure.message
+        else:
+            assert failure.kind == "WorkerLostError"
+            assert guilty in failure.message, failure.message
+
+
+def test_an_activation_of_another_shape_names_its_receiver() -> None:
+    """Of an activation the shape is not known beforehand, so a header that tells the truth about another one is believed."""
+    results, failures = world.outcomes(fit_sending, 4, send_other_shape, 1, timeout=40)
+    assert not results
+    assert failures[3].kind == "RuntimeError"
+    for rank in (0, 1, 2):
+        assert failures[rank].kind == "WorkerLostError"
+        assert "rank 3, worker (stage 1, replica 1), failed with RuntimeError" in failures[rank].message
+
+
+def test_a_longer_message_ends_its_receiver() -> None:
+    """No Python code can catch that gloo aborts, so the others can name the victim only."""
+    results, failures = world.outcomes(fit_sending, 4, send_too_much, 3, timeout=40, answers=3)
+    assert not results
+    assert set(failures) == {0, 2, 3}
+    for failure in failures.values():
+        assert failure.kind == "WorkerLostError"
+        assert "rank 1, worker (stage 0, replica 1)" in failure.message, failure.message
+
+
+def test_a_slow_sender_is_named() -> None:
+    results, failures = world.outcomes(fit_sending, 4, send_slowly, 3, timeout=50, answers=3)
+    assert not results
+    assert set(failures) == {0, 1, 2}
+    for failure in failures.values():
+        assert failure.kind == "WorkerLostError"
+        assert "rank 3, worker (stage 1, replica 1)" in failure.message, failure.message
+        assert "a larger SentinelStrategy(timeout=...) helps" in failure.message
+
+
+# ------------------------------------------------------------------------------------------------------------------ who is killed
+
+
+class Kills(L.Callback):
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        self.ranks = ranks
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == BATCH and trainer.global_rank in self.ranks:
+            os.kill(os.getpid(), signals.SIGKILL)
+
+
+def fit_and_kill(*ranks: int) -> None:
+    fit(Kills(ranks))
+
+
+@pytest.mark.parametrize("killed", [(0,), (2, 3)])
+def test_killed_ranks_are_named(killed: tuple[int, ...]) -> None:
+    results, failures = world.outcomes(fit_and_kill, 4, *killed, timeout=40, answers=4 - len(killed))
+    assert not results
+    assert set(failures) == {0, 1, 2, 3} - set(killed)
+    for failure in failures.values():
+        assert failure.kind == "WorkerLostError"
+        assert any(f"rank {rank}, worker" in failure.message for rank in killed), failure.message
+        assert not any(f"rank {rank}, worker" in failure.message for rank in failures), failure.message
+    assert len({failure.message for failure in failures.values()}) == 1, "ranks disagree"
+
+
+# ------------------------------------------------------------------------------------------------------- signals that are no good
+
+
+def nan(signal: Tensor, context: Any) -> Tensor:
+    return torch.full_like(signal, torch.nan)
+
+
+def infinite(signal: Tensor, context: Any) -> Tensor:
+    return torch.full_like(signal, torch.inf)
+
+
+def zeros(signal: Tensor, context: Any) -> Tensor:
+    return torch.zeros_like(signal)
+
+
+WARMUP = 16
+
+
+def fit_attacked() -> dict[str, Any]:
+    found = {}
+    for attack in (nan, infinite, zeros):
+        for worker in (ls.Worker(0, 1), ls.Worker(1, 1)):
+            ours, module = strategy(verification=ls.Verification(warmup_steps=WARMUP)), tasks.Classifier()
+            injector = ls.AttackInjector(attack, workers=[worker], start_step=WARMUP + 2)
+            tasks.trainer(ours, 4, WARMUP + 12, [injector]).fit(module, tasks.loader(6, 2))
+            finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
+            found[f"{attack.__name__} by {worker}"] = worker, dict(ours.ledger.banned_at), finite
+    return found
+
+
+def test_bad_signals_do_not_reach_the_weights() -> None:
+    for found in world.run(fit_attacked, 4, timeout=80):
+        for what, (worker, banned, finite) in found.items():
+            assert set(banned) == {worker}, what
+            assert banned[worker] <= WARMUP + 2 + 5, what
+            assert finite, what
+
+
+class Watches(L.Callback):
+    """What the verifiers of the second boundary saw of the second pipeline, step by step: tainted and flagged micro-batches."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        ours: Any = trainer.strategy
+        at = ours.mesh.boundaries.index(Boundary(1, Direction.ACTIVATION)), 1
+        self.seen.append((int(ours.table.tainted[at].sum()), int(ours.table.flagged[at].sum())))
+
+
+def fit_losing_taints() -> tuple[Any, bool, list[tuple[int, int]]]:
+    ours, module = ls.SentinelStrategy(3, 2, 2, ls.Verification(warmup_steps=WARMUP), timeout=PATIENCE), tasks.Classifier()
+    attack = ls.AttackInjector(zeros, workers=[ls.Worker(0, 1)], direction="activation", start_step=WARMUP)
+    watches = Watches()
+    tasks.trainer(ours, 6, WARMUP + 10, [attack, Sends(send_untainted, by=3), watches]).fit(module, tasks.loader(6, 2))
+    finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
+    return dict(ours.ledger.banned_at), finite, watches.seen[WARMUP : WARMUP + 5]
+
+
+def test_a_lost_taint_does_not_hide_the_liar() -> None:
+    for banned, finite, seen in world.run(fit_losing_taints, 6, timeout=80):
+        assert banned == {ls.Worker(0, 1): WARMUP + 4}
+        assert finite
+        assert seen == [(0, 2)] * 5, "both micro-batches of each step, without a taint"
+
+
+# ------------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Saves(L.Callback):
+    """Saves twice to one path; before the second time something happens to the disk of rank zero."""
+
+    def __init__(self, path: Path, happens: Callable[[Path], None] | None = None) -> None:
+        self.path, self.happens = path, happens
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == BATCH and trainer.is_global_zero and self.happens is not None:
+            self.happens(self.path)
+        if batch_idx in (BATCH - 1, BATCH):
+            trainer.save_checkpoint(self.path)
+
+
+def part_of(path: Path) -> Path:
+    """Where a checkpoint is written before it replaces the previous one."""
+    return path.with_name(f".{path.name}.part")
+
+
+def disk_is_full(path: Path) -> None:
+    part_of(path).symlink_to("/dev/full")
+
+
+def kill_in_the_middle_of_the_file(path: Path) -> None:
+    """The kernel does, as soon as the file is longer than half the previous one."""
+    signals.signal(signals.SIGXFSZ, signals.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2,) * 2)
+
+
+def fit_saving(path: Path, happens: Callable[[Path], None]) -> None:
+    fit(Saves(path, happens))
+
+
+def step_of(path: Path) -> int:
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+def test_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    results, failures = world.outcomes(fit_saving, 4, path, disk_is_full, timeout=40)
+    assert not results
+    assert failures[0].kind == "OSError"
+    assert f"No space left on device: '{path}'" in failures[0].message
+    for rank in (1, 2, 3):
+        assert failures[rank].kind == "WorkerLostError"
+        assert f"rank 0, worker (stage 0, replica 0), could not save the checkpoint {path}" in failures[rank].message
+        assert "No space left on device" in failures[rank].message
+    assert os.listdir(tmp_path) == [path.name]
+    assert step_of(path) == BATCH - 1
+
+
+def resume(path: Path) -> None:
+    tasks.trainer(strategy(), 4, 6, [Saves(path)]).fit(tasks.Classifier(), tasks.loader(4, 2), ckpt_path=path)
+
+
+def test_a_kill_while_saving_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    results, failures = world.outcomes(fit_saving, 4, path, kill_in_the_middle_of_the_file, timeout=40, answers=3)
+    assert not results
+    assert set(failures) == {1, 2, 3}
+    for failure in failures.values():
+        assert failure.kind == "WorkerLostError"
+        assert "rank 0, worker (stage 0, replica 0)" in failure.message, failure.message
+    assert 0 < part_of(path).stat().st_size < path.stat().st_size
+    assert step_of(path) == BATCH - 1
+    world.run(resume, 4, path)
+    assert os.listdir(tmp_path) == [path.name]
+    assert step_of(path) == BATCH
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_part_of_a_checkpoint_is_refused(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "run.ckpt"
+    torch.save({"state_dict": tasks.Classifier().state_dict()}, path)
+    content = path.read_bytes()[: int(share * path.stat().st_size)]
+    path.write_bytes(content)
+    results, failures = world.outcomes(resume, 4, path, timeout=40)
+    assert not results
+    assert len(failures) == 4
+    for failure in failures.values():
+        assert failure.kind == "ConfigurationError"
+        assert f"{path} is not a whole checkpoint" in failure.message
+        assert "Use an earlier one" in failure.message
+    assert path.read_bytes() == content
