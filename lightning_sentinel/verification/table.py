@@ -16,7 +16,12 @@ __all__ = ["COLUMNS", "MAX_SCORE", "SignalTable", "no_rows", "signal_rows"]
 MAX_SCORE = 1e6
 """Scores end here, so that they stay finite in logs and files; a signal that is not finite has this score."""
 
+_LARGEST = 1e30
+_GROWTH = 16
+_LONGEST = 2**20
+
 COLUMNS = (*FEATURES, "score", "worst", "flagged", "tainted", "positions", "channels")
+_SCORE, _WORST = COLUMNS.index("score"), COLUMNS.index("worst")
 
 
 def signal_rows(
@@ -68,6 +73,39 @@ class SignalTable:
         present = wiring.arrange(torch.ones(rows.shape[1:3], dtype=torch.bool))[..., None]
         arranged = wiring.arrange(rows.movedim(3, 1)).movedim(1, 3)
         return cls(torch.where(present, arranged, no_rows(1)))
+
+    @classmethod
+    def believed(cls, rows: Tensor) -> SignalTable:
+        """Rows that came from others, who may have put anything there: whatever they hold, the table can be worked with.
+
+        A row with a feature or a score that is not finite is that of a signal that is not finite; flags are flags; sizes are at
+        most a few times the median of their boundary, and a million, because memory will be reserved for them.
+
+        Args:
+            rows: ``(boundaries, lanes, micro_batches, len(COLUMNS))``.
+
+        Example:
+            >>> rows = torch.full((1, 1, 1, len(COLUMNS)), torch.nan)
+            >>> table = SignalTable.believed(rows)
+            >>> float(table.column("score")), float(table.column("worst")), table.tainted.item(), table.rows.isfinite().all().item()
+            (1000000.0, -1.0, True, True)
+        """
+        rows = rows.clone()
+        features, score, worst = rows[..., : len(FEATURES)], rows[..., _SCORE], rows[..., _WORST]
+        broken = ~(features.isfinite().all(dim=-1) & score.isfinite() & worst.isfinite())
+        features.nan_to_num_(0.0, _LARGEST, -_LARGEST).clamp_(-_LARGEST, _LARGEST)
+        score.clamp_(0, MAX_SCORE).masked_fill_(broken, MAX_SCORE)
+        worst.round_().clamp_(-1, len(FEATURES) - 1).masked_fill_(broken, -1)
+        for name in ("flagged", "tainted"):
+            column = rows[..., COLUMNS.index(name)]
+            column.copy_((column != 0).to(rows.dtype))
+        for name in ("positions", "channels"):
+            size = rows[..., COLUMNS.index(name)]
+            size.nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(0, _LONGEST)
+            if size.numel():
+                sent = torch.where(size > 0, size, torch.nan).flatten(1).nanmedian(dim=1).values.nan_to_num()
+                size.copy_(torch.minimum(size, _GROWTH * sent[:, None, None]))
+        return cls(rows)
 
     def column(self, name: str) -> Tensor:
         """``(boundaries, lanes, micro_batches)``."""

@@ -1,9 +1,13 @@
-"""After workers were caught: the others do their work, and the weights are those of a run that nobody attacked."""
+"""After workers were caught: the others do their work, and the weights are those of a run that nobody attacked. And what becomes of
+workers that nothing catches, because they corrupt gradients inside their stage."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
+
+import lightning as L
+import pytest
 
 import lightning_sentinel as ls
 from lightning_sentinel.mesh import Mesh
@@ -50,3 +54,47 @@ def test_weights_and_metrics_after_bans_are_those_of_a_clean_run_on_the_same_dat
                 seen.add(name)
                 assert (value - alone["weights"][name]).abs().max() <= 1e-5, name
     assert seen == set(alone["weights"])
+
+
+class CorruptsGradients(L.Callback):
+    """One worker is honest at the boundaries, and adds something else to its stage's gradients."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, ls.SentinelStrategy)
+        if strategy.worker == ls.Worker(1, 2):
+            healthy = strategy._engine._healthy  # type: ignore[union-attr]
+            reduce, parameters = healthy.reduce, healthy._parameters
+
+            def corrupted(shares: Any) -> None:
+                for parameter in parameters:
+                    parameter.grad = -1e3 * parameter.grad
+                reduce(shares)
+
+            healthy.reduce = corrupted
+
+
+def corrupted(rules: list[str]) -> dict[str, Any]:
+    found = {}
+    for rule in rules:
+        response = ls.Response(aggregation=rule)  # type: ignore[arg-type]
+        strategy = ls.SentinelStrategy(2, 3, micro_batches=2, verification=None, response=response, timeout=tasks.PATIENCE)
+        module = tasks.Classifier("sgd")
+        run = tasks.trainer(strategy, 6, 12, [CorruptsGradients()])
+        run.fit(module, tasks.loader(8, 3))
+        found[rule] = (float(run.callback_metrics["train_loss_step"]), tasks.local_weights(module))
+    return found
+
+
+def test_a_worker_that_corrupts_its_stages_gradients_is_outvoted_by_every_robust_rule() -> None:
+    rules = ["median", "trimmed_mean", "krum", "multi_krum", "centred_clipping"]
+    ranks = world.run(corrupted, 6, [*rules, "mean"])
+    clean = tasks.fit_alone("sgd", 12, 24, {})["metrics"]["train_loss_step"]
+    for rule in rules:
+        losses = [rank[rule][0] for rank in ranks]
+        assert losses == [losses[0]] * 6
+        assert losses[0] == pytest.approx(clean, abs=0.25), rule
+        for stage in (0, 1):
+            one, *others = (ranks[Mesh(2, 3).rank(ls.Worker(stage, replica))][rule][1] for replica in range(3))
+            assert all(value.equal(other[name]) for other in others for name, value in one.items()), "replicas differ"
+    assert not abs(ranks[0]["mean"][0] - clean) < 1
