@@ -142,6 +142,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             self._wiring = self.guard.begin(step, micro_batches)
             if self.guard.audits:
                 self._rewind = Rewind(self._stage_parameters, list(self.module.buffers()), self.device)
+                self._restore_metrics = self._steps.remember_metrics()
         self._healthy.begin(self._banned)
         self._begin("training_step", arguments, micro_batches)
         if self._work:
@@ -186,6 +187,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def rewind(self) -> None:
         assert self._rewind is not None, "only what is audited is done again"
         self._rewind()
+        self._restore_metrics()
 
     @property
     def _banned(self) -> frozenset[Worker]:

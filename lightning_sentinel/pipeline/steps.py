@@ -157,14 +157,23 @@ class StepRunner:
     def unheard(self) -> Iterator[None]:
         """Run steps inside without a trace in what is logged: neither values nor the states of torchmetrics."""
         recorder, self.recorder = self.recorder, LogRecorder(self._module)
-        metrics = [metric for metric in self._module.modules() if isinstance(metric, Metric)]
-        before = [tree_map(_copied, vars(metric)) for metric in metrics]
+        restore = self.remember_metrics()
         try:
             yield
         finally:
             self.recorder = recorder
+            restore()
+
+    def remember_metrics(self) -> Callable[[], None]:
+        """Take note of the states of the module's torchmetrics. Returns what brings them back."""
+        metrics = [metric for metric in self._module.modules() if isinstance(metric, Metric)]
+        before = [tree_map(_copied, vars(metric)) for metric in metrics]
+
+        def restore() -> None:
             for metric, state in zip(metrics, before):
                 vars(metric).update(state)
+
+        return restore
 
     @property
     def _call(self) -> str:

@@ -92,6 +92,7 @@ class VirtualEngine:
             self._wiring = self.guard.begin(step, micro_batches)
             if self.guard.audits:
                 self._rewind = Rewind(self._parameters, self._buffers, self._device)
+                self._restore_metrics = self._steps.remember_metrics()
         losses = torch.zeros(2, device=self._device)
         for index in range(micro_batches):
             parts = [(replica[index], *arguments[1:]) for replica in replicas]
@@ -108,6 +109,7 @@ class VirtualEngine:
     def rewind(self) -> None:
         assert self._rewind is not None, "only what is audited is done again"
         self._rewind()
+        self._restore_metrics()
 
     def audit(self, boundary: int, signals: Tensor) -> Tensor:
         """Which of the last batch's signals are not what an honest worker of the stage computes from the same input.

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torchmetrics
 from torch import Tensor, nn
 
 import lightning_sentinel as ls
@@ -248,6 +249,25 @@ def test_random_numbers_and_statistics_are_those_of_a_run_without_liars(make: An
     if make is Normalised:
         counts = {name: int(value) for name, value in runs[1].weights.items() if name.endswith("num_batches_tracked")}
         assert len(counts) == 3 and set(counts.values()) == {(START + 3) * MICRO_BATCHES}
+
+
+class Counting(tasks.Classifier):
+    """Updates a torchmetrics object in its training step."""
+
+    def __init__(self) -> None:
+        super().__init__("sgd")
+        self.samples = torchmetrics.SumMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.samples.update(len(batch[0]))
+        return loss
+
+
+def test_metrics_count_a_step_that_is_done_again_once() -> None:
+    runs = [Run(attack, LIARS, module=Counting()) for attack in (None, ATTACKS["loud"])]
+    assert runs[1].attempts.steps.count(START) == 2
+    assert [run.module.samples.compute() for run in runs] == [(START + 3) * BATCH] * 2
 
 
 @pytest.mark.parametrize("first_lie", [START, START + 1])
