@@ -127,7 +127,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._audits = Audits(mesh, self.worker, self._kept, self._samples, self._recomputed, self.device, secret)
         self._allowances = {kind: Allowance() for kind in Kind}
         self._wiring = Wiring.of(mesh)
-        self._lane = 0
         self._work: list[Work] = []
         self._runs = {"training": 0, "predicting": 0}
         self._altered: Tensor | None = None
@@ -173,13 +172,10 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         return self.guard.settle(outcome.table, step, self._healthy.sum, audit)
 
     def _audit(self, boundary: int, signals: Tensor) -> Tensor:
-        if not bool(signals.any()):
-            return torch.zeros_like(signals)
         return self._audits.run(self._mesh.boundaries[boundary], signals, self._wiring, self.left_out, self._step)
 
     def _samples(self, part: Part) -> Any:
-        own = self._own
-        return [own[part.micro_batch], own.sizes[part.micro_batch], own.weights[part.micro_batch]]
+        return self._supply.packed(self._own, part)
 
     def _recomputed(self, direction: Direction, part: Part, evidence: Evidence) -> Tensor:
         return self._recompute(direction, part, evidence, self._arguments[1:], self._step, self._scale)
@@ -197,8 +193,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._step_name, self._arguments = step, arguments
         # Replicas may predict different numbers of batches, and train the same.
         self._runs["predicting" if step == "predict_step" else "training"] += 1
-        lane = self._wiring.lane(self.worker)
-        self._lane = -1 if lane is None else lane
         self._own = MicroBatches(arguments[0], micro_batches)
         self._work = self._supply.of_step(self._own, self._wiring, self._banned)
         self._kept.clear()
@@ -329,7 +323,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     def _peer(self, stage: int) -> int:
         """The rank that serves another stage of this lane."""
-        return self._mesh.rank(self._wiring.worker(stage, self._lane))
+        lane = self._wiring.lane(self.worker)
+        assert lane is not None, "a worker without a lane has no peers"
+        return self._mesh.rank(self._wiring.worker(stage, lane))
 
     def _keep(self, where: dict[tuple[Direction, int], Tensor], direction: Direction, micro_batch: int, signal: Tensor) -> None:
         """Until the step is settled: what may be audited."""

@@ -107,7 +107,7 @@ class Supply:
         rank = self._mesh.rank(self._worker)
         for part, sender, receiver in deliveries(wiring, self._mesh, banned):
             if rank == sender:
-                send_parcel(self._pack(own, part), receiver)
+                send_parcel(self.packed(own, part), receiver)
             elif rank == receiver:
                 received[part] = self._unpack(receive_parcel(sender, _ROOM * own.bytes), part)
         lane = wiring.lane(self._worker)
@@ -120,7 +120,8 @@ class Supply:
         # In the middle of a pipeline nobody looks at samples; their number is that of any replica's.
         return Work(part, own[part.micro_batch] if mine else None, own.sizes[part.micro_batch], own.weights[part.micro_batch])
 
-    def _pack(self, own: MicroBatches, part: Part) -> Any:
+    def packed(self, own: MicroBatches, part: Part) -> Any:
+        """One of this replica's micro-batches as it is sent: samples, how many, and their share of the batch."""
         work = self._own(own, part)
         return [work.batch, work.samples, work.weight]
 
