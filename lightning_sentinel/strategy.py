@@ -132,7 +132,6 @@ class SentinelStrategy(StageCheckpoints):
         """Training batches so far: the number that detections and attacks go by."""
         self._engine: Engine | None = None
         self._guard: Guard | None = None
-        self._roster: Roster | None = None
         self._stage_model: StageModel | None = None
         self._randomness: SeparateRandomness | None = None
         self._last_loss = math.nan
@@ -195,7 +194,7 @@ class SentinelStrategy(StageCheckpoints):
         refuse_unsupported(self.lightning_module, trainer, self.precision_plugin)
         super().setup_environment()
         self._roster = Roster(self.mesh, self.global_rank, self._store, self._timeout)
-        with self._roster.watching():
+        with self._watching():
             self._roster.meet()
             prepare(self.root_device, None if self._virtual else self._timeout)
         if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
@@ -204,10 +203,10 @@ class SentinelStrategy(StageCheckpoints):
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
-        assert self.accelerator is not None and self.lightning_module is not None and self._roster is not None
+        assert self.accelerator is not None and self.lightning_module is not None
         module = self.lightning_module
         self.accelerator.setup(trainer)
-        with self._roster.watching():
+        with self._watching():
             self._stage_model = model = cut(
                 module, self.mesh, self._partition, self._sequential, self._activation_checkpointing, self._virtual
             )

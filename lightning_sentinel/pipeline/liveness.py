@@ -153,7 +153,13 @@ class Roster:
             self._note(self._rank, f"{self._describe(self._rank)} failed with {type(error).__name__}: {_first_line(error)}")
 
     def _named(self, suspect: int | None) -> WorkerLostError:
-        gone = [rank for rank in range(self._mesh.size) if rank != self._rank and self._is_gone(rank)]
+        gone, note = self._gone(), None
+        # A process that ends closes its connections first. And who waited for the lost rank itself knows which it is, and may be
+        # about to write that down.
+        deadline = time.monotonic() + _MOMENT.total_seconds()
+        while not gone and suspect is None and note is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+            gone, note = self._gone(), self._read()
         gone = gone or ([suspect] if suspect is not None else [])
         silence = (
             f"did not answer within {self._timeout}, or its process ended; if it was only slow, a larger"
@@ -164,12 +170,14 @@ class Roster:
             rank: int | None
             rank, text = self._note(gone[0], f"{lost} {silence}")
         else:
-            note: tuple[int | None, str] | None = self._read()
             rank, text = note or (None, f"a worker {silence}")
         return WorkerLostError(f"The run cannot go on: {text}. Start it again from the last checkpoint.", rank=rank)
 
     def _describe(self, rank: int) -> str:
         return f"rank {rank}, {self._mesh.worker(rank)},"
+
+    def _gone(self) -> list[int]:
+        return [rank for rank in range(self._mesh.size) if rank != self._rank and self._is_gone(rank)]
 
     def _is_gone(self, rank: int) -> bool:
         """Whether a process of this host has ended or is stopped; of other hosts nothing is known."""
@@ -193,12 +201,10 @@ class Roster:
 
     def _read(self) -> tuple[int, str] | None:
         try:
-            if self._store is not None:
-                # Who waited for the lost rank itself knows which it is, and may be about to write that down.
-                self._store.wait(["failure"], _MOMENT)
+            if self._store is not None and self._store.check(["failure"]):
                 return _parsed(self._kept(self._store.get("failure")))
         except RuntimeError:
-            pass  # nobody wrote, or the store is gone
+            pass  # the store is gone
         return _parsed(self._file.read_bytes()) if self._file is not None and self._file.exists() else None
 
     def _kept(self, note: bytes) -> bytes:

@@ -5,6 +5,8 @@ A virtual mesh has one process, and needs none of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.distributed import Store
 from typing_extensions import override
 
-from lightning_sentinel.pipeline.liveness import connect
+from lightning_sentinel.pipeline.liveness import Roster, connect
 
 __all__ = ["ProcessStrategy"]
 
@@ -40,6 +42,7 @@ class ProcessStrategy(ParallelStrategy):
         self._timeout = timeout
         self._num_nodes = 1
         self._store: Store | None = None
+        self._roster: Roster | None = None
 
     @property
     def is_distributed(self) -> bool:
@@ -102,22 +105,36 @@ class ProcessStrategy(ParallelStrategy):
         device_backend = dist.Backend.default_device_backend_map.get(self.root_device.type, "gloo")
         return f"cpu:gloo,{self.root_device.type}:{device_backend}"
 
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Turn the loss of a peer into an error that names it, wherever ranks wait for each other."""
+        with self._roster.watching() if self._roster is not None else nullcontext():
+            yield
+
     @override
     def barrier(self, name: str | None = None) -> None:
         if dist.is_initialized():
-            dist.barrier()
+            with self._watching():
+                dist.barrier()
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         if not dist.is_initialized():
             return obj
         carrier = [obj]
-        dist.broadcast_object_list(carrier, src)
+        with self._watching():
+            dist.broadcast_object_list(carrier, src)
         return carrier[0]
 
     @override
     def reduce(self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any = "mean") -> Tensor | Any:
-        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+        with self._watching():
+            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        with self._watching():
+            return super().all_gather(tensor, group, sync_grads)
 
     @override
     def model_to_device(self) -> None:

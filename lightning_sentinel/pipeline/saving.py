@@ -17,7 +17,6 @@ from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline import checkpoint as stage_files
 from lightning_sentinel.pipeline.checkpoint_io import AtomicCheckpointIO
 from lightning_sentinel.pipeline.guard import Guard
-from lightning_sentinel.pipeline.liveness import Roster
 from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.processes import ProcessStrategy
 from lightning_sentinel.pipeline.randomness import SeparateRandomness
@@ -41,7 +40,6 @@ class StageCheckpoints(ProcessStrategy):
     ledger: Ledger
     _guard: Guard | None
     _stage_model: StageModel | None
-    _roster: Roster | None
     _randomness: SeparateRandomness | None
     _saved_groups: list[list[str]]
 
@@ -185,6 +183,6 @@ class StageCheckpoints(ProcessStrategy):
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """Computation draws its own random numbers, and the loss of a peer is reported by name."""
-        assert self._roster is not None and self._randomness is not None
-        with self._roster.watching(), self._randomness.of_computation():
+        assert self._randomness is not None
+        with self._watching(), self._randomness.of_computation():
             yield

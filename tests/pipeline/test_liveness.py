@@ -268,6 +268,9 @@ class Leaving(dist.Store):
     def wait(self, *arguments: Any) -> None:
         self._ask("wait", *arguments)
 
+    def check(self, keys: list[str]) -> bool:
+        return self._ask("check", keys)
+
 
 class TestTheStoreIsGone:
     @pytest.fixture
