@@ -28,13 +28,18 @@ def host() -> str | None:
 
 
 class Fails(L.Callback):
-    """Once in the test something happens on a machine: to the second of its processes."""
+    """Once in the test something happens on a machine: to the last of its processes."""
 
     def __init__(self, fault: str, where: str, step: int, mark: Path) -> None:
         self.fault, self.where, self.step, self.mark = fault, where, step, mark
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.local_rank == 1 and host() == self.where and trainer.global_step == self.step and not self.mark.exists():
+        if (
+            trainer.local_rank == trainer.num_devices - 1
+            and host() == self.where
+            and trainer.global_step == self.step
+            and not self.mark.exists()
+        ):
             self.mark.touch()
             getattr(self, self.fault)(trainer)
 
@@ -59,7 +64,7 @@ class Fails(L.Callback):
 
 
 class Lies(L.Callback):
-    """The second process of a machine sends zeros, wherever it sits in the mesh."""
+    """The last process of a machine sends what is no number, wherever it sits in the mesh."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -68,11 +73,11 @@ class Lies(L.Callback):
         ours: Any = trainer.strategy
         theirs = [worker for worker in ours.mesh.workers if ours.ledger.hosts.get(worker) == self.where]
         if theirs:
-            ls.AttackInjector(zeros, workers=theirs[-1:], start_step=2).setup(trainer, pl_module, stage)
+            ls.AttackInjector(nan, workers=theirs[-1:], start_step=2).setup(trainer, pl_module, stage)
 
 
-def zeros(signal: Tensor, context: Any) -> Tensor:
-    return torch.zeros_like(signal)
+def nan(signal: Tensor, context: Any) -> Tensor:
+    return torch.full_like(signal, torch.nan)
 
 
 if __name__ == "__main__":
@@ -90,7 +95,7 @@ if __name__ == "__main__":
     ]
     if given.liar is not None:
         callbacks.append(Lies(given.liar))
-    response = ls.Response(ledger=given.ledger, audit_rate=None if given.liar is None else 0.5)
+    response = ls.Response(ban_after=1, ledger=given.ledger)
     L.seed_everything(1)
     trainer = L.Trainer(
         strategy=ls.SentinelStrategy(stages=2, micro_batches=2, response=response, timeout=timedelta(seconds=15)),

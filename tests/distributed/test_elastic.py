@@ -1,4 +1,4 @@
-"""Under torchrun with restarts a run goes on from its last checkpoint on the machines that are left, without those that are banned."""
+"""Under torchrun with restarts a run goes on from its last checkpoint on the machines that are left and not banned."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ BATCH = 6
 """Samples of a replica's batch."""
 
 
-def run(directory: Path, hosts: str, *arguments: str) -> dict[str, tuple[int, str]]:
-    """Run the script on machines of these names with two processes each; the exit code of each agent, and what it said."""
+def run(directory: Path, hosts: str, least: int, processes: int, *arguments: str) -> dict[str, tuple[int, str]]:
+    """Run the script on machines of these names, of which so many must be there, with so many processes each.
+
+    Returns:
+        the exit code of each machine's agent, and what it and its processes said.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     environment |= {"PYTHONPATH": str(world.ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes=1:{len(hosts)}", "--nproc-per-node=2", "--max-restarts=3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=3"]
+    command += [f"--nnodes={least}:{len(hosts)}", f"--nproc-per-node={processes}"]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{world.free_port()}", "--rdzv-id=elastic"]
     times = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"
     script = [str(world.ROOT / "tests" / "distributed" / "elastic_script.py"), str(directory), *arguments]
@@ -68,7 +73,7 @@ def check_end(directory: Path, said: str, first: int, then: int) -> None:
 
 @pytest.mark.timeout(170)
 def test_a_run_that_loses_a_machine_goes_on_from_its_last_checkpoint_on_a_smaller_mesh(tmp_path: Path) -> None:
-    agents = run(tmp_path, "ab", "machine", "b")
+    agents = run(tmp_path, "ab", 1, 2, "machine", "b")
     code, said = agents["a"]
     assert code == 0, said[-4000:]
     assert agents["b"][0] == -signal.SIGKILL
@@ -80,26 +85,30 @@ def test_a_run_that_loses_a_machine_goes_on_from_its_last_checkpoint_on_a_smalle
 @pytest.mark.timeout(170)
 def test_a_restart_leaves_the_machine_of_a_banned_worker_out(tmp_path: Path) -> None:
     ledger = tmp_path / "kept" / "ledger.json"
-    agents = run(tmp_path, "abc", "process", "b", "--liar", "c", "--ledger", str(ledger))
+    agents = run(tmp_path, "abcd", 4, 1, "process", "b", "--liar", "c", "--ledger", str(ledger))
     said = "".join(text for _, text in agents.values())
-    assert [code for code, _ in agents.values()] == [0, 0, 0], said[-4000:]
-    assert "begins with 6 processes from nothing" in said
-    assert "Banned worker (stage 1, replica 2) at step 2" in said
-    assert "begins with 6 processes from the last checkpoint" in said
-    check_end(tmp_path, said, 3, 2)
-    for host, (_, text) in agents.items():
-        assert text.count(f"is left out: {ledger} bans its host 'c'. To let it in again remove") == (2 if host == "c" else 0)
+    assert [code for code, _ in agents.values()] == [0] * 4, said[-4000:]
+    assert said.count("begins with 4 processes from nothing") == said.count("begins with 4 processes from the last checkpoint") == 4
+    assert said.count("Banned worker (stage ") == 1
+    check_end(tmp_path, said, 2, 1)
+    waits = "It waits for the end of the run."
+    assert f"is left out: {ledger} bans its host 'c'. To let it in again remove" in agents["c"][1] and waits in agents["c"][1]
+    spare = "is left out: 2 stages x 1 replicas need 2 of the 4 processes."
+    assert sorted(host for host, (_, text) in agents.items() if waits in text) == sorted(
+        {"c", *(host for host, (_, text) in agents.items() if spare in text)}
+    )
+    assert said.count(spare) == 1 and spare not in agents["c"][1]
     (entry,) = json.loads(ledger.read_text())["banned"]
-    assert (entry["host"], entry["hosts"], entry["step"], entry["mesh"]) == ("c", 3, 2, [2, 3])
+    assert (entry["host"], entry["hosts"], entry["step"], entry["mesh"]) == ("c", 4, 2, [2, 2])
     after = Ledger()
     after.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["lightning_sentinel"]["ledger"])
-    assert not after.banned and sorted(after.hosts.values()) == ["a", "a", "b", "b"]
+    assert not after.banned and len(after.hosts) == 2 and "c" not in after.hosts.values()
 
 
 @pytest.mark.timeout(170)
 def test_a_restart_leaves_the_sender_of_a_malformed_message_out(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.json"
-    agents = run(tmp_path, "ab", "message", "b", "--ledger", str(ledger))
+    agents = run(tmp_path, "ab", 2, 2, "message", "b", "--ledger", str(ledger))
     said = "".join(text for _, text in agents.values())
     assert [code for code, _ in agents.values()] == [0, 0], said[-4000:]
     assert "MalformedMessageError" in said
