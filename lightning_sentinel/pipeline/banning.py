@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +14,7 @@ from torch.distributed import Store
 from typing_extensions import override
 
 from lightning_sentinel.config import Response
-from lightning_sentinel.errors import MalformedMessageError
+from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.admission import agree_on_admission
 from lightning_sentinel.pipeline.hosts import host_name
@@ -61,8 +62,17 @@ class LastingBans(ProcessStrategy):
 
     def _read_bans(self) -> None:
         """Read the file, if there is one. To be done before ranks meet, because then it is the same for all: nobody writes yet."""
-        path = self._response.ledger
-        self._filed = read_bans(path) if path is not None and Path(path).exists() else None
+        if self._response.ledger is None:
+            return
+        path = Path(self._response.ledger)
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ConfigurationError(
+                f"Response(ledger={str(path)!r}) cannot be written: {folder} is "
+                + ("read-only." if folder.is_dir() else "no folder.")
+                + " Choose a path that all machines can read and write, such as one beside the checkpoints."
+            )
+        self._filed = read_bans(path) if path.exists() else None
 
     def _take_over_bans(self) -> None:
         """Those that the user names, and those in the file."""
@@ -131,5 +141,7 @@ class LastingBans(ProcessStrategy):
 def _told(before: Ledger, here: Sequence[Worker], imported: Sequence[Worker]) -> str:
     places = [f"{worker}" + (f" on {before.hosts[worker]!r}" if worker in before.hosts else "") for worker in sorted(before.banned)]
     banned = ", ".join(map(str, sorted({*here, *imported}))) or "nobody"
-    why = "here that machine, if it is among these, has other places" if before.hosts else "here those places are other machines'"
-    return f"Banned there were {', '.join(places)}; {why}, so banned here are: {banned}."
+    return (
+        f"Banned there were {', '.join(places)}; here those places may be other machines', so banned are: {banned}. See that no"
+        " machine is among these that should not be, or name its places in Response(banned=[...])."
+    )
