@@ -199,12 +199,12 @@ class SentinelStrategy(StageCheckpoints):
         super().setup_environment()
         if isinstance(self.cluster_environment, RenumberedEnvironment):
             check_replicas(self.mesh, self._verification, self._response)
-        self._read_bans()
         self._roster = Roster(self.mesh, self.global_rank, self._store, self._timeout)
         with self._roster.watching():
             self._roster.meet()
             self.ledger.hosts = dict(zip(self.mesh.workers, self._hosts))
             prepare(self.root_device, None if self._virtual else self._timeout)
+            self._read_bans()
         if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
             # What was found is logged without being asked for, as Lightning adds a progress bar without being asked for one.
             trainer.callbacks.append(SentinelMonitor())  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -41,11 +42,11 @@ class Candidate(NamedTuple):
 
     Args:
         host: its machine.
-        banned: the machines that its ledger bans; ``None`` if it has no such file.
+        banned: the machines that its ledger bans.
     """
 
     host: str
-    banned: tuple[str, ...] | None
+    banned: tuple[str, ...]
 
 
 class Admission(NamedTuple):
@@ -63,22 +64,23 @@ class Admission(NamedTuple):
 
 
 def outvoted(candidates: Sequence[Candidate]) -> frozenset[str]:
-    """The machines that most others ban, of those that have a ledger; where all read the same file, those in the file.
+    """The machines that most others ban; where all read the same file, those in the file.
 
-    Each machine has one vote, by its lowest rank, and none on itself: a banned one cannot let itself in, nor put others out.
+    Each machine has one vote, by its lowest rank, and none on itself, unless it is alone: a banned one cannot let itself in, nor
+    put others out.
 
     Example:
         >>> outvoted([Candidate("a", ("b",)), Candidate("b", ("a", "c")), Candidate("c", ("b",))])
         frozenset({'b'})
     """
-    ballots: dict[str, tuple[str, ...] | None] = {}
+    ballots: dict[str, tuple[str, ...]] = {}
     for candidate in candidates:
         ballots.setdefault(candidate.host, candidate.banned)
-    votes = Counter(host for voter, banned in ballots.items() for host in set(banned or ()) if host != voter)
-    voters = {host: sum(banned is not None for voter, banned in ballots.items() if voter != host) for host in votes}
-    alone = ballots.keys() if len(ballots) == 1 else ()
-    banned_alone = {host for host in alone if host in (ballots[host] or ())}
-    return frozenset(host for host, number in votes.items() if 2 * number > voters[host]) | banned_alone
+    others = max(len(ballots) - 1, 1)
+    votes = Counter(
+        host for voter, banned in ballots.items() for host in set(banned) & ballots.keys() if host != voter or len(ballots) == 1
+    )
+    return frozenset(host for host, number in votes.items() if 2 * number > others)
 
 
 def admit(candidates: Sequence[Candidate], ledger: Path | str, stages: int | None, replicas: int | None) -> Admission:
@@ -101,10 +103,9 @@ def admit(candidates: Sequence[Candidate], ledger: Path | str, stages: int | Non
     """
     banned = outvoted(candidates)
     left = [rank for rank, candidate in enumerate(candidates) if candidate.host not in banned]
-    present = sorted(banned & {candidate.host for candidate in candidates})
-    if present:
+    if banned:
         who = (
-            f"{len(left)} of the {len(candidates)} processes are left, because {ledger} bans {', '.join(map(repr, present))}"
+            f"{len(left)} of the {len(candidates)} processes are left, because {ledger} bans {', '.join(map(repr, sorted(banned)))}"
             ", on which the others are"
         )
         remedy = f"Start on more machines, or remove the entries of machines that you trust again from {ledger}."
@@ -116,7 +117,7 @@ def admit(candidates: Sequence[Candidate], ledger: Path | str, stages: int | Non
             raise MeshExhaustedError(f"Not enough processes can take part: {who}. {error} {remedy}") from error
     else:
         mesh = Mesh.largest(len(left), stages, replicas)
-    return Admission(mesh, tuple(left[: mesh.size]), frozenset(present))
+    return Admission(mesh, tuple(left[: mesh.size]), banned)
 
 
 def agree_on_admission(
@@ -139,17 +140,24 @@ def agree_on_admission(
         MeshExhaustedError: if there are too few.
         ConfigurationError: if ``ledger`` is not a ledger; or if rank zero is banned, and the others meet at its process.
     """
-    own = tuple(sorted(banned_hosts(read_bans(ledger)))) if Path(ledger).exists() else None
-    store.set(f"started/{rank}", json.dumps([host_name(), own]))
+    own = banned_hosts(read_bans(ledger))
+    store.set(f"started/{rank}", json.dumps([host_name(), sorted(own)]))
     candidates = []
     for other in range(world_size):
         host, banned = json.loads(store.get(f"started/{other}"))
-        candidates.append(Candidate(host, None if banned is None else tuple(banned)))
+        candidates.append(Candidate(host, tuple(banned)))
     admission = admit(candidates, ledger, stages, replicas)
     if candidates[0].host in admission.banned and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ConfigurationError(
             f"The run was started from {candidates[0].host!r}, where its processes would meet, and {ledger} bans that host. Start"
             " it from another machine, with that one's address, or remove its entries from the file."
+        )
+    overruled = sorted(own & {candidate.host for candidate in candidates} - admission.banned)
+    if overruled:
+        warnings.warn(
+            f"Here {ledger} bans {', '.join(map(repr, overruled))}, and on most machines it does not, so they take part. Give all"
+            " machines the same file.",
+            stacklevel=2,
         )
     if rank not in admission.ranks:
         print(_why_left_out(candidates[rank].host, rank, len(candidates), admission, ledger), flush=True)

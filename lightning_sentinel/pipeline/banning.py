@@ -61,7 +61,7 @@ class LastingBans(ProcessStrategy):
         return (host_name(),) * self.mesh.size if self._virtual else self._roster.hosts
 
     def _read_bans(self) -> None:
-        """Read the file, if there is one. To be done before ranks meet, because then it is the same for all: nobody writes yet."""
+        """Read the file, if there is one. All do, so that all say what is wrong with it; what rank zero read counts."""
         if self._response.ledger is None:
             return
         path = Path(self._response.ledger)
@@ -72,7 +72,9 @@ class LastingBans(ProcessStrategy):
                 + ("read-only." if folder.is_dir() else "no folder.")
                 + " Choose a path that all machines can read and write, such as one beside the checkpoints."
             )
-        self._filed = read_bans(path) if path.exists() else None
+        entries = [ban.entry() for ban in read_bans(path)] if path.exists() else None
+        entries = self.broadcast(entries)
+        self._filed = None if entries is None else [Ban.from_entry(entry) for entry in entries]
 
     def _take_over_bans(self) -> None:
         """Those that the user names, and those in the file."""
