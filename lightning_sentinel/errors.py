@@ -59,15 +59,17 @@ class MalformedMessageError(SentinelError, ValueError):
     Args:
         message: what was expected, and what came.
         rank: the rank that sent it, if it is known.
+        taken: whether all of it was taken off the wire, so that the sender's next message can be received.
 
     Example:
         >>> MalformedMessageError("Expected 4 axes; what came announces 9.", rank=3).rank
         3
     """
 
-    def __init__(self, message: str, rank: int | None = None) -> None:
+    def __init__(self, message: str, rank: int | None = None, taken: bool = False) -> None:
         super().__init__(message)
         self.rank = rank
+        self.taken = taken
 
 
 class MeshExhaustedError(SentinelError, RuntimeError):

@@ -30,8 +30,9 @@ from lightning_sentinel.pipeline.deepspeed_setup import check_engine
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients
 from lightning_sentinel.pipeline.guard import Guard, Ruling
-from lightning_sentinel.pipeline.headers import Allowance, Expected, Kind, Place
+from lightning_sentinel.pipeline.headers import Kind, Place
 from lightning_sentinel.pipeline.healthy import HealthyStage
+from lightning_sentinel.pipeline.inbox import Inbox
 from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.predictions import share_predictions
 from lightning_sentinel.pipeline.randomness import seed_forward
@@ -41,7 +42,6 @@ from lightning_sentinel.pipeline.shares import Shares
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
 from lightning_sentinel.pipeline.supply import Supply, Work
 from lightning_sentinel.pipeline.transport import Transport
-from lightning_sentinel.verification.projection import Projection
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["SentinelEngine"]
@@ -124,8 +124,10 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._kept = Kept()
         self._recompute = Recomputation(self.module, self.stage_id, self.is_last_stage(), steps, self.device, seed, forward_context)
         secret = 0 if guard is None else guard.secret
-        self._audits = Audits(mesh, self.worker, self._kept, self._samples, self._recomputed, self.device, secret)
-        self._allowances = {kind: Allowance() for kind in Kind}
+        self._audits = Audits(
+            mesh, self.worker, self._kept, lambda part: self._supply.packed(self._own, part), self._recomputed, self.device, secret
+        )
+        self._inbox = Inbox(transport, self.device, self._try_out)
         self._wiring = Wiring.of(mesh)
         self._work: list[Work] = []
         self._runs = {"training": 0, "predicting": 0}
@@ -174,11 +176,12 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _audit(self, boundary: int, signals: Tensor) -> Tensor:
         return self._audits.run(self._mesh.boundaries[boundary], signals, self._wiring, self.left_out, self._step)
 
-    def _samples(self, part: Part) -> Any:
-        return self._supply.packed(self._own, part)
-
     def _recomputed(self, direction: Direction, part: Part, evidence: Evidence) -> Tensor:
         return self._recompute(direction, part, evidence, self._arguments[1:], self._step, self._scale)
+
+    def _try_out(self, activation: Tensor, micro_batch: int) -> Tensor:
+        part, batch, samples, weight = self._work[micro_batch]
+        return self._recomputed(Direction.ACTIVATION, part, Evidence(batch, samples, weight, activation, None))
 
     def rewind(self) -> None:
         assert self._rewind is not None, "only what is audited is done again"
@@ -196,6 +199,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._own = MicroBatches(arguments[0], micro_batches)
         self._work = self._supply.of_step(self._own, self._wiring, self._banned)
         self._kept.clear()
+        self._inbox.begin(replaces=step == "training_step" and self.guard is not None and self.guard.answers)
         self._steps.new_records()
         self._results: dict[Part, Any] = {}
         self._loss = torch.zeros(2, device=self.device)
@@ -237,7 +241,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
         if self.is_first_stage():
             with self._forward_context():
-                self.pipe_buffers["inputs"][buffer_id] = self._steps.input_of(self._step_name, self._part(micro_batch))
+                inputs = self._steps.input_of(self._step_name, self._part(micro_batch))
+            self._inbox.loaded(inputs, micro_batch)
+            self.pipe_buffers["inputs"][buffer_id] = inputs
             self.pipe_buffers["taints"][buffer_id] = self._untainted
 
     def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
@@ -286,17 +292,15 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.pipe_buffers["inputs"][buffer_id] = None
 
     def _exec_recv_activation(self, buffer_id: int, micro_batch: int) -> None:
-        allowance, place = self._allowances[Kind.ACTIVATION], self._place(Kind.ACTIVATION, micro_batch)
-        signal, tainted = self._transport.receive(self._peer(self.stage_id - 1), place, allowance.expected())
-        allowance.saw(signal)
+        sender, place = self._peer(self.stage_id - 1), self._place(Kind.ACTIVATION, micro_batch)
+        signal, tainted = self._inbox.activation(sender, place, self._work[micro_batch].samples)
         self._keep(self._kept.received, Direction.ACTIVATION, micro_batch, signal)
         self.pipe_buffers["inputs"][buffer_id] = signal.requires_grad_()
         self.pipe_buffers["taints"][buffer_id] = tainted
 
     def _exec_recv_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        expected = Expected.like(self.pipe_buffers["outputs"][buffer_id])
-        place = self._place(Kind.GRADIENT, micro_batch)
-        signal, tainted = self._transport.receive(self._peer(self.stage_id + 1), place, expected)
+        output, place = self.pipe_buffers["outputs"][buffer_id], self._place(Kind.GRADIENT, micro_batch)
+        signal, tainted = self._inbox.gradient(self._peer(self.stage_id + 1), place, output)
         self._keep(self._kept.received, Direction.GRADIENT, micro_batch, signal)
         self.pipe_buffers["output_tensors"][buffer_id] = signal
         self.pipe_buffers["taints"][buffer_id] = tainted
@@ -345,11 +349,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         tainted, before = self.pipe_buffers["taints"][buffer_id], self._mesh.before(boundary)
         received = None
         if before is not None and self.guard.compares_inputs:
-            kind = _NOTES[direction]
-            expected = self._allowances[kind].expected(numbers=range(1, 2**31))
-            note, channels = self._transport.receive_note(self._peer(before.sender), self._place(kind, micro_batch), expected)
-            self._allowances[kind].saw(note)
-            received = Projection(note, channels)
+            received = self._inbox.note(self._peer(before.sender), self._place(_NOTES[direction], micro_batch))
         signal, tainted = self.guard.receive(boundary, signal, tainted.view(1), received)
         self.pipe_buffers["taints"][buffer_id] = tainted[0]
         return signal
@@ -376,7 +376,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._keep(self._kept.sent, direction, micro_batch, signal)
         boundary = Boundary(self.stage_id - (direction is Direction.GRADIENT), direction)
         taint, place = self.pipe_buffers["taints"][buffer_id], self._place(_SIGNALS[direction], micro_batch)
-        self._transport.send(signal, taint, self._peer(boundary.receiver), place)
+        news = direction is Direction.ACTIVATION and self._inbox.is_news(micro_batch)
+        self._transport.send(signal, taint, self._peer(boundary.receiver), place, news)
         after = self._mesh.after(boundary)
         if self.guard is not None and after is not None and self._step_name == "training_step":
             note = self.guard.project(after, signal)

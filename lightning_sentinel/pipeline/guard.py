@@ -112,6 +112,11 @@ class Guard:
         """Whether flagged micro-batches are kept out of the weights at receipt. Audits decide at the end of the step instead."""
         return self._response.on_flag == "exclude" and not self.audits
 
+    @property
+    def answers(self) -> bool:
+        """Whether a sender answers for a signal that says nothing, and the signal does not reach the weights."""
+        return self.excludes or self.audits
+
     def wiring(self, step: int, micro_batches: int = 1) -> Wiring:
         """Who would serve which lane in a step, by the bans of now.
 

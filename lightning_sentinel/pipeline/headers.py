@@ -18,12 +18,14 @@ from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 
-__all__ = ["DTYPES", "HEADER_WORDS", "Allowance", "Expected", "Header", "Kind", "Place", "decode", "encode"]
+__all__ = ["DTYPES", "HEADER_WORDS", "Allowance", "Expected", "Header", "Kind", "Place", "decode", "encode", "extent"]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """What can cross a boundary. The place in this tuple goes over the wire: append only, or count ``_MAGIC`` up."""
 
 _MOST_AXES = 8
+# A message may be so many times as large as the largest one before it, or as the one that is due.
+_GROWTH = 16
 # Says that this is a header of ours, and in its last byte which layout it has.
 _MAGIC = int.from_bytes(b"sentine\x01", "big")
 HEADER_WORDS = 7 + _MOST_AXES
@@ -70,21 +72,19 @@ class Expected:
 
     Args:
         dtypes: each of them will do.
-        most_elements: the largest message there is memory for, where sizes of 0 count as 1; not looked at if ``shape`` is known.
+        most_elements: the largest message there is memory for, where sizes of 0 count as 1.
         shape: the exact shape, if it is known, as that of a gradient is from the forward pass.
-        channels: size of the last axis, if it is known.
         samples: size of the first axis, if it is known.
-        numbers: what may stand in the header besides; 0 alone for signals, which have no number.
+        numbers: what may stand in the header besides; 0 alone for gradients, which have no number.
 
     Example:
-        >>> Expected((torch.float32,), most_elements=4096, channels=64).channels
-        64
+        >>> Expected((torch.float32,), most_elements=4096, samples=8).samples
+        8
     """
 
     dtypes: tuple[torch.dtype, ...]
     most_elements: int
     shape: tuple[int, ...] | None = None
-    channels: int | None = None
     samples: int | None = None
     numbers: range = range(1)
 
@@ -96,36 +96,53 @@ class Expected:
             >>> Expected.like(torch.ones(2, 3)).shape
             (2, 3)
         """
-        return cls((tensor.dtype,), tensor.numel(), tuple(tensor.shape))
+        return cls((tensor.dtype,), _GROWTH * tensor.numel(), tuple(tensor.shape))
 
 
 class Allowance:
     """What is allowed of signals whose shape is not known beforehand, because samples may differ in length.
 
-    The first may fill a quarter of the memory that is free; later ones have its dtype, and may be a few times as large as the
-    largest so far.
+    The first may fill a quarter of the memory that is free; later ones have its dtype, as many samples as the micro-batch if it
+    had, and may be a few times as large as the largest so far.
 
     Example:
         >>> allowance = Allowance()
-        >>> allowance.saw(torch.ones(8, 4096))
-        >>> allowance.expected().most_elements
-        524288
+        >>> allowance.saw(torch.ones(8, 4096), samples=8)
+        >>> allowance.expected(samples=2)
+        Expected(dtypes=(torch.float32,), most_elements=524288, shape=None, samples=2, numbers=range(0, 1))
+        >>> allowance.usual(samples=2)
+        (2, 4096)
     """
-
-    _GROWTH = 16
 
     def __init__(self) -> None:
         self._largest = 0
         self._dtypes: tuple[torch.dtype, ...] = DTYPES
+        self._last: tuple[int, ...] | None = None
+        self._by_samples = False
 
-    def expected(self, numbers: range = range(1)) -> Expected:
-        """What may come next."""
-        most = self._GROWTH * self._largest if self._largest else psutil.virtual_memory().available // 16
-        return Expected(self._dtypes, most, numbers=numbers)
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Each of them will do."""
+        return self._dtypes
 
-    def saw(self, signal: Tensor) -> None:
-        """Take note of a signal that came."""
+    def expected(self, samples: int | None = None, numbers: range = range(1)) -> Expected:
+        """What may come next.
+
+        Args:
+            samples: of the micro-batch, if that is to be looked at.
+            numbers: of a note.
+        """
+        most = _GROWTH * self._largest if self._largest else psutil.virtual_memory().available // 16
+        return Expected(self._dtypes, most, samples=samples if self._by_samples else None, numbers=numbers)
+
+    def saw(self, signal: Tensor, samples: int | None = None) -> None:
+        """Take note of a signal that came and was as it should be; ``samples`` as in :meth:`expected`."""
         self._largest, self._dtypes = max(self._largest, signal.numel()), (signal.dtype,)
+        self._last, self._by_samples = tuple(signal.shape), signal.shape[:1] == (samples,)
+
+    def usual(self, samples: int) -> tuple[int, ...] | None:
+        """The shape of the last signal, for so many samples; ``None`` if there was none."""
+        return (samples, *self._last[1:]) if self._last and self._by_samples else self._last
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,7 @@ class Header:
     Args:
         shape: of the tensor that follows.
         dtype: of the tensor that follows.
-        number: goes along with notes: the channels of the signal that the note is about.
+        number: of a note, the channels of the signal that it is about; of an activation, 1 if its shape is news to its sender.
     """
 
     shape: tuple[int, ...]
@@ -197,6 +214,34 @@ def decode(header: Tensor, place: Place, expected: Expected) -> Header:
     raise MalformedMessageError(f"Expected the {place}; what came {wrong}.")
 
 
+def extent(header: Tensor, expected: Expected) -> tuple[Place, torch.dtype, int] | None:
+    """What a header that was refused says of the elements behind it, so that they can be taken off the wire.
+
+    Args:
+        header: ``(HEADER_WORDS,)``, int64, on the host: any integers at all.
+        expected: what was allowed; how much memory there is.
+
+    Returns:
+        which message it says it is, dtype, and number of elements; ``None`` if that is no message of ours, or too large a one.
+
+    Example:
+        >>> due = Place(12, 3, Kind.GRADIENT)
+        >>> extent(encode(due, (2, 5), torch.float64), Expected.like(torch.ones(2, 4)))
+        (Place(step=12, slot=3, kind=<Kind.GRADIENT: 2>), torch.float64, 10)
+        >>> extent(encode(due, (2**31, 2**31), torch.float32), Expected.like(torch.ones(2, 4)))
+    """
+    magic, step, slot, kind, dtype, _, axes, *sizes = header.tolist()
+    known = magic == _MAGIC and kind in tuple(Kind) and 0 <= dtype < len(DTYPES) and 0 <= axes <= _MOST_AXES
+    if not known or min(sizes) < 0 or any(sizes[axes:]) or _elements(sizes[:axes], ignoring_zeros=True) > expected.most_elements:
+        return None
+    return Place(step, slot, Kind(kind)), DTYPES[dtype], _elements(sizes[:axes])
+
+
+def _elements(shape: Sequence[int], ignoring_zeros: bool = False) -> int:
+    """Of a shape. An empty tensor can have sizes whose product overflows in what is computed from them."""
+    return math.prod(size for size in shape if size or not ignoring_zeros)
+
+
 def _wrong_place(magic: int, step: int, slot: int, kind: int, place: Place) -> str:
     if magic != _MAGIC:
         return f"does not begin as a header of this version does: word {magic}, not {_MAGIC}"
@@ -229,11 +274,8 @@ def _wrong_layout(dtype: int, number: int, axes: int, sizes: list[int], expected
 def _wrong_shape(shape: tuple[int, ...], expected: Expected) -> str:
     if expected.shape is not None:
         return "" if shape == expected.shape else f"announces shape {shape}, not {expected.shape}"
-    # Without the zeros: an empty tensor can have sizes whose product overflows in what is computed from them.
-    if math.prod(size for size in shape if size) > expected.most_elements:
+    if _elements(shape, ignoring_zeros=True) > expected.most_elements:
         return f"announces sizes {list(shape)}, and there is memory for {expected.most_elements} elements"
-    if expected.channels is not None and shape[-1:] != (expected.channels,):
-        return f"announces shape {shape}, whose last axis should have {expected.channels} channels"
     if expected.samples is not None and shape[:1] != (expected.samples,):
         return f"announces shape {shape}, whose first axis should have {expected.samples} samples"
     return ""

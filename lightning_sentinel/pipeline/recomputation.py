@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,10 @@ class Recomputation:
         arguments = (evidence.batch, *rest)
         backward = direction is Direction.GRADIENT
         seed_forward(self.device, self.seed, step, *part, self.stage)
-        with torch.set_grad_enabled(backward), self.steps.unheard(), self.forward_context():
+        with ExitStack() as stack:
+            stack.callback(restore)
+            for context in (torch.set_grad_enabled(backward), self.steps.unheard(), self.forward_context()):
+                stack.enter_context(context)
             if evidence.activation is None:
                 inputs = leaf = self.steps.input_of("training_step", arguments)
             else:
@@ -72,5 +75,4 @@ class Recomputation:
                     result = self.steps.finish("training_step", arguments, signal, evidence.samples, counts)
                     signal = loss_of(result, "training_step") * (evidence.weight * scale)
                 (signal,) = torch.autograd.grad(signal, leaf, evidence.gradient)
-        restore()
         return signal.detach()

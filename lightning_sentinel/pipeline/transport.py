@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, WorkerLostError
-from lightning_sentinel.pipeline.headers import HEADER_WORDS, Expected, Place, decode, encode
+from lightning_sentinel.pipeline.headers import HEADER_WORDS, Expected, Header, Kind, Place, decode, encode, extent
 from lightning_sentinel.pipeline.liveness import is_lost_connection
 
 __all__ = ["Transport"]
@@ -43,9 +43,10 @@ _UNTOUCHED = -1
 class Transport:
     """Sends signals to, and receives them from, other ranks.
 
-    A rank whose message was malformed is not listened to again: what it sent after that header is still under way, and would be
-    taken for the next message. With gloo that rank waits, until the group's timeout, for somebody to take it. Sending to it goes
-    on, because others wait for what it makes of that.
+    A malformed message is taken off the wire if its header tells how much that is, and there is memory for it; then the sender's
+    next message can be received. Else the rank is not listened to again: what it sent after that header is still under way, and
+    would be taken for the next message. With gloo that rank waits, until the group's timeout, for somebody to take it. Sending to
+    it goes on, because others wait for what it makes of that.
 
     Args:
         device: where signals live.
@@ -59,20 +60,21 @@ class Transport:
         self._wire = torch.device("cpu") if mode == "host" else device
         self._under_way: list[tuple[int, dist.Work, Tensor]] = []
         self._broken: dict[int, str] = {}
+        self._latest: dict[tuple[int, Kind], Place] = {}
 
-    def send(self, signal: Tensor, tainted: Tensor, rank: int, place: Place) -> None:
-        """Send a signal of any shape, and its taint (0-dim bool).
+    def send(self, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int = 0) -> None:
+        """Send a signal of any shape, its taint (0-dim bool), and a number with its header.
 
         Raises:
             PipelineModelError: if the signal is no tensor that can cross a boundary.
             WorkerLostError: if ``rank`` does not answer.
         """
-        for message in self._messages(signal, tainted, place):
+        for message in self._messages(signal, tainted, place, number):
             with _naming(rank):
                 dist.send(message, rank)
 
-    def receive(self, rank: int, place: Place, expected: Expected) -> tuple[Tensor, Tensor]:
-        """Receive a signal and its taint.
+    def receive(self, rank: int, place: Place, expected: Expected) -> tuple[Tensor, Tensor, int]:
+        """Receive a signal, its taint, and its number.
 
         Args:
             rank: the sender.
@@ -80,14 +82,41 @@ class Transport:
             expected: what is allowed of it.
 
         Returns:
-            the signal, in memory of its own, and the 0-dim bool taint: true unless the sender wrote exactly 0.
+            the signal, in memory of its own; the 0-dim bool taint, true unless the sender wrote exactly 0; the number.
 
         Raises:
-            MalformedMessageError: if something else came, now or before.
+            MalformedMessageError: if something else came, now or before. A message that came twice spoils the one behind it.
             WorkerLostError: if ``rank`` does not answer.
         """
-        signal, tainted, _ = self._receive(rank, place, expected)
-        return signal, tainted
+        if rank in self._broken:
+            raise MalformedMessageError(
+                f"Rank {rank} is not listened to, not for the {place} either, since it sent a malformed message."
+                f" {self._broken[rank]} Leave it out of the pipeline, or start the run again.",
+                rank=rank,
+            )
+        try:
+            header = self._header(rank, place, expected)
+            message = self._elements(rank, header.dtype, math.prod(header.shape) + 1)
+            # A device would have to be waited for. There the mark is not zero, and makes the signal a tainted one.
+            if self._wire.type == "cpu" and message[-1] == _UNTOUCHED:
+                raise MalformedMessageError(
+                    f"Expected the {place}; what came has fewer elements than the {len(message)} of shape {header.shape} and flag"
+                    " that its header announces.",
+                    taken=True,
+                )
+        except MalformedMessageError as error:
+            if not error.taken:
+                self._broken[rank] = str(error)
+            raise MalformedMessageError(
+                f"Rank {rank} sent a malformed message. {error} Nothing of it was used. See that the rank runs the same release and"
+                " settings as this one; if it does, it is faulty or hostile, and has to go.",
+                rank=rank,
+                taken=error.taken,
+            ) from error
+        finally:
+            self._latest[rank, place.kind] = place
+        message = message.to(self._device)
+        return message[:-1].view(header.shape), message[-1].bool(), header.number
 
     def send_note(self, note: Tensor, number: int, rank: int, place: Place) -> None:
         """Send a tensor, and a number with its header, without waiting; :meth:`finish_notes` does.
@@ -109,7 +138,7 @@ class Transport:
             MalformedMessageError: if something else came, now or before.
             WorkerLostError: if ``rank`` does not answer.
         """
-        note, _, number = self._receive(rank, place, expected)
+        note, _, number = self.receive(rank, place, expected)
         return note, number
 
     def finish_notes(self) -> None:
@@ -128,43 +157,41 @@ class Transport:
         header = encode(place, tensor.shape, tensor.dtype, number)
         return header, torch.cat((tensor.detach().reshape(-1), last.to(tensor.dtype).reshape(1))).to(self._wire)
 
-    def _receive(self, rank: int, place: Place, expected: Expected) -> tuple[Tensor, Tensor, int]:
-        with self._believing_only_what_is_due(rank, place):
-            words = torch.full((HEADER_WORDS,), _UNTOUCHED, dtype=torch.int64)
-            with _naming(rank):
-                dist.recv(words, rank)
-            header = decode(words, place, expected)
-            message = torch.empty(math.prod(header.shape) + 1, dtype=header.dtype, device=self._wire)
-            message[-1] = _UNTOUCHED
-            with _naming(rank):
-                dist.recv(message, rank)
-            # A device would have to be waited for. There the mark is not zero, and makes the signal a tainted one.
-            if self._wire.type == "cpu" and message[-1] == _UNTOUCHED:
-                raise MalformedMessageError(
-                    f"Expected the {place}; what came has fewer elements than the {len(message)} of shape {header.shape} and flag"
-                    " that its header announces."
-                )
-        message = message.to(self._device)
-        return message[:-1].view(header.shape), message[-1].bool(), header.number
-
-    @contextmanager
-    def _believing_only_what_is_due(self, rank: int, place: Place) -> Iterator[None]:
-        """Say whose message was malformed, and listen to that rank no more."""
-        if rank in self._broken:
-            raise MalformedMessageError(
-                f"Rank {rank} is not listened to, not for the {place} either, since it sent a malformed message."
-                f" {self._broken[rank]} Leave it out of the pipeline, or start the run again.",
-                rank=rank,
-            )
+    def _header(self, rank: int, place: Place, expected: Expected) -> Header:
+        """Of the message that is due. What comes in its place is taken off the wire, and so is one that came before, once."""
+        words = self._words(rank)
         try:
-            yield
+            return decode(words, place, expected)
         except MalformedMessageError as error:
-            self._broken[rank] = str(error)
-            raise MalformedMessageError(
-                f"Rank {rank} sent a malformed message. {error} Nothing of it was used. See that the rank runs the same release and"
-                " settings as this one; if it does, it is faulty or hostile, and has to go.",
-                rank=rank,
-            ) from error
+            came = self._take(words, rank, expected)
+            error.taken = came is not None
+            if came is not None and came == self._latest.get((rank, came.kind)):
+                # The one that is due is behind it, unless the sender goes on like this.
+                error.taken = self._take(self._words(rank), rank, expected) == place
+            raise
+
+    def _take(self, words: Tensor, rank: int, expected: Expected) -> Place | None:
+        """Take the elements behind a header off the wire. ``None`` if nobody can tell how many they are, or they are too many."""
+        found = extent(words, expected)
+        if found is None:
+            return None
+        place, dtype, elements = found
+        self._elements(rank, dtype, elements + 1)
+        return place
+
+    def _words(self, rank: int) -> Tensor:
+        words = torch.full((HEADER_WORDS,), _UNTOUCHED, dtype=torch.int64)
+        with _naming(rank):
+            dist.recv(words, rank)
+        return words
+
+    def _elements(self, rank: int, dtype: torch.dtype, number: int) -> Tensor:
+        """``(number,)``, on the wire's device, with a mark at the end that tells whether so many came."""
+        message = torch.empty(number, dtype=dtype, device=self._wire)
+        message[-1] = _UNTOUCHED
+        with _naming(rank):
+            dist.recv(message, rank)
+        return message
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def test_there_and_back(wire: Wire, signal: Tensor, taint: Tensor, mode: str) ->
     transport = Transport(CPU, mode)  # type: ignore[arg-type]
     transport.send(signal, taint, 1, DUE)
     assert [len(message) for message in wire.messages] == [HEADER_WORDS, signal.numel() + 1]
-    received, tainted = transport.receive(1, DUE, ANY)
+    received, tainted, _ = transport.receive(1, DUE, ANY)
     assert received.dtype == signal.dtype
     assert torch.equal(received, signal)
     assert received.is_contiguous()
@@ -102,7 +102,7 @@ def test_there_and_back(wire: Wire, signal: Tensor, taint: Tensor, mode: str) ->
 def test_a_gradient_of_known_shape(wire: Wire, taint: Tensor) -> None:
     transport, signal = Transport(CPU), torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
     transport.send(signal, taint, 1, at(2, Kind.GRADIENT))
-    received, tainted = transport.receive(1, at(2, Kind.GRADIENT), Expected.like(torch.zeros(3, 2)))
+    received, tainted, _ = transport.receive(1, at(2, Kind.GRADIENT), Expected.like(torch.zeros(3, 2)))
     assert torch.equal(received, signal)
     assert bool(tainted) == bool(taint)
 
@@ -113,7 +113,7 @@ def test_a_gradient_of_known_shape(wire: Wire, taint: Tensor) -> None:
 )
 def test_any_flag_but_zero_is_a_taint(wire: Wire, flag: float, tainted: bool, dtype: torch.dtype) -> None:
     wire.messages.extend((encode(DUE, (2,), dtype), torch.tensor([3.0, 4.0, flag], dtype=dtype)))
-    signal, its = Transport(CPU).receive(1, DUE, ANY)
+    signal, its, _ = Transport(CPU).receive(1, DUE, ANY)
     assert signal.tolist() == [3.0, 4.0]
     assert bool(its) is tainted
 
@@ -262,6 +262,22 @@ class TestMalformed:
         assert message.startswith("Rank 3 sent a malformed message. Expected the activation of step 5, micro-batch 1; what came ")
         assert reason in message and "See that the rank runs the same release" in message
 
+    @pytest.mark.parametrize("kind", ["late", "early", "of another kind", "no flag", "no elements"])
+    def test_the_next_message_is_received(self, wire: Wire, kind: str) -> None:
+        transport = Transport(CPU)
+        wire.messages.extend(self.MALFORMED[kind][0])
+        with pytest.raises(MalformedMessageError) as raised:
+            transport.receive(3, at(1), ANY)
+        assert raised.value.taken
+        transport.send(torch.ones(2), NO, 3, at(2))
+        assert transport.receive(3, at(2), ANY)[0].tolist() == [1.0, 1.0] and not wire.messages
+
+    def test_more_than_there_is_memory_for_is_left_on_the_wire(self, wire: Wire) -> None:
+        wire.messages.extend((encode(at(0), (101,), torch.float32), torch.zeros(102)))
+        with pytest.raises(MalformedMessageError) as raised:
+            Transport(CPU).receive(3, at(1), ANY)
+        assert not raised.value.taken and len(wire.messages) == 1
+
     def test_nothing_is_allocated_for_a_header_that_is_refused(self, monkeypatch: pytest.MonkeyPatch, wire: Wire) -> None:
         def refuse(*_: object, **__: object) -> None:
             raise AssertionError("memory was asked for")
@@ -300,8 +316,26 @@ class TestMalformed:
         for _ in range(2):
             transport.send(torch.ones(2), NO, 1, at(0))
         transport.receive(1, at(0), ANY)
-        with pytest.raises(MalformedMessageError, match="is a duplicate or late: the activation of step 5, micro-batch 0"):
+        transport.send(torch.ones(2), NO, 1, at(1))
+        with pytest.raises(
+            MalformedMessageError, match="is a duplicate or late: the activation of step 5, micro-batch 0"
+        ) as raised:
             transport.receive(1, at(1), ANY)
+        assert raised.value.taken and not wire.messages
+        transport.send(torch.ones(2), NO, 1, at(2))
+        assert transport.receive(1, at(2), ANY)[0].tolist() == [1.0, 1.0]
+
+    def test_one_that_is_sent_again_and_again(self, wire: Wire) -> None:
+        """Nobody reads for ever."""
+        transport = Transport(CPU)
+        for _ in range(100):
+            transport.send(torch.ones(2), NO, 1, at(0))
+        transport.receive(1, at(0), ANY)
+        with pytest.raises(MalformedMessageError) as raised:
+            transport.receive(1, at(1), ANY)
+        assert not raised.value.taken
+        with pytest.raises(MalformedMessageError, match="is not listened to"):
+            transport.receive(1, at(2), ANY)
 
     def test_notes(self, wire: Wire) -> None:
         transport = Transport(CPU)
