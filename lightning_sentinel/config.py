@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from lightning_sentinel.errors import ConfigurationError
@@ -88,6 +89,12 @@ class Response:
             fewer than half of those that have worked.
         banned: workers that are banned from the first step on, such as those of an earlier run on the same machines; see
             :meth:`lightning_sentinel.Ledger.export`.
+        ledger: path of a JSON file in which bans are kept, at every ban, and from which they are taken over at the start if it
+            exists. In a run on several machines those of banned workers are left out from then on, and the others form the largest
+            mesh that they can; on a single machine the same places are banned. All machines have to be able to read and write it,
+            as they do checkpoints. Who sends a malformed message that ends the run is entered as well. If it exists it decides who
+            is banned, and not the checkpoint that a run goes on from: remove an entry to let a machine in again. A machine is
+            known by its host name, or by the environment variable ``LIGHTNING_SENTINEL_HOST``. ``None`` keeps no such file.
 
     Raises:
         ConfigurationError: if a value cannot work.
@@ -95,7 +102,7 @@ class Response:
     Example:
         >>> import lightning_sentinel as ls
         >>> ls.Response(on_flag="log", ban_after=None)
-        Response(on_flag='log', ban_after=None, audit_rate=None, aggregation='mean', tolerated=None, banned=())
+        Response(on_flag='log', ban_after=None, audit_rate=None, aggregation='mean', tolerated=None, banned=(), ledger=None)
     """
 
     on_flag: Literal["exclude", "log"] = "exclude"
@@ -104,6 +111,7 @@ class Response:
     aggregation: Aggregation = "mean"
     tolerated: int | None = None
     banned: Sequence[Worker] = ()
+    ledger: str | Path | None = None
 
     def __post_init__(self) -> None:
         _require(self.on_flag in ("exclude", "log"), "Response.on_flag", self.on_flag, "'exclude' or 'log'")
@@ -114,6 +122,9 @@ class Response:
         names = get_args(Aggregation)
         _require(self.aggregation in names, "Response.aggregation", self.aggregation, f"one of {', '.join(map(repr, names))}")
         _require(self.tolerated is None or self.tolerated >= 1, "Response.tolerated", self.tolerated, "None or at least 1")
+        ledger = self.ledger
+        rule = "None, or the path of a file: a JSON file that exists, or one that can be made"
+        _require(ledger is None or (str(ledger) != "" and not Path(ledger).is_dir()), "Response.ledger", ledger, rule)
         for worker in self.banned:
             _require(isinstance(worker, Worker), "Response.banned", worker, "a list of Worker(stage=..., replica=...)")
         if self.aggregation == "mean" and self.tolerated is not None:

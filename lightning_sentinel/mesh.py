@@ -136,6 +136,27 @@ class Mesh:
             )
         return mesh
 
+    @classmethod
+    def largest(cls, processes: int, stages: int | None = None, replicas: int | None = None) -> Mesh:
+        """The largest mesh that so many processes can fill; some may be left over, unlike in :meth:`for_world`.
+
+        Raises:
+            ConfigurationError: if they cannot fill any.
+
+        Example:
+            >>> Mesh.largest(7, stages=3), Mesh.largest(7, stages=2, replicas=2)
+            (Mesh(stages=3, replicas=2), Mesh(stages=2, replicas=2))
+        """
+        if (stages is None and replicas is None) or any(given is not None and given < 1 for given in (stages, replicas)):
+            return cls.for_world(processes, stages, replicas)
+        needed = (stages or 1) * (replicas or 1)
+        if processes < needed:
+            raise ConfigurationError(
+                f"stages={stages}, replicas={replicas} needs at least {needed} processes, and there are {processes}. Start more, or"
+                + (" leave replicas out: then there are as many as there are processes for." if replicas else " use fewer stages.")
+            )
+        return cls(stages or processes // needed, replicas or processes // needed)
+
     @property
     def size(self) -> int:
         return self.stages * self.replicas

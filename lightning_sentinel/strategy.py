@@ -37,6 +37,7 @@ from lightning_sentinel.pipeline.liveness import Roster
 from lightning_sentinel.pipeline.logs import replay, silence_misleading_warnings
 from lightning_sentinel.pipeline.partition import StageModel, cut
 from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed
+from lightning_sentinel.pipeline.renumbering import RenumberedEnvironment
 from lightning_sentinel.pipeline.saving import StageCheckpoints
 from lightning_sentinel.pipeline.shares import CleanShares
 from lightning_sentinel.pipeline.steps import StepRunner
@@ -135,7 +136,7 @@ class SentinelStrategy(StageCheckpoints):
         self._stage_model: StageModel | None = None
         self._randomness: SeparateRandomness | None = None
         self._last_loss = math.nan
-        self._saved_groups = []
+        self._saved_groups, self._filed = [], None
 
     def __repr__(self) -> str:
         # `pytorch_lightning` shows it when it refuses a strategy that is not its own.
@@ -151,7 +152,9 @@ class SentinelStrategy(StageCheckpoints):
                 _VIRTUAL_MESH.stages if self._stages is None else self._stages,
                 _VIRTUAL_MESH.replicas if self._replicas is None else self._replicas,
             )
-        return Mesh.for_world(self.world_size, self._stages, self._replicas)
+        # With a ledger, some of those that are started may be left out.
+        mesh = Mesh.for_world if self._response.ledger is None else Mesh.largest
+        return mesh(self.world_size, self._stages, self._replicas)
 
     @property
     def worker(self) -> Worker:
@@ -193,10 +196,14 @@ class SentinelStrategy(StageCheckpoints):
         assert self.lightning_module is not None
         refuse_unsupported(self.lightning_module, trainer, self.precision_plugin)
         super().setup_environment()
+        if isinstance(self.cluster_environment, RenumberedEnvironment):
+            check_replicas(self.mesh, self._verification, self._response)
         self._roster = Roster(self.mesh, self.global_rank, self._store, self._timeout)
         with self._watching():
             self._roster.meet()
+            self.ledger.hosts = dict(zip(self.mesh.workers, self._hosts))
             prepare(self.root_device, None if self._virtual else self._timeout)
+            self._read_bans()
         if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
             # What was found is logged without being asked for, as Lightning adds a progress bar without being asked for one.
             trainer.callbacks.append(SentinelMonitor())  # type: ignore[attr-defined]
@@ -251,7 +258,7 @@ class SentinelStrategy(StageCheckpoints):
         if self._verification is None or self._guard is not None:
             return self._guard
         mesh, worker = self.mesh, None if self._virtual else self.worker
-        self.ledger.ban(0, self._response.banned)
+        self._take_over_bans()
         received = [boundary for boundary in mesh.boundaries if worker is None or boundary.receiver == worker.stage]
         self._guard = Guard(mesh, received, worker, self._verification, self._response, self.ledger, self.root_device)
         return self._guard
@@ -293,6 +300,7 @@ class SentinelStrategy(StageCheckpoints):
             verdict = ruling.verdict
             self.table, self.wiring = verdict.table, ruling.wiring
             self.detections += verdict.detections
+            self._keep_bans(ruling.banned)
             announce(self._trainer, verdict.detections, ruling.banned, self._consequence())
             if not ruling.redo:
                 self._shares.add(verdict.clean, outcome.weights, ruling.wiring)
@@ -367,13 +375,6 @@ class SentinelStrategy(StageCheckpoints):
 
     def _evaluation_micro_batches(self, arguments: tuple[Any, ...]) -> int:
         return min(self._micro_batches, extract_batch_size(arguments[0]))
-
-    # -------------------------------------------------------------------------------------------------------- the end
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        if self._roster is not None:
-            self._roster.report_failure(exception)
 
     @property
     def _trainer(self) -> L.Trainer:

@@ -50,6 +50,8 @@ INVALID_RESPONSE = [
     ("audit_rate", 1.5),
     ("audit_rate", math.nan),
     ("audit_rate", math.inf),
+    ("ledger", ""),
+    ("ledger", "/"),
 ]
 
 

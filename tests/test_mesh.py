@@ -159,3 +159,22 @@ def test_a_number_below_one_is_refused_by_name(name: str, value: int, other: int
 
 def test_a_wrong_setting_is_a_value_error_of_ours() -> None:
     assert issubclass(ConfigurationError, SentinelError) and issubclass(ConfigurationError, ValueError)
+
+
+@pytest.mark.parametrize("processes", range(1, 9))
+@pytest.mark.parametrize(("stages", "replicas"), [(None, None), (2, None), (3, None), (None, 2), (2, 2), (3, 1)])
+def test_the_largest_mesh_is_the_largest_that_can_be_filled(processes: int, stages: int | None, replicas: int | None) -> None:
+    sizes = range(1, processes + 1)
+    possible = [Mesh(p, d) for p in sizes for d in sizes if p * d <= processes and stages in (None, p) and replicas in (None, d)]
+    if not possible:
+        with pytest.raises(ConfigurationError, match=f"processes, and there are {processes}"):
+            Mesh.largest(processes, stages, replicas)
+        return
+    mesh = Mesh.largest(processes, stages, replicas)
+    assert mesh in possible and mesh.size == max(each.size for each in possible)
+
+
+@pytest.mark.parametrize("given", [{"stages": 0}, {"replicas": -1}, {"stages": 2, "replicas": 0}])
+def test_the_largest_mesh_of_nothing_is_refused(given: dict[str, int]) -> None:
+    with pytest.raises(ConfigurationError):
+        Mesh.largest(4, **given)

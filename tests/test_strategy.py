@@ -96,6 +96,13 @@ class TestMesh:
         assert strategy.mesh == mesh
         assert strategy.worker == Worker(0, 0)
 
+    def test_with_a_ledger_some_may_be_left_over(self) -> None:
+        strategy = ls.SentinelStrategy(stages=2, response=ls.Response(ledger="ledger.json"))
+        trainer(strategy, 5)
+        assert strategy.mesh == Mesh(2, 2)
+        with pytest.raises(ConfigurationError, match="stages=2 does not divide the 5 processes"):
+            trainer(ls.SentinelStrategy(stages=2), 5)
+
     def test_over_nodes(self) -> None:
         strategy = ls.SentinelStrategy()
         trainer(strategy, 3, num_nodes=2)

@@ -18,10 +18,11 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch.distributed as dist
@@ -29,12 +30,25 @@ from torch.distributed import PrefixStore, Store, rendezvous
 
 from lightning_sentinel.errors import MalformedMessageError, WorkerLostError
 from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.pipeline.hosts import host_name
 
-__all__ = ["Roster", "agree_on_round", "connect", "is_lost_connection"]
+__all__ = ["Roster", "Start", "agree_on_round", "connect", "is_lost_connection", "notes"]
 
 _LOST = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset|refused)|timed? ?out|socket|broken pipe", re.IGNORECASE)
 _MOMENT = timedelta(seconds=2)
-_store: Store | None = None
+_start: Start | None = None
+
+
+class Start(NamedTuple):
+    """What the processes of a start have in common.
+
+    Args:
+        store: of this start alone.
+        ranks: who forms the mesh, in its order, by the ranks that they were started with.
+    """
+
+    store: Store
+    ranks: tuple[int, ...]
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -42,19 +56,41 @@ def is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
 
 
-def connect(backend: str, *, address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> Store | None:
+def connect(
+    backend: str,
+    *,
+    address: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    timeout: timedelta,
+    admit: Callable[[Store], tuple[int, ...]] | None = None,
+) -> Start | None:
     """Start ``torch.distributed``, unless it runs already.
 
+    Args:
+        backend: of the process group.
+        address: of the rendezvous.
+        port: of the rendezvous.
+        rank: that this process was started with.
+        world_size: how many were started.
+        timeout: how long they wait for each other.
+        admit: decides who of them forms the mesh, the same on all; ``None`` if all do. Who is not in it stays out of the group.
+
     Returns:
-        the rendezvous store; ``None`` if somebody else started it.
+        what they have in common; ``None`` if somebody else started it.
     """
-    global _store
+    global _start
     if not dist.is_initialized():
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
         shared, _, _ = next(rendezvous("env://", rank=rank, world_size=world_size, timeout=timeout))
-        _store = PrefixStore(agree_on_round(shared, rank, world_size, timeout), shared)
-        dist.init_process_group(backend, store=PrefixStore("default", _store), rank=rank, world_size=world_size, timeout=timeout)
-    return _store
+        store = PrefixStore(agree_on_round(shared, rank, world_size, timeout), shared)
+        ranks = tuple(range(world_size)) if admit is None else admit(store)
+        if rank in ranks:
+            default, place = PrefixStore("default", store), ranks.index(rank)
+            dist.init_process_group(backend, store=default, rank=place, world_size=len(ranks), timeout=timeout)
+        _start = Start(store, ranks)
+    return _start
 
 
 def agree_on_round(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
@@ -101,6 +137,11 @@ def agree_on_round(store: Store, rank: int, world_size: int, timeout: timedelta)
     )
 
 
+def notes(store: Store) -> Store:
+    """The part of a start's store in which rosters write; who ends with an error leaves a note under ``failure``."""
+    return PrefixStore("sentinel", store)
+
+
 class Roster:
     """Knows which process serves which worker, and finds out who is missing.
 
@@ -109,12 +150,18 @@ class Roster:
         rank: this process's.
         store: shared notes; ``None`` names only direct neighbours.
         timeout: how long peers are waited for, to be named in messages.
+
+    Attributes:
+        hosts: the name of each rank's machine, from :meth:`meet` on; empty if there is no store.
     """
 
     def __init__(self, mesh: Mesh, rank: int, store: Store | None, timeout: timedelta) -> None:
         self._mesh, self._rank, self._timeout = mesh, rank, timeout
-        self._store = None if store is None else PrefixStore("sentinel", store)
+        self._store = None if store is None else notes(store)
+        self.hosts: tuple[str, ...] = ()
         if self._store is not None:
+            self._store.set(f"host/{rank}", host_name())
+            # The machine as it is, whatever it is called: only there can its processes be looked at.
             self._store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
         self._processes: dict[int, tuple[str, int]] = {}
         self._file: Path | None = None
@@ -128,6 +175,7 @@ class Roster:
             for rank in range(self._mesh.size):
                 host, pid = self._store.get(f"process/{rank}").decode().rsplit(" ", 1)
                 self._processes[rank] = (host, int(pid))
+            self.hosts = tuple(self._store.get(f"host/{rank}").decode() for rank in range(self._mesh.size))
 
     @contextmanager
     def watching(self) -> Iterator[None]:

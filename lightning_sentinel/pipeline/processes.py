@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.distributed import Store
 from typing_extensions import override
 
-from lightning_sentinel.pipeline.liveness import Roster, connect
+from lightning_sentinel.pipeline.admission import announce_end, stand_by
+from lightning_sentinel.pipeline.liveness import Roster, Start, connect
+from lightning_sentinel.pipeline.renumbering import RenumberedEnvironment
 
 __all__ = ["ProcessStrategy"]
 
@@ -89,14 +91,35 @@ class ProcessStrategy(ParallelStrategy):
         if self._virtual:
             return
         assert self.cluster_environment is not None
-        self._store = connect(
+        start = connect(
             self._backend(),
             address=self.cluster_environment.main_address,
             port=self.cluster_environment.main_port,
             rank=self.global_rank,
             world_size=self.world_size,
             timeout=self._timeout,
+            admit=self._admit,
         )
+        if start is not None:
+            self._store = start.store
+            self._renumber(start)
+
+    def _admit(self, store: Store) -> tuple[int, ...]:
+        """Who of those that were started forms the mesh, in order; all of them, unless a subclass knows better."""
+        return tuple(range(self.world_size))
+
+    def _renumber(self, start: Start) -> None:
+        """Give ranks to those that form the mesh, if they are not all; the others stay here until the end."""
+        environment = self.cluster_environment
+        assert environment is not None
+        if isinstance(environment, RenumberedEnvironment) or start.ranks == tuple(range(self.world_size)):
+            return
+        self.cluster_environment = RenumberedEnvironment(environment, start.ranks)
+        self.set_world_ranks()
+        if self.global_rank >= self.world_size:
+            stand_by(start.store, self._timeout)
+        if self.is_global_zero:
+            announce_end(start.store)
 
     def _backend(self) -> str:
         """Host tensors always go through gloo, for headers and checkpoints; the device has its own backend."""

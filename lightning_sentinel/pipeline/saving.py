@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,12 +14,11 @@ from typing_extensions import override
 from lightning_sentinel.errors import ConfigurationError, WorkerLostError
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline import checkpoint as stage_files
+from lightning_sentinel.pipeline.banning import LastingBans
 from lightning_sentinel.pipeline.checkpoint_io import AtomicCheckpointIO
 from lightning_sentinel.pipeline.guard import Guard
 from lightning_sentinel.pipeline.partition import StageModel
-from lightning_sentinel.pipeline.processes import ProcessStrategy
 from lightning_sentinel.pipeline.randomness import SeparateRandomness
-from lightning_sentinel.verification import Ledger
 
 __all__ = ["StageCheckpoints"]
 
@@ -28,25 +26,13 @@ _SECTION = "lightning_sentinel"
 """Our section of a checkpoint."""
 
 
-class StageCheckpoints(ProcessStrategy):
-    """Saves and loads a module that is cut into stages.
+class StageCheckpoints(LastingBans):
+    """Saves and loads a module that is cut into stages."""
 
-    Attributes:
-        step: training batches so far.
-        ledger: flags and bans.
-    """
-
-    step: int
-    ledger: Ledger
     _guard: Guard | None
     _stage_model: StageModel | None
     _randomness: SeparateRandomness | None
     _saved_groups: list[list[str]]
-
-    @property
-    @abstractmethod
-    def mesh(self) -> Mesh:
-        """Who serves what."""
 
     @property
     @override
@@ -146,30 +132,15 @@ class StageCheckpoints(ProcessStrategy):
             )
         self.step = section["step"]
         written_on = Mesh(*section.get("mesh", (self.mesh.stages, self.mesh.replicas)))
-        if written_on == self.mesh:
-            imported = self.ledger.banned
-            self.ledger.load_state_dict(section["ledger"])
-            self.ledger.ban(self.step, imported)
-        else:
-            self._warn_of_another_mesh(written_on, section["ledger"])
+        told = self._resume_bans(section["ledger"], written_on)
+        if self._guard is not None and written_on.stages != self.mesh.stages:
+            told.append("Verifiers start afresh: until their warm-up is over nobody is flagged.")
+        if told or written_on != self.mesh:
+            then = f"The checkpoint was written on {written_on.stages} stages x {written_on.replicas} replicas."
+            rank_zero_warn(" ".join([then, f"This run has {self.mesh.stages} x {self.mesh.replicas}.", *told]))
         # A boundary is another one if the module is cut at another place.
         if self._guard is not None and written_on.stages == self.mesh.stages:
             self._guard.load_state_dict(section["verifiers"])
-
-    def _warn_of_another_mesh(self, written_on: Mesh, ledger: Mapping[str, Any]) -> None:
-        before = Ledger()
-        before.load_state_dict(ledger)
-        told = [f"This run has {self.mesh.stages} x {self.mesh.replicas}."]
-        if before.banned:
-            told.append(
-                f"Banned there were {', '.join(map(str, sorted(before.banned)))}; here those places are other machines', so nobody"
-                " is banned. See that theirs are not among these, or name their places in Response(banned=[...])."
-            )
-        if self._guard is not None and written_on.stages != self.mesh.stages:
-            told.append("Verifiers start afresh: until their warm-up is over nobody is flagged.")
-        rank_zero_warn(
-            f"The checkpoint was written on {written_on.stages} stages x {written_on.replicas} replicas. {' '.join(told)}"
-        )
 
     def _parameter_names(self) -> dict[int, str]:
         assert self.lightning_module is not None

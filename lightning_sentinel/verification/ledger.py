@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.mesh import Worker
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.verification.bans import Ban
 
 __all__ = ["Ledger"]
 
@@ -47,6 +48,8 @@ class Ledger:
     """Signals recomputed by another worker so far; none without audits."""
     exonerated: Counter[Worker] = field(default_factory=Counter)
     """Flags that an audit dropped, by sender; they do not count as flags."""
+    hosts: dict[Worker, str] = field(default_factory=dict)
+    """The machine that serves a worker; empty if that is not known."""
 
     @property
     def banned(self) -> frozenset[Worker]:
@@ -104,8 +107,20 @@ class Ledger:
         self.banned_at.update(dict.fromkeys(new, step))
         return new
 
+    def bans(self, mesh: Mesh) -> list[Ban]:
+        """Everybody who is banned, with the machine that served them.
+
+        Args:
+            mesh: in which they have their places.
+        """
+        hosts = len(set(self.hosts.values()))
+        return [
+            Ban(worker, step, self.flags[worker], self.hosts.get(worker), hosts, mesh)
+            for worker, step in sorted(self.banned_at.items())
+        ]
+
     def export(self, path: Path | str) -> None:
-        """Write who is banned, when, and with how many flags, as JSON, for people and for the next run.
+        """Write who is banned, when, with how many flags and on which machine, as JSON, for people and for the next run.
 
         Args:
             path: of the file; it is replaced as a whole.
@@ -120,7 +135,13 @@ class Ledger:
         """
         path = Path(path)
         banned = [
-            {"stage": worker.stage, "replica": worker.replica, "step": step, "flags": self.flags[worker]}
+            {
+                "stage": worker.stage,
+                "replica": worker.replica,
+                "step": step,
+                "flags": self.flags[worker],
+                "host": self.hosts.get(worker),
+            }
             for worker, step in sorted(self.banned_at.items())
         ]
         whole = path.with_name(path.name + ".new")
@@ -144,12 +165,13 @@ class Ledger:
             ) from error
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, so that a checkpoint loads with ``weights_only=True``."""
+        """Plain numbers, names and lists, so that a checkpoint loads with ``weights_only=True``."""
         entries = {
             name: [[worker.stage, worker.replica, number] for worker, number in sorted(getattr(self, name).items())]
             for name in ("flags", "streaks", "banned_at", "exonerated")
         }
-        return {**entries, "audits": self.audits}
+        hosts = [[worker.stage, worker.replica, host] for worker, host in sorted(self.hosts.items())]
+        return {**entries, "audits": self.audits, "hosts": hosts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         entries = {
@@ -159,3 +181,4 @@ class Ledger:
         self.flags, self.streaks = Counter(entries["flags"]), Counter(entries["streaks"])
         self.banned_at, self.exonerated = entries["banned_at"], Counter(entries["exonerated"])
         self.audits = state.get("audits", 0)
+        self.hosts = {Worker(s, r): host for s, r, host in state.get("hosts", ())}

@@ -1,56 +1,119 @@
-"""Under torchrun with restarts a run goes on from its last checkpoint on the machines that are left."""
+"""Under torchrun with restarts a run goes on from its last checkpoint on the machines that are left and not banned."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from lightning_sentinel.verification import Ledger
 from tests.distributed import world
+
+IN_ALL = 96
+"""Samples."""
+BATCH = 6
+"""Samples of a replica's batch."""
+
+
+def run(directory: Path, hosts: str, least: int, processes: int, *arguments: str) -> dict[str, tuple[int, str]]:
+    """Run the script on machines of these names, of which so many must be there, with so many processes each.
+
+    Returns:
+        the exit code of each machine's agent, and what it and its processes said.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment |= {"PYTHONPATH": str(world.ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=3"]
+    command += [f"--nnodes={least}:{len(hosts)}", f"--nproc-per-node={processes}"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{world.free_port()}", "--rdzv-id=elastic"]
+    times = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"
+    script = [str(world.ROOT / "tests" / "distributed" / "elastic_script.py"), str(directory), *arguments]
+    agents: dict[str, subprocess.Popen[str]] = {}
+    try:
+        for host in hosts:
+            # The store must outlive the machine that is lost, so it is that of the first.
+            agents[host] = subprocess.Popen(
+                [*command, "--rdzv-conf", f"{times},is_host={int(host == hosts[0])}", *script],
+                env=environment | {"LIGHTNING_SENTINEL_HOST": host},
+                cwd=directory,
+                stdout=(directory / f"{host}.out").open("w"),
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        for agent in agents.values():
+            agent.wait(timeout=150)
+    finally:
+        for agent in agents.values():
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+    return {host: (agent.returncode, (directory / f"{host}.out").read_text()) for host, agent in agents.items()}
+
+
+def steps(replicas: int) -> int:
+    """Of an epoch."""
+    return -(-IN_ALL // replicas // BATCH)
+
+
+def check_end(directory: Path, said: str, first: int, then: int) -> None:
+    """The first epoch was that of ``first`` replicas, and the two others of ``then``, after a start from the first's checkpoint."""
+    assert (directory / "failed").exists()
+    assert f"The checkpoint was written on 2 stages x {first} replicas. This run has 2 x {then}." in said
+    assert f"ends at epoch 3 on Mesh(stages=2, replicas={then})" in said
+    saved: dict[str, Any] = torch.load(directory / "last.ckpt", weights_only=True)
+    assert saved["epoch"] == 2 and saved["global_step"] == steps(first) + 2 * steps(then)
 
 
 @pytest.mark.timeout(170)
 def test_a_run_that_loses_a_machine_goes_on_from_its_last_checkpoint_on_a_smaller_mesh(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment |= {"PYTHONPATH": str(world.ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    endpoint = f"127.0.0.1:{world.free_port()}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=3"]
-    # The store must outlive the machine that is lost, so it is that of the first.
-    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=elastic"]
-    command += ["--rdzv-conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"]
-    script = [str(world.ROOT / "tests" / "distributed" / "elastic_script.py"), str(tmp_path), "3"]
-
-    def node(number: int) -> subprocess.Popen[str]:
-        host = ["--rdzv-conf", command[-1].removeprefix("--rdzv-conf=") + f",is_host={1 - number}"]
-        return subprocess.Popen(
-            [*command[:-1], *host, *script],
-            env=environment,
-            cwd=tmp_path,
-            stdout=(tmp_path / f"{number}.out").open("w"),
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    nodes = [node(0), node(1)]
-    try:
-        code = nodes[0].wait(timeout=150)
-    finally:
-        for process in nodes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    said = (tmp_path / "0.out").read_text()
+    agents = run(tmp_path, "ab", 1, 2, "machine", "b")
+    code, said = agents["a"]
     assert code == 0, said[-4000:]
-    assert (tmp_path / "died").exists() and nodes[1].returncode == -signal.SIGKILL
+    assert agents["b"][0] == -signal.SIGKILL
     assert "begins with 4 processes from nothing" in said
     assert "begins with 2 processes from the last checkpoint" in said
-    assert "The checkpoint was written on 2 stages x 2 replicas. This run has 2 x 1." in said
-    assert "ends at epoch 3 on Mesh(stages=2, replicas=1)" in said
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    # Eight steps an epoch of 96 samples and 12 a step; then sixteen an epoch with half the workers.
-    assert saved["epoch"] == 2 and saved["global_step"] == 8 + 2 * 16
+    check_end(tmp_path, said, 2, 1)
+
+
+@pytest.mark.timeout(170)
+def test_a_restart_leaves_the_machine_of_a_banned_worker_out(tmp_path: Path) -> None:
+    ledger = tmp_path / "kept" / "ledger.json"
+    agents = run(tmp_path, "abcd", 4, 1, "process", "b", "--liar", "c", "--ledger", str(ledger))
+    said = "".join(text for _, text in agents.values())
+    assert [code for code, _ in agents.values()] == [0] * 4, said[-4000:]
+    assert said.count("begins with 4 processes from nothing") == said.count("begins with 4 processes from the last checkpoint") == 4
+    assert said.count("Banned worker (stage ") == 1
+    check_end(tmp_path, said, 2, 1)
+    waits = "It waits for the end of the run."
+    assert f"is left out: {ledger} bans its host 'c'. To let it in again remove" in agents["c"][1] and waits in agents["c"][1]
+    spare = "is left out: 2 stages x 1 replicas need 2 of the 4 processes."
+    assert sorted(host for host, (_, text) in agents.items() if waits in text) == sorted(
+        {"c", *(host for host, (_, text) in agents.items() if spare in text)}
+    )
+    assert said.count(spare) == 1 and spare not in agents["c"][1]
+    (entry,) = json.loads(ledger.read_text())["banned"]
+    assert (entry["host"], entry["hosts"], entry["step"], entry["mesh"]) == ("c", 4, 2, [2, 2])
+    after = Ledger()
+    after.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["lightning_sentinel"]["ledger"])
+    assert not after.banned and len(after.hosts) == 2 and "c" not in after.hosts.values()
+
+
+@pytest.mark.timeout(170)
+def test_a_restart_leaves_the_sender_of_a_malformed_message_out(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.json"
+    agents = run(tmp_path, "ab", 2, 2, "message", "b", "--ledger", str(ledger))
+    said = "".join(text for _, text in agents.values())
+    assert [code for code, _ in agents.values()] == [0, 0], said[-4000:]
+    assert "MalformedMessageError" in said
+    assert "begins with 4 processes from the last checkpoint" in said
+    check_end(tmp_path, said, 2, 1)
+    assert agents["b"][1].count(f"is left out: {ledger} bans its host 'b'") == 2
+    (entry,) = json.loads(ledger.read_text())["banned"]
+    assert (entry["host"], entry["reason"], entry["flags"]) == ("b", "malformed message", 0)

@@ -199,6 +199,24 @@ class TestRoster:
         assert loss_seen_by(watcher).rank == 2
         child.wait()
 
+    def test_what_a_machine_is_called_does_not_matter(self, store: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two names on one machine: its processes can be looked at all the same."""
+        monkeypatch.setenv("LIGHTNING_SENTINEL_HOST", "a")
+        roster(0, store)
+        monkeypatch.setenv("LIGHTNING_SENTINEL_HOST", "b")
+        watcher, _ = all_met(store, ended=3)
+        assert watcher.hosts == ("b",) * MESH.size
+        assert loss_seen_by(watcher).rank == 3
+
+    def test_machines_are_known_by_their_names(self, store: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        rosters = [roster(0, store)]
+        for rank, name in enumerate(("b", " ", "rack 3"), 1):
+            monkeypatch.setenv("LIGHTNING_SENTINEL_HOST", name)
+            rosters.append(roster(rank, store))
+        assert rosters[1].hosts == ()
+        rosters[1].meet()
+        assert rosters[1].hosts == (socket.gethostname(), "b", socket.gethostname(), "rack 3")
+
     def test_of_other_hosts_nothing_is_known(self, store: dist.Store) -> None:
         watcher, _ = all_met(store, ended=3, host="elsewhere.example")
         assert loss_seen_by(watcher).rank is None
@@ -329,6 +347,6 @@ class TestConnect:
         dist.destroy_process_group()
 
     def test_somebody_elses_group_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lightning_sentinel.pipeline.liveness._store", None)
+        monkeypatch.setattr("lightning_sentinel.pipeline.liveness._start", None)
         monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("connected again"))
         assert connect("gloo", address="127.0.0.1", port=1, rank=0, world_size=1, timeout=TIMEOUT) is None

@@ -116,6 +116,7 @@ def test_the_state_is_plain() -> None:
         "banned_at": [[1, 0, 1]],
         "exonerated": [],
         "audits": 0,
+        "hosts": [],
     }
 
 
