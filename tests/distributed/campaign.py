@@ -46,19 +46,19 @@ def windows(start: int, stop: int) -> TensorDataset:
 
 
 class Text(L.LightningDataModule):
-    def __init__(self, replica: int, seed: int = 0, batch_size: int = 16) -> None:
+    def __init__(self, replica: int, seed: int = 0, batch_size: int = 16, replicas: int = REPLICAS) -> None:
         super().__init__()
-        self.replica, self.seed, self.batch_size = replica, seed, batch_size
+        self.replica, self.seed, self.batch_size, self.replicas = replica, seed, batch_size, replicas
 
     def _loader(self, data: TensorDataset, shuffle: bool, batch_size: int) -> DataLoader[Any]:
-        sampler = DistributedSampler(data, REPLICAS, self.replica, shuffle=shuffle, seed=self.seed)
+        sampler = DistributedSampler(data, self.replicas, self.replica, shuffle=shuffle, seed=self.seed)
         return DataLoader(data, batch_size=batch_size, sampler=sampler, drop_last=True)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(windows(0, 1700), True, self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader(windows(1700, 1892), False, 64)
+        return self._loader(windows(1700, 1892), False, 192 // self.replicas)
 
 
 class Model(L.LightningModule):

@@ -4,6 +4,8 @@ workers that nothing catches, because they corrupt gradients inside their stage.
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,7 +13,7 @@ import pytest
 
 import lightning_sentinel as ls
 from lightning_sentinel.mesh import Mesh
-from tests.distributed import tasks, world
+from tests.distributed import campaign, tasks, world
 
 STAGES, REPLICAS, BATCH, STEPS, START = 3, 4, 6, 6, 2
 GUILTY = [ls.Worker(1, 1), ls.Worker(1, 3), ls.Worker(0, 2)]
@@ -54,6 +56,45 @@ def test_weights_and_metrics_after_bans_are_those_of_a_clean_run_on_the_same_dat
                 seen.add(name)
                 assert (value - alone["weights"][name]).abs().max() <= 1e-5, name
     assert seen == set(alone["weights"])
+
+
+MIXED = {ls.Worker(0, 1): "zeros", ls.Worker(1, 2): {"name": "scale", "factor": -1.0}, ls.Worker(2, 3): "random"}
+"""One of four workers of every stage, each with an attack of its own, in both directions."""
+WARMUP = 60
+
+
+def unaudited(directory: str, seed: int = 0) -> dict[str, Any]:
+    """A clean run and an attacked one, both from the end of one warm-up, on the same samples."""
+    verification = ls.Verification(warmup_steps=WARMUP)
+
+    def strategy() -> ls.SentinelStrategy:
+        return ls.SentinelStrategy(STAGES, REPLICAS, micro_batches=2, verification=verification, timeout=tasks.PATIENCE)
+
+    data = campaign.Text(int(os.environ["LOCAL_RANK"]) % REPLICAS, seed, batch_size=12, replicas=REPLICAS)
+    warm, steps = Path(directory) / "warm.ckpt", WARMUP + 30
+    first = tasks.trainer(strategy(), STAGES * REPLICAS, WARMUP)
+    first.fit(campaign.Model(seed, steps), data)
+    first.save_checkpoint(warm)
+    found: dict[str, Any] = {}
+    injector = ls.AttackInjector(list(MIXED.values()), workers=list(MIXED), start_step=WARMUP)
+    for name, callbacks in {"clean": [], "attacked": [injector]}.items():
+        ours, module = strategy(), campaign.Model(seed, steps)
+        run = tasks.trainer(ours, STAGES * REPLICAS, steps, callbacks, limit_val_batches=1.0, check_val_every_n_epoch=None)
+        run.fit(module, data, ckpt_path=warm)
+        loss = run.validate(module, data, verbose=False)[0]["val_loss"]
+        assert ours.wiring is not None
+        found[name] = {"banned": dict(ours.ledger.banned_at), "lanes": ours.wiring.lanes, "loss": loss}
+    return found
+
+
+def test_mixed_attacks_without_audits(tmp_path: Path) -> None:
+    ranks = world.run(unaudited, STAGES * REPLICAS, str(tmp_path), timeout=110)
+    assert all(rank == ranks[0] for rank in ranks)
+    clean, attacked = ranks[0]["clean"], ranks[0]["attacked"]
+    assert clean["banned"] == {}
+    assert set(attacked["banned"]) == set(MIXED)
+    assert len(attacked["lanes"]) == 3, "they share one pipeline"
+    assert attacked["loss"] == pytest.approx(clean["loss"], rel=0.01)
 
 
 class CorruptsGradients(L.Callback):
