@@ -29,6 +29,7 @@ from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.announcements import announce
+from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
@@ -43,6 +44,7 @@ from lightning_sentinel.pipeline.shares import CleanShares
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.summary import print_mesh
 from lightning_sentinel.pipeline.support import (
+    check_precision,
     check_replicas,
     check_settings,
     refuse_unsupported,
@@ -194,7 +196,8 @@ class SentinelStrategy(StageCheckpoints):
     def setup_environment(self) -> None:
         trainer = self._trainer
         assert self.lightning_module is not None
-        refuse_unsupported(self.lightning_module, trainer, self.precision_plugin)
+        refuse_unsupported(self.lightning_module, trainer)
+        check_precision(self.precision_plugin, self._verification, self._virtual)
         super().setup_environment()
         if isinstance(self.cluster_environment, RenumberedEnvironment):
             check_replicas(self.mesh, self._verification, self._response)
@@ -244,14 +247,15 @@ class SentinelStrategy(StageCheckpoints):
         assert self.lightning_module is not None
         steps, guard = StepRunner(self.lightning_module, model.layers.entry), self._kept_guard()
         clip_norm = float(self._trainer.gradient_clip_val or 0.0)
-        context = self.precision_plugin.forward_context
         if self._virtual:
+            context = self.precision_plugin.forward_context
             return VirtualEngine(
                 model, optimizer, steps, guard, self.root_device, clip_norm, self._activation_checkpointing, context
             )
+        arithmetic = Arithmetic(self.precision_plugin, self.root_device)
         transport = Transport(self.root_device, self._transport)
         response, timeout = self._response, self._timeout
-        return SentinelEngine(model, optimizer, steps, transport, guard, response, timeout, seed, clip_norm, context)
+        return SentinelEngine(model, optimizer, steps, transport, guard, response, timeout, seed, clip_norm, arithmetic)
 
     def _kept_guard(self) -> Guard | None:
         """Made once: what the verifiers have learned outlives a ``validate`` after ``fit``, and goes into later checkpoints."""

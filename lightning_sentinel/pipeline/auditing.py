@@ -26,7 +26,7 @@ from lightning_sentinel.attacks.context import derive_seed
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.parcels import receive_parcel, send_parcel
 from lightning_sentinel.pipeline.supply import supplier
-from lightning_sentinel.verification.audit import Outcome, relative_error, tolerance
+from lightning_sentinel.verification.audit import Outcome, relative_error
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["Audits", "Evidence", "Kept", "auditors", "decided", "digest"]
@@ -140,6 +140,7 @@ class Audits:
         kept: what this rank sent and received.
         samples: gives ``[batch, samples, weight]`` of one of this replica's micro-batches.
         recompute: what an honest worker of this stage sends: direction, part and evidence to a signal.
+        tolerance: the relative error up to which a signal counts as recomputed.
         device: where signals are.
         seed: secret; the same on all ranks.
     """
@@ -151,11 +152,12 @@ class Audits:
         kept: Kept,
         samples: Callable[[Part], Any],
         recompute: Callable[[Direction, Part, Evidence], Tensor],
+        tolerance: Callable[[Tensor], float],
         device: torch.device,
         seed: int,
     ) -> None:
         self._mesh, self._worker, self._kept = mesh, worker, kept
-        self._samples, self._recompute = samples, recompute
+        self._samples, self._recompute, self._tolerance = samples, recompute, tolerance
         self._device, self._seed = device, seed
         self._rank = mesh.rank(worker)
 
@@ -267,7 +269,7 @@ class Audits:
         evidence = Evidence(batch, samples, weight, activation, gradient)
         honest = self._recompute(boundary.direction, case.part, evidence)
         claimed = items[_Item.CLAIMED].to(honest.device)
-        if claimed.shape != honest.shape or bool(relative_error(claimed, honest) > tolerance(honest.dtype)):
+        if claimed.shape != honest.shape or bool(relative_error(claimed, honest) > self._tolerance(honest)):
             return Outcome.LIED
         return Outcome.MATCHES
 

@@ -7,8 +7,6 @@ and verify, and the reduction and clipping of gradients, which banned workers mu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +23,7 @@ from lightning_sentinel.config import Response
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline import schedule
+from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.auditing import Audits, Evidence, Kept
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
@@ -63,7 +62,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         timeout: how long ranks of a stage wait for each other.
         seed: of the random numbers in forward passes; the same on all ranks.
         clip_norm: clip the norm of all stages' gradients to this; 0 does not clip.
-        forward_context: entered around every forward pass, for mixed precision.
+        arithmetic: the precision that the stage computes in.
     """
 
     def __init__(
@@ -76,8 +75,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         response: Response,
         timeout: timedelta,
         seed: int,
-        clip_norm: float = 0.0,
-        forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        clip_norm: float,
+        arithmetic: Arithmetic,
     ) -> None:
         pipeline = stage_model.pipeline
         config = {
@@ -106,10 +105,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.worker: Worker = mesh.worker(self.global_rank)
         self.adversary: Adversary | None = None
         self.guard = guard
-        self._mesh = mesh
-        self._steps = steps
+        self._mesh, self._steps = mesh, steps
         self._transport = transport
-        self._forward_context = forward_context
+        self._arithmetic, self._forward_context = arithmetic, arithmetic.forward_context
         self._seed = seed
         self._exchange = Exchange(mesh, self.device)
         self._supply = Supply(mesh, self.worker, self.device)
@@ -122,11 +120,11 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._healthy = HealthyStage(self._stage_parameters, mesh, self.worker, response, clip_norm, timeout, self.device)
         self._rewind: Rewind | None = None
         self._kept = Kept()
-        self._recompute = Recomputation(self.module, self.stage_id, self.is_last_stage(), steps, self.device, seed, forward_context)
+        place = self.stage_id, self.is_last_stage()
+        self._recompute = Recomputation(self.module, *place, steps, self.device, seed, self._forward_context)
         secret = 0 if guard is None else guard.secret
-        self._audits = Audits(
-            mesh, self.worker, self._kept, lambda part: self._supply.packed(self._own, part), self._recomputed, self.device, secret
-        )
+        recompute = self._recomputed, self._recompute.tolerance
+        self._audits = Audits(mesh, self.worker, self._kept, self._samples, *recompute, self.device, secret)
         self._inbox = Inbox(transport, self.device, self._try_out)
         self._wiring = Wiring.of(mesh)
         self._work: list[Work] = []
@@ -137,7 +135,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
     def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
-        self._step, self._scale = step, scale
+        self._step, self._scale = step, scale * self._arithmetic.factor()
         self._wiring = Wiring.of(self._mesh, micro_batches=micro_batches)
         if self.guard is not None:
             self._wiring = self.guard.begin(step, micro_batches)
@@ -175,6 +173,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     def _audit(self, boundary: int, signals: Tensor) -> Tensor:
         return self._audits.run(self._mesh.boundaries[boundary], signals, self._wiring, self.left_out, self._step)
+
+    def _samples(self, part: Part) -> Any:
+        return self._supply.packed(self._own, part)
 
     def _recomputed(self, direction: Direction, part: Part, evidence: Evidence) -> Tensor:
         return self._recompute(direction, part, evidence, self._arguments[1:], self._step, self._scale)
@@ -228,10 +229,12 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     def reduce_gradients(self, shares: Shares) -> None:
         self._healthy.reduce(shares)
+        self._arithmetic.unscale(self.optimizer)
 
     def apply_gradients(self) -> None:
         self._healthy.clip()
-        self._exec_optimizer_step()
+        if not self._arithmetic.step(self.optimizer):
+            self._exec_optimizer_step()
 
     def discard_gradients(self) -> None:
         self.zero_grad()
@@ -258,7 +261,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         if not self.is_last_stage():
             self.pipe_buffers["outputs"][buffer_id] = checked_signal(outputs, self._last_layer, self.stage_id)
             return
-        counts = ~self.pipe_buffers["taints"][buffer_id] if self._excludes else ~self._untainted
+        excludes = self.guard is not None and self.guard.excludes
+        counts = ~self.pipe_buffers["taints"][buffer_id] if excludes else ~self._untainted
         work = self._work[micro_batch]
         with self._forward_context():
             result = self._steps.finish(self._step_name, self._part(micro_batch), outputs, work.samples, counts)
@@ -320,10 +324,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._tamper(Direction.GRADIENT, self._received_gradient, buffer_id, micro_batch)
 
     # ------------------------------------------------------------------------------------------- what the instructions share
-
-    @property
-    def _excludes(self) -> bool:
-        return self.guard is not None and self.guard.excludes
 
     def _peer(self, stage: int) -> int:
         """The rank that serves another stage of this lane."""

@@ -15,6 +15,7 @@ from lightning_sentinel.pipeline.auditing import Evidence
 from lightning_sentinel.pipeline.randomness import seed_forward
 from lightning_sentinel.pipeline.rewind import Rewind
 from lightning_sentinel.pipeline.steps import StepRunner, loss_of
+from lightning_sentinel.verification.audit import arithmetic, tolerance
 from lightning_sentinel.wiring import Part
 
 __all__ = ["Recomputation"]
@@ -42,8 +43,13 @@ class Recomputation:
     seed: int
     forward_context: Callable[[], AbstractContextManager[Any]]
 
+    def tolerance(self, signal: Tensor) -> float:
+        """The relative error up to which another worker's signal counts as this one."""
+        with self.forward_context():
+            return tolerance(signal.dtype, arithmetic(self.device))
+
     def __call__(
-        self, direction: Direction, part: Part, evidence: Evidence, rest: tuple[Any, ...], step: int, scale: float
+        self, direction: Direction, part: Part, evidence: Evidence, rest: tuple[Any, ...], step: int, scale: float | Tensor
     ) -> Tensor:
         """A signal.
 

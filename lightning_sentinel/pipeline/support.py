@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import lightning as L
 from lightning.pytorch.core.optimizer import _MockOptimizer
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
@@ -18,6 +18,7 @@ from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.verification.features import watched
 
 __all__ = [
+    "check_precision",
     "check_replicas",
     "check_settings",
     "refuse_unsupported",
@@ -28,6 +29,7 @@ __all__ = [
 
 
 _FEWEST_TO_OUTVOTE = 3
+_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 
 def check_settings(
@@ -101,7 +103,7 @@ def warn_of_long_warmup(trainer: L.Trainer, verification: Verification) -> None:
         )
 
 
-def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer, precision: Precision) -> None:
+def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer) -> None:
     """Raise ``ConfigurationError`` for settings of the module or the Trainer that a pipeline would have to ignore."""
     name = type(module).__name__
     if not module.automatic_optimization:
@@ -119,10 +121,19 @@ def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer, precision:
             f"{name}.configure_gradient_clipping would see one stage's gradients only. Remove it, and clip by the norm over all"
             " stages with Trainer(gradient_clip_val=...)."
         )
-    if type(precision) is not Precision:
+
+
+def check_precision(precision: Precision, verification: Verification | None, virtual: bool) -> None:
+    """Raise ``ConfigurationError`` for a precision in which a pipeline cannot train, or its signals cannot be judged."""
+    if precision.precision not in _PRECISIONS or type(precision) not in (Precision, MixedPrecision, HalfPrecision):
         raise ConfigurationError(
-            f"SentinelStrategy does not support {type(precision).__name__}(precision={precision.precision!r}) yet. Use"
-            " Trainer(precision='32-true')."
+            f"SentinelStrategy does not support {type(precision).__name__}(precision={precision.precision!r}). Use"
+            f" Trainer(precision=...) with one of {', '.join(map(repr, _PRECISIONS))}."
+        )
+    if precision.precision == "16-mixed" and (virtual or verification is not None):
+        raise ConfigurationError(
+            "Trainer(precision='16-mixed') needs engine='process' and verification=None: its gradients overflow every now and then,"
+            " which is what an attack looks like. Use precision='bf16-mixed', which needs no loss scaling, or verification=None."
         )
 
 

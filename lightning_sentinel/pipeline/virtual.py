@@ -29,7 +29,7 @@ from lightning_sentinel.pipeline.rewind import Rewind
 from lightning_sentinel.pipeline.shares import Shares
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
 from lightning_sentinel.verification import SignalTable
-from lightning_sentinel.verification.audit import relative_error, tolerance
+from lightning_sentinel.verification.audit import arithmetic, relative_error, tolerance
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["VirtualEngine"]
@@ -196,8 +196,12 @@ class VirtualEngine:
             honest = pieces[index]
             pieces[index] = adversary.tamper(honest, worker, boundary.direction, step, slot, got[index])
             if pieces[index] is not honest:
-                lies[lane, slot] = relative_error(pieces[index], honest) > tolerance(honest.dtype)
+                lies[lane, slot] = relative_error(pieces[index], honest) > self._tolerance(honest.dtype)
         return torch.cat(pieces)
+
+    def _tolerance(self, dtype: torch.dtype) -> float:
+        with self._forward_context():
+            return tolerance(dtype, arithmetic(self._device))
 
     def _lanes(self, micro_batch: int) -> Tensor | None:
         """Which lane works on a micro-batch of each replica; ``None`` while each works on its own."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_sentinel.mesh import Direction, Mesh
 
-__all__ = ["AuditSchedule", "Outcome", "causal_order", "relative_error", "tolerance"]
+__all__ = ["AuditSchedule", "Outcome", "arithmetic", "causal_order", "relative_error", "tolerance"]
 
 
 class Outcome(IntEnum):
@@ -35,14 +35,38 @@ _ALERT_STEPS = 30
 _ALERT_FACTOR = 3
 
 
-def tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype, computed_in: torch.dtype = torch.float32) -> float:
     """The relative error up to which a signal counts as recomputed: rounding and another order of summation stay far below it.
 
+    Args:
+        dtype: of the signal.
+        computed_in: what float32 is multiplied in where it was computed, from :func:`arithmetic`; the coarser of both counts.
+
     Example:
-        >>> tolerance(torch.float32)
-        0.001
+        >>> tolerance(torch.float32), tolerance(torch.float32, torch.bfloat16)
+        (0.001, 0.05)
     """
-    return _TOLERANCE[dtype]
+    return _TOLERANCE[dtype] if dtype is torch.float64 else max(_TOLERANCE[dtype], _TOLERANCE[computed_in])
+
+
+def arithmetic(device: torch.device) -> torch.dtype:
+    """The coarsest dtype that matrices are multiplied in here and now, where they are float32.
+
+    Under autocast that is its dtype. GPUs may round factors to TF32, which has as many bits of fraction as float16. Workers of one
+    stage may sit on different devices, so where one of them rounds, others may not.
+
+    Args:
+        device: where it is computed.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     arithmetic(torch.device("cpu"))
+        torch.bfloat16
+    """
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    rounds = torch.get_float32_matmul_precision() != "highest" or torch.backends.cuda.matmul.allow_tf32
+    return torch.float16 if device.type == "cuda" and rounds else torch.float32
 
 
 def relative_error(claimed: Tensor, recomputed: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ class Toy:
                 return [list(self.batches[part]), SAMPLES, 0.5]
 
             recompute = self.recompute.get(rank, self.honest(worker.stage))
-            audits = Audits(self.mesh, worker, self.kept[rank], samples, recompute, CPU, seed=11)
+            audits = Audits(self.mesh, worker, self.kept[rank], samples, recompute, lambda _: 1e-3, CPU, seed=11)
             return audits.run(boundary, signals, self.wiring, self.banned, step)
 
         with ranks(self.mesh.size) as world:

@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
-from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import nn
 from torch.optim import Optimizer
 
@@ -16,7 +16,13 @@ import lightning_sentinel as ls
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.support import check_replicas, refuse_unsupported, require_optimizer, requiring_one_optimizer
+from lightning_sentinel.pipeline.support import (
+    check_precision,
+    check_replicas,
+    refuse_unsupported,
+    require_optimizer,
+    requiring_one_optimizer,
+)
 from tests.distributed import tasks
 
 
@@ -47,30 +53,48 @@ def trainer(**options: Any) -> L.Trainer:
     ids=str,
 )
 def test_fine(options: dict[str, Any]) -> None:
-    refuse_unsupported(Module(), trainer(**options), Precision())
+    refuse_unsupported(Module(), trainer(**options))
 
 
 def test_manual_optimization() -> None:
     with pytest.raises(ConfigurationError, match=r"Manual uses manual optimization.*automatic_optimization = True"):
-        refuse_unsupported(Manual(), trainer(), Precision())
+        refuse_unsupported(Manual(), trainer())
 
 
 def test_clipping_by_value() -> None:
     run = trainer(gradient_clip_val=1.0, gradient_clip_algorithm="value")
     with pytest.raises(ConfigurationError, match=r"gradient_clip_algorithm='value'\) cannot.*gradient_clip_algorithm='norm'"):
-        refuse_unsupported(Module(), run, Precision())
+        refuse_unsupported(Module(), run)
 
 
 def test_clipping_of_the_users_own() -> None:
     with pytest.raises(ConfigurationError, match=r"Clipping\.configure_\w+ would see one stage's.*Trainer\(gradient_clip_val"):
-        refuse_unsupported(Clipping(), trainer(), Precision())
+        refuse_unsupported(Clipping(), trainer())
 
 
-@pytest.mark.parametrize("precision", [DoublePrecision(), MixedPrecision("bf16-mixed", "cpu")], ids=lambda p: p.precision)
+HALF = MixedPrecision("16-mixed", "cpu")
+
+
+@pytest.mark.parametrize("precision", [DoublePrecision(), HalfPrecision("16-true")], ids=lambda p: p.precision)
 def test_precision(precision: Precision) -> None:
     kind = type(precision).__name__
-    with pytest.raises(ConfigurationError, match=rf"{kind}\(precision='{precision.precision}'\).*precision='32-true'"):
-        refuse_unsupported(Module(), trainer(), precision)
+    with pytest.raises(ConfigurationError, match=rf"{kind}\(precision='{precision.precision}'\).*one of '32-true', 'bf16-mixed'"):
+        check_precision(precision, None, virtual=False)
+
+
+@pytest.mark.parametrize("precision", [Precision(), MixedPrecision("bf16-mixed", "cpu"), HalfPrecision("bf16-true")])
+@pytest.mark.parametrize("virtual", [False, True])
+def test_precisions_that_are_verified(precision: Precision, virtual: bool) -> None:
+    check_precision(precision, Verification(), virtual)
+
+
+def test_overflow_is_no_attack() -> None:
+    check_precision(HALF, None, virtual=False)
+    for verification, virtual in ((Verification(), False), (None, True)):
+        with pytest.raises(
+            ConfigurationError, match=r"precision='16-mixed'\) needs .*verification=None.*Use precision='bf16-mixed'"
+        ):
+            check_precision(HALF, verification, virtual)
 
 
 class TestOptimizers:
