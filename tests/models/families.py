@@ -1,4 +1,4 @@
-"""A tiny config of each family that can be cut, with what makes it special switched on: windows, several kinds of layers, experts."""
+"""A tiny config of each family that can be cut, with windows, several kinds of layers and experts switched on where it has them."""
 
 from __future__ import annotations
 
