@@ -79,6 +79,30 @@ def test_logits_equal_the_unsplit_models_with_eager_attention(family: str) -> No
     assert torch.equal(logits(model, tokens_and_mask(input_ids, mask)), whole)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_stretched_positions_are_those_of_the_unsplit_model(rope: dict[str, Any]) -> None:
+    stretched = {"rope_parameters": {"rope_theta": 10000.0, **rope}, "max_position_embeddings": 8}
+    whole, model = unsplit("llama", **stretched), split_model("llama", **stretched)
+    assert not torch.equal(logits(model, tokens()), logits(split_model("llama"), tokens()))
+    for length in (12, 20, 6):
+        assert torch.equal(logits(model, tokens(length=length)), logits(whole, tokens(length=length))), length
+
+
 @EVERY
 def test_gradients_equal_the_unsplit_models(family: str) -> None:
     input_ids, mask = padded("both")
