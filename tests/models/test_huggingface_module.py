@@ -9,10 +9,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_sentinel import SentinelStrategy
+from lightning_sentinel import SentinelStrategy, cli
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.models import CausalLM, causal_lm_layers, router_loss, save_pretrained, tokens_and_mask
 from tests.models.families import CONFIGS, MIXTURES, VOCABULARY, config, padded, tokens, unsplit
@@ -182,6 +183,17 @@ def test_a_virtual_mesh_trains_it(family: str) -> None:
         weights.append(model.state_dict())
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("source", ["some/folder", {"model_type": "llama", "hidden_size": 16}], ids=["folder", "config"])
+def test_the_command_reads_a_source_as_it_is(source: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"source": source, "overrides": {"output_router_logits": True}}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"model": {"class_path": "lightning_sentinel.models.CausalLM", "init_args": arguments}}))
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", str(file), "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert {name: found[name] for name in arguments} == arguments
 
 
 def test_another_module_may_hold_the_layers() -> None:

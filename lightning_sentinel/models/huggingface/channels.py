@@ -83,8 +83,8 @@ def with_routing(side_BTS: Tensor, logits: Tensor, top_k: int) -> Tensor:
 
     Example:
         >>> side = beside(torch.zeros(1, 1, 8), None, experts=2)
-        >>> with_routing(side, torch.tensor([[0.0, 50.0]]), top_k=1).tolist()
-        [[[1.0, 0.0, 1.0, 0.0, 1.0]]]
+        >>> with_routing(side, torch.tensor([[0.0, 1.0]]), top_k=1)
+        tensor([[[1.0000, 0.2689, 0.7311, 0.0000, 1.0000]]])
     """
     probabilities = logits.softmax(dim=-1)
     chosen = probabilities.topk(top_k, dim=-1).indices

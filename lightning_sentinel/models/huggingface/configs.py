@@ -12,7 +12,8 @@ from lightning_sentinel.errors import ConfigurationError, MissingExtraError
 
 __all__ = ["Source", "config_of", "folder_of", "transformers_package"]
 
-Source = str | os.PathLike[str] | Mapping[str, Any]
+# In this order, because jsonargparse takes the first that fits, and a mapping can be made a str.
+Source = Mapping[str, Any] | str | os.PathLike[str]
 """A folder that ``save_pretrained`` wrote, or what a config is made of; the config itself will do as well."""
 
 
