@@ -185,6 +185,9 @@ def test_a_mask_rides_along_exactly(dtype: torch.dtype) -> None:
     assert torch.equal(again, hidden) and again.is_contiguous()
     assert torch.equal(attended(side), mask.bool())
     assert side.shape[-1] == 5 and not side[..., 1:].any()
+    unpadded = beside(hidden, None, experts=0)[..., 0].float()
+    assert attended(unpadded.unsqueeze(-1)).all()
+    assert min(unpadded.std(), side[..., 0].float().std()) > 0.5, "it varies with and without padding"
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "bloom", "bert"])

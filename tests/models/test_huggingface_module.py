@@ -173,7 +173,9 @@ def test_a_checkpoint_needs_no_folder(family: str, tmp_path: Path) -> None:
 def test_a_virtual_mesh_trains_it(family: str) -> None:
     routed = ROUTED if family in MIXTURES else {}
     weights = []
-    for strategy in ("auto", SentinelStrategy(stages=3, replicas=1, micro_batches=1, engine="virtual")):
+    virtual = {"stages": 3, "replicas": 1, "micro_batches": 1, "engine": "virtual", "verification": None}
+    recomputing = SentinelStrategy(**virtual, activation_checkpointing=True)
+    for strategy in ("auto", SentinelStrategy(**virtual), recomputing):
         model = module(family, **routed)
         run = trainer(strategy, max_steps=3, limit_val_batches=1)
         run.fit(model, batches(), batches())
@@ -181,8 +183,9 @@ def test_a_virtual_mesh_trains_it(family: str) -> None:
         assert math.isfinite(float(run.callback_metrics["val_loss"]))
         assert ("train_router_loss" in run.callback_metrics) == bool(routed)
         weights.append(model.state_dict())
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for others in weights[1:]:
+        for name, value in weights[0].items():
+            torch.testing.assert_close(others[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("source", ["some/folder", {"model_type": "llama", "hidden_size": 16}], ids=["folder", "config"])
