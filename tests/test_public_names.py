@@ -98,7 +98,11 @@ class TestContract:
 def test_importing_it_is_light() -> None:
     """DeepSpeed must not be imported before its accelerator is known, nor anything that is optional."""
     heavy = ("deepspeed", "pytorch_lightning", "transformers", "jsonargparse")
-    code = f"import sys, lightning_sentinel; print([name for name in {heavy} if name in sys.modules])"
+    # Lightning's own dependency torchmetrics imports transformers wherever it is installed: what Lightning brings does not count.
+    code = (
+        "import sys, lightning; before = set(sys.modules); import lightning_sentinel, lightning_sentinel.models;"
+        f" print([name for name in {heavy} if name in sys.modules and name not in before])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "[]"

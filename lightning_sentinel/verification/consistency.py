@@ -101,6 +101,8 @@ def consistency_features(pair: Pair, weights: Tensor) -> tuple[Tensor, Tensor]:
     else:
         relative_change = changed[0] / received_scale
         cosines = (sent * received).sum(dim=-1) / (norms[0] * norms[1] + _TINY)
+        # Nothing where nothing was received follows from it, as the gradients of padding do, and of a last token without a target.
+        cosines = cosines.masked_fill((norms[0] == 0) & (norms[1] == 0), 1.0)
         # Honest cosines are close to one: on a logarithmic scale what is missing to it spreads evenly.
         far, farthest = 1 + _ROUNDING - cosines.mean(dim=-1), 1 + _ROUNDING - cosines.amin(dim=-1)
     logs = (torch.stack((far, gain, relative_change, residual, farthest, peak_residual)) + _TINY).log().T

@@ -3,7 +3,8 @@
 ``X`` is a signal of ``N`` tokens (samples x positions) and ``C`` channels, ``X_in`` what its sender had received in the same
 direction (for a gradient: the gradient from the stage behind). ``h`` is the mean of ``X`` over samples, ``m`` the momentum. ``p_t``
 and ``q_t`` are token ``t`` of ``X`` and ``X_in`` along secret directions (:mod:`lightning_sentinel.verification.projection`), and
-``rms`` is the root of a mean square over tokens. References (``~``) are moving averages over what honest workers sent.
+``rms`` is the root of a mean square over tokens; the cosine of a token that is zero on both sides is 1. References (``~``) are
+moving averages over what honest workers sent.
 
 =====================  ==========================================================================================  ============
 feature                formula                                                                                     source

@@ -224,3 +224,18 @@ def test_what_a_stage_makes_of_zeros_has_finite_features() -> None:
     stage = Stage()
     weights, received = stage.weights(), torch.zeros(1, SAMPLES, POSITIONS, CHANNELS)
     assert all(part.isfinite().all() for part in stage.features(stage.draw(*received.shape), received, weights))
+
+
+def test_tokens_without_a_gradient_are_not_the_worst_ones() -> None:
+    """Padding, and the last token of a language model: zeros come in and zeros go out."""
+    stage = Stage()
+    weights, received = stage.weights(), stage.received()
+    sent = stage.sent(received)
+    whole, worst_of_whole = stage.features(sent[:, :, :-1], received[:, :, :-1], weights)
+    received[:, :, -1] = sent[:, :, -1] = 0
+    features, worst = stage.features(sent, received, weights)
+    torch.testing.assert_close(worst[:, 0], worst_of_whole[:, 0], rtol=1e-3, atol=1e-3)
+    # Their share of the mean is that of tokens that follow.
+    torch.testing.assert_close(features[:, COSINE].exp(), 0.9 * whole[:, COSINE].exp(), rtol=1e-2, atol=1e-5)
+    sent[:, :, -1] = 1.0
+    assert stage.features(sent, received, weights)[1][0, 0] > -0.01
