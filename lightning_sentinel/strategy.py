@@ -205,7 +205,7 @@ class SentinelStrategy(StageCheckpoints):
         with self._watching():
             self._roster.meet()
             self.ledger.hosts = dict(zip(self.mesh.workers, self._hosts))
-            prepare(self.root_device, None if self._virtual else self._timeout)
+            prepare(self.root_device, None if self._virtual else self._timeout, self.local_rank)
             self._read_bans()
         if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
             # What was found is logged without being asked for, as Lightning adds a progress bar without being asked for one.

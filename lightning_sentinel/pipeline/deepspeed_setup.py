@@ -36,12 +36,13 @@ _ENGINE_ATTRIBUTES = ("_running_engine_backward",)
 """Set by DeepSpeed's constructor, so that only an instance can tell."""
 
 
-def prepare(device: torch.device, timeout: timedelta | None) -> None:
+def prepare(device: torch.device, timeout: timedelta | None, local_rank: int = 0) -> None:
     """Import DeepSpeed for a device and connect it to the running ``torch.distributed``.
 
     Args:
         device: what the Trainer uses.
         timeout: of DeepSpeed's own waits; ``None`` if there is nobody to wait for.
+        local_rank: of this process on its machine.
 
     Raises:
         ConfigurationError: if DeepSpeed was imported before, for another accelerator.
@@ -67,6 +68,8 @@ def prepare(device: torch.device, timeout: timedelta | None) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if timeout is None:
         return
+    # DeepSpeed asks the environment, which torchrun and Lightning's launcher fill, and others, such as SLURM's, do not.
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
     deepspeed.init_distributed(
         dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=timeout
     )

@@ -1,7 +1,8 @@
-"""A training script as a user writes it, for Lightning's own launcher and for torchrun."""
+"""A training script as a user writes it, for Lightning's own launcher, torchrun and SLURM."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import lightning as L
@@ -12,11 +13,13 @@ from tests.distributed.tasks import Classifier, tokens
 
 if __name__ == "__main__":
     L.seed_everything(1)
+    nodes = int(os.environ.get("NODES", "1"))
     logger = L.pytorch.loggers.CSVLogger(sys.argv[1], version=0)
     trainer = L.Trainer(
         strategy="sentinel",
         accelerator="cpu",
-        devices=4,
+        devices=4 // nodes,
+        num_nodes=nodes,
         max_epochs=1,
         logger=logger,
         log_every_n_steps=1,

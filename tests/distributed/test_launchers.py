@@ -1,11 +1,13 @@
-"""The same script under Lightning's launcher and under torchrun, each in new processes; and what it leaves behind."""
+"""The same script, started as users start it, on one machine and on several, in new processes; and what it leaves behind."""
 
 from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,22 +16,78 @@ import torch
 from tests.distributed import world
 from tests.distributed.tasks import Classifier
 
-LAUNCHERS = {
-    "lightning": [sys.executable],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", f"--master-port={world.free_port()}"],
-}
+Start = tuple[list[str], dict[str, str]]
+"""A command in front of the script, and what it has in its environment."""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def one_machine() -> list[Start]:
+    return [([sys.executable], {})]
+
+
+def one_machine_by_torchrun() -> list[Start]:
+    return [([*TORCHRUN, "--nproc-per-node=4", f"--master-port={world.free_port()}"], {})]
+
+
+def two_machines() -> list[Start]:
+    """The script is started once on each; Lightning starts the other process of each machine."""
+    meet = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(world.free_port())}
+    return [([sys.executable], meet | {"NODE_RANK": str(node)}) for node in range(2)]
+
+
+def two_machines_by_torchrun() -> list[Start]:
+    meet = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{world.free_port()}"]
+    return [([*TORCHRUN, *meet, "--rdzv-id=two", f"--rdzv-conf=is_host={1 - node}"], {"NODES": "2"}) for node in range(2)]
+
+
+def two_machines_by_slurm() -> list[Start]:
+    """What srun tells the tasks of ``--nodes=2 --ntasks-per-node=2``."""
+    job = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "4",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "2",
+    }
+    job |= {"SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(world.free_port()), "NODES": "2"}
+    places = [{"SLURM_PROCID": str(task), "SLURM_NODEID": str(task // 2), "SLURM_LOCALID": str(task % 2)} for task in range(4)]
+    return [([sys.executable], job | place) for place in places]
+
+
+LAUNCHERS = [one_machine, one_machine_by_torchrun, two_machines, two_machines_by_torchrun, two_machines_by_slurm]
+
+
+def said_by_all(starts: list[Start], directory: Path) -> str:
+    """Start all, wait for all, and let none of them outlive the test."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    clean |= {"PYTHONPATH": str(world.ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    script = [str(world.ROOT / "tests" / "distributed" / "script.py"), str(directory)]
+    outputs = [(directory / f"{number}.out").open("w") for number in range(len(starts))]
+    processes = [
+        subprocess.Popen(
+            [*command, *script], env=clean | extra, cwd=directory, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        for (command, extra), out in zip(starts, outputs)
+    ]
+    try:
+        codes = [process.wait(timeout=140) for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    said = "".join((directory / f"{number}.out").read_text() for number in range(len(starts)))
+    assert codes == [0] * len(starts), said
+    return said
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_script_trains_logs_and_leaves_a_checkpoint_for_plain_lightning(launcher: str, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment |= {"PYTHONPATH": str(world.ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    command = [*LAUNCHERS[launcher], str(world.ROOT / "tests" / "distributed" / "script.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=140)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.__name__)
+def test_a_script_trains_logs_and_leaves_a_checkpoint_for_plain_lightning(
+    launcher: Callable[[], list[Start]], tmp_path: Path
+) -> None:
+    said = said_by_all(launcher(), tmp_path)
 
-    assert "2 stages x 2 replicas" in done.stdout
+    assert "2 stages x 2 replicas" in said
     with next(tmp_path.glob("lightning_logs/version_0/metrics.csv")).open() as file:
         rows = list(csv.DictReader(file))
     logged = set(rows[0])
