@@ -1,7 +1,9 @@
 """Point-to-point messages between neighbouring stages.
 
-A signal travels as two messages: a header of integers (see :mod:`~lightning_sentinel.pipeline.headers`), on the host, so that no
-device is waited for, and the elements, then one more that carries the taint flag, so that the flag costs no message of its own.
+A signal travels as a header of integers (see :mod:`~lightning_sentinel.pipeline.headers`), on the host, so that no device is waited
+for, and the elements, then one more that carries the taint flag, so that the flag costs no message of its own. Each message has its
+receiver waited for, so header and elements go as one through host memory, if they are of the same shape and dtype as the last ones
+to that receiver: then it knows how much is coming. If they are not, the header goes first, alone.
 
 Besides, a worker sends small notes past its neighbour to the stage behind it: what the neighbour was sent, along secret directions.
 Nobody waits for a note to arrive before going on, because its receiver asks for it only when the neighbour's own signal is there.
@@ -24,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,20 @@ __all__ = ["Transport"]
 
 # What a buffer holds where nothing arrived: no word of a header is negative, no taint is, and all dtypes have the number.
 _UNTOUCHED = -1
+_HEADER_BYTES = 8 * HEADER_WORDS
+# Where elements begin that are in one message with their header, so that they are aligned as tensors of their own would be.
+_ELEMENTS_AT = -(-_HEADER_BYTES // 64) * 64
+
+
+class _Size(NamedTuple):
+    """A size that sender and receiver know of."""
+
+    elements: int
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return _ELEMENTS_AT + self.elements * self.dtype.itemsize
 
 
 class Transport:
@@ -60,6 +76,8 @@ class Transport:
         self._wire = torch.device("cpu") if mode == "host" else device
         self._under_way: list[tuple[int, dist.Work, Tensor]] = []
         self._broken: dict[int, str] = {}
+        self._sent: dict[tuple[int, Kind], _Size] = {}
+        self._received: dict[tuple[int, Kind], _Size] = {}
         self._latest: dict[tuple[int, Kind], Place] = {}
 
     def send(self, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int = 0) -> None:
@@ -69,7 +87,7 @@ class Transport:
             PipelineModelError: if the signal is no tensor that can cross a boundary.
             WorkerLostError: if ``rank`` does not answer.
         """
-        for message in self._messages(signal, tainted, place, number):
+        for message in self._messages(signal, tainted, rank, place, number):
             with _naming(rank):
                 dist.send(message, rank)
 
@@ -95,8 +113,7 @@ class Transport:
                 rank=rank,
             )
         try:
-            header = self._header(rank, place, expected)
-            message = self._elements(rank, header.dtype, math.prod(header.shape) + 1)
+            header, message = self._message(rank, place, expected)
             # A device would have to be waited for. There the mark is not zero, and makes the signal a tainted one.
             if self._wire.type == "cpu" and message[-1] == _UNTOUCHED:
                 raise MalformedMessageError(
@@ -125,7 +142,7 @@ class Transport:
             PipelineModelError: if the note is no tensor that can cross a boundary.
             WorkerLostError: if ``rank`` does not answer.
         """
-        for message in self._messages(note, torch.zeros((), dtype=torch.bool, device=note.device), place, number):
+        for message in self._messages(note, torch.zeros((), dtype=torch.bool, device=note.device), rank, place, number):
             with _naming(rank):
                 work = dist.isend(message, rank)
             assert work is not None, "the default group has all ranks"
@@ -152,42 +169,66 @@ class Transport:
                 work.wait()
         self._under_way.clear()
 
-    def _messages(self, tensor: Tensor, last: Tensor, place: Place, number: int = 0) -> tuple[Tensor, Tensor]:
-        """Header and elements, both in memory that nobody else writes to."""
-        header = encode(place, tensor.shape, tensor.dtype, number)
-        return header, torch.cat((tensor.detach().reshape(-1), last.to(tensor.dtype).reshape(1))).to(self._wire)
+    def _messages(self, tensor: Tensor, last: Tensor, rank: int, place: Place, number: int) -> list[Tensor]:
+        """Header and elements, in memory that nobody else writes to: one message, or two."""
+        header, size = encode(place, tensor.shape, tensor.dtype, number), _Size(tensor.numel() + 1, tensor.dtype)
+        as_before, self._sent[rank, place.kind] = self._sent.get((rank, place.kind)) == size, size
+        tensor = tensor.detach()
+        if self._wire.type != "cpu" or not as_before:
+            return [header, torch.cat((tensor.reshape(-1), last.to(tensor.dtype).reshape(1))).to(self._wire)]
+        message = torch.empty(size.bytes, dtype=torch.uint8)
+        message[:_HEADER_BYTES] = header.view(torch.uint8)
+        elements = message[_ELEMENTS_AT:].view(tensor.dtype)
+        elements[:-1].view(tensor.shape).copy_(tensor)
+        elements[-1] = last
+        return [message]
 
-    def _header(self, rank: int, place: Place, expected: Expected) -> Header:
-        """Of the message that is due. What comes in its place is taken off the wire, and so is one that came before, once."""
-        words = self._words(rank)
+    def _message(self, rank: int, place: Place, expected: Expected) -> tuple[Header, Tensor]:
+        """The one that is due. What comes in its place is taken off the wire, and so is one that came before, once."""
+        words, elements = self._next(rank, place.kind)
         try:
-            return decode(words, place, expected)
+            header = decode(words, place, expected)
         except MalformedMessageError as error:
-            came = self._take(words, rank, expected)
+            came = self._take(words, rank, place.kind, expected)
             error.taken = came is not None
             if came is not None and came == self._latest.get((rank, came.kind)):
                 # The one that is due is behind it, unless the sender goes on like this.
-                error.taken = self._take(self._words(rank), rank, expected) == place
+                words, _ = self._next(rank, place.kind)
+                error.taken = self._take(words, rank, place.kind, expected) == place
             raise
+        size = _Size(math.prod(header.shape) + 1, header.dtype)
+        return header, elements if self._comes_with_its_header(size, rank, place.kind) else self._elements(rank, size)
 
-    def _take(self, words: Tensor, rank: int, expected: Expected) -> Place | None:
+    def _take(self, words: Tensor, rank: int, kind: Kind, expected: Expected) -> Place | None:
         """Take the elements behind a header off the wire. ``None`` if nobody can tell how many they are, or they are too many."""
         found = extent(words, expected)
         if found is None:
             return None
         place, dtype, elements = found
-        self._elements(rank, dtype, elements + 1)
+        size = _Size(elements + 1, dtype)
+        if not self._comes_with_its_header(size, rank, kind):
+            self._elements(rank, size)
         return place
 
-    def _words(self, rank: int) -> Tensor:
-        words = torch.full((HEADER_WORDS,), _UNTOUCHED, dtype=torch.int64)
+    def _next(self, rank: int, kind: Kind) -> tuple[Tensor, Tensor]:
+        """The next header, and the elements if they are of the same size as before; else they come by themselves."""
+        size = self._received.get((rank, kind)) if self._wire.type == "cpu" else None
+        message = torch.empty(_HEADER_BYTES if size is None else size.bytes, dtype=torch.uint8)
+        words = message[:_HEADER_BYTES].view(torch.int64).fill_(_UNTOUCHED)
+        elements = message[_ELEMENTS_AT:].view(torch.float32 if size is None else size.dtype)
+        elements[-1:] = _UNTOUCHED
         with _naming(rank):
-            dist.recv(words, rank)
-        return words
+            dist.recv(message, rank)
+        return words, elements
 
-    def _elements(self, rank: int, dtype: torch.dtype, number: int) -> Tensor:
-        """``(number,)``, on the wire's device, with a mark at the end that tells whether so many came."""
-        message = torch.empty(number, dtype=dtype, device=self._wire)
+    def _comes_with_its_header(self, size: _Size, rank: int, kind: Kind) -> bool:
+        """Whether the elements of a message came with its header, and from now on those of this size do."""
+        before, self._received[rank, kind] = self._received.get((rank, kind)), size
+        return self._wire.type == "cpu" and before == size
+
+    def _elements(self, rank: int, size: _Size) -> Tensor:
+        """``(elements,)``, on the wire's device, with a mark at the end that tells whether so many came."""
+        message = torch.empty(size.elements, dtype=size.dtype, device=self._wire)
         message[-1] = _UNTOUCHED
         with _naming(rank):
             dist.recv(message, rank)

@@ -8,6 +8,7 @@ import textwrap
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,10 +55,9 @@ class Wire:
         self.waited += 1
 
     def recv(self, tensor: Tensor, rank: int) -> None:
-        message = self.messages.popleft()
-        assert message.dtype == tensor.dtype
-        assert len(message) <= len(tensor), "gloo aborts the process"
-        tensor[: len(message)] = message
+        message, room = self.messages.popleft().reshape(-1).view(torch.uint8), tensor.view(torch.uint8)
+        assert len(message) <= len(room), "gloo aborts the process"
+        room[: len(message)] = message
 
 
 @pytest.fixture
@@ -118,6 +118,33 @@ def test_any_flag_but_zero_is_a_taint(wire: Wire, flag: float, tainted: bool, dt
     assert bool(its) is tainted
 
 
+def test_messages_of_one_size_are_one_each(wire: Wire) -> None:
+    transport = Transport(CPU)
+    shapes = [(2, 3), (2, 3), (3, 2), (4, 3), (2, 3), (2, 3), (1, 6)]
+    sent = [torch.rand(shape, generator=torch.Generator().manual_seed(slot)) for slot, shape in enumerate(shapes)]
+    counts = []
+    for slot, signal in enumerate(sent):
+        transport.send(signal, YES if slot % 2 else NO, 1, at(slot))
+        counts.append(len(wire.messages))
+        received, tainted, _ = transport.receive(1, at(slot), ANY)
+        assert torch.equal(received, signal) and bool(tainted) is bool(slot % 2)
+        assert received.data_ptr() % 64 == 0, "as a tensor of its own"
+    assert counts == [2, 1, 1, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_of_peers_and_kinds_are_their_own(wire: Wire, dtype: torch.dtype) -> None:
+    transport, gradient = Transport(CPU), at(0, Kind.GRADIENT)
+    for _ in range(2):
+        for rank, place, length in ((1, at(0), 2), (2, at(0), 3), (1, gradient, 4)):
+            signal = torch.arange(length).to(dtype)
+            transport.send(signal, NO, rank, place)
+            assert torch.equal(transport.receive(rank, place, ANY)[0], signal)
+    signal = torch.ones(2, dtype=torch.float64 if dtype != torch.float64 else torch.float32)
+    transport.send(signal, NO, 1, at(0))
+    assert torch.equal(transport.receive(1, at(0), ANY)[0], signal)
+
+
 def test_signals_do_not_share_memory(wire: Wire) -> None:
     transport, signal = Transport(CPU), torch.ones(3)
     for slot in range(2):
@@ -160,9 +187,9 @@ def test_notes_are_waited_for_at_the_end_and_once(wire: Wire) -> None:
         transport.send_note(torch.full((2,), float(number)), number, 1, at(number, Kind.NOTE_GRADIENT))
     assert wire.waited == 0
     transport.finish_notes()
-    assert wire.waited == len(wire.under_way) == 6
+    assert wire.waited == len(wire.under_way) == 4, "the first in two messages, the others in one"
     transport.finish_notes()
-    assert wire.waited == 6
+    assert wire.waited == 4
     assert [transport.receive_note(1, at(slot, Kind.NOTE_GRADIENT), NOTE)[1] for slot in range(3)] == [0, 1, 2]
 
 
@@ -262,15 +289,27 @@ class TestMalformed:
         assert message.startswith("Rank 3 sent a malformed message. Expected the activation of step 5, micro-batch 1; what came ")
         assert reason in message and "See that the rank runs the same release" in message
 
-    @pytest.mark.parametrize("kind", ["late", "early", "of another kind", "no flag", "no elements"])
-    def test_the_next_message_is_received(self, wire: Wire, kind: str) -> None:
+    @pytest.mark.parametrize("before", [0, 1], ids=["in two messages", "in one"])
+    @pytest.mark.parametrize(
+        ("place", "cut"),
+        [(Place(4, 1, Kind.ACTIVATION), 0), (at(3), 0), (at(1), 4), (at(1), 12)],
+        ids=["late", "early", "no flag", "no elements"],
+    )
+    def test_the_next_message_is_received(self, wire: Wire, before: int, place: Place, cut: int) -> None:
         transport = Transport(CPU)
-        wire.messages.extend(self.MALFORMED[kind][0])
+        for _ in range(before):
+            transport.send(torch.ones(2), NO, 3, at(0))
+            transport.receive(3, at(0), ANY)
+        transport.send(torch.ones(2), NO, 3, place)
+        whole = wire.messages.pop().view(torch.uint8)
+        wire.messages.append(whole[: len(whole) - cut])
         with pytest.raises(MalformedMessageError) as raised:
             transport.receive(3, at(1), ANY)
-        assert raised.value.taken
-        transport.send(torch.ones(2), NO, 3, at(2))
-        assert transport.receive(3, at(2), ANY)[0].tolist() == [1.0, 1.0] and not wire.messages
+        assert raised.value.taken and not wire.messages
+        transport.send(torch.full((2,), 7.0), YES, 3, at(2))
+        assert len(wire.messages) == 1, "of the size that the one before had"
+        signal, tainted, _ = transport.receive(3, at(2), ANY)
+        assert signal.tolist() == [7.0, 7.0] and tainted and not wire.messages
 
     def test_more_than_there_is_memory_for_is_left_on_the_wire(self, wire: Wire) -> None:
         wire.messages.extend((encode(at(0), (101,), torch.float32), torch.zeros(102)))
@@ -279,13 +318,17 @@ class TestMalformed:
         assert not raised.value.taken and len(wire.messages) == 1
 
     def test_nothing_is_allocated_for_a_header_that_is_refused(self, monkeypatch: pytest.MonkeyPatch, wire: Wire) -> None:
-        def refuse(*_: object, **__: object) -> None:
-            raise AssertionError("memory was asked for")
+        asked, empty = [], torch.empty
+
+        def count(size: int, **options: Any) -> Tensor:
+            asked.append(size)
+            return empty(size, **options)
 
         wire.messages.append(encode(DUE, (101,), torch.float32))
-        monkeypatch.setattr("torch.empty", refuse)
+        monkeypatch.setattr("torch.empty", count)
         with pytest.raises(MalformedMessageError):
             Transport(CPU).receive(3, DUE, ANY)
+        assert asked == [8 * HEADER_WORDS]
 
     @pytest.mark.parametrize("kind", [Kind.NOTE_ACTIVATION, Kind.ACTIVATION])
     def test_the_wire_is_not_touched_again(self, wire: Wire, kind: Kind) -> None:
