@@ -154,9 +154,9 @@ def test_samples_are_dealt_by_replica(rank: int, monkeypatch: pytest.MonkeyPatch
     assert strategy.is_global_zero == (rank == 0)
 
 
-def test_a_checkpoint_of_another_strategy_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"was not written by SentinelStrategy.*load_from_checkpoint"):
-        ls.SentinelStrategy().load_optimizer_state_dict({"optimizer_states": [{}]})
+def test_an_unknown_form_of_checkpoints_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"state_dict_type='whole' is unknown. Use 'full' or 'sharded'"):
+        ls.SentinelStrategy(state_dict_type="whole")
 
 
 class TestTheOtherPackage:

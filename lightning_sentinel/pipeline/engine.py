@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -133,6 +134,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._runs = {"training": 0, "predicting": 0}
         self._altered: Tensor | None = None
         self._received_gradient: Tensor | None = None
+
+    def reseed(self, seed: int) -> None:
+        self._seed, self._recompute = seed, replace(self._recompute, seed=seed)
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 

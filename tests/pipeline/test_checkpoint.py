@@ -19,6 +19,7 @@ from lightning_sentinel.pipeline.checkpoint import (
     optimizer_part,
     own_optimizer_state,
     select_state,
+    speakers,
 )
 
 STAGES = (("0", "1"), ("2",), ("3", "4"))
@@ -254,7 +255,8 @@ class TestCollect:
         for post.rank in reversed(range(mesh.size)):
             stage = mesh.worker(post.rank).stage
             tensors = {f"{stage}.{index}": tensor for index, tensor in enumerate(self.TENSORS)}
-            found = collect({"groups": [["a"]], "numbers": [["a", "seen", stage], ["a", "lr", 0.1 + stage]]}, tensors, mesh)
+            plain = {"groups": [["a"]], "numbers": [["a", "seen", stage], ["a", "lr", 0.1 + stage]]}
+            found = collect(plain, tensors, speakers(mesh))
             assert found == [] or post.rank == 0
         assert not any(post.letters.values())
         assert len(found) == 3
@@ -268,21 +270,21 @@ class TestCollect:
 
     def test_one_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         Post(monkeypatch)
-        assert collect({"a": 1}, {}, Mesh(1, 1)) == [({"a": 1}, {})]
+        assert collect({"a": 1}, {}, [0]) == [({"a": 1}, {})]
 
     @pytest.mark.parametrize("banned", [set(), *({Worker(s, r)} for s in range(3) for r in range(2)), {Worker(0, 0), Worker(2, 0)}])
     def test_banned_workers_are_not_asked(self, monkeypatch: pytest.MonkeyPatch, banned: set[Worker]) -> None:
         post, mesh = Post(monkeypatch), Mesh(stages=3, replicas=2)
         for post.rank in reversed(range(mesh.size)):
             worker = mesh.worker(post.rank)
-            found = collect({"of": [worker.stage, worker.replica]}, {"it": torch.tensor(post.rank)}, mesh, banned)
+            found = collect({"of": [worker.stage, worker.replica]}, {"it": torch.tensor(post.rank)}, speakers(mesh, banned))
         assert not any(post.letters.values())
-        speakers = [Worker(*plain["of"]) for plain, _ in found]
-        assert [worker.stage for worker in speakers] == [0, 1, 2] and not set(speakers) & banned
-        assert [mesh.rank(worker) for worker in speakers] == [int(tensors["it"]) for _, tensors in found]
+        asked = [Worker(*plain["of"]) for plain, _ in found]
+        assert [worker.stage for worker in asked] == [0, 1, 2] and not set(asked) & banned
+        assert [mesh.rank(worker) for worker in asked] == [int(tensors["it"]) for _, tensors in found]
 
     def test_of_a_stage_of_which_everybody_is_banned_there_is_still_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
         post, mesh = Post(monkeypatch), Mesh(stages=2, replicas=2)
         for post.rank in reversed(range(mesh.size)):
-            found = collect({"rank": post.rank}, {}, mesh, {Worker(1, 0), Worker(1, 1)})
+            found = collect({"rank": post.rank}, {}, speakers(mesh, {Worker(1, 0), Worker(1, 1)}))
         assert [plain["rank"] for plain, _ in found] == [0, 2]
