@@ -7,6 +7,7 @@ draw, are those of the run that was stopped.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -74,8 +75,8 @@ def own_generators(
         world_size: processes; a virtual mesh has one.
 
     Returns:
-        on the same mesh all states; on another with as many replicas those of the data; else ``None``, and what is drawn from here on
-        is another draw.
+        on the same mesh all states; on another with as many replicas those of the data; else ``None``, and what is drawn from here
+        on is another draw.
     """
     if len(saved) == world_size and written_on == mesh:
         return dict(saved[rank])
@@ -91,18 +92,33 @@ class DataPosition(L.Callback):
     def __init__(self) -> None:
         self.epoch_began = data_generators()
         """States of the data's generators when the iterator over the present epoch was made."""
+        self.unused: States | None = None
+        """What a resumed run has to go on from, until it asks for a batch."""
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning makes the iterator of the first epoch earlier, and those of others right after this.
         if trainer.current_epoch > 0 and not trainer.fit_loop.is_resuming and not trainer.fit_loop.restarting:
+            if self.unused is not None:
+                # The epoch that was resumed had no batches left.
+                set_data_generators(_named(self.unused, "now"))
+                self.unused = None
             self.epoch_began = data_generators()
 
-    def states(self, randomness: SeparateRandomness, device: torch.device) -> States:
+    def states(self, trainer: L.Trainer, randomness: SeparateRandomness, device: torch.device) -> States:
         """All that this rank draws from, and has drawn the present epoch's data from."""
+        loop: Any = trainer.fit_loop
+        # A batch that has not been trained on: where the length is not known Lightning draws one ahead.
+        fetched = 0 if loop._data_fetcher is None else loop._data_fetcher.fetched
+        ahead = torch.tensor(max(fetched - loop.epoch_loop.batch_progress.current.processed, 0))
         now = {f"now/{name}": state for name, state in data_generators().items()}
         began = {f"epoch/{name}": state for name, state in self.epoch_began.items()}
-        return {**now, **began, **{f"computation/{name}": state for name, state in randomness.states(device).items()}}
+        return {
+            "ahead": ahead,
+            **now,
+            **began,
+            **{f"computation/{name}": state for name, state in randomness.states(device).items()},
+        }
 
     def return_to(self, trainer: L.Trainer, states: States | None) -> None:
         """Let the first batch be the one after the last that was seen; before the loop asks for it."""
@@ -116,6 +132,7 @@ class DataPosition(L.Callback):
             if states is not None:
                 set_data_generators(_named(states, "now"))
             return
+        self.unused = states
         fetcher.iterator = _Returning(self, trainer, loader, states)
         # One batch ahead, where the length is not known: of the beginning, not of this place.
         ahead = len(getattr(fetcher, "batches", ()))
@@ -132,30 +149,42 @@ class _Returning(Iterator[Any]):
         self._batches: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
-        if self._batches is not None:
-            return next(self._batches)
+        if self._batches is None:
+            self._batches = self._return()
+            batch = next(self._batches)
+            self._look_ahead()
+            return batch
+        return next(self._batches)
+
+    def _return(self) -> Iterator[Any]:
+        """The batches from the one after the last that was seen."""
         fit_loop: Any = self._trainer.fit_loop
-        fetcher = fit_loop._data_fetcher
         seen, states = fit_loop.epoch_loop.batch_progress.current.ready, self._states
+        ahead = 0 if states is None else int(states["ahead"])
         if states is not None:
-            set_data_generators(_named(states, "epoch" if seen else "now"))
+            set_data_generators(_named(states, "epoch" if seen or ahead else "now"))
         for loader in self._loader.flattened:
             # Workers begin to fetch as soon as there is an iterator.
             _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
-        self._position.epoch_began = data_generators()
-        self._batches = iter(self._loader)
+        self._position.epoch_began, self._position.unused = data_generators(), None
+        batches = iter(self._loader)
         for _ in range(seen):
-            next(self._batches)
-        looks_ahead = fetcher.length is None and hasattr(fetcher, "batches")
-        batch = next(self._batches) if seen and looks_ahead else None
-        if seen and states is not None:
+            next(batches)
+        drawn = [next(batches) for _ in range(ahead)]
+        if states is not None and (seen or ahead):
+            # Others may have drawn as well: callbacks, a validation in the middle of the epoch.
             set_data_generators(_named(states, "now"))
-        batch = next(self._batches) if batch is None else batch
-        if looks_ahead:
-            self._look_ahead(fetcher)
-        return batch
+        yield from drawn
+        # Not `yield from`: to ask it for its iterator is to begin anew.
+        with contextlib.suppress(StopIteration):
+            while True:
+                yield next(batches)
 
-    def _look_ahead(self, fetcher: Any) -> None:
+    def _look_ahead(self) -> None:
+        """As Lightning does where the length is not known, to recognise the last batch."""
+        fetcher: Any = self._trainer.fit_loop._data_fetcher
+        if fetcher.length is not None or not hasattr(fetcher, "batches"):
+            return
         assert self._batches is not None
         try:
             fetcher.batches.append(next(self._batches))

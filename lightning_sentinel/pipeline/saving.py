@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -126,8 +125,8 @@ class StageCheckpoints(LastingBans):
 
     def _generators(self) -> list[dict[str, Any]]:
         """Of all ranks, on rank zero."""
-        assert self._randomness is not None
-        states = self._position.states(self._randomness, self.root_device)
+        assert self._randomness is not None and self.lightning_module is not None
+        states = self._position.states(self.lightning_module.trainer, self._randomness, self.root_device)
         with self._at_work():
             return [tensors for _, tensors in stage_files.collect({}, states, range(self.world_size))]
 
@@ -204,7 +203,7 @@ class StageCheckpoints(LastingBans):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, with ``weights_only=True`` unless the Trainer is told otherwise; of a sharded one this stage's part."""
+        """Read a checkpoint, of a sharded one this stage's part; with ``weights_only=True`` unless Lightning says otherwise."""
         path, self._saved_names = local_path(checkpoint_path), None
         if path is None or not path.is_dir():
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only=True if weights_only is None else weights_only)

@@ -1,11 +1,11 @@
 """Checkpoints in which every stage writes its own part.
 
-``name.ckpt`` is a directory. ``stage-S-ID.pt`` has the weights, buffers and optimizer state of stage ``S``; ``checkpoint.pt``, which is
+``name.ckpt`` is a directory. ``stage-S-ID.pt`` has the weights, buffers and optimizer state of stage ``S``; ``checkpoint.pt``,
 written last, has the rest, and says which parts belong to it. All are in torch's format and read with ``weights_only=True``. A save
 that replaces another puts its parts beside those that are there; replacing ``checkpoint.pt`` is what makes it count.
 
-The formats of ``torch.distributed.checkpoint`` would do the same, but for two things: its metadata is unpickled without a check, and
-a save into a directory overwrites what is there piece by piece.
+``torch.distributed.checkpoint`` would do the same, but for two things: its metadata is unpickled without a check, and a save into a
+directory overwrites what is there piece by piece.
 """
 
 from __future__ import annotations
