@@ -33,6 +33,9 @@ __all__ = [
 SECTION = "lightning_sentinel"
 """Our section of a checkpoint."""
 
+_LIKE_THE_PARAMETER = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
+"""What the optimizers of torch keep in the shape of the parameter."""
+
 Part = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -181,7 +184,7 @@ def own_optimizer_state(
         names: ``id`` of a parameter to its name.
 
     Raises:
-        ConfigurationError: if the number of parameter groups differs.
+        ConfigurationError: if the number of parameter groups differs, or the state is that of other parameters.
     """
     if len(saved["param_groups"]) != len(optimizer.param_groups):
         raise ConfigurationError(
@@ -196,11 +199,23 @@ def own_optimizer_state(
         for index, parameter in zip(indices, group["params"]):
             entry = saved["state"].get(number[names[id(parameter)]])
             if entry is not None:
+                _require_shape(entry, parameter, names[id(parameter)])
                 # Copies: what was read may be a mapped file.
                 state[index] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
         named = {"param_names": group["param_names"]} if "param_names" in group else {}
         param_groups.append({**saved_group, **named, "params": list(indices)})
     return {"state": state, "param_groups": param_groups}
+
+
+def _require_shape(entry: Mapping[str, Any], parameter: nn.Parameter, name: str) -> None:
+    for key in _LIKE_THE_PARAMETER & entry.keys():
+        value = entry[key]
+        if isinstance(value, Tensor) and value.shape != parameter.shape:
+            raise ConfigurationError(
+                f"In the checkpoint's optimizer state the {key} of {name} has the shape {tuple(value.shape)}, the parameter has"
+                f" {tuple(parameter.shape)}: the optimizer was given its parameters in another order, or the model is another."
+                " Resume with the model and optimizer that were saved, or load the weights only, with load_from_checkpoint."
+            )
 
 
 def group_names(saved: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], order: Sequence[str]) -> list[list[str]]:

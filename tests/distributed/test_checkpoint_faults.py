@@ -140,9 +140,7 @@ def refusal(path: Path, another_model: bool = False) -> str:
 def test_what_cannot_be_loaded_is_refused_by_all_ranks_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
     world.run(saving, 4, path, None)
-    assert "does not fit Classifier: 2 key(s) missing (first: ['net.5.bias', 'net.5.weight']), 6 unexpected" in refusal(
-        path, another_model=True
-    )
+    assert "does not fit Classifier: 2 key(s) missing (first: ['net.5.bias'," in refusal(path, another_model=True)
     os.truncate(next(path.glob("stage-1-*")), 700)
     assert "is not a whole checkpoint: its part stage-1-" in refusal(path)
     (tmp_path / "text.ckpt").write_text("weights, weights, weights")

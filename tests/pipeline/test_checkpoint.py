@@ -15,6 +15,7 @@ from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.checkpoint import (
     collect,
+    group_names,
     merge_optimizer_states,
     optimizer_part,
     own_optimizer_state,
@@ -185,6 +186,55 @@ class TestOddOptimizers:
         other = torch.optim.AdamW(cut.parts[0].parameters())
         with pytest.raises(ConfigurationError, match=r"has 2 parameter groups, configure_optimizers made 1\. Resume with"):
             own_optimizer_state(merged, groups, other, cut.names(0))
+
+
+class TestPlainOptimizerState:
+    """Numbers for names, as an optimizer over the unsplit module writes them."""
+
+    def groups(self, cut: Cut) -> list[dict[str, Any]]:
+        return [optimizer_part(optimizer, cut.names(stage))[0] for stage, optimizer in enumerate(cut.optimizers)]
+
+    @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+    def test_stages_go_on_from_it(self, build: Build) -> None:
+        cut = Cut(build)
+        cut.step(1)
+        plain = copy.deepcopy(cut.optimizer.state_dict())
+        groups = group_names(plain, self.groups(cut), cut.order)
+        for stage, part in enumerate(cut.parts):
+            fresh = build(dict(part.named_parameters()))
+            fresh.load_state_dict(own_optimizer_state(plain, groups, fresh, cut.names(stage)))
+            cut.optimizers[stage] = fresh
+        cut.step(2)
+        assert cut.weights_agree()
+
+    def test_names_say_in_which_order(self) -> None:
+        cut = Cut(lambda parameters: torch.optim.Adam(list(parameters.items())[::-1], lr=0.1))
+        cut.step(1)
+        assert group_names(cut.optimizer.state_dict(), self.groups(cut), cut.order) == [cut.order[::-1]]
+
+    def test_without_names_an_order_of_the_users_own_is_refused(self) -> None:
+        cut = Cut(lambda parameters: torch.optim.Adam(list(parameters.values())[::-1], lr=0.1))
+        cut.step(1)
+        with pytest.raises(
+            ConfigurationError, match=r"Group 0 .* order of its own \(first: \['0\.bias', '0\.weight'\]\).*named_param"
+        ):
+            group_names(cut.optimizer.state_dict(), self.groups(cut), cut.order)
+
+    def test_an_order_that_no_stage_sees_shows_in_the_shapes(self) -> None:
+        cut = Cut(lambda parameters: torch.optim.Adam(list(parameters.values()), lr=0.1))
+        backwards = torch.optim.Adam([p for layer in reversed(cut.whole) for p in layer.parameters()], lr=0.1)
+        cut.step(1, optimizer=backwards)
+        plain = backwards.state_dict()
+        groups = group_names(plain, self.groups(cut), cut.order)
+        with pytest.raises(ConfigurationError, match=r"of 0\.weight has the shape \(2, 4\), the parameter has \(4, 3\)"):
+            own_optimizer_state(plain, groups, cut.optimizers[0], cut.names(0))
+
+    def test_other_groups(self) -> None:
+        cut = Cut(BUILDS["AdamW"])
+        cut.step(1)
+        other = torch.optim.AdamW(cut.whole.parameters()).state_dict()
+        with pytest.raises(ConfigurationError, match=r"groups of \[7\] parameters, configure_optimizers made groups of \[3, 4\]"):
+            group_names(other, self.groups(cut), cut.order)
 
 
 class TestSelectState:

@@ -163,6 +163,25 @@ def test_a_loader_that_knows_its_place_is_left_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(resumed.seen, unbroken.seen[4:], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("state_dict_type", ["full", "sharded"])
+def test_weights_alone_are_evaluated_and_no_more(state_dict_type: Any, tmp_path: Path) -> None:
+    path = tmp_path / "at.ckpt"
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    strategy = ls.SentinelStrategy(2, 2, micro_batches=1, engine="virtual", verification=None, state_dict_type=state_dict_type)
+    trainer, module = L.Trainer(strategy=strategy, accelerator="cpu", max_steps=2, **quiet), Recording()
+    trainer.fit(module, plain())
+    trainer.save_checkpoint(path, weights_only=True)
+    assert path.is_dir() == (state_dict_type == "sharded")
+    other = Recording()
+    torch.nn.init.zeros_(other.net[0].weight)
+    strategy = ls.SentinelStrategy(2, 2, micro_batches=1, engine="virtual", verification=None)
+    trainer = L.Trainer(strategy=strategy, accelerator="cpu", max_steps=2, **quiet)
+    trainer.validate(other, plain(), ckpt_path=path, verbose=False)
+    torch.testing.assert_close(other.state_dict(), module.state_dict(), rtol=0, atol=0)
+    with pytest.raises(KeyError, match="checkpoint contains only the model"):
+        trainer.fit(other, plain(), ckpt_path=path)
+
+
 def test_generators_are_put_back() -> None:
     def draw() -> list[float]:
         return [random.random(), random.gauss(), float(np.random.rand()), float(np.random.randn()), float(torch.rand(()))]
