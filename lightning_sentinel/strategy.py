@@ -38,7 +38,7 @@ from lightning_sentinel.pipeline.logs import replay, silence_misleading_warnings
 from lightning_sentinel.pipeline.partition import StageModel, cut
 from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed
 from lightning_sentinel.pipeline.renumbering import RenumberedEnvironment
-from lightning_sentinel.pipeline.resumption import DataPosition, data_generators
+from lightning_sentinel.pipeline.resumption import DataPosition
 from lightning_sentinel.pipeline.saving import StageCheckpoints
 from lightning_sentinel.pipeline.shares import CleanShares
 from lightning_sentinel.pipeline.steps import StepRunner
@@ -278,16 +278,8 @@ class SentinelStrategy(StageCheckpoints):
     # ------------------------------------------------------------------------------------------------------------- training
 
     @override
-    def process_dataloader(self, dataloader: object) -> object:
-        if self._trainer.training:
-            self._position.epoch_began = data_generators()
-        return dataloader
-
-    @override
     def on_train_start(self) -> None:
-        if self._return_to is not None:
-            self._position.return_to(self._trainer, self._return_to or None)
-            self._return_to = None
+        super().on_train_start()
         if self._verification is not None:
             warn_of_long_warmup(self._trainer, self._verification)
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.parcels import receive_parcel, send_parcel
+from lightning_sentinel.pipeline.parcels import MOST_BYTES, receive_parcel, send_parcel
 
 __all__ = [
     "SECTION",
@@ -54,13 +54,16 @@ def speakers(mesh: Mesh, banned: Collection[Worker] = ()) -> list[int]:
     return [next((r for r in ranks if mesh.worker(r) not in banned), ranks[0]) for ranks in stages]
 
 
-def collect(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Sequence[int]) -> list[Part]:
+def collect(
+    plain: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Sequence[int], most_bytes: int = MOST_BYTES
+) -> list[Part]:
     """Bring parts to rank zero; to be called by all ranks. One process has all there is.
 
     Args:
         plain: what JSON can say.
         tensors: the rest.
         ranks: that have a part. Rank zero gets them, whether it is one of them or not.
+        most_bytes: that a part may have.
 
     Returns:
         on rank zero the parts, in the order of ``ranks``, on the host; elsewhere nothing.
@@ -73,7 +76,7 @@ def collect(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Sequ
         if rank in ranks:
             send_parcel(mine, 0)
         return []
-    return [mine if speaker == 0 else receive_parcel(speaker) for speaker in ranks]
+    return [mine if speaker == 0 else receive_parcel(speaker, most_bytes) for speaker in ranks]
 
 
 def select_state(

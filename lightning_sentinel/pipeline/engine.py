@@ -111,7 +111,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._steps = steps
         self._transport = transport
         self._forward_context = forward_context
-        self._seed = seed
         self._exchange = Exchange(mesh, self.device)
         self._supply = Supply(mesh, self.worker, self.device)
         self._last_layer = stage_model.stage_layers(self.worker.stage)[-1]
@@ -136,7 +135,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._received_gradient: Tensor | None = None
 
     def reseed(self, seed: int) -> None:
-        self._seed, self._recompute = seed, replace(self._recompute, seed=seed)
+        self._recompute = replace(self._recompute, seed=seed)
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
@@ -256,7 +255,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             # A layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
             inputs = inputs.clone()
         if self._step_name == "training_step":
-            seed_forward(self.device, self._seed, self._step, *self._work[micro_batch].part, self.stage_id)
+            seed_forward(self.device, self._recompute.seed, self._step, *self._work[micro_batch].part, self.stage_id)
         with self._forward_context():
             outputs = DeepSpeedEngine.forward(self, inputs)
         if not self.is_last_stage():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -63,27 +63,30 @@ def set_data_generators(states: Mapping[str, Tensor]) -> None:
 
 
 def own_generators(
-    saved: Sequence[Mapping[str, Tensor]], written_on: Mesh, mesh: Mesh, rank: int, world_size: int
+    saved: Mapping[int, Mapping[str, Tensor]], written_on: Mesh, processes: int, mesh: Mesh, rank: int, world_size: int
 ) -> States | None:
-    """What is for this rank among the states of all ranks.
+    """What is for this rank among the states of those that were asked.
 
     Args:
-        saved: by rank.
+        saved: by rank; banned ones are not asked.
         written_on: the mesh that they are of.
+        processes: that it was written by; a virtual mesh has one.
         mesh: the present one.
         rank: this process's.
-        world_size: processes; a virtual mesh has one.
+        world_size: processes.
 
     Returns:
-        on the same mesh all states; on another with as many replicas those of the data; else ``None``, and what is drawn from here
-        on is another draw.
+        on the same mesh the states of this rank; on another with as many replicas, and for those who were not asked, those that
+        this replica's data is drawn with; else ``None``, and what is drawn from here on is another draw.
     """
-    if len(saved) == world_size and written_on == mesh:
+    if processes == world_size and written_on == mesh and rank in saved:
         return dict(saved[rank])
-    if len(saved) == written_on.size and world_size == mesh.size and written_on.replicas == mesh.replicas:
-        states = saved[mesh.worker(rank).replica]
-        return {name: state for name, state in states.items() if not name.startswith("computation/")}
-    return None
+    if processes != written_on.size or world_size != mesh.size or written_on.replicas != mesh.replicas:
+        return None
+    replica = mesh.worker(rank).replica
+    same_data = [other for other in sorted(saved) if written_on.worker(other).replica == replica]
+    states = saved[same_data[0]] if same_data else {}
+    return {name: state for name, state in states.items() if not name.startswith("computation/")} or None
 
 
 class DataPosition(L.Callback):
@@ -94,6 +97,10 @@ class DataPosition(L.Callback):
         """States of the data's generators when the iterator over the present epoch was made."""
         self.unused: States | None = None
         """What a resumed run has to go on from, until it asks for a batch."""
+
+    def begin(self) -> None:
+        """A loader is about to be asked for its iterator for the first time."""
+        self.epoch_began, self.unused = data_generators(), None
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -166,7 +173,7 @@ class _Returning(Iterator[Any]):
         for loader in self._loader.flattened:
             # Workers begin to fetch as soon as there is an iterator.
             _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
-        self._position.epoch_began, self._position.unused = data_generators(), None
+        self._position.begin()
         batches = iter(self._loader)
         for _ in range(seen):
             next(batches)

@@ -29,6 +29,8 @@ from lightning_sentinel.pipeline.sharded import Destination, ShardedCheckpoint
 
 __all__ = ["StageCheckpoints"]
 
+_MOST_BYTES_OF_GENERATORS = 2**20
+
 
 class StageCheckpoints(LastingBans):
     """Saves and loads a module that is cut into stages."""
@@ -103,6 +105,7 @@ class StageCheckpoints(LastingBans):
                 "verifiers": self._learned(),
                 "optimizer_groups": self._saved_groups,
                 "seed": self._seed,
+                "processes": self.world_size,
                 "generators": self._generators(),
             }
         if self._sharded:
@@ -123,12 +126,14 @@ class StageCheckpoints(LastingBans):
         parts = self._from_stages({}, self._guard.state_dict() if self._guard is not None else {})
         return {name: value for _, tensors in parts for name, value in tensors.items()}
 
-    def _generators(self) -> list[dict[str, Any]]:
-        """Of all ranks, on rank zero."""
+    def _generators(self) -> dict[int, dict[str, Any]]:
+        """Of all ranks that are not banned, on rank zero."""
         assert self._randomness is not None and self.lightning_module is not None
         states = self._position.states(self.lightning_module.trainer, self._randomness, self.root_device)
+        ranks = [r for r in range(self.world_size) if self._virtual or self.mesh.worker(r) not in self.ledger.banned]
         with self._at_work():
-            return [tensors for _, tensors in stage_files.collect({}, states, range(self.world_size))]
+            parts = stage_files.collect({}, states, ranks, _MOST_BYTES_OF_GENERATORS)
+        return {rank: tensors for rank, (_, tensors) in zip(ranks, parts)}
 
     def _save_parts(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
         """Each stage writes its part, and rank zero what makes them a checkpoint."""
@@ -202,6 +207,20 @@ class StageCheckpoints(LastingBans):
     # -------------------------------------------------------------------------------------------------------------- loading
 
     @override
+    def process_dataloader(self, dataloader: object) -> object:
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.training:
+            self._position.begin()
+        return dataloader
+
+    @override
+    def on_train_start(self) -> None:
+        if self._return_to is not None:
+            assert self.lightning_module is not None
+            self._position.return_to(self.lightning_module.trainer, self._return_to or None)
+            self._return_to = None
+
+    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, of a sharded one this stage's part; with ``weights_only=True`` unless Lightning says otherwise."""
         path, self._saved_names = local_path(checkpoint_path), None
@@ -259,7 +278,8 @@ class StageCheckpoints(LastingBans):
         assert self._engine is not None and self._randomness is not None
         self._seed = section["seed"]
         self._engine.reseed(self._seed)
-        states = own_generators(section["generators"], written_on, self.mesh, self.global_rank, self.world_size)
+        saved, processes = section["generators"], section["processes"]
+        states = own_generators(saved, written_on, processes, self.mesh, self.global_rank, self.world_size)
         if states is None:
             return
         computation = {name.split("/", 1)[1]: state for name, state in states.items() if name.startswith("computation/")}

@@ -64,8 +64,8 @@ class SavesAt(L.Callback):
         if trainer.global_step == self.batch:
             receive = stage_files.receive_parcel
 
-            def counted(rank: int) -> Any:
-                parcel = receive(rank)
+            def counted(*arguments: Any) -> Any:
+                parcel = receive(*arguments)
                 self.received |= {name for name in parcel[1] if name.startswith("net.")}
                 return parcel
 

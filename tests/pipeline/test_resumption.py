@@ -195,17 +195,25 @@ def test_generators_are_put_back() -> None:
 
 
 class TestOtherMeshes:
-    SAVED = [{"now/torch": torch.tensor([rank]), "computation/torch": torch.tensor([rank])} for rank in range(6)]
+    SAVED = {rank: {"now/torch": torch.tensor([rank]), "computation/torch": torch.tensor([rank])} for rank in range(6)}
 
     def test_the_same(self) -> None:
         for rank in range(6):
-            assert own_generators(self.SAVED, Mesh(3, 2), Mesh(3, 2), rank, 6) == self.SAVED[rank]
+            assert own_generators(self.SAVED, Mesh(3, 2), 6, Mesh(3, 2), rank, 6) == self.SAVED[rank]
 
     def test_as_many_replicas_draw_the_same_data(self) -> None:
-        found = [own_generators(self.SAVED, Mesh(3, 2), Mesh(2, 2), rank, 4) for rank in range(4)]
-        assert [int(one["now/torch"]) for one in found] == [0, 1, 0, 1]
-        assert all("computation/torch" not in one for one in found)
+        found = [own_generators(self.SAVED, Mesh(3, 2), 6, Mesh(2, 2), rank, 4) for rank in range(4)]
+        assert [int(one["now/torch"]) for one in found if one] == [0, 1, 0, 1]
+        assert all(one and "computation/torch" not in one for one in found)
+
+    def test_who_was_not_asked_draws_the_data_of_its_replica(self) -> None:
+        asked = {rank: self.SAVED[rank] for rank in (0, 3, 4, 5)}
+        assert own_generators(asked, Mesh(3, 2), 6, Mesh(3, 2), 1, 6) == {"now/torch": torch.tensor([3])}
 
     @pytest.mark.parametrize(("mesh", "processes"), [(Mesh(2, 3), 6), (Mesh(3, 2), 1), (Mesh(2, 2), 1)])
     def test_others_draw_anew(self, mesh: Mesh, processes: int) -> None:
-        assert own_generators(self.SAVED, Mesh(3, 2), mesh, 0, processes) is None
+        assert own_generators(self.SAVED, Mesh(3, 2), 6, mesh, 0, processes) is None
+
+    def test_a_virtual_mesh_is_another(self) -> None:
+        assert own_generators({0: self.SAVED[0]}, Mesh(3, 2), 1, Mesh(3, 2), 0, 1) == self.SAVED[0]
+        assert own_generators({0: self.SAVED[0]}, Mesh(3, 2), 1, Mesh(3, 2), 0, 6) is None
