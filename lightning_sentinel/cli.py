@@ -1,10 +1,12 @@
-"""The command ``lightning-sentinel``: LightningCLI with the strategies registered, and the benchmarks.
+"""The command ``lightning-sentinel``: LightningCLI with the strategies registered, the benchmarks, and what is done to checkpoints.
 
-``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's own subcommands; ``benchmark`` measures this package.
+``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's own subcommands; ``benchmark`` measures this package;
+``consolidate`` makes one ordinary file of a sharded checkpoint.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A module of the user's is named as `package.module.Class`; like `python -m`, look for it from here first.
     sys.path.insert(0, str(Path.cwd()))
     try:
-        import jsonargparse  # noqa: F401
-    except ImportError:
-        raise SystemExit(str(MissingExtraError("jsonargparse", "cli", "The command lightning-sentinel"))) from None
-    try:
+        if arguments[:1] == ["consolidate"]:
+            _consolidate(arguments[1:])
+            return
+        try:
+            import jsonargparse  # noqa: F401
+        except ImportError:
+            raise MissingExtraError("jsonargparse", "cli", "The command lightning-sentinel") from None
         if arguments[:1] == ["benchmark"]:
             from lightning_sentinel.benchmarks import run_benchmark
 
@@ -37,6 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _lightning_cli(arguments)
     except SentinelError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
+
+
+def _consolidate(arguments: list[str]) -> None:
+    from lightning_sentinel.pipeline.sharded import consolidate
+
+    parser = argparse.ArgumentParser(
+        "lightning-sentinel consolidate",
+        description="Make one ordinary Lightning checkpoint of a sharded one. Needs no other processes.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the sharded checkpoint")
+    parser.add_argument("output", type=Path, metavar="OUT", help="the file to write, which must not be there yet")
+    given = parser.parse_args(arguments)
+    consolidate(given.directory, given.output)
+    print(f"{given.output} is an ordinary checkpoint of {given.output.stat().st_size:,} bytes.")
 
 
 def _lightning_cli(arguments: list[str]) -> None:

@@ -39,6 +39,7 @@ from lightning_sentinel.pipeline.logs import replay, silence_misleading_warnings
 from lightning_sentinel.pipeline.partition import StageModel, cut
 from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed
 from lightning_sentinel.pipeline.renumbering import RenumberedEnvironment
+from lightning_sentinel.pipeline.resumption import DataPosition
 from lightning_sentinel.pipeline.saving import StageCheckpoints
 from lightning_sentinel.pipeline.shares import CleanShares
 from lightning_sentinel.pipeline.steps import StepRunner
@@ -83,6 +84,8 @@ class SentinelStrategy(StageCheckpoints):
         zero_stage: 0; DeepSpeed's ZeRO is not supported yet.
         activation_checkpointing: recompute activations in the backward pass instead of keeping them.
         transport: ``"device"`` sends tensors from where they are, ``"host"`` through host memory, ``"auto"`` decides.
+        state_dict_type: ``"full"`` saves one ordinary file; with ``"sharded"`` a checkpoint is a directory to which each stage
+            writes its own part, so that no process ever holds the whole model.
         timeout: how long any process waits for another before the run ends with an error that names it.
         **kwargs: what every parallel strategy takes: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
             ``checkpoint_io``, ``precision_plugin``.
@@ -112,10 +115,11 @@ class SentinelStrategy(StageCheckpoints):
         zero_stage: int = 0,
         activation_checkpointing: bool = False,
         transport: Literal["auto", "device", "host"] = "auto",
+        state_dict_type: Literal["full", "sharded"] = "full",
         timeout: timedelta = timedelta(minutes=5),
         **kwargs: Any,
     ) -> None:
-        check_settings(engine, micro_batches, partition, transport, zero_stage, verification, response)
+        check_settings(engine, micro_batches, partition, transport, zero_stage, verification, response, state_dict_type)
         super().__init__(timeout=timeout, virtual=engine == "virtual", **kwargs)
         self._stages, self._replicas, self._micro_batches = stages, replicas, micro_batches
         self._verification, self._response = verification, response
@@ -139,6 +143,8 @@ class SentinelStrategy(StageCheckpoints):
         self._randomness: SeparateRandomness | None = None
         self._last_loss = math.nan
         self._saved_groups, self._filed = [], None
+        self._sharded, self._saved_names, self._return_to = state_dict_type == "sharded", None, None
+        self._position = DataPosition()
 
     def __repr__(self) -> str:
         # `pytorch_lightning` shows it when it refuses a strategy that is not its own.
@@ -207,6 +213,8 @@ class SentinelStrategy(StageCheckpoints):
             self.ledger.hosts = dict(zip(self.mesh.workers, self._hosts))
             prepare(self.root_device, None if self._virtual else self._timeout, self.local_rank)
             self._read_bans()
+        if self._position not in trainer.callbacks:  # type: ignore[attr-defined]
+            trainer.callbacks.append(self._position)  # type: ignore[attr-defined]
         if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
             # What was found is logged without being asked for, as Lightning adds a progress bar without being asked for one.
             trainer.callbacks.append(SentinelMonitor())  # type: ignore[attr-defined]
@@ -231,10 +239,10 @@ class SentinelStrategy(StageCheckpoints):
                     self.setup_optimizers(trainer)
                 require_optimizer(module, self.optimizers)
             self.setup_precision_plugin()
-            seed = self._agree_on_seed()
-            self._engine = self._make_engine(model, self.optimizers[0] if fitting else None, seed)
+            self._seed = self._agree_on_seed()
+            self._engine = self._make_engine(model, self.optimizers[0] if fitting else None, self._seed)
             self._engine.adversary = self.adversary
-            self._randomness = self._randomness or SeparateRandomness(seed, self.global_rank, self.worker.replica)
+            self._randomness = self._randomness or SeparateRandomness(self._seed, self.global_rank, self.worker.replica)
         self._shares = CleanShares(self.mesh)
         silence_misleading_warnings()
         if fitting and self.is_global_zero:
@@ -275,6 +283,7 @@ class SentinelStrategy(StageCheckpoints):
 
     @override
     def on_train_start(self) -> None:
+        super().on_train_start()
         if self._verification is not None:
             warn_of_long_warmup(self._trainer, self._verification)
 

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
+import torch
 import yaml
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import lightning_sentinel as ls
 from lightning_sentinel import cli
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class Small(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).pow(2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
 
 
 def printed_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
@@ -63,6 +81,40 @@ def test_without_its_extra_the_command_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     with pytest.raises(SystemExit, match=r"needs the package 'jsonargparse'.*pip install 'lightning-sentinel\[cli\]'"):
         cli.main(["fit"])
+
+
+class TestConsolidate:
+    def sharded(self, tmp_path: Path) -> Path:
+        strategy = ls.SentinelStrategy(2, 2, micro_batches=1, engine="virtual", state_dict_type="sharded")
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(strategy=strategy, accelerator="cpu", max_steps=3, **quiet)
+        trainer.fit(Small(), DataLoader(torch.randn(24, 4), batch_size=4))
+        trainer.save_checkpoint(tmp_path / "parts.ckpt")
+        return tmp_path / "parts.ckpt"
+
+    def test_it_makes_a_file_for_plain_lightning(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        directory, output = self.sharded(tmp_path), tmp_path / "whole.ckpt"
+        assert directory.is_dir()
+        cli.main(["consolidate", str(directory), str(output)])
+        assert f"{output} is an ordinary checkpoint of {output.stat().st_size:,} bytes" in capsys.readouterr().out
+        trainer = L.Trainer(accelerator="cpu", max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        trainer.fit(Small(), DataLoader(torch.randn(24, 4), batch_size=4), ckpt_path=output)
+        assert trainer.global_step == 6
+
+    @pytest.mark.parametrize(
+        ("spoil", "says"),
+        [
+            (lambda directory, output: (directory / "checkpoint.pt").unlink(), r"is a directory, but no sharded checkpoint"),
+            (lambda directory, output: next(directory.glob("stage-*")).unlink(), r"its part stage-0-\w+\.pt is missing"),
+            (lambda directory, output: output.touch(), r"whole\.ckpt exists, and nothing is overwritten"),
+        ],
+        ids=["not one of ours", "missing part", "output exists"],
+    )
+    def test_what_cannot_be_done_is_said(self, spoil: Callable[[Path, Path], None], says: str, tmp_path: Path) -> None:
+        directory, output = self.sharded(tmp_path), tmp_path / "whole.ckpt"
+        spoil(directory, output)
+        with pytest.raises(SystemExit, match=f"ConfigurationError: .*{says}"):
+            cli.main(["consolidate", str(directory), str(output)])
 
 
 def test_the_throughput_benchmark_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:

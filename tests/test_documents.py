@@ -22,7 +22,7 @@ def test_links_and_named_tests_exist(document: Path) -> None:
 
 def test_every_fault_has_a_test() -> None:
     rows = [line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")][1:]
-    names = ("test_faults.py", "test_failures.py", "test_elastic.py", "test_any_point.py")
+    names = ("test_faults.py", "test_failures.py", "test_elastic.py", "test_any_point.py", "test_checkpoint_faults.py")
     tests = "".join((ROOT / "tests" / "distributed" / name).read_text() for name in names)
     for row in rows:
         (named,) = re.findall(r"`(test_\w+)`", row)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -154,9 +157,38 @@ def test_samples_are_dealt_by_replica(rank: int, monkeypatch: pytest.MonkeyPatch
     assert strategy.is_global_zero == (rank == 0)
 
 
-def test_a_checkpoint_of_another_strategy_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"was not written by SentinelStrategy.*load_from_checkpoint"):
-        ls.SentinelStrategy().load_optimizer_state_dict({"optimizer_states": [{}]})
+def test_an_unknown_form_of_checkpoints_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"state_dict_type='whole' is unknown. Use 'full' or 'sharded'"):
+        ls.SentinelStrategy(state_dict_type="whole")
+
+
+def test_checkpoints_are_loaded_without_running_code(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "pytorch-lightning_version": L.__version__, "hyper_parameters": Mesh(2, 2)}, tmp_path / "a.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        ls.SentinelStrategy().load_checkpoint(tmp_path / "a.ckpt")
+    assert ls.SentinelStrategy().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)["hyper_parameters"] == Mesh(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([1, 2], "it is list, without a 'state_dict'"),
+        ({"state_dict": {}}, r"it is a dict of 1 entries \('state_dict'\)"),
+        ({str(number): number for number in range(9)}, r"it is a dict of 9 entries \('0', '1', '2', '3', ...\)"),
+    ],
+)
+def test_files_that_are_no_checkpoints_are_refused(content: object, says: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(ConfigurationError, match=rf"a\.ckpt can be read, but is no Lightning checkpoint: {says}"):
+        ls.SentinelStrategy().load_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_remote_path_is_no_place_for_parts() -> None:
+    strategy = ls.SentinelStrategy(state_dict_type="sharded")
+    with pytest.raises(
+        ConfigurationError, match=r"'s3://bucket/a\.ckpt' is none\. Save to such a path, or use .*state_dict_type='full'"
+    ):
+        strategy.save_checkpoint({"state_dict": {}}, "s3://bucket/a.ckpt")
 
 
 class TestTheOtherPackage:

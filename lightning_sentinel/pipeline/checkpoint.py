@@ -15,51 +15,87 @@ from torch.optim import Optimizer
 
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.parcels import receive_parcel, send_parcel
+from lightning_sentinel.pipeline.parcels import MOST_BYTES, receive_parcel, send_parcel
 
-__all__ = ["collect", "merge_optimizer_states", "optimizer_part", "own_optimizer_state", "select_state"]
+__all__ = [
+    "SECTION",
+    "Part",
+    "collect",
+    "group_names",
+    "merge_optimizer_states",
+    "optimizer_of",
+    "optimizer_part",
+    "own_optimizer_state",
+    "select_state",
+    "speakers",
+]
+
+SECTION = "lightning_sentinel"
+"""Our section of a checkpoint."""
+
+_LIKE_THE_PARAMETER = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
+"""What the optimizers of torch keep in the shape of the parameter."""
 
 Part = tuple[dict[str, Any], dict[str, Tensor]]
 
 
-def collect(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], mesh: Mesh, banned: Collection[Worker] = ()) -> list[Part]:
-    """Bring a part from each stage to rank zero; to be called by all ranks. One process has all there is.
+def speakers(mesh: Mesh, banned: Collection[Worker] = ()) -> list[int]:
+    """The rank that speaks for each stage.
+
+    Args:
+        mesh: all workers.
+        banned: workers that are not asked, because nobody brings them up to date.
+
+    Example:
+        >>> speakers(Mesh(stages=3, replicas=2), {Worker(1, 0)})
+        [0, 3, 4]
+    """
+    stages = [mesh.stage_ranks(stage) for stage in range(mesh.stages)]
+    return [next((r for r in ranks if mesh.worker(r) not in banned), ranks[0]) for ranks in stages]
+
+
+def collect(
+    plain: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Sequence[int], most_bytes: int = MOST_BYTES
+) -> list[Part]:
+    """Bring parts to rank zero; to be called by all ranks. One process has all there is.
 
     Args:
         plain: what JSON can say.
         tensors: the rest.
-        mesh: all workers.
-        banned: workers that are not asked, because nobody brings them up to date. Rank zero writes the file all the same.
+        ranks: that have a part. Rank zero gets them, whether it is one of them or not.
+        most_bytes: that a part may have.
 
     Returns:
-        on rank zero the parts of all stages, in order, on the host; elsewhere nothing.
+        on rank zero the parts, in the order of ``ranks``, on the host; elsewhere nothing.
     """
     mine = (dict(plain), {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     if not dist.is_initialized():
         return [mine]
     rank = dist.get_rank()
-    stages = [mesh.stage_ranks(stage) for stage in range(mesh.stages)]
-    speakers = [next((r for r in ranks if mesh.worker(r) not in banned), ranks[0]) for ranks in stages]
     if rank != 0:
-        if rank in speakers:
+        if rank in ranks:
             send_parcel(mine, 0)
         return []
-    return [mine if speaker == 0 else receive_parcel(speaker) for speaker in speakers]
+    return [mine if speaker == 0 else receive_parcel(speaker, most_bytes) for speaker in ranks]
 
 
-def select_state(state: Mapping[str, Any], module: nn.Module, known: Sequence[str], strict: bool) -> dict[str, Any]:
+def select_state(
+    state: Mapping[str, Any], module: nn.Module, known: Sequence[str], strict: bool, saved: Collection[str] | None = None
+) -> dict[str, Any]:
     """The entries of an unsplit ``state_dict`` that belong to this stage.
 
     Args:
-        state: of the unsplit module.
+        state: of the unsplit module, or of the part of it that was read.
         module: this stage's part of it.
         known: all keys of the unsplit module.
+        saved: all keys of the checkpoint, if ``state`` has only some.
         strict: whether every key must be there and none more; judged over the whole module, so that all ranks agree.
 
     Raises:
         ConfigurationError: if strict and the keys differ.
     """
-    missing, unexpected = sorted(set(known) - set(state)), sorted(set(state) - set(known))
+    saved = set(state if saved is None else saved)
+    missing, unexpected = sorted(set(known) - saved), sorted(saved - set(known))
     if strict and (missing or unexpected):
         raise ConfigurationError(
             f"The checkpoint does not fit {type(module).__name__}: {len(missing)} key(s) missing (first: {missing[:3]}),"
@@ -88,6 +124,22 @@ def optimizer_part(optimizer: Optimizer, names: Mapping[int, str]) -> Part:
     return plain, tensors
 
 
+def optimizer_of(part: Part, parameters: Collection[str]) -> Part:
+    """What a part says of some parameters.
+
+    Example:
+        >>> import torch
+        >>> optimizer_of(({"groups": [["a", "b"]], "numbers": [["b", "seen", 3]]}, {"a/mean": torch.ones(1)}), {"b"})
+        ({'groups': [['b']], 'numbers': [['b', 'seen', 3]]}, {})
+    """
+    plain, tensors = part
+    chosen = {
+        "groups": [[name for name in group if name in parameters] for group in plain["groups"]],
+        "numbers": [entry for entry in plain["numbers"] if entry[0] in parameters],
+    }
+    return chosen, {path: tensor for path, tensor in tensors.items() if path.rsplit("/", 1)[0] in parameters}
+
+
 def merge_optimizer_states(
     parts: Sequence[Part], options: Sequence[Mapping[str, Any]], order: Sequence[str]
 ) -> tuple[dict[str, Any], list[list[str]]]:
@@ -103,7 +155,8 @@ def merge_optimizer_states(
     """
     position = {name: index for index, name in enumerate(order)}
     groups = [
-        sorted((name for plain, _ in parts for name in plain["groups"][index]), key=position.__getitem__)
+        # A set, because every stage has the frozen parameters outside of the layers.
+        sorted({name for plain, _ in parts for name in plain["groups"][index]}, key=position.__getitem__)
         for index in range(len(options))
     ]
     number = {name: index for index, name in enumerate(name for group in groups for name in group)}
@@ -134,7 +187,7 @@ def own_optimizer_state(
         names: ``id`` of a parameter to its name.
 
     Raises:
-        ConfigurationError: if the number of parameter groups differs.
+        ConfigurationError: if the number of parameter groups differs, or the state is that of other parameters.
     """
     if len(saved["param_groups"]) != len(optimizer.param_groups):
         raise ConfigurationError(
@@ -149,7 +202,60 @@ def own_optimizer_state(
         for index, parameter in zip(indices, group["params"]):
             entry = saved["state"].get(number[names[id(parameter)]])
             if entry is not None:
-                state[index] = entry
+                _require_shape(entry, parameter, names[id(parameter)])
+                # Copies: what was read may be a mapped file.
+                state[index] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
         named = {"param_names": group["param_names"]} if "param_names" in group else {}
         param_groups.append({**saved_group, **named, "params": list(indices)})
     return {"state": state, "param_groups": param_groups}
+
+
+def _require_shape(entry: Mapping[str, Any], parameter: nn.Parameter, name: str) -> None:
+    for key in _LIKE_THE_PARAMETER & entry.keys():
+        value = entry[key]
+        if isinstance(value, Tensor) and value.shape != parameter.shape:
+            raise ConfigurationError(
+                f"In the checkpoint's optimizer state the {key} of {name} has the shape {tuple(value.shape)}, the parameter has"
+                f" {tuple(parameter.shape)}: the optimizer was given its parameters in another order, or the model is another."
+                " Resume with the model and optimizer that were saved, or load the weights only, with load_from_checkpoint."
+            )
+
+
+def group_names(saved: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], order: Sequence[str]) -> list[list[str]]:
+    """Names for the numbered parameters of an optimizer state that an unsplit module wrote.
+
+    Args:
+        saved: in torch's format.
+        parts: of each stage the ``"groups"`` of its optimizer: names, in its order.
+        order: parameter names of the unsplit module.
+
+    Returns:
+        the names in each group, in the order of the numbers.
+
+    Raises:
+        ConfigurationError: if the groups are not the same, or nothing says in which order a group has its parameters.
+    """
+    groups = saved["param_groups"]
+    here = [{name for part in parts for name in part["groups"][index]} for index in range(len(parts[0]["groups"]))]
+    if [len(group["params"]) for group in groups] != [len(names) for names in here]:
+        raise ConfigurationError(
+            f"The checkpoint's optimizer has parameter groups of {[len(group['params']) for group in groups]} parameters,"
+            f" configure_optimizers made groups of {[len(names) for names in here]}. Resume with the optimizer that was saved, or"
+            " load the weights only, with load_from_checkpoint."
+        )
+    position = {name: index for index, name in enumerate(order)}
+    found = []
+    for index, (group, names) in enumerate(zip(groups, here)):
+        if set(group.get("param_names", ())) == names:
+            found.append(list(group["param_names"]))
+            continue
+        for part in parts:
+            mine = part["groups"][index]
+            if mine != sorted(mine, key=position.__getitem__):
+                raise ConfigurationError(
+                    f"Group {index} of the optimizer has its parameters in an order of its own (first: {mine[:3]}), and the"
+                    " checkpoint, which was not written by SentinelStrategy, does not name them. Give the optimizer"
+                    " named_parameters(), or parameters in the module's order, or load the weights only."
+                )
+        found.append(sorted(names, key=position.__getitem__))
+    return found

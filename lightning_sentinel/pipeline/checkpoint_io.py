@@ -7,9 +7,10 @@ is a copy, and a process that is killed meanwhile, or a disk that is full, leave
 from __future__ import annotations
 
 import contextlib
-import io
 import os
+import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,20 @@ from typing_extensions import override
 
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["AtomicCheckpointIO"]
+__all__ = [
+    "INDEX",
+    "AtomicCheckpointIO",
+    "aside",
+    "clear",
+    "local_path",
+    "part_of",
+    "require_checkpoint",
+    "sync_folder",
+    "write_file",
+]
+
+INDEX = "checkpoint.pt"
+"""The file that makes a directory a sharded checkpoint."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -45,27 +59,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OSError: if it could not be written, with the target's path; whatever was there before is untouched.
             TypeError: if there are ``storage_options``, as in Lightning.
         """
-        name = str(path).removeprefix("file://")
-        if storage_options is not None or "://" in name:
+        target = local_path(path)
+        if storage_options is not None or target is None:
             super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        # Not straight into the file: torch does not say which error of the system its archive failed with.
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        target = Path(name)
-        part = target.with_name(f".{target.name}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                # Or after a loss of power there could be an empty file under the new name.
-                os.fsync(file.fileno())
-            part.replace(target)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(target)) from error
+        elif target.is_dir():
+            # A sharded checkpoint of the same name.
+            with aside(target):
+                write_file(checkpoint, target)
+        else:
+            write_file(checkpoint, target)
 
     @override
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -85,6 +87,123 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 if zipfile.is_zipfile(file):
                     raise
             raise ConfigurationError(
-                f"{path} is not a whole checkpoint, but one that was cut off while it was written or copied: it cannot be read"
-                f" ({type(error).__name__}: {error}). Use an earlier one; this one was left as it is."
+                f"{path} is not a whole checkpoint, but one that was cut off while it was written or copied, or another kind of"
+                f" file: it cannot be read ({type(error).__name__}: {error}). Use an earlier one; this one was left as it is."
             ) from error
+
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a file, or a sharded checkpoint; a kill in the middle leaves nothing that looks like a checkpoint."""
+        target = local_path(path)
+        if target is None or target.is_symlink() or not target.is_dir():
+            super().remove_checkpoint(path)
+            return
+        part = part_of(target)
+        clear(part)
+        target.rename(part)
+        shutil.rmtree(part)
+
+
+def local_path(path: str | Path) -> Path | None:
+    """The path on this machine's disks; ``None`` if it is a remote one."""
+    name = str(path).removeprefix("file://")
+    return None if "://" in name else Path(name)
+
+
+def part_of(target: Path) -> Path:
+    """Where a checkpoint is collected before it takes its place."""
+    return target.with_name(f".{target.name}.part")
+
+
+def clear(path: Path) -> None:
+    """Remove a file or a directory, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_file(content: Any, target: Path) -> int:
+    """Write a file in torch's format; it is there when it is whole and on the disk, and not before.
+
+    Returns:
+        its size in bytes.
+
+    Raises:
+        OSError: if it could not be written, with the target's path; whatever was there before is untouched.
+    """
+    part = part_of(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if part.is_dir():
+            clear(part)
+        with part.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            # Or after a loss of power there could be an empty file under the new name.
+            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+        part.replace(target)
+        sync_folder(target.parent)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(target)) from error
+    return size
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """What the system said; torch's archive may put an error of its own over it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk know the names in a folder, where the system can do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def aside(target: Path) -> Iterator[None]:
+    """Put a checkpoint aside for one of another kind, which cannot replace it in one go; back, if that fails.
+
+    Raises:
+        ConfigurationError: if it is no checkpoint, but a directory of the user's.
+    """
+    if target.is_dir() and not (target / INDEX).is_file():
+        raise ConfigurationError(
+            f"{target} is a directory and no checkpoint, so it is not replaced by one. Save to another path, or remove it."
+        )
+    before = target.with_name(f".{target.name}.old")
+    clear(before)
+    target.rename(before)
+    try:
+        yield
+    except BaseException:
+        before.rename(target)
+        raise
+    clear(before)
+
+
+def require_checkpoint(content: Any, path: str | Path) -> None:
+    """Raise ``ConfigurationError`` unless a file's content is a Lightning checkpoint."""
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict) and "pytorch-lightning_version" in content:
+        return
+    what = type(content).__name__
+    if isinstance(content, dict):
+        keys = ", ".join(map(repr, list(content)[:4]))
+        what = f"a dict of {len(content)} entries ({keys}{', ...' if len(content) > 4 else ''})"
+    raise ConfigurationError(
+        f"{path} can be read, but is no Lightning checkpoint: it is {what}, without a 'state_dict' and the version of Lightning"
+        " that wrote it. Pass a file that Trainer.save_checkpoint or ModelCheckpoint wrote, or load weights into the module before"
+        " the run."
+    )

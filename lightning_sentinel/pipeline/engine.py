@@ -7,6 +7,7 @@ and verify, and the reduction and clipping of gradients, which banned workers mu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -108,7 +109,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._mesh, self._steps = mesh, steps
         self._transport = transport
         self._arithmetic, self._forward_context = arithmetic, arithmetic.forward_context
-        self._seed = seed
         self._exchange = Exchange(mesh, self.device)
         self._supply = Supply(mesh, self.worker, self.device)
         self._last_layer = stage_model.stage_layers(self.worker.stage)[-1]
@@ -131,6 +131,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._runs = {"training": 0, "predicting": 0}
         self._altered: Tensor | None = None
         self._received_gradient: Tensor | None = None
+
+    def reseed(self, seed: int) -> None:
+        self._recompute = replace(self._recompute, seed=seed)
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
@@ -255,7 +258,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             # A layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
             inputs = inputs.clone()
         if self._step_name == "training_step":
-            seed_forward(self.device, self._seed, self._step, *self._work[micro_batch].part, self.stage_id)
+            seed_forward(self.device, self._recompute.seed, self._step, *self._work[micro_batch].part, self.stage_id)
         with self._forward_context():
             outputs = DeepSpeedEngine.forward(self, inputs)
         if not self.is_last_stage():

@@ -28,6 +28,9 @@ class Engine(Protocol):
     def left_out(self) -> frozenset[Worker]:
         """Workers whose gradients :meth:`reduce_gradients` does not ask for."""
 
+    def reseed(self, seed: int) -> None:
+        """Let forward passes draw what they would have drawn in a run of this seed."""
+
     def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
         """Forward and backward of one batch, and the exchange of what came of it.
 

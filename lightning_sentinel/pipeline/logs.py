@@ -195,6 +195,11 @@ def replay(module: L.LightningModule, schema: LogSchema, reduced: Mapping[str, t
 
 
 def silence_misleading_warnings() -> None:
-    """Two warnings that are right elsewhere: replayed values are reduced already, and replayed metrics are empty on most ranks."""
+    """Warnings that are right elsewhere.
+
+    Replayed values are reduced already, replayed metrics are empty on most ranks, and a run that is resumed finds its place in the
+    data (:mod:`lightning_sentinel.pipeline.resumption`).
+    """
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True")
     warnings.filterwarnings("ignore", message="The ``compute`` method of metric .* was called before the ``update``")
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")

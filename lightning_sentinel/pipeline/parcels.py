@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 
-__all__ = ["broadcast_parcel", "pack", "receive_parcel", "reserve", "send_parcel", "unpack"]
+__all__ = ["MOST_BYTES", "broadcast_parcel", "pack", "receive_parcel", "reserve", "send_parcel", "unpack"]
 
 _LONGEST_DESCRIPTION = 2**26
-_MOST_BYTES = 2**42
+MOST_BYTES = 2**42
 """What a parcel may hold where the receiver has no reason to expect less, such as a stage's part of a checkpoint."""
 
 
@@ -57,7 +57,7 @@ def _layout(tensor: Tensor) -> dict[str, Any]:
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
 
-def reserve(description: bytes, most_bytes: int = _MOST_BYTES) -> list[Tensor]:
+def reserve(description: bytes, most_bytes: int = MOST_BYTES) -> list[Tensor]:
     """Memory for the tensors of a parcel.
 
     Raises:
@@ -131,7 +131,7 @@ def send_parcel(tree: Any, rank: int) -> None:
         dist.send(tensor, rank)
 
 
-def receive_parcel(rank: int, most_bytes: int = _MOST_BYTES) -> Any:
+def receive_parcel(rank: int, most_bytes: int = MOST_BYTES) -> Any:
     """Receive a collection, on the host.
 
     Args:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_sentinel.attacks.context import derive_seed
 
@@ -81,3 +82,16 @@ class SeparateRandomness:
         finally:
             self._computation = torch.get_rng_state()
             torch.set_rng_state(data)
+
+    def states(self, device: torch.device) -> dict[str, Tensor]:
+        """Of the computation's generators, for a checkpoint."""
+        states = {"torch": self._computation}
+        if device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(device)
+        return states
+
+    def load_states(self, states: Mapping[str, Tensor], device: torch.device) -> None:
+        """Go on from what :meth:`states` gave."""
+        self._computation = states["torch"].to(torch.uint8).cpu()
+        if "cuda" in states and device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"].cpu(), device)

@@ -40,6 +40,7 @@ def check_settings(
     zero_stage: int,
     verification: Verification | None,
     response: Response,
+    state_dict_type: str,
 ) -> None:
     """Raise ``ConfigurationError`` for arguments of the strategy that cannot work."""
     if engine not in ("process", "virtual"):
@@ -52,6 +53,8 @@ def check_settings(
         )
     if transport not in ("auto", "device", "host"):
         raise ConfigurationError(f"transport={transport!r} is unknown. Use 'auto', 'device' or 'host'.")
+    if state_dict_type not in ("full", "sharded"):
+        raise ConfigurationError(f"state_dict_type={state_dict_type!r} is unknown. Use 'full' or 'sharded'.")
     if verification is not None:
         watched(verification)
     if response.aggregation != "mean" and engine == "virtual":

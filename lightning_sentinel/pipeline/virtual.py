@@ -81,6 +81,9 @@ class VirtualEngine:
         self._rewind: Rewind | None = None
         self.left_out: frozenset[Worker] = frozenset()
 
+    def reseed(self, seed: int) -> None:
+        """Nothing: here a forward pass draws from the computation's generator, whose state a checkpoint has."""
+
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
     def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import lightning_sentinel as ls
 from lightning_sentinel.mesh import Mesh
-from tests.distributed import tasks, world
+from lightning_sentinel.pipeline.sharded import consolidate
+from tests.distributed import checkpoint_tasks, tasks, world
+
+TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
 
 
 @pytest.mark.parametrize("attacked", [False, True])
@@ -26,3 +31,84 @@ def test_a_resumed_run_equals_an_unbroken_one(attacked: bool, tmp_path: Path) ->
         for kind in ("weights", "verifiers"):
             for name, value in whole[kind].items():
                 torch.testing.assert_close(second[kind][name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize(("form", "attacked"), [("full", False), ("sharded", False), ("sharded", True)])
+def test_in_the_middle_of_an_epoch_it_is_the_same_bit_for_bit(form: str, attacked: bool, tmp_path: Path) -> None:
+    """Weights, optimizer, scheduler, samples and their augmentation, dropout, verifiers, ledger; no seed was set."""
+    path = tmp_path / "at.ckpt"
+    ranks = world.run(checkpoint_tasks.stopped_and_resumed, 4, str(tmp_path), form, attacked)
+    assert path.is_dir() == (form == "sharded")
+    for number, rank in enumerate(ranks):
+        unbroken, resumed = rank["unbroken"], rank["resumed"]
+        assert unbroken["banned"] == ({ls.Worker(1, 1)} if attacked else set())
+        for kind in ("rates", "ledger", "step", "banned"):
+            assert resumed[kind] == unbroken[kind], kind
+        assert (len(unbroken["seen"]), len(resumed["seen"])) == (11, 4)
+        torch.testing.assert_close(resumed["seen"], unbroken["seen"][7:], rtol=0, atol=0)
+        if Mesh(2, 2).worker(number) not in unbroken["banned"]:
+            for kind in ("weights", "verifiers"):
+                torch.testing.assert_close(resumed[kind], unbroken[kind], rtol=0, atol=0, equal_nan=True)
+    assert ranks[0]["unbroken"]["rates"] != [1e-2, 3e-3], "the scheduler has done something"
+    received = ranks[0]["unbroken"]["received"]
+    if form == "full":
+        assert received > set(ranks[2]["unbroken"]["weights"]), "weights, and optimizer state"
+        return
+    # Nobody is sent another stage's weights, and nobody opens another stage's file.
+    assert not received
+    for number, rank in enumerate(ranks):
+        parts = {name for name in rank["resumed"]["read"] if name.startswith("stage-")}
+        assert {name.split("-")[1] for name in parts} == {str(number // 2)}
+
+
+class TestOtherMeshes:
+    """Eight steps in one place and four in another are twelve in one process."""
+
+    @pytest.fixture(scope="class", params=["sgd", "adamw"])
+    def runs(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+        optimizer, at = request.param, tmp_path_factory.mktemp(request.param)
+        checkpoint_tasks.go_on_alone(optimizer, 8, target=at / "alone")
+
+        def leg(mesh: tuple[int, int], step: int, source: str | None, target: str, form: str = "full") -> dict[str, Any]:
+            names = {"source": None if source is None else at / source, "target": at / target}
+            return {"mesh": mesh, "step": step, "form": form, "optimizer": optimizer, **names}
+
+        middle = [
+            leg((2, 2), 4, None, "2x2 at 4", "sharded"),
+            leg((1, 4), 8, "2x2 at 4", "1x4 at 8"),
+            leg((4, 1), 8, "2x2 at 4", "4x1 at 8", "sharded"),
+            leg((2, 2), 12, "4x1 at 8", "2x2, 4x1, 2x2"),
+            leg((1, 4), 12, "1x4 at 8", "2x2, 1x4"),
+            leg((2, 2), 12, "alone", "alone, 2x2"),
+        ]
+        world.run(checkpoint_tasks.go_on, 4, middle)
+        world.run(checkpoint_tasks.go_on, 3, [leg((3, 1), 12, "4x1 at 8", "2x2, 4x1, 3x1", "sharded")])
+        consolidate(at / "4x1 at 8", at / "consolidated")
+        consolidate(at / "2x2, 4x1, 3x1", at / "2x2, 4x1, 3x1, consolidated")
+        found = {"at": at, "tolerance": TOLERANCE[optimizer], "weights": checkpoint_tasks.go_on_alone(optimizer, 12)["weights"]}
+        for source in ("alone", "1x4 at 8", "consolidated"):
+            found[source] = checkpoint_tasks.go_on_alone(optimizer, 12, at / source)["weights"]
+        return found
+
+    def test_all_ways_lead_to_the_same_weights(self, runs: dict[str, Any]) -> None:
+        ways = ["2x2, 4x1, 2x2", "2x2, 1x4", "alone, 2x2", "2x2, 4x1, 3x1, consolidated"]
+        for way in ways:
+            saved = torch.load(runs["at"] / way, weights_only=True)
+            assert saved["global_step"] == 12, way
+            close(saved["state_dict"], runs["weights"], runs["tolerance"], way)
+
+    def test_plain_lightning_goes_on_as_from_its_own_checkpoint(self, runs: dict[str, Any]) -> None:
+        """Which is not as if it had never stopped: in the middle of a run of ``max_steps`` it trains on the first batch twice."""
+        for source in ("1x4 at 8", "consolidated"):
+            close(runs[source], runs["alone"], runs["tolerance"], source)
+
+    def test_a_plain_checkpoint_is_evaluated(self, runs: dict[str, Any]) -> None:
+        expected = checkpoint_tasks.evaluated(str(runs["at"] / "alone"))
+        for found in world.run(checkpoint_tasks.evaluated, 2, str(runs["at"] / "alone")):
+            assert found == pytest.approx(expected, rel=1e-4)
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, message: str) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{message}, {name}: {m}")

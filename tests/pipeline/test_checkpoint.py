@@ -15,10 +15,12 @@ from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.checkpoint import (
     collect,
+    group_names,
     merge_optimizer_states,
     optimizer_part,
     own_optimizer_state,
     select_state,
+    speakers,
 )
 
 STAGES = (("0", "1"), ("2",), ("3", "4"))
@@ -186,6 +188,55 @@ class TestOddOptimizers:
             own_optimizer_state(merged, groups, other, cut.names(0))
 
 
+class TestPlainOptimizerState:
+    """Numbers for names, as an optimizer over the unsplit module writes them."""
+
+    def groups(self, cut: Cut) -> list[dict[str, Any]]:
+        return [optimizer_part(optimizer, cut.names(stage))[0] for stage, optimizer in enumerate(cut.optimizers)]
+
+    @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+    def test_stages_go_on_from_it(self, build: Build) -> None:
+        cut = Cut(build)
+        cut.step(1)
+        plain = copy.deepcopy(cut.optimizer.state_dict())
+        groups = group_names(plain, self.groups(cut), cut.order)
+        for stage, part in enumerate(cut.parts):
+            fresh = build(dict(part.named_parameters()))
+            fresh.load_state_dict(own_optimizer_state(plain, groups, fresh, cut.names(stage)))
+            cut.optimizers[stage] = fresh
+        cut.step(2)
+        assert cut.weights_agree()
+
+    def test_names_say_in_which_order(self) -> None:
+        cut = Cut(lambda parameters: torch.optim.Adam(list(parameters.items())[::-1], lr=0.1))
+        cut.step(1)
+        assert group_names(cut.optimizer.state_dict(), self.groups(cut), cut.order) == [cut.order[::-1]]
+
+    def test_without_names_an_order_of_the_users_own_is_refused(self) -> None:
+        cut = Cut(lambda parameters: torch.optim.Adam(list(parameters.values())[::-1], lr=0.1))
+        cut.step(1)
+        with pytest.raises(
+            ConfigurationError, match=r"Group 0 .* order of its own \(first: \['0\.bias', '0\.weight'\]\).*named_param"
+        ):
+            group_names(cut.optimizer.state_dict(), self.groups(cut), cut.order)
+
+    def test_an_order_that_no_stage_sees_shows_in_the_shapes(self) -> None:
+        cut = Cut(lambda parameters: torch.optim.Adam(list(parameters.values()), lr=0.1))
+        backwards = torch.optim.Adam([p for layer in reversed(cut.whole) for p in layer.parameters()], lr=0.1)
+        cut.step(1, optimizer=backwards)
+        plain = backwards.state_dict()
+        groups = group_names(plain, self.groups(cut), cut.order)
+        with pytest.raises(ConfigurationError, match=r"of 0\.weight has the shape \(2, 4\), the parameter has \(4, 3\)"):
+            own_optimizer_state(plain, groups, cut.optimizers[0], cut.names(0))
+
+    def test_other_groups(self) -> None:
+        cut = Cut(BUILDS["AdamW"])
+        cut.step(1)
+        other = torch.optim.AdamW(cut.whole.parameters()).state_dict()
+        with pytest.raises(ConfigurationError, match=r"groups of \[7\] parameters, configure_optimizers made groups of \[3, 4\]"):
+            group_names(other, self.groups(cut), cut.order)
+
+
 class TestSelectState:
     def setup_method(self) -> None:
         self.whole = net().state_dict()
@@ -254,7 +305,8 @@ class TestCollect:
         for post.rank in reversed(range(mesh.size)):
             stage = mesh.worker(post.rank).stage
             tensors = {f"{stage}.{index}": tensor for index, tensor in enumerate(self.TENSORS)}
-            found = collect({"groups": [["a"]], "numbers": [["a", "seen", stage], ["a", "lr", 0.1 + stage]]}, tensors, mesh)
+            plain = {"groups": [["a"]], "numbers": [["a", "seen", stage], ["a", "lr", 0.1 + stage]]}
+            found = collect(plain, tensors, speakers(mesh))
             assert found == [] or post.rank == 0
         assert not any(post.letters.values())
         assert len(found) == 3
@@ -268,21 +320,21 @@ class TestCollect:
 
     def test_one_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         Post(monkeypatch)
-        assert collect({"a": 1}, {}, Mesh(1, 1)) == [({"a": 1}, {})]
+        assert collect({"a": 1}, {}, [0]) == [({"a": 1}, {})]
 
     @pytest.mark.parametrize("banned", [set(), *({Worker(s, r)} for s in range(3) for r in range(2)), {Worker(0, 0), Worker(2, 0)}])
     def test_banned_workers_are_not_asked(self, monkeypatch: pytest.MonkeyPatch, banned: set[Worker]) -> None:
         post, mesh = Post(monkeypatch), Mesh(stages=3, replicas=2)
         for post.rank in reversed(range(mesh.size)):
             worker = mesh.worker(post.rank)
-            found = collect({"of": [worker.stage, worker.replica]}, {"it": torch.tensor(post.rank)}, mesh, banned)
+            found = collect({"of": [worker.stage, worker.replica]}, {"it": torch.tensor(post.rank)}, speakers(mesh, banned))
         assert not any(post.letters.values())
-        speakers = [Worker(*plain["of"]) for plain, _ in found]
-        assert [worker.stage for worker in speakers] == [0, 1, 2] and not set(speakers) & banned
-        assert [mesh.rank(worker) for worker in speakers] == [int(tensors["it"]) for _, tensors in found]
+        asked = [Worker(*plain["of"]) for plain, _ in found]
+        assert [worker.stage for worker in asked] == [0, 1, 2] and not set(asked) & banned
+        assert [mesh.rank(worker) for worker in asked] == [int(tensors["it"]) for _, tensors in found]
 
     def test_of_a_stage_of_which_everybody_is_banned_there_is_still_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
         post, mesh = Post(monkeypatch), Mesh(stages=2, replicas=2)
         for post.rank in reversed(range(mesh.size)):
-            found = collect({"rank": post.rank}, {}, mesh, {Worker(1, 0), Worker(1, 1)})
+            found = collect({"rank": post.rank}, {}, speakers(mesh, {Worker(1, 0), Worker(1, 1)}))
         assert [plain["rank"] for plain, _ in found] == [0, 2]

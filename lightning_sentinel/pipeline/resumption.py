@@ -1,0 +1,204 @@
+"""Where a run was in its data, and in its random numbers, so that another can go on from there.
+
+Lightning counts the batches of an epoch that are done, and in the middle of one begins its data anew. Here what was seen is drawn
+again and dropped, with the random numbers from which the epoch had begun: so the order of samples, and what a loader's workers
+draw, are those of the run that was stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.pipeline.randomness import SeparateRandomness
+
+__all__ = ["DataPosition", "data_generators", "own_generators", "set_data_generators"]
+
+States = dict[str, Tensor]
+
+
+def data_generators() -> States:
+    """The states of the generators that data is drawn with: torch's, Python's and NumPy's, on the host.
+
+    Example:
+        >>> import random
+        >>> before = data_generators()
+        >>> first = random.random()
+        >>> set_data_generators(before)
+        >>> random.random() == first
+        True
+    """
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    _, keys, position, has_gauss, cached = numpy_state
+    return {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+
+
+def set_data_generators(states: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`data_generators` gave."""
+    torch.set_rng_state(states["torch"].to(torch.uint8).cpu())
+    version, *words = states["python"].tolist()
+    gauss = states["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(states["numpy_gauss"])))
+
+
+def own_generators(
+    saved: Mapping[int, Mapping[str, Tensor]], written_on: Mesh, processes: int, mesh: Mesh, rank: int, world_size: int
+) -> States | None:
+    """What is for this rank among the states of those that were asked.
+
+    Args:
+        saved: by rank; banned ones are not asked.
+        written_on: the mesh that they are of.
+        processes: that it was written by; a virtual mesh has one.
+        mesh: the present one.
+        rank: this process's.
+        world_size: processes.
+
+    Returns:
+        on the same mesh the states of this rank; on another with as many replicas, and for those who were not asked, those that
+        this replica's data is drawn with; else ``None``, and what is drawn from here on is another draw.
+    """
+    if processes == world_size and written_on == mesh and rank in saved:
+        return dict(saved[rank])
+    if processes != written_on.size or world_size != mesh.size or written_on.replicas != mesh.replicas:
+        return None
+    replica = mesh.worker(rank).replica
+    same_data = [other for other in sorted(saved) if written_on.worker(other).replica == replica]
+    states = saved[same_data[0]] if same_data else {}
+    return {name: state for name, state in states.items() if not name.startswith("computation/")} or None
+
+
+class DataPosition(L.Callback):
+    """Keeps the random numbers that an epoch began with, and takes a run that is resumed back to its place in the data."""
+
+    def __init__(self) -> None:
+        self.epoch_began = data_generators()
+        """States of the data's generators when the iterator over the present epoch was made."""
+        self.unused: States | None = None
+        """What a resumed run has to go on from, until it asks for a batch."""
+
+    def begin(self) -> None:
+        """A loader is about to be asked for its iterator for the first time."""
+        self.epoch_began, self.unused = data_generators(), None
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning makes the iterator of the first epoch earlier, and those of others right after this.
+        if trainer.current_epoch > 0 and not trainer.fit_loop.is_resuming and not trainer.fit_loop.restarting:
+            if self.unused is not None:
+                # The epoch that was resumed had no batches left.
+                set_data_generators(_named(self.unused, "now"))
+                self.unused = None
+            self.epoch_began = data_generators()
+
+    def states(self, trainer: L.Trainer, randomness: SeparateRandomness, device: torch.device) -> States:
+        """All that this rank draws from, and has drawn the present epoch's data from."""
+        loop: Any = trainer.fit_loop
+        # A batch that has not been trained on: where the length is not known Lightning draws one ahead.
+        fetched = 0 if loop._data_fetcher is None else loop._data_fetcher.fetched
+        ahead = torch.tensor(max(fetched - loop.epoch_loop.batch_progress.current.processed, 0))
+        now = {f"now/{name}": state for name, state in data_generators().items()}
+        began = {f"epoch/{name}": state for name, state in self.epoch_began.items()}
+        return {
+            "ahead": ahead,
+            **now,
+            **began,
+            **{f"computation/{name}": state for name, state in randomness.states(device).items()},
+        }
+
+    def return_to(self, trainer: L.Trainer, states: States | None) -> None:
+        """Let the first batch be the one after the last that was seen; before the loop asks for it."""
+        loop = trainer.fit_loop
+        fetcher: Any = loop._data_fetcher
+        loader = loop._combined_loader
+        if fetcher is None or loader is None:
+            return
+        if any(isinstance(one, _Stateful) for one in loader.flattened):
+            # The loader knows its place by itself, and has been told.
+            if states is not None:
+                set_data_generators(_named(states, "now"))
+            return
+        self.unused = states
+        fetcher.iterator = _Returning(self, trainer, loader, states)
+        # One batch ahead, where the length is not known: of the beginning, not of this place.
+        ahead = len(getattr(fetcher, "batches", ()))
+        if ahead:
+            fetcher.batches.clear()
+            fetcher.fetched -= ahead
+
+
+class _Returning(Iterator[Any]):
+    """An iterator over batches that goes to its place when it is first asked: only then the loop knows how many were seen."""
+
+    def __init__(self, position: DataPosition, trainer: L.Trainer, loader: CombinedLoader, states: States | None) -> None:
+        self._position, self._trainer, self._loader, self._states = position, trainer, loader, states
+        self._batches: Iterator[Any] | None = None
+
+    def __next__(self) -> Any:
+        if self._batches is None:
+            self._batches = self._return()
+            batch = next(self._batches)
+            self._look_ahead()
+            return batch
+        return next(self._batches)
+
+    def _return(self) -> Iterator[Any]:
+        """The batches from the one after the last that was seen."""
+        fit_loop: Any = self._trainer.fit_loop
+        seen, states = fit_loop.epoch_loop.batch_progress.current.ready, self._states
+        ahead = 0 if states is None else int(states["ahead"])
+        if states is not None:
+            set_data_generators(_named(states, "epoch" if seen or ahead else "now"))
+        for loader in self._loader.flattened:
+            # Workers begin to fetch as soon as there is an iterator.
+            _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
+        self._position.begin()
+        batches = iter(self._loader)
+        for _ in range(seen):
+            next(batches)
+        drawn = [next(batches) for _ in range(ahead)]
+        if states is not None and (seen or ahead):
+            # Others may have drawn as well: callbacks, a validation in the middle of the epoch.
+            set_data_generators(_named(states, "now"))
+        yield from drawn
+        # Not `yield from`: to ask it for its iterator is to begin anew.
+        with contextlib.suppress(StopIteration):
+            while True:
+                yield next(batches)
+
+    def _look_ahead(self) -> None:
+        """As Lightning does where the length is not known, to recognise the last batch."""
+        fetcher: Any = self._trainer.fit_loop._data_fetcher
+        if fetcher.length is not None or not hasattr(fetcher, "batches"):
+            return
+        assert self._batches is not None
+        try:
+            fetcher.batches.append(next(self._batches))
+            fetcher.fetched += 1
+        except StopIteration:
+            fetcher.done = True
+
+
+def _named(states: Mapping[str, Tensor], kind: str) -> States:
+    return {name.removeprefix(f"{kind}/"): state for name, state in states.items() if name.startswith(f"{kind}/")}
