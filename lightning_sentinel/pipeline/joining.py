@@ -1,0 +1,72 @@
+"""What a step returned for the parts of a batch, as one result for the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Number
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["join", "plain"]
+
+
+def join(parts: Sequence[Any], sizes: Sequence[int], average: bool = False) -> Any:
+    """Join results along the samples.
+
+    Tensors are concatenated along their first axis, mappings and tuples entry by entry. A list with one entry for each sample is
+    continued, any other is joined entry by entry.
+
+    Args:
+        parts: of the same structure.
+        sizes: samples of each.
+        average: the mean over samples takes the place of numbers and of tensors without axes, such as a loss; else those tensors
+            are stacked, and numbers are listed.
+
+    Example:
+        >>> join([{"names": ["a", "b"], "loss": 1.0}, {"names": ["c"], "loss": 4.0}], sizes=[2, 1], average=True)
+        {'names': ['a', 'b', 'c'], 'loss': 2.0}
+    """
+    if not parts:
+        return None
+    first = parts[0]
+    if all(isinstance(part, Mapping) and part.keys() == first.keys() for part in parts):
+        return {key: join([part[key] for part in parts], sizes, average) for key in first}
+    if all(isinstance(part, list) and len(part) == size for part, size in zip(parts, sizes)):
+        return [entry for part in parts for entry in part]
+    if isinstance(first, (list, tuple)) and all(type(part) is type(first) and len(part) == len(first) for part in parts):
+        entries = [join(list(column), sizes, average) for column in zip(*parts)]
+        return type(first)(*entries) if hasattr(first, "_fields") else type(first)(entries)
+    if all(isinstance(part, Tensor) and part.ndim == first.ndim for part in parts):
+        if first.ndim:
+            return torch.cat(list(parts))
+        return _mean(torch.stack(list(parts)), sizes) if average else torch.stack(list(parts))
+    if average and all(isinstance(part, Number) and not isinstance(part, bool) for part in parts):
+        return sum(part * size for part, size in zip(parts, sizes)) / sum(sizes)
+    return first if len(parts) == 1 or all(part is None for part in parts) else list(parts)
+
+
+def _mean(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    if not values.is_floating_point():
+        values = values.float()
+    weights = torch.tensor(sizes, dtype=values.dtype, device=values.device)
+    return (values * weights).sum() / weights.sum()
+
+
+def plain(tree: Any) -> Any:
+    """The same in dicts, lists and tuples, with ``None`` for what is neither a detached tensor, a number nor text.
+
+    Example:
+        >>> plain({"loss": 1.0, "labels": (range(3), "a")})
+        {'loss': 1.0, 'labels': (None, 'a')}
+    """
+    if isinstance(tree, Tensor):
+        return tree.detach()
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items() if isinstance(key, (str, int))}
+    if isinstance(tree, list):
+        return [plain(value) for value in tree]
+    if isinstance(tree, tuple):
+        return tuple(plain(value) for value in tree)
+    return tree if isinstance(tree, (bool, int, float, str)) else None
