@@ -14,10 +14,8 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
@@ -29,14 +27,12 @@ from lightning_sentinel.callbacks.monitor import SentinelMonitor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.all_predictions import complete_predictions
 from lightning_sentinel.pipeline.announcements import announce
+from lightning_sentinel.pipeline.data import PipelineData
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
-from lightning_sentinel.pipeline.feeding import Feed, gather_numbers, is_even, seed_workers
 from lightning_sentinel.pipeline.guard import Guard
-from lightning_sentinel.pipeline.listening import listened_to
 from lightning_sentinel.pipeline.liveness import Roster
 from lightning_sentinel.pipeline.logs import replay, silence_misleading_warnings
 from lightning_sentinel.pipeline.partition import StageModel, cut
@@ -44,7 +40,7 @@ from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed
 from lightning_sentinel.pipeline.renumbering import RenumberedEnvironment
 from lightning_sentinel.pipeline.saving import StageCheckpoints
 from lightning_sentinel.pipeline.shares import CleanShares
-from lightning_sentinel.pipeline.steps import BatchSizes, StepRunner
+from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.summary import print_mesh
 from lightning_sentinel.pipeline.support import (
     check_replicas,
@@ -56,6 +52,7 @@ from lightning_sentinel.pipeline.support import (
 )
 from lightning_sentinel.pipeline.transport import Transport
 from lightning_sentinel.pipeline.virtual import VirtualEngine
+from lightning_sentinel.pipeline.whole_summary import show_whole_module
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
 from lightning_sentinel.wiring import Wiring
 
@@ -65,7 +62,7 @@ _VIRTUAL_MESH = Mesh(stages=2, replicas=4)
 """Where neither stages nor replicas are given."""
 
 
-class SentinelStrategy(StageCheckpoints):
+class SentinelStrategy(PipelineData, StageCheckpoints):
     """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
 
     ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages, and rank ``stage * replicas + replica``
@@ -141,8 +138,6 @@ class SentinelStrategy(StageCheckpoints):
         self._randomness: SeparateRandomness | None = None
         self._last_loss = math.nan
         self._saved_groups, self._filed = [], None
-        self._uneven = False
-        self._listened_to: set[str] = set()
 
     def __repr__(self) -> str:
         # `pytorch_lightning` shows it when it refuses a strategy that is not its own.
@@ -175,42 +170,6 @@ class SentinelStrategy(StageCheckpoints):
     def verification(self) -> Verification | None:
         return self._verification
 
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """All stages of a pipeline see the same samples; a virtual mesh takes them all."""
-        if self._virtual:
-            return {"num_replicas": 1, "rank": 0}
-        return {"num_replicas": self.mesh.replicas, "rank": self.worker.replica}
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        """Only the ends of a pipeline read data, and all replicas stop together."""
-        if self._virtual:
-            return dataloader
-        trainer = self._trainer
-        seed_workers(dataloader, self.worker.replica)
-        with self._watching():
-            even, lengths = is_even(dataloader)
-        self._uneven |= not even
-        # A worker that may be asked for samples after a ban, or by an auditor, has to have them.
-        response, verified = self._response, self._verification is not None
-        reads = self.mesh.stages < 3 or (verified and (response.ban_after is not None or response.audit_rate is not None))
-        if even and reads:
-            return dataloader
-        length = None if min(lengths) < 0 else min(lengths) if trainer.training else max(lengths)
-        return Feed(
-            dataloader,
-            self.mesh,
-            self.worker,
-            reads,
-            even,
-            length,
-            lambda: bool(trainer.training),
-            self.root_device,
-            self._watching,
-        )
-
     @override
     def _configure_launcher(self) -> None:
         # An impossible mesh is reported here, before any process is started.
@@ -233,6 +192,7 @@ class SentinelStrategy(StageCheckpoints):
         if isinstance(self.cluster_environment, RenumberedEnvironment):
             check_replicas(self.mesh, self._verification, self._response)
         self._roster = Roster(self.mesh, self.global_rank, self._store, self._timeout)
+        self._share_step_state()
         with self._watching():
             self._roster.meet()
             self.ledger.hosts = dict(zip(self.mesh.workers, self._hosts))
@@ -247,6 +207,8 @@ class SentinelStrategy(StageCheckpoints):
         assert self.accelerator is not None and self.lightning_module is not None
         module = self.lightning_module
         self.accelerator.setup(trainer)
+        if not self._virtual:
+            show_whole_module(trainer, module)
         with self._watching():
             self._stage_model = model = cut(
                 module, self.mesh, self._partition, self._sequential, self._activation_checkpointing, self._virtual
@@ -266,8 +228,7 @@ class SentinelStrategy(StageCheckpoints):
             self._engine = self._make_engine(model, self.optimizers[0] if fitting else None, seed)
             self._engine.adversary = self.adversary
             self._randomness = self._randomness or SeparateRandomness(seed, self.global_rank, self.worker.replica)
-            self._listened_to = set(self._agree_on_listeners(trainer))
-            self._engine.keeps_results = "training_step" in self._listened_to
+            self._agree_on_listeners()
         self._shares = CleanShares(self.mesh)
         silence_misleading_warnings()
         if fitting and self.is_global_zero:
@@ -299,15 +260,6 @@ class SentinelStrategy(StageCheckpoints):
         self._guard = Guard(mesh, received, worker, self._verification, self._response, self.ledger, self.root_device)
         return self._guard
 
-    def _agree_on_listeners(self, trainer: L.Trainer) -> list[str]:
-        # All take part in a broadcast that one of them wants.
-        wanted = listened_to(trainer)
-        return [
-            step
-            for step in ("training_step", "validation_step", "test_step")
-            if self.reduce_boolean_decision(step in wanted, all=False)
-        ]
-
     def _agree_on_seed(self) -> int:
         seed = base_seed()
         return int(self.broadcast(torch.seed() % 2**31 if seed is None else seed))
@@ -333,23 +285,6 @@ class SentinelStrategy(StageCheckpoints):
             self._last_loss = outcome.loss
         loss = torch.tensor(self._last_loss, device=self.root_device)
         return returned | {"loss": loss} if isinstance(returned, dict) else loss
-
-    def _returned(self, step: str) -> Any:
-        """What the user's step returned for this replica's batch, if somebody looks at it."""
-        if step not in self._listened_to:
-            return None
-        return move_data_to_device(self._running_engine.returned(), self.root_device)
-
-    def _sizes(self, arguments: tuple[Any, ...]) -> BatchSizes:
-        """How many samples each replica has, which all ranks are to see alike."""
-        samples = extract_batch_size(arguments[0])
-        if self._virtual:
-            samples = -(-samples // self.mesh.replicas)
-        everyone = [samples] * self.mesh.replicas
-        if self._uneven:
-            # Of each replica what its first stage says.
-            everyone = [numbers[0] for numbers in gather_numbers([samples])][: self.mesh.replicas]
-        return BatchSizes.of(everyone, self._micro_batches)
 
     def _train_until_settled(self, arguments: tuple[Any, ...], scale: float) -> StepOutcome:
         """Run a batch and judge it; if audits find liars, run it again without them, so that no weight has seen what they sent."""
@@ -430,12 +365,6 @@ class SentinelStrategy(StageCheckpoints):
         arguments = (*args, *kwargs.values())
         with self._at_work():
             return self._running_engine.predict(arguments, self._sizes(arguments))
-
-    @override
-    def on_predict_end(self) -> None:
-        if not self._virtual:
-            with self._at_work():
-                complete_predictions(self._trainer, self.mesh, self.ledger.banned)
 
     def _evaluate(self, step: str, arguments: tuple[Any, ...]) -> Any:
         with self._at_work():

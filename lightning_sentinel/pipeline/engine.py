@@ -30,7 +30,7 @@ from lightning_sentinel.pipeline.deepspeed_setup import check_engine
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients
 from lightning_sentinel.pipeline.guard import Guard, Ruling
-from lightning_sentinel.pipeline.headers import Kind, Place
+from lightning_sentinel.pipeline.headers import NOTES, SIGNALS, Kind, Place
 from lightning_sentinel.pipeline.healthy import HealthyStage
 from lightning_sentinel.pipeline.inbox import Inbox
 from lightning_sentinel.pipeline.joining import plain
@@ -46,9 +46,6 @@ from lightning_sentinel.pipeline.transport import Transport
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["SentinelEngine"]
-
-_SIGNALS = {Direction.ACTIVATION: Kind.ACTIVATION, Direction.GRADIENT: Kind.GRADIENT}
-_NOTES = {Direction.ACTIVATION: Kind.NOTE_ACTIVATION, Direction.GRADIENT: Kind.NOTE_GRADIENT}
 
 
 class SentinelEngine(PipelineEngine):  # type: ignore[misc]
@@ -160,14 +157,11 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     def predict(self, arguments: tuple[Any, ...], sizes: BatchSizes) -> Any:
         self._forward_only("predict_step", arguments, sizes)
-        return self._shared(self._results)
+        return self.returned()
 
     def returned(self) -> Any:
-        return self._shared(self._results, average=True)
-
-    def _shared(self, results: dict[Part, Any], average: bool = False) -> Any:
-        group = self.grid.get_pipe_parallel_group()
-        return share_predictions(results, self._mesh, self._wiring, self.worker, group, self._sizes, average)
+        group, average = self.grid.get_pipe_parallel_group(), self._step_name != "predict_step"
+        return share_predictions(self._results, self._mesh, self._wiring, self.worker, group, self._sizes, average)
 
     def _forward_only(self, step: str, arguments: tuple[Any, ...], sizes: BatchSizes) -> None:
         self._wiring = Wiring.of(self._mesh, self._banned, sizes.micro_batches)
@@ -266,7 +260,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         if not self.is_last_stage():
             self.pipe_buffers["outputs"][buffer_id] = checked_signal(outputs, self._last_layer, self.stage_id)
             return
-        counts = ~self.pipe_buffers["taints"][buffer_id] if self._excludes else ~self._untainted
+        excludes = self.guard is not None and self.guard.excludes
+        counts = ~(self.pipe_buffers["taints"][buffer_id] if excludes else self._untainted)
         work = self._work[micro_batch]
         with self._forward_context():
             result = self._steps.finish(self._step_name, self._part(micro_batch), outputs, work.samples, counts)
@@ -330,10 +325,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------- what the instructions share
 
-    @property
-    def _excludes(self) -> bool:
-        return self.guard is not None and self.guard.excludes
-
     def _peer(self, stage: int) -> int:
         """The rank that serves another stage of this lane."""
         lane = self._wiring.lane(self.worker)
@@ -358,7 +349,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         tainted, before = self.pipe_buffers["taints"][buffer_id], self._mesh.before(boundary)
         received = None
         if before is not None and self.guard.compares_inputs:
-            received = self._inbox.note(self._peer(before.sender), self._place(_NOTES[direction], micro_batch))
+            received = self._inbox.note(self._peer(before.sender), self._place(NOTES[direction], micro_batch))
         signal, tainted = self.guard.receive(boundary, signal, tainted.view(1), received)
         self.pipe_buffers["taints"][buffer_id] = tainted[0]
         return signal
@@ -384,14 +375,14 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         signal, self._altered = (self._outgoing(buffer_id, direction) if self._altered is None else self._altered), None
         self._keep(self._kept.sent, direction, micro_batch, signal)
         boundary = Boundary(self.stage_id - (direction is Direction.GRADIENT), direction)
-        taint, place = self.pipe_buffers["taints"][buffer_id], self._place(_SIGNALS[direction], micro_batch)
+        taint, place = self.pipe_buffers["taints"][buffer_id], self._place(SIGNALS[direction], micro_batch)
         news = direction is Direction.ACTIVATION and self._inbox.is_news(micro_batch)
         self._transport.send(signal, taint, self._peer(boundary.receiver), place, news)
         after = self._mesh.after(boundary)
         if self.guard is not None and after is not None and self._step_name == "training_step":
             note = self.guard.project(after, signal)
             if note is not None:
-                place = self._place(_NOTES[direction], micro_batch)
+                place = self._place(NOTES[direction], micro_batch)
                 self._transport.send_note(note.values, note.channels, self._peer(after.receiver), place)
 
     _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {

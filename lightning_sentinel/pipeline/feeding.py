@@ -141,7 +141,7 @@ class Feed:
                 if max(samples) == _NONE_LEFT or (training and min(samples) == _NONE_LEFT):
                     _warn_of_leftovers(samples)
                     return
-                if batch is _END:
+                if samples[self._worker.replica] == _NONE_LEFT:
                     batch = self._empty(latest)
             if self._unread:
                 with self._waiting():

@@ -20,7 +20,7 @@ def join(parts: Sequence[Any], sizes: Sequence[int], average: bool = False) -> A
 
     Args:
         parts: of the same structure.
-        sizes: samples of each.
+        sizes: samples of each; -1 if nobody knows.
         average: the mean over samples takes the place of numbers and of tensors without axes, such as a loss; else those tensors
             are stacked, and numbers are listed.
 
@@ -33,7 +33,7 @@ def join(parts: Sequence[Any], sizes: Sequence[int], average: bool = False) -> A
     first = parts[0]
     if all(isinstance(part, Mapping) and part.keys() == first.keys() for part in parts):
         return {key: join([part[key] for part in parts], sizes, average) for key in first}
-    if all(isinstance(part, list) and len(part) == size for part, size in zip(parts, sizes)):
+    if all(isinstance(part, list) and _by_samples(part, size) for part, size in zip(parts, sizes)):
         return [entry for part in parts for entry in part]
     if isinstance(first, (list, tuple)) and all(type(part) is type(first) and len(part) == len(first) for part in parts):
         entries = [join(list(column), sizes, average) for column in zip(*parts)]
@@ -44,7 +44,14 @@ def join(parts: Sequence[Any], sizes: Sequence[int], average: bool = False) -> A
         return _mean(torch.stack(list(parts)), sizes) if average else torch.stack(list(parts))
     if average and all(isinstance(part, Number) and not isinstance(part, bool) for part in parts):
         return sum(part * size for part, size in zip(parts, sizes)) / sum(sizes)
-    return first if len(parts) == 1 or all(part is None for part in parts) else list(parts)
+    if any(isinstance(part, Tensor) for part in parts):
+        return list(parts)
+    return first if all(part == first for part in parts) else list(parts)
+
+
+def _by_samples(entries: list[Any], samples: int) -> bool:
+    """Whether a list has an entry for each sample; of an unknown number of samples, if it holds numbers or text."""
+    return len(entries) == samples if samples >= 0 else not any(isinstance(one, (Tensor, Mapping, list, tuple)) for one in entries)
 
 
 def _mean(values: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -55,7 +62,7 @@ def _mean(values: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def plain(tree: Any) -> Any:
-    """The same in dicts, lists and tuples, with ``None`` for what is neither a detached tensor, a number nor text.
+    """The same in dicts, lists and tuples, tensors detached, and ``None`` for what is neither a tensor, a number nor text.
 
     Example:
         >>> plain({"loss": 1.0, "labels": (range(3), "a")})
