@@ -137,17 +137,21 @@ class StepRunner:
             step: ``"training_step"`` and the like.
             arguments: of the step; the first is the micro-batch.
 
+        Returns:
+            the argument of the call; of ``self(x, y)`` the tuple ``(x, y)``, for the first layer of ``configure_pipeline``.
+
         Raises:
             PipelineModelError: if the step never calls the pipeline.
         """
 
         def capture(*inputs: Any, **named: Any) -> Any:
-            if len(inputs) != 1 or named:
+            several = len(inputs) > 1 and self._entry is self._module
+            if named or not (several or len(inputs) == 1):
                 raise PipelineModelError(
                     f"{self._call} was called with {len(inputs)} positional and {len(named)} named arguments. A pipeline takes one"
                     " tensor (or one tuple of tensors): pass a single argument."
                 )
-            raise _InputCaptured(inputs[0])
+            raise _InputCaptured(inputs if several else inputs[0])
 
         with self._redirected(capture, log=_discard):
             try:

@@ -253,7 +253,9 @@ class VirtualEngine:
     def _input_of(self, step: str, parts: list[tuple[Any, ...]]) -> Any:
         with self._forward_context():
             inputs = [self._steps.input_of(step, part) for part in parts]
-        return inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        if len(inputs) == 1:
+            return inputs[0]
+        return tuple(map(torch.cat, zip(*inputs))) if isinstance(inputs[0], tuple) else torch.cat(inputs)
 
     def _forward(self, stage: int, signals: Any) -> Any:
         # A copy, because a layer may work in place, which autograd does not allow on the leaf that the gradient is read from.

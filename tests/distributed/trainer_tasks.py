@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
+    RichProgressBar,
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -243,8 +245,8 @@ class Uneven(IterableDataset[Any]):
 
 def uneven_replicas(verified: bool) -> dict[str, Any]:
     """Iterable data sets of which the replicas get different numbers of batches, of different sizes."""
-    options = {"verification": ls.Verification(warmup_steps=100)} if verified else {}
-    where = strategy(3, 2, 3, **options)
+    chosen = {"verification": ls.Verification(warmup_steps=100)} if verified else {}
+    where = strategy(3, 2, 3, **chosen)
     module, spy = Extra(), Spy()
     run = trainer(where, max_epochs=2, callbacks=[spy], limit_val_batches=5 if world_size() > 1 else None)
     train = DataLoader(Uneven([4, 4, 4, 4, 4]), batch_size=None)
@@ -309,24 +311,37 @@ class Writer(L.pytorch.callbacks.BasePredictionWriter):
         self.epoch = (list(predictions), [list(one) for one in batch_indices])
 
 
+class Shown(L.pytorch.callbacks.ModelSummary):
+    """What is printed, where it is."""
+
+    tables: list[tuple[int, list[str]]] = []
+
+    @staticmethod
+    def summarize(
+        summary_data: Any, total_parameters: int, trainable_parameters: int, model_size: float, *others: Any, **options: Any
+    ) -> None:
+        Shown.tables.append((total_parameters, dict(summary_data)["Params"]))
+
+
 def groups() -> int:
     return len(torch.distributed.distributed_c10d._world.pg_map) if torch.distributed.is_initialized() else 0
 
 
-def in_turn(directory: str) -> dict[str, Any]:
+def in_turn() -> dict[str, Any]:
     """Several runs of one module, one after the other, with predictions between them."""
     replicas = 2 if world_size() > 1 else 1
     module, writer, found = Epochs(), Writer("batch_and_epoch"), {}
-    run = trainer(strategy(3, 2), max_epochs=1, callbacks=[writer], enable_model_summary=True)
+    Shown.tables.clear()
+    run = trainer(strategy(3, 2), max_epochs=1, callbacks=[writer, Shown(max_depth=2)], enable_model_summary=True)
     data = Counted(22)
     batches = DataLoader(data, batch_size=6 // replicas, shuffle=False)
     found["before"] = run.validate(module, batches, verbose=False)
     found["counts"] = []
     for _ in range(2):
-        run = trainer(strategy(3, 2), max_epochs=1, callbacks=[writer], enable_model_summary=True)
+        run = trainer(strategy(3, 2), max_epochs=1, callbacks=[writer, Shown(max_depth=2)], enable_model_summary=True)
         run.fit(module, train_of(batches), train_of(batches))
         found["counts"].append(groups())
-    found["metrics"] = metrics_of(run)
+    found["metrics"], found["summaries"] = metrics_of(run), list(Shown.tables)
     writer.batches.clear()
     found["predicted"] = run.predict(module, [batches, DataLoader(Counted(5), batch_size=2 // replicas)])
     found["written"] = writer.batches, writer.epoch
@@ -336,7 +351,7 @@ def in_turn(directory: str) -> dict[str, Any]:
     return found
 
 
-def options(directory: str) -> dict[str, Any]:
+def options() -> dict[str, Any]:
     """Settings of the Trainer that change which batches are run."""
     replicas, found = 2 if world_size() > 1 else 1, {}
     cases: dict[str, dict[str, Any]] = {
@@ -400,9 +415,44 @@ class Augmented(Whole):
 
 def augmented(workers: int, seeded: bool) -> dict[str, float]:
     """Random augmentation, in this process or in those of the loader."""
+    # Ranks of tests are daemons, which may have no processes of their own: so that nothing is left of a test that hangs.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     if seeded:
         L.seed_everything(5, workers=True, verbose=False)
     run = trainer(strategy(2, 2), max_epochs=2)
     data = DataLoader(Counted(24, noise=1.0), batch_size=4, num_workers=workers, shuffle=True)
     run.fit(Augmented(), data)
     return metrics_of(run)
+
+
+def modules_of_others(name: str, micro_batches: int) -> dict[str, Any]:
+    """A module that knows nothing of pipelines, on two stages; in one process with a step for every micro-batch."""
+    from tests.distributed import demo_models
+
+    generator = torch.Generator().manual_seed(9)
+    alone, chosen = world_size() == 1, {}
+    if name == "Images":
+        chosen = {"sequential": "network"}
+        data: Dataset[Any] = torch.utils.data.TensorDataset(
+            torch.randn(16, 3, 6, 6, generator=generator), torch.randint(4, (16,), generator=generator)
+        )
+    elif name == "Translator":
+        words = torch.randint(40, (16, 6), generator=generator)
+        data = torch.utils.data.TensorDataset(words[:, :-1], words[:, 1:])
+    else:
+        data = torch.utils.data.TensorDataset(torch.randn(16, 32, generator=generator))
+    module = getattr(demo_models, name)()
+    run = trainer(
+        strategy(2, 1, micro_batches, **chosen),
+        max_epochs=2,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=micro_batches if alone else 1,
+        limit_val_batches=2,
+    )
+    batches = DataLoader(data, batch_size=8 // (micro_batches if alone else 1), collate_fn=_first if name == "Boring" else None)
+    run.fit(module, batches, None if name == "Translator" else DataLoader(data, batch_size=8, collate_fn=batches.collate_fn))
+    return {"metrics": metrics_of(run), "weights": {key: value.clone() for key, value in module.state_dict().items()}}
+
+
+def _first(samples: list[Any]) -> Tensor:
+    return torch.stack([sample[0] for sample in samples])
