@@ -113,7 +113,7 @@ class Head(nn.Module):
 
 
 class Translator(LightningTransformer):
-    """Lightning's demo with a ``configure_pipeline``; without its download, and without dropout, whose numbers no two runs share."""
+    """Lightning's demo with a ``configure_pipeline``, without its download and without dropout, whose numbers no two runs share."""
 
     def __init__(self) -> None:
         super().__init__()
