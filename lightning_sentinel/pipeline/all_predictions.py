@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
-from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.feeding import gather_numbers
-from lightning_sentinel.pipeline.joining import join
+from lightning_sentinel.pipeline.joining import join, reorder
 from lightning_sentinel.pipeline.parcels import broadcast_parcel
 
 __all__ = ["complete_predictions", "merge"]
@@ -70,17 +69,5 @@ def merge(replicas: Sequence[tuple[list[Any], list[list[int]]]]) -> list[Any]:
                 indices.append(seen[number] if number < len(seen) else [])
         joined = join(parts, [len(one) or -1 for one in indices])
         flat = torch.tensor([index for one in indices for index in one], dtype=torch.int64)
-        merged.append(_ordered(joined, torch.argsort(flat, stable=True)) if all(indices) and indices else joined)
+        merged.append(reorder(joined, flat) if any(indices) and all(map(bool, indices)) else joined)
     return merged
-
-
-def _ordered(joined: Any, order: Tensor) -> Any:
-    """Whatever goes by samples, in another order of the samples."""
-    if isinstance(joined, Mapping):
-        return {key: _ordered(value, order) for key, value in joined.items()}
-    if isinstance(joined, list) and len(joined) == len(order) and not any(isinstance(entry, Tensor) for entry in joined):
-        return [joined[index] for index in order.tolist()]
-    if isinstance(joined, (list, tuple)):
-        entries = [_ordered(value, order) for value in joined]
-        return type(joined)(*entries) if hasattr(joined, "_fields") else type(joined)(entries)
-    return joined[order] if isinstance(joined, Tensor) and joined.ndim and len(joined) == len(order) else joined

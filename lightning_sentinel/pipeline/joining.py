@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["join", "plain"]
+__all__ = ["join", "plain", "reorder"]
 
 
 def join(parts: Sequence[Any], sizes: Sequence[int], average: bool = False) -> Any:
@@ -59,6 +59,34 @@ def _mean(values: Tensor, sizes: Sequence[int]) -> Tensor:
         values = values.float()
     weights = torch.tensor(sizes, dtype=values.dtype, device=values.device)
     return (values * weights).sum() / weights.sum()
+
+
+def reorder(joined: Any, indices: Tensor) -> Any:
+    """Whatever goes by samples, in the order of the samples' indices; of a sample that is there twice the first.
+
+    Args:
+        joined: of :func:`join`.
+        indices: ``(samples,)``, of each row.
+
+    Example:
+        >>> reorder({"names": ["c", "a", "a"], "note": "text"}, torch.tensor([2, 0, 0]))
+        {'names': ['a', 'c'], 'note': 'text'}
+    """
+    order = torch.argsort(indices, stable=True)
+    new = torch.ones(len(order), dtype=torch.bool)
+    new[1:] = indices[order].diff() != 0
+    return _reordered(joined, order[new], len(indices))
+
+
+def _reordered(joined: Any, order: Tensor, rows: int) -> Any:
+    if isinstance(joined, Mapping):
+        return {key: _reordered(value, order, rows) for key, value in joined.items()}
+    if isinstance(joined, list) and len(joined) == rows and not any(isinstance(entry, Tensor) for entry in joined):
+        return [joined[index] for index in order.tolist()]
+    if isinstance(joined, (list, tuple)):
+        entries = [_reordered(value, order, rows) for value in joined]
+        return type(joined)(*entries) if hasattr(joined, "_fields") else type(joined)(entries)
+    return joined[order.to(joined.device)] if isinstance(joined, Tensor) and joined.ndim and len(joined) == rows else joined
 
 
 def plain(tree: Any) -> Any:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +25,7 @@ from lightning_sentinel.pipeline.dealing import deal
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients, scale_gradients
 from lightning_sentinel.pipeline.guard import Guard, Ruling
-from lightning_sentinel.pipeline.joining import join, plain
+from lightning_sentinel.pipeline.joining import join, plain, reorder
 from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.rewind import Rewind
 from lightning_sentinel.pipeline.shares import Shares
@@ -96,12 +97,15 @@ class VirtualEngine:
             if self.guard.audits:
                 self._rewind = Rewind(self._parameters, self._buffers, self._device)
                 self._restore_metrics = self._steps.remember_metrics()
-        self._results: list[tuple[int, Any]] = []
+        self._results: list[tuple[Tensor, Any]] = []
+        self._rows = deal(torch.arange(extract_batch_size(arguments[0])), self._mesh.replicas, micro_batches)
         losses = torch.zeros(2, device=self._device)
         for index in range(micro_batches):
             parts = [(replica[index], *arguments[1:]) for replica in replicas]
             losses += self._train_micro_batch(parts, replicas, index, step, scale)
-        self._returned = join([result for _, result in self._results], [size for size, _ in self._results], average=True)
+        if self._results:
+            rows, results = zip(*self._results)
+            self._returned = reorder(join(results, [len(one) for one in rows], average=True), torch.cat(rows))
         weights = self._wiring.arrange(torch.tensor([replica.weights for replica in replicas]))
         return self._outcome(losses, self._table(), weights)
 
@@ -164,7 +168,7 @@ class VirtualEngine:
             with self._forward_context():
                 result = self._steps.finish("training_step", part, output, replicas[replica].sizes[index], counts[replica])
             if self.keeps_results:
-                self._results.append((replicas[replica].sizes[index], plain(result)))
+                self._results.append((self._rows[replica][index], plain(result)))
             loss, weight = loss_of(result, "training_step"), replicas[replica].weights[index]
             total = total + torch.where(counts[replica], loss * (weight * scale), 0.0)
             sums += torch.stack((torch.where(counts[replica], loss.detach().float() * weight, 0.0), counts[replica] * weight))
