@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_sentinel.mesh import Worker
 from tests.distributed import trainer_tasks, world
 from tests.distributed.test_trainer_loop import assert_same_numbers, assert_same_predictions
 
@@ -68,3 +69,21 @@ def test_random_augmentation_is_the_same_on_both_ends(workers: int, seeded: bool
     for rank in ranks:
         assert rank["difference"] == 0.0
         assert 0.3 < rank["drawn"] < 0.7, "something was drawn"
+
+
+def test_ends_that_read_different_data_are_told() -> None:
+    _, failures = world.outcomes(trainer_tasks.ends_that_differ, 2)
+    assert {failure.kind for failure in failures.values()} == {"PipelineModelError"} and len(failures) == 2
+    for failure in failures.values():
+        assert "first stage of replica 0 read a batch of 4 sample(s), the last one 3 sample(s)" in failure.message
+
+
+@pytest.mark.parametrize("audit_rate", [None, 0.1])
+def test_short_batches_and_empty_ones_after_a_ban(audit_rate: float | None) -> None:
+    """The last batch of an epoch has fewer micro-batches; of the last of a prediction one replica has nothing."""
+    ranks = world.run(trainer_tasks.short_batches_verified, 6, audit_rate)
+    labels = trainer_tasks.tokens(5).tensors[1].tolist()
+    for rank in ranks:
+        assert rank["banned"] == [Worker(0, 1)]
+        assert rank["labels"] == [labels[:4], labels[4:]]
+        assert_same_numbers(rank["metrics"], ranks[0]["metrics"])

@@ -419,7 +419,7 @@ def augmented(workers: int, seeded: bool) -> dict[str, float]:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     if seeded:
         L.seed_everything(5, workers=True, verbose=False)
-    run = trainer(strategy(2, 2), max_epochs=2)
+    run = trainer(strategy(2, 2), max_epochs=1)
     data = DataLoader(Counted(24, noise=1.0), batch_size=4, num_workers=workers, shuffle=True)
     run.fit(Augmented(), data)
     return metrics_of(run)
@@ -456,3 +456,36 @@ def modules_of_others(name: str, micro_batches: int) -> dict[str, Any]:
 
 def _first(samples: list[Any]) -> Tensor:
     return torch.stack([sample[0] for sample in samples])
+
+
+class OfItsRank(IterableDataset[Any]):
+    """What no data set should do: the batch depends on the rank."""
+
+    def __init__(self) -> None:
+        self.samples = 4 - int(os.environ.get("LOCAL_RANK", "0"))
+
+    def __iter__(self) -> Iterator[Any]:
+        inputs, labels = tokens(8).tensors
+        yield inputs[: self.samples], labels[: self.samples]
+
+
+def ends_that_differ() -> None:
+    trainer(strategy(2, 1), max_epochs=1).fit(Whole(), DataLoader(OfItsRank(), batch_size=None))
+
+
+def short_batches_verified(audit_rate: float | None) -> dict[str, Any]:
+    """Steps of different numbers of micro-batches, of which a liar takes part in some."""
+    where = strategy(
+        3,
+        2,
+        3,
+        verification=ls.Verification(warmup_steps=12),
+        response=ls.Response(audit_rate=audit_rate, ban_after=3),
+    )
+    module, attack = Extra(), {"name": "scale", "factor": 30.0}
+    injector = ls.AttackInjector(attack, workers=[ls.Worker(0, 1)], direction="activation", start_step=16)
+    run = trainer(where, max_epochs=8, callbacks=[injector])
+    # Ten samples a replica: batches of four, four and two.
+    run.fit(module, train_of(DataLoader(Counted(20), batch_size=4)), DataLoader(Counted(9), batch_size=2))
+    predicted = run.predict(module, DataLoader(Counted(5), batch_size=2))
+    return {"banned": sorted(where.ledger.banned), "metrics": metrics_of(run), "labels": [p["labels"].tolist() for p in predicted]}
