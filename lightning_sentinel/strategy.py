@@ -16,7 +16,6 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
@@ -30,6 +29,7 @@ from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.announcements import announce
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
+from lightning_sentinel.pipeline.data import PipelineData
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
@@ -55,6 +55,7 @@ from lightning_sentinel.pipeline.support import (
 )
 from lightning_sentinel.pipeline.transport import Transport
 from lightning_sentinel.pipeline.virtual import VirtualEngine
+from lightning_sentinel.pipeline.whole_summary import show_whole_module
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
 from lightning_sentinel.wiring import Wiring
 
@@ -64,7 +65,7 @@ _VIRTUAL_MESH = Mesh(stages=2, replicas=4)
 """Where neither stages nor replicas are given."""
 
 
-class SentinelStrategy(StageCheckpoints):
+class SentinelStrategy(PipelineData, StageCheckpoints):
     """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
 
     ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages, and rank ``stage * replicas + replica``
@@ -177,14 +178,6 @@ class SentinelStrategy(StageCheckpoints):
     def verification(self) -> Verification | None:
         return self._verification
 
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """All stages of a pipeline see the same samples; a virtual mesh takes them all."""
-        if self._virtual:
-            return {"num_replicas": 1, "rank": 0}
-        return {"num_replicas": self.mesh.replicas, "rank": self.worker.replica}
-
     @override
     def _configure_launcher(self) -> None:
         # An impossible mesh is reported here, before any process is started.
@@ -208,6 +201,7 @@ class SentinelStrategy(StageCheckpoints):
         if isinstance(self.cluster_environment, RenumberedEnvironment):
             check_replicas(self.mesh, self._verification, self._response)
         self._roster = Roster(self.mesh, self.global_rank, self._store, self._timeout)
+        self._share_step_state()
         with self._watching():
             self._roster.meet()
             self.ledger.hosts = dict(zip(self.mesh.workers, self._hosts))
@@ -224,6 +218,8 @@ class SentinelStrategy(StageCheckpoints):
         assert self.accelerator is not None and self.lightning_module is not None
         module = self.lightning_module
         self.accelerator.setup(trainer)
+        if not self._virtual:
+            show_whole_module(trainer, module)
         with self._watching():
             self._stage_model = model = cut(
                 module, self.mesh, self._partition, self._sequential, self._activation_checkpointing, self._virtual
@@ -243,6 +239,7 @@ class SentinelStrategy(StageCheckpoints):
             self._engine = self._make_engine(model, self.optimizers[0] if fitting else None, self._seed)
             self._engine.adversary = self.adversary
             self._randomness = self._randomness or SeparateRandomness(self._seed, self.global_rank, self.worker.replica)
+            self._agree_on_listeners()
         self._shares = CleanShares(self.mesh)
         silence_misleading_warnings()
         if fitting and self.is_global_zero:
@@ -288,23 +285,25 @@ class SentinelStrategy(StageCheckpoints):
             warn_of_long_warmup(self._trainer, self._verification)
 
     @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
         arguments, scale = (*args, *kwargs.values()), 1.0 / self._trainer.accumulate_grad_batches
         with self._at_work():
             outcome = self._train_until_settled(arguments, scale)
+            returned = self._returned("training_step")
             self._running_engine.hold_gradients()
         assert self.lightning_module is not None
         replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._has_last_stage)
         self.step += 1
         if outcome.loss is not None:
             self._last_loss = outcome.loss
-        return torch.tensor(self._last_loss, device=self.root_device)
+        loss = torch.tensor(self._last_loss, device=self.root_device)
+        return returned | {"loss": loss} if isinstance(returned, dict) else loss
 
     def _train_until_settled(self, arguments: tuple[Any, ...], scale: float) -> StepOutcome:
         """Run a batch and judge it; if audits find liars, run it again without them, so that no weight has seen what they sent."""
-        engine = self._running_engine
+        engine, sizes = self._running_engine, self._sizes(arguments)
         while True:
-            outcome = engine.train(arguments, self.step, self._micro_batches, scale)
+            outcome = engine.train(arguments, self.step, sizes, scale)
             ruling = engine.settle(outcome, self.step)
             if ruling is None:
                 self.table, self.wiring = outcome.table, outcome.wiring
@@ -376,18 +375,17 @@ class SentinelStrategy(StageCheckpoints):
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        arguments, engine = (*args, *kwargs.values()), self._running_engine
+        arguments = (*args, *kwargs.values())
         with self._at_work():
-            return engine.predict(arguments, self._evaluation_micro_batches(arguments))
+            return self._running_engine.predict(arguments, self._sizes(arguments))
 
-    def _evaluate(self, step: str, arguments: tuple[Any, ...]) -> None:
+    def _evaluate(self, step: str, arguments: tuple[Any, ...]) -> Any:
         with self._at_work():
-            outcome = self._running_engine.evaluate(step, arguments, self._evaluation_micro_batches(arguments))
+            outcome = self._running_engine.evaluate(step, arguments, self._sizes(arguments))
+            returned = self._returned(step)
         assert self.lightning_module is not None
         replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._has_last_stage)
-
-    def _evaluation_micro_batches(self, arguments: tuple[Any, ...]) -> int:
-        return min(self._micro_batches, extract_batch_size(arguments[0]))
+        return returned
 
     @property
     def _trainer(self) -> L.Trainer:

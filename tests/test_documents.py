@@ -27,3 +27,19 @@ def test_every_fault_has_a_test() -> None:
     for row in rows:
         (named,) = re.findall(r"`(test_\w+)`", row)
         assert f"def {named}(" in tests, row
+
+
+def test_every_feature_has_a_test() -> None:
+    text = (ROOT / "docs" / "lightning-features.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    introduction = text.partition("| feature")[0]
+    files = {
+        marks.count("*"): path for marks, path in re.findall(r"(?:marked ((?:\\\*)+), )?in\s+`(tests/[\w/]+\.py)`", introduction)
+    }
+    for row in rows:
+        *_, cell, _ = row.split("|")
+        named = re.findall(r"`(test_\w+)`", cell)
+        assert named, row
+        source = (ROOT / files[cell.count("*")]).read_text()
+        assert all(f"def {name}(" in source for name in named), row

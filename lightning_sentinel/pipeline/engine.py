@@ -30,24 +30,22 @@ from lightning_sentinel.pipeline.deepspeed_setup import check_engine
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients
 from lightning_sentinel.pipeline.guard import Guard, Ruling
-from lightning_sentinel.pipeline.headers import Kind, Place
+from lightning_sentinel.pipeline.headers import NOTES, SIGNALS, Kind, Place
 from lightning_sentinel.pipeline.healthy import HealthyStage
 from lightning_sentinel.pipeline.inbox import Inbox
+from lightning_sentinel.pipeline.joining import plain
 from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.predictions import share_predictions
 from lightning_sentinel.pipeline.randomness import seed_forward
 from lightning_sentinel.pipeline.recomputation import Recomputation
 from lightning_sentinel.pipeline.rewind import Rewind
 from lightning_sentinel.pipeline.shares import Shares
-from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
+from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches, StepRunner, checked_signal, loss_of
 from lightning_sentinel.pipeline.supply import Supply, Work
 from lightning_sentinel.pipeline.transport import Transport
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["SentinelEngine"]
-
-_SIGNALS = {Direction.ACTIVATION: Kind.ACTIVATION, Direction.GRADIENT: Kind.GRADIENT}
-_NOTES = {Direction.ACTIVATION: Kind.NOTE_ACTIVATION, Direction.GRADIENT: Kind.NOTE_GRADIENT}
 
 
 class SentinelEngine(PipelineEngine):  # type: ignore[misc]
@@ -105,6 +103,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         mesh = stage_model.mesh
         self.worker: Worker = mesh.worker(self.global_rank)
         self.adversary: Adversary | None = None
+        self.keeps_results = False
         self.guard = guard
         self._mesh, self._steps = mesh, steps
         self._transport = transport
@@ -128,7 +127,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._inbox = Inbox(transport, self.device, self._try_out)
         self._wiring = Wiring.of(mesh)
         self._work: list[Work] = []
-        self._runs = {"training": 0, "predicting": 0}
+        self._runs = 0
         self._altered: Tensor | None = None
         self._received_gradient: Tensor | None = None
 
@@ -137,33 +136,37 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
-    def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
+    def train(self, arguments: tuple[Any, ...], step: int, sizes: BatchSizes, scale: float) -> StepOutcome:
         self._step, self._scale = step, scale * self._arithmetic.factor()
-        self._wiring = Wiring.of(self._mesh, micro_batches=micro_batches)
+        self._wiring = Wiring.of(self._mesh, micro_batches=sizes.micro_batches)
         if self.guard is not None:
-            self._wiring = self.guard.begin(step, micro_batches)
+            self._wiring = self.guard.begin(step, sizes.micro_batches)
             if self.guard.audits:
                 self._rewind = Rewind(self._stage_parameters, list(self.module.buffers()), self.device)
                 self._restore_metrics = self._steps.remember_metrics()
         self._healthy.begin(self._banned)
-        self._begin("training_step", arguments, micro_batches)
+        self._begin("training_step", arguments, sizes)
         if self._work:
             self._exec_schedule(schedule.TrainSchedule(len(self._work), self.num_stages, self.stage_id))
         self._transport.finish_notes()
         return self._exchange.run("training_step", self._wiring, self._rows(), self._weights(), self._loss, self._steps.recorder)
 
-    def evaluate(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> StepOutcome:
-        self._forward_only(step, arguments, micro_batches)
-        kind = "/".join((step, *map(str, arguments[2:])))
-        return self._exchange.run(kind, self._wiring, None, self._weights(), self._loss, self._steps.recorder)
+    def evaluate(self, step: str, arguments: tuple[Any, ...], sizes: BatchSizes) -> StepOutcome:
+        self._forward_only(step, arguments, sizes)
+        kind, recorder = "/".join((step, *map(str, arguments[2:]))), self._steps.recorder
+        return self._exchange.run(kind, self._wiring, None, self._weights(), self._loss, recorder, sizes.samples)
 
-    def predict(self, arguments: tuple[Any, ...], micro_batches: int) -> Any:
-        self._forward_only("predict_step", arguments, micro_batches)
-        return share_predictions(self._results, self._mesh, self._wiring, self.worker, self.grid.get_pipe_parallel_group())
+    def predict(self, arguments: tuple[Any, ...], sizes: BatchSizes) -> Any:
+        self._forward_only("predict_step", arguments, sizes)
+        return self.returned()
 
-    def _forward_only(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> None:
-        self._wiring = Wiring.of(self._mesh, self._banned, micro_batches)
-        self._begin(step, arguments, micro_batches)
+    def returned(self) -> Any:
+        group, average = self.grid.get_pipe_parallel_group(), self._step_name != "predict_step"
+        return share_predictions(self._results, self._mesh, self._wiring, self.worker, group, self._sizes, average)
+
+    def _forward_only(self, step: str, arguments: tuple[Any, ...], sizes: BatchSizes) -> None:
+        self._wiring = Wiring.of(self._mesh, self._banned, sizes.micro_batches)
+        self._begin(step, arguments, sizes)
         if self._work:
             with torch.no_grad():
                 self._exec_schedule(schedule.InferenceSchedule(len(self._work), self.num_stages, self.stage_id))
@@ -196,12 +199,11 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _banned(self) -> frozenset[Worker]:
         return frozenset() if self.guard is None else self.guard.ledger.banned
 
-    def _begin(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> None:
-        self._step_name, self._arguments = step, arguments
-        # Replicas may predict different numbers of batches, and train the same.
-        self._runs["predicting" if step == "predict_step" else "training"] += 1
-        self._own = MicroBatches(arguments[0], micro_batches)
-        self._work = self._supply.of_step(self._own, self._wiring, self._banned)
+    def _begin(self, step: str, arguments: tuple[Any, ...], sizes: BatchSizes) -> None:
+        self._step_name, self._arguments, self._sizes = step, arguments, sizes
+        self._runs += 1
+        self._own = MicroBatches(arguments[0], sizes.micro_batches)
+        self._work = self._supply.of_step(self._own, sizes, self._wiring, self._banned)
         self._kept.clear()
         self._inbox.begin(replaces=step == "training_step" and self.guard is not None and self.guard.answers)
         self._steps.new_records()
@@ -265,12 +267,13 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             self.pipe_buffers["outputs"][buffer_id] = checked_signal(outputs, self._last_layer, self.stage_id)
             return
         excludes = self.guard is not None and self.guard.excludes
-        counts = ~self.pipe_buffers["taints"][buffer_id] if excludes else ~self._untainted
+        counts = ~(self.pipe_buffers["taints"][buffer_id] if excludes else self._untainted)
         work = self._work[micro_batch]
         with self._forward_context():
             result = self._steps.finish(self._step_name, self._part(micro_batch), outputs, work.samples, counts)
+        if self._step_name != "training_step" or self.keeps_results:
+            self._results[work.part] = result if self._step_name == "predict_step" else plain(result)
         if self._step_name != "training_step":
-            self._results[work.part] = result
             return
         loss = loss_of(result, self._step_name)
         weight = work.weight
@@ -340,7 +343,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             where[direction, micro_batch] = signal.detach()
 
     def _place(self, kind: Kind, micro_batch: int) -> Place:
-        return Place(self._runs["predicting" if self._step_name == "predict_step" else "training"], micro_batch, kind)
+        return Place(self._runs, micro_batch, kind)
 
     def _part(self, micro_batch: int) -> tuple[Any, ...]:
         return (self._work[micro_batch].batch, *self._arguments[1:])
@@ -352,7 +355,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         tainted, before = self.pipe_buffers["taints"][buffer_id], self._mesh.before(boundary)
         received = None
         if before is not None and self.guard.compares_inputs:
-            received = self._inbox.note(self._peer(before.sender), self._place(_NOTES[direction], micro_batch))
+            received = self._inbox.note(self._peer(before.sender), self._place(NOTES[direction], micro_batch))
         signal, tainted = self.guard.receive(boundary, signal, tainted.view(1), received)
         self.pipe_buffers["taints"][buffer_id] = tainted[0]
         return signal
@@ -378,14 +381,14 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         signal, self._altered = (self._outgoing(buffer_id, direction) if self._altered is None else self._altered), None
         self._keep(self._kept.sent, direction, micro_batch, signal)
         boundary = Boundary(self.stage_id - (direction is Direction.GRADIENT), direction)
-        taint, place = self.pipe_buffers["taints"][buffer_id], self._place(_SIGNALS[direction], micro_batch)
+        taint, place = self.pipe_buffers["taints"][buffer_id], self._place(SIGNALS[direction], micro_batch)
         news = direction is Direction.ACTIVATION and self._inbox.is_news(micro_batch)
         self._transport.send(signal, taint, self._peer(boundary.receiver), place, news)
         after = self._mesh.after(boundary)
         if self.guard is not None and after is not None and self._step_name == "training_step":
             note = self.guard.project(after, signal)
             if note is not None:
-                place = self._place(_NOTES[direction], micro_batch)
+                place = self._place(NOTES[direction], micro_batch)
                 self._transport.send_note(note.values, note.channels, self._peer(after.receiver), place)
 
     _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,7 @@ class Exchange:
         weights: Tensor,
         loss: Tensor,
         recorder: LogRecorder,
+        samples: Sequence[int] | None = None,
     ) -> StepOutcome:
         """Exchange a step.
 
@@ -74,6 +75,7 @@ class Exchange:
             weights: ``(micro_batches,)``, shares that this lane's micro-batches have of their replicas' batches.
             loss: ``(2,)``, sum of weighted losses and sum of weights; zero except on the last stage.
             recorder: what was logged; empty except on the last stage.
+            samples: of each replica's batch; ``None`` if all have some. A lane that has none to work on logs nothing.
         """
         schema = self._schemas.get(kind, LogSchema())
         mine = recorder.schema
@@ -84,7 +86,8 @@ class Exchange:
         everyone = self._gather(torch.cat((table.flatten(), padded, loss, fingerprint, values)))
         parts = everyone.split([table.numel(), len(padded), 2, 1, len(values)], dim=1)
 
-        last = [self._mesh.rank(wiring.worker(self._mesh.stages - 1, lane)) for lane in wiring.lanes]
+        lanes = [lane for lane in wiring.lanes if samples is None or any(samples[part.replica] for part in wiring.work[lane])]
+        last = [self._mesh.rank(wiring.worker(self._mesh.stages - 1, lane)) for lane in lanes]
         fingerprints = parts[3][last, 0]
         log_values = parts[4][last]
         if (fingerprints != schema.fingerprint).any():

@@ -9,6 +9,7 @@ from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.guard import Guard, Ruling
 from lightning_sentinel.pipeline.shares import Shares
+from lightning_sentinel.pipeline.steps import BatchSizes
 
 __all__ = ["Engine"]
 
@@ -19,10 +20,12 @@ class Engine(Protocol):
     Attributes:
         guard: verifies what is received; ``None`` for a plain pipeline.
         adversary: a simulated attacker, if there is one.
+        keeps_results: whether somebody wants to see what ``training_step`` returned.
     """
 
     guard: Guard | None
     adversary: Adversary | None
+    keeps_results: bool
 
     @property
     def left_out(self) -> frozenset[Worker]:
@@ -31,21 +34,24 @@ class Engine(Protocol):
     def reseed(self, seed: int) -> None:
         """Let forward passes draw what they would have drawn in a run of this seed."""
 
-    def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
+    def train(self, arguments: tuple[Any, ...], step: int, sizes: BatchSizes, scale: float) -> StepOutcome:
         """Forward and backward of one batch, and the exchange of what came of it.
 
         Args:
             arguments: of ``training_step``; the first is the batch.
             step: number of the training batch.
-            micro_batches: how many to deal a replica's batch into.
+            sizes: of all replicas' batches, and how many micro-batches to deal each into.
             scale: factor of the gradients, for accumulation over batches.
         """
 
-    def evaluate(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> StepOutcome:
+    def evaluate(self, step: str, arguments: tuple[Any, ...], sizes: BatchSizes) -> StepOutcome:
         """Forward of one batch through ``step`` (``"validation_step"`` or ``"test_step"``), and the exchange of what it logged."""
 
-    def predict(self, arguments: tuple[Any, ...], micro_batches: int) -> Any:
+    def predict(self, arguments: tuple[Any, ...], sizes: BatchSizes) -> Any:
         """Forward of one batch through ``predict_step``, without waiting for other replicas."""
+
+    def returned(self) -> Any:
+        """What the step of the last :meth:`train` or :meth:`evaluate` returned for this replica's batch; for all ranks to call."""
 
     def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
         """Let the guard judge the batch and learn from it; ``None`` if nothing is verified."""

@@ -17,8 +17,22 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
+from lightning_sentinel.mesh import Direction
 
-__all__ = ["DTYPES", "HEADER_WORDS", "Allowance", "Expected", "Header", "Kind", "Place", "decode", "encode", "extent"]
+__all__ = [
+    "DTYPES",
+    "HEADER_WORDS",
+    "NOTES",
+    "SIGNALS",
+    "Allowance",
+    "Expected",
+    "Header",
+    "Kind",
+    "Place",
+    "decode",
+    "encode",
+    "extent",
+]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """What can cross a boundary. The place in this tuple goes over the wire: append only, or count ``_MAGIC`` up."""
@@ -42,6 +56,10 @@ class Kind(IntEnum):
 
     def __str__(self) -> str:
         return {3: "note on the activation", 4: "note on the gradient"}.get(self.value, self.name.lower())
+
+
+SIGNALS = {Direction.ACTIVATION: Kind.ACTIVATION, Direction.GRADIENT: Kind.GRADIENT}
+NOTES = {Direction.ACTIVATION: Kind.NOTE_ACTIVATION, Direction.GRADIENT: Kind.NOTE_GRADIENT}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,22 @@ __all__ = ["StageGroups", "clip_by_global_norm", "reduce_mean", "reduce_robustly
 _MEGABYTE = 2**20
 
 
+_made: dict[tuple[tuple[int, ...], timedelta], dist.ProcessGroup] = {}
+"""Groups of earlier runs in this process: each has connections of its own, which a run that made new ones would add to."""
+_made_in: dist.ProcessGroup | None = None
+
+
+def _group(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
+    """A group of these ranks; for all ranks to call, which have all made the same ones before."""
+    global _made_in
+    if _made_in is not dist.group.WORLD:
+        _made.clear()
+        _made_in = dist.group.WORLD
+    if (ranks, timeout) not in _made:
+        _made[ranks, timeout] = dist.new_group(list(ranks), timeout=timeout)
+    return _made[ranks, timeout]
+
+
 class StageGroups:
     """Process groups of the healthy ranks of each stage.
 
@@ -64,7 +80,8 @@ class StageGroups:
         for stage, ranks in enumerate(members):
             if ranks == self._members[stage]:
                 continue
-            group = dist.new_group(list(ranks), timeout=self._timeout)
+            _made.pop((self._members[stage], self._timeout), None)
+            group = _group(ranks, self._timeout)
             if stage == self._mesh.worker(self._rank).stage:
                 outdated, self._mine = self._mine, group if self._rank in ranks else None
         self._members = members

@@ -7,9 +7,9 @@ The step itself, its preprocessing and its logging stay as the user wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -22,7 +22,7 @@ from torchmetrics import Metric
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from lightning_sentinel.pipeline.logs import LogRecorder
 
-__all__ = ["MicroBatches", "StepRunner", "checked_signal", "loss_of"]
+__all__ = ["BatchSizes", "MicroBatches", "StepRunner", "checked_signal", "loss_of"]
 
 
 class _InputCaptured(BaseException):
@@ -32,15 +32,47 @@ class _InputCaptured(BaseException):
         self.value = value
 
 
+class BatchSizes(NamedTuple):
+    """How many samples there are in a step: the same on all ranks, which decide by it what they do next.
+
+    Args:
+        micro_batches: into how many each replica's batch is dealt.
+        samples: of each replica's batch; 0 for a replica that has none left while others have.
+    """
+
+    micro_batches: int
+    samples: tuple[int, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[int], at_most: int) -> BatchSizes:
+        """As many micro-batches as asked for, or as the shortest batch has samples.
+
+        Example:
+            >>> BatchSizes.of([6, 3, 0], at_most=4)
+            BatchSizes(micro_batches=3, samples=(6, 3, 0))
+        """
+        return cls(min(at_most, *(number for number in samples if number), at_most), tuple(samples))
+
+    def work(self, replica: int, micro_batch: int) -> tuple[int, float]:
+        """Samples of a micro-batch, and its share of the replica's batch."""
+        size = _sizes(self.samples[replica], self.micro_batches)[micro_batch]
+        return size, size / max(1, self.samples[replica])
+
+
+def _sizes(samples: int, count: int) -> tuple[int, ...]:
+    base, longer = divmod(samples, count)
+    return tuple(base + (index < longer) for index in range(count))
+
+
 class MicroBatches:
     """A replica's batch, dealt into micro-batches along the first axis, as equal as possible.
 
     Args:
-        batch: what the loader gave: tensors, or nested collections of them.
+        batch: what the loader gave: tensors, or nested collections of them. Without samples all micro-batches are empty.
         count: how many micro-batches.
 
     Raises:
-        ConfigurationError: if the batch has fewer samples than that.
+        ConfigurationError: if the batch has samples, but fewer than that.
 
     Example:
         >>> import torch
@@ -51,19 +83,18 @@ class MicroBatches:
 
     def __init__(self, batch: Any, count: int) -> None:
         samples = extract_batch_size(batch)
-        if samples < count:
+        if 0 < samples < count:
             raise ConfigurationError(
                 f"A replica's batch of {samples} sample(s) cannot be dealt into micro_batches={count}. Use a larger batch_size,"
                 " drop_last=True if only the last batch is short, or SentinelStrategy(micro_batches=...) of at most the batch size."
             )
         self._batch, self._samples, self._count = batch, samples, count
-        base, longer = divmod(samples, count)
-        self.sizes = tuple(base + (index < longer) for index in range(count))
+        self.sizes = _sizes(samples, count)
 
     @property
     def weights(self) -> tuple[float, ...]:
         """Share of the batch that each micro-batch has; a mean over samples is their mean with these weights."""
-        return tuple(size / self._samples for size in self.sizes)
+        return tuple(size / max(1, self._samples) for size in self.sizes)
 
     @property
     def bytes(self) -> int:
@@ -106,17 +137,21 @@ class StepRunner:
             step: ``"training_step"`` and the like.
             arguments: of the step; the first is the micro-batch.
 
+        Returns:
+            the argument of the call; of ``self(x, y)`` the tuple ``(x, y)``, for the first layer of ``configure_pipeline``.
+
         Raises:
             PipelineModelError: if the step never calls the pipeline.
         """
 
         def capture(*inputs: Any, **named: Any) -> Any:
-            if len(inputs) != 1 or named:
+            several = len(inputs) > 1 and self._entry is self._module
+            if named or not (several or len(inputs) == 1):
                 raise PipelineModelError(
                     f"{self._call} was called with {len(inputs)} positional and {len(named)} named arguments. A pipeline takes one"
                     " tensor (or one tuple of tensors): pass a single argument."
                 )
-            raise _InputCaptured(inputs[0])
+            raise _InputCaptured(inputs if several else inputs[0])
 
         with self._redirected(capture, log=_discard):
             try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.parcels import receive_parcel, send_parcel
-from lightning_sentinel.pipeline.steps import MicroBatches
+from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["Delivery", "Supply", "Work", "deliveries", "supplier"]
@@ -94,36 +94,43 @@ class Supply:
 
     def __init__(self, mesh: Mesh, worker: Worker, device: torch.device) -> None:
         self._mesh, self._worker, self._device = mesh, worker, device
+        self._largest = 0
 
-    def of_step(self, own: MicroBatches, wiring: Wiring, banned: Collection[Worker]) -> list[Work]:
-        """The micro-batches of this rank's lane; to be called by all ranks.
+    def of_step(self, own: MicroBatches, sizes: BatchSizes, wiring: Wiring, banned: Collection[Worker]) -> list[Work]:
+        """The micro-batches of this rank's lane, but for empty ones; to be called by all ranks.
 
         Args:
             own: the micro-batches of this replica.
+            sizes: of all replicas.
             wiring: who works on what.
             banned: workers that hand out nothing.
         """
         received: dict[Part, Work] = {}
         rank = self._mesh.rank(self._worker)
+        # A replica that has run out of samples still gets those of others.
+        self._largest = max(self._largest, own.bytes)
         for part, sender, receiver in deliveries(wiring, self._mesh, banned):
+            if not sizes.samples[part.replica]:
+                continue
             if rank == sender:
                 send_parcel(self.packed(own, part), receiver)
             elif rank == receiver:
-                received[part] = self._unpack(receive_parcel(sender, _ROOM * own.bytes), part)
+                received[part] = self._unpack(receive_parcel(sender, _ROOM * self._largest), part)
         lane = wiring.lane(self._worker)
         if lane is None:
             return []
-        return [received[part] if part in received else self._own(own, part) for part in wiring.work[lane]]
+        parts = [part for part in wiring.work[lane] if sizes.samples[part.replica]]
+        return [received[part] if part in received else self._own(own, sizes, part) for part in parts]
 
-    def _own(self, own: MicroBatches, part: Part) -> Work:
+    def _own(self, own: MicroBatches, sizes: BatchSizes, part: Part) -> Work:
+        # In the middle of a pipeline nobody looks at samples.
         mine = part.replica == self._worker.replica
-        # In the middle of a pipeline nobody looks at samples; their number is that of any replica's.
-        return Work(part, own[part.micro_batch] if mine else None, own.sizes[part.micro_batch], own.weights[part.micro_batch])
+        return Work(part, own[part.micro_batch] if mine else None, *sizes.work(*part))
 
     def packed(self, own: MicroBatches, part: Part) -> Any:
         """One of this replica's micro-batches as it is sent: samples, how many, and their share of the batch."""
-        work = self._own(own, part)
-        return [work.batch, work.samples, work.weight]
+        number = part.micro_batch
+        return [own[number], own.sizes[number], own.weights[number]]
 
     def _unpack(self, parcel: Any, part: Part) -> Work:
         batch, samples, weight = parcel

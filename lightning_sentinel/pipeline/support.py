@@ -10,6 +10,7 @@ from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 
 from lightning_sentinel.config import Response, Verification
@@ -114,6 +115,12 @@ def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer) -> None:
             f"{name} uses manual optimization, but a pipeline's backward pass is run by its schedule. Set"
             " self.automatic_optimization = True and let training_step return the loss."
         )
+    for step in ("training_step", "validation_step", "test_step", "predict_step"):
+        if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
+            raise ConfigurationError(
+                f"{name}.{step} takes dataloader_iter, but it runs for each micro-batch, and batches are dealt before. Take batch"
+                " instead."
+            )
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm not in (None, "norm"):
         raise ConfigurationError(
             f"Trainer(gradient_clip_algorithm={str(trainer.gradient_clip_algorithm.value)!r}) cannot be used with a pipeline:"

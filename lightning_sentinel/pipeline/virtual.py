@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -24,10 +25,11 @@ from lightning_sentinel.pipeline.dealing import deal
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients, scale_gradients
 from lightning_sentinel.pipeline.guard import Guard, Ruling
+from lightning_sentinel.pipeline.joining import join, plain, reorder
 from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.rewind import Rewind
 from lightning_sentinel.pipeline.shares import Shares
-from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
+from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches, StepRunner, checked_signal, loss_of
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import arithmetic, relative_error, tolerance
 from lightning_sentinel.wiring import Part, Wiring
@@ -62,6 +64,7 @@ class VirtualEngine:
     ) -> None:
         self.guard = guard
         self.adversary: Adversary | None = None
+        self.keeps_results = False
         self._model = stage_model
         self._mesh = stage_model.mesh
         self._optimizer = optimizer
@@ -86,7 +89,8 @@ class VirtualEngine:
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
-    def train(self, arguments: tuple[Any, ...], step: int, micro_batches: int, scale: float) -> StepOutcome:
+    def train(self, arguments: tuple[Any, ...], step: int, sizes: BatchSizes, scale: float) -> StepOutcome:
+        micro_batches = sizes.micro_batches
         replicas = deal(arguments[0], self._mesh.replicas, micro_batches)
         self._steps.new_records()
         self._lies.clear()
@@ -96,10 +100,15 @@ class VirtualEngine:
             if self.guard.audits:
                 self._rewind = Rewind(self._parameters, self._buffers, self._device)
                 self._restore_metrics = self._steps.remember_metrics()
+        self._results: list[tuple[Tensor, Any]] = []
+        self._rows = deal(torch.arange(extract_batch_size(arguments[0])), self._mesh.replicas, micro_batches)
         losses = torch.zeros(2, device=self._device)
         for index in range(micro_batches):
             parts = [(replica[index], *arguments[1:]) for replica in replicas]
             losses += self._train_micro_batch(parts, replicas, index, step, scale)
+        if self._results:
+            rows, results = zip(*self._results)
+            self._returned = reorder(join(results, [len(one) for one in rows], average=True), torch.cat(rows))
         weights = self._wiring.arrange(torch.tensor([replica.weights for replica in replicas]))
         return self._outcome(losses, self._table(), weights)
 
@@ -161,6 +170,8 @@ class VirtualEngine:
         for replica, (part, output) in enumerate(zip(parts, outputs[last].chunk(len(parts)))):
             with self._forward_context():
                 result = self._steps.finish("training_step", part, output, replicas[replica].sizes[index], counts[replica])
+            if self.keeps_results:
+                self._results.append((self._rows[replica][index], plain(result)))
             loss, weight = loss_of(result, "training_step"), replicas[replica].weights[index]
             total = total + torch.where(counts[replica], loss * (weight * scale), 0.0)
             sums += torch.stack((torch.where(counts[replica], loss.detach().float() * weight, 0.0), counts[replica] * weight))
@@ -213,13 +224,16 @@ class VirtualEngine:
         lanes = [self._wiring.places[Part(replica, micro_batch)][0] for replica in range(self._mesh.replicas)]
         return torch.tensor(lanes, device=self._device)
 
-    def evaluate(self, step: str, arguments: tuple[Any, ...], micro_batches: int) -> StepOutcome:
+    def evaluate(self, step: str, arguments: tuple[Any, ...], sizes: BatchSizes) -> StepOutcome:
         self._steps.new_records()
-        self._run_whole(step, arguments)
+        self._returned = plain(self._run_whole(step, arguments))
         return self._outcome(torch.zeros(2), None, torch.ones(1, 1))
 
-    def predict(self, arguments: tuple[Any, ...], micro_batches: int) -> Any:
+    def predict(self, arguments: tuple[Any, ...], sizes: BatchSizes) -> Any:
         return self._run_whole("predict_step", arguments)
+
+    def returned(self) -> Any:
+        return self._returned
 
     def _run_whole(self, step: str, arguments: tuple[Any, ...]) -> Any:
         """A step without boundaries: the weights are those of all replicas, and nobody else's word is needed."""
@@ -250,7 +264,9 @@ class VirtualEngine:
     def _input_of(self, step: str, parts: list[tuple[Any, ...]]) -> Any:
         with self._forward_context():
             inputs = [self._steps.input_of(step, part) for part in parts]
-        return inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        if len(inputs) == 1:
+            return inputs[0]
+        return tuple(map(torch.cat, zip(*inputs))) if isinstance(inputs[0], tuple) else torch.cat(inputs)
 
     def _forward(self, stage: int, signals: Any) -> Any:
         # A copy, because a layer may work in place, which autograd does not allow on the leaf that the gradient is read from.

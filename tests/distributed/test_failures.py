@@ -54,10 +54,6 @@ def fit_returning(layer: type[nn.Module]) -> None:
     tasks.trainer(strategy(partition="uniform"), 4, 2).fit(module, tasks.loader(4, 2))
 
 
-def fit_small_batch() -> None:
-    tasks.trainer(ls.SentinelStrategy(2, 2, micro_batches=8, timeout=PATIENCE), 4, 2).fit(tasks.Classifier(), tasks.loader(4, 2))
-
-
 def fit_and_lose(how: signal.Signals) -> None:
     tasks.trainer(strategy(), 4, 6, [Ends(how)]).fit(tasks.Classifier(), tasks.loader(4, 2))
 
@@ -85,7 +81,6 @@ def test_a_layer_that_returns_no_tensor_is_named_on_all_ranks(layer: type[nn.Mod
 @pytest.mark.parametrize(
     ("task", "kind", "message"),
     [
-        (fit_small_batch, "ConfigurationError", "batch of 4 sample(s) cannot be dealt into micro_batches=8"),
         (fit_two_optimizers, "ConfigurationError", "more than one optimizer"),
     ],
 )

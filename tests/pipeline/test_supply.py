@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.steps import MicroBatches
+from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches
 from lightning_sentinel.pipeline.supply import Supply, Work, deliveries, supplier
 from lightning_sentinel.wiring import Part, Wiring
 from tests.pipeline.ranks import ranks
@@ -76,7 +76,8 @@ def test_every_lane_gets_its_micro_batches_and_nobody_banned_hands_any_out(case:
     def work(rank: int) -> list[Work]:
         worker = mesh.worker(rank)
         own = MicroBatches(batch_of(worker.replica, samples(worker.replica)), micro_batches)
-        return Supply(mesh, worker, CPU).of_step(own, wiring, banned)
+        sizes = BatchSizes(micro_batches, tuple(map(samples, range(mesh.replicas))))
+        return Supply(mesh, worker, CPU).of_step(own, sizes, wiring, banned)
 
     with ranks(mesh.size) as world:
         found = world.run(work)
@@ -107,7 +108,7 @@ def test_there_is_room_for_sixteen_times_the_own_batch(size: int, fits: bool) ->
     def work(rank: int) -> list[Work]:
         worker = mesh.worker(rank)
         own = MicroBatches(torch.zeros(size if worker.replica else 1, 3), 1)
-        return Supply(mesh, worker, CPU).of_step(own, wiring, banned)
+        return Supply(mesh, worker, CPU).of_step(own, BatchSizes(1, (1, size)), wiring, banned)
 
     with ranks(mesh.size) as world:
         if fits:
@@ -115,3 +116,24 @@ def test_there_is_room_for_sixteen_times_the_own_batch(size: int, fits: bool) ->
         else:
             with pytest.raises(MalformedMessageError, match=r"Rank 3 sent .*announces 204 bytes, and there is room for 192"):
                 world.run(work)
+
+
+def test_replicas_without_samples_have_no_work_and_lanes_work_on_those_of_others() -> None:
+    """Replica 0 has run out, and replica 1 has lost its first stage: its samples go to lanes 0 and 2."""
+    mesh, banned = Mesh(2, 3), {Worker(0, 1)}
+    wiring, sizes = Wiring.of(mesh, banned, micro_batches=2), BatchSizes(2, (0, 4, 4))
+
+    def work(rank: int) -> list[Work]:
+        worker = mesh.worker(rank)
+        supply, whole = Supply(mesh, worker, CPU), torch.full((4, 3), float(worker.replica))
+        everything = BatchSizes(2, (4, 4, 4))
+        supply.of_step(MicroBatches(whole, 2), everything, wiring, banned)
+        return supply.of_step(MicroBatches(whole[: sizes.samples[worker.replica]], 2), sizes, wiring, banned)
+
+    with ranks(mesh.size) as world:
+        found = world.run(work)
+    for rank, worker in enumerate(mesh.workers):
+        lane = wiring.lane(worker)
+        expected = [] if lane is None else [part for part in wiring.work[lane] if part.replica != 0]
+        assert [one.part for one in found[rank]] == expected
+        assert all(one.samples == 2 and one.weight == 0.5 and bool((one.batch == one.part.replica).all()) for one in found[rank])

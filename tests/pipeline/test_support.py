@@ -61,6 +61,15 @@ def test_manual_optimization() -> None:
         refuse_unsupported(Manual(), trainer())
 
 
+def test_an_iterator_for_a_batch() -> None:
+    class Iterating(Module):
+        def training_step(self, dataloader_iter: Any) -> None:
+            pass
+
+    with pytest.raises(ConfigurationError, match=r"Iterating\.training_step takes dataloader_iter.*Take batch"):
+        refuse_unsupported(Iterating(), trainer(), Precision())
+
+
 def test_clipping_by_value() -> None:
     run = trainer(gradient_clip_val=1.0, gradient_clip_algorithm="value")
     with pytest.raises(ConfigurationError, match=r"gradient_clip_algorithm='value'\) cannot.*gradient_clip_algorithm='norm'"):

@@ -11,10 +11,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 import lightning_sentinel as ls
 from lightning_sentinel.pipeline.dealing import deal
-from tests.distributed import tasks
+from tests.distributed import tasks, trainer_tasks
 
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
 
@@ -37,6 +38,27 @@ def test_weights_and_logs_equal_a_run_without_it(optimizer: str, stages: int, re
         assert (value - alone["weights"][name]).abs().max() <= TOLERANCE[optimizer], name
     for name, value in alone["metrics"].items():
         assert float(run.callback_metrics[name]) == pytest.approx(value, abs=1e-5), name
+
+
+def test_hooks_are_given_what_steps_return_and_the_last_batch_may_be_short() -> None:
+    """Of 21 samples in batches of 8 the last has 5, for 2 replicas with 4 micro-batches each: one sample is used twice."""
+
+    def run(strategy: Any) -> trainer_tasks.Spy:
+        spy, module = trainer_tasks.Spy(), trainer_tasks.Extra()
+        data = DataLoader(trainer_tasks.Counted(21), batch_size=8)
+        trainer_tasks.trainer(strategy, max_epochs=1, callbacks=[spy]).fit(module, data, data)
+        assert all(bool(value.isfinite().all()) for value in module.state_dict().values())
+        return spy
+
+    found = run(ls.SentinelStrategy(2, 2, micro_batches=4, engine="virtual", verification=None))
+    expected = run("auto")
+    for name in ("train", "validation"):
+        assert len(found.outputs[name]) == len(expected.outputs[name]) == 3
+    for one, other in zip(found.outputs["train"], expected.outputs["train"]):
+        torch.testing.assert_close(one["logits"], other["logits"], atol=1e-5, rtol=0)
+        assert torch.equal(one["labels"], other["labels"]) and one["note"] == "text"
+    for (_, one), (_, other) in zip(found.outputs["validation"][:1], expected.outputs["validation"][:1]):
+        assert one["logits"].shape == other["logits"].shape
 
 
 def test_activation_checkpointing_gives_the_same_weights_and_runs_layers_twice() -> None:

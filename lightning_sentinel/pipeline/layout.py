@@ -1,0 +1,76 @@
+"""What a batch looks like, without its values: for those who do not read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_sentinel.errors import MalformedMessageError
+
+__all__ = ["describe", "samples_of", "stand_in"]
+
+
+def samples_of(batch: Any) -> int:
+    """Samples of a batch; 1 if it has no tensors to tell."""
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:
+        return 1
+
+
+def describe(batch: Any) -> bytes:
+    """Structure, shapes and dtypes, numbers and text of a batch, in JSON.
+
+    Example:
+        >>> batch = stand_in(describe({"tokens": torch.ones(2, 3), "name": "cat"}), torch.device("cpu"))
+        >>> batch["tokens"].shape, float(batch["tokens"].sum()), batch["name"]
+        (torch.Size([2, 3]), 0.0, 'cat')
+    """
+    return json.dumps({"samples": samples_of(batch), "batch": _described(batch)}).encode()
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {"dict": [[key, _described(entry)] for key, entry in value.items() if isinstance(key, (str, int))]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__ if type(value) in (list, tuple) else "tuple": [_described(entry) for entry in value]}
+    return {"value": value if isinstance(value, (bool, int, float, str)) else None}
+
+
+def stand_in(description: bytes, device: torch.device) -> Any:
+    """A batch of zeros that looks like the one that was described, in the memory of one element a tensor.
+
+    Raises:
+        MalformedMessageError: if the description is not one.
+    """
+    try:
+        described = json.loads(description)
+        batch, samples = _built(described["batch"], device), described["samples"]
+        rows = torch.zeros((), device=device).expand(samples)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
+        raise MalformedMessageError(f"What should describe a batch does not: {description[:80]!r} ({error}).") from error
+    # Of a container that only its own library understands the size is left.
+    return batch if samples_of(batch) == samples else rows
+
+
+def _built(described: Any, device: torch.device) -> Any:
+    if "shape" in described:
+        dtype = getattr(torch, described["dtype"])
+        return torch.zeros((), dtype=dtype, device=device).expand(described["shape"])
+    if "dict" in described:
+        return {key: _built(entry, device) for key, entry in described["dict"]}
+    for kind in (list, tuple):
+        if kind.__name__ in described:
+            return kind(_built(entry, device) for entry in described[kind.__name__])
+    return described["value"]
