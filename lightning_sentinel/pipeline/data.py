@@ -57,6 +57,7 @@ class PipelineData(StageCheckpoints):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         """Only the ends of a pipeline read data, and all replicas stop together."""
+        dataloader = super().process_dataloader(dataloader)
         if self._virtual:
             return dataloader
         trainer, mesh = self._trainer, self.mesh

@@ -62,7 +62,7 @@ def test_whoever_was_removed_from_the_file_is_in_again_whatever_the_checkpoint_s
     assert strategy.ledger.banned == {W}
     path.write_text('{"banned": []}')
     again, _ = fit(path, 15, source=tmp_path / "last.ckpt")
-    assert not again.ledger.banned and again.ledger.flags == strategy.ledger.flags
+    assert not again.ledger.banned and again.ledger.flags[W] == strategy.ledger.flags[W] > 0
 
 
 def test_bans_of_a_checkpoint_go_into_a_file_that_is_not_there_yet(path: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_an_iterator_for_a_batch() -> None:
             pass
 
     with pytest.raises(ConfigurationError, match=r"Iterating\.training_step takes dataloader_iter.*Take batch"):
-        refuse_unsupported(Iterating(), trainer(), Precision())
+        refuse_unsupported(Iterating(), trainer())
 
 
 def test_clipping_by_value() -> None:
