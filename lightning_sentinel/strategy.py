@@ -29,13 +29,14 @@ from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.announcements import announce
+from lightning_sentinel.pipeline.building import StageBuilding
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
 from lightning_sentinel.pipeline.guard import Guard
 from lightning_sentinel.pipeline.liveness import Roster
 from lightning_sentinel.pipeline.logs import replay, silence_misleading_warnings
-from lightning_sentinel.pipeline.partition import StageModel, cut
+from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed
 from lightning_sentinel.pipeline.renumbering import RenumberedEnvironment
 from lightning_sentinel.pipeline.saving import StageCheckpoints
@@ -61,7 +62,7 @@ _VIRTUAL_MESH = Mesh(stages=2, replicas=4)
 """Where neither stages nor replicas are given."""
 
 
-class SentinelStrategy(StageCheckpoints):
+class SentinelStrategy(StageBuilding, StageCheckpoints):
     """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
 
     ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages, and rank ``stage * replicas + replica``
@@ -214,12 +215,7 @@ class SentinelStrategy(StageCheckpoints):
         module = self.lightning_module
         self.accelerator.setup(trainer)
         with self._watching():
-            self._stage_model = model = cut(
-                module, self.mesh, self._partition, self._sequential, self._activation_checkpointing, self._virtual
-            )
-            if not self._virtual:
-                stage = self.worker.stage
-                model.layers.keep_only(model.parts[stage], model.parts[stage + 1])
+            self._stage_model = model = self._cut()
             self.model = self.precision_plugin.convert_module(module)
             self.model_to_device()
             fitting = trainer.state.fn == TrainerFn.FITTING
@@ -247,7 +243,7 @@ class SentinelStrategy(StageCheckpoints):
         context = self.precision_plugin.forward_context
         if self._virtual:
             return VirtualEngine(
-                model, optimizer, steps, guard, self.root_device, clip_norm, self._activation_checkpointing, context
+                model, optimizer, steps, guard, self.root_device, seed, clip_norm, self._activation_checkpointing, context
             )
         transport = Transport(self.root_device, self._transport)
         response, timeout = self._response, self._timeout

@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 
 from lightning_sentinel.errors import ConfigurationError, UnsupportedVersionError
 
-__all__ = ["check_engine", "check_private_names", "prepare"]
+__all__ = ["check_engine", "check_private_names", "keeping_groups", "prepare"]
 
 _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.pipe.engine": {
@@ -91,6 +93,18 @@ def check_private_names() -> None:
 def check_engine(engine: object) -> None:
     """Raise ``UnsupportedVersionError`` if an engine lacks a private attribute that ours sets."""
     _refuse_without([f"{type(engine).__name__}.{name}" for name in _ENGINE_ATTRIBUTES if not hasattr(engine, name)])
+
+
+@contextmanager
+def keeping_groups(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Around DeepSpeed's constructor, which drops parameter groups that are empty on this stage.
+
+    A learning-rate scheduler would then pair its rates with the wrong groups.
+    """
+    groups = [] if optimizer is None else list(optimizer.param_groups)
+    yield
+    if optimizer is not None:
+        optimizer.param_groups[:] = groups
 
 
 def _refuse_without(missing: list[str]) -> None:

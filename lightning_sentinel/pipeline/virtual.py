@@ -9,14 +9,13 @@ A layer that mixes samples of a batch (BatchNorm in training mode) sees those of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Worker
@@ -24,7 +23,9 @@ from lightning_sentinel.pipeline.dealing import deal
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients, scale_gradients
 from lightning_sentinel.pipeline.guard import Guard, Ruling
+from lightning_sentinel.pipeline.lanes import SideBySide
 from lightning_sentinel.pipeline.partition import StageModel
+from lightning_sentinel.pipeline.randomness import Draws
 from lightning_sentinel.pipeline.rewind import Rewind
 from lightning_sentinel.pipeline.shares import Shares
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
@@ -44,6 +45,7 @@ class VirtualEngine:
         steps: runs the user's step functions.
         guard: of all boundaries and replicas; ``None`` for a plain pipeline.
         device: where the module is.
+        seed: of the random numbers in forward passes.
         clip_norm: clip the norm of all gradients to this; 0 does not clip.
         activation_checkpointing: recompute the activations of a layer in its backward pass instead of keeping them.
         forward_context: entered around every forward pass.
@@ -56,6 +58,7 @@ class VirtualEngine:
         steps: StepRunner,
         guard: Guard | None,
         device: torch.device,
+        seed: int,
         clip_norm: float = 0.0,
         activation_checkpointing: bool = False,
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -68,7 +71,8 @@ class VirtualEngine:
         self._steps = steps
         self._device = device
         self._clip_norm = clip_norm
-        self._checkpoints = activation_checkpointing
+        self._seed = seed
+        self._side_by_side = SideBySide(device, activation_checkpointing)
         self._forward_context = forward_context
         layers, parts = stage_model.layers.layers, stage_model.parts
         self._stages = [layers[parts[stage] : parts[stage + 1]] for stage in range(self._mesh.stages)]
@@ -136,7 +140,8 @@ class VirtualEngine:
             ``(2,)``, sum of the weighted losses that count, and of their weights.
         """
         last = self._mesh.stages - 1
-        signals = self._input_of("training_step", parts)
+        draws = [Draws.of(self._seed, step, Part(replica, index), len(parts)) for replica in range(len(parts))]
+        signals = self._input_of("training_step", parts, draws)
         tainted = torch.zeros(len(parts), dtype=torch.bool, device=self._device)
         if (lanes := self._lanes(index)) is not None:
             tainted = ~torch.tensor(self._wiring.live, device=self._device)[lanes]
@@ -144,7 +149,7 @@ class VirtualEngine:
         outputs: list[Tensor] = []
         for stage in range(self._mesh.stages):
             leaf = signals.detach().requires_grad_() if stage else signals
-            output = self._forward(stage, leaf)
+            output = self._forward(stage, leaf, draws)
             leaves.append(leaf)
             outputs.append(output)
             if stage < last:
@@ -156,6 +161,7 @@ class VirtualEngine:
         counts = ~tainted if self.guard is not None and self.guard.excludes else torch.ones_like(tainted)
         sums, total = torch.zeros(2, device=self._device), torch.zeros((), device=self._device)
         for replica, (part, output) in enumerate(zip(parts, outputs[last].chunk(len(parts)))):
+            draws[replica].seed_step(self._device)
             with self._forward_context():
                 result = self._steps.finish("training_step", part, output, replicas[replica].sizes[index], counts[replica])
             loss, weight = loss_of(result, "training_step"), replicas[replica].weights[index]
@@ -240,17 +246,21 @@ class VirtualEngine:
             logged=recorder.schema.reduce(recorder.vector().cpu()[None]),
         )
 
-    def _input_of(self, step: str, parts: list[tuple[Any, ...]]) -> Any:
-        with self._forward_context():
-            inputs = [self._steps.input_of(step, part) for part in parts]
+    def _input_of(self, step: str, parts: list[tuple[Any, ...]], draws: Sequence[Draws] | None = None) -> Any:
+        inputs = []
+        for replica, part in enumerate(parts):
+            if draws is not None:
+                draws[replica].seed_step(self._device)
+            with self._forward_context():
+                inputs.append(self._steps.input_of(step, part))
         return inputs[0] if len(inputs) == 1 else torch.cat(inputs)
 
-    def _forward(self, stage: int, signals: Any) -> Any:
+    def _forward(self, stage: int, signals: Any, draws: Sequence[Draws] | None = None) -> Any:
         # A copy, because a layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
         signals = signals.clone() if isinstance(signals, Tensor) and signals.requires_grad else signals
         with self._forward_context():
-            for layer in self._stages[stage]:
-                signals = checkpoint(layer, signals, use_reentrant=False) if self._checkpoints else layer(signals)
+            for number, layer in enumerate(self._stages[stage], self._model.parts[stage]):
+                signals = self._side_by_side.run(number, layer, layer, signals, draws)
         return signals
 
     # ------------------------------------------------------------------------------------------------- gradients and weights
