@@ -220,7 +220,7 @@ class SentinelStrategy(StageBuilding, StageCheckpoints):
             self.model_to_device()
             fitting = trainer.state.fn == TrainerFn.FITTING
             if fitting:
-                with requiring_one_optimizer(module):
+                with self._something_to_optimize(), requiring_one_optimizer(module):
                     self.setup_optimizers(trainer)
                 require_optimizer(module, self.optimizers)
             self.setup_precision_plugin()

@@ -6,6 +6,8 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
+from torch import nn
 from typing_extensions import override
 
 from lightning_sentinel.mesh import Mesh, Worker
@@ -14,6 +16,8 @@ from lightning_sentinel.pipeline.partition import StageModel, cut
 from lightning_sentinel.pipeline.processes import ProcessStrategy
 
 __all__ = ["StageBuilding"]
+
+_NOTHING = "sentinel_nothing_to_train"
 
 
 class StageBuilding(ProcessStrategy):
@@ -57,3 +61,29 @@ class StageBuilding(ProcessStrategy):
         )
         self._build = None  # it holds what was built from
         return model
+
+    @override
+    def teardown(self) -> None:
+        if self._build is not None:
+            # The run has failed before the module was cut, and what has no values cannot be moved to the host.
+            self._lightning_module = None
+        super().teardown()
+
+    @contextmanager
+    def _something_to_optimize(self) -> Iterator[None]:
+        """Around ``setup_optimizers``: a stage that trains nothing has an optimizer too, which torch refuses to make of nothing."""
+        module = self.lightning_module
+        assert module is not None
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            yield
+            return
+        nothing = nn.Parameter(torch.zeros(()))
+        module.register_parameter(_NOTHING, nothing)
+        try:
+            yield
+        finally:
+            delattr(module, _NOTHING)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["params"] = [parameter for parameter in group["params"] if parameter is not nothing]
+            if "param_names" in group:
+                group["param_names"] = [name for name in group["param_names"] if name != _NOTHING]

@@ -103,7 +103,7 @@ def merge_optimizer_states(
     """
     position = {name: index for index, name in enumerate(order)}
     groups = [
-        sorted((name for plain, _ in parts for name in plain["groups"][index]), key=position.__getitem__)
+        sorted({name for plain, _ in parts for name in plain["groups"][index]}, key=position.__getitem__)
         for index in range(len(options))
     ]
     number = {name: index for index, name in enumerate(name for group in groups for name in group)}

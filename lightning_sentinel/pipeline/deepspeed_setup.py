@@ -27,7 +27,7 @@ _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "_exec_optimizer_step",
         ),
     },
-    "deepspeed.runtime.engine": {"DeepSpeedEngine": ("forward", "backward", "zero_grad")},
+    "deepspeed.runtime.engine": {"DeepSpeedEngine": ("_broadcast_model", "forward", "backward", "zero_grad")},
     "deepspeed.runtime.pipe.module": {"PipelineModule": ("mpu",)},
     "deepspeed.runtime.pipe.schedule": {"TrainSchedule": ("steps", "_step_to_micro_batch"), "InferenceSchedule": ("steps",)},
     "deepspeed.ops": {"__compatible_ops__": ()},

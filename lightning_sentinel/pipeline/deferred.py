@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from typing_extensions import Self
 
 __all__ = ["DeferredBuild"]
 
@@ -70,6 +72,15 @@ class DeferredBuild(TorchDispatchMode):
         self._operations: list[_Operation] = []
         # Held, so that no other storage gets the place in memory that one is known by.
         self._storages: dict[int, torch.UntypedStorage] = {}
+        self._copies = _Copies()
+
+    def __enter__(self) -> Self:
+        self._copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._copies.__exit__(*error)
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether a tensor was made in this build, and has no value yet."""
@@ -98,6 +109,8 @@ class DeferredBuild(TorchDispatchMode):
                 results = func(*args, **(kwargs or {}))
         except (DataDependentOutputException, DynamicOutputShapeException):
             return self._with_values(func, leaves, structure)
+        # Weak references, because of which Module.to(dtype) could not exchange parameters.
+        self._shapes.fake_tensor_converter.meta_converter.tensor_memo.clear()
         made = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
         makes = tuple(None if self.knows(tensor) else _place(tensor) for tensor in made)
         if not written and all(place is None for place in makes):
@@ -171,6 +184,21 @@ class DeferredBuild(TorchDispatchMode):
                 live |= operation.reads
                 needed.append((index, operation))
         return needed[::-1]
+
+
+class _Copies(TorchFunctionMode):
+    """Makes ``copy.deepcopy`` of a tensor an operation as any other; torch's own copies the memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            copied = tensor.detach().clone()
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, tensor.requires_grad)
+            memo[id(tensor)] = copied
+        return memo[id(tensor)]
 
 
 def _place(tensor: Tensor) -> int:

@@ -40,6 +40,7 @@ from lightning_sentinel.pipeline.rewind import Rewind
 from lightning_sentinel.pipeline.shares import Shares
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, input_gradient, loss_of
 from lightning_sentinel.pipeline.supply import Supply, Work
+from lightning_sentinel.pipeline.ties import TiedStages
 from lightning_sentinel.pipeline.transport import Transport
 from lightning_sentinel.wiring import Part, Wiring
 
@@ -116,11 +117,12 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         # Not `_parameters`, which is torch's: the engine is a module itself.
         self._stage_parameters = list(self.module.parameters())
         self._held = HeldGradients(self._stage_parameters)
-        self._healthy = HealthyStage(self._stage_parameters, mesh, self.worker, response, clip_norm, timeout, self.device)
+        tied = TiedStages(stage_model.ties, stage_model.layers.module, mesh, self.worker.stage)
+        self._healthy = HealthyStage(stage, mesh, self.worker, response, clip_norm, timeout, self.device, tied)
+        self._healthy.make_equal(self._banned)
         self._rewind: Rewind | None = None
         self._kept = Kept()
-        last = self.is_last_stage()
-        self._recompute = Recomputation(stage, last, mesh.replicas, steps, self.device, seed, forward_context)
+        self._recompute = Recomputation(stage, self.is_last_stage(), mesh.replicas, steps, self.device, seed, forward_context)
         secret = 0 if guard is None else guard.secret
         self._audits = Audits(
             mesh, self.worker, self._kept, lambda part: self._supply.packed(self._own, part), self._recomputed, self.device, secret
@@ -168,8 +170,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
         if self.guard is None or outcome.table is None:
             return None
-        audit = self._audit if self.guard.audits else None
-        return self.guard.settle(outcome.table, step, self._healthy.sum, audit)
+        return self.guard.settle(outcome.table, step, self._healthy.sum, self._audit if self.guard.audits else None)
 
     def _audit(self, boundary: int, signals: Tensor) -> Tensor:
         return self._audits.run(self._mesh.boundaries[boundary], signals, self._wiring, self.left_out, self._step)
@@ -210,10 +211,12 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         """``(micro_batches, columns)`` of each direction that this worker verifies; ``None`` in a plain pipeline."""
         if self.guard is None:
             return None
-        received = self.guard.verifiers if self._work else ()
-        return {boundary.direction: self.guard.take_rows(boundary)[0] for boundary in received}
+        return {boundary.direction: self.guard.take_rows(boundary)[0] for boundary in self.guard.verifiers if self._work}
 
     # ------------------------------------------------------------------------------------------------- gradients and weights
+
+    def _broadcast_model(self) -> None:
+        """DeepSpeed would let a banned worker tell the others its weights, which nobody has brought up to date."""
 
     def hold_gradients(self) -> None:
         self._held.hold()
@@ -271,7 +274,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         outputs = self.pipe_buffers["outputs"][buffer_id]
         if self.is_last_stage():
             DeepSpeedEngine.backward(self, outputs, scale_wrt_gas=False)
-        else:
+        elif outputs.requires_grad:  # not if all up to here is frozen
             self._received_gradient = self.pipe_buffers["output_tensors"][buffer_id]
             # DeepSpeed's hooks refuse a backward pass of which the engine does not know.
             self._running_engine_backward = True

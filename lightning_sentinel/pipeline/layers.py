@@ -154,20 +154,29 @@ def _from_sequential(module: L.LightningModule, sequential: str | None) -> Pipel
 def _check_parameters(found: PipelineLayers) -> None:
     owners: defaultdict[int, set[str]] = defaultdict(set)
     for name, layer in zip(found.names, found.layers):
-        for parameter in layer.parameters():
-            owners[id(parameter)].add(name)
-    shared = sorted(name for names in owners.values() if len(names) > 1 for name in names)
+        for part in layer.modules():
+            if any(True for _ in part.parameters(recurse=False)):
+                owners[id(part)].add(name)
+    shared = sorted({name for names in owners.values() if len(names) > 1 for name in names}) or _repeated(found)
     if shared:
         raise PipelineModelError(
-            f"The layers {_some(shared)} share parameters. Layers of different stages live in different processes and cannot:"
-            " untie them, or make them one layer."
+            f"The layers {_some(shared)} share parameters by sharing a module. Layers of different stages live in different"
+            " processes and cannot: give each a module of its own and tie their weights (`head.weight = embedding.weight`), or make"
+            " them one layer."
         )
-    outside = [name for name, p in found.module.named_parameters() if p.requires_grad and id(p) not in owners]
+    inside = {id(parameter) for layer in found.layers for parameter in layer.parameters()}
+    outside = [name for name, p in found.module.named_parameters() if p.requires_grad and id(p) not in inside]
     if outside:
         raise PipelineModelError(
             f"{type(found.module).__name__} has trainable parameters outside its pipeline: {_some(outside)}. No stage would own"
             " them. Move them into the layers, or freeze them with requires_grad_(False)."
         )
+
+
+def _repeated(found: PipelineLayers) -> list[str]:
+    places = [id(layer) for layer in found.layers]
+    trained = zip(found.names, found.layers)
+    return [name for name, layer in trained if places.count(id(layer)) > 1 and any(True for _ in layer.parameters())]
 
 
 def _some(names: Sequence[str]) -> str:

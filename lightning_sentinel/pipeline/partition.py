@@ -19,6 +19,7 @@ from lightning_sentinel.pipeline.deferred import DeferredBuild
 from lightning_sentinel.pipeline.layers import PipelineLayers, find_layers
 from lightning_sentinel.pipeline.materialise import materialise, reset_meta_layers, without_values
 from lightning_sentinel.pipeline.stage import StageLayers
+from lightning_sentinel.pipeline.ties import Tie, find_ties
 
 __all__ = ["StageModel", "cut"]
 
@@ -38,6 +39,7 @@ class StageModel:
         parameter_names: all parameters of the unsplit module, in its order.
         state_names: all keys of the unsplit module's ``state_dict``.
         parameter_counts: trainable parameters of each layer.
+        ties: parameters that several stages have.
     """
 
     mesh: Mesh
@@ -48,6 +50,11 @@ class StageModel:
     parameter_names: tuple[str, ...]
     state_names: tuple[str, ...]
     parameter_counts: tuple[int, ...]
+    ties: tuple[Tie, ...]
+
+    def first_name(self, name: str) -> str:
+        """The first name in the unsplit module of a parameter that has several."""
+        return next((tie.name for tie in self.ties if name in tie.names), name)
 
     def stage_layers(self, stage: int) -> tuple[str, ...]:
         """Names of the layers of ``stage``."""
@@ -102,7 +109,10 @@ def cut(
     reset_meta_layers(layers.layers, layers.names, build, device)
     counts = tuple(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers.layers)
     parts = _parts(layers.layers, counts, mesh.stages, method)
-    stage_model = StageModel(mesh, layers, None, None, parts, tuple(layers.parameter_names), tuple(layers.state_names), counts)
+    ties = find_ties(module, layers.layers, parts)
+    stage_model = StageModel(
+        mesh, layers, None, None, parts, tuple(layers.parameter_names), tuple(layers.state_names), counts, ties
+    )
     _check_stages(stage_model, method)
     if worker is not None:
         start, stop = parts[worker.stage], parts[worker.stage + 1]
@@ -140,11 +150,9 @@ def _check_stages(model: StageModel, method: str) -> None:
             f"Cut into {len(stages)} stages by partition={method!r}, {name} has no layers in stage(s) {without}. Use fewer stages,"
             " or partition='uniform'."
         )
-    without = [stage for stage in stages if model.stage_parameters(stage) == 0]
-    if without:
+    if not any(model.parameter_counts):
         raise PipelineModelError(
-            f"Cut into {len(stages)} stages by partition={method!r}, {name} has no trainable parameters in stage(s) {without}:"
-            f" {', '.join(model.stage_layers(without[0]))}. Use fewer stages, or partition='parameters'."
+            f"{name} has no trainable parameters in its layers, so there is nothing to train. Let some require gradients."
         )
 
 

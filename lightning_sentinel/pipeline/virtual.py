@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from lightning_sentinel.pipeline.randomness import Draws
 from lightning_sentinel.pipeline.rewind import Rewind
 from lightning_sentinel.pipeline.shares import Shares
 from lightning_sentinel.pipeline.steps import MicroBatches, StepRunner, checked_signal, loss_of
+from lightning_sentinel.pipeline.ties import Untied
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import relative_error, tolerance
 from lightning_sentinel.wiring import Part, Wiring
@@ -76,8 +78,8 @@ class VirtualEngine:
         self._forward_context = forward_context
         layers, parts = stage_model.layers.layers, stage_model.parts
         self._stages = [layers[parts[stage] : parts[stage + 1]] for stage in range(self._mesh.stages)]
-        self._stage_parameters = [[p for layer in stage for p in layer.parameters()] for stage in self._stages]
-        self._parameters = [parameter for stage in self._stage_parameters for parameter in stage]
+        self._untied = Untied(self._stages)
+        self._parameters = [parameter for stage in self._untied.parameters for parameter in stage]
         self._buffers = [buffer for stage in self._stages for layer in stage for buffer in layer.buffers()]
         self._held = HeldGradients(self._parameters)
         self._wiring = Wiring.of(self._mesh)
@@ -173,7 +175,8 @@ class VirtualEngine:
         for stage in range(last, 0, -1):
             sent, boundary = leaves[stage].grad, Boundary(stage - 1, Direction.GRADIENT)
             received, tainted = self._cross(boundary, sent, received, tainted, index, step)
-            outputs[stage - 1].backward(received)
+            if outputs[stage - 1].requires_grad:  # not if all up to here is frozen
+                outputs[stage - 1].backward(received)
         return sums
 
     def _cross(
@@ -260,7 +263,7 @@ class VirtualEngine:
         signals = signals.clone() if isinstance(signals, Tensor) and signals.requires_grad else signals
         with self._forward_context():
             for number, layer in enumerate(self._stages[stage], self._model.parts[stage]):
-                signals = self._side_by_side.run(number, layer, layer, signals, draws)
+                signals = self._side_by_side.run(number, layer, partial(self._untied.call, layer), signals, draws)
         return signals
 
     # ------------------------------------------------------------------------------------------------- gradients and weights
@@ -272,13 +275,14 @@ class VirtualEngine:
         self._held.release()
 
     def reduce_gradients(self, shares: Shares) -> None:
-        for parameters, share in zip(self._stage_parameters, shares.stages):
+        for parameters, share in zip(self._untied.parameters, shares.stages):
             scale_gradients(parameters, 1.0 / (self._mesh.replicas * share))
+        self._untied.add_up()
 
     def apply_gradients(self) -> None:
         assert self._optimizer is not None
         if self._clip_norm > 0:
-            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+            nn.utils.clip_grad_norm_(self._untied.owners, self._clip_norm)
         self._optimizer.step()
         self.discard_gradients()
 
