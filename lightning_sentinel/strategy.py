@@ -29,6 +29,7 @@ from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.announcements import announce
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
+from lightning_sentinel.pipeline.building import StageBuilding
 from lightning_sentinel.pipeline.data import PipelineData
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
 from lightning_sentinel.pipeline.exchange import StepOutcome
@@ -36,7 +37,7 @@ from lightning_sentinel.pipeline.face import Engine
 from lightning_sentinel.pipeline.guard import Guard
 from lightning_sentinel.pipeline.liveness import Roster
 from lightning_sentinel.pipeline.logs import replay, silence_misleading_warnings
-from lightning_sentinel.pipeline.partition import StageModel, cut
+from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed
 from lightning_sentinel.pipeline.renumbering import RenumberedEnvironment
 from lightning_sentinel.pipeline.resumption import DataPosition
@@ -65,7 +66,7 @@ _VIRTUAL_MESH = Mesh(stages=2, replicas=4)
 """Where neither stages nor replicas are given."""
 
 
-class SentinelStrategy(PipelineData, StageCheckpoints):
+class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
     """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
 
     ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages, and rank ``stage * replicas + replica``
@@ -221,17 +222,12 @@ class SentinelStrategy(PipelineData, StageCheckpoints):
         if not self._virtual:
             show_whole_module(trainer, module)
         with self._watching():
-            self._stage_model = model = cut(
-                module, self.mesh, self._partition, self._sequential, self._activation_checkpointing, self._virtual
-            )
-            if not self._virtual:
-                stage = self.worker.stage
-                model.layers.keep_only(model.parts[stage], model.parts[stage + 1])
+            self._stage_model = model = self._cut()
             self.model = self.precision_plugin.convert_module(module)
             self.model_to_device()
             fitting = trainer.state.fn == TrainerFn.FITTING
             if fitting:
-                with requiring_one_optimizer(module):
+                with self._something_to_optimize(), requiring_one_optimizer(module):
                     self.setup_optimizers(trainer)
                 require_optimizer(module, self.optimizers)
             self.setup_precision_plugin()
@@ -255,7 +251,7 @@ class SentinelStrategy(PipelineData, StageCheckpoints):
         if self._virtual:
             context = self.precision_plugin.forward_context
             return VirtualEngine(
-                model, optimizer, steps, guard, self.root_device, clip_norm, self._activation_checkpointing, context
+                model, optimizer, steps, guard, self.root_device, seed, clip_norm, self._activation_checkpointing, context
             )
         arithmetic = Arithmetic(self.precision_plugin, self.root_device)
         transport = Transport(self.root_device, self._transport)

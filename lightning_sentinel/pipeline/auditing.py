@@ -60,6 +60,12 @@ class Kept:
     sent: dict[tuple[Direction, int], Tensor] = field(default_factory=dict)
     received: dict[tuple[Direction, int], Tensor] = field(default_factory=dict)
     _largest: int = 0
+    keeps: bool = False
+    """Whether anything may be audited."""
+
+    def keep(self, where: dict[tuple[Direction, int], Tensor], direction: Direction, slot: int, signal: Tensor) -> None:
+        if self.keeps:
+            where[direction, slot] = signal.detach()
 
     def clear(self) -> None:
         self._largest = self.bytes

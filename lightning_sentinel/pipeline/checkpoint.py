@@ -155,7 +155,6 @@ def merge_optimizer_states(
     """
     position = {name: index for index, name in enumerate(order)}
     groups = [
-        # A set, because every stage has the frozen parameters outside of the layers.
         sorted({name for plain, _ in parts for name in plain["groups"][index]}, key=position.__getitem__)
         for index in range(len(options))
     ]

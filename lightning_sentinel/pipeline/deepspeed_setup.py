@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 
 from lightning_sentinel.errors import ConfigurationError, UnsupportedVersionError
 
-__all__ = ["check_engine", "check_private_names", "prepare"]
+__all__ = ["check_engine", "check_private_names", "engine_config", "keeping_groups", "prepare"]
 
 _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.pipe.engine": {
@@ -25,7 +28,7 @@ _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "_exec_optimizer_step",
         ),
     },
-    "deepspeed.runtime.engine": {"DeepSpeedEngine": ("forward", "backward", "zero_grad")},
+    "deepspeed.runtime.engine": {"DeepSpeedEngine": ("_broadcast_model", "forward", "backward", "zero_grad")},
     "deepspeed.runtime.pipe.module": {"PipelineModule": ("mpu",)},
     "deepspeed.runtime.pipe.schedule": {"TrainSchedule": ("steps", "_step_to_micro_batch"), "InferenceSchedule": ("steps",)},
     "deepspeed.ops": {"__compatible_ops__": ()},
@@ -75,6 +78,18 @@ def prepare(device: torch.device, timeout: timedelta | None, local_rank: int = 0
     )
 
 
+def engine_config() -> dict[str, Any]:
+    """What DeepSpeed's engine is told of a run whose batches, gradients and clipping are ours."""
+    return {
+        # Batches are dealt by us, so that gradients are scaled in one place; DeepSpeed sees one micro-batch a step.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # DeepSpeed's norm asks banned workers too; and left out it is not zero.
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+    }
+
+
 def check_private_names() -> None:
     """Raise ``UnsupportedVersionError`` if the installed DeepSpeed lacks a private name that the engine builds on."""
     from importlib import import_module
@@ -94,6 +109,18 @@ def check_private_names() -> None:
 def check_engine(engine: object) -> None:
     """Raise ``UnsupportedVersionError`` if an engine lacks a private attribute that ours sets."""
     _refuse_without([f"{type(engine).__name__}.{name}" for name in _ENGINE_ATTRIBUTES if not hasattr(engine, name)])
+
+
+@contextmanager
+def keeping_groups(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Around DeepSpeed's constructor, which drops parameter groups that are empty on this stage.
+
+    A learning-rate scheduler would then pair its rates with the wrong groups.
+    """
+    groups = [] if optimizer is None else list(optimizer.param_groups)
+    yield
+    if optimizer is not None:
+        optimizer.param_groups[:] = groups
 
 
 def _refuse_without(missing: list[str]) -> None:

@@ -7,6 +7,8 @@ and verify, and the reduction and clipping of gradients, which banned workers mu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -21,12 +23,11 @@ from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.config import Response
-from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.auditing import Audits, Evidence, Kept
-from lightning_sentinel.pipeline.deepspeed_setup import check_engine
+from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients
 from lightning_sentinel.pipeline.guard import Guard, Ruling
@@ -36,12 +37,13 @@ from lightning_sentinel.pipeline.inbox import Inbox
 from lightning_sentinel.pipeline.joining import plain
 from lightning_sentinel.pipeline.partition import StageModel
 from lightning_sentinel.pipeline.predictions import share_predictions
-from lightning_sentinel.pipeline.randomness import seed_forward
+from lightning_sentinel.pipeline.randomness import Draws
 from lightning_sentinel.pipeline.recomputation import Recomputation
 from lightning_sentinel.pipeline.rewind import Rewind
 from lightning_sentinel.pipeline.shares import Shares
-from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches, StepRunner, checked_signal, loss_of
+from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches, StepRunner, checked_signal, input_gradient, loss_of
 from lightning_sentinel.pipeline.supply import Supply, Work
+from lightning_sentinel.pipeline.ties import TiedStages
 from lightning_sentinel.pipeline.transport import Transport
 from lightning_sentinel.wiring import Part, Wiring
 
@@ -77,29 +79,18 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         clip_norm: float,
         arithmetic: Arithmetic,
     ) -> None:
-        pipeline = stage_model.pipeline
-        config = {
-            # Batches are dealt by us, so that gradients are scaled in one place; DeepSpeed sees one micro-batch a step.
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            # DeepSpeed's norm asks banned workers too; and left out it is not zero.
-            "gradient_clipping": 0.0,
-            "steps_per_print": None,
-        }
-        groups = list(optimizer.param_groups) if optimizer is not None else []
-        super().__init__(
-            args=None,
-            model=pipeline,
-            optimizer=optimizer,
-            mpu=pipeline.mpu(),
-            config=config,
-            config_class=DeepSpeedConfig(config, pipeline.mpu()),
-        )
+        pipeline, stage = stage_model.pipeline, stage_model.stage
+        assert stage is not None
+        with keeping_groups(optimizer):
+            super().__init__(
+                args=None,
+                model=pipeline,
+                optimizer=optimizer,
+                mpu=pipeline.mpu(),
+                config=engine_config(),
+                config_class=DeepSpeedConfig(engine_config(), pipeline.mpu()),
+            )
         check_engine(self)
-        if optimizer is not None:
-            # DeepSpeed drops parameter groups that are empty on this stage, and a learning-rate scheduler would then pair its rates
-            # with the wrong groups.
-            optimizer.param_groups[:] = groups
         mesh = stage_model.mesh
         self.worker: Worker = mesh.worker(self.global_rank)
         self.adversary: Adversary | None = None
@@ -113,14 +104,17 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._last_layer = stage_model.stage_layers(self.worker.stage)[-1]
         self._untainted = torch.tensor(False, device=self.device)
         self.pipe_buffers["taints"] = []
+        self._stage = stage
         # Not `_parameters`, which is torch's: the engine is a module itself.
         self._stage_parameters = list(self.module.parameters())
         self._held = HeldGradients(self._stage_parameters)
-        self._healthy = HealthyStage(self._stage_parameters, mesh, self.worker, response, clip_norm, timeout, self.device)
+        tied = TiedStages(stage_model.ties, stage_model.layers.module, mesh, self.worker.stage)
+        self._healthy = HealthyStage(stage, mesh, self.worker, response, clip_norm, timeout, self.device, tied)
+        self._healthy.make_equal(self._banned)
         self._rewind: Rewind | None = None
         self._kept = Kept()
-        place = self.stage_id, self.is_last_stage()
-        self._recompute = Recomputation(self.module, *place, steps, self.device, seed, self._forward_context)
+        last, context = self.is_last_stage(), self._forward_context
+        self._recompute = Recomputation(stage, last, mesh.replicas, steps, self.device, seed, context)
         secret = 0 if guard is None else guard.secret
         recompute = self._recomputed, self._recompute.tolerance
         self._audits = Audits(mesh, self.worker, self._kept, self._samples, *recompute, self.device, secret)
@@ -174,8 +168,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
         if self.guard is None or outcome.table is None:
             return None
-        audit = self._audit if self.guard.audits else None
-        return self.guard.settle(outcome.table, step, self._healthy.sum, audit)
+        return self.guard.settle(outcome.table, step, self._healthy.sum, self._audit if self.guard.audits else None)
 
     def _audit(self, boundary: int, signals: Tensor) -> Tensor:
         return self._audits.run(self._mesh.boundaries[boundary], signals, self._wiring, self.left_out, self._step)
@@ -205,6 +198,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._own = MicroBatches(arguments[0], sizes.micro_batches)
         self._work = self._supply.of_step(self._own, sizes, self._wiring, self._banned)
         self._kept.clear()
+        self._kept.keeps = step == "training_step" and self.guard is not None and self.guard.audits
         self._inbox.begin(replaces=step == "training_step" and self.guard is not None and self.guard.answers)
         self._steps.new_records()
         self._results: dict[Part, Any] = {}
@@ -217,10 +211,12 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         """``(micro_batches, columns)`` of each direction that this worker verifies; ``None`` in a plain pipeline."""
         if self.guard is None:
             return None
-        received = self.guard.verifiers if self._work else ()
-        return {boundary.direction: self.guard.take_rows(boundary)[0] for boundary in received}
+        return {boundary.direction: self.guard.take_rows(boundary)[0] for boundary in self.guard.verifiers if self._work}
 
     # ------------------------------------------------------------------------------------------------- gradients and weights
+
+    def _broadcast_model(self) -> None:
+        """DeepSpeed would let a banned worker tell the others its weights, which nobody has brought up to date."""
 
     def hold_gradients(self) -> None:
         self._held.hold()
@@ -248,7 +244,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
         if self.is_first_stage():
-            with self._forward_context():
+            with self._computing(micro_batch):
                 inputs = self._steps.input_of(self._step_name, self._part(micro_batch))
             self._inbox.loaded(inputs, micro_batch)
             self.pipe_buffers["inputs"][buffer_id] = inputs
@@ -259,9 +255,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         if isinstance(inputs, Tensor) and inputs.requires_grad:
             # A layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
             inputs = inputs.clone()
-        if self._step_name == "training_step":
-            seed_forward(self.device, self._recompute.seed, self._step, *self._work[micro_batch].part, self.stage_id)
-        with self._forward_context():
+        with self._computing(micro_batch):
             outputs = DeepSpeedEngine.forward(self, inputs)
         if not self.is_last_stage():
             self.pipe_buffers["outputs"][buffer_id] = checked_signal(outputs, self._last_layer, self.stage_id)
@@ -269,7 +263,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         excludes = self.guard is not None and self.guard.excludes
         counts = ~(self.pipe_buffers["taints"][buffer_id] if excludes else self._untainted)
         work = self._work[micro_batch]
-        with self._forward_context():
+        with self._computing(micro_batch):
             result = self._steps.finish(self._step_name, self._part(micro_batch), outputs, work.samples, counts)
         if self._step_name != "training_step" or self.keeps_results:
             self._results[work.part] = result if self._step_name == "predict_step" else plain(result)
@@ -284,7 +278,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         outputs = self.pipe_buffers["outputs"][buffer_id]
         if self.is_last_stage():
             DeepSpeedEngine.backward(self, outputs, scale_wrt_gas=False)
-        else:
+        elif outputs.requires_grad:  # not if all up to here is frozen
             self._received_gradient = self.pipe_buffers["output_tensors"][buffer_id]
             # DeepSpeed's hooks refuse a backward pass of which the engine does not know.
             self._running_engine_backward = True
@@ -304,14 +298,14 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _exec_recv_activation(self, buffer_id: int, micro_batch: int) -> None:
         sender, place = self._peer(self.stage_id - 1), self._place(Kind.ACTIVATION, micro_batch)
         signal, tainted = self._inbox.activation(sender, place, self._work[micro_batch].samples)
-        self._keep(self._kept.received, Direction.ACTIVATION, micro_batch, signal)
+        self._kept.keep(self._kept.received, Direction.ACTIVATION, micro_batch, signal)
         self.pipe_buffers["inputs"][buffer_id] = signal.requires_grad_()
         self.pipe_buffers["taints"][buffer_id] = tainted
 
     def _exec_recv_gradient(self, buffer_id: int, micro_batch: int) -> None:
         output, place = self.pipe_buffers["outputs"][buffer_id], self._place(Kind.GRADIENT, micro_batch)
         signal, tainted = self._inbox.gradient(self._peer(self.stage_id + 1), place, output)
-        self._keep(self._kept.received, Direction.GRADIENT, micro_batch, signal)
+        self._kept.keep(self._kept.received, Direction.GRADIENT, micro_batch, signal)
         self.pipe_buffers["output_tensors"][buffer_id] = signal
         self.pipe_buffers["taints"][buffer_id] = tainted
 
@@ -331,16 +325,22 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------- what the instructions share
 
+    @contextmanager
+    def _computing(self, micro_batch: int) -> Iterator[None]:
+        """Where this stage's layers or the user's step run, on random numbers that are this micro-batch's."""
+        draws = None
+        if self._step_name == "training_step":
+            draws = Draws.of(self._recompute.seed, self._step, self._work[micro_batch].part, self._mesh.replicas)
+            draws.seed_step(self.device)
+        self._stage.draws = draws
+        with self._forward_context():
+            yield
+
     def _peer(self, stage: int) -> int:
         """The rank that serves another stage of this lane."""
         lane = self._wiring.lane(self.worker)
         assert lane is not None, "a worker without a lane has no peers"
         return self._mesh.rank(self._wiring.worker(stage, lane))
-
-    def _keep(self, where: dict[tuple[Direction, int], Tensor], direction: Direction, micro_batch: int, signal: Tensor) -> None:
-        """Until the step is settled: what may be audited."""
-        if self.guard is not None and self.guard.audits and self._step_name == "training_step":
-            where[direction, micro_batch] = signal.detach()
 
     def _place(self, kind: Kind, micro_batch: int) -> Place:
         return Place(self._runs, micro_batch, kind)
@@ -368,18 +368,12 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _outgoing(self, buffer_id: int, direction: Direction) -> Tensor:
         if direction is Direction.ACTIVATION:
             return self.pipe_buffers["outputs"][buffer_id].detach()
-        gradient = self.pipe_buffers["inputs"][buffer_id].grad
-        if gradient is None:
-            raise PipelineModelError(
-                f"The input of stage {self.stage_id} received no gradient: its layers do not use it. Every layer must depend on the"
-                " output of the one before."
-            )
-        return gradient
+        return input_gradient(self.pipe_buffers["inputs"][buffer_id], self.stage_id)
 
     def _send(self, direction: Direction, buffer_id: int, micro_batch: int) -> None:
         # An altered copy: the tensor itself is what the backward pass of this stage starts from.
         signal, self._altered = (self._outgoing(buffer_id, direction) if self._altered is None else self._altered), None
-        self._keep(self._kept.sent, direction, micro_batch, signal)
+        self._kept.keep(self._kept.sent, direction, micro_batch, signal)
         boundary = Boundary(self.stage_id - (direction is Direction.GRADIENT), direction)
         taint, place = self.pipe_buffers["taints"][buffer_id], self._place(SIGNALS[direction], micro_batch)
         news = direction is Direction.ACTIVATION and self._inbox.is_news(micro_batch)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import lightning as L
 from torch import nn
 
 from lightning_sentinel.errors import PipelineModelError
+from lightning_sentinel.pipeline.specs import build_specs
 
 __all__ = ["PipelineLayers", "find_layers"]
 
@@ -58,15 +59,22 @@ class PipelineLayers:
                     self._drop(alias)
 
     def _drop(self, name: str) -> None:
-        with contextlib.suppress(AttributeError):  # a part of something that was dropped before
+        with suppress(AttributeError):  # a part of something that was dropped before
             self.module.set_submodule(name, nn.Identity())
 
 
-def find_layers(module: L.LightningModule, sequential: str | None = None) -> PipelineLayers:
+def find_layers(
+    module: L.LightningModule, sequential: str | None = None, building: AbstractContextManager[Any] | None = None
+) -> PipelineLayers:
     """Find what to cut into stages.
 
     In this order: what ``configure_pipeline`` returns; the attribute that ``sequential`` names; the only ``nn.Sequential`` among
     the module's attributes.
+
+    Args:
+        module: the user's module.
+        sequential: attribute that holds the layers, if it is not the only one.
+        building: entered where layers are built from DeepSpeed's ``LayerSpec``.
 
     Raises:
         PipelineModelError: if there is none, or more than one, or the layers do not hold all trainable parameters.
@@ -81,25 +89,26 @@ def find_layers(module: L.LightningModule, sequential: str | None = None) -> Pip
         >>> find_layers(Regression()).names
         ('net.0', 'net.1', 'net.2')
     """
-    found = _from_hook(module) if hasattr(module, "configure_pipeline") else _from_sequential(module, sequential)
+    hooked = hasattr(module, "configure_pipeline")
+    found = _from_hook(module, building or nullcontext()) if hooked else _from_sequential(module, sequential)
     _check_parameters(found)
     return found
 
 
-def _from_hook(module: L.LightningModule) -> PipelineLayers:
+def _from_hook(module: L.LightningModule, building: AbstractContextManager[Any]) -> PipelineLayers:
     hook: Callable[[], Any] = module.configure_pipeline  # type: ignore[assignment]
     layers = hook()
     where = f"{type(module).__name__}.configure_pipeline"
     if not isinstance(layers, Iterable) or isinstance(layers, (str, dict)):
         raise PipelineModelError(f"{where} returned {type(layers).__name__}; it must return a list of nn.Module, in order.")
-    layers = tuple(layers)
+    layers = build_specs(module, tuple(layers), building)
     names_of = {id(child): name for name, child in module.named_modules()}
     names = []
     for index, layer in enumerate(layers):
         if not isinstance(layer, nn.Module):
             raise PipelineModelError(
                 f"{where} returned {type(layer).__name__} at position {index}; every layer must be an nn.Module that is an"
-                " attribute of the LightningModule."
+                " attribute of the LightningModule, or a LayerSpec."
             )
         if id(layer) not in names_of:
             raise PipelineModelError(
@@ -145,20 +154,29 @@ def _from_sequential(module: L.LightningModule, sequential: str | None) -> Pipel
 def _check_parameters(found: PipelineLayers) -> None:
     owners: defaultdict[int, set[str]] = defaultdict(set)
     for name, layer in zip(found.names, found.layers):
-        for parameter in layer.parameters():
-            owners[id(parameter)].add(name)
-    shared = sorted(name for names in owners.values() if len(names) > 1 for name in names)
+        for part in layer.modules():
+            if any(True for _ in part.parameters(recurse=False)):
+                owners[id(part)].add(name)
+    shared = sorted({name for names in owners.values() if len(names) > 1 for name in names}) or _repeated(found)
     if shared:
         raise PipelineModelError(
-            f"The layers {_some(shared)} share parameters. Layers of different stages live in different processes and cannot:"
-            " untie them, or make them one layer."
+            f"The layers {_some(shared)} share parameters by sharing a module. Layers of different stages live in different"
+            " processes and cannot: give each a module of its own and tie their weights (`head.weight = embedding.weight`), or make"
+            " them one layer."
         )
-    outside = [name for name, p in found.module.named_parameters() if p.requires_grad and id(p) not in owners]
+    inside = {id(parameter) for layer in found.layers for parameter in layer.parameters()}
+    outside = [name for name, p in found.module.named_parameters() if p.requires_grad and id(p) not in inside]
     if outside:
         raise PipelineModelError(
             f"{type(found.module).__name__} has trainable parameters outside its pipeline: {_some(outside)}. No stage would own"
             " them. Move them into the layers, or freeze them with requires_grad_(False)."
         )
+
+
+def _repeated(found: PipelineLayers) -> list[str]:
+    places = [id(layer) for layer in found.layers]
+    trained = zip(found.names, found.layers)
+    return [name for name, layer in trained if places.count(id(layer)) > 1 and any(True for _ in layer.parameters())]
 
 
 def _some(names: Sequence[str]) -> str:

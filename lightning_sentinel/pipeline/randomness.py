@@ -12,14 +12,16 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_sentinel.attacks.context import derive_seed
+from lightning_sentinel.wiring import Part
 
-__all__ = ["SeparateRandomness", "base_seed", "seed_forward"]
+__all__ = ["Draws", "SeparateRandomness", "base_seed", "generator_state", "seed_generators"]
 
 
 def base_seed() -> int | None:
@@ -28,18 +30,56 @@ def base_seed() -> int | None:
     return int(seed) if seed is not None else None
 
 
-def seed_forward(device: torch.device, *place: int) -> None:
-    """Let a forward pass draw what any worker would draw in its place, so that its work can be recomputed, or done by another.
+class Draws(NamedTuple):
+    """Decides the random numbers of one micro-batch's forward pass, whoever computes it, on whatever mesh.
 
     Args:
-        device: that computes.
-        place: the run's seed, the step, and which micro-batch goes through which stage.
+        seed: of the run.
+        step: number of the training batch.
+        micro_batch: number in the batch of the whole mesh; see :meth:`of`.
+
+    Example:
+        >>> import torch
+        >>> draws = Draws(seed=1, step=5, micro_batch=0)
+        >>> draws.seed_layer(2, torch.device("cpu"))
+        >>> first = torch.rand(1)
+        >>> draws.seed_layer(2, torch.device("cpu"))
+        >>> bool(first == torch.rand(1))
+        True
     """
-    seed = derive_seed("forward", *place)
+
+    seed: int
+    step: int
+    micro_batch: int
+
+    @classmethod
+    def of(cls, seed: int, step: int, part: Part, replicas: int) -> Draws:
+        """Of a replica's micro-batch.
+
+        Replicas are dealt the samples of a batch in turn, so micro-batch ``k`` of replica ``r`` is number ``k * replicas + r``.
+        """
+        return cls(seed, step, part.micro_batch * replicas + part.replica)
+
+    def seed_layer(self, layer: int, device: torch.device) -> None:
+        """To be called in front of a layer, by its number in the whole module."""
+        seed_generators(device, derive_seed("layer", *self, layer))
+
+    def seed_step(self, device: torch.device) -> None:
+        """To be called in front of the user's step, which runs at both ends of the pipeline and has to draw the same there."""
+        seed_generators(device, derive_seed("step", *self))
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seed what a computation on ``device`` draws from."""
     # Not torch.manual_seed, which keeps a traceback of every call for each kind of device that was not used yet: milliseconds.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+def generator_state(device: torch.device) -> torch.Tensor:
+    """The state of what a computation on ``device`` draws from."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 class SeparateRandomness:

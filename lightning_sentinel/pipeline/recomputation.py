@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sentinel.mesh import Direction
 from lightning_sentinel.pipeline.auditing import Evidence
-from lightning_sentinel.pipeline.randomness import seed_forward
+from lightning_sentinel.pipeline.randomness import Draws
 from lightning_sentinel.pipeline.rewind import Rewind
+from lightning_sentinel.pipeline.stage import StageLayers
 from lightning_sentinel.pipeline.steps import StepRunner, loss_of
 from lightning_sentinel.verification.audit import arithmetic, tolerance
 from lightning_sentinel.wiring import Part
@@ -26,18 +27,18 @@ class Recomputation:
     """Recomputes signals of one stage.
 
     Args:
-        module: the stage.
-        stage: its number.
+        stage: its layers.
         last: whether it is the last.
+        replicas: of the mesh.
         steps: runs the user's step functions.
         device: where the stage is.
         seed: of the random numbers in forward passes.
         forward_context: entered around every forward pass.
     """
 
-    module: nn.Module
-    stage: int
+    stage: StageLayers
     last: bool
+    replicas: int
     steps: StepRunner
     device: torch.device
     seed: int
@@ -61,22 +62,24 @@ class Recomputation:
             step: number of the training batch.
             scale: factor of the loss.
         """
-        restore = Rewind((), list(self.module.buffers()), self.device)
+        restore = Rewind((), list(self.stage.buffers()), self.device)
         arguments = (evidence.batch, *rest)
         backward = direction is Direction.GRADIENT
-        seed_forward(self.device, self.seed, step, *part, self.stage)
+        self.stage.draws = draws = Draws.of(self.seed, step, part, self.replicas)
         with ExitStack() as stack:
             stack.callback(restore)
             for context in (torch.set_grad_enabled(backward), self.steps.unheard(), self.forward_context()):
                 stack.enter_context(context)
+            draws.seed_step(self.device)
             if evidence.activation is None:
                 inputs = leaf = self.steps.input_of("training_step", arguments)
             else:
                 leaf = evidence.activation.detach().requires_grad_(backward)
                 inputs = leaf.clone()
-            signal = self.module(inputs)
+            signal = self.stage(inputs)
             if backward:
                 if self.last:
+                    draws.seed_step(self.device)
                     counts = torch.tensor(True, device=self.device)
                     result = self.steps.finish("training_step", arguments, signal, evidence.samples, counts)
                     signal = loss_of(result, "training_step") * (evidence.weight * scale)

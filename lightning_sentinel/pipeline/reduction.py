@@ -22,7 +22,7 @@ from lightning_sentinel.aggregation.rules import COORDINATE_WISE, WEIGHING, comb
 from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
 
-__all__ = ["StageGroups", "clip_by_global_norm", "reduce_mean", "reduce_robustly"]
+__all__ = ["StageGroups", "clip_by_global_norm", "first_healthy", "reduce_mean", "reduce_robustly", "sum_over_stages"]
 
 _MEGABYTE = 2**20
 
@@ -44,18 +44,20 @@ def _group(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
 
 
 class StageGroups:
-    """Process groups of the healthy ranks of each stage.
+    """Process groups of the healthy ranks of each stage, and of several stages together.
 
     Args:
         mesh: all workers, one a rank.
         rank: this process's.
         timeout: how long the members of a group wait for each other.
+        across: sets of stages that are to have a group.
     """
 
-    def __init__(self, mesh: Mesh, rank: int, timeout: timedelta) -> None:
+    def __init__(self, mesh: Mesh, rank: int, timeout: timedelta, across: Sequence[tuple[int, ...]] = ()) -> None:
         self._mesh, self._rank, self._timeout = mesh, rank, timeout
-        self._members: list[tuple[int, ...]] = [()] * mesh.stages
-        self._mine: dist.ProcessGroup | None = None
+        self._sets = [*((stage,) for stage in range(mesh.stages)), *across]
+        self._members: list[tuple[int, ...]] = [()] * len(self._sets)
+        self._mine: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def healthy(self, banned: Collection[Worker]) -> dist.ProcessGroup | None:
         """The workers of this rank's stage that are not banned.
@@ -71,26 +73,37 @@ class StageGroups:
             MeshExhaustedError: on all ranks, if a stage has no healthy worker.
         """
         members = [
-            tuple(rank for rank in self._mesh.stage_ranks(stage) if self._mesh.worker(rank) not in banned)
-            for stage in range(self._mesh.stages)
+            tuple(rank for stage in stages for rank in self._mesh.stage_ranks(stage) if self._mesh.worker(rank) not in banned)
+            for stages in self._sets
         ]
-        _require_healthy(members)
+        _require_healthy(members[: self._mesh.stages])
         replaces = any(before not in ((), now) for before, now in zip(self._members, members))
-        outdated = None
-        for stage, ranks in enumerate(members):
-            if ranks == self._members[stage]:
+        outdated: list[dist.ProcessGroup] = []
+        for stages, before, ranks in zip(self._sets, self._members, members):
+            if ranks == before:
                 continue
-            _made.pop((self._members[stage], self._timeout), None)
+            _made.pop((before, self._timeout), None)
             group = _group(ranks, self._timeout)
-            if stage == self._mesh.worker(self._rank).stage:
-                outdated, self._mine = self._mine, group if self._rank in ranks else None
+            if stages in self._mine:
+                outdated.append(self._mine.pop(stages))
+            if self._rank in ranks:
+                self._mine[stages] = group
         self._members = members
         if replaces:
             # A rank that is still busy in an old group would find its connections closed, and making a group waits for nobody else.
             dist.barrier()
-        if outdated is not None:
-            dist.destroy_process_group(outdated)
-        return self._mine
+        for old in outdated:
+            dist.destroy_process_group(old)
+        return self._mine.get((self._mesh.worker(self._rank).stage,))
+
+    def across(self, stages: tuple[int, ...]) -> dist.ProcessGroup:
+        """The group of these stages, of which this rank is a healthy member."""
+        return self._mine[stages]
+
+
+def first_healthy(mesh: Mesh, stage: int, banned: Collection[object]) -> int:
+    """The rank that speaks for a stage."""
+    return next(rank for rank in mesh.stage_ranks(stage) if mesh.worker(rank) not in banned)
 
 
 @torch.no_grad()
@@ -174,8 +187,43 @@ def reduce_robustly(
 
 
 @torch.no_grad()
+def sum_over_stages(
+    parameters: Iterable[nn.Parameter],
+    group: dist.ProcessGroup,
+    speakers: Sequence[int],
+    *,
+    bucket_bytes: int = 32 * _MEGABYTE,
+) -> None:
+    """Replace every gradient by the sum over stages, of each of which one rank says what it is.
+
+    All ranks add the same numbers in the same order, so copies on different ranks get the same bits.
+
+    Args:
+        parameters: the same on all ranks of the group. Those that are not trained are passed over.
+        group: of :meth:`StageGroups.across`.
+        speakers: a rank of each stage, whose gradients have been reduced.
+        bucket_bytes: gradients are sent in messages of at most so many bytes, each of one dtype.
+    """
+    buckets = _Buckets(parameters, bucket_bytes)
+    for number in range(len(buckets)):
+        mine = buckets.message(number)
+        total = torch.zeros_like(mine)
+        for speaker in speakers:
+            said = mine.clone() if speaker == dist.get_rank() else torch.empty_like(mine)
+            dist.broadcast(said, src=speaker, group=group)
+            total += said
+        buckets.store(number, total)
+    buckets.finish()
+
+
+@torch.no_grad()
 def clip_by_global_norm(
-    parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, banned: Collection[Worker], device: torch.device
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    mesh: Mesh,
+    banned: Collection[Worker],
+    device: torch.device,
+    counted_elsewhere: Collection[int] = (),
 ) -> Tensor:
     """Scale the gradients of all stages so that their common norm is at most ``max_norm``, as ``clip_grad_norm_`` does.
 
@@ -188,6 +236,7 @@ def clip_by_global_norm(
         mesh: all workers, one a rank.
         banned: workers that nobody believes, the same on all ranks.
         device: of this rank; a stage may have no parameters that would tell.
+        counted_elsewhere: parameters, by ``id``, that another stage has as well and counts.
 
     Returns:
         the norm before clipping, over all stages: a float64 scalar on ``device``, not waited for.
@@ -197,12 +246,14 @@ def clip_by_global_norm(
     """
     healthy = [[rank for rank in mesh.stage_ranks(stage) if mesh.worker(rank) not in banned] for stage in range(mesh.stages)]
     _require_healthy(healthy)
+    parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    counted = [p.grad for p in parameters if p.grad is not None and id(p) not in counted_elsewhere]
     squared = torch.zeros(1, dtype=torch.float64, device=device)
     # The norm of half-precision gradients may be too large for half precision.
     dtype = functools.reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
-    if gradients:
-        squared += torch.stack(torch._foreach_norm(gradients, 2.0, dtype=dtype)).double().square().sum()
+    if counted:
+        squared += torch.stack(torch._foreach_norm(counted, 2.0, dtype=dtype)).double().square().sum()
     reported = torch.empty(mesh.size, dtype=torch.float64, device=device)
     dist.all_gather(list(reported.split(1)), squared)
     norm = torch.stack([reported[ranks[0]] for ranks in healthy]).sum().sqrt()

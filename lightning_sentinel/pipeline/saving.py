@@ -298,7 +298,8 @@ class StageCheckpoints(LastingBans):
 
     def _parameter_names(self) -> dict[int, str]:
         assert self.lightning_module is not None
-        return {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
+        first_name = self._running_stage_model.first_name
+        return {id(parameter): first_name(name) for name, parameter in self.lightning_module.named_parameters()}
 
     @property
     def _running_stage_model(self) -> StageModel:

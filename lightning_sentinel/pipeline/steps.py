@@ -22,7 +22,7 @@ from torchmetrics import Metric
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from lightning_sentinel.pipeline.logs import LogRecorder
 
-__all__ = ["BatchSizes", "MicroBatches", "StepRunner", "checked_signal", "loss_of"]
+__all__ = ["BatchSizes", "MicroBatches", "StepRunner", "checked_signal", "input_gradient", "loss_of"]
 
 
 class _InputCaptured(BaseException):
@@ -275,3 +275,17 @@ def checked_signal(output: Any, layer: str, stage: int) -> Tensor:
         f"Layer {layer}, the last of stage {stage}, returned {what}. Between stages travels one floating-point tensor: let the"
         " layer return one (masks and positions can be computed again in each stage)."
     )
+
+
+def input_gradient(inputs: Tensor, stage: int) -> Tensor:
+    """The gradient of what a stage was given, after its backward pass.
+
+    Raises:
+        PipelineModelError: if there is none.
+    """
+    if inputs.grad is None:
+        raise PipelineModelError(
+            f"The input of stage {stage} received no gradient: its layers do not use it. Every layer must depend on the output of"
+            " the one before."
+        )
+    return inputs.grad

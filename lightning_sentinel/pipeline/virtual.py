@@ -9,15 +9,15 @@ A layer that mixes samples of a batch (BatchNorm in training mode) sees those of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Worker
@@ -26,10 +26,13 @@ from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients import HeldGradients, scale_gradients
 from lightning_sentinel.pipeline.guard import Guard, Ruling
 from lightning_sentinel.pipeline.joining import join, plain, reorder
+from lightning_sentinel.pipeline.lanes import SideBySide
 from lightning_sentinel.pipeline.partition import StageModel
+from lightning_sentinel.pipeline.randomness import Draws
 from lightning_sentinel.pipeline.rewind import Rewind
 from lightning_sentinel.pipeline.shares import Shares
 from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches, StepRunner, checked_signal, loss_of
+from lightning_sentinel.pipeline.ties import Untied
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import arithmetic, relative_error, tolerance
 from lightning_sentinel.wiring import Part, Wiring
@@ -46,6 +49,7 @@ class VirtualEngine:
         steps: runs the user's step functions.
         guard: of all boundaries and replicas; ``None`` for a plain pipeline.
         device: where the module is.
+        seed: of the random numbers in forward passes.
         clip_norm: clip the norm of all gradients to this; 0 does not clip.
         activation_checkpointing: recompute the activations of a layer in its backward pass instead of keeping them.
         forward_context: entered around every forward pass.
@@ -58,6 +62,7 @@ class VirtualEngine:
         steps: StepRunner,
         guard: Guard | None,
         device: torch.device,
+        seed: int,
         clip_norm: float = 0.0,
         activation_checkpointing: bool = False,
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -71,12 +76,13 @@ class VirtualEngine:
         self._steps = steps
         self._device = device
         self._clip_norm = clip_norm
-        self._checkpoints = activation_checkpointing
+        self._seed = seed
+        self._side_by_side = SideBySide(device, activation_checkpointing)
         self._forward_context = forward_context
         layers, parts = stage_model.layers.layers, stage_model.parts
         self._stages = [layers[parts[stage] : parts[stage + 1]] for stage in range(self._mesh.stages)]
-        self._stage_parameters = [[p for layer in stage for p in layer.parameters()] for stage in self._stages]
-        self._parameters = [parameter for stage in self._stage_parameters for parameter in stage]
+        self._untied = Untied(self._stages)
+        self._parameters = [parameter for stage in self._untied.parameters for parameter in stage]
         self._buffers = [buffer for stage in self._stages for layer in stage for buffer in layer.buffers()]
         self._held = HeldGradients(self._parameters)
         self._wiring = Wiring.of(self._mesh)
@@ -85,7 +91,7 @@ class VirtualEngine:
         self.left_out: frozenset[Worker] = frozenset()
 
     def reseed(self, seed: int) -> None:
-        """Nothing: here a forward pass draws from the computation's generator, whose state a checkpoint has."""
+        self._seed = seed
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
@@ -148,7 +154,8 @@ class VirtualEngine:
             ``(2,)``, sum of the weighted losses that count, and of their weights.
         """
         last = self._mesh.stages - 1
-        signals = self._input_of("training_step", parts)
+        draws = [Draws.of(self._seed, step, Part(replica, index), len(parts)) for replica in range(len(parts))]
+        signals = self._input_of("training_step", parts, draws)
         tainted = torch.zeros(len(parts), dtype=torch.bool, device=self._device)
         if (lanes := self._lanes(index)) is not None:
             tainted = ~torch.tensor(self._wiring.live, device=self._device)[lanes]
@@ -156,7 +163,7 @@ class VirtualEngine:
         outputs: list[Tensor] = []
         for stage in range(self._mesh.stages):
             leaf = signals.detach().requires_grad_() if stage else signals
-            output = self._forward(stage, leaf)
+            output = self._forward(stage, leaf, draws)
             leaves.append(leaf)
             outputs.append(output)
             if stage < last:
@@ -168,6 +175,7 @@ class VirtualEngine:
         counts = ~tainted if self.guard is not None and self.guard.excludes else torch.ones_like(tainted)
         sums, total = torch.zeros(2, device=self._device), torch.zeros((), device=self._device)
         for replica, (part, output) in enumerate(zip(parts, outputs[last].chunk(len(parts)))):
+            draws[replica].seed_step(self._device)
             with self._forward_context():
                 result = self._steps.finish("training_step", part, output, replicas[replica].sizes[index], counts[replica])
             if self.keeps_results:
@@ -181,7 +189,8 @@ class VirtualEngine:
         for stage in range(last, 0, -1):
             sent, boundary = leaves[stage].grad, Boundary(stage - 1, Direction.GRADIENT)
             received, tainted = self._cross(boundary, sent, received, tainted, index, step)
-            outputs[stage - 1].backward(received)
+            if outputs[stage - 1].requires_grad:  # not if all up to here is frozen
+                outputs[stage - 1].backward(received)
         return sums
 
     def _cross(
@@ -261,19 +270,23 @@ class VirtualEngine:
             logged=recorder.schema.reduce(recorder.vector().cpu()[None]),
         )
 
-    def _input_of(self, step: str, parts: list[tuple[Any, ...]]) -> Any:
-        with self._forward_context():
-            inputs = [self._steps.input_of(step, part) for part in parts]
+    def _input_of(self, step: str, parts: list[tuple[Any, ...]], draws: Sequence[Draws] | None = None) -> Any:
+        inputs = []
+        for replica, part in enumerate(parts):
+            if draws is not None:
+                draws[replica].seed_step(self._device)
+            with self._forward_context():
+                inputs.append(self._steps.input_of(step, part))
         if len(inputs) == 1:
             return inputs[0]
         return tuple(map(torch.cat, zip(*inputs))) if isinstance(inputs[0], tuple) else torch.cat(inputs)
 
-    def _forward(self, stage: int, signals: Any) -> Any:
+    def _forward(self, stage: int, signals: Any, draws: Sequence[Draws] | None = None) -> Any:
         # A copy, because a layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
         signals = signals.clone() if isinstance(signals, Tensor) and signals.requires_grad else signals
         with self._forward_context():
-            for layer in self._stages[stage]:
-                signals = checkpoint(layer, signals, use_reentrant=False) if self._checkpoints else layer(signals)
+            for number, layer in enumerate(self._stages[stage], self._model.parts[stage]):
+                signals = self._side_by_side.run(number, layer, partial(self._untied.call, layer), signals, draws)
         return signals
 
     # ------------------------------------------------------------------------------------------------- gradients and weights
@@ -285,13 +298,14 @@ class VirtualEngine:
         self._held.release()
 
     def reduce_gradients(self, shares: Shares) -> None:
-        for parameters, share in zip(self._stage_parameters, shares.stages):
+        for parameters, share in zip(self._untied.parameters, shares.stages):
             scale_gradients(parameters, 1.0 / (self._mesh.replicas * share))
+        self._untied.add_up()
 
     def apply_gradients(self) -> None:
         assert self._optimizer is not None
         if self._clip_norm > 0:
-            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+            nn.utils.clip_grad_norm_(self._untied.owners, self._clip_norm)
         self._optimizer.step()
         self.discard_gradients()
 

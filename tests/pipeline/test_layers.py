@@ -165,7 +165,12 @@ class TestParameters:
     def test_tied_across_layers(self) -> None:
         module = Plain(net=nn.Sequential(nn.Embedding(5, 3), nn.Tanh(), nn.Linear(3, 5, bias=False)))
         module.net[2].weight = module.net[0].weight
-        with pytest.raises(PipelineModelError, match=r"net\.0, net\.2 share parameters.*untie"):
+        assert find_layers(module).parameter_names == ["net.0.weight"]
+
+    def test_a_module_in_two_layers_is_refused(self) -> None:
+        norm = nn.LayerNorm(3)
+        module = Plain(net=nn.Sequential(nn.Sequential(nn.Linear(3, 3), norm), nn.Tanh(), nn.Sequential(nn.Linear(3, 3), norm)))
+        with pytest.raises(PipelineModelError, match=r"net\.0, net\.2 share parameters by sharing a module.*head\.weight = "):
             find_layers(module)
 
     def test_tied_inside_one_layer_is_fine(self) -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed, seed_forward
+from lightning_sentinel.pipeline.randomness import Draws, SeparateRandomness, base_seed
+from lightning_sentinel.wiring import Part
 
-Draws = tuple[float, float, float]
+Numbers = tuple[float, float, float]
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def _global_generators() -> Iterator[None]:
     torch.set_rng_state(states[2])
 
 
-def draw_data(count: int) -> list[Draws]:
+def draw_data(count: int) -> list[Numbers]:
     return [(random.random(), float(np.random.rand()), float(torch.rand(()))) for _ in range(count)]
 
 
@@ -53,7 +54,7 @@ def test_data_leaves_computation_alone() -> None:
 
 
 def test_data_by_replica_computation_by_rank() -> None:
-    data: dict[int, list[Draws]] = {}
+    data: dict[int, list[Numbers]] = {}
     computation = []
     for rank in range(6):
         randomness = SeparateRandomness(seed=5, rank=rank, replica=rank % 2)
@@ -67,7 +68,7 @@ def test_data_by_replica_computation_by_rank() -> None:
 
 
 def test_the_seed_decides() -> None:
-    def both(seed: int) -> tuple[list[Draws], list[float]]:
+    def both(seed: int) -> tuple[list[Numbers], list[float]]:
         randomness = SeparateRandomness(seed, rank=1, replica=1)
         with randomness.of_computation():
             computation = torch.rand(2).tolist()
@@ -100,12 +101,13 @@ def test_base_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert base_seed() == 42
 
 
-PLACES = list(itertools.product((0, 9), (0, 1, 11), (0, 1), (0, 1), (0, 1)))
-"""Seed, step, replica, micro-batch, stage."""
+CPU = torch.device("cpu")
+PLACES = list(itertools.product((0, 9), (0, 1, 11), (0, 1, 2, 3), (0, 1, 11)))
+"""Seed, step, micro-batch, layer."""
 
 
-def draws_at(*place: int) -> tuple[float, ...]:
-    seed_forward(torch.device("cpu"), *place)
+def draws_at(seed: int, step: int, micro_batch: int, layer: int) -> tuple[float, ...]:
+    Draws(seed, step, micro_batch).seed_layer(layer, CPU)
     mask = torch.nn.functional.dropout(torch.ones(20))
     return (*torch.rand(3).tolist(), *torch.randn(2).tolist(), *mask.tolist())
 
@@ -117,9 +119,22 @@ def test_whoever_computes_in_the_same_place_draws_the_same() -> None:
 
 
 def test_forward_passes_in_different_places_draw_differently() -> None:
-    # Step 1 of replica 11 is not step 11 of replica 1.
-    places = {*PLACES, (0, 1, 11, 0, 0)}
-    assert len({draws_at(*place)[0] for place in places}) == len(places)
+    assert len({draws_at(*place)[0] for place in PLACES}) == len(PLACES)
+
+
+def test_the_users_step_draws_like_no_layer() -> None:
+    layers = {draws_at(*place)[0] for place in PLACES}
+    for seed, step, micro_batch, _ in PLACES:
+        Draws(seed, step, micro_batch).seed_step(CPU)
+        assert float(torch.rand(())) not in layers
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 6, 12])
+def test_samples_of_any_mesh_have_the_same_numbers(replicas: int) -> None:
+    """A sampler deals twelve samples in turn; in micro-batches of one sample each keeps its number."""
+    for replica in range(replicas):
+        for micro_batch, sample in enumerate(range(12)[replica::replicas]):
+            assert Draws.of(0, 0, Part(replica, micro_batch), replicas).micro_batch == sample
 
 
 def test_forward_passes_leave_the_datas_generators_alone() -> None:
@@ -129,6 +144,6 @@ def test_forward_passes_leave_the_datas_generators_alone() -> None:
     disturbed = []
     for step in range(4):
         with randomness.of_computation():
-            draws_at(5, step)
+            draws_at(5, step, 0, 0)
         disturbed += draw_data(1)
     assert disturbed == undisturbed

@@ -15,6 +15,7 @@ from lightning_sentinel.mesh import Direction
 from lightning_sentinel.models import llama
 from lightning_sentinel.pipeline.auditing import Evidence
 from lightning_sentinel.pipeline.recomputation import Recomputation
+from lightning_sentinel.pipeline.stage import StageLayers
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.verification.audit import relative_error
 from lightning_sentinel.wiring import Part
@@ -44,10 +45,11 @@ def stage() -> nn.Sequential:
 
 
 def recomputed(
-    stage: nn.Module, dtype: torch.dtype, context: Any, activation: Tensor, gradient: Tensor
+    stage: nn.Sequential, dtype: torch.dtype, context: Any, activation: Tensor, gradient: Tensor
 ) -> tuple[Recomputation, Any]:
     module = Classifier()
-    recompute = Recomputation(copy.deepcopy(stage).to(dtype), 1, False, StepRunner(module, module.net), CPU, 0, context)
+    layers = StageLayers(list(copy.deepcopy(stage).to(dtype)), 0, False, CPU)
+    recompute = Recomputation(layers, False, 1, StepRunner(module, module.net), CPU, 0, context)
     evidence = Evidence(None, 2, 1.0, activation.to(dtype), gradient.to(dtype))
     return recompute, [recompute(direction, Part(0, 0), evidence, (), 0, 1.0) for direction in Direction]
 
@@ -69,6 +71,7 @@ def test_rounding_stays_far_below_the_tolerance_and_a_lie_does_not(stage: nn.Seq
 def test_float64_is_not_multiplied_in_anything_else() -> None:
     module = Classifier()
     context = CASES["float32, multiplied in bfloat16"][1]
-    recompute = Recomputation(module.net, 0, False, StepRunner(module, module.net), CPU, 0, context)
+    layers = StageLayers(list(module.net), 0, False, CPU)
+    recompute = Recomputation(layers, False, 1, StepRunner(module, module.net), CPU, 0, context)
     assert recompute.tolerance(torch.ones(1, dtype=torch.float64)) == 1e-6
     assert recompute.tolerance(torch.ones(1)) == recompute.tolerance(torch.ones(1, dtype=torch.bfloat16)) == 5e-2

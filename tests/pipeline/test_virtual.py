@@ -143,10 +143,27 @@ def test_more_stages_than_layers_are_refused() -> None:
         run.fit(tasks.Classifier(), tasks.loader(8))
 
 
-def test_a_stage_without_parameters_is_refused() -> None:
-    run = tasks.trainer(virtual(7, 1, partition="uniform"), 1, 1)
-    with pytest.raises(ls.SentinelError, match=r"no trainable parameters in stage\(s\) \[5\]: net.5. Use fewer stages"):
-        run.fit(tasks.Classifier(), tasks.loader(8))
+def test_a_module_that_is_frozen_is_refused() -> None:
+    module = tasks.Classifier()
+    module.requires_grad_(False)
+    with pytest.raises(ls.SentinelError, match="Classifier has no trainable parameters in its layers"):
+        tasks.trainer(virtual(2, 1), 1, 1).fit(module, tasks.loader(8))
+
+
+@pytest.mark.parametrize("frozen", ["01", "35", "01234"])
+def test_frozen_stages_pass_gradients_on(frozen: str) -> None:
+    """Layer 5 has no parameters at all, and is a stage of its own."""
+
+    def trained(strategy: object) -> dict[str, torch.Tensor]:
+        module = tasks.Classifier()
+        for place in frozen:
+            module.net[int(place)].requires_grad_(False)
+        tasks.trainer(strategy, 1, 2).fit(module, tasks.loader(8))
+        return module.state_dict()
+
+    expected = trained("auto")
+    for name, value in trained(virtual(7, 1, partition="uniform")).items():
+        assert (value - expected[name]).abs().max() <= 1e-6, name
 
 
 def test_a_worker_outside_the_mesh_is_refused() -> None:

@@ -1,0 +1,242 @@
+"""Building a module without its memory, and later what one process needs of it, with the values that it has in the whole.
+
+Inside :class:`DeferredBuild` tensors have shapes and no values, and what is done to them is written down. Random numbers are drawn
+at once, thrown away, and the generator's state in front of them is kept: so those of each tensor can be drawn again by themselves.
+Building takes the time of building the whole, and the memory of its largest tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from typing_extensions import Self
+
+__all__ = ["DeferredBuild"]
+
+
+class _View(NamedTuple):
+    """A tensor by the storage that it looks into."""
+
+    storage: int
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Draw(NamedTuple):
+    """Where random numbers come from."""
+
+    generator: torch.Generator
+    state: Tensor
+
+
+class _Operation(NamedTuple):
+    function: Any
+    leaves: list[Any]
+    """Arguments, flat; tensors of the build as :class:`_View`."""
+    structure: Any
+    reads: frozenset[int]
+    writes: frozenset[int]
+    makes: tuple[int | None, ...]
+    """Storages that are new, by the place of the tensor among the results."""
+    draw: _Draw | None
+
+
+class DeferredBuild(TorchDispatchMode):
+    """Writes down how tensors come to be. Those that are put on the ``meta`` device on purpose are left alone.
+
+    Example:
+        >>> import torch
+        >>> state = torch.manual_seed(1)
+        >>> build = DeferredBuild()
+        >>> with build:
+        ...     layers = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))
+        >>> (value,) = build.values([layers[1].weight])
+        >>> state = torch.manual_seed(1)
+        >>> bool((torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))[1].weight == value).all())
+        True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Not the meta device: torch's initialisers pass over tensors that say they are there.
+        self._shapes = FakeTensorMode(allow_non_fake_inputs=True)
+        self._operations: list[_Operation] = []
+        # Held, so that no other storage gets the place in memory that one is known by.
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._copies = _Copies()
+
+    def __enter__(self) -> Self:
+        self._copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._copies.__exit__(*error)
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor was made in this build, and has no value yet."""
+        return isinstance(tensor, FakeTensor) and _place(tensor) in self._storages
+
+    def has_value(self, tensor: Tensor) -> bool:
+        """Whether a tensor of this build was ever given a value, and is not only memory."""
+        place = _place(tensor)
+        return any(
+            place in operation.writes or (place in operation.makes and "empty" not in operation.function.__name__)
+            for operation in self._operations
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        leaves, structure = tree_flatten((args, kwargs or {}))
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        creates = not given and any(argument.name == "device" for argument in func._schema.arguments)
+        device = torch.device((kwargs or {}).get("device") or "cpu")
+        if not any(map(self.knows, given)) and (not creates or device.type == "meta"):
+            return func(*args, **(kwargs or {}))  # of values that are there already: constants
+        written = _written(func, args, kwargs or {})
+        if not all(map(self.knows, written)):
+            return self._with_values(func, leaves, structure)
+        try:
+            with self._shapes:
+                results = func(*args, **(kwargs or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return self._with_values(func, leaves, structure)
+        # Weak references, because of which Module.to(dtype) could not exchange parameters.
+        self._shapes.fake_tensor_converter.meta_converter.tensor_memo.clear()
+        made = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+        makes = tuple(None if self.knows(tensor) else _place(tensor) for tensor in made)
+        if not written and all(place is None for place in makes):
+            return results  # a view, which is known by its storage
+        if creates and any(argument.name == "dtype" for argument in func._schema.arguments):
+            # The default may be another one by the time that it is done.
+            leaves, structure = tree_flatten((args, {**(kwargs or {}), "dtype": made[0].dtype}))
+        draw = self._drawn(func, leaves, structure, written, made[0].device) if _draws(func) else None
+        self._storages.update({_place(tensor): tensor.untyped_storage() for tensor in made})
+        reads, writes = (frozenset(_place(t) for t in tensors if self.knows(t)) for tensors in (given, written))
+        held = [self._held(leaf) for leaf in leaves]
+        self._operations.append(_Operation(func, held, structure, reads, writes, makes, draw))
+        return results
+
+    def _with_values(self, func: Any, leaves: list[Any], structure: Any) -> Any:
+        """Do at once what cannot wait, such as looking at a value."""
+        args, kwargs = tree_unflatten(self._real(leaves), structure)
+        return func(*args, **kwargs)
+
+    def _real(self, leaves: list[Any]) -> list[Any]:
+        deferred = [leaf for leaf in leaves if isinstance(leaf, Tensor) and self.knows(leaf)]
+        values = iter(self.values(deferred))
+        return [next(values) if isinstance(leaf, Tensor) and self.knows(leaf) else leaf for leaf in leaves]
+
+    def _drawn(self, func: Any, leaves: list[Any], structure: Any, written: list[Tensor], device: torch.device) -> _Draw:
+        """Draw random numbers into nowhere, so that whoever draws next gets what is next."""
+        generator = next((leaf for leaf in leaves if isinstance(leaf, torch.Generator)), None) or _generator(device)
+        draw = _Draw(generator, generator.get_state())
+        nowhere = {id(tensor): torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype) for tensor in written}
+        others = self._real([None if id(leaf) in nowhere else leaf for leaf in leaves])
+        moved = [nowhere[id(leaf)].to(device) if id(leaf) in nowhere else other for leaf, other in zip(leaves, others)]
+        args, kwargs = tree_unflatten(moved, structure)
+        with torch.no_grad():
+            func(*args, **kwargs)
+        return draw
+
+    def _held(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if not self.knows(leaf):
+            return leaf.detach().clone()  # whoever made it may change it
+        return _View(_place(leaf), leaf.dtype, leaf.size(), leaf.stride(), int(leaf.storage_offset()))
+
+    @torch.no_grad()
+    def values(self, wanted: Iterable[Tensor]) -> list[Tensor]:
+        """Tensors with their values; those that share memory here share it there. Generators are left as they are.
+
+        Args:
+            wanted: tensors of this build.
+        """
+        views = [self._held(tensor) for tensor in wanted]
+        kept, memory = {view.storage for view in views}, dict[int, torch.UntypedStorage]()
+        needed = self._needed(kept)
+        last = {place: index for index, operation in needed for place in (*operation.reads, *operation.makes) if place is not None}
+        for index, operation in needed:
+            args, kwargs = tree_unflatten([_seen(leaf, memory) for leaf in operation.leaves], operation.structure)
+            results = _redrawn(operation.draw, operation.function, args, kwargs)
+            made = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+            memory |= {place: tensor.untyped_storage() for place, tensor in zip(operation.makes, made) if place is not None}
+            del args, kwargs, results, made
+            for place in {*operation.reads, *operation.makes} - kept:
+                if place is not None and last[place] == index:
+                    memory.pop(place, None)
+        return [_seen(view, memory) for view in views]
+
+    def _needed(self, wanted: set[int]) -> list[tuple[int, _Operation]]:
+        """What has to be done for the values of these storages, in order."""
+        live, needed = set(wanted), []
+        for index, operation in reversed(list(enumerate(self._operations))):
+            if live & operation.writes or live.intersection(operation.makes):
+                live |= operation.reads
+                needed.append((index, operation))
+        return needed[::-1]
+
+
+class _Copies(TorchFunctionMode):
+    """Makes ``copy.deepcopy`` of a tensor an operation as any other; torch's own copies the memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            copied = tensor.detach().clone()
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, tensor.requires_grad)
+            memo[id(tensor)] = copied
+        return memo[id(tensor)]
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _seen(leaf: Any, memory: dict[int, torch.UntypedStorage]) -> Any:
+    if not isinstance(leaf, _View):
+        return leaf
+    storage = memory[leaf.storage]
+    return torch.empty(0, dtype=leaf.dtype, device=storage.device).set_(storage, leaf.offset, leaf.size, leaf.stride)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operation changes."""
+    if not func._schema.is_mutable:
+        return []
+    by_name = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+    changed = [by_name.get(argument.name) for argument in func._schema.arguments if argument.is_write]
+    return [leaf for leaf in tree_leaves(changed) if isinstance(leaf, Tensor)]
+
+
+def _draws(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
+def _redrawn(draw: _Draw | None, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if draw is None:
+        return function(*args, **kwargs)
+    now = draw.generator.get_state()
+    draw.generator.set_state(draw.state)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        draw.generator.set_state(now)
