@@ -50,6 +50,11 @@ class TestArguments:
     def test_known_partitions(self, partition: str) -> None:
         ls.SentinelStrategy(partition=partition)
 
+    @pytest.mark.parametrize("zero_stage", [1, 2, 3])
+    def test_zero(self, zero_stage: int) -> None:
+        with pytest.raises(ls.SentinelError, match=rf"zero_stage={zero_stage} is not supported yet.*Use zero_stage=0"):
+            ls.SentinelStrategy(zero_stage=zero_stage)
+
     def test_transport(self) -> None:
         with pytest.raises(ConfigurationError, match=r"transport='hots'.*'auto'"):
             ls.SentinelStrategy(transport="hots")  # type: ignore[arg-type]
