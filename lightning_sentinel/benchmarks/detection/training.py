@@ -76,20 +76,19 @@ def _schedule(training: Training, step: int) -> float:
 
 
 class Windows(IterableDataset[tuple[Tensor, Tensor]]):
-    """Batches without end. Step ``k`` has the same windows whether the run started at 0 or went on from a checkpoint.
+    """Batches without end; a run that goes on from a checkpoint goes on with the next one.
 
     Args:
         training: sizes and text.
         seed: of the draws.
-        first: the step that the run starts with.
     """
 
-    def __init__(self, training: Training, seed: int, first: int = 0) -> None:
-        self.training, self.seed, self.first = training, seed, first
+    def __init__(self, training: Training, seed: int) -> None:
+        self.training, self.seed = training, seed
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         training = self.training
-        for step in itertools.count(self.first):
+        for step in itertools.count():
             yield _text_at(training, step).batch(training.batch_size, training.sequence_length, self.seed, step)
 
 
@@ -134,7 +133,6 @@ def fit(
     Raises:
         MeshExhaustedError: if no pipeline is left; the module and the strategy are as they were then.
     """
-    first = 0 if warmup is None else scenario.training.warmup_steps
     with _quietly(), _seeded(scenario.seed):
         trainer = L.Trainer(
             strategy=strategy,
@@ -148,7 +146,7 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        loader = DataLoader(Windows(scenario.training, scenario.seed, first), batch_size=None)
+        loader = DataLoader(Windows(scenario.training, scenario.seed), batch_size=None)
         trainer.fit(module, loader, ckpt_path=warmup)
     return trainer
 
