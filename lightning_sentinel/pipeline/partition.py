@@ -21,7 +21,7 @@ from lightning_sentinel.pipeline.materialise import materialise, reset_meta_laye
 from lightning_sentinel.pipeline.stage import StageLayers
 from lightning_sentinel.pipeline.ties import Tie, find_ties
 
-__all__ = ["StageModel", "cut"]
+__all__ = ["StageModel", "cut", "is_cut"]
 
 _ATTRIBUTE = "_sentinel_stage_model"
 
@@ -63,6 +63,12 @@ class StageModel:
     def stage_parameters(self, stage: int) -> int:
         """Trainable parameters of ``stage``."""
         return sum(self.parameter_counts[self.parts[stage] : self.parts[stage + 1]])
+
+
+def is_cut(module: L.LightningModule) -> bool:
+    """Whether this process has only its own stage of a module."""
+    before: StageModel | None = vars(module).get(_ATTRIBUTE)
+    return before is not None and before.pipeline is not None
 
 
 def cut(

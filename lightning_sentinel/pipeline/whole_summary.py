@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.model_summary import ModelSummary as Summary
 from lightning.pytorch.utilities.model_summary import summarize
 
+from lightning_sentinel.pipeline.partition import is_cut
+
 __all__ = ["show_whole_module"]
 
 _ATTRIBUTE = "_sentinel_summaries"
@@ -35,7 +37,7 @@ def show_whole_module(trainer: L.Trainer, module: L.LightningModule) -> None:
     A module that was cut for an earlier run is shown as it was then, if that run had such a callback with the same depth.
     """
     remembered: dict[int, _Remembered] = vars(module).setdefault(_ATTRIBUTE, {})
-    whole = "_sentinel_stage_model" not in vars(module)
+    whole = not is_cut(module)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if not isinstance(callback, ModelSummary) or not callback._max_depth:
