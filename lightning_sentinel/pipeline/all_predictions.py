@@ -7,10 +7,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.feeding import gather_numbers
+from lightning_sentinel.pipeline.feeding import gather_numbers, index_sampler
 from lightning_sentinel.pipeline.joining import join, reorder
 from lightning_sentinel.pipeline.parcels import broadcast_parcel
 
@@ -45,8 +44,8 @@ def complete_predictions(trainer: L.Trainer, mesh: Mesh, banned: Collection[Work
 
 
 def _indices(loader: Any) -> list[list[int]]:
-    sampler = getattr(loader, "batch_sampler", None)
-    return [list(batch) for batch in sampler.seen_batch_indices] if isinstance(sampler, _IndexBatchSamplerWrapper) else []
+    sampler = index_sampler(loader)
+    return [] if sampler is None else [list(batch) for batch in sampler.seen_batch_indices]
 
 
 def merge(replicas: Sequence[tuple[list[Any], list[list[int]]]]) -> list[Any]:

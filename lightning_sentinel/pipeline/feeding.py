@@ -29,7 +29,7 @@ from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.layout import describe, samples_of, stand_in
 
-__all__ = ["Feed", "gather_numbers", "is_even", "seed_workers"]
+__all__ = ["Feed", "gather_numbers", "index_sampler", "is_even", "seed_workers"]
 
 _TAG = 71
 """Batches are fetched ahead of the signals of a step, with which they share a connection."""
@@ -49,6 +49,12 @@ def seed_workers(loader: Any, replica: int) -> None:
     """Let ``seed_everything(workers=True)`` seed a loader's processes by replica, so that its two ends draw the same numbers."""
     if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(loader, "worker_init_fn", 0) is None:
         loader.worker_init_fn = partial(pl_worker_init_function, rank=replica)
+
+
+def index_sampler(loader: Any) -> _IndexBatchSamplerWrapper | None:
+    """What Lightning remembers the indices of predicted samples with; ``None`` where it does not."""
+    sampler = getattr(loader, "batch_sampler", None)
+    return sampler if isinstance(sampler, _IndexBatchSamplerWrapper) else None
 
 
 def is_even(loader: Any) -> tuple[bool, list[int]]:
@@ -156,10 +162,8 @@ class Feed:
             yield from self._loader
             return
         # Without the data set, but indices of predictions are asked of the sampler.
-        sampler = getattr(self._loader, "batch_sampler", None)
-        if isinstance(sampler, _IndexBatchSamplerWrapper):
-            for _ in sampler:
-                yield None
+        for _ in index_sampler(self._loader) or ():
+            yield None
         while True:
             yield None
 
@@ -200,9 +204,9 @@ class Feed:
 
     def _empty(self, latest: Any) -> Any:
         """A batch without samples, in the structure of the one before."""
-        seen = getattr(getattr(self._loader, "batch_sampler", None), "seen_batch_indices", None)
-        if seen is not None:
-            seen.append([])
+        sampler = index_sampler(self._loader)
+        if sampler is not None:
+            sampler.seen_batch_indices.append([])
         samples = samples_of(latest)
         return apply_to_collection(latest, Tensor, lambda leaf: leaf[:0] if leaf.ndim and len(leaf) == samples else leaf)
 
