@@ -12,7 +12,7 @@ Nobody waits for a note to arrive before going on, because its receiver asks for
 send from the device (several ranks on one GPU).
 
 Nothing in a message is believed before it was compared with what is due. What gloo itself does with a message whose size is not
-that of the receiver's buffer (test_transport.py has it in writing):
+that of the receiver's buffer (test_transport_over_gloo.py has it in writing):
 
 - A shorter one is taken without a word, and the end of the buffer stays what it was. So the end is marked before, and looked at
   afterwards. The next message is not affected, because gloo knows where each ends.
