@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _consolidate(arguments: list[str]) -> None:
-    from lightning_sentinel.pipeline.sharded import consolidate
+    from lightning_sentinel.pipeline.checkpoints.sharded import consolidate
 
     parser = argparse.ArgumentParser(
         "lightning-sentinel consolidate",

@@ -1,6 +1,6 @@
 """From a LightningModule to a running pipeline.
 
-``layers`` finds the layers, ``partition`` cuts them into stages, ``schedule`` orders the work, ``engine`` does it, ``transport``
-carries signals between stages, ``guard`` verifies them, ``exchange`` tells all ranks, ``steps`` and ``logs`` run the user's own
-code.
+``stages`` cuts a module, ``schedule`` orders the work, ``engine`` does it, or ``virtual`` for a whole mesh in this process,
+``messages`` carries signals between stages, ``recovery`` judges them, ``exchange`` tells all ranks, ``steps`` and ``logs`` run the
+user's own code.
 """

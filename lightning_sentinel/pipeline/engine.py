@@ -26,25 +26,25 @@ from lightning_sentinel.config import Response
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
-from lightning_sentinel.pipeline.auditing import Audits, Evidence, Kept
+from lightning_sentinel.pipeline.data.supply import Supply, Work
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
-from lightning_sentinel.pipeline.gradients import HeldGradients
-from lightning_sentinel.pipeline.guard import Guard, Ruling
-from lightning_sentinel.pipeline.headers import NOTES, SIGNALS, Kind, Place
-from lightning_sentinel.pipeline.healthy import HealthyStage
-from lightning_sentinel.pipeline.inbox import Inbox
-from lightning_sentinel.pipeline.joining import plain
-from lightning_sentinel.pipeline.partition import StageModel
-from lightning_sentinel.pipeline.predictions import share_predictions
+from lightning_sentinel.pipeline.gradients.healthy import HealthyStage
+from lightning_sentinel.pipeline.gradients.held import HeldGradients
+from lightning_sentinel.pipeline.gradients.shares import Shares
+from lightning_sentinel.pipeline.gradients.ties import TiedStages
+from lightning_sentinel.pipeline.messages.headers import NOTES, SIGNALS, Kind, Place
+from lightning_sentinel.pipeline.messages.inbox import Inbox
+from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.randomness import Draws
-from lightning_sentinel.pipeline.recomputation import Recomputation
-from lightning_sentinel.pipeline.rewind import Rewind
-from lightning_sentinel.pipeline.shares import Shares
+from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence, Kept
+from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
+from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
+from lightning_sentinel.pipeline.recovery.rewind import Rewind
+from lightning_sentinel.pipeline.results.joining import plain
+from lightning_sentinel.pipeline.results.predictions import share_predictions
+from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches, StepRunner, checked_signal, input_gradient, loss_of
-from lightning_sentinel.pipeline.supply import Supply, Work
-from lightning_sentinel.pipeline.ties import TiedStages
-from lightning_sentinel.pipeline.transport import Transport
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["SentinelEngine"]

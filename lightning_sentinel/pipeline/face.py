@@ -7,8 +7,8 @@ from typing import Any, Protocol
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.exchange import StepOutcome
-from lightning_sentinel.pipeline.guard import Guard, Ruling
-from lightning_sentinel.pipeline.shares import Shares
+from lightning_sentinel.pipeline.gradients.shares import Shares
+from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
 from lightning_sentinel.pipeline.steps import BatchSizes
 
 __all__ = ["Engine"]

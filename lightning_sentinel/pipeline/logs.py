@@ -198,7 +198,7 @@ def silence_misleading_warnings() -> None:
     """Warnings that are right elsewhere.
 
     Replayed values are reduced already, replayed metrics are empty on most ranks, and a run that is resumed finds its place in the
-    data (:mod:`lightning_sentinel.pipeline.resumption`).
+    data (:mod:`lightning_sentinel.pipeline.checkpoints.resumption`).
     """
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True")
     warnings.filterwarnings("ignore", message="The ``compute`` method of metric .* was called before the ``update``")

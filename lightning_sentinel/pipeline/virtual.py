@@ -21,18 +21,18 @@ from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Worker
-from lightning_sentinel.pipeline.dealing import deal
+from lightning_sentinel.pipeline.data.dealing import deal
 from lightning_sentinel.pipeline.exchange import StepOutcome
-from lightning_sentinel.pipeline.gradients import HeldGradients, scale_gradients
-from lightning_sentinel.pipeline.guard import Guard, Ruling
-from lightning_sentinel.pipeline.joining import join, plain, reorder
-from lightning_sentinel.pipeline.lanes import SideBySide
-from lightning_sentinel.pipeline.partition import StageModel
+from lightning_sentinel.pipeline.gradients.held import HeldGradients, scale_gradients
+from lightning_sentinel.pipeline.gradients.shares import Shares
+from lightning_sentinel.pipeline.gradients.ties import Untied
 from lightning_sentinel.pipeline.randomness import Draws
-from lightning_sentinel.pipeline.rewind import Rewind
-from lightning_sentinel.pipeline.shares import Shares
+from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
+from lightning_sentinel.pipeline.recovery.rewind import Rewind
+from lightning_sentinel.pipeline.results.joining import join, plain, reorder
+from lightning_sentinel.pipeline.stages.lanes import SideBySide
+from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches, StepRunner, checked_signal, loss_of
-from lightning_sentinel.pipeline.ties import Untied
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import arithmetic, relative_error, tolerance
 from lightning_sentinel.wiring import Part, Wiring

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_sentinel as ls
-from lightning_sentinel.pipeline import checkpoint as stage_files
+from lightning_sentinel.pipeline.checkpoints import full as stage_files
 from tests.distributed import tasks
 
 BATCHES = 8

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lightning_sentinel as ls
-from lightning_sentinel.pipeline.headers import Place, encode
+from lightning_sentinel.pipeline.messages.headers import Place, encode
 from tests.distributed.tasks import Classifier, tokens
 
 FAULT_STEP = 13

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.liveness import connect
-from lightning_sentinel.pipeline.reduction import StageGroups, _Buckets, clip_by_global_norm, reduce_mean, reduce_robustly
+from lightning_sentinel.pipeline.gradients.reduction import StageGroups, _Buckets, clip_by_global_norm, reduce_mean, reduce_robustly
+from lightning_sentinel.pipeline.processes.liveness import connect
 
 MESH = Mesh(stages=2, replicas=3)
 DIVISOR = 3 * 0.75
@@ -93,7 +93,7 @@ def message_sizes() -> Iterator[list[int]]:
 
 
 def everything(rules: list[str]) -> dict[str, Any]:
-    """All that :mod:`lightning_sentinel.pipeline.reduction` does, on one rank of a mesh of 2 x 3."""
+    """All that :mod:`lightning_sentinel.pipeline.gradients.reduction` does, on one rank of a mesh of 2 x 3."""
     rank = int(os.environ["LOCAL_RANK"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     connect("gloo", address=address, port=port, rank=rank, world_size=MESH.size, timeout=timedelta(seconds=30))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lightning_sentinel as ls
 from lightning_sentinel.mesh import Mesh
-from lightning_sentinel.pipeline.sharded import consolidate
+from lightning_sentinel.pipeline.checkpoints.sharded import consolidate
 from tests.distributed import checkpoint_tasks, tasks, world
 
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_sentinel as ls
-from lightning_sentinel.pipeline.checkpoint_io import part_of
-from lightning_sentinel.pipeline.sharded import ShardedCheckpoint
+from lightning_sentinel.pipeline.checkpoints.files import part_of
+from lightning_sentinel.pipeline.checkpoints.sharded import ShardedCheckpoint
 from tests.distributed import tasks, world
 
 FAILS = 2

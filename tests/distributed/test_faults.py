@@ -22,7 +22,7 @@ from torch import Tensor
 
 import lightning_sentinel as ls
 from lightning_sentinel.mesh import Boundary, Direction
-from lightning_sentinel.pipeline.headers import Place, encode
+from lightning_sentinel.pipeline.messages.headers import Place, encode
 from tests.distributed import tasks, world
 
 PATIENCE = timedelta(seconds=10)

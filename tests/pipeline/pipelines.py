@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.pipeline.guard import Guard, Ruling
+from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
 from lightning_sentinel.verification import Ledger, SignalTable, StepVerdict
 from lightning_sentinel.verification.projection import Projection
 from lightning_sentinel.wiring import Part

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 import lightning_sentinel as ls
-from lightning_sentinel.pipeline.dealing import deal
+from lightning_sentinel.pipeline.data.dealing import deal
 from tests.distributed import tasks, trainer_tasks
 
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}

@@ -1,0 +1,260 @@
+"""One ordinary Lightning checkpoint from many stages, and back.
+
+The file has the keys of the unsplit module and an optimizer state in torch's own format, so that ``load_from_checkpoint`` and a run
+on one process can read it. Stages hand their part to rank zero as JSON and tensors, never as pickled objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.messages.parcels import MOST_BYTES, receive_parcel, send_parcel
+
+__all__ = [
+    "SECTION",
+    "Part",
+    "collect",
+    "group_names",
+    "merge_optimizer_states",
+    "optimizer_of",
+    "optimizer_part",
+    "own_optimizer_state",
+    "select_state",
+    "speakers",
+]
+
+SECTION = "lightning_sentinel"
+"""Our section of a checkpoint."""
+
+_LIKE_THE_PARAMETER = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
+"""What the optimizers of torch keep in the shape of the parameter."""
+
+Part = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def speakers(mesh: Mesh, banned: Collection[Worker] = ()) -> list[int]:
+    """The rank that speaks for each stage.
+
+    Args:
+        mesh: all workers.
+        banned: workers that are not asked, because nobody brings them up to date.
+
+    Example:
+        >>> speakers(Mesh(stages=3, replicas=2), {Worker(1, 0)})
+        [0, 3, 4]
+    """
+    stages = [mesh.stage_ranks(stage) for stage in range(mesh.stages)]
+    return [next((r for r in ranks if mesh.worker(r) not in banned), ranks[0]) for ranks in stages]
+
+
+def collect(
+    plain: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Sequence[int], most_bytes: int = MOST_BYTES
+) -> list[Part]:
+    """Bring parts to rank zero; to be called by all ranks. One process has all there is.
+
+    Args:
+        plain: what JSON can say.
+        tensors: the rest.
+        ranks: that have a part. Rank zero gets them, whether it is one of them or not.
+        most_bytes: that a part may have.
+
+    Returns:
+        on rank zero the parts, in the order of ``ranks``, on the host; elsewhere nothing.
+    """
+    mine = (dict(plain), {name: tensor.detach().cpu() for name, tensor in tensors.items()})
+    if not dist.is_initialized():
+        return [mine]
+    rank = dist.get_rank()
+    if rank != 0:
+        if rank in ranks:
+            send_parcel(mine, 0)
+        return []
+    return [mine if speaker == 0 else receive_parcel(speaker, most_bytes) for speaker in ranks]
+
+
+def select_state(
+    state: Mapping[str, Any], module: nn.Module, known: Sequence[str], strict: bool, saved: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The entries of an unsplit ``state_dict`` that belong to this stage.
+
+    Args:
+        state: of the unsplit module, or of the part of it that was read.
+        module: this stage's part of it.
+        known: all keys of the unsplit module.
+        saved: all keys of the checkpoint, if ``state`` has only some.
+        strict: whether every key must be there and none more; judged over the whole module, so that all ranks agree.
+
+    Raises:
+        ConfigurationError: if strict and the keys differ.
+    """
+    saved = set(state if saved is None else saved)
+    missing, unexpected = sorted(set(known) - saved), sorted(saved - set(known))
+    if strict and (missing or unexpected):
+        raise ConfigurationError(
+            f"The checkpoint does not fit {type(module).__name__}: {len(missing)} key(s) missing (first: {missing[:3]}),"
+            f" {len(unexpected)} unexpected (first: {unexpected[:3]}). Build the module with the arguments that it was saved with."
+        )
+    return {name: state[name] for name in module.state_dict() if name in state}
+
+
+def optimizer_part(optimizer: Optimizer, names: Mapping[int, str]) -> Part:
+    """This stage's optimizer state, by parameter name.
+
+    Args:
+        optimizer: over this stage's parameters.
+        names: ``id`` of a parameter to its name in the unsplit module.
+    """
+    plain: dict[str, Any] = {"groups": [], "numbers": []}
+    tensors = {}
+    for group in optimizer.param_groups:
+        plain["groups"].append([names[id(parameter)] for parameter in group["params"]])
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{names[id(parameter)]}/{key}"] = value
+                else:
+                    plain["numbers"].append([names[id(parameter)], key, value])
+    return plain, tensors
+
+
+def optimizer_of(part: Part, parameters: Collection[str]) -> Part:
+    """What a part says of some parameters.
+
+    Example:
+        >>> import torch
+        >>> optimizer_of(({"groups": [["a", "b"]], "numbers": [["b", "seen", 3]]}, {"a/mean": torch.ones(1)}), {"b"})
+        ({'groups': [['b']], 'numbers': [['b', 'seen', 3]]}, {})
+    """
+    plain, tensors = part
+    chosen = {
+        "groups": [[name for name in group if name in parameters] for group in plain["groups"]],
+        "numbers": [entry for entry in plain["numbers"] if entry[0] in parameters],
+    }
+    return chosen, {path: tensor for path, tensor in tensors.items() if path.rsplit("/", 1)[0] in parameters}
+
+
+def merge_optimizer_states(
+    parts: Sequence[Part], options: Sequence[Mapping[str, Any]], order: Sequence[str]
+) -> tuple[dict[str, Any], list[list[str]]]:
+    """One optimizer state in torch's format.
+
+    Args:
+        parts: what :func:`optimizer_part` gave on each stage.
+        options: of each parameter group, without its parameters.
+        order: parameter names of the unsplit module.
+
+    Returns:
+        the state, with parameters numbered group by group in ``order``, and their names by group.
+    """
+    position = {name: index for index, name in enumerate(order)}
+    groups = [
+        sorted({name for plain, _ in parts for name in plain["groups"][index]}, key=position.__getitem__)
+        for index in range(len(options))
+    ]
+    number = {name: index for index, name in enumerate(name for group in groups for name in group)}
+    state: dict[int, dict[str, Any]] = {}
+    for plain, tensors in parts:
+        for path, tensor in tensors.items():
+            name, key = path.rsplit("/", 1)
+            state.setdefault(number[name], {})[key] = tensor
+        for name, key, value in plain["numbers"]:
+            state.setdefault(number[name], {})[key] = value
+    param_groups = []
+    for option, group in zip(options, groups):
+        # Made from named_parameters() a group lists the names of its parameters, and each stage's only its own.
+        named = {"param_names": group} if "param_names" in option else {}
+        param_groups.append({**option, **named, "params": [number[name] for name in group]})
+    return {"state": dict(sorted(state.items())), "param_groups": param_groups}, groups
+
+
+def own_optimizer_state(
+    saved: Mapping[str, Any], groups: Sequence[Sequence[str]], optimizer: Optimizer, names: Mapping[int, str]
+) -> dict[str, Any]:
+    """The part of a merged optimizer state that belongs to this stage's optimizer, ready for its ``load_state_dict``.
+
+    Args:
+        saved: what :func:`merge_optimizer_states` gave.
+        groups: parameter names of each group.
+        optimizer: over this stage's parameters.
+        names: ``id`` of a parameter to its name.
+
+    Raises:
+        ConfigurationError: if the number of parameter groups differs, or the state is that of other parameters.
+    """
+    if len(saved["param_groups"]) != len(optimizer.param_groups):
+        raise ConfigurationError(
+            f"The checkpoint's optimizer has {len(saved['param_groups'])} parameter groups, configure_optimizers made"
+            f" {len(optimizer.param_groups)}. Resume with the optimizer that was saved, or load the weights only."
+        )
+    number = {name: index for index, name in enumerate(name for group in groups for name in group)}
+    state, param_groups, mine = {}, [], 0
+    for saved_group, group in zip(saved["param_groups"], optimizer.param_groups):
+        indices = range(mine, mine + len(group["params"]))
+        mine += len(indices)
+        for index, parameter in zip(indices, group["params"]):
+            entry = saved["state"].get(number[names[id(parameter)]])
+            if entry is not None:
+                _require_shape(entry, parameter, names[id(parameter)])
+                # Copies: what was read may be a mapped file.
+                state[index] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
+        named = {"param_names": group["param_names"]} if "param_names" in group else {}
+        param_groups.append({**saved_group, **named, "params": list(indices)})
+    return {"state": state, "param_groups": param_groups}
+
+
+def _require_shape(entry: Mapping[str, Any], parameter: nn.Parameter, name: str) -> None:
+    for key in _LIKE_THE_PARAMETER & entry.keys():
+        value = entry[key]
+        if isinstance(value, Tensor) and value.shape != parameter.shape:
+            raise ConfigurationError(
+                f"In the checkpoint's optimizer state the {key} of {name} has the shape {tuple(value.shape)}, the parameter has"
+                f" {tuple(parameter.shape)}: the optimizer was given its parameters in another order, or the model is another."
+                " Resume with the model and optimizer that were saved, or load the weights only, with load_from_checkpoint."
+            )
+
+
+def group_names(saved: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], order: Sequence[str]) -> list[list[str]]:
+    """Names for the numbered parameters of an optimizer state that an unsplit module wrote.
+
+    Args:
+        saved: in torch's format.
+        parts: of each stage the ``"groups"`` of its optimizer: names, in its order.
+        order: parameter names of the unsplit module.
+
+    Returns:
+        the names in each group, in the order of the numbers.
+
+    Raises:
+        ConfigurationError: if the groups are not the same, or nothing says in which order a group has its parameters.
+    """
+    groups = saved["param_groups"]
+    here = [{name for part in parts for name in part["groups"][index]} for index in range(len(parts[0]["groups"]))]
+    if [len(group["params"]) for group in groups] != [len(names) for names in here]:
+        raise ConfigurationError(
+            f"The checkpoint's optimizer has parameter groups of {[len(group['params']) for group in groups]} parameters,"
+            f" configure_optimizers made groups of {[len(names) for names in here]}. Resume with the optimizer that was saved, or"
+            " load the weights only, with load_from_checkpoint."
+        )
+    position = {name: index for index, name in enumerate(order)}
+    found = []
+    for index, (group, names) in enumerate(zip(groups, here)):
+        if set(group.get("param_names", ())) == names:
+            found.append(list(group["param_names"]))
+            continue
+        for part in parts:
+            mine = part["groups"][index]
+            if mine != sorted(mine, key=position.__getitem__):
+                raise ConfigurationError(
+                    f"Group {index} of the optimizer has its parameters in an order of its own (first: {mine[:3]}), and the"
+                    " checkpoint, which was not written by SentinelStrategy, does not name them. Give the optimizer"
+                    " named_parameters(), or parameters in the module's order, or load the weights only."
+                )
+        found.append(sorted(names, key=position.__getitem__))
+    return found

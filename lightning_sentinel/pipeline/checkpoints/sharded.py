@@ -1,0 +1,247 @@
+"""Checkpoints in which every stage writes its own part.
+
+``name.ckpt`` is a directory. ``stage-S-ID.pt`` has the weights, buffers and optimizer state of stage ``S``; ``checkpoint.pt``,
+written last, has the rest, and says which parts belong to it. All are in torch's format and read with ``weights_only=True``. A save
+that replaces another puts its parts beside those that are there; replacing ``checkpoint.pt`` is what makes it count.
+
+``torch.distributed.checkpoint`` would do the same, but for two things: its metadata is unpickled without a check, and a save into a
+directory overwrites what is there piece by piece.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.pipeline.checkpoints.files import INDEX, aside, clear, part_of, sync_folder, write_file
+from lightning_sentinel.pipeline.checkpoints.full import SECTION, Part, merge_optimizer_states, optimizer_of
+
+__all__ = ["Destination", "ShardedCheckpoint", "consolidate"]
+
+_FORMAT = 1
+_PARTS = "sharded"
+"""Key of our section under which the parts are described."""
+
+
+class Destination(NamedTuple):
+    """Where a save goes.
+
+    Args:
+        target: the checkpoint.
+        folder: in which it is collected: the target, if that is a sharded checkpoint already, else beside it.
+        save: a name for this save, which its parts have in common.
+    """
+
+    target: str
+    folder: str
+    save: str
+
+    @classmethod
+    def prepare(cls, target: Path) -> Destination:
+        """Choose a folder and make it, without what a killed process may have left there; for one rank."""
+        folder = target if (target / INDEX).is_file() else part_of(target)
+        if folder != target:
+            clear(folder)
+            folder.mkdir(parents=True)
+        return cls(str(target), str(folder), uuid.uuid4().hex[:12])
+
+    def write_part(self, stage: int, state: Mapping[str, Tensor], optimizers: Sequence[Part]) -> dict[str, Any]:
+        """Write what one stage has.
+
+        Args:
+            stage: its number.
+            state: its entries of the module's ``state_dict``.
+            optimizers: of each optimizer its part; see :func:`lightning_sentinel.pipeline.checkpoints.full.optimizer_part`.
+
+        Returns:
+            a description for the index.
+
+        Raises:
+            OSError: if it could not be written.
+        """
+        name = f"stage-{stage}-{self.save}.pt"
+        content = {
+            "save": self.save,
+            "state_dict": _on_host(state),
+            "optimizers": [{"plain": plain, "tensors": _on_host(tensors)} for plain, tensors in optimizers],
+        }
+        size = write_file(content, Path(self.folder) / name)
+        parameters = sorted({name for plain, _ in optimizers for group in plain["groups"] for name in group})
+        return {"file": name, "bytes": size, "state_names": list(state), "parameter_names": parameters}
+
+    def publish(self, checkpoint: dict[str, Any], parts: Sequence[Mapping[str, Any]], index: Mapping[str, Any]) -> None:
+        """Let the save count, and remove what it replaces; for one rank, once all parts are written.
+
+        Args:
+            checkpoint: Lightning's, without what the parts have.
+            parts: what :meth:`write_part` gave on each stage.
+            index: what consolidation has to know: ``state_names`` and ``parameter_names`` of the unsplit module, in order, and of
+                each optimizer the ``options`` of its groups.
+
+        Raises:
+            ConfigurationError: if a part is not to be seen from here.
+            OSError: if the index could not be written.
+        """
+        folder, target = Path(self.folder), Path(self.target)
+        for part in parts:
+            file = folder / part["file"]
+            if not file.is_file() or file.stat().st_size != part["bytes"]:
+                raise ConfigurationError(
+                    f"{file}, which another process wrote, is not to be seen from rank zero. A sharded checkpoint needs a path that"
+                    " all machines share; use one, or SentinelStrategy(state_dict_type='full')."
+                )
+        described = {"format": _FORMAT, "save": self.save, "parts": [dict(part) for part in parts], **index}
+        section = {**checkpoint.get(SECTION, {}), _PARTS: described}
+        write_file({**checkpoint, SECTION: section}, folder / INDEX)
+        if folder != target:
+            self._move(folder, target)
+        kept = {INDEX, *(part["file"] for part in parts)}
+        for pattern in ("stage-*.pt", ".*.part"):
+            for file in target.glob(pattern):
+                if file.name not in kept:
+                    file.unlink()
+
+    @staticmethod
+    def _move(folder: Path, target: Path) -> None:
+        if target.exists():
+            with aside(target):
+                folder.rename(target)
+        else:
+            folder.rename(target)
+        sync_folder(target.parent)
+
+    def abandon(self) -> None:
+        """Remove what was written of a save that failed; what was there before stays."""
+        if self.folder != self.target:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for file in Path(self.folder).glob(f"*{self.save}*"):
+            file.unlink(missing_ok=True)
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    on_host = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    # Of a view torch would write all that it is a view of.
+    return {name: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for name, t in on_host.items()}
+
+
+class ShardedCheckpoint:
+    """A sharded checkpoint to read from. Tensors are mapped, so that only what is asked for is read.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        ConfigurationError: if it is none, or not whole.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoint = self._index()
+        described = self.checkpoint[SECTION].pop(_PARTS)
+        self.state_names: list[str] = described["state_names"]
+        self._parameter_names: list[str] = described["parameter_names"]
+        self._options: list[list[dict[str, Any]]] = described["options"]
+        self._parts, self._save = described["parts"], described["save"]
+        for part in self._parts:
+            file = self.path / part["file"]
+            size = file.stat().st_size if file.is_file() else None
+            if size != part["bytes"]:
+                what = "is missing" if size is None else f"has {size} bytes instead of {part['bytes']}"
+                raise ConfigurationError(
+                    f"{self.path} is not a whole checkpoint: its part {part['file']} {what}. Copy the directory as a whole, or use"
+                    " an earlier one; this one was left as it is."
+                )
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether it is more than weights."""
+        return bool(self._options)
+
+    def state_dict(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Those of the entries that are there, in the order of the unsplit module."""
+        state = {}
+        for part in self._parts:
+            if wanted := [name for name in part["state_names"] if name in names]:
+                saved = self._read(part)["state_dict"]
+                state.update({name: saved[name] for name in wanted})
+        return {name: state[name] for name in self.state_names if name in state}
+
+    def optimizer_states(self, parameters: Collection[str]) -> tuple[list[dict[str, Any]], list[list[str]]]:
+        """Of each optimizer the state of those parameters, in torch's format, and the names of the last one's groups."""
+        parts = [part for part in self._parts if not set(part["parameter_names"]).isdisjoint(parameters)]
+        read = [self._read(part)["optimizers"] for part in parts]
+        states: list[dict[str, Any]] = []
+        groups: list[list[str]] = []
+        for index, options in enumerate(self._options):
+            chosen = [optimizer_of((one[index]["plain"], one[index]["tensors"]), parameters) for one in read]
+            state, groups = merge_optimizer_states(chosen, options, self._parameter_names)
+            states.append(state)
+        return states, groups
+
+    def whole(self) -> dict[str, Any]:
+        """The ordinary checkpoint that this one is in parts."""
+        checkpoint = {**self.checkpoint, "state_dict": self.state_dict(set(self.state_names))}
+        if self.has_optimizer:
+            names = frozenset(self._parameter_names)
+            checkpoint["optimizer_states"], groups = self.optimizer_states(names)
+            checkpoint[SECTION] = {**checkpoint[SECTION], "optimizer_groups": groups}
+        return checkpoint
+
+    def _index(self) -> dict[str, Any]:
+        file = self.path / INDEX
+        if not file.is_file():
+            raise ConfigurationError(
+                f"{self.path} is a directory, but no sharded checkpoint: there is no {INDEX} in it. A sharded checkpoint is the"
+                " directory that SentinelStrategy(state_dict_type='sharded') saved; name that one, not the one above it."
+            )
+        content = self._load(file)
+        described = content.get(SECTION, {}).get(_PARTS, {}) if isinstance(content, dict) else {}
+        if described.get("format") != _FORMAT:
+            raise ConfigurationError(
+                f"{file} is not the index of a sharded checkpoint of format {_FORMAT}, but of {described.get('format')}. Read it"
+                " with the version of lightning-sentinel that wrote it."
+            )
+        return content
+
+    def _read(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        content = self._load(self.path / part["file"])
+        if content.get("save") != self._save:
+            raise ConfigurationError(f"{self.path / part['file']} belongs to another checkpoint than {INDEX} beside it.")
+        return content
+
+    @staticmethod
+    def _load(file: Path) -> Any:
+        try:
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{file} cannot be read ({type(error).__name__}: {error}). Use an earlier checkpoint; this one was left as it is."
+            ) from error
+
+
+def consolidate(directory: str | Path, output: str | Path) -> None:
+    """Make one ordinary Lightning checkpoint of a sharded one, in this process.
+
+    Args:
+        directory: the sharded checkpoint.
+        output: the file to write, which must not be there yet.
+
+    Raises:
+        ConfigurationError: if there is no whole sharded checkpoint, or ``output`` exists.
+        OSError: if ``output`` could not be written.
+    """
+    directory, output = Path(directory), Path(output)
+    if output.exists():
+        raise ConfigurationError(f"{output} exists, and nothing is overwritten. Name another file, or remove this one.")
+    if not directory.is_dir():
+        what = "is a file: perhaps it is an ordinary checkpoint already" if directory.exists() else "does not exist"
+        raise ConfigurationError(f"{directory} {what}. Name the directory of a sharded checkpoint.")
+    write_file(ShardedCheckpoint(directory).whole(), output)

@@ -1,0 +1,224 @@
+"""Data for the stages of a pipeline: its two ends read it, and all replicas stop together.
+
+In the middle of a pipeline nobody looks at samples, so a worker there does not read any. From the first stage of its replica it is
+told what each batch looks like, and gets one of zeros in its place, for hooks that ask a batch for its size.
+
+Every step is a collective of all replicas. Where Lightning deals the samples of a data set, replicas have batches of the same
+number and sizes. Where that is not certain, for an iterable data set or a sampler of the user's own, all ranks tell each other
+before each batch whether they have one. Training ends with the first replica that has none; evaluation goes on with the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import BatchSampler, default_collate
+
+from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.data.layout import describe, samples_of, stand_in
+
+__all__ = ["Feed", "gather_numbers", "index_sampler", "is_even", "seed_workers"]
+
+_TAG = 71
+"""Batches are fetched ahead of the signals of a step, with which they share a connection."""
+_LONGEST_DESCRIPTION = 2**26
+_NONE_LEFT, _DOES_NOT_READ = -1, -2
+_END = b"end"
+
+
+def gather_numbers(numbers: list[int]) -> list[list[int]]:
+    """Integers of all ranks, on all ranks; through the host."""
+    gathered = torch.empty(dist.get_world_size(), len(numbers), dtype=torch.int64)
+    dist.all_gather(list(gathered.unbind()), torch.tensor(numbers, dtype=torch.int64))
+    return gathered.tolist()
+
+
+def seed_workers(loader: Any, replica: int) -> None:
+    """Let ``seed_everything(workers=True)`` seed a loader's processes by replica, so that its two ends draw the same numbers."""
+    if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(loader, "worker_init_fn", 0) is None:
+        loader.worker_init_fn = partial(pl_worker_init_function, rank=replica)
+
+
+def index_sampler(loader: Any) -> _IndexBatchSamplerWrapper | None:
+    """What Lightning remembers the indices of predicted samples with; ``None`` where it does not."""
+    sampler = getattr(loader, "batch_sampler", None)
+    return sampler if isinstance(sampler, _IndexBatchSamplerWrapper) else None
+
+
+def is_even(loader: Any) -> tuple[bool, list[int]]:
+    """Whether all replicas are certain to get batches of the same number and sizes, and the length on each rank; a collective.
+
+    Returns:
+        lengths are -1 where a loader does not know its own.
+    """
+    everyone = gather_numbers(_facts(loader))
+    known, lengths = everyone[0][0], [facts[1] for facts in everyone]
+    return bool(known) and all(facts == everyone[0] for facts in everyone), lengths
+
+
+def _facts(loader: Any) -> list[int]:
+    """Whether batches follow from the rest, their number, samples, batch size, and whether the last one may be short."""
+    try:
+        length = len(loader)
+    except (TypeError, NotImplementedError):
+        return [0, -1, 0, 0, 0]
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, _IndexBatchSamplerWrapper):
+        sampler = sampler._batch_sampler
+    if type(sampler) is not BatchSampler or getattr(loader, "collate_fn", None) is not default_collate:
+        return [0, length, 0, 0, 0]
+    return [1, length, len(sampler.sampler), sampler.batch_size, sampler.drop_last]  # type: ignore[arg-type]
+
+
+class Feed:
+    """Stands in the place of a loader.
+
+    Args:
+        loader: the user's. What is asked of it otherwise, it answers itself.
+        mesh: all workers.
+        worker: that this rank is.
+        reads: whether workers in the middle of a pipeline read data too.
+        even: as :func:`is_even` says.
+        length: how many batches all ranks will go through; ``None`` if nobody knows.
+        training: whether what is iterated now is for training.
+        device: where stand-ins are.
+        waiting: entered around waits for others.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        mesh: Mesh,
+        worker: Worker,
+        reads: bool,
+        even: bool,
+        length: int | None,
+        training: Callable[[], bool],
+        device: torch.device,
+        waiting: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        middle = range(1, mesh.stages - 1)
+        vars(self).update(
+            _loader=loader,
+            _mesh=mesh,
+            _worker=worker,
+            _unread=() if reads else tuple(mesh.rank(Worker(stage, worker.replica)) for stage in middle),
+            _reads=reads or worker.stage not in middle,
+            _even=even,
+            _length=length,
+            _training=training,
+            _device=device,
+            _waiting=waiting,
+            _under_way=[],
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_loader"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._loader, name, value)
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError(f"{type(self._loader).__name__} has no length on some rank")
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        training = self._training()
+        source = self._batches()
+        latest: Any = torch.empty(0)
+        while True:
+            batch = next(source, _END)
+            if not self._even:
+                with self._waiting():
+                    samples = self._agreed(_NONE_LEFT if batch is _END else samples_of(batch))
+                if max(samples) == _NONE_LEFT or (training and min(samples) == _NONE_LEFT):
+                    _warn_of_leftovers(samples)
+                    return
+                if samples[self._worker.replica] == _NONE_LEFT:
+                    batch = self._empty(latest)
+            if self._unread:
+                with self._waiting():
+                    batch = self._described(batch)
+            if batch is _END:
+                return
+            latest = batch
+            yield batch
+
+    def _batches(self) -> Iterator[Any]:
+        if self._reads:
+            yield from self._loader
+            return
+        # Without the data set, but indices of predictions are asked of the sampler.
+        for _ in index_sampler(self._loader) or ():
+            yield None
+        while True:
+            yield None
+
+    def _agreed(self, samples: int) -> list[int]:
+        """Samples of each replica's batch, -1 for none."""
+        everyone = [numbers[0] for numbers in gather_numbers([samples if self._reads else _DOES_NOT_READ])]
+        last = self._mesh.stages - 1
+        for replica in range(self._mesh.replicas):
+            first, other = (everyone[self._mesh.rank(Worker(stage, replica))] for stage in (0, last))
+            if first != other:
+                raise PipelineModelError(
+                    f"The first stage of replica {replica} read a batch of {_told(first)}, the last one {_told(other)}. Both ends"
+                    " of a pipeline read the same data: let what a data set or a sampler gives depend on"
+                    " trainer.strategy.distributed_sampler_kwargs['rank'] and not on the global rank or on chance."
+                )
+        return everyone[: self._mesh.replicas]
+
+    def _described(self, batch: Any) -> Any:
+        """The first stage tells those in the middle what a batch looks like, and they make one up."""
+        first = self._mesh.rank(Worker(0, self._worker.replica))
+        if self._worker.stage == 0:
+            for work, *_ in self._under_way:
+                work.wait()
+            message = _END if batch is _END else describe(batch)
+            data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+            pieces = [(rank, piece) for rank in self._unread for piece in (torch.tensor([len(message)]), data)]
+            self._under_way[:] = [(dist.isend(piece, rank, tag=_TAG), piece) for rank, piece in pieces]
+        if self._reads:
+            return batch
+        length = torch.empty(1, dtype=torch.int64)
+        dist.recv(length, first, tag=_TAG)
+        if not 0 < int(length) <= _LONGEST_DESCRIPTION:
+            raise MalformedMessageError(f"Rank {first} announces a batch's description of {int(length)} bytes.", rank=first)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        dist.recv(data, first, tag=_TAG)
+        message = bytes(data.tolist())
+        return _END if message == _END else stand_in(message, self._device)
+
+    def _empty(self, latest: Any) -> Any:
+        """A batch without samples, in the structure of the one before."""
+        sampler = index_sampler(self._loader)
+        if sampler is not None:
+            sampler.seen_batch_indices.append([])
+        samples = samples_of(latest)
+        return apply_to_collection(latest, Tensor, lambda leaf: leaf[:0] if leaf.ndim and len(leaf) == samples else leaf)
+
+
+def _told(samples: int) -> str:
+    return "nothing" if samples == _NONE_LEFT else f"{samples} sample(s)"
+
+
+def _warn_of_leftovers(samples: list[int]) -> None:
+    if max(samples) != _NONE_LEFT:
+        without = [replica for replica, number in enumerate(samples) if number == _NONE_LEFT]
+        rank_zero_warn(
+            f"The epoch ends here, because replica(s) {without} have no batch left, though others have: every training step needs"
+            " one of each. Give all replicas the same number of batches to use all data."
+        )

@@ -1,0 +1,151 @@
+"""Parameters that layers of several stages share, such as the embedding and the head of a language model.
+
+Each of these stages has a copy. Gradients of the copies are added up over the stages, so that their optimizers do the same, and the
+copies stay equal.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.pipeline.gradients.reduction import StageGroups, first_healthy, sum_over_stages
+
+__all__ = ["Tie", "TiedStages", "Untied", "find_ties"]
+
+
+class Tie(NamedTuple):
+    """A parameter of several stages.
+
+    Args:
+        name: its first name in the unsplit module.
+        names: all of them.
+        stages: where it is, in order.
+    """
+
+    name: str
+    names: frozenset[str]
+    stages: tuple[int, ...]
+
+
+def find_ties(module: nn.Module, layers: Sequence[nn.Module], parts: Sequence[int]) -> tuple[Tie, ...]:
+    """Parameters that are in more than one stage.
+
+    Args:
+        module: the unsplit module.
+        layers: all of its layers.
+        parts: stage ``s`` has the layers ``parts[s]`` to ``parts[s + 1] - 1``.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Embedding(5, 3), nn.Tanh(), nn.Linear(3, 5, bias=False))
+        >>> net[2].weight = net[0].weight
+        >>> [(tie.name, tie.stages) for tie in find_ties(net, list(net), (0, 1, 3))]
+        [('0.weight', (0, 1))]
+    """
+    stages: defaultdict[int, set[int]] = defaultdict(set)
+    for stage, (start, stop) in enumerate(itertools.pairwise(parts)):
+        for layer in layers[start:stop]:
+            for parameter in layer.parameters():
+                stages[id(parameter)].add(stage)
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return tuple(Tie(names[key][0], frozenset(names[key]), tuple(sorted(where))) for key, where in stages.items() if len(where) > 1)
+
+
+class TiedStages:
+    """What the stages do together that share parameters.
+
+    Args:
+        ties: of the whole module, the same on all ranks.
+        module: this rank's part of it.
+        mesh: all workers.
+        stage: this rank's.
+    """
+
+    def __init__(self, ties: Sequence[Tie], module: nn.Module, mesh: Mesh, stage: int) -> None:
+        self._mesh, self._stage = mesh, stage
+        by_name = dict(module.named_parameters(remove_duplicate=False))
+        self._shared: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for tie in ties:
+            found = [by_name[name] for name in tie.names if name in by_name and by_name[name].requires_grad]
+            shared = self._shared.setdefault(tie.stages, [])
+            if stage in tie.stages:
+                shared += found[:1]
+        self.sets = tuple(self._shared)
+        """The stages of each group that shares something."""
+        self.counted_elsewhere = frozenset(
+            id(parameter) for stages, shared in self._shared.items() if stage != stages[0] for parameter in shared
+        )
+        """Parameters, by ``id``, of which an earlier stage counts the norm."""
+
+    def add_up(self, groups: StageGroups, banned: Collection[object]) -> None:
+        """The gradients of shared parameters become their sums over the stages; to be called by all ranks that are not banned."""
+        for stages, shared in self._shared.items():
+            if self._stage in stages and shared:
+                speakers = [first_healthy(self._mesh, stage, banned) for stage in stages]
+                sum_over_stages(shared, groups.across(stages), speakers)
+
+    @torch.no_grad()
+    def make_equal(self, groups: StageGroups, banned: Collection[object]) -> None:
+        """Give all copies the values of the first stage; to be called by all ranks that are not banned."""
+        for stages, shared in self._shared.items():
+            for parameter in shared if self._stage in stages else ():
+                dist.broadcast(parameter.data, first_healthy(self._mesh, stages[0], banned), group=groups.across(stages))
+
+
+class Untied:
+    """Shared parameters of a mesh in one process: another leaf on the same memory for each stage but the first.
+
+    Stages may have different shares of honest gradients, so each needs gradients of its own until they are scaled.
+
+    Args:
+        layers: the layers of each stage.
+    """
+
+    def __init__(self, layers: Sequence[Iterable[nn.Module]]) -> None:
+        owners: dict[int, nn.Parameter] = {}
+        self.parameters: list[list[nn.Parameter]] = []
+        """Of each stage, to differentiate by."""
+        self.instead: dict[int, dict[str, nn.Parameter]] = {}
+        """What to run a layer with, by its ``id`` and the parameter's name."""
+        self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []
+        for stage in layers:
+            mine: dict[int, nn.Parameter] = {}
+            for layer in stage:
+                for name, parameter in layer.named_parameters(remove_duplicate=False):
+                    if id(parameter) not in mine:
+                        mine[id(parameter)] = self._of_stage(parameter, owners)
+                    if mine[id(parameter)] is not parameter:
+                        self.instead.setdefault(id(layer), {})[name] = mine[id(parameter)]
+            self.parameters.append(list(mine.values()))
+        self.owners = list(owners.values())
+        """All parameters of the module, each once."""
+
+    def _of_stage(self, parameter: nn.Parameter, owners: dict[int, nn.Parameter]) -> nn.Parameter:
+        if id(parameter) not in owners:
+            owners[id(parameter)] = parameter
+            return parameter
+        copy = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        self._copies.append((parameter, copy))
+        return copy
+
+    def add_up(self) -> None:
+        """Give the owners the gradients of their copies as well."""
+        for owner, copy in self._copies:
+            if copy.grad is not None:
+                owner.grad = copy.grad if owner.grad is None else owner.grad + copy.grad
+                copy.grad = None
+
+    def call(self, layer: nn.Module, signal: Tensor) -> Tensor:
+        """Run a layer with the parameters of its stage."""
+        instead: Mapping[str, Tensor] = self.instead.get(id(layer), {})
+        return torch.func.functional_call(layer, dict(instead), (signal,)) if instead else layer(signal)

@@ -1,0 +1,133 @@
+"""What a rank receives in a step, whatever its neighbours send.
+
+A message that is not what is due carries nothing that could be used, so the receiver goes on with a signal of the right shape that
+is not finite. From there on it is what a worker that sends NaN sends: it is kept out of the weights, and its sender answers for it.
+That takes a verifier; where there is none, or nobody may be blamed, a malformed message ends the run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.errors import MalformedMessageError
+from lightning_sentinel.pipeline.messages.headers import Allowance, Expected, Kind, Place
+from lightning_sentinel.pipeline.messages.transport import Transport
+from lightning_sentinel.verification.projection import Projection
+
+__all__ = ["Inbox"]
+
+
+class Inbox:
+    """Receives signals and notes.
+
+    The shape of a gradient is known from the forward pass. That of an activation is not, because samples may differ in length. So
+    workers tell each other whether what they were sent was of a shape that is new to them. If it was not, neither can be what they
+    make of it; if that is new to the receiver all the same, and its layers cannot work on it, the sender has changed it.
+
+    Args:
+        transport: what signals come through.
+        device: where they are.
+        try_out: runs this stage's layers on an activation of a micro-batch, without a trace, and raises what they raise.
+    """
+
+    def __init__(self, transport: Transport, device: torch.device, try_out: Callable[[Tensor, int], object]) -> None:
+        self._transport, self._device, self._try_out = transport, device, try_out
+        self._allowances = {kind: Allowance() for kind in Kind}
+        self._shapes: set[tuple[int, ...]] = set()
+        self._news: dict[int, bool] = {}
+        self._replaces = False
+        self._told_of: set[int | None] = set()
+
+    def begin(self, replaces: bool) -> None:
+        """Begin a step.
+
+        Args:
+            replaces: whether a signal that is not finite takes the place of one that is malformed; else the run ends.
+        """
+        self._replaces = replaces
+        self._news.clear()
+
+    def is_news(self, slot: int) -> bool:
+        """Whether a micro-batch's input is of a shape that is new to this stage, or is made of one that was to a stage before."""
+        return self._news[slot]
+
+    def loaded(self, inputs: object, slot: int) -> None:
+        """Take note of what the first stage works on."""
+        shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else None
+        self._news[slot] = shape is None or shape not in self._shapes
+        if shape is not None:
+            self._shapes.add(shape)
+
+    def activation(self, rank: int, place: Place, samples: int) -> tuple[Tensor, Tensor]:
+        """Receive an activation and its taint, as :meth:`Transport.receive`.
+
+        Args:
+            rank: the sender.
+            place: the message that is due.
+            samples: of the micro-batch.
+
+        Raises:
+            MalformedMessageError: if something else came that is not to be, or cannot be, replaced.
+            WorkerLostError: if ``rank`` does not answer.
+        """
+        allowance = self._allowances[Kind.ACTIVATION]
+        usual = allowance.usual(samples) if self._replaces else None
+        expected = allowance.expected(samples if self._replaces else None, numbers=range(2))
+        try:
+            signal, tainted, news = self._transport.receive(rank, place, expected)
+            shape = tuple(signal.shape)
+            if usual is not None and not news and shape not in self._shapes:
+                self._require_workable(signal, usual, rank, place)
+        except MalformedMessageError as error:
+            if usual is None or not error.taken:
+                raise
+            self._news[place.slot] = False
+            return self._nothing(usual, allowance.dtypes[0], error)
+        self._news[place.slot] = bool(news) or shape not in self._shapes
+        self._shapes.add(shape)
+        allowance.saw(signal, samples)
+        return signal, tainted
+
+    def gradient(self, rank: int, place: Place, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Receive the gradient of ``output``, otherwise as :meth:`activation`."""
+        try:
+            signal, tainted, _ = self._transport.receive(rank, place, Expected.like(output))
+        except MalformedMessageError as error:
+            if not self._replaces or not error.taken:
+                raise
+            return self._nothing(output.shape, output.dtype, error)
+        return signal, tainted
+
+    def note(self, rank: int, place: Place) -> Projection:
+        """Receive what the worker before the sender says of what it had sent it. A malformed note ends the run.
+
+        Raises:
+            MalformedMessageError: if something else came.
+            WorkerLostError: if ``rank`` does not answer.
+        """
+        allowance = self._allowances[place.kind]
+        note, channels = self._transport.receive_note(rank, place, allowance.expected(numbers=range(1, 2**31)))
+        allowance.saw(note)
+        return Projection(note, channels)
+
+    def _require_workable(self, signal: Tensor, usual: Sequence[int], rank: int, place: Place) -> None:
+        try:
+            self._try_out(signal, place.slot)
+        except Exception as error:
+            raise MalformedMessageError(
+                f"Rank {rank} sent the {place} in shape {tuple(signal.shape)}, on which this stage's layers fail with"
+                f" {type(error).__name__}: {error}; they have worked on {tuple(usual)}.",
+                rank=rank,
+                taken=True,
+            ) from error
+
+    def _nothing(self, shape: Sequence[int], dtype: torch.dtype, error: MalformedMessageError) -> tuple[Tensor, Tensor]:
+        """A signal that says nothing, which its sender answers for. Somebody is to know why, once."""
+        if error.rank not in self._told_of:
+            self._told_of.add(error.rank)
+            warnings.warn(f"{error} It counts as a signal that is not finite.", RuntimeWarning, stacklevel=2)
+        return torch.full(tuple(shape), torch.nan, dtype=dtype, device=self._device), torch.tensor(False, device=self._device)

@@ -1,0 +1,217 @@
+"""Who of those that were started forms the mesh.
+
+Under torchrun a run that has ended is started again on all machines that are left, those of banned workers among them. So before
+the process group is formed every process says on which machine it is and whom its ledger bans, and all of them decide from the same
+data. Who is left out stays, for two reasons. A restart may need it: then torchrun starts it anew with the others. And an agent of
+torchrun whose processes have all ended closes the rendezvous for everybody five minutes later (torch 2.13), so that nobody could be
+started again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.distributed import Store
+
+from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError, WorkerLostError
+from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.pipeline.processes.hosts import host_name
+from lightning_sentinel.pipeline.processes.liveness import notes
+from lightning_sentinel.verification.bans import banned_hosts, read_bans
+
+__all__ = ["Admission", "Candidate", "admit", "agree_on_admission", "announce_end", "outvoted", "stand_by"]
+
+_OVER = "over"
+_BETWEEN_LOOKS = 0.5
+"""Seconds."""
+
+
+class Candidate(NamedTuple):
+    """A process that was started.
+
+    Args:
+        host: its machine.
+        banned: the machines that its ledger bans.
+    """
+
+    host: str
+    banned: tuple[str, ...]
+
+
+class Admission(NamedTuple):
+    """Who forms the mesh.
+
+    Args:
+        mesh: that they form.
+        ranks: of those who are in it, in order; of all that were started.
+        banned: machines that are left out.
+    """
+
+    mesh: Mesh
+    ranks: tuple[int, ...]
+    banned: frozenset[str]
+
+
+def outvoted(candidates: Sequence[Candidate]) -> frozenset[str]:
+    """The machines that most others ban; where all read the same file, those in the file.
+
+    Each machine has one vote, by its lowest rank, and none on itself, unless it is alone: a banned one cannot let itself in, nor
+    put others out.
+
+    Example:
+        >>> outvoted([Candidate("a", ("b",)), Candidate("b", ("a", "c")), Candidate("c", ("b",))])
+        frozenset({'b'})
+    """
+    ballots: dict[str, tuple[str, ...]] = {}
+    for candidate in candidates:
+        ballots.setdefault(candidate.host, candidate.banned)
+    others = max(len(ballots) - 1, 1)
+    votes = Counter(
+        host for voter, banned in ballots.items() for host in set(banned) & ballots.keys() if host != voter or len(ballots) == 1
+    )
+    return frozenset(host for host, number in votes.items() if 2 * number > others)
+
+
+def admit(candidates: Sequence[Candidate], ledger: Path | str, stages: int | None, replicas: int | None) -> Admission:
+    """Decide who forms the mesh: the first that are not banned, as many as fill the largest mesh.
+
+    Args:
+        candidates: all that were started, by rank.
+        ledger: path of the file, for messages.
+        stages: of the mesh, if they are given.
+        replicas: of the mesh, if they are given.
+
+    Raises:
+        MeshExhaustedError: if those that are not banned cannot fill any mesh.
+        ConfigurationError: if nobody is banned, and they cannot either.
+
+    Example:
+        >>> started = [Candidate(host, ("b",)) for host in "aabbccd"]
+        >>> admit(started, "ledger.json", stages=2, replicas=None)[:2]
+        (Mesh(stages=2, replicas=2), (0, 1, 4, 5))
+    """
+    banned = outvoted(candidates)
+    left = [rank for rank, candidate in enumerate(candidates) if candidate.host not in banned]
+    if banned:
+        who = (
+            f"{len(left)} of the {len(candidates)} processes are left, because {ledger} bans {', '.join(map(repr, sorted(banned)))}"
+            ", on which the others are"
+        )
+        remedy = f"Start on more machines, or remove the entries of machines that you trust again from {ledger}."
+        if not left:
+            raise MeshExhaustedError(f"No process can take part: {who}. {remedy}")
+        try:
+            mesh = Mesh.largest(len(left), stages, replicas)
+        except ConfigurationError as error:
+            raise MeshExhaustedError(f"Not enough processes can take part: {who}. {error} {remedy}") from error
+    else:
+        mesh = Mesh.largest(len(left), stages, replicas)
+    return Admission(mesh, tuple(left[: mesh.size]), banned)
+
+
+def agree_on_admission(
+    store: Store, rank: int, world_size: int, ledger: Path | str, stages: int | None, replicas: int | None
+) -> tuple[int, ...]:
+    """Who forms the mesh, the same on all; who does not is told so.
+
+    Args:
+        store: of this start alone; waits as long as its timeout.
+        rank: that this process was started with.
+        world_size: how many were started.
+        ledger: path of the file.
+        stages: of the mesh, if they are given.
+        replicas: of the mesh, if they are given.
+
+    Returns:
+        the ranks of those in the mesh, in order.
+
+    Raises:
+        MeshExhaustedError: if there are too few.
+        ConfigurationError: if ``ledger`` is not a ledger; or if rank zero is banned, and the others meet at its process.
+    """
+    own = banned_hosts(read_bans(ledger))
+    store.set(f"started/{rank}", json.dumps([host_name(), sorted(own)]))
+    candidates = []
+    for other in range(world_size):
+        host, banned = json.loads(store.get(f"started/{other}"))
+        candidates.append(Candidate(host, tuple(banned)))
+    admission = admit(candidates, ledger, stages, replicas)
+    if candidates[0].host in admission.banned and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ConfigurationError(
+            f"The run was started from {candidates[0].host!r}, where its processes would meet, and {ledger} bans that host. Start"
+            " it from another machine, with that one's address, or remove its entries from the file."
+        )
+    overruled = sorted(own & {candidate.host for candidate in candidates} - admission.banned)
+    if overruled:
+        warnings.warn(
+            f"Here {ledger} bans {', '.join(map(repr, overruled))}, and on most machines it does not, so they take part. Give all"
+            " machines the same file.",
+            stacklevel=2,
+        )
+    if rank not in admission.ranks:
+        print(_why_left_out(candidates[rank].host, rank, len(candidates), admission, ledger), flush=True)
+    return admission.ranks
+
+
+def _why_left_out(host: str, rank: int, started: int, admission: Admission, ledger: Path | str) -> str:
+    if host in admission.banned:
+        why = f"{ledger} bans its host {host!r}. To let it in again remove the host's entries from the file, and restart"
+    else:
+        mesh = admission.mesh
+        why = (
+            f"{mesh.stages} stages x {mesh.replicas} replicas need {mesh.size} of the {started} processes. It takes part as soon"
+            " as a restart finds enough to fill another pipeline"
+        )
+    return f"Rank {rank} is left out: {why}. It waits for the end of the run."
+
+
+def announce_end(store: Store) -> None:
+    """Let those that stand by go when this process ends, unless it fails: then they may be needed. For rank zero of the mesh."""
+
+    def announce() -> None:
+        with suppress(RuntimeError):  # the store is gone, which says as much
+            if getattr(sys, "last_value", None) is None and not notes(store).check(["failure"]):
+                store.set(_OVER, "")
+
+    atexit.register(announce)
+
+
+def stand_by(store: Store, timeout: timedelta) -> None:
+    """Wait for the end of a run that one has no part in, however long it takes; torchrun ends the wait if it starts all anew.
+
+    Args:
+        store: of this start alone.
+        timeout: for how long nothing may happen after the run has failed.
+
+    Raises:
+        SystemExit: with code 0, when the run has ended or the store is gone.
+        WorkerLostError: if the run has failed, and nobody starts it again.
+    """
+    failed: float | None = None
+    try:
+        while not store.check([_OVER]):
+            if failed is None and notes(store).check(["failure"]):
+                failed = time.monotonic()
+            if failed is not None and time.monotonic() > failed + timeout.total_seconds():
+                note = notes(store).get("failure").decode().split(" ", 1)[-1]
+                raise WorkerLostError(
+                    f"The run in which this process had no part has failed, and was not started again within {timeout}: {note}."
+                    " Start it again from the last checkpoint."
+                )
+            time.sleep(_BETWEEN_LOOKS)
+    except WorkerLostError:
+        raise
+    except RuntimeError:
+        pass  # the store has ended, and with it the run
+    raise SystemExit(0)

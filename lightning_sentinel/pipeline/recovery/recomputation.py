@@ -1,0 +1,87 @@
+"""What an honest worker of a stage sends, computed again from evidence; leaves no trace on the rank that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.mesh import Direction
+from lightning_sentinel.pipeline.randomness import Draws
+from lightning_sentinel.pipeline.recovery.auditing import Evidence
+from lightning_sentinel.pipeline.recovery.rewind import Rewind
+from lightning_sentinel.pipeline.stages.stage import StageLayers
+from lightning_sentinel.pipeline.steps import StepRunner, loss_of
+from lightning_sentinel.verification.audit import arithmetic, tolerance
+from lightning_sentinel.wiring import Part
+
+__all__ = ["Recomputation"]
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """Recomputes signals of one stage.
+
+    Args:
+        stage: its layers.
+        last: whether it is the last.
+        replicas: of the mesh.
+        steps: runs the user's step functions.
+        device: where the stage is.
+        seed: of the random numbers in forward passes.
+        forward_context: entered around every forward pass.
+    """
+
+    stage: StageLayers
+    last: bool
+    replicas: int
+    steps: StepRunner
+    device: torch.device
+    seed: int
+    forward_context: Callable[[], AbstractContextManager[Any]]
+
+    def tolerance(self, signal: Tensor) -> float:
+        """The relative error up to which another worker's signal counts as this one."""
+        with self.forward_context():
+            return tolerance(signal.dtype, arithmetic(self.device))
+
+    def __call__(
+        self, direction: Direction, part: Part, evidence: Evidence, rest: tuple[Any, ...], step: int, scale: float | Tensor
+    ) -> Tensor:
+        """A signal.
+
+        Args:
+            direction: an activation, or the gradient for the stage before.
+            part: the micro-batch.
+            evidence: what the worker had been sent.
+            rest: arguments of ``training_step`` behind the batch.
+            step: number of the training batch.
+            scale: factor of the loss.
+        """
+        restore = Rewind((), list(self.stage.buffers()), self.device)
+        arguments = (evidence.batch, *rest)
+        backward = direction is Direction.GRADIENT
+        self.stage.draws = draws = Draws.of(self.seed, step, part, self.replicas)
+        with ExitStack() as stack:
+            stack.callback(restore)
+            for context in (torch.set_grad_enabled(backward), self.steps.unheard(), self.forward_context()):
+                stack.enter_context(context)
+            draws.seed_step(self.device)
+            if evidence.activation is None:
+                inputs = leaf = self.steps.input_of("training_step", arguments)
+            else:
+                leaf = evidence.activation.detach().requires_grad_(backward)
+                inputs = leaf.clone()
+            signal = self.stage(inputs)
+            if backward:
+                if self.last:
+                    draws.seed_step(self.device)
+                    counts = torch.tensor(True, device=self.device)
+                    result = self.steps.finish("training_step", arguments, signal, evidence.samples, counts)
+                    signal = loss_of(result, "training_step") * (evidence.weight * scale)
+                (signal,) = torch.autograd.grad(signal, leaf, evidence.gradient)
+        return signal.detach()

@@ -1,0 +1,55 @@
+"""What ``predict_step`` returned on the last stage, brought to the ranks that ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
+from lightning_sentinel.pipeline.results.joining import join
+from lightning_sentinel.pipeline.steps import BatchSizes
+from lightning_sentinel.wiring import Part, Wiring
+
+__all__ = ["share_predictions"]
+
+
+def share_predictions(
+    results: Mapping[Part, Any],
+    mesh: Mesh,
+    wiring: Wiring,
+    worker: Worker,
+    pipeline: dist.ProcessGroup,
+    sizes: BatchSizes | None = None,
+    average: bool = False,
+) -> Any:
+    """Join what a step returned for a replica's micro-batches on every rank of its pipeline.
+
+    While every lane works on its own replica's samples no other pipeline is waited for.
+
+    Args:
+        results: on the last stage of a lane, what the step returned for each of its micro-batches.
+        mesh: all workers.
+        wiring: which lane worked on what.
+        worker: that this rank is.
+        pipeline: the ranks of this replica's pipeline.
+        sizes: of the batches; ``None`` if no list in a result goes by samples.
+        average: as in :func:`~lightning_sentinel.pipeline.results.joining.join`.
+
+    Returns:
+        tensors, or nested collections of them, with the samples along the first axis, on the host; ``None`` without samples.
+    """
+    last, mine = mesh.stages - 1, {}
+    if all(wiring.live):
+        found = broadcast_parcel(list(results.values()), mesh.rank(Worker(last, worker.replica)), pipeline)
+        mine = dict(zip(wiring.work[worker.replica], found))
+    else:
+        for part, (lane, _) in wiring.places.items():
+            if wiring.live[lane]:
+                found = broadcast_parcel(results.get(part), mesh.rank(wiring.worker(last, lane)))
+                if part.replica == worker.replica and (sizes is None or sizes.samples[part.replica]):
+                    mine[part] = found
+    parts = sorted(mine)
+    return join([mine[part] for part in parts], [sizes.work(*part)[0] if sizes else -1 for part in parts], average)

@@ -1,0 +1,1 @@
+"""A LightningModule cut into stages, of which a process builds its own."""

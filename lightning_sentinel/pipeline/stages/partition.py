@@ -1,0 +1,195 @@
+"""A LightningModule cut into stages, of which this process keeps one."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from lightning_sentinel.errors import ConfigurationError, PipelineModelError
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.gradients.ties import Tie, find_ties
+from lightning_sentinel.pipeline.stages.deferred import DeferredBuild
+from lightning_sentinel.pipeline.stages.layers import PipelineLayers, find_layers
+from lightning_sentinel.pipeline.stages.materialise import materialise, reset_meta_layers, without_values
+from lightning_sentinel.pipeline.stages.stage import StageLayers
+
+__all__ = ["StageModel", "cut", "is_cut"]
+
+_ATTRIBUTE = "_sentinel_stage_model"
+
+
+@dataclass(frozen=True)
+class StageModel:
+    """This process's stage of a module.
+
+    Args:
+        mesh: the workers that the module was cut for.
+        layers: all layers of the module; in place of those of other stages there is ``nn.Identity``.
+        pipeline: DeepSpeed's ``PipelineModule``; ``None`` where this process has all stages.
+        stage: the layers of this process; ``None`` where it has all stages.
+        parts: stage ``s`` has the layers ``parts[s]`` to ``parts[s + 1] - 1``.
+        parameter_names: all parameters of the unsplit module, in its order.
+        state_names: all keys of the unsplit module's ``state_dict``.
+        parameter_counts: trainable parameters of each layer.
+        ties: parameters that several stages have.
+    """
+
+    mesh: Mesh
+    layers: PipelineLayers
+    pipeline: Any
+    stage: StageLayers | None
+    parts: tuple[int, ...]
+    parameter_names: tuple[str, ...]
+    state_names: tuple[str, ...]
+    parameter_counts: tuple[int, ...]
+    ties: tuple[Tie, ...]
+
+    def first_name(self, name: str) -> str:
+        """The first name in the unsplit module of a parameter that has several."""
+        return next((tie.name for tie in self.ties if name in tie.names), name)
+
+    def stage_layers(self, stage: int) -> tuple[str, ...]:
+        """Names of the layers of ``stage``."""
+        return self.layers.names[self.parts[stage] : self.parts[stage + 1]]
+
+    def stage_parameters(self, stage: int) -> int:
+        """Trainable parameters of ``stage``."""
+        return sum(self.parameter_counts[self.parts[stage] : self.parts[stage + 1]])
+
+
+def is_cut(module: L.LightningModule) -> bool:
+    """Whether this process has only its own stage of a module."""
+    before: StageModel | None = vars(module).get(_ATTRIBUTE)
+    return before is not None and before.pipeline is not None
+
+
+def cut(
+    module: L.LightningModule,
+    mesh: Mesh,
+    method: str,
+    sequential: str | None,
+    activation_checkpointing: bool,
+    worker: Worker | None,
+    device: torch.device,
+    build: DeferredBuild | None = None,
+) -> StageModel:
+    """Cut a module into ``mesh.stages`` stages and keep this rank's. A module is cut once; later calls return the same.
+
+    Layers that were built without values get them here, and only those of this rank's stage.
+
+    Args:
+        module: the user's module.
+        method: how layers are dealt to stages: ``"parameters"`` balances trainable parameters, ``"uniform"`` the number of layers,
+            ``"type:REGEX"`` the layers whose class name matches.
+        sequential: attribute that holds the layers, if it is not the only one.
+        activation_checkpointing: recompute activations in the backward pass instead of keeping them.
+        worker: this process's; ``None`` keeps all stages, for a mesh in this process.
+        device: where this process computes.
+        build: what ``configure_model`` was run in, if it was.
+
+    Raises:
+        PipelineModelError: if the module cannot be cut.
+        ConfigurationError: if it was cut for another mesh before.
+    """
+    before: StageModel | None = vars(module).get(_ATTRIBUTE)
+    if before is not None and before.pipeline is None and worker is None:
+        before = None  # still whole, so it can be cut differently
+    if before is not None:
+        _check_unchanged(before, module, mesh, worker)
+        return before
+    build = build or DeferredBuild()
+    layers = find_layers(module, sequential, nullcontext() if worker is None else build)
+    if len(layers.layers) < mesh.stages:
+        raise PipelineModelError(
+            f"{type(module).__name__} has {len(layers.layers)} layers, which cannot be cut into stages={mesh.stages}. Use at most"
+            f" {len(layers.layers)} stages, or split the model into more layers."
+        )
+    reset_meta_layers(layers.layers, layers.names, build, device)
+    counts = tuple(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers.layers)
+    parts = _parts(layers.layers, counts, mesh.stages, method)
+    ties = find_ties(module, layers.layers, parts)
+    stage_model = StageModel(
+        mesh, layers, None, None, parts, tuple(layers.parameter_names), tuple(layers.state_names), counts, ties
+    )
+    _check_stages(stage_model, method)
+    if worker is not None:
+        start, stop = parts[worker.stage], parts[worker.stage + 1]
+        layers.keep_only(start, stop)
+        # Nobody may hold the others, or they would stay in memory.
+        kept = [layer if start <= index < stop else nn.Identity() for index, layer in enumerate(layers.layers)]
+        stage_model = replace(stage_model, layers=replace(layers, layers=tuple(kept)))
+    materialise(module, build)
+    if worker is not None:
+        stage = StageLayers(stage_model.layers.layers[start:stop], start, activation_checkpointing, device)
+        stage_model = replace(stage_model, stage=stage, pipeline=_pipeline_module(stage, mesh, worker))
+    vars(module)[_ATTRIBUTE] = stage_model
+    return stage_model
+
+
+def _check_unchanged(before: StageModel, module: L.LightningModule, mesh: Mesh, worker: Worker | None) -> None:
+    name = type(module).__name__
+    if before.mesh != mesh or worker is None:
+        raise ConfigurationError(
+            f"{name} was already cut for {before.mesh}, and this process has only its own stage of it. To use it on {mesh}, load a"
+            " checkpoint into a new instance."
+        )
+    if without_values(module):
+        raise PipelineModelError(
+            f"{name}.configure_model has built the layers once more, after the module was cut. Lightning calls it for every fit,"
+            " validate and test: begin it with `if self.net is not None: return`, for whatever attribute it sets."
+        )
+
+
+def _check_stages(model: StageModel, method: str) -> None:
+    stages, name = range(model.mesh.stages), type(model.layers.module).__name__
+    without = [stage for stage in stages if not model.stage_layers(stage)]
+    if without:
+        raise PipelineModelError(
+            f"Cut into {len(stages)} stages by partition={method!r}, {name} has no layers in stage(s) {without}. Use fewer stages,"
+            " or partition='uniform'."
+        )
+    if not any(model.parameter_counts):
+        raise PipelineModelError(
+            f"{name} has no trainable parameters in its layers, so there is nothing to train. Let some require gradients."
+        )
+
+
+def _pipeline_module(stage: StageLayers, mesh: Mesh, worker: Worker) -> Any:
+    from deepspeed.runtime.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+    # One layer a stage, because it was cut by us: DeepSpeed would count, build and hold the layers of all stages.
+    layers = [stage if number == worker.stage else nn.Identity() for number in range(mesh.stages)]
+    # DeepSpeed prints its own account of the partition; ours is one table.
+    with redirect_stdout(io.StringIO()):
+        return PipelineModule(
+            layers=layers,
+            topology=PipeDataParallelTopology(num_pp=mesh.stages, num_dp=mesh.replicas),
+            partition_method="uniform",
+        )
+
+
+def _parts(layers: Sequence[nn.Module], counts: Sequence[int], stages: int, method: str) -> tuple[int, ...]:
+    """The bounds that DeepSpeed's ``PipelineModule`` would choose."""
+    from deepspeed.runtime.utils import partition_balanced, partition_uniform
+
+    if method == "uniform":
+        return tuple(map(int, partition_uniform(num_items=len(layers), num_parts=stages)))
+    weights = list(counts)
+    if method.startswith("type:"):
+        pattern = re.compile(method.removeprefix("type:"), re.IGNORECASE)
+        weights = [int(bool(pattern.search(type(layer).__name__))) for layer in layers]
+        if not any(weights):
+            raise ConfigurationError(
+                f"partition={method!r} matches none of the layers' classes: {sorted({type(layer).__name__ for layer in layers})}."
+                " Name one of them, or use partition='parameters'."
+            )
+    return tuple(map(int, partition_balanced(weights=weights, num_parts=stages)))

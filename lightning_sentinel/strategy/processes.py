@@ -1,0 +1,165 @@
+"""The part of the strategy that is about processes: launching them, connecting them, and collectives over all of them.
+
+A virtual mesh has one process, and needs none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.distributed import Store
+from typing_extensions import override
+
+from lightning_sentinel.pipeline.processes.admission import announce_end, stand_by
+from lightning_sentinel.pipeline.processes.liveness import Roster, Start, connect
+from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
+
+__all__ = ["ProcessStrategy"]
+
+
+class ProcessStrategy(ParallelStrategy):
+    """One process a device, launched by Lightning or from outside (torchrun, SLURM).
+
+    Args:
+        timeout: how long any process waits for another.
+        virtual: whether the whole mesh is in this process.
+        arguments: of ``ParallelStrategy``.
+    """
+
+    def __init__(self, timeout: timedelta, virtual: bool, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._virtual = virtual
+        self._timeout = timeout
+        self._num_nodes = 1
+        self._store: Store | None = None
+        self._roster: Roster | None = None
+
+    @property
+    def is_distributed(self) -> bool:
+        # Lightning injects distributed samplers only into strategies that say so.
+        return not self._virtual
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_nodes(self) -> int:
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    def set_world_ranks(self) -> None:
+        """Tell the environment ranks and world size; called by Lightning as soon as it knows the devices."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        for guard in (rank_zero_only, fabric_rank_zero_only):
+            guard.rank = self.global_rank  # type: ignore[attr-defined]
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self._virtual:
+            return
+        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.set_world_ranks()
+        if self._virtual:
+            return
+        assert self.cluster_environment is not None
+        start = connect(
+            self._backend(),
+            address=self.cluster_environment.main_address,
+            port=self.cluster_environment.main_port,
+            rank=self.global_rank,
+            world_size=self.world_size,
+            timeout=self._timeout,
+            admit=self._admit,
+        )
+        if start is not None:
+            self._store = start.store
+            self._renumber(start)
+
+    def _admit(self, store: Store) -> tuple[int, ...]:
+        """Who of those that were started forms the mesh, in order; all of them, unless a subclass knows better."""
+        return tuple(range(self.world_size))
+
+    def _renumber(self, start: Start) -> None:
+        """Give ranks to those that form the mesh, if they are not all; the others stay here until the end."""
+        environment = self.cluster_environment
+        assert environment is not None
+        if isinstance(environment, RenumberedEnvironment) or start.ranks == tuple(range(self.world_size)):
+            return
+        self.cluster_environment = RenumberedEnvironment(environment, start.ranks)
+        self.set_world_ranks()
+        if self.global_rank >= self.world_size:
+            stand_by(start.store, self._timeout)
+        if self.is_global_zero:
+            announce_end(start.store)
+
+    def _backend(self) -> str:
+        """Host tensors always go through gloo, for headers and checkpoints; the device has its own backend."""
+        if self.root_device.type == "cpu":
+            return "gloo"
+        device_backend = dist.Backend.default_device_backend_map.get(self.root_device.type, "gloo")
+        return f"cpu:gloo,{self.root_device.type}:{device_backend}"
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Turn the loss of a peer into an error that names it, wherever ranks wait for each other."""
+        with self._roster.watching() if self._roster is not None else nullcontext():
+            yield
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            with self._watching():
+                dist.barrier()
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        if not dist.is_initialized():
+            return obj
+        carrier = [obj]
+        with self._watching():
+            dist.broadcast_object_list(carrier, src)
+        return carrier[0]
+
+    @override
+    def reduce(self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any = "mean") -> Tensor | Any:
+        with self._watching():
+            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        with self._watching():
+            return super().all_gather(tensor, group, sync_grads)
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.lightning_module is not None
+        self.lightning_module.to(self.root_device)

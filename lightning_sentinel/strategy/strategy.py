@@ -1,0 +1,394 @@
+"""Lightning's side: data, steps and checkpoints of a verified pipeline.
+
+How a step flows: Lightning's loop calls :meth:`SentinelStrategy.training_step`, the engine runs the schedule of all micro-batches
+and each receipt is verified; one collective tells all ranks the scores, from which they draw the same verdicts; then Lightning's
+hooks run in their usual order around the reduction of gradients, clipping and the optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_sentinel.attacks import Adversary
+from lightning_sentinel.callbacks.monitor import SentinelMonitor
+from lightning_sentinel.config import Response, Verification
+from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.arithmetic import Arithmetic
+from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition
+from lightning_sentinel.pipeline.deepspeed_setup import prepare
+from lightning_sentinel.pipeline.exchange import StepOutcome
+from lightning_sentinel.pipeline.face import Engine
+from lightning_sentinel.pipeline.gradients.shares import CleanShares
+from lightning_sentinel.pipeline.logs import replay, silence_misleading_warnings
+from lightning_sentinel.pipeline.messages.transport import Transport
+from lightning_sentinel.pipeline.processes.liveness import Roster
+from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
+from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed
+from lightning_sentinel.pipeline.recovery.guard import Guard
+from lightning_sentinel.pipeline.stages.partition import StageModel
+from lightning_sentinel.pipeline.steps import StepRunner
+from lightning_sentinel.pipeline.virtual import VirtualEngine
+from lightning_sentinel.strategy.announcements import announce
+from lightning_sentinel.strategy.building import StageBuilding
+from lightning_sentinel.strategy.checkpoints import StageCheckpoints
+from lightning_sentinel.strategy.data import PipelineData
+from lightning_sentinel.strategy.summary import print_mesh
+from lightning_sentinel.strategy.support import (
+    check_precision,
+    check_replicas,
+    check_settings,
+    refuse_unsupported,
+    require_optimizer,
+    requiring_one_optimizer,
+    warn_of_long_warmup,
+)
+from lightning_sentinel.strategy.whole_summary import show_whole_module
+from lightning_sentinel.verification import Detection, Ledger, SignalTable
+from lightning_sentinel.wiring import Wiring
+
+__all__ = ["SentinelStrategy"]
+
+_VIRTUAL_MESH = Mesh(stages=2, replicas=4)
+"""Where neither stages nor replicas are given."""
+
+
+class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
+    """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
+
+    ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages, and rank ``stage * replicas + replica``
+    serves one of them. The module is an ordinary one whose layers are an ``nn.Sequential``, or what its
+    ``configure_pipeline(self)`` returns.
+
+    Args:
+        stages: pipeline stages. Follows from ``replicas`` and the number of processes if it is left out.
+        replicas: data-parallel pipelines. Follows from ``stages``; if both are left out the mesh is as square as possible.
+        micro_batches: how many micro-batches a replica's batch is dealt into. More of them keep the stages busier.
+        verification: how signals are verified; ``None`` is plain pipeline parallelism.
+        response: what follows from a flag.
+        engine: ``"process"`` runs one worker a process; ``"virtual"`` the whole mesh in this one, of any size. Then the loader's
+            batch is the whole mesh's, and is dealt to the replicas as a distributed sampler would deal the samples.
+        partition: how layers are dealt to stages: ``"parameters"``, ``"uniform"`` or ``"type:REGEX"``.
+        sequential: name of the ``nn.Sequential`` to cut, if the module has several.
+        zero_stage: 0; DeepSpeed's ZeRO is not supported yet.
+        activation_checkpointing: recompute activations in the backward pass instead of keeping them.
+        transport: ``"device"`` sends tensors from where they are, ``"host"`` through host memory, ``"auto"`` decides.
+        state_dict_type: ``"full"`` saves one ordinary file; with ``"sharded"`` a checkpoint is a directory to which each stage
+            writes its own part, so that no process ever holds the whole model.
+        timeout: how long any process waits for another before the run ends with an error that names it.
+        **kwargs: what every parallel strategy takes: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
+            ``checkpoint_io``, ``precision_plugin``.
+
+    Raises:
+        ConfigurationError: if settings cannot work.
+
+    Example:
+        >>> import lightning as L
+        >>> import lightning_sentinel as ls
+        >>> strategy = ls.SentinelStrategy(stages=2, replicas=2, verification=ls.Verification(warmup_steps=50))
+        >>> trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=4, logger=False)
+        >>> strategy.mesh
+        Mesh(stages=2, replicas=2)
+    """
+
+    def __init__(
+        self,
+        stages: int | None = None,
+        replicas: int | None = None,
+        micro_batches: int = 4,
+        verification: Verification | None = Verification(),  # noqa: B008 - frozen
+        response: Response = Response(),  # noqa: B008 - frozen
+        partition: str = "parameters",
+        engine: Literal["process", "virtual"] = "process",
+        sequential: str | None = None,
+        zero_stage: int = 0,
+        activation_checkpointing: bool = False,
+        transport: Literal["auto", "device", "host"] = "auto",
+        state_dict_type: Literal["full", "sharded"] = "full",
+        timeout: timedelta = timedelta(minutes=5),
+        **kwargs: Any,
+    ) -> None:
+        check_settings(engine, micro_batches, partition, transport, zero_stage, verification, response, state_dict_type)
+        super().__init__(timeout=timeout, virtual=engine == "virtual", **kwargs)
+        self._stages, self._replicas, self._micro_batches = stages, replicas, micro_batches
+        self._verification, self._response = verification, response
+        self._partition, self._sequential = partition, sequential
+        self._activation_checkpointing, self._transport = activation_checkpointing, transport
+        self.ledger = Ledger(response.ban_after)
+        """Flags and bans; the same on all ranks."""
+        self.detections: list[Detection] = []
+        """Everything that was flagged and not cleared, in order."""
+        self.table: SignalTable | None = None
+        """All signals of the last training batch with their scores."""
+        self.wiring: Wiring | None = None
+        """Who served which lane of the last training batch."""
+        self.adversary: Adversary | None = None
+        """A simulated attacker, set by :class:`AttackInjector`."""
+        self.step = 0
+        """Training batches so far: the number that detections and attacks go by."""
+        self._engine: Engine | None = None
+        self._guard: Guard | None = None
+        self._stage_model: StageModel | None = None
+        self._randomness: SeparateRandomness | None = None
+        self._last_loss = math.nan
+        self._saved_groups, self._filed = [], None
+        self._sharded, self._saved_names, self._return_to = state_dict_type == "sharded", None, None
+        self._position = DataPosition()
+
+    def __repr__(self) -> str:
+        # `pytorch_lightning` shows it when it refuses a strategy that is not its own.
+        return f"<{type(self).__name__}, for the package `lightning` and not for `pytorch_lightning`>"
+
+    # ------------------------------------------------------------------------------------------------------------ the mesh
+
+    @property
+    def mesh(self) -> Mesh:
+        """Who serves what; known once the Trainer has been made."""
+        if self._virtual:
+            return Mesh(
+                _VIRTUAL_MESH.stages if self._stages is None else self._stages,
+                _VIRTUAL_MESH.replicas if self._replicas is None else self._replicas,
+            )
+        # With a ledger, some of those that are started may be left out.
+        mesh = Mesh.for_world if self._response.ledger is None else Mesh.largest
+        return mesh(self.world_size, self._stages, self._replicas)
+
+    @property
+    def worker(self) -> Worker:
+        """The worker that this process is."""
+        return self.mesh.worker(self.global_rank)
+
+    @property
+    def _has_last_stage(self) -> bool:
+        return self._virtual or self.worker.stage == self.mesh.stages - 1
+
+    @property
+    def verification(self) -> Verification | None:
+        return self._verification
+
+    @override
+    def _configure_launcher(self) -> None:
+        # An impossible mesh is reported here, before any process is started.
+        check_replicas(self.mesh, self._verification, self._response)
+        if self._virtual and self.world_size > 1:
+            raise ConfigurationError(
+                f"A virtual mesh is in one process, but the Trainer has {self.world_size}. Use Trainer(devices=1), or"
+                " engine='process'."
+            )
+        super()._configure_launcher()
+
+    # --------------------------------------------------------------------------------------------------------------- set-up
+
+    @override
+    def setup_environment(self) -> None:
+        trainer = self._trainer
+        assert self.lightning_module is not None
+        refuse_unsupported(self.lightning_module, trainer)
+        check_precision(self.precision_plugin, self._verification, self._virtual)
+        super().setup_environment()
+        if isinstance(self.cluster_environment, RenumberedEnvironment):
+            check_replicas(self.mesh, self._verification, self._response)
+        self._roster = Roster(self.mesh, self.global_rank, self._store, self._timeout)
+        self._share_step_state()
+        with self._watching():
+            self._roster.meet()
+            self.ledger.hosts = dict(zip(self.mesh.workers, self._hosts))
+            prepare(self.root_device, None if self._virtual else self._timeout, self.local_rank)
+            self._read_bans()
+        if self._position not in trainer.callbacks:  # type: ignore[attr-defined]
+            trainer.callbacks.append(self._position)  # type: ignore[attr-defined]
+        if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            # What was found is logged without being asked for, as Lightning adds a progress bar without being asked for one.
+            trainer.callbacks.append(SentinelMonitor())  # type: ignore[attr-defined]
+
+    @override
+    def setup(self, trainer: L.Trainer) -> None:
+        assert self.accelerator is not None and self.lightning_module is not None
+        module = self.lightning_module
+        self.accelerator.setup(trainer)
+        if not self._virtual:
+            show_whole_module(trainer, module)
+        with self._watching():
+            self._stage_model = model = self._cut()
+            self.model = self.precision_plugin.convert_module(module)
+            self.model_to_device()
+            fitting = trainer.state.fn == TrainerFn.FITTING
+            if fitting:
+                with self._something_to_optimize(), requiring_one_optimizer(module):
+                    self.setup_optimizers(trainer)
+                require_optimizer(module, self.optimizers)
+            self.setup_precision_plugin()
+            self._seed = self._agree_on_seed()
+            self._engine = self._make_engine(model, self.optimizers[0] if fitting else None, self._seed)
+            self._engine.adversary = self.adversary
+            self._randomness = self._randomness or SeparateRandomness(self._seed, self.global_rank, self.worker.replica)
+            self._agree_on_listeners()
+        self._shares = CleanShares(self.mesh)
+        silence_misleading_warnings()
+        if fitting and self.is_global_zero:
+            print_mesh(model)
+
+    def _make_engine(self, model: StageModel, optimizer: Optimizer | None, seed: int) -> Engine:
+        # Imported here, because DeepSpeed must not be imported before its accelerator is known.
+        from lightning_sentinel.pipeline.engine import SentinelEngine
+
+        assert self.lightning_module is not None
+        steps, guard = StepRunner(self.lightning_module, model.layers.entry), self._kept_guard()
+        clip_norm = float(self._trainer.gradient_clip_val or 0.0)
+        if self._virtual:
+            context = self.precision_plugin.forward_context
+            return VirtualEngine(
+                model, optimizer, steps, guard, self.root_device, seed, clip_norm, self._activation_checkpointing, context
+            )
+        arithmetic = Arithmetic(self.precision_plugin, self.root_device)
+        transport = Transport(self.root_device, self._transport)
+        response, timeout = self._response, self._timeout
+        return SentinelEngine(model, optimizer, steps, transport, guard, response, timeout, seed, clip_norm, arithmetic)
+
+    def _kept_guard(self) -> Guard | None:
+        """Made once: what the verifiers have learned outlives a ``validate`` after ``fit``, and goes into later checkpoints."""
+        if self._verification is None or self._guard is not None:
+            return self._guard
+        mesh, worker = self.mesh, None if self._virtual else self.worker
+        self._take_over_bans()
+        received = [boundary for boundary in mesh.boundaries if worker is None or boundary.receiver == worker.stage]
+        self._guard = Guard(mesh, received, worker, self._verification, self._response, self.ledger, self.root_device)
+        return self._guard
+
+    def _agree_on_seed(self) -> int:
+        seed = base_seed()
+        return int(self.broadcast(torch.seed() % 2**31 if seed is None else seed))
+
+    # ------------------------------------------------------------------------------------------------------------- training
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._verification is not None:
+            warn_of_long_warmup(self._trainer, self._verification)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        arguments, scale = (*args, *kwargs.values()), 1.0 / self._trainer.accumulate_grad_batches
+        with self._at_work():
+            outcome = self._train_until_settled(arguments, scale)
+            returned = self._returned("training_step")
+            self._running_engine.hold_gradients()
+        assert self.lightning_module is not None
+        replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._has_last_stage)
+        self.step += 1
+        if outcome.loss is not None:
+            self._last_loss = outcome.loss
+        loss = torch.tensor(self._last_loss, device=self.root_device)
+        return returned | {"loss": loss} if isinstance(returned, dict) else loss
+
+    def _train_until_settled(self, arguments: tuple[Any, ...], scale: float) -> StepOutcome:
+        """Run a batch and judge it; if audits find liars, run it again without them, so that no weight has seen what they sent."""
+        engine, sizes = self._running_engine, self._sizes(arguments)
+        while True:
+            outcome = engine.train(arguments, self.step, sizes, scale)
+            ruling = engine.settle(outcome, self.step)
+            if ruling is None:
+                self.table, self.wiring = outcome.table, outcome.wiring
+                self._shares.add(None, outcome.weights, outcome.wiring)
+                return outcome
+            verdict = ruling.verdict
+            self.table, self.wiring = verdict.table, ruling.wiring
+            self.detections += verdict.detections
+            self._keep_bans(ruling.banned)
+            announce(self._trainer, verdict.detections, ruling.banned, self._consequence())
+            if not ruling.redo:
+                self._shares.add(verdict.clean, outcome.weights, ruling.wiring)
+                return outcome
+            engine.rewind()
+
+    def _consequence(self) -> str:
+        """Why workers are banned, and what becomes of their work."""
+        assert self._guard is not None
+        if self._response.audit_rate is not None:
+            why, then = "what it sent is not what another worker recomputed", "the step is done again without it"
+        else:
+            why, then = f"flagged in {self._response.ban_after} steps in a row", "its work is dealt to others"
+        left = len(self._guard.wiring(self.step).lanes)
+        return f"{why}; {then}. {left} of {self.mesh.replicas} pipelines go on."
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """The schedule has run the backward pass already; here Lightning's hooks around it see its gradients."""
+        assert self.lightning_module is not None
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        self._running_engine.release_gradients()
+        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: L.LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        result = closure()
+        engine = self._running_engine
+        shares = self._shares.take(engine.left_out)
+        if shares is None:
+            rank_zero_warn(
+                f"Some stage had no honest gradient in the step that ended with batch {self.step - 1}, so the weights were left as"
+                " they are. If this goes on, look at sentinel/anomaly_score: the training may have diverged."
+            )
+            engine.discard_gradients()
+            return result
+        with self._at_work():
+            engine.reduce_gradients(shares)
+        call._call_callback_hooks(self._trainer, "on_before_optimizer_step", optimizer)
+        call._call_lightning_module_hook(self._trainer, "on_before_optimizer_step", optimizer)
+        with self._at_work():
+            engine.apply_gradients()
+        return result
+
+    # ----------------------------------------------------------------------------------------------------------- evaluation
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("validation_step", (*args, *kwargs.values()))
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("test_step", (*args, *kwargs.values()))
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = (*args, *kwargs.values())
+        with self._at_work():
+            return self._running_engine.predict(arguments, self._sizes(arguments))
+
+    def _evaluate(self, step: str, arguments: tuple[Any, ...]) -> Any:
+        with self._at_work():
+            outcome = self._running_engine.evaluate(step, arguments, self._sizes(arguments))
+            returned = self._returned(step)
+        assert self.lightning_module is not None
+        replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._has_last_stage)
+        return returned
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @property
+    def _running_engine(self) -> Engine:
+        assert self._engine is not None, "the engine exists from setup on"
+        return self._engine

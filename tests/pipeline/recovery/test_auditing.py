@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence, Kept, auditors, decided, digest
+from lightning_sentinel.verification.audit import Outcome
+from lightning_sentinel.wiring import Part, Wiring
+from tests.pipeline.ranks import ranks
+
+A, G = Direction.ACTIVATION, Direction.GRADIENT
+CPU = torch.device("cpu")
+MATCHES, LIED = Outcome.MATCHES, Outcome.LIED
+Place = tuple[Boundary, int, int]
+"""A signal: its boundary, lane and slot."""
+Recompute = Callable[[Direction, Part, Evidence], Tensor]
+
+SAMPLES, CHANNELS = 3, 4
+
+
+# --- Who is asked, and whose word counts
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(votes=st.lists(st.sampled_from(Outcome), max_size=6))
+def test_what_more_than_half_say_is_decided_and_else_nobody_is_blamed(votes: list[Outcome]) -> None:
+    majority = [outcome for outcome in Outcome if sum(vote is outcome for vote in votes) > len(votes) / 2]
+    assert decided(votes) is (majority[0] if majority else MATCHES)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(
+    replicas=st.integers(1, 6),
+    banned=st.sets(st.builds(Worker, st.integers(0, 2), st.integers(0, 5))),
+    number=st.integers(0, 5),
+    place=st.tuples(*[st.integers(0, 50)] * 4),
+)
+def test_all_others_of_the_stage_that_are_not_banned_are_asked(
+    replicas: int, banned: set[Worker], number: int, place: tuple[int, ...]
+) -> None:
+    mesh, audited = Mesh(3, replicas), Worker(1, number % replicas)
+    found = auditors(audited, mesh, banned, 0, *place)
+    assert len(found) == len(set(found))
+    assert set(found) == {worker for worker in mesh.workers if worker.stage == 1} - {audited} - banned
+    # Bans of others change nothing in the order of those that are left.
+    everyone = auditors(audited, mesh, (), 0, *place)
+    assert found == [worker for worker in everyone if worker not in banned]
+
+
+def test_nobody_knows_beforehand_who_is_asked_first() -> None:
+    mesh, audited, draws = Mesh(2, 4), Worker(0, 2), 1200
+    places = list(itertools.product(range(draws // 12), range(2), range(3), range(2)))
+    orders = Counter(tuple(worker.replica for worker in auditors(audited, mesh, (), 5, *place)) for place in places)
+    assert set(orders) == set(itertools.permutations([0, 1, 3]))
+    # Six standard deviations of a binomial count around the mean.
+    mean = draws / 6
+    assert all(abs(count - mean) < 6 * math.sqrt(mean * 5 / 6) for count in orders.values())
+
+
+@pytest.mark.parametrize("changed", range(5))
+def test_seed_step_boundary_lane_and_slot_each_change_who_is_asked(changed: int) -> None:
+    firsts = []
+    for value in range(64):
+        seed, *place = [value if index == changed else 3 for index in range(5)]
+        firsts.append(auditors(Worker(0, 0), Mesh(2, 4), (), seed, *place)[0].replica)
+    assert set(firsts) == {1, 2, 3}
+
+
+# --- Fingerprints
+
+
+def test_a_fingerprint_is_of_shape_dtype_and_every_value() -> None:
+    signal = torch.arange(12.0).view(3, 4)
+    others = [signal.view(4, 3), signal.view(12), signal.double(), signal.view(torch.int32), signal[:2], signal.t()]
+    for index in range(12):
+        others.append(signal.clone())
+        others[-1].view(-1)[index] = torch.nextafter(signal.view(-1)[index], torch.tensor(99.0))
+    assert len({digest(one) for one in (signal, *others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_fingerprint_does_not_depend_on_where_the_signal_lies(dtype: torch.dtype) -> None:
+    signal = torch.arange(6.0, dtype=dtype).view(2, 3)
+    assert digest(signal.t().contiguous().t()) == digest(signal) == digest(signal.clone().requires_grad_())
+    assert digest(torch.tensor(1.0, dtype=dtype)) != digest(torch.empty(0, dtype=dtype))
+
+
+def test_there_is_room_for_the_largest_signal_so_far_in_a_step_without_any() -> None:
+    kept = Kept()
+    assert kept.bytes == 0
+    kept.received[A, 0], kept.sent[A, 0], kept.sent[G, 1] = torch.ones(5), torch.ones(3, dtype=torch.float64), torch.ones(2)
+    assert kept.bytes == 24
+    kept.clear()
+    assert (kept.sent, kept.received, kept.bytes) == ({}, {}, 24)
+    kept.sent[A, 0] = torch.ones(2)
+    assert kept.bytes == 24
+    kept.sent[A, 1] = torch.ones(9)
+    assert kept.bytes == 36
+
+
+# --- Whole audits
+
+
+class Toy:
+    """A mesh whose stages multiply by a matrix, with everything that each rank sent and received in a step.
+
+    Args:
+        lies: signals to which the sender adds one.
+        banned: workers that serve nothing.
+    """
+
+    def __init__(
+        self, mesh: Mesh, lies: Collection[Place] = (), banned: Collection[Worker] = (), micro_batches: int = 2, turn: int = 0
+    ) -> None:
+        self.mesh, self.banned = mesh, set(banned)
+        self.wiring = Wiring.of(mesh, banned, micro_batches, turn)
+        generator = torch.Generator().manual_seed(0)
+        self.weights = torch.randn(mesh.stages, CHANNELS, CHANNELS, generator=generator)
+        self.batches = torch.randn(mesh.replicas, micro_batches, 2, SAMPLES, CHANNELS, generator=generator)
+        self.kept = [Kept() for _ in mesh.workers]
+        self.recompute: dict[int, Recompute] = {}
+        """What a rank computes instead of what it should."""
+        for lane in self.wiring.lanes:
+            for slot, part in enumerate(self.wiring.work[lane]):
+                self._run(lane, slot, part, set(lies))
+
+    def _run(self, lane: int, slot: int, part: Part, lies: set[Place]) -> None:
+        inputs, received, last = self.batches[part][0], [], self.mesh.stages - 1
+        for stage in range(last):
+            received.append(inputs)
+            inputs = self._cross(Boundary(stage, A), lane, slot, inputs @ self.weights[stage], lies)
+        gradient = self._loss_gradient(inputs @ self.weights[last], part)
+        for stage in range(last, 0, -1):
+            gradient = self._cross(Boundary(stage - 1, G), lane, slot, gradient @ self.weights[stage].T, lies)
+
+    def _cross(self, boundary: Boundary, lane: int, slot: int, signal: Tensor, lies: set[Place]) -> Tensor:
+        signal = signal + 1.0 if (boundary, lane, slot) in lies else signal
+        self.of(boundary.sender, lane).sent[boundary.direction, slot] = signal
+        self.of(boundary.receiver, lane).received[boundary.direction, slot] = signal
+        return signal
+
+    def _loss_gradient(self, output: Tensor, part: Part) -> Tensor:
+        return 0.5 * (output - self.batches[part][1])
+
+    def of(self, stage: int, lane: int) -> Kept:
+        return self.kept[self.mesh.rank(self.wiring.worker(stage, lane))]
+
+    def honest(self, stage: int) -> Recompute:
+        """What a worker of a stage makes of the evidence, and of nothing else."""
+
+        def recompute(direction: Direction, part: Part, evidence: Evidence) -> Tensor:
+            inputs = evidence.batch[0] if stage == 0 else evidence.activation
+            output = inputs @ self.weights[stage]
+            if direction is A:
+                return output
+            if stage == self.mesh.stages - 1:
+                gradient = evidence.weight * evidence.samples / SAMPLES * (output - evidence.batch[1])
+            else:
+                gradient = evidence.gradient
+            return gradient @ self.weights[stage].T
+
+        return recompute
+
+    def audit(
+        self,
+        boundary: Boundary,
+        signals: Tensor | None = None,
+        step: int = 3,
+        says: dict[int, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Tensor:
+        """What all ranks find of a boundary; by default of all its signals."""
+        if signals is None:
+            signals = torch.zeros(self.mesh.replicas, self.wiring.slots, dtype=torch.bool)
+            for lane in self.wiring.lanes:
+                signals[lane, : len(self.wiring.work[lane])] = True
+
+        def work(rank: int) -> Tensor:
+            worker = self.mesh.worker(rank)
+
+            def samples(part: Part) -> Any:
+                assert part.replica == worker.replica and worker not in self.banned
+                return [list(self.batches[part]), SAMPLES, 0.5]
+
+            recompute = self.recompute.get(rank, self.honest(worker.stage))
+            audits = Audits(self.mesh, worker, self.kept[rank], samples, recompute, lambda _: 1e-3, CPU, seed=11)
+            return audits.run(boundary, signals, self.wiring, self.banned, step)
+
+        with ranks(self.mesh.size) as world:
+            world.says = says or {}
+            first, *rest = world.run(work)
+            assert not {self.mesh.worker(sender) for sender, _ in world.sent} & self.banned
+        assert all(torch.equal(first, other) for other in rest), "all ranks take part, and know the same"
+        return first
+
+    def asked(self, boundary: Boundary, lane: int, slot: int, step: int = 3) -> list[int]:
+        """The ranks of those that recompute a signal, in order."""
+        index, audited = self.mesh.boundaries.index(boundary), self.wiring.worker(boundary.sender, lane)
+        return [self.mesh.rank(one) for one in auditors(audited, self.mesh, self.banned, 11, step, index, lane, slot)]
+
+
+def expected(toy: Toy, found: dict[tuple[int, int], Outcome]) -> Tensor:
+    outcome = torch.zeros(toy.mesh.replicas, toy.wiring.slots, dtype=torch.long)
+    for place, value in found.items():
+        outcome[place] = value
+    return outcome
+
+
+@st.composite
+def toys(draw: st.DrawFn) -> tuple[Toy, set[Place]]:
+    mesh = Mesh(draw(st.integers(2, 4)), draw(st.integers(2, 4)))
+    banned = draw(st.sets(st.sampled_from(mesh.workers), max_size=mesh.replicas - 1))
+    wiring = Wiring.of(mesh, banned, 2)
+    places = [
+        (boundary, lane, slot) for boundary in mesh.boundaries for lane in wiring.lanes for slot in range(len(wiring.work[lane]))
+    ]
+    lies = draw(st.sets(st.sampled_from(places), max_size=4))
+    return Toy(mesh, lies, banned, turn=draw(st.integers(0, 3))), lies
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(case=toys())
+def test_lies_are_found_where_they_were_told_and_nowhere_else(case: tuple[Toy, set[Place]]) -> None:
+    toy, lies = case
+    for boundary in toy.mesh.boundaries:
+        told = [(lane, slot) for where, lane, slot in lies if where == boundary]
+        # Who has no peer left cannot be audited.
+        found = {(lane, slot): LIED for lane, slot in told if toy.asked(boundary, lane, slot)}
+        assert torch.equal(toy.audit(boundary), expected(toy, found))
+
+
+def test_only_what_is_asked_for_is_audited() -> None:
+    boundary = Boundary(0, A)
+    toy = Toy(Mesh(2, 3), {(boundary, lane, slot) for lane in range(3) for slot in range(2)})
+    signals = torch.tensor([[True, False], [False, False], [False, True]])
+    assert torch.equal(toy.audit(boundary, signals), signals.long())
+
+
+@pytest.mark.parametrize("direction", [A, G])
+def test_what_has_another_shape_than_it_should_is_a_lie(direction: Direction) -> None:
+    toy, boundary = Toy(Mesh(3, 2)), Boundary(1 if direction is A else 0, direction)
+    for stage, kept in ((boundary.sender, "sent"), (boundary.receiver, "received")):
+        getattr(toy.of(stage, 1), kept)[direction, 0] = torch.ones(CHANNELS, SAMPLES)
+    assert torch.equal(toy.audit(boundary), expected(toy, {(1, 0): LIED}))
+
+
+@pytest.mark.parametrize(
+    "handed",
+    [
+        lambda sent: sent + 1,
+        lambda sent: sent.t().reshape(sent.shape),
+        lambda sent: sent.view(-1),
+        lambda sent: [sent],
+        lambda _: None,
+    ],
+    ids=["other values", "another order", "another shape", "a list", "nothing"],
+)
+@pytest.mark.parametrize(
+    ("boundary", "giver", "outcome"),
+    [
+        (Boundary(1, A), 0, Outcome.ACTIVATION_WITHHELD),
+        (Boundary(0, G), 0, Outcome.ACTIVATION_WITHHELD),
+        (Boundary(0, G), 2, Outcome.GRADIENT_WITHHELD),
+        (Boundary(1, G), 1, Outcome.ACTIVATION_WITHHELD),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_a_neighbour_that_hands_over_something_else_than_it_sent_is_named(
+    boundary: Boundary, giver: int, outcome: Outcome, handed: Callable[[Tensor], Any], replicas: int
+) -> None:
+    toy = Toy(Mesh(3, replicas))
+    direction = G if outcome is Outcome.GRADIENT_WITHHELD else A
+    kept = toy.of(giver, 1).sent
+    kept[direction, 0] = handed(kept[direction, 0])
+    assert torch.equal(toy.audit(boundary), expected(toy, {(1, 0): outcome}))
+
+
+def test_a_lie_that_was_sent_on_honestly_is_no_lie_of_the_next() -> None:
+    mesh = Mesh(4, 2)
+    toy = Toy(mesh, {(Boundary(0, A), 1, 0)})
+    found = {boundary: toy.audit(boundary) for boundary in mesh.boundaries}
+    assert [boundary for boundary, outcome in found.items() if outcome.any()] == [Boundary(0, A)]
+
+
+# --- Auditors that are wrong
+
+
+def wrong(honest: Recompute) -> Recompute:
+    return lambda direction, part, evidence: honest(direction, part, evidence) + 1.0
+
+
+@pytest.mark.parametrize(("replicas", "outcome"), [(2, LIED), (3, LIED), (4, MATCHES), (5, MATCHES)])
+def test_one_wrong_auditor_of_three_is_outvoted_and_with_fewer_its_word_counts(replicas: int, outcome: Outcome) -> None:
+    toy, boundary = Toy(Mesh(3, replicas)), Boundary(1, A)
+    first = toy.asked(boundary, 0, 1)[0]
+    toy.recompute[first] = wrong(toy.honest(1))
+    signals = torch.zeros(replicas, 2, dtype=torch.bool)
+    signals[0, 1] = True
+    assert torch.equal(toy.audit(boundary, signals), expected(toy, {(0, 1): outcome}))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_witness_that_covers_up_for_a_liar_is_outvoted(number: int) -> None:
+    boundary = Boundary(0, A)
+    toy = Toy(Mesh(2, 4), {(boundary, 2, 0)})
+    # The lie is the honest signal plus one, which is what this witness says that it computed.
+    toy.recompute[toy.asked(boundary, 2, 0)[number]] = wrong(toy.honest(0))
+    found = expected(toy, {(2, 0): LIED})
+    assert torch.equal(toy.audit(boundary, found.bool()), found)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 0.5, 1.5, 4.0])
+def test_a_vote_that_is_none_blames_nobody(value: float) -> None:
+    boundary = Boundary(0, A)
+    toy = Toy(Mesh(2, 2), {(boundary, 0, 0)})
+    says = {toy.asked(boundary, 0, 0)[0]: lambda said: torch.full_like(said, value)}
+    signals = expected(toy, {(0, 0): LIED}).bool()
+    assert torch.equal(toy.audit(boundary, signals, says=says), expected(toy, {}))
+    assert torch.equal(toy.audit(boundary, signals), expected(toy, {(0, 0): LIED}))
+
+
+def test_who_was_not_asked_has_no_vote() -> None:
+    boundary = Boundary(0, A)
+    toy = Toy(Mesh(3, 2), {(boundary, 0, 0)})
+    signals = torch.tensor([[True, True], [False, False]])
+    asked = {toy.asked(boundary, 0, slot)[0] for slot in range(2)}
+    says = {rank: (lambda said: torch.full_like(said, 3.0)) for rank in range(toy.mesh.size) if rank not in asked}
+    assert torch.equal(toy.audit(boundary, signals, says=says), expected(toy, {(0, 0): LIED}))
+
+
+# --- After bans
+
+
+def test_samples_that_only_the_audited_worker_has_come_from_itself() -> None:
+    mesh, banned = Mesh(2, 3), {Worker(0, 1)}
+    seen = []
+    for turn in range(4):
+        wiring = Wiring.of(mesh, banned, 2, turn)
+        alone = [
+            part
+            for lane in wiring.lanes
+            if wiring.worker(1, lane) == Worker(1, 1)
+            for part in wiring.work[lane]
+            if part.replica == 1
+        ]
+        seen += alone
+        toy = Toy(mesh, (), banned, turn=turn)
+        assert not toy.audit(Boundary(0, G)).any()
+    assert seen, "in some turn the worker works on samples of its own"
+
+
+def test_who_has_nothing_to_do_in_a_step_recomputes_for_others() -> None:
+    mesh, banned = Mesh(2, 3), {Worker(0, 0)}
+    toy = Toy(mesh, (), banned)
+    idle = [rank for rank, worker in enumerate(mesh.workers) if worker not in banned and toy.wiring.lane(worker) is None]
+    assert [mesh.worker(rank).stage for rank in idle] == [1]
+    boundary = Boundary(0, G)
+    places = [(lane, slot) for lane in toy.wiring.lanes for slot in range(len(toy.wiring.work[lane]))]
+    assert any(toy.asked(boundary, *place)[0] in idle for place in places)
+    assert not toy.audit(boundary).any()

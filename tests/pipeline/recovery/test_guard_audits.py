@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_sentinel.config import Response, Verification
+from lightning_sentinel.errors import MeshExhaustedError
+from lightning_sentinel.mesh import Boundary, Direction, Worker
+from lightning_sentinel.pipeline.recovery.guard import Guard
+from lightning_sentinel.verification import Ledger
+from lightning_sentinel.wiring import Wiring
+from tests.pipeline.pipelines import (
+    CHANNELS,
+    MESH,
+    MICRO_BATCHES,
+    POSITIONS,
+    REPLICAS,
+    SAMPLES,
+    WARMUP,
+    A,
+    G,
+    Pipelines,
+    broken,
+    same,
+)
+
+# --- Audits
+
+
+def audited(rate: float = 1e-9, **options: Any) -> Response:
+    return Response(**{"audit_rate": rate, **options})
+
+
+def test_with_audits_signals_go_on_as_they_are_until_the_step_is_settled() -> None:
+    pipelines = Pipelines(audited(on_flag="log", ban_after=None)).run(2)
+    guard = pipelines.guard
+    assert guard.audits and not guard.excludes
+    pipelines.draw()
+    pipelines.attempt(broken({Worker(0, 1)}, A))
+    assert all(went_on is given for given, went_on in pipelines.received)
+    assert not pipelines.table.tainted.any()
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, WARMUP + 3])
+def test_one_lie_bans_and_the_step_is_done_again_without_the_liar(steps_before: int) -> None:
+    pipelines, culprit = Pipelines(audited()).run(steps_before), Worker(1, 2)
+    before = {name: value.clone() for name, value in pipelines.guard.state_dict().items()}
+    pipelines.audited.clear()
+    pipelines.draw()
+    ruling = pipelines.attempt(broken({culprit}, A))
+    assert (ruling.redo, ruling.banned, ruling.verdict.guilty) == (True, [culprit], {culprit})
+    after = pipelines.guard.state_dict()
+    # All but the rounds of the schedule: what was drawn for the step was drawn.
+    assert after.pop("audits/rounds") > before.pop("audits/rounds")
+    assert same(before, after), "nothing is learned of a step that is done again"
+    # Replica 2 of stage 1 is the first on the way, so that nothing behind it was audited.
+    behind = [(index, int(signals[2].sum())) for index, signals in pipelines.audited if MESH.boundaries[index] != Boundary(1, A)]
+    assert all(count == 0 for index, count in behind if index >= 2)
+    wiring = pipelines.guard.wiring(pipelines.step_number)
+    assert wiring == Wiring.of(MESH, {culprit}, turn=pipelines.step_number // 16) and wiring.live == (True, True, False)
+    pipelines.draw()
+    again = pipelines.attempt(broken({culprit}, A))
+    assert not again.redo and again.banned == [] and again.verdict.clean[:, wiring.lanes].all()
+    assert all(verifier.references.updates == steps_before + 1 for verifier in pipelines.guard.verifiers.values())
+    assert pipelines.guard.calibration.steps == steps_before + 1
+
+
+def test_flags_that_an_audit_drops_are_counted_as_exonerated_and_learned_from() -> None:
+    pipelines = Pipelines(audited()).run(WARMUP + 6)
+    ledger, calibration = pipelines.guard.ledger, pipelines.guard.calibration
+    exonerated, audits, flags = ledger.exonerated.total(), ledger.audits, ledger.total_flags
+    pipelines.pattern = 3 * pipelines.pattern
+    places = calibration.alone.places.clone()
+    verdict, banned = pipelines.step()
+    dropped = [detection for detection in verdict.detections if detection.confirmed is False]
+    assert len(dropped) == len(verdict.detections) > REPLICAS and banned == [] and not ledger.banned
+    assert ledger.exonerated.total() - exonerated == len(dropped) and ledger.total_flags == flags
+    assert ledger.audits - audits == verdict.audits >= len(dropped)
+    assert verdict.honest.all()
+    size = calibration.alone.values.shape[1]
+    assert ((calibration.alone.places - places) % size == REPLICAS * MICRO_BATCHES).all()
+
+
+def test_a_rate_of_one_finds_what_no_feature_shows() -> None:
+    culprit = Worker(1, 0)
+
+    def slightly(worker: Worker, direction: Direction, signal: Tensor) -> Tensor:
+        return 1.01 * signal if worker == culprit else signal
+
+    pipelines = Pipelines(audited(1.0))
+    pipelines.draw()
+    ruling = pipelines.attempt(slightly)
+    assert ruling.banned == [culprit] and ruling.redo
+    assert ruling.verdict.audits < len(MESH.boundaries) * REPLICAS * MICRO_BATCHES
+
+
+def test_a_run_that_bans_nobody_reports_what_audits_find_and_is_not_done_again() -> None:
+    pipelines = Pipelines(audited(on_flag="log", ban_after=None)).run(2)
+    verdict, banned = pipelines.step(broken({Worker(1, 1)}, A))
+    assert verdict.guilty == {Worker(1, 1)} and banned == [] and not pipelines.guard.ledger.banned
+    assert not verdict.honest[1:, 1].any()
+
+
+def test_the_mesh_is_exhausted_when_a_stage_has_nobody_left() -> None:
+    pipelines = Pipelines(audited())
+    everyone = {Worker(1, replica) for replica in range(REPLICAS)}
+    pipelines.draw()
+    with pytest.raises(MeshExhaustedError, match=r"step 0"):
+        pipelines.attempt(broken(everyone, A))
+
+
+@pytest.mark.parametrize("response", [Response(), audited()], ids=["flags", "audits"])
+def test_the_wiring_follows_from_the_bans(response: Response) -> None:
+    guard = Pipelines(response).guard
+    for banned in (set(), {Worker(1, 0)}, {Worker(1, 0), Worker(2, 1)}):
+        guard.ledger.banned_at = dict.fromkeys(banned, 0)
+        assert guard.wiring(5) == Wiring.of(MESH, banned)
+        assert guard.begin(20, 4) == Wiring.of(MESH, banned, micro_batches=4, turn=1)
+
+
+def test_a_step_of_which_every_sender_is_mixed_leaves_the_momentum_where_it_was() -> None:
+    pipelines = mixed_step()[0]
+    assert all(verifier.references.momentum.value.isfinite().all() for verifier in pipelines.guard.verifiers.values())
+
+
+def mixed_step() -> tuple[Pipelines, dict[str, Tensor]]:
+    """A step in which each sender lies in one of its two micro-batches: of no sender is all of it honest."""
+    pipelines = Pipelines(audited(1.0, on_flag="log", ban_after=None)).run(3)
+    before = {name: value.clone() for name, value in pipelines.guard.verifiers[Boundary(0, A)].state_dict().items()}
+    sent = dict.fromkeys(MESH.workers, 0)
+
+    def half(worker: Worker, direction: Direction, signal: Tensor) -> Tensor:
+        if worker.stage == 0 and direction is A:
+            sent[worker] += 1
+            return signal + 1.0 if sent[worker] == 1 else signal
+        return signal
+
+    verdict, _ = pipelines.step(half)
+    assert verdict.honest[0, :, 1].all() and not verdict.honest[0, :, 0].any()
+    return pipelines, before
+
+
+def test_a_step_of_which_every_sender_is_mixed_teaches_nothing() -> None:
+    pipelines, before = mixed_step()
+    assert same(before, pipelines.guard.verifiers[Boundary(0, A)].state_dict())
+
+
+def test_a_worker_that_takes_over_a_lane_does_not_take_over_its_drift() -> None:
+    pipelines = Pipelines(Response()).run(WARMUP + 1)
+    guard = pipelines.guard
+    guard.ledger.ban(0, [Worker(0, 0), Worker(1, 1)])
+    wiring = guard.wiring(pipelines.step_number)
+    assert wiring.serving[1] == (1, 0, 2) and wiring.live == (False, True, True)
+    # The sum that had Worker(1, 1) banned; Worker(1, 0) serves its lane now.
+    guard.calibration.drift.sums[0, MESH.boundaries.index(Boundary(1, A)), 1, 0] = 20.0
+    verdict, banned = pipelines.step()
+    assert Worker(1, 0) not in verdict.suspects and banned == []
+
+
+@pytest.mark.parametrize("response", [Response(ban_after=1), audited()], ids=["flags", "audits"])
+def test_a_ban_clears_those_behind_the_liar_of_their_sums(response: Response) -> None:
+    pipelines = Pipelines(response).run(WARMUP)
+    drift, at = pipelines.guard.calibration.drift, {b: i for i, b in enumerate(MESH.boundaries)}
+    drift.sums[0, :, :, 3] = 7.0
+    pipelines.draw()
+    assert pipelines.attempt(broken({Worker(1, 2)}, A)).banned == [Worker(1, 2)]
+    for boundary in MESH.boundaries:
+        behind = boundary.direction is G or boundary.index > 1
+        assert (drift.height[at[boundary], 2] < 5) == behind
+        assert (drift.height[at[boundary], [0, 1]] > 5).all()
+
+
+# --- What is drawn
+
+
+def test_what_was_drawn_is_saved_and_goes_on() -> None:
+    original, loaded, other = (Pipelines(audited(0.07)) for _ in range(3))
+    original.run(9)
+    state = {name: value.clone() for name, value in original.guard.state_dict().items()}
+    assert float(state["audits/rounds"]) == pytest.approx(9 * 0.07)
+    loaded.guard.load_state_dict(state)
+    other.guard.load_state_dict({name: value for name, value in state.items() if name != "audits/rounds"})
+    drawn = {}
+    for name, pipelines in (("original", original), ("loaded", loaded), ("other", other)):
+        pipelines.step_number, pipelines.audited = 9, []
+        pipelines.generator.manual_seed(5)
+        pipelines.run(20)
+        drawn[name] = torch.stack([signals for _, signals in pipelines.audited])
+    assert torch.equal(drawn["original"], drawn["loaded"]) and not torch.equal(drawn["original"], drawn["other"])
+
+
+def test_a_guard_without_audits_saves_and_reads_no_rounds() -> None:
+    guard = Pipelines().run(1).guard
+    assert "audits/rounds" not in guard.state_dict()
+    guard.load_state_dict(Pipelines(audited(0.5)).run(2).guard.state_dict())
+
+
+def test_every_signal_is_audited_once_in_a_round_and_bans_make_rounds_shorter() -> None:
+    pipelines = Pipelines(audited(0.25))
+    signals = len(MESH.boundaries) * REPLICAS * MICRO_BATCHES
+    for _ in range(2):
+        before = pipelines.guard.ledger.audits
+        pipelines.run(4)
+        assert pipelines.guard.ledger.audits - before == signals
+    pipelines.draw()
+    assert pipelines.attempt(broken({Worker(0, 1)})).banned == [Worker(0, 1)]
+    pipelines.draw()
+    again = pipelines.attempt(broken({Worker(0, 1)}))
+    assert not again.redo and again.verdict.audits > 0, "what was drawn for the first attempt is drawn again"
+    assert pipelines.guard._schedule.rounds == pytest.approx(9 * 0.25), "and once only"
+    pipelines.step_number += 1
+    before = pipelines.guard.ledger.audits
+    pipelines.run(4)
+    assert pipelines.guard.ledger.audits - before == pytest.approx(3 * signals, rel=0.25)
+
+
+def test_what_the_senders_had_received_is_projected_by_the_method_that_uses_it() -> None:
+    signal = torch.ones(SAMPLES, POSITIONS, CHANNELS)
+    for method in ("sentinel", "paper"):
+        config = Verification(method=method)
+        guard = Guard(MESH, MESH.boundaries, None, config, Response(), Ledger(), torch.device("cpu"))
+        projected = [guard.project(boundary, signal) for boundary in MESH.boundaries]
+        assert guard.compares_inputs == (method == "sentinel")
+        if method == "paper":
+            assert projected == [None] * len(MESH.boundaries)
+            continue
+        assert {p.values.shape for p in projected} == {(SAMPLES, POSITIONS, CHANNELS)}
+        assert {p.channels for p in projected} == {CHANNELS}
+        # Along the directions of the verifier itself, which differ from boundary to boundary.
+        for boundary, found in zip(MESH.boundaries, projected):
+            assert torch.equal(found.values, guard.verifiers[boundary]._secret.project(signal).values)
+        assert len({float(p.values[0, 0, 0]) for p in projected}) == len(MESH.boundaries)
+
+
+def test_idle_workers_take_turns_of_sixteen_steps() -> None:
+    pipelines = Pipelines(Response(ban_after=1))
+    pipelines.guard.ledger.ban(0, [Worker(0, 0)])
+    wirings = [pipelines.guard.wiring(step) for step in range(3 * 16 + 1)]
+    assert wirings == [Wiring.of(MESH, {Worker(0, 0)}, turn=step // 16) for step in range(3 * 16 + 1)]
+    assert len(set(wirings)) == 3 and wirings[0] == wirings[-1]
+
+
+def test_a_ruling_says_who_served() -> None:
+    pipelines, culprit = Pipelines(Response(ban_after=1)), Worker(1, 2)
+    pipelines.draw()
+    ruling = pipelines.attempt(broken({culprit}))
+    # The worker that the step bans still served in it.
+    assert ruling.banned == [culprit] and ruling.wiring == Wiring.of(MESH, (), MICRO_BATCHES)
+    pipelines.step_number += 1
+    pipelines.draw()
+    assert pipelines.attempt().wiring == Wiring.of(MESH, {culprit}, MICRO_BATCHES)
+
+
+def test_who_drifts_is_asked_once_and_forgotten_if_honest() -> None:
+    mesh_index = MESH.boundaries.index(Boundary(1, A))
+    pipelines = Pipelines(audited()).run(WARMUP + 1)
+    sums = pipelines.guard.calibration.drift.sums
+    sums[0, mesh_index, 2, 3] = 12.0
+    verdict, banned = pipelines.step()
+    assert banned == [] and verdict.cleared[mesh_index, 2]
+    assert pipelines.guard.calibration.drift.height[mesh_index, 2] == 0

@@ -1,0 +1,77 @@
+"""What an auditor calls the same: all that rounding can make of it, in the precision and on the device, and little more."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_sentinel.mesh import Direction
+from lightning_sentinel.models import llama
+from lightning_sentinel.pipeline.recovery.auditing import Evidence
+from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
+from lightning_sentinel.pipeline.stages.stage import StageLayers
+from lightning_sentinel.pipeline.steps import StepRunner
+from lightning_sentinel.verification.audit import relative_error
+from lightning_sentinel.wiring import Part
+from tests.distributed.tasks import Classifier
+
+WIDTH = 128
+CPU = torch.device("cpu")
+CASES: dict[str, tuple[torch.dtype, Callable[[], AbstractContextManager[Any]]]] = {
+    "float64": (torch.float64, nullcontext),
+    "float32": (torch.float32, nullcontext),
+    "bfloat16": (torch.bfloat16, nullcontext),
+    "float32, multiplied in bfloat16": (torch.float32, lambda: torch.autocast("cpu", torch.bfloat16)),
+    "float32, multiplied in float16": (torch.float32, lambda: torch.autocast("cpu", torch.float16)),
+}
+
+
+@pytest.fixture(scope="module")
+def stage() -> nn.Sequential:
+    """Four blocks whose weights are those of a trained model in size: at the start all that matters is the residual."""
+    torch.manual_seed(0)
+    stage = nn.Sequential(*list(llama(vocab_size=8, width=WIDTH, depth=4, heads=4))[1:-1])
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            if parameter.ndim > 1:
+                parameter *= 4
+    return stage
+
+
+def recomputed(
+    stage: nn.Sequential, dtype: torch.dtype, context: Any, activation: Tensor, gradient: Tensor
+) -> tuple[Recomputation, Any]:
+    module = Classifier()
+    layers = StageLayers(list(copy.deepcopy(stage).to(dtype)), 0, False, CPU)
+    recompute = Recomputation(layers, False, 1, StepRunner(module, module.net), CPU, 0, context)
+    evidence = Evidence(None, 2, 1.0, activation.to(dtype), gradient.to(dtype))
+    return recompute, [recompute(direction, Part(0, 0), evidence, (), 0, 1.0) for direction in Direction]
+
+
+@pytest.mark.parametrize(("dtype", "context"), CASES.values(), ids=CASES)
+def test_rounding_stays_far_below_the_tolerance_and_a_lie_does_not(stage: nn.Sequential, dtype: torch.dtype, context: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    activation, gradient = (torch.randn(2, 32, WIDTH, generator=generator) for _ in range(2))
+    # Of the same numbers, rounded: what is to be compared is what is made of them.
+    rounded = stage if dtype != torch.bfloat16 else copy.deepcopy(stage).bfloat16()
+    _, exact = recomputed(rounded, torch.float64, nullcontext, activation.to(dtype), gradient.to(dtype))
+    recompute, found = recomputed(stage, dtype, context, activation, gradient)
+    for reference, signal in zip(exact, found):
+        allowed = recompute.tolerance(signal)
+        assert float(relative_error(signal.double(), reference)) < allowed / 3
+        assert float(relative_error(signal * 1.2, signal)) > 2 * allowed
+
+
+def test_float64_is_not_multiplied_in_anything_else() -> None:
+    module = Classifier()
+    context = CASES["float32, multiplied in bfloat16"][1]
+    layers = StageLayers(list(module.net), 0, False, CPU)
+    recompute = Recomputation(layers, False, 1, StepRunner(module, module.net), CPU, 0, context)
+    assert recompute.tolerance(torch.ones(1, dtype=torch.float64)) == 1e-6
+    assert recompute.tolerance(torch.ones(1)) == recompute.tolerance(torch.ones(1, dtype=torch.bfloat16)) == 5e-2

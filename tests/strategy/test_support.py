@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from torch import nn
+from torch.optim import Optimizer
+
+import lightning_sentinel as ls
+from lightning_sentinel.config import Response, Verification
+from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.strategy.support import (
+    check_precision,
+    check_replicas,
+    refuse_unsupported,
+    require_optimizer,
+    requiring_one_optimizer,
+)
+from tests.distributed import tasks
+
+
+class Module(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 2))
+
+
+class Manual(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Clipping(Module):
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def trainer(**options: Any) -> L.Trainer:
+    return L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_clip_val": 1.0}, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "norm"}, {"gradient_clip_val": 0.0}],
+    ids=str,
+)
+def test_fine(options: dict[str, Any]) -> None:
+    refuse_unsupported(Module(), trainer(**options))
+
+
+def test_manual_optimization() -> None:
+    with pytest.raises(ConfigurationError, match=r"Manual uses manual optimization.*automatic_optimization = True"):
+        refuse_unsupported(Manual(), trainer())
+
+
+def test_an_iterator_for_a_batch() -> None:
+    class Iterating(Module):
+        def training_step(self, dataloader_iter: Any) -> None:
+            pass
+
+    with pytest.raises(ConfigurationError, match=r"Iterating\.training_step takes dataloader_iter.*Take batch"):
+        refuse_unsupported(Iterating(), trainer())
+
+
+def test_clipping_by_value() -> None:
+    run = trainer(gradient_clip_val=1.0, gradient_clip_algorithm="value")
+    with pytest.raises(ConfigurationError, match=r"gradient_clip_algorithm='value'\) cannot.*gradient_clip_algorithm='norm'"):
+        refuse_unsupported(Module(), run)
+
+
+def test_clipping_of_the_users_own() -> None:
+    with pytest.raises(ConfigurationError, match=r"Clipping\.configure_\w+ would see one stage's.*Trainer\(gradient_clip_val"):
+        refuse_unsupported(Clipping(), trainer())
+
+
+HALF = MixedPrecision("16-mixed", "cpu")
+
+
+@pytest.mark.parametrize("precision", [DoublePrecision(), HalfPrecision("16-true")], ids=lambda p: p.precision)
+def test_precision(precision: Precision) -> None:
+    kind = type(precision).__name__
+    with pytest.raises(ConfigurationError, match=rf"{kind}\(precision='{precision.precision}'\).*one of '32-true', 'bf16-mixed'"):
+        check_precision(precision, None, virtual=False)
+
+
+@pytest.mark.parametrize("precision", [Precision(), MixedPrecision("bf16-mixed", "cpu"), HalfPrecision("bf16-true")])
+@pytest.mark.parametrize("virtual", [False, True])
+def test_precisions_that_are_verified(precision: Precision, virtual: bool) -> None:
+    check_precision(precision, Verification(), virtual)
+
+
+def test_overflow_is_no_attack() -> None:
+    check_precision(HALF, None, virtual=False)
+    for verification, virtual in ((Verification(), False), (None, True)):
+        with pytest.raises(
+            ConfigurationError, match=r"precision='16-mixed'\) needs .*verification=None.*Use precision='bf16-mixed'"
+        ):
+            check_precision(HALF, verification, virtual)
+
+
+class TestOptimizers:
+    """Through Lightning's own reading of ``configure_optimizers``."""
+
+    @staticmethod
+    def made(monkeypatch: pytest.MonkeyPatch, configure: Callable[[L.LightningModule], Any]) -> tuple[Module, list[Optimizer]]:
+        module = Module()
+        monkeypatch.setattr(module, "configure_optimizers", lambda: configure(module))
+        module.trainer = run = trainer()
+        run.strategy.connect(module)
+        run.strategy._lightning_module = module
+        return module, _init_optimizers_and_lr_schedulers(module)[0]
+
+    @pytest.mark.parametrize("listed", [False, True])
+    def test_one(self, monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
+        def configure(module: L.LightningModule) -> Any:
+            optimizer = torch.optim.SGD(module.parameters())
+            return [optimizer] if listed else optimizer
+
+        with requiring_one_optimizer(Module()):
+            module, optimizers = self.made(monkeypatch, configure)
+        require_optimizer(module, optimizers)
+
+    def test_two(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with (
+            pytest.raises(
+                ConfigurationError, match=r"Module\.configure_optimizers returned more than one.*several parameter groups"
+            ),
+            requiring_one_optimizer(Module()),
+        ):
+            self.made(monkeypatch, lambda module: [torch.optim.SGD(module.parameters()) for _ in range(2)])
+
+    @pytest.mark.filterwarnings("ignore:.*configure_optimizers.*returned .None.")
+    def test_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module, optimizers = self.made(monkeypatch, lambda _: None)
+        for made in (optimizers, []):
+            with pytest.raises(ConfigurationError, match=r"Module\.configure_optimizers returned no optimizer.*Return a"):
+                require_optimizer(module, made)
+
+    @pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("multiple optimizers")], ids=repr)
+    def test_other_errors_pass(self, error: Exception) -> None:
+        with pytest.raises(type(error)) as raised, requiring_one_optimizer(Module()):
+            raise error
+        assert raised.value is error
+
+
+def test_audits_need_a_second_replica() -> None:
+    with pytest.raises(ConfigurationError, match=r"audit_rate=0.1\) needs at least 2 replicas.*this mesh has 1"):
+        check_replicas(Mesh(stages=4, replicas=1), Verification(), Response(audit_rate=0.1))
+    check_replicas(Mesh(stages=4, replicas=2), Verification(), Response(audit_rate=0.1))
+
+
+def test_a_ban_without_a_second_replica_is_announced_to_end_the_run(recwarn: pytest.WarningsRecorder) -> None:
+    check_replicas(Mesh(stages=4, replicas=1), None, Response())
+    check_replicas(Mesh(stages=4, replicas=1), Verification(), Response(on_flag="log", ban_after=None))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="the first ban ends the run"):
+        check_replicas(Mesh(stages=4, replicas=1), Verification(), Response())
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(5, True), (6, False)])
+def test_a_warm_up_that_outlasts_the_run_is_announced(steps: int, warns: bool) -> None:
+    strategy = ls.SentinelStrategy(stages=2, replicas=2, engine="virtual", verification=ls.Verification(warmup_steps=5))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tasks.trainer(strategy, 1, steps).fit(tasks.Classifier("sgd"), tasks.loader(16))
+    assert any("outlasts this run of 5 training batches" in str(one.message) for one in caught) == warns
+
+
+@pytest.mark.parametrize("features", [["gradients"], "temporal", ["input_output", "l3"]], ids=str)
+def test_features_that_are_none_are_named_when_the_strategy_is_made(features: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"Verification\.features"):
+        ls.SentinelStrategy(stages=2, verification=ls.Verification(features=features))
+
+
+def test_bans_and_aggregations_that_cannot_work_are_refused() -> None:
+    mesh, banned = Mesh(stages=2, replicas=2), Response(banned=[Worker(1, 2)])
+    with pytest.raises(ConfigurationError, match=r"worker \(stage 1, replica 2\) is not in the mesh"):
+        check_replicas(mesh, Verification(), banned)
+    with pytest.raises(ConfigurationError, match=r"has no effect with verification=None"):
+        check_replicas(Mesh(2, 3), None, banned)
+    check_replicas(Mesh(2, 3), Verification(), banned)
+    with pytest.raises(ConfigurationError, match=r"aggregation='median'\) needs at least 3 replicas.*has 2"):
+        check_replicas(mesh, Verification(), Response(aggregation="median"))
+    check_replicas(Mesh(2, 3), None, Response(aggregation="median"))
