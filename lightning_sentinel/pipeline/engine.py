@@ -1,8 +1,8 @@
 """The process engine: DeepSpeed's ``PipelineEngine`` with one worker in this process.
 
 Taken from DeepSpeed: the 1F1B schedule, the distribution of the model, and the optimizer step. Ours: who serves which lane, how a
-micro-batch is loaded and its loss computed (by the user's own step), what crosses a boundary and how, the instructions that tamper
-and verify, and the reduction and clipping of gradients, which banned workers must have no part in.
+micro-batch is loaded and its loss computed (by the user's own step), what crosses a boundary and how (``boundaries``), and the
+reduction and clipping of gradients, which banned workers must have no part in.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule as ds_schedule
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.config import Response
-from lightning_sentinel.mesh import Boundary, Direction, Worker
+from lightning_sentinel.mesh import Direction, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
+from lightning_sentinel.pipeline.boundaries import StageBoundaries
 from lightning_sentinel.pipeline.data.supply import Supply, Work
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
+from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.healthy import HealthyStage
 from lightning_sentinel.pipeline.gradients.held import HeldGradients
 from lightning_sentinel.pipeline.gradients.shares import Shares
 from lightning_sentinel.pipeline.gradients.ties import TiedStages
-from lightning_sentinel.pipeline.messages.headers import NOTES, SIGNALS, Kind, Place
 from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.randomness import Draws
@@ -44,13 +44,13 @@ from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import plain
 from lightning_sentinel.pipeline.results.predictions import share_predictions
 from lightning_sentinel.pipeline.stages.partition import StageModel
-from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches, StepRunner, checked_signal, input_gradient, loss_of
+from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches, StepRunner, checked_signal, loss_of
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["SentinelEngine"]
 
 
-class SentinelEngine(PipelineEngine):  # type: ignore[misc]
+class SentinelEngine(StageBoundaries):
     """Runs one worker's part of the pipeline; see :class:`lightning_sentinel.pipeline.face.Engine` for what each method does.
 
     Args:
@@ -62,8 +62,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         response: what follows from a flag, and how gradients are aggregated.
         timeout: how long ranks of a stage wait for each other.
         seed: of the random numbers in forward passes; the same on all ranks.
-        clip_norm: clip the norm of all stages' gradients to this; 0 does not clip.
+        clipping: of gradients.
         arithmetic: the precision that the stage computes in.
+        zero: whether each worker keeps only a part of the optimizer's state.
     """
 
     def __init__(
@@ -76,8 +77,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         response: Response,
         timeout: timedelta,
         seed: int,
-        clip_norm: float,
+        clipping: Clipping,
         arithmetic: Arithmetic,
+        zero: bool,
     ) -> None:
         pipeline, stage = stage_model.pipeline, stage_model.stage
         assert stage is not None
@@ -109,7 +111,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._stage_parameters = list(self.module.parameters())
         self._held = HeldGradients(self._stage_parameters)
         tied = TiedStages(stage_model.ties, stage_model.layers.module, mesh, self.worker.stage)
-        self._healthy = HealthyStage(stage, mesh, self.worker, response, clip_norm, timeout, self.device, tied)
+        self._healthy = HealthyStage(stage, mesh, self.worker, response, clipping, timeout, self.device, tied, zero)
         self._healthy.make_equal(self._banned)
         self._rewind: Rewind | None = None
         self._kept = Kept()
@@ -234,8 +236,13 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     def apply_gradients(self) -> None:
         self._healthy.clip()
-        if not self._arithmetic.step(self.optimizer):
-            self._exec_optimizer_step()
+        with self._healthy.stepping():
+            if not self._arithmetic.step(self.optimizer):
+                self._exec_optimizer_step()
+
+    @property
+    def stepped_by_others(self) -> frozenset[int]:
+        return self._healthy.stepped_by_others(self._banned)
 
     def discard_gradients(self) -> None:
         self.zero_grad()
@@ -288,41 +295,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
                 self._running_engine_backward = False
         self.pipe_buffers["outputs"][buffer_id] = self.pipe_buffers["output_tensors"][buffer_id] = None
 
-    def _exec_send_activation(self, buffer_id: int, micro_batch: int) -> None:
-        self._send(Direction.ACTIVATION, buffer_id, micro_batch)
-
-    def _exec_send_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        self._send(Direction.GRADIENT, buffer_id, micro_batch)
-        self.pipe_buffers["inputs"][buffer_id] = None
-
-    def _exec_recv_activation(self, buffer_id: int, micro_batch: int) -> None:
-        sender, place = self._peer(self.stage_id - 1), self._place(Kind.ACTIVATION, micro_batch)
-        signal, tainted = self._inbox.activation(sender, place, self._work[micro_batch].samples)
-        self._kept.keep(self._kept.received, Direction.ACTIVATION, micro_batch, signal)
-        self.pipe_buffers["inputs"][buffer_id] = signal.requires_grad_()
-        self.pipe_buffers["taints"][buffer_id] = tainted
-
-    def _exec_recv_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        output, place = self.pipe_buffers["outputs"][buffer_id], self._place(Kind.GRADIENT, micro_batch)
-        signal, tainted = self._inbox.gradient(self._peer(self.stage_id + 1), place, output)
-        self._kept.keep(self._kept.received, Direction.GRADIENT, micro_batch, signal)
-        self.pipe_buffers["output_tensors"][buffer_id] = signal
-        self.pipe_buffers["taints"][buffer_id] = tainted
-
-    def _exec_verify_activation(self, buffer_id: int, micro_batch: int) -> None:
-        signal = self._verified(Direction.ACTIVATION, self.pipe_buffers["inputs"][buffer_id].detach(), buffer_id, micro_batch)
-        self.pipe_buffers["inputs"][buffer_id] = signal.requires_grad_()
-
-    def _exec_verify_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        signal = self.pipe_buffers["output_tensors"][buffer_id]
-        self.pipe_buffers["output_tensors"][buffer_id] = self._verified(Direction.GRADIENT, signal, buffer_id, micro_batch)
-
-    def _exec_tamper_activation(self, buffer_id: int, micro_batch: int) -> None:
-        self._tamper(Direction.ACTIVATION, self.pipe_buffers["inputs"][buffer_id], buffer_id, micro_batch)
-
-    def _exec_tamper_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        self._tamper(Direction.GRADIENT, self._received_gradient, buffer_id, micro_batch)
-
     # ------------------------------------------------------------------------------------------- what the instructions share
 
     @contextmanager
@@ -336,65 +308,11 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         with self._forward_context():
             yield
 
-    def _peer(self, stage: int) -> int:
-        """The rank that serves another stage of this lane."""
-        lane = self._wiring.lane(self.worker)
-        assert lane is not None, "a worker without a lane has no peers"
-        return self._mesh.rank(self._wiring.worker(stage, lane))
-
-    def _place(self, kind: Kind, micro_batch: int) -> Place:
-        return Place(self._runs, micro_batch, kind)
-
     def _part(self, micro_batch: int) -> tuple[Any, ...]:
         return (self._work[micro_batch].batch, *self._arguments[1:])
 
-    def _verified(self, direction: Direction, signal: Tensor, buffer_id: int, micro_batch: int) -> Tensor:
-        if self.guard is None:
-            return signal
-        boundary = Boundary(self.stage_id - (direction is Direction.ACTIVATION), direction)
-        tainted, before = self.pipe_buffers["taints"][buffer_id], self._mesh.before(boundary)
-        received = None
-        if before is not None and self.guard.compares_inputs:
-            received = self._inbox.note(self._peer(before.sender), self._place(NOTES[direction], micro_batch))
-        signal, tainted = self.guard.receive(boundary, signal, tainted.view(1), received)
-        self.pipe_buffers["taints"][buffer_id] = tainted[0]
-        return signal
-
-    def _tamper(self, direction: Direction, received: Tensor | None, buffer_id: int, micro_batch: int) -> None:
-        if self.adversary is not None and self.worker in self.adversary.workers:
-            signal = self._outgoing(buffer_id, direction)
-            self._altered = self.adversary.tamper(signal, self.worker, direction, self._step, micro_batch, received)
-
-    def _outgoing(self, buffer_id: int, direction: Direction) -> Tensor:
-        if direction is Direction.ACTIVATION:
-            return self.pipe_buffers["outputs"][buffer_id].detach()
-        return input_gradient(self.pipe_buffers["inputs"][buffer_id], self.stage_id)
-
-    def _send(self, direction: Direction, buffer_id: int, micro_batch: int) -> None:
-        # An altered copy: the tensor itself is what the backward pass of this stage starts from.
-        signal, self._altered = (self._outgoing(buffer_id, direction) if self._altered is None else self._altered), None
-        self._kept.keep(self._kept.sent, direction, micro_batch, signal)
-        boundary = Boundary(self.stage_id - (direction is Direction.GRADIENT), direction)
-        taint, place = self.pipe_buffers["taints"][buffer_id], self._place(SIGNALS[direction], micro_batch)
-        news = direction is Direction.ACTIVATION and self._inbox.is_news(micro_batch)
-        self._transport.send(signal, taint, self._peer(boundary.receiver), place, news)
-        after = self._mesh.after(boundary)
-        if self.guard is not None and after is not None and self._step_name == "training_step":
-            note = self.guard.project(after, signal)
-            if note is not None:
-                place = self._place(NOTES[direction], micro_batch)
-                self._transport.send_note(note.values, note.channels, self._peer(after.receiver), place)
-
-    _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
+    _INSTRUCTION_MAP = StageBoundaries._INSTRUCTION_MAP | {
         ds_schedule.LoadMicroBatch: _exec_load_micro_batch,
         ds_schedule.ForwardPass: _exec_forward_pass,
         ds_schedule.BackwardPass: _exec_backward_pass,
-        ds_schedule.SendActivation: _exec_send_activation,
-        ds_schedule.RecvActivation: _exec_recv_activation,
-        ds_schedule.SendGrad: _exec_send_gradient,
-        ds_schedule.RecvGrad: _exec_recv_gradient,
-        schedule.TamperActivation: _exec_tamper_activation,
-        schedule.TamperGradient: _exec_tamper_gradient,
-        schedule.VerifyActivation: _exec_verify_activation,
-        schedule.VerifyGradient: _exec_verify_gradient,
     }

@@ -31,6 +31,10 @@ class Engine(Protocol):
     def left_out(self) -> frozenset[Worker]:
         """Workers whose gradients :meth:`reduce_gradients` does not ask for."""
 
+    @property
+    def stepped_by_others(self) -> frozenset[int]:
+        """Parameters, by ``id``, of which another rank keeps the optimizer's state."""
+
     def reseed(self, seed: int) -> None:
         """Let forward passes draw what they would have drawn in a run of this seed."""
 

@@ -23,6 +23,7 @@ from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline.data.dealing import deal
 from lightning_sentinel.pipeline.exchange import StepOutcome
+from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.held import HeldGradients, scale_gradients
 from lightning_sentinel.pipeline.gradients.shares import Shares
 from lightning_sentinel.pipeline.gradients.ties import Untied
@@ -50,7 +51,7 @@ class VirtualEngine:
         guard: of all boundaries and replicas; ``None`` for a plain pipeline.
         device: where the module is.
         seed: of the random numbers in forward passes.
-        clip_norm: clip the norm of all gradients to this; 0 does not clip.
+        clipping: of gradients.
         activation_checkpointing: recompute the activations of a layer in its backward pass instead of keeping them.
         forward_context: entered around every forward pass.
     """
@@ -63,7 +64,7 @@ class VirtualEngine:
         guard: Guard | None,
         device: torch.device,
         seed: int,
-        clip_norm: float = 0.0,
+        clipping: Clipping = Clipping(),  # noqa: B008 - immutable
         activation_checkpointing: bool = False,
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -75,7 +76,7 @@ class VirtualEngine:
         self._optimizer = optimizer
         self._steps = steps
         self._device = device
-        self._clip_norm = clip_norm
+        self._clipping = clipping
         self._seed = seed
         self._side_by_side = SideBySide(device, activation_checkpointing)
         self._forward_context = forward_context
@@ -291,6 +292,8 @@ class VirtualEngine:
 
     # ------------------------------------------------------------------------------------------------- gradients and weights
 
+    stepped_by_others: frozenset[int] = frozenset()
+
     def hold_gradients(self) -> None:
         self._held.hold()
 
@@ -304,8 +307,10 @@ class VirtualEngine:
 
     def apply_gradients(self) -> None:
         assert self._optimizer is not None
-        if self._clip_norm > 0:
-            nn.utils.clip_grad_norm_(self._untied.owners, self._clip_norm)
+        limit, by = self._clipping
+        if limit > 0:
+            clip = nn.utils.clip_grad_value_ if by == "value" else nn.utils.clip_grad_norm_
+            clip(self._untied.owners, limit)
         self._optimizer.step()
         self.discard_gradients()
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -41,6 +42,7 @@ class StageCheckpoints(LastingBans):
     _randomness: SeparateRandomness | None
     _saved_groups: list[list[str]]
     _sharded: bool
+    _zero_stage: int
     _saved_names: list[str] | None
     """Keys of the module in the sharded checkpoint that was read; ``None`` if it was an ordinary one."""
     _position: DataPosition
@@ -84,7 +86,7 @@ class StageCheckpoints(LastingBans):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The unsplit module's optimizer state on rank zero, nothing elsewhere; a collective. Sharded, this stage's part."""
-        plain, tensors = stage_files.optimizer_part(optimizer, self._parameter_names())
+        plain, tensors = self._whole_stage(*stage_files.optimizer_part(optimizer, self._parameter_names()))
         if self._sharded:
             return {"plain": plain, "tensors": tensors}
         parts = self._from_stages(plain, tensors)
@@ -94,6 +96,16 @@ class StageCheckpoints(LastingBans):
             parts, _options(optimizer), self._running_stage_model.parameter_names
         )
         return state
+
+    def _whole_stage(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> stage_files.Part:
+        """The optimizer state of the whole stage, on the rank that speaks for it; a collective."""
+        if self._zero_stage == 0:
+            return plain, tensors
+        stage, banned = self.mesh.worker(self.global_rank).stage, self.ledger.banned
+        ranks = [rank for rank in self.mesh.stage_ranks(stage) if self.mesh.worker(rank) not in banned]
+        with self._at_work():
+            parts = stage_files.collect(plain, tensors, ranks, to=stage_files.speakers(self.mesh, banned)[stage])
+        return stage_files.join_optimizer_parts(parts) if parts else (plain, {})
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -249,16 +261,21 @@ class StageCheckpoints(LastingBans):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Continue a run: the optimizer, the place in the data, and what the verifiers and the ledger had learned."""
         section = checkpoint.get(SECTION, {})
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
-            groups = section["optimizer_groups"] if section else self._named_groups(saved, optimizer)
-            own = stage_files.own_optimizer_state(saved, groups, optimizer, self._parameter_names())
-            optimizer.load_state_dict(own)
         self._return_to = {}
-        if not section:
+        if section:
+            self._resume_run(section)
+        else:
             # Of a run without this strategy: its steps are Lightning's batches, and there is nothing else to know.
             assert self.lightning_module is not None
             self.step = self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-            return
+        assert self._engine is not None
+        others = self._engine.stepped_by_others
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
+            groups = section["optimizer_groups"] if section else self._named_groups(saved, optimizer)
+            own = stage_files.own_optimizer_state(saved, groups, optimizer, self._parameter_names(), others)
+            optimizer.load_state_dict(own)
+
+    def _resume_run(self, section: Mapping[str, Any]) -> None:
         self.step = section["step"]
         written_on = Mesh(*section.get("mesh", (self.mesh.stages, self.mesh.replicas)))
         self._resume_randomness(section, written_on)

@@ -32,6 +32,7 @@ from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
+from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.shares import CleanShares
 from lightning_sentinel.pipeline.logs import replay, silence_misleading_warnings
 from lightning_sentinel.pipeline.messages.transport import Transport
@@ -83,7 +84,8 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
             batch is the whole mesh's, and is dealt to the replicas as a distributed sampler would deal the samples.
         partition: how layers are dealt to stages: ``"parameters"``, ``"uniform"`` or ``"type:REGEX"``.
         sequential: name of the ``nn.Sequential`` to cut, if the module has several.
-        zero_stage: 0; DeepSpeed's ZeRO is not supported yet.
+        zero_stage: with 1 each worker of a stage keeps the optimizer's state of some of its parameters (ZeRO stage 1): a
+            ``replicas``-th of its memory. Nobody can be banned then, because a worker would take with it what only it has.
         activation_checkpointing: recompute activations in the backward pass instead of keeping them.
         transport: ``"device"`` sends tensors from where they are, ``"host"`` through host memory, ``"auto"`` decides.
         state_dict_type: ``"full"`` saves one ordinary file; with ``"sharded"`` a checkpoint is a directory to which each stage
@@ -146,6 +148,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         self._last_loss = math.nan
         self._saved_groups, self._filed = [], None
         self._sharded, self._saved_names, self._return_to = state_dict_type == "sharded", None, None
+        self._zero_stage = zero_stage
         self._position = DataPosition()
 
     def __repr__(self) -> str:
@@ -247,16 +250,17 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
 
         assert self.lightning_module is not None
         steps, guard = StepRunner(self.lightning_module, model.layers.entry), self._kept_guard()
-        clip_norm = float(self._trainer.gradient_clip_val or 0.0)
+        clipping = Clipping.of(self._trainer)
         if self._virtual:
             context = self.precision_plugin.forward_context
             return VirtualEngine(
-                model, optimizer, steps, guard, self.root_device, seed, clip_norm, self._activation_checkpointing, context
+                model, optimizer, steps, guard, self.root_device, seed, clipping, self._activation_checkpointing, context
             )
         arithmetic = Arithmetic(self.precision_plugin, self.root_device)
         transport = Transport(self.root_device, self._transport)
         response, timeout = self._response, self._timeout
-        return SentinelEngine(model, optimizer, steps, transport, guard, response, timeout, seed, clip_norm, arithmetic)
+        zero = self._zero_stage == 1
+        return SentinelEngine(model, optimizer, steps, transport, guard, response, timeout, seed, clipping, arithmetic, zero)
 
     def _kept_guard(self) -> Guard | None:
         """Made once: what the verifiers have learned outlives a ``validate`` after ``fit``, and goes into later checkpoints."""

@@ -63,9 +63,20 @@ def check_settings(
             f"Response(aggregation={response.aggregation!r}) needs engine='process': the virtual mesh computes the gradients of all"
             " replicas of a stage at once, so that there is nothing to aggregate. Use aggregation='mean'."
         )
-    if zero_stage != 0:
+    if zero_stage not in (0, 1):
         raise ConfigurationError(
-            f"zero_stage={zero_stage} is not supported yet: the optimizer's state could not be saved. Use zero_stage=0."
+            f"zero_stage={zero_stage} cannot be used with a pipeline: gradients and weights of a stage are needed whole. Use"
+            " zero_stage=1, which shards the optimizer's state, or 0."
+        )
+    if zero_stage == 1 and engine == "virtual":
+        raise ConfigurationError(
+            "zero_stage=1 needs engine='process': on a virtual mesh all replicas of a stage share one optimizer state. Use"
+            " zero_stage=0."
+        )
+    if zero_stage == 1 and verification is not None and response.ban_after is not None:
+        raise ConfigurationError(
+            f"zero_stage=1 contradicts Response(ban_after={response.ban_after}): a banned worker would take with it the optimizer"
+            " state that only it has. Use zero_stage=0, or ban_after=None, or verification=None."
         )
 
 
@@ -121,11 +132,6 @@ def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer) -> None:
                 f"{name}.{step} takes dataloader_iter, but it runs for each micro-batch, and batches are dealt before. Take batch"
                 " instead."
             )
-    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm not in (None, "norm"):
-        raise ConfigurationError(
-            f"Trainer(gradient_clip_algorithm={str(trainer.gradient_clip_algorithm.value)!r}) cannot be used with a pipeline:"
-            " gradients are clipped by the norm over all stages. Use gradient_clip_algorithm='norm'."
-        )
     if is_overridden("configure_gradient_clipping", module, L.LightningModule):
         raise ConfigurationError(
             f"{name}.configure_gradient_clipping would see one stage's gradients only. Remove it, and clip by the norm over all"

@@ -118,20 +118,29 @@ def go_on(legs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs one after the other, each on a mesh of its own.
 
     Args:
-        legs: of each run its ``mesh``, ``optimizer``, last ``step``, and what to load ``source`` and save ``target`` as ``form``.
+        legs: of each run its ``mesh``, ``optimizer``, last ``step``, stage of ``zero``, and what to load ``source`` and save
+            ``target`` as ``form``.
     """
     found = []
     for leg in legs:
         stages, replicas = leg["mesh"]
         strategy = ls.SentinelStrategy(
-            stages, replicas, micro_batches=3, timeout=tasks.PATIENCE, verification=None, state_dict_type=leg.get("form", "full")
+            stages,
+            replicas,
+            micro_batches=3,
+            timeout=tasks.PATIENCE,
+            verification=None,
+            state_dict_type=leg["form"],
+            zero_stage=leg["zero"],
         )
         module = tasks.Classifier(leg["optimizer"])
         run = tasks.trainer(strategy, stages * replicas, leg["step"])
         run.fit(module, tasks.loader(12 // replicas, replicas), ckpt_path=leg["source"])
         if leg["target"]:
             run.save_checkpoint(leg["target"])
-        found.append({"weights": tasks.local_weights(module), "step": strategy.step})
+        sizes = [p.numel() for p in module.parameters()]
+        kept = [parameter.numel() for parameter in run.optimizers[0].state]
+        found.append({"mesh": leg["mesh"], "zero": leg["zero"], "parameters": sizes, "kept": kept})
     return found
 
 

@@ -109,6 +109,11 @@ def fit(
     settings: dict[str, Any] = {
         "plain": {"verification": None},
         "checkpointing": {"verification": None, "activation_checkpointing": True},
+        "sharding": {
+            "verification": ls.Verification(warmup_steps=2),
+            "response": ls.Response(on_flag="log", ban_after=None),
+            "zero_stage": 1,
+        },
         "excluding": {"verification": ls.Verification(warmup_steps=100)},
         # Fences fitted to so few values flag something, which a run that only reports must survive bit for bit.
         "reporting": {"verification": ls.Verification(warmup_steps=2), "response": ls.Response(on_flag="log", ban_after=None)},

@@ -69,23 +69,26 @@ class TestOtherMeshes:
         optimizer, at = request.param, tmp_path_factory.mktemp(request.param)
         checkpoint_tasks.go_on_alone(optimizer, 8, target=at / "alone")
 
-        def leg(mesh: tuple[int, int], step: int, source: str | None, target: str, form: str = "full") -> dict[str, Any]:
+        def leg(
+            mesh: tuple[int, int], step: int, source: str | None, target: str, form: str = "full", zero: int = 0
+        ) -> dict[str, Any]:
             names = {"source": None if source is None else at / source, "target": at / target}
-            return {"mesh": mesh, "step": step, "form": form, "optimizer": optimizer, **names}
+            return {"mesh": mesh, "step": step, "form": form, "optimizer": optimizer, "zero": zero, **names}
 
         middle = [
-            leg((2, 2), 4, None, "2x2 at 4", "sharded"),
-            leg((1, 4), 8, "2x2 at 4", "1x4 at 8"),
+            leg((2, 2), 4, None, "2x2 at 4", "sharded", zero=1),
+            leg((1, 4), 8, "2x2 at 4", "1x4 at 8", zero=1),
             leg((4, 1), 8, "2x2 at 4", "4x1 at 8", "sharded"),
-            leg((2, 2), 12, "4x1 at 8", "2x2, 4x1, 2x2"),
+            leg((2, 2), 12, "4x1 at 8", "2x2, 4x1, 2x2", zero=1),
             leg((1, 4), 12, "1x4 at 8", "2x2, 1x4"),
-            leg((2, 2), 12, "alone", "alone, 2x2"),
+            leg((2, 2), 12, "alone", "alone, 2x2", zero=1),
         ]
-        world.run(checkpoint_tasks.go_on, 4, middle)
+        ranks = world.run(checkpoint_tasks.go_on, 4, middle)
         world.run(checkpoint_tasks.go_on, 3, [leg((3, 1), 12, "4x1 at 8", "2x2, 4x1, 3x1", "sharded")])
         consolidate(at / "4x1 at 8", at / "consolidated")
         consolidate(at / "2x2, 4x1, 3x1", at / "2x2, 4x1, 3x1, consolidated")
-        found = {"at": at, "tolerance": TOLERANCE[optimizer], "weights": checkpoint_tasks.go_on_alone(optimizer, 12)["weights"]}
+        found: dict[str, Any] = {"at": at, "ranks": ranks}
+        found |= {"tolerance": TOLERANCE[optimizer], "weights": checkpoint_tasks.go_on_alone(optimizer, 12)["weights"]}
         for source in ("alone", "1x4 at 8", "consolidated"):
             found[source] = checkpoint_tasks.go_on_alone(optimizer, 12, at / source)["weights"]
         return found
@@ -96,6 +99,19 @@ class TestOtherMeshes:
             saved = torch.load(runs["at"] / way, weights_only=True)
             assert saved["global_step"] == 12, way
             close(saved["state_dict"], runs["weights"], runs["tolerance"], way)
+
+    def test_with_zero_each_parameter_has_its_state_on_one_rank_of_its_stage(self, runs: dict[str, Any]) -> None:
+        for legs in zip(*runs["ranks"]):
+            stages, replicas = legs[0]["mesh"]
+            for stage in range(stages):
+                ranks = legs[stage * replicas : (stage + 1) * replicas]
+                assert len({tuple(rank["parameters"]) for rank in ranks}) == 1
+                if not ranks[0]["zero"]:
+                    assert all(sorted(rank["kept"]) == sorted(rank["parameters"]) for rank in ranks)
+                    continue
+                assert sorted(size for rank in ranks for size in rank["kept"]) == sorted(ranks[0]["parameters"])
+                loads = [sum(rank["kept"]) for rank in ranks]
+                assert max(loads) - min(loads) <= max(ranks[0]["parameters"])
 
     def test_plain_lightning_goes_on_as_from_its_own_checkpoint(self, runs: dict[str, Any]) -> None:
         """Which is not as if it had never stopped: in the middle of a run of ``max_steps`` it trains on the first batch twice."""

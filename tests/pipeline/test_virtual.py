@@ -27,7 +27,13 @@ def virtual(stages: int, replicas: int, **options: Any) -> ls.SentinelStrategy:
 @pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (3, 2), (5, 8)])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_clip_val": 0.05}, {"accumulate_grad_batches": 2, "limit_val_batches": 2, "val_check_interval": 2}]
+    "options",
+    [
+        {},
+        {"gradient_clip_val": 0.05},
+        {"gradient_clip_val": 0.002, "gradient_clip_algorithm": "value"},
+        {"accumulate_grad_batches": 2, "limit_val_batches": 2, "val_check_interval": 2},
+    ],
 )
 def test_weights_and_logs_equal_a_run_without_it(optimizer: str, stages: int, replicas: int, options: dict[str, Any]) -> None:
     alone = tasks.fit_alone(optimizer, 3, 16, options)

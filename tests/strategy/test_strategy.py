@@ -50,10 +50,19 @@ class TestArguments:
     def test_known_partitions(self, partition: str) -> None:
         ls.SentinelStrategy(partition=partition)
 
-    @pytest.mark.parametrize("zero_stage", [1, 2, 3])
+    @pytest.mark.parametrize("zero_stage", [2, 3])
     def test_zero(self, zero_stage: int) -> None:
-        with pytest.raises(ls.SentinelError, match=rf"zero_stage={zero_stage} is not supported yet.*Use zero_stage=0"):
+        with pytest.raises(ConfigurationError, match=rf"zero_stage={zero_stage} cannot be used.*Use zero_stage=1.*or 0"):
             ls.SentinelStrategy(zero_stage=zero_stage)
+
+    def test_zero_where_a_ban_would_lose_state(self) -> None:
+        with pytest.raises(ConfigurationError, match=r"zero_stage=1 contradicts Response\(ban_after=5\).*ban_after=None"):
+            ls.SentinelStrategy(zero_stage=1)
+        ls.SentinelStrategy(zero_stage=1, response=ls.Response(ban_after=None))
+
+    def test_zero_on_a_virtual_mesh(self) -> None:
+        with pytest.raises(ConfigurationError, match=r"zero_stage=1 needs engine='process'.*Use zero_stage=0"):
+            ls.SentinelStrategy(zero_stage=1, engine="virtual", verification=None)
 
     def test_transport(self) -> None:
         with pytest.raises(ConfigurationError, match=r"transport='hots'.*'auto'"):

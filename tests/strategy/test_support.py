@@ -70,12 +70,6 @@ def test_an_iterator_for_a_batch() -> None:
         refuse_unsupported(Iterating(), trainer())
 
 
-def test_clipping_by_value() -> None:
-    run = trainer(gradient_clip_val=1.0, gradient_clip_algorithm="value")
-    with pytest.raises(ConfigurationError, match=r"gradient_clip_algorithm='value'\) cannot.*gradient_clip_algorithm='norm'"):
-        refuse_unsupported(Module(), run)
-
-
 def test_clipping_of_the_users_own() -> None:
     with pytest.raises(ConfigurationError, match=r"Clipping\.configure_\w+ would see one stage's.*Trainer\(gradient_clip_val"):
         refuse_unsupported(Clipping(), trainer())

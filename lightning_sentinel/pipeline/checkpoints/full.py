@@ -22,6 +22,7 @@ __all__ = [
     "Part",
     "collect",
     "group_names",
+    "join_optimizer_parts",
     "merge_optimizer_states",
     "optimizer_of",
     "optimizer_part",
@@ -55,28 +56,29 @@ def speakers(mesh: Mesh, banned: Collection[Worker] = ()) -> list[int]:
 
 
 def collect(
-    plain: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Sequence[int], most_bytes: int = MOST_BYTES
+    plain: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Sequence[int], most_bytes: int = MOST_BYTES, to: int = 0
 ) -> list[Part]:
-    """Bring parts to rank zero; to be called by all ranks. One process has all there is.
+    """Bring parts to one rank; to be called by all of them. One process has all there is.
 
     Args:
         plain: what JSON can say.
         tensors: the rest.
-        ranks: that have a part. Rank zero gets them, whether it is one of them or not.
+        ranks: that have a part.
         most_bytes: that a part may have.
+        to: the rank that gets them, whether it is one of them or not.
 
     Returns:
-        on rank zero the parts, in the order of ``ranks``, on the host; elsewhere nothing.
+        there the parts, in the order of ``ranks``, on the host; elsewhere nothing.
     """
     mine = (dict(plain), {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     if not dist.is_initialized():
         return [mine]
     rank = dist.get_rank()
-    if rank != 0:
+    if rank != to:
         if rank in ranks:
-            send_parcel(mine, 0)
+            send_parcel(mine, to)
         return []
-    return [mine if speaker == 0 else receive_parcel(speaker, most_bytes) for speaker in ranks]
+    return [mine if speaker == to else receive_parcel(speaker, most_bytes) for speaker in ranks]
 
 
 def select_state(
@@ -122,6 +124,21 @@ def optimizer_part(optimizer: Optimizer, names: Mapping[int, str]) -> Part:
                 else:
                     plain["numbers"].append([names[id(parameter)], key, value])
     return plain, tensors
+
+
+def join_optimizer_parts(parts: Sequence[Part]) -> Part:
+    """One part of those that workers of a stage have, each of other parameters.
+
+    Example:
+        >>> import torch
+        >>> groups = [["a", "b"]]
+        >>> mine = ({"groups": groups, "numbers": []}, {"a/mean": torch.ones(1)})
+        >>> yours = ({"groups": groups, "numbers": [["b", "seen", 3]]}, {})
+        >>> join_optimizer_parts([mine, yours])
+        ({'groups': [['a', 'b']], 'numbers': [['b', 'seen', 3]]}, {'a/mean': tensor([1.])})
+    """
+    numbers = [entry for plain, _ in parts for entry in plain["numbers"]]
+    return {**parts[0][0], "numbers": numbers}, {path: tensor for _, tensors in parts for path, tensor in tensors.items()}
 
 
 def optimizer_of(part: Part, parameters: Collection[str]) -> Part:
@@ -175,7 +192,11 @@ def merge_optimizer_states(
 
 
 def own_optimizer_state(
-    saved: Mapping[str, Any], groups: Sequence[Sequence[str]], optimizer: Optimizer, names: Mapping[int, str]
+    saved: Mapping[str, Any],
+    groups: Sequence[Sequence[str]],
+    optimizer: Optimizer,
+    names: Mapping[int, str],
+    others: Collection[int] = (),
 ) -> dict[str, Any]:
     """The part of a merged optimizer state that belongs to this stage's optimizer, ready for its ``load_state_dict``.
 
@@ -184,6 +205,7 @@ def own_optimizer_state(
         groups: parameter names of each group.
         optimizer: over this stage's parameters.
         names: ``id`` of a parameter to its name.
+        others: parameters, by ``id``, of which another rank keeps the state.
 
     Raises:
         ConfigurationError: if the number of parameter groups differs, or the state is that of other parameters.
@@ -202,6 +224,7 @@ def own_optimizer_state(
             entry = saved["state"].get(number[names[id(parameter)]])
             if entry is not None:
                 _require_shape(entry, parameter, names[id(parameter)])
+            if entry is not None and id(parameter) not in others:
                 # Copies: what was read may be a mapped file.
                 state[index] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
         named = {"param_names": group["param_names"]} if "param_names" in group else {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sentinel.config import Response
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.reduction import (
     StageGroups,
     clip_by_global_norm,
@@ -19,6 +22,7 @@ from lightning_sentinel.pipeline.gradients.reduction import (
 )
 from lightning_sentinel.pipeline.gradients.shares import Shares
 from lightning_sentinel.pipeline.gradients.ties import TiedStages
+from lightning_sentinel.pipeline.gradients.zero import OptimizerShards
 
 __all__ = ["HealthyStage"]
 
@@ -31,10 +35,11 @@ class HealthyStage:
         mesh: all workers.
         worker: that this rank is.
         response: how gradients are aggregated.
-        clip_norm: clip the norm of all stages' gradients to this; 0 does not clip.
+        clipping: of gradients.
         timeout: how long ranks of a stage wait for each other.
         device: of the stage.
         tied: what the stage shares with others.
+        zero: whether each worker keeps only a part of the optimizer's state.
     """
 
     def __init__(
@@ -43,21 +48,26 @@ class HealthyStage:
         mesh: Mesh,
         worker: Worker,
         response: Response,
-        clip_norm: float,
+        clipping: Clipping,
         timeout: timedelta,
         device: torch.device,
         tied: TiedStages,
+        zero: bool,
     ) -> None:
         self._stage, self._parameters = stage, list(stage.parameters())
         self._mesh, self._worker = mesh, worker
-        self._response, self._clip_norm, self._device = response, clip_norm, device
+        self._response, self._clipping, self._device = response, clipping, device
         self._tied = tied
         self._groups = StageGroups(mesh, mesh.rank(worker), timeout, tied.sets)
         self._group: dist.ProcessGroup | None = None
+        self._zero = zero
+        self._shards: OptimizerShards | None = None
         self.left_out: frozenset[Worker] = frozenset()
 
     def begin(self, banned: frozenset[Worker]) -> None:
         """Leave these out from now on; to be called by all ranks, before they do any other thing together."""
+        if self._shards is None or banned != self.left_out:
+            self._shards = self._sharded_among_all_but(banned)
         self.left_out, self._group = banned, self._groups.healthy(banned)
 
     @torch.no_grad()
@@ -98,7 +108,30 @@ class HealthyStage:
         self._tied.add_up(self._groups, self.left_out)
 
     def clip(self) -> None:
-        """Clip by the norm over all stages."""
-        if self._clip_norm > 0:
+        """Clip by the norm over all stages, or each value."""
+        limit, by = self._clipping
+        if limit > 0 and by == "value":
+            nn.utils.clip_grad_value_(self._parameters, limit)
+        elif limit > 0:
             elsewhere = self._tied.counted_elsewhere
-            clip_by_global_norm(self._parameters, self._clip_norm, self._mesh, self.left_out, self._device, elsewhere)
+            clip_by_global_norm(self._parameters, limit, self._mesh, self.left_out, self._device, elsewhere)
+
+    def stepped_by_others(self, banned: frozenset[Worker]) -> frozenset[int]:
+        """Parameters, by ``id``, of which this rank keeps no optimizer state."""
+        shards = self._sharded_among_all_but(banned)
+        return frozenset() if shards is None else shards.others
+
+    def _sharded_among_all_but(self, banned: frozenset[Worker]) -> OptimizerShards | None:
+        if not self._zero:
+            return None
+        ranks = [rank for rank in self._mesh.stage_ranks(self._worker.stage) if self._mesh.worker(rank) not in banned]
+        return OptimizerShards(self._parameters, ranks, self._mesh.rank(self._worker))
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Around the optimizer's step."""
+        if self._shards is None or self._group is None:
+            yield
+            return
+        with self._shards.stepping(self._group):
+            yield
