@@ -159,7 +159,8 @@ class StepRunner:
             except _InputCaptured as captured:
                 return captured.value
         raise PipelineModelError(
-            f"{type(self._module).__name__}.{step} never called {self._call}, so nothing goes into the pipeline. Call it once."
+            f"{type(self._module).__name__}.{step} never called {self._call}, so nothing goes into the pipeline. Call it once;"
+            " to skip batches return -1 from on_train_batch_start, or leave them out of the data."
         )
 
     def finish(self, step: str, arguments: tuple[Any, ...], output: Tensor, samples: int, counts: Tensor) -> Any:

@@ -26,7 +26,9 @@ from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
 from lightning_sentinel.pipeline.randomness import SeparateRandomness
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.stages.partition import StageModel
+from lightning_sentinel.strategy import averaging
 from lightning_sentinel.strategy.bans import LastingBans
+from lightning_sentinel.strategy.support import refuse_resumed_finetuning
 
 __all__ = ["StageCheckpoints"]
 
@@ -44,7 +46,7 @@ class StageCheckpoints(LastingBans):
     _sharded: bool
     _zero_stage: int
     _saved_names: list[str] | None
-    """Keys of the module in the sharded checkpoint that was read; ``None`` if it was an ordinary one."""
+    """Keys of the module in the checkpoint of which this stage's part was read; ``None`` if all of it was."""
     _position: DataPosition
     _seed: int
     _return_to: dict[str, Any] | None
@@ -77,11 +79,14 @@ class StageCheckpoints(LastingBans):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The unsplit module's state on rank zero, nothing elsewhere; a collective. Sharded, this stage's on each rank."""
         assert self.lightning_module is not None
-        model, state = self._running_stage_model, self.lightning_module.state_dict()
+        state = self.lightning_module.state_dict()
         if self._sharded:
             return state
+        return self._whole_state(state)
+
+    def _whole_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         merged = {name: value for _, tensors in self._from_stages({}, state) for name, value in tensors.items()}
-        return {name: merged[name] for name in model.state_names if name in merged}
+        return {name: merged[name] for name in self._running_stage_model.state_names if name in merged}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -123,6 +128,8 @@ class StageCheckpoints(LastingBans):
         if self._sharded:
             self._save_parts(checkpoint, filepath, storage_options)
             return
+        if averaging.CURRENT in checkpoint:
+            checkpoint["state_dict"] = self._whole_state(checkpoint["state_dict"])
         failure: Exception | None = None
         try:
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -167,14 +174,15 @@ class StageCheckpoints(LastingBans):
         if not prepared:
             self._agree_that_saved(filepath, failure)
         destination = Destination(*prepared)
-        state, optimizers = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [])
+        states = {key: checkpoint.pop(key) for key in ("state_dict", averaging.CURRENT) if key in checkpoint}
+        optimizers = checkpoint.pop("optimizer_states", [])
         described: dict[str, Any] = {}
         speaking = stage_files.speakers(self.mesh, self.ledger.banned)
         if self._virtual or self.global_rank in speaking:
             try:
                 stage = 0 if self._virtual else self.mesh.worker(self.global_rank).stage
                 parts = [(one["plain"], one["tensors"]) for one in optimizers]
-                described = destination.write_part(stage, state, parts)
+                described = destination.write_part(stage, states, parts)
             except Exception as error:
                 failure, described = error, {"failure": f"{type(error).__name__}: {error}"}
         with self._at_work():
@@ -235,15 +243,17 @@ class StageCheckpoints(LastingBans):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, of a sharded one this stage's part; with ``weights_only=True`` unless Lightning says otherwise."""
+        assert self.lightning_module is not None
+        refuse_resumed_finetuning(self.lightning_module.trainer, self.mesh)
         path, self._saved_names = local_path(checkpoint_path), None
         if path is None or not path.is_dir():
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only=True if weights_only is None else weights_only)
             require_checkpoint(checkpoint, checkpoint_path)
+            self._saved_names = averaging.of_stage(checkpoint, set(self.lightning_module.state_dict()))
             return checkpoint
-        assert self.lightning_module is not None
         saved = ShardedCheckpoint(path)
         checkpoint, self._saved_names = saved.checkpoint, saved.state_names
-        checkpoint["state_dict"] = saved.state_dict(set(self.lightning_module.state_dict()))
+        checkpoint |= saved.states(set(self.lightning_module.state_dict()))
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING and saved.has_optimizer:
             names = frozenset(self._parameter_names().values())
             checkpoint["optimizer_states"], groups = saved.optimizer_states(names)

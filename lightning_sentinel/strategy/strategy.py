@@ -44,6 +44,7 @@ from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.virtual import VirtualEngine
 from lightning_sentinel.strategy.announcements import announce
+from lightning_sentinel.strategy.averaging import copy_again
 from lightning_sentinel.strategy.building import StageBuilding
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
 from lightning_sentinel.strategy.data import PipelineData
@@ -52,6 +53,7 @@ from lightning_sentinel.strategy.support import (
     check_precision,
     check_replicas,
     check_settings,
+    refuse_synchronised_layers,
     refuse_unsupported,
     require_optimizer,
     requiring_one_optimizer,
@@ -200,6 +202,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         trainer = self._trainer
         assert self.lightning_module is not None
         refuse_unsupported(self.lightning_module, trainer)
+        refuse_synchronised_layers(self._layer_sync is not None, self._virtual)
         check_precision(self.precision_plugin, self._verification, self._virtual)
         super().setup_environment()
         if isinstance(self.cluster_environment, RenumberedEnvironment):
@@ -229,6 +232,8 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
             self.model = self.precision_plugin.convert_module(module)
             self.model_to_device()
             fitting = trainer.state.fn == TrainerFn.FITTING
+            if fitting and not self._virtual:
+                copy_again(trainer, module)
             if fitting:
                 with self._something_to_optimize(), requiring_one_optimizer(module):
                     self.setup_optimizers(trainer)

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import lightning as L
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -16,12 +18,15 @@ from torch.optim import Optimizer
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.strategy.averaging import refuse_unequal_epochs
 from lightning_sentinel.verification.features import watched
 
 __all__ = [
     "check_precision",
     "check_replicas",
     "check_settings",
+    "refuse_resumed_finetuning",
+    "refuse_synchronised_layers",
     "refuse_unsupported",
     "require_optimizer",
     "requiring_one_optimizer",
@@ -132,10 +137,20 @@ def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer) -> None:
                 f"{name}.{step} takes dataloader_iter, but it runs for each micro-batch, and batches are dealt before. Take batch"
                 " instead."
             )
+    refuse_unequal_epochs(trainer, module)
     if is_overridden("configure_gradient_clipping", module, L.LightningModule):
         raise ConfigurationError(
             f"{name}.configure_gradient_clipping would see one stage's gradients only. Remove it, and clip by the norm over all"
             " stages with Trainer(gradient_clip_val=...)."
+        )
+
+
+def refuse_synchronised_layers(synchronises: bool, virtual: bool) -> None:
+    """Raise ``ConfigurationError`` for ``Trainer(sync_batchnorm=True)``; on a virtual mesh a BatchNorm sees all replicas anyway."""
+    if synchronises and not virtual:
+        raise ConfigurationError(
+            "Trainer(sync_batchnorm=True) would let replicas wait for each other in every layer, but pipelines reach a layer at"
+            " different times, and banned workers never. Leave it out, or use a norm without statistics, such as GroupNorm."
         )
 
 
@@ -151,6 +166,17 @@ def check_precision(precision: Precision, verification: Verification | None, vir
             "Trainer(precision='16-mixed') needs engine='process' and verification=None: its gradients overflow every now and then,"
             " which is what an attack looks like. Use precision='bf16-mixed', which needs no loss scaling, or verification=None."
         )
+
+
+def refuse_resumed_finetuning(trainer: L.Trainer, mesh: Mesh) -> None:
+    """Raise ``ConfigurationError`` if a callback would look for the parameters of all stages on each rank."""
+    if mesh.stages > 1 and trainer.state.fn == TrainerFn.FITTING:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BaseFinetuning):
+                raise ConfigurationError(
+                    f"{type(callback).__name__} cannot go on from a checkpoint: it keeps the names of all parameters, and a process"
+                    " has only those of its stage. Load the weights only: fit Model.load_from_checkpoint(path), without ckpt_path."
+                )
 
 
 @contextmanager

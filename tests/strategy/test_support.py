@@ -7,8 +7,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -19,6 +21,8 @@ from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.strategy.support import (
     check_precision,
     check_replicas,
+    refuse_resumed_finetuning,
+    refuse_synchronised_layers,
     refuse_unsupported,
     require_optimizer,
     requiring_one_optimizer,
@@ -68,6 +72,38 @@ def test_an_iterator_for_a_batch() -> None:
 
     with pytest.raises(ConfigurationError, match=r"Iterating\.training_step takes dataloader_iter.*Take batch"):
         refuse_unsupported(Iterating(), trainer())
+
+
+class Normed(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+
+def test_an_epoch_more_for_some_stages() -> None:
+    run = trainer(callbacks=[StochasticWeightAveraging(swa_lrs=0.1)])
+    refuse_unsupported(Module(), run)
+    with pytest.raises(ConfigurationError, match=r"StochasticWeightAveraging gives.*stages of Normed.*Use WeightAveraging"):
+        refuse_unsupported(Normed(), run)
+
+
+def test_layers_in_which_replicas_wait_for_each_other() -> None:
+    strategy = ls.SentinelStrategy(2, 2)
+    run = L.Trainer(strategy=strategy, accelerator="cpu", devices=4, sync_batchnorm=True, logger=False, barebones=True)
+    with pytest.raises(ConfigurationError, match=r"sync_batchnorm=True\) would let replicas wait.*GroupNorm"):
+        refuse_synchronised_layers(run.strategy._layer_sync is not None, virtual=False)
+    refuse_synchronised_layers(True, virtual=True)
+    refuse_synchronised_layers(False, virtual=False)
+
+
+def test_names_of_parameters_that_other_stages_have() -> None:
+    run = trainer(callbacks=[BackboneFinetuning()])
+    run.state.fn = TrainerFn.VALIDATING
+    refuse_resumed_finetuning(run, Mesh(2, 1))
+    run.state.fn = TrainerFn.FITTING
+    refuse_resumed_finetuning(run, Mesh(1, 2))
+    with pytest.raises(ConfigurationError, match=r"BackboneFinetuning cannot go on from a checkpoint.*load_from_checkpoint"):
+        refuse_resumed_finetuning(run, Mesh(2, 1))
 
 
 def test_clipping_of_the_users_own() -> None:

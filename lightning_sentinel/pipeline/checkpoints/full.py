@@ -113,9 +113,10 @@ def optimizer_part(optimizer: Optimizer, names: Mapping[int, str]) -> Part:
         optimizer: over this stage's parameters.
         names: ``id`` of a parameter to its name in the unsplit module.
     """
-    plain: dict[str, Any] = {"groups": [], "numbers": []}
+    plain: dict[str, Any] = {"groups": [], "numbers": [], "options": []}
     tensors = {}
     for group in optimizer.param_groups:
+        plain["options"].append({key: value for key, value in group.items() if key != "params" and _is_plain(value)})
         plain["groups"].append([names[id(parameter)] for parameter in group["params"]])
         for parameter in group["params"]:
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -141,18 +142,26 @@ def join_optimizer_parts(parts: Sequence[Part]) -> Part:
     return {**parts[0][0], "numbers": numbers}, {path: tensor for _, tensors in parts for path, tensor in tensors.items()}
 
 
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def optimizer_of(part: Part, parameters: Collection[str]) -> Part:
     """What a part says of some parameters.
 
     Example:
         >>> import torch
-        >>> optimizer_of(({"groups": [["a", "b"]], "numbers": [["b", "seen", 3]]}, {"a/mean": torch.ones(1)}), {"b"})
-        ({'groups': [['b']], 'numbers': [['b', 'seen', 3]]}, {})
+        >>> plain = {"groups": [["a", "b"]], "numbers": [["b", "seen", 3]], "options": [{"lr": 0.1}]}
+        >>> optimizer_of((plain, {"a/mean": torch.ones(1)}), {"b"})
+        ({'groups': [['b']], 'numbers': [['b', 'seen', 3]], 'options': [{'lr': 0.1}]}, {})
     """
     plain, tensors = part
     chosen = {
         "groups": [[name for name in group if name in parameters] for group in plain["groups"]],
         "numbers": [entry for entry in plain["numbers"] if entry[0] in parameters],
+        "options": plain["options"],
     }
     return chosen, {path: tensor for path, tensor in tensors.items() if path.rsplit("/", 1)[0] in parameters}
 
@@ -164,15 +173,18 @@ def merge_optimizer_states(
 
     Args:
         parts: what :func:`optimizer_part` gave on each stage.
-        options: of each parameter group, without its parameters.
+        options: of each parameter group of one stage, without its parameters. Another may have more, made by a callback that adds
+            the parameters of a layer; of those its part says what is plain.
         order: parameter names of the unsplit module.
 
     Returns:
         the state, with parameters numbered group by group in ``order``, and their names by group.
     """
     position = {name: index for index, name in enumerate(order)}
+    most = max((plain["options"] for plain, _ in parts), key=len)
+    options = [*options, *most[len(options) :]]
     groups = [
-        sorted({name for plain, _ in parts for name in plain["groups"][index]}, key=position.__getitem__)
+        sorted({n for plain, _ in parts for names in plain["groups"][index : index + 1] for n in names}, key=position.__getitem__)
         for index in range(len(options))
     ]
     number = {name: index for index, name in enumerate(name for group in groups for name in group)}

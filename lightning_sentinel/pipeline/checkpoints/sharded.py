@@ -52,12 +52,12 @@ class Destination(NamedTuple):
             folder.mkdir(parents=True)
         return cls(str(target), str(folder), uuid.uuid4().hex[:12])
 
-    def write_part(self, stage: int, state: Mapping[str, Tensor], optimizers: Sequence[Part]) -> dict[str, Any]:
+    def write_part(self, stage: int, states: Mapping[str, Mapping[str, Tensor]], optimizers: Sequence[Part]) -> dict[str, Any]:
         """Write what one stage has.
 
         Args:
             stage: its number.
-            state: its entries of the module's ``state_dict``.
+            states: its entries of the module's ``state_dict``, and of what else a checkpoint has with the same keys.
             optimizers: of each optimizer its part; see :func:`lightning_sentinel.pipeline.checkpoints.full.optimizer_part`.
 
         Returns:
@@ -69,12 +69,12 @@ class Destination(NamedTuple):
         name = f"stage-{stage}-{self.save}.pt"
         content = {
             "save": self.save,
-            "state_dict": _on_host(state),
+            "states": {key: _on_host(state) for key, state in states.items()},
             "optimizers": [{"plain": plain, "tensors": _on_host(tensors)} for plain, tensors in optimizers],
         }
         size = write_file(content, Path(self.folder) / name)
         parameters = sorted({name for plain, _ in optimizers for group in plain["groups"] for name in group})
-        return {"file": name, "bytes": size, "state_names": list(state), "parameter_names": parameters}
+        return {"file": name, "bytes": size, "state_names": list(states["state_dict"]), "parameter_names": parameters}
 
     def publish(self, checkpoint: dict[str, Any], parts: Sequence[Mapping[str, Any]], index: Mapping[str, Any]) -> None:
         """Let the save count, and remove what it replaces; for one rank, once all parts are written.
@@ -165,14 +165,14 @@ class ShardedCheckpoint:
         """Whether it is more than weights."""
         return bool(self._options)
 
-    def state_dict(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Those of the entries that are there, in the order of the unsplit module."""
-        state = {}
+    def states(self, names: Collection[str]) -> dict[str, dict[str, Tensor]]:
+        """``state_dict``, and what else has its keys: those entries that are there, in the order of the unsplit module."""
+        found: dict[str, dict[str, Tensor]] = {"state_dict": {}}
         for part in self._parts:
             if wanted := [name for name in part["state_names"] if name in names]:
-                saved = self._read(part)["state_dict"]
-                state.update({name: saved[name] for name in wanted})
-        return {name: state[name] for name in self.state_names if name in state}
+                for key, saved in self._read(part)["states"].items():
+                    found.setdefault(key, {}).update({name: saved[name] for name in wanted})
+        return {key: {name: state[name] for name in self.state_names if name in state} for key, state in found.items()}
 
     def optimizer_states(self, parameters: Collection[str]) -> tuple[list[dict[str, Any]], list[list[str]]]:
         """Of each optimizer the state of those parameters, in torch's format, and the names of the last one's groups."""
@@ -188,7 +188,7 @@ class ShardedCheckpoint:
 
     def whole(self) -> dict[str, Any]:
         """The ordinary checkpoint that this one is in parts."""
-        checkpoint = {**self.checkpoint, "state_dict": self.state_dict(set(self.state_names))}
+        checkpoint = {**self.checkpoint, **self.states(set(self.state_names))}
         if self.has_optimizer:
             names = frozenset(self._parameter_names)
             checkpoint["optimizer_states"], groups = self.optimizer_states(names)

@@ -52,6 +52,10 @@ class StageModel:
     parameter_counts: tuple[int, ...]
     ties: tuple[Tie, ...]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StageModel:
+        """The same one: a copy of the module, such as an average of its weights, is cut at the same places."""
+        return self
+
     def first_name(self, name: str) -> str:
         """The first name in the unsplit module of a parameter that has several."""
         return next((tie.name for tie in self.ties if name in tie.names), name)

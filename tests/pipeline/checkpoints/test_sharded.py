@@ -19,6 +19,7 @@ from lightning_sentinel.pipeline.checkpoints.sharded import Destination, Sharded
 NAMES = ["net.0.weight", "net.0.bias", "net.1.weight", "net.1.bias"]
 STAGES = [NAMES[:2], NAMES[2:]]
 FULL = AtomicCheckpointIO()
+OPTIONS = [{"lr": 0.1}, {"lr": 0.2}]
 
 
 def weights(step: int) -> dict[str, Tensor]:
@@ -30,9 +31,10 @@ def save(path: Path, step: int) -> None:
     state, parts = weights(step), []
     for stage, names in enumerate(STAGES):
         tensors = {f"{name}/momentum_buffer": state[name] + 0.5 for name in names}
-        optimizer = ({"groups": [[n for n in names if "weight" in n], [n for n in names if "bias" in n]], "numbers": []}, tensors)
-        parts.append(destination.write_part(stage, {name: state[name] for name in names}, [optimizer]))
-    index = {"state_names": NAMES, "parameter_names": NAMES, "options": [[{"lr": 0.1}, {"lr": 0.2}]]}
+        groups = [[name for name in names if kind in name] for kind in ("weight", "bias")]
+        optimizer = ({"groups": groups, "numbers": [], "options": OPTIONS}, tensors)
+        parts.append(destination.write_part(stage, {"state_dict": {name: state[name] for name in names}}, [optimizer]))
+    index = {"state_names": NAMES, "parameter_names": NAMES, "options": [OPTIONS]}
     checkpoint = {"pytorch-lightning_version": "2.6.0", "global_step": step, "lightning_sentinel": {"step": step}}
     destination.publish(checkpoint, parts, index)
 
@@ -64,7 +66,7 @@ def test_only_what_is_asked_for_is_opened(path: Path, monkeypatch: pytest.Monkey
     load = torch.load
     monkeypatch.setattr("torch.load", lambda file, **how: (opened.append(file.name), load(file, **how))[1])
     saved = ShardedCheckpoint(path)
-    assert list(saved.state_dict({"net.1.weight", "net.1.bias"})) == ["net.1.weight", "net.1.bias"]
+    assert list(saved.states({"net.1.weight", "net.1.bias"})["state_dict"]) == ["net.1.weight", "net.1.bias"]
     (state,), groups = saved.optimizer_states({"net.1.weight", "net.1.bias"})
     assert groups == [["net.1.weight"], ["net.1.bias"]]
     assert state["param_groups"] == [{"lr": 0.1, "params": [0]}, {"lr": 0.2, "params": [1]}]
@@ -73,7 +75,7 @@ def test_only_what_is_asked_for_is_opened(path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_a_view_is_a_view_of_is_not_written(path: Path) -> None:
-    part = Destination.prepare(path).write_part(0, {"a": torch.zeros(10**6)[:2]}, [])
+    part = Destination.prepare(path).write_part(0, {"state_dict": {"a": torch.zeros(10**6)[:2]}}, [])
     assert part["bytes"] < 10**4
 
 
@@ -189,14 +191,14 @@ class TestOtherKinds:
 def test_a_save_that_failed_leaves_the_one_before(path: Path) -> None:
     save(path, 1)
     destination = Destination.prepare(path)
-    destination.write_part(0, weights(2), [])
+    destination.write_part(0, {"state_dict": weights(2)}, [])
     destination.abandon()
     whole(path, 1)
 
 
 def test_a_part_that_rank_zero_cannot_see(path: Path) -> None:
     destination = Destination.prepare(path)
-    part = destination.write_part(0, weights(1), [])
+    part = destination.write_part(0, {"state_dict": weights(1)}, [])
     (Path(destination.folder) / part["file"]).unlink()
     with pytest.raises(ConfigurationError, match=r"needs a path that all machines share.*state_dict_type='full'"):
         destination.publish({}, [part], {"state_names": NAMES, "parameter_names": NAMES, "options": []})
