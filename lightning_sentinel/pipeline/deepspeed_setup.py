@@ -31,7 +31,7 @@ _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.engine": {"DeepSpeedEngine": ("_broadcast_model", "forward", "backward", "zero_grad")},
     "deepspeed.runtime.pipe.module": {"PipelineModule": ("mpu",)},
     "deepspeed.runtime.pipe.schedule": {"TrainSchedule": ("steps", "_step_to_micro_batch"), "InferenceSchedule": ("steps",)},
-    "deepspeed.ops": {"__compatible_ops__": ()},
+    "deepspeed.ops": {"_probe_compatible_ops": ()},
 }
 """Module -> class or variable -> members."""
 
@@ -66,16 +66,34 @@ def prepare(device: torch.device, timeout: timedelta | None, local_rank: int = 0
             f" variable DS_ACCELERATOR={wanted} before Python starts, or import lightning_sentinel before deepspeed."
         )
     check_private_names()
-    # On CPU DeepSpeed would compile a shared-memory op at start-up: a minute, a compiler, and a lock file that outlives a killed
-    # run and blocks all later ones. The pipeline does not use it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if timeout is None:
         return
     # DeepSpeed asks the environment, which torchrun and Lightning's launcher fill, and others, such as SLURM's, do not.
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    deepspeed.init_distributed(
-        dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=timeout
-    )
+    with _no_ops():
+        deepspeed.init_distributed(
+            dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False, timeout=timeout
+        )
+
+
+@contextmanager
+def _no_ops() -> Iterator[None]:
+    """Let DeepSpeed believe that none of its ops can be built; who asks afterwards is told the truth.
+
+    On CPU it would compile a shared-memory op at start-up: a minute, a compiler, and a lock file that outlives a killed run and
+    blocks all later ones. Even the question which of them can be built runs compilers. The pipeline uses none.
+    """
+    import deepspeed
+
+    names = vars(deepspeed.ops)
+    known = names.get("__compatible_ops__")
+    names["__compatible_ops__"] = {}
+    try:
+        yield
+    finally:
+        del names["__compatible_ops__"]
+        if known is not None:
+            names["__compatible_ops__"] = known
 
 
 def engine_config() -> dict[str, Any]:

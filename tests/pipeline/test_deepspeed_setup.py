@@ -12,11 +12,13 @@ import deepspeed.runtime.pipe.engine
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.torch import build_shm_op
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import TrainSchedule
 
 from lightning_sentinel.errors import ConfigurationError, UnsupportedVersionError
 from lightning_sentinel.pipeline import deepspeed_setup
+from lightning_sentinel.pipeline.boundaries import StageBoundaries
 from lightning_sentinel.pipeline.deepspeed_setup import check_private_names, prepare
 from lightning_sentinel.pipeline.engine import SentinelEngine
 
@@ -53,21 +55,15 @@ class TestPrivateNames:
         assert "Install a version" in message
 
     def test_all_that_are_gone_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(deepspeed_setup, "_PRIVATE_NAMES", {"deepspeed.ops": {"nothing": (), "__compatible_ops__": ("nor",)}})
-        with pytest.raises(UnsupportedVersionError, match=r"deepspeed\.ops\.nothing, deepspeed\.ops\.__compatible_ops__\.nor"):
-            check_private_names()
-
-    def test_the_dict_of_ops(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        # Since 0.19 it is made when it is first asked for.
-        for name in ("__getattr__", "__compatible_ops__"):
-            monkeypatch.delattr(deepspeed.ops, name, raising=False)
-        with pytest.raises(UnsupportedVersionError, match=r"has no deepspeed\.ops\.__compatible_ops__, on which"):
+        monkeypatch.setattr(deepspeed_setup, "_PRIVATE_NAMES", {"deepspeed.ops": {"nothing": (), "adam": ("nor",)}})
+        with pytest.raises(UnsupportedVersionError, match=r"deepspeed\.ops\.nothing, deepspeed\.ops\.adam\.nor"):
             check_private_names()
 
     def test_all_that_the_engine_touches_is_named(self) -> None:
         """Private attributes of DeepSpeed's engines that ours uses, read from the sources."""
         theirs = inspect.getsource(deepspeed.runtime.engine) + inspect.getsource(deepspeed.runtime.pipe.engine)
-        used = set(re.findall(r"(?:self|PipelineEngine|DeepSpeedEngine)\.(_[A-Za-z]\w*)", inspect.getsource(SentinelEngine)))
+        ours = inspect.getsource(SentinelEngine) + inspect.getsource(StageBoundaries)
+        used = set(re.findall(r"(?:self|PipelineEngine|DeepSpeedEngine)\.(_[A-Za-z]\w*)", ours))
         private = {name for name in used if re.search(rf"(self\.|def ){name}\b", theirs)}
         assert "_exec_schedule" in private
         assert [name for name in sorted(private) if name not in inspect.getsource(deepspeed_setup)] == []
@@ -83,13 +79,26 @@ class TestPrepare:
         assert f"uses {wanted!r}, but DeepSpeed was imported for {actual!r}" in message
         assert f"DS_ACCELERATOR={wanted}" in message
 
-    def test_it_connects_without_compiling(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("probed", [False, True])
+    def test_it_connects_without_compiling(self, probed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[dict[str, Any]] = []
-        monkeypatch.setattr(deepspeed, "init_distributed", lambda **options: calls.append(options))
+        built: list[Any] = []
+
+        def init_distributed(**options: Any) -> None:
+            calls.append(options)
+            built.append(build_shm_op())
+
+        monkeypatch.setattr(deepspeed, "init_distributed", init_distributed)
         monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
-        monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
+        if probed:
+            monkeypatch.setitem(vars(deepspeed.ops), "__compatible_ops__", {"deepspeed_shm_comm": True})
+        else:
+            monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+        monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", lambda: {"deepspeed_shm_comm": "asked"})
         prepare(torch.device(get_accelerator().device_name()), MINUTE)
-        assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+        assert built == [None]
+        # The compilers run for whoever asks afterwards.
+        assert deepspeed.ops.__compatible_ops__ == {"deepspeed_shm_comm": True if probed else "asked"}
         assert len(calls) == 1
         assert calls[0]["dist_backend"] == "gloo"
         assert calls[0]["timeout"] == MINUTE
