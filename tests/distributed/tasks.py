@@ -129,9 +129,11 @@ def fit(
     }
 
 
-def fit_alone(optimizer: str, steps: int, batch_size: int, options: dict[str, Any]) -> dict[str, Any]:
+def fit_alone(
+    optimizer: str, steps: int, batch_size: int, options: dict[str, Any], kind: type[Classifier] = Classifier
+) -> dict[str, Any]:
     """The same training in one process, without the plugin."""
-    module = Classifier(optimizer)
+    module = kind(optimizer)
     run = trainer("auto", 1, steps, **options)
     run.fit(module, loader(batch_size), loader(batch_size))
     return {"weights": local_weights(module), "metrics": {n: float(v) for n, v in run.callback_metrics.items()}}

@@ -16,15 +16,24 @@ from lightning_sentinel.mesh import Mesh
 from tests.distributed import campaign, tasks, world
 
 STAGES, REPLICAS, BATCH, STEPS, START = 3, 4, 6, 6, 2
-GUILTY = [ls.Worker(1, 1), ls.Worker(1, 3), ls.Worker(0, 2)]
+GUILTY = [ls.Worker(1, 1), ls.Worker(1, 3), ls.Worker(0, 0)]
+"""One of them speaks for its stage: to checkpoints, and to the stage that shares a weight with it."""
 ATTACKS = ["sign", {"name": "add_noise", "strength": 0.02}, "noise"]
+
+
+class Sharing(tasks.Classifier):
+    """The first stage and the last have a weight in common."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(optimizer)
+        self.net[4].linear.weight = self.net[1].linear.weight
 
 
 def attacked() -> dict[str, Any]:
     """Everything is recomputed: also what no feature shows, in a warm-up in which nobody is flagged."""
     response = ls.Response(audit_rate=1.0)
     strategy = ls.SentinelStrategy(STAGES, REPLICAS, micro_batches=3, response=response, timeout=tasks.PATIENCE)
-    module = tasks.Classifier("adamw")
+    module = Sharing("adamw")
     injector = ls.AttackInjector(ATTACKS, workers=GUILTY, start_step=START)
     options = {"gradient_clip_val": 0.05, "limit_val_batches": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
     run = tasks.trainer(strategy, STAGES * REPLICAS, STEPS, [injector], **options)
@@ -42,7 +51,7 @@ def attacked() -> dict[str, Any]:
 def test_weights_and_metrics_after_bans_are_those_of_a_clean_run_on_the_same_data() -> None:
     ranks = world.run(attacked, STAGES * REPLICAS, timeout=110)
     options = {"gradient_clip_val": 0.05, "limit_val_batches": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
-    alone = tasks.fit_alone("adamw", STEPS, BATCH * REPLICAS, options)
+    alone = tasks.fit_alone("adamw", STEPS, BATCH * REPLICAS, options, Sharing)
     mesh, seen = Mesh(STAGES, REPLICAS), set()
     for number, rank in enumerate(ranks):
         assert rank["banned"] == dict.fromkeys(sorted(GUILTY), START)
