@@ -1,4 +1,4 @@
-"""Sharded checkpoints of real processes: kept, linked and removed by ModelCheckpoint, and whole when a process or a disk fails."""
+"""Checkpoints of real processes, in parts and in one file: kept by ModelCheckpoint, and whole when a process or a disk fails."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -22,8 +23,8 @@ FAILS = 2
 """The rank of stage 1 that writes its part."""
 
 
-def strategy() -> ls.SentinelStrategy:
-    return ls.SentinelStrategy(2, 2, micro_batches=2, timeout=tasks.PATIENCE, verification=None, state_dict_type="sharded")
+def strategy(form: Any = "sharded") -> ls.SentinelStrategy:
+    return ls.SentinelStrategy(2, 2, micro_batches=2, timeout=tasks.PATIENCE, verification=None, state_dict_type=form)
 
 
 class SavesTwice(L.Callback):
@@ -149,3 +150,90 @@ def test_what_cannot_be_loaded_is_refused_by_all_ranks_and_left_alone(tmp_path: 
     assert "is no Lightning checkpoint: it is a dict of 1 entries ('model')" in refusal(tmp_path / "torch.ckpt")
     assert "is a directory, but no sharded checkpoint" in refusal(tmp_path)
     assert not part_of(path).exists()
+
+
+# --------------------------------------------------------------------------------------------------------- one file
+
+BATCH = 2
+"""Before which a file is saved over another."""
+
+
+class SavesFile(L.Callback):
+    """Saves twice to one path; before the second time something happens to the disk of rank zero."""
+
+    def __init__(self, path: Path, happens: Callable[[Path], None] | None = None) -> None:
+        self.path, self.happens = path, happens
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == BATCH and trainer.is_global_zero and self.happens is not None:
+            self.happens(self.path)
+        if batch_idx in (BATCH - 1, BATCH):
+            trainer.save_checkpoint(self.path)
+
+
+def no_space_at_all(path: Path) -> None:
+    part_of(path).symlink_to("/dev/full")
+
+
+def kill_in_the_middle_of_the_file(path: Path) -> None:
+    """The kernel does, as soon as the file is longer than half the previous one."""
+    signals.signal(signals.SIGXFSZ, signals.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2,) * 2)
+
+
+def fit_saving(path: Path, happens: Callable[[Path], None]) -> None:
+    tasks.trainer(strategy("full"), 4, 6, [SavesFile(path, happens)]).fit(tasks.Classifier(), tasks.loader(4, 2))
+
+
+def step_of_file(path: Path) -> int:
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+def test_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    results, failures = world.outcomes(fit_saving, 4, path, no_space_at_all, timeout=40)
+    assert not results
+    assert failures[0].kind == "OSError"
+    assert f"No space left on device: '{path}'" in failures[0].message
+    for rank in (1, 2, 3):
+        assert failures[rank].kind == "WorkerLostError"
+        assert f"rank 0, worker (stage 0, replica 0), could not save the checkpoint {path}" in failures[rank].message
+        assert "No space left on device" in failures[rank].message
+    assert os.listdir(tmp_path) == [path.name]
+    assert step_of_file(path) == BATCH - 1
+
+
+def resume_file(path: Path) -> None:
+    tasks.trainer(strategy("full"), 4, 6, [SavesFile(path)]).fit(tasks.Classifier(), tasks.loader(4, 2), ckpt_path=path)
+
+
+def test_a_kill_while_saving_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    results, failures = world.outcomes(fit_saving, 4, path, kill_in_the_middle_of_the_file, timeout=40, answers=3)
+    assert not results
+    assert set(failures) == {1, 2, 3}
+    for failure in failures.values():
+        assert failure.kind == "WorkerLostError"
+        assert "rank 0, worker (stage 0, replica 0)" in failure.message, failure.message
+    assert 0 < part_of(path).stat().st_size < path.stat().st_size
+    assert step_of_file(path) == BATCH - 1
+    world.run(resume_file, 4, path)
+    assert os.listdir(tmp_path) == [path.name]
+    assert step_of_file(path) == BATCH
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_part_of_a_checkpoint_is_refused(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "run.ckpt"
+    torch.save({"state_dict": tasks.Classifier().state_dict()}, path)
+    content = path.read_bytes()[: int(share * path.stat().st_size)]
+    path.write_bytes(content)
+    results, failures = world.outcomes(resume_file, 4, path, timeout=40)
+    assert not results
+    assert len(failures) == 4
+    for failure in failures.values():
+        assert failure.kind == "ConfigurationError"
+        assert f"{path} is not a whole checkpoint" in failure.message
+        assert "Use an earlier one" in failure.message
+    assert path.read_bytes() == content

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal as signals
 import threading
 import warnings
@@ -11,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -316,92 +314,3 @@ def test_a_lost_taint_does_not_hide_the_liar() -> None:
         assert banned == {ls.Worker(0, 1): WARMUP + 4}
         assert finite
         assert seen == [(0, 2)] * 5, "both micro-batches of each step, without a taint"
-
-
-# ------------------------------------------------------------------------------------------------------------------- checkpoints
-
-
-class Saves(L.Callback):
-    """Saves twice to one path; before the second time something happens to the disk of rank zero."""
-
-    def __init__(self, path: Path, happens: Callable[[Path], None] | None = None) -> None:
-        self.path, self.happens = path, happens
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == BATCH and trainer.is_global_zero and self.happens is not None:
-            self.happens(self.path)
-        if batch_idx in (BATCH - 1, BATCH):
-            trainer.save_checkpoint(self.path)
-
-
-def part_of(path: Path) -> Path:
-    """Where a checkpoint is written before it replaces the previous one."""
-    return path.with_name(f".{path.name}.part")
-
-
-def disk_is_full(path: Path) -> None:
-    part_of(path).symlink_to("/dev/full")
-
-
-def kill_in_the_middle_of_the_file(path: Path) -> None:
-    """The kernel does, as soon as the file is longer than half the previous one."""
-    signals.signal(signals.SIGXFSZ, signals.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2,) * 2)
-
-
-def fit_saving(path: Path, happens: Callable[[Path], None]) -> None:
-    fit(Saves(path, happens))
-
-
-def step_of(path: Path) -> int:
-    return torch.load(path, weights_only=True)["global_step"]
-
-
-def test_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
-    path = tmp_path / "run.ckpt"
-    results, failures = world.outcomes(fit_saving, 4, path, disk_is_full, timeout=40)
-    assert not results
-    assert failures[0].kind == "OSError"
-    assert f"No space left on device: '{path}'" in failures[0].message
-    for rank in (1, 2, 3):
-        assert failures[rank].kind == "WorkerLostError"
-        assert f"rank 0, worker (stage 0, replica 0), could not save the checkpoint {path}" in failures[rank].message
-        assert "No space left on device" in failures[rank].message
-    assert os.listdir(tmp_path) == [path.name]
-    assert step_of(path) == BATCH - 1
-
-
-def resume(path: Path) -> None:
-    tasks.trainer(strategy(), 4, 6, [Saves(path)]).fit(tasks.Classifier(), tasks.loader(4, 2), ckpt_path=path)
-
-
-def test_a_kill_while_saving_leaves_the_one_before(tmp_path: Path) -> None:
-    path = tmp_path / "run.ckpt"
-    results, failures = world.outcomes(fit_saving, 4, path, kill_in_the_middle_of_the_file, timeout=40, answers=3)
-    assert not results
-    assert set(failures) == {1, 2, 3}
-    for failure in failures.values():
-        assert failure.kind == "WorkerLostError"
-        assert "rank 0, worker (stage 0, replica 0)" in failure.message, failure.message
-    assert 0 < part_of(path).stat().st_size < path.stat().st_size
-    assert step_of(path) == BATCH - 1
-    world.run(resume, 4, path)
-    assert os.listdir(tmp_path) == [path.name]
-    assert step_of(path) == BATCH
-
-
-@pytest.mark.parametrize("share", [0.0, 0.6])
-def test_part_of_a_checkpoint_is_refused(tmp_path: Path, share: float) -> None:
-    path = tmp_path / "run.ckpt"
-    torch.save({"state_dict": tasks.Classifier().state_dict()}, path)
-    content = path.read_bytes()[: int(share * path.stat().st_size)]
-    path.write_bytes(content)
-    results, failures = world.outcomes(resume, 4, path, timeout=40)
-    assert not results
-    assert len(failures) == 4
-    for failure in failures.values():
-        assert failure.kind == "ConfigurationError"
-        assert f"{path} is not a whole checkpoint" in failure.message
-        assert "Use an earlier one" in failure.message
-    assert path.read_bytes() == content

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from lightning_sentinel.mesh import Worker
-from tests.distributed import trainer_tasks, world
+from tests.distributed import tasks, trainer_data_tasks, world
 from tests.distributed.test_trainer_loop import assert_same_numbers, assert_same_predictions
 
 
 def test_the_ends_read_and_hooks_see_what_they_see_in_one_process() -> None:
-    ranks = world.run(trainer_tasks.read_by_the_ends, 6, 3)
-    alone = trainer_tasks.read_by_the_ends(3)
+    ranks = world.run(trainer_data_tasks.read_by_the_ends, 6, 3)
+    alone = trainer_data_tasks.read_by_the_ends(3)
     for number, rank in enumerate(ranks):
         replica, in_the_middle = number % 2, number in (2, 3)
         assert rank["reads"] == [0 if in_the_middle else reads // 2 for reads in alone["reads"]]
@@ -42,8 +42,8 @@ def test_the_ends_read_and_hooks_see_what_they_see_in_one_process() -> None:
 @pytest.mark.parametrize("verified", [False, True])
 def test_replicas_with_different_numbers_of_batches(verified: bool) -> None:
     """Of five batches the first replica has three and the second two; each of its own length and size."""
-    ranks = world.run(trainer_tasks.uneven_replicas, 6, verified)
-    alone = trainer_tasks.uneven_replicas(False)
+    ranks = world.run(trainer_data_tasks.uneven_replicas, 6, verified)
+    alone = trainer_data_tasks.uneven_replicas(False)
     labels = torch.cat([batch["labels"] for batch in alone["predicted"]])
     sizes = [4, 4, 2, 4, 1]
     by_replica = [[labels[sum(sizes[:k]) : sum(sizes[: k + 1])] for k in range(replica, 5, 2)] for replica in (0, 1)]
@@ -65,14 +65,14 @@ def test_replicas_with_different_numbers_of_batches(verified: bool) -> None:
 @pytest.mark.parametrize(("workers", "seeded"), [(0, False), (1, True)])
 def test_random_augmentation_is_the_same_on_both_ends(workers: int, seeded: bool) -> None:
     """The difference between what went in at the first stage and what the last stage has read; replicas draw for themselves."""
-    ranks = world.run(trainer_tasks.augmented, 4, workers, seeded)
+    ranks = world.run(trainer_data_tasks.augmented, 4, workers, seeded)
     for rank in ranks:
         assert rank["difference"] == 0.0
         assert 0.3 < rank["drawn"] < 0.7, "something was drawn"
 
 
 def test_ends_that_read_different_data_are_told() -> None:
-    _, failures = world.outcomes(trainer_tasks.ends_that_differ, 2)
+    _, failures = world.outcomes(trainer_data_tasks.ends_that_differ, 2)
     assert {failure.kind for failure in failures.values()} == {"PipelineModelError"} and len(failures) == 2
     for failure in failures.values():
         assert "first stage of replica 0 read a batch of 4 sample(s), the last one 3 sample(s)" in failure.message
@@ -81,8 +81,8 @@ def test_ends_that_read_different_data_are_told() -> None:
 @pytest.mark.parametrize("audit_rate", [None, 0.1])
 def test_short_batches_and_empty_ones_after_a_ban(audit_rate: float | None) -> None:
     """The last batch of an epoch has fewer micro-batches; of the last of a prediction one replica has nothing."""
-    ranks = world.run(trainer_tasks.short_batches_verified, 6, audit_rate)
-    labels = trainer_tasks.tokens(5).tensors[1].tolist()
+    ranks = world.run(trainer_data_tasks.short_batches_verified, 6, audit_rate)
+    labels = tasks.tokens(5).tensors[1].tolist()
     for rank in ranks:
         assert rank["banned"] == [Worker(0, 1)]
         assert rank["labels"] == [labels[:4], labels[4:]]

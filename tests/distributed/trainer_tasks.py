@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 import lightning_sentinel as ls
 from tests.distributed.tasks import CLASSES, PATIENCE, Classifier, loader, tokens
@@ -152,25 +150,6 @@ def whole_fit(directory: str, batch_size: int) -> dict[str, Any]:
     return found
 
 
-class Spy(L.Callback):
-    """What hooks are given."""
-
-    def __init__(self) -> None:
-        self.shapes: list[Any] = []
-        self.outputs: dict[str, list[Any]] = {"train": [], "validation": []}
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        self.shapes.append([tuple(leaf.shape) for leaf in batch])
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.outputs["train"].append(outputs)
-
-    def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.outputs["validation"].append((dataloader_idx, outputs))
-
-
 class Counted(Dataset[Any]):
     """Says how often it was read, and adds what it draws at random, in whatever process it is read."""
 
@@ -187,79 +166,12 @@ class Counted(Dataset[Any]):
         return torch.cat([inputs, drawn.expand(1, inputs.shape[1]) * self.noise]), label
 
 
-class Extra(Whole):
-    """Returns more than the loss, and keeps what went into the loss on either end."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        logits = self(batch[0])
-        loss = nn.functional.cross_entropy(logits, batch[1])
-        self.log("train_loss", loss, on_step=True, on_epoch=True)
-        return {"loss": loss, "logits": logits.detach(), "labels": batch[1], "mean": float(loss), "note": "text"}
-
-
-def read_by_the_ends(micro_batches: int) -> dict[str, Any]:
-    """A mesh with a middle: who reads, what hooks see, and several loaders with a short last batch."""
-    where = strategy(3, 2, micro_batches)
-    replicas = 2 if world_size() > 1 else 1
-    spy, module, data = Spy(), Extra(), [Counted(20), Counted(12), Counted(18)]
-    run = trainer(where, max_epochs=2, callbacks=[spy], num_sanity_val_steps=1)
-    # Of 10 samples the last batch has 2, which is less than there are micro-batches.
-    train, *validation = (DataLoader(one, batch_size=8 // replicas, shuffle=False) for one in data)
-    run.fit(module, train_of(train), validation)
-    found = {
-        "reads": [one.reads for one in data],
-        "metrics": metrics_of(run),
-        "shapes": spy.shapes,
-        "outputs": spy.outputs,
-        "weights": {name: value.clone() for name, value in module.state_dict().items()},
-    }
-    found["test"] = run.test(module, validation, verbose=False)
-    return found
-
-
 def train_of(loader: DataLoader[Any]) -> DataLoader[Any]:
     """In order on every mesh; Lightning's own sampler shuffles."""
     replicas = 2 if world_size() > 1 else 1
     replica = int(os.environ.get("LOCAL_RANK", "0")) % replicas
     sampler = torch.utils.data.DistributedSampler(loader.dataset, replicas, replica, shuffle=False)
     return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=sampler)
-
-
-class Uneven(IterableDataset[Any]):
-    """Batches of its own length, of sequences of their own length; a replica has some more than the other."""
-
-    def __init__(self, batches: list[int], lengths: bool = True) -> None:
-        self.batches, self.lengths = batches, lengths
-        self.replicas = 2 if world_size() > 1 else 1
-        self.replica = int(os.environ.get("LOCAL_RANK", "0")) % self.replicas
-
-    def __iter__(self) -> Iterator[Any]:
-        inputs, labels = tokens(64).tensors
-        start = 0
-        for number, size in enumerate(self.batches):
-            length = 2 + number % 4 if self.lengths else 6
-            if number % self.replicas == self.replica:
-                yield inputs[start : start + size, :length], labels[start : start + size]
-            start += size
-
-
-def uneven_replicas(verified: bool) -> dict[str, Any]:
-    """Iterable data sets of which the replicas get different numbers of batches, of different sizes."""
-    chosen = {"verification": ls.Verification(warmup_steps=100)} if verified else {}
-    where = strategy(3, 2, 3, **chosen)
-    module, spy = Extra(), Spy()
-    run = trainer(where, max_epochs=2, callbacks=[spy], limit_val_batches=5 if world_size() > 1 else None)
-    train = DataLoader(Uneven([4, 4, 4, 4, 4]), batch_size=None)
-    validation = DataLoader(Uneven([4, 4, 2, 4, 1]), batch_size=None)
-    run.fit(module, train, validation)
-    return {
-        "steps": run.global_step,
-        "metrics": metrics_of(run),
-        "shapes": spy.shapes,
-        "validated": len(spy.outputs["validation"]),
-        "test": run.test(module, validation, verbose=False),
-        "predicted": run.predict(module, validation),
-    }
 
 
 class Epochs(Whole):
@@ -393,38 +305,6 @@ class Data(L.LightningDataModule):
         return DataLoader(tokens(48), batch_size=self.batch_size)
 
 
-class Augmented(Whole):
-    """The loss is how far the batch of the last stage is from what went into the pipeline."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(12, 12), nn.Identity(), nn.Identity(), nn.Linear(12, 12))
-        for index in (0, 3):
-            nn.init.eye_(self.net[index].weight)
-            nn.init.zeros_(self.net[index].bias)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = (self(batch[0]) - batch[0]).abs().mean()
-        self.log("difference", loss.detach(), on_step=False, on_epoch=True, reduce_fx="max")
-        self.log("drawn", batch[0][:, -1, 0].mean(), on_step=False, on_epoch=True)
-        return loss * 0
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def augmented(workers: int, seeded: bool) -> dict[str, float]:
-    """Random augmentation, in this process or in those of the loader."""
-    # Ranks of tests are daemons, which may have no processes of their own: so that nothing is left of a test that hangs.
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    if seeded:
-        L.seed_everything(5, workers=True, verbose=False)
-    run = trainer(strategy(2, 2), max_epochs=1)
-    data = DataLoader(Counted(24, noise=1.0), batch_size=4, num_workers=workers, shuffle=True)
-    run.fit(Augmented(), data)
-    return metrics_of(run)
-
-
 def modules_of_others(name: str, micro_batches: int) -> dict[str, Any]:
     """A module that knows nothing of pipelines, on two stages; in one process with a step for every micro-batch."""
     from tests.distributed import demo_models
@@ -456,36 +336,3 @@ def modules_of_others(name: str, micro_batches: int) -> dict[str, Any]:
 
 def _first(samples: list[Any]) -> Tensor:
     return torch.stack([sample[0] for sample in samples])
-
-
-class OfItsRank(IterableDataset[Any]):
-    """What no data set should do: the batch depends on the rank."""
-
-    def __init__(self) -> None:
-        self.samples = 4 - int(os.environ.get("LOCAL_RANK", "0"))
-
-    def __iter__(self) -> Iterator[Any]:
-        inputs, labels = tokens(8).tensors
-        yield inputs[: self.samples], labels[: self.samples]
-
-
-def ends_that_differ() -> None:
-    trainer(strategy(2, 1), max_epochs=1).fit(Whole(), DataLoader(OfItsRank(), batch_size=None))
-
-
-def short_batches_verified(audit_rate: float | None) -> dict[str, Any]:
-    """Steps of different numbers of micro-batches, of which a liar takes part in some."""
-    where = strategy(
-        3,
-        2,
-        3,
-        verification=ls.Verification(warmup_steps=12),
-        response=ls.Response(audit_rate=audit_rate, ban_after=3),
-    )
-    module, attack = Extra(), {"name": "scale", "factor": 30.0}
-    injector = ls.AttackInjector(attack, workers=[ls.Worker(0, 1)], direction="activation", start_step=16)
-    run = trainer(where, max_epochs=8, callbacks=[injector])
-    # Ten samples a replica: batches of four, four and two.
-    run.fit(module, train_of(DataLoader(Counted(20), batch_size=4)), DataLoader(Counted(9), batch_size=2))
-    predicted = run.predict(module, DataLoader(Counted(5), batch_size=2))
-    return {"banned": sorted(where.ledger.banned), "metrics": metrics_of(run), "labels": [p["labels"].tolist() for p in predicted]}
