@@ -11,7 +11,7 @@ from lightning.pytorch.demos import LightningTransformer, Transformer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
-__all__ = ["Boring", "Images", "Translator"]
+__all__ = ["Boring", "Compiled", "Images", "Translator"]
 
 
 class Boring(BoringModel):
@@ -110,6 +110,15 @@ class Head(nn.Module):
     def forward(self, both: Tensor) -> Tensor:
         _, target = both.chunk(2, dim=1)
         return torch.log_softmax(self.decoder(target), dim=-1).view(-1, self.words)
+
+
+class Compiled(Images):
+    """Its layers are compiled, each by itself: pipelines call one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.network:
+            layer.compile(backend="aot_eager")  # which needs no compiler of C++
 
 
 class Translator(LightningTransformer):

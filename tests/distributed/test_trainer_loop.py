@@ -96,7 +96,10 @@ def test_runs_in_turn_on_one_module() -> None:
         assert rank["counts"][0] == rank["counts"][1] == rank["groups"], "runs make no process groups anew"
 
 
-@pytest.mark.parametrize(("name", "micro_batches"), [("Boring", 2), ("Images", 1), ("Images", 2), ("Translator", 2)])
+OTHERS = [("Boring", 2), ("Images", 1), ("Images", 2), ("Compiled", 2), ("Translator", 2)]
+
+
+@pytest.mark.parametrize(("name", "micro_batches"), OTHERS)
 def test_modules_of_others(name: str, micro_batches: int) -> None:
     """BatchNorm sees micro-batches: what one process sees that accumulates gradients over batches of that size."""
     ranks = world.run(trainer_tasks.modules_of_others, 2, name, micro_batches)

@@ -311,7 +311,7 @@ def modules_of_others(name: str, micro_batches: int) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(9)
     alone, chosen = world_size() == 1, {}
-    if name == "Images":
+    if name in ("Images", "Compiled"):
         chosen = {"sequential": "network"}
         data: Dataset[Any] = torch.utils.data.TensorDataset(
             torch.randn(16, 3, 6, 6, generator=generator), torch.randint(4, (16,), generator=generator)
