@@ -13,9 +13,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.models.huggingface.building import causal_lm_layers
+from lightning_sentinel.models.huggingface.building import config_to_cut, layers_of
 from lightning_sentinel.models.huggingface.channels import tokens_and_mask
-from lightning_sentinel.models.huggingface.configs import Source
+from lightning_sentinel.models.huggingface.configs import Source, folder_of
 from lightning_sentinel.models.huggingface.router import router_loss
 
 __all__ = ["CausalLM"]
@@ -65,12 +65,21 @@ class CausalLM(L.LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
-        self.net = causal_lm_layers(source, overrides)
-        first: Any = self.net[0]
-        self.config = first.config
+        self.config = config_to_cut(source, overrides)
+        self._folder = folder_of(source)
         settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
         # What the folder said instead of where it was: a checkpoint may be loaded where there is no such folder.
         self.save_hyperparameters({"source": self.config.to_dict(), **settings})
+
+    def configure_model(self) -> None:
+        """Build ``net``, unless it is there."""
+        if "net" not in self._modules:
+            self.net = layers_of(self.config, self._folder).train(self.training)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "net" and "net" not in self._modules:
+            self.configure_model()  # nobody but a Trainer calls it
+        return super().__getattr__(name)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of the next token after every token, ``(B, T) -> (B, T, V)``."""
