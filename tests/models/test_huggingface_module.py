@@ -23,7 +23,21 @@ ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 
 def module(family: str, **others: Any) -> CausalLM:
     torch.manual_seed(0)
-    return CausalLM(config(family, **others)).eval()
+    model = CausalLM(config(family, **others)).eval()
+    model.configure_model()
+    return model
+
+
+def test_layers_are_built_when_they_are_wanted() -> None:
+    model = CausalLM(config("gpt2")).eval()
+    assert not list(model.parameters())
+    torch.manual_seed(0)
+    assert torch.equal(model(tokens()), unsplit("gpt2").eval()(tokens()).logits)
+    weights = list(model.parameters())
+    model.configure_model()
+    assert all(mine is before for mine, before in zip(model.parameters(), weights, strict=True))
+    with pytest.raises(AttributeError, match="no attribute 'nets'"):
+        model.nets  # noqa: B018
 
 
 def gradients(model: CausalLM) -> dict[str, Tensor | None]:
@@ -47,8 +61,7 @@ def assert_same_gradients(model: CausalLM, whole: torch.nn.Module) -> None:
 @pytest.mark.parametrize("side", ["none", "left", "both"])
 def test_loss_and_gradients_equal_the_unsplit_models(family: str, side: str) -> None:
     routed = ROUTED if family in MIXTURES else {}
-    untied = {"tie_word_embeddings": False}
-    model, whole = module(family, **routed, **untied), unsplit(family, **routed, **untied).eval()
+    model, whole = module(family, **routed), unsplit(family, **routed).eval()
     input_ids, mask = padded(side)
     batch = {"input_ids": input_ids} if side == "none" else {"input_ids": input_ids, "attention_mask": mask}
     loss = model.training_step(batch, 0)
@@ -124,6 +137,7 @@ def test_other_batches_are_refused(batch: Any) -> None:
 
 def test_matrices_decay_and_norms_do_not() -> None:
     model = CausalLM(config("llama"), learning_rate=0.4, weight_decay=0.3, warmup_steps=4)
+    model.configure_model()
     configured = model.configure_optimizers()
     decayed, kept = configured["optimizer"].param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)

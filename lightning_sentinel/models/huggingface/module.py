@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,6 +31,10 @@ class CausalLM(L.LightningModule):
     all tokens but the padding are predicted. The loss is the mean cross-entropy of the predicted tokens, and with
     ``output_router_logits`` in the config ``router_aux_loss_coef`` times the router loss, as in transformers.
 
+    Its layers are ``net``, which ``configure_model`` builds, so that under the strategy a process reads or draws its own stage only.
+    A Trainer and ``load_from_checkpoint`` call it, and without them the first use of ``net`` does, by a call of the model for
+    instance. Before that there are no parameters; call ``configure_model()`` if you want them without a Trainer.
+
     A checkpoint holds the config and all weights: ``CausalLM.load_from_checkpoint(path)`` needs the folder no more.
 
     Args:
@@ -52,6 +56,9 @@ class CausalLM(L.LightningModule):
         >>> model(torch.tensor([[7, 1, 2]])).shape
         torch.Size([1, 3, 64])
     """
+
+    net: nn.Sequential
+    """The layers."""
 
     def __init__(
         self,
@@ -78,7 +85,7 @@ class CausalLM(L.LightningModule):
 
     def __getattr__(self, name: str) -> Any:
         if name == "net" and "net" not in self._modules:
-            self.configure_model()  # nobody but a Trainer calls it
+            self.configure_model()
         return super().__getattr__(name)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
