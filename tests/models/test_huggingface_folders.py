@@ -169,7 +169,9 @@ def layer_of(key: str) -> int:
     """Which of the layers a tensor on the hub belongs to; all models here have three blocks."""
     if found := re.search(r"\.(?:layers|h)\.(\d+)\.", key):
         return int(found[1]) + 1
-    return next(layer for part, layer in {"wte": 0, "wpe": 0, "embed": 0, "ln_f": 4, "norm": 4, "lm_head": 5}.items() if part in key)
+    return next(
+        layer for part, layer in {"wte": 0, "wpe": 0, "embed": 0, "ln_f": 4, "norm": 4, "lm_head": 5}.items() if part in key
+    )
 
 
 class TestAStage:
@@ -195,9 +197,7 @@ class TestAStage:
             causal_lm_layers(tmp_path)
 
     @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
-    def test_never_has_more_memory_than_it_and_a_tensor(
-        self, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_never_has_more_memory_than_it_and_a_tensor(self, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # torch counts memory in this thread
         sizes = {"n_embd": 128} if family == "gpt2" else {"hidden_size": 128}
         pretrained(tmp_path, family, shard=EACH, **sizes)
@@ -275,6 +275,17 @@ class TestExports:
     def test_something_else_cannot_be_exported(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"Linear has 0 layers of a language model, so"):
             save_pretrained(nn.Linear(2, 2), tmp_path)
+
+    def test_a_checkpoint_in_parts_is_made_one_file_first(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match=r"is a directory.*lightning-sentinel consolidate"):
+            save_pretrained(tmp_path, tmp_path / "out")
+
+    def test_a_checkpoint_of_something_else_cannot_be_exported(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match=r"gone.ckpt' cannot be read as a checkpoint of CausalLM \(FileNotFound"):
+            save_pretrained(tmp_path / "gone.ckpt", tmp_path / "out")
+        torch.save({"state_dict": {}, "hyper_parameters": {}}, tmp_path / "other.ckpt")
+        with pytest.raises(ConfigurationError, match=r"\(KeyError: 'source'\)\. Name a file that a Trainer saved of one"):
+            save_pretrained(tmp_path / "other.ckpt", tmp_path / "out")
 
     def test_the_dtype_is_that_of_the_weights(self, tmp_path: Path) -> None:
         model = causal_lm_layers({"model_type": "llama", **CONFIGS["llama"]}).bfloat16()

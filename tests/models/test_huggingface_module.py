@@ -176,11 +176,12 @@ def test_a_checkpoint_needs_no_folder(family: str, tmp_path: Path) -> None:
     assert again.learning_rate == 1e-2
     assert again.config.to_diff_dict() == model.config.to_diff_dict()
     assert torch.equal(again(tokens()), model.eval()(tokens()))
-    save_pretrained(again, tmp_path / "out")
     from transformers import AutoModelForCausalLM
 
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert torch.equal(exported(tokens()).logits, again(tokens()))
+    for source in (again, tmp_path / "trained.ckpt"):
+        save_pretrained(source, tmp_path / "out")
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert torch.equal(exported(tokens()).logits, again(tokens()))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])

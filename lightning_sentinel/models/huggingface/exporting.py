@@ -14,7 +14,7 @@ from torch import nn
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.models.huggingface.building import config_to_cut, layers_of
 from lightning_sentinel.models.huggingface.configs import transformers_package
-from lightning_sentinel.models.huggingface.layers import LanguageModelLayer
+from lightning_sentinel.models.huggingface.layers import Embedding, Head, LanguageModelLayer
 
 __all__ = ["save_pretrained"]
 
@@ -29,8 +29,8 @@ def save_pretrained(
     ``AutoTokenizer.from_pretrained(old).save_pretrained(new)``.
 
     Args:
-        source: a checkpoint of :class:`CausalLM`, in one file; or what :func:`causal_lm_layers` returned; or a module that holds its
-            layers.
+        source: a checkpoint of :class:`CausalLM`, in one file; or what :func:`causal_lm_layers` returned; or a module that holds
+            its layers.
         folder: is made if there is none.
         max_shard_size: of a file of weights, as transformers writes it.
 
@@ -66,8 +66,8 @@ def _layers_in(module: nn.Module) -> Sequence[LanguageModelLayer]:
     if not layers or len(layers) != expected:
         raise ConfigurationError(
             f"{type(module).__name__} has {len(layers)} layers of a language model{f' of {expected}' if expected else ''}, so it"
-            " cannot be exported. After a run in a pipeline every process has its own stage only: save a checkpoint, and export that"
-            " in one process."
+            " cannot be exported. After a run in a pipeline every process has its own stage only: save a checkpoint, and export"
+            " that in one process."
         )
     return layers
 
@@ -76,8 +76,8 @@ def _layers_from(path: str | os.PathLike[str]) -> Sequence[LanguageModelLayer]:
     """Layers whose weights are mapped from a checkpoint."""
     if os.path.isdir(path):
         raise ConfigurationError(
-            f"{os.fspath(path)!r} is a directory. Make one file of a sharded checkpoint by `lightning-sentinel consolidate DIR OUT`,"
-            " which maps it as well, and export that."
+            f"{os.fspath(path)!r} is a directory. Make one file of a sharded checkpoint by `lightning-sentinel consolidate DIR"
+            " OUT`, which maps it as well, and export that."
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -91,4 +91,8 @@ def _layers_from(path: str | os.PathLike[str]) -> Sequence[LanguageModelLayer]:
     with torch.device("meta"):
         layers = layers_of(config_to_cut(source), None)
     layers.load_state_dict(weights, assign=True)
+    embedding, head = layers[0], layers[-1]
+    if isinstance(embedding, Embedding) and isinstance(head, Head) and head.config.tie_word_embeddings:
+        # The checkpoint of a pipeline has it from two stages.
+        head.head.weight = embedding.tokens.weight
     return _layers_in(layers)

@@ -31,8 +31,8 @@ class CausalLM(L.LightningModule):
     all tokens but the padding are predicted. The loss is the mean cross-entropy of the predicted tokens, and with
     ``output_router_logits`` in the config ``router_aux_loss_coef`` times the router loss, as in transformers.
 
-    Its layers are ``net``, which ``configure_model`` builds, so that under the strategy a process reads or draws its own stage only.
-    A Trainer and ``load_from_checkpoint`` call it, and without them the first use of ``net`` does, by a call of the model for
+    Its layers are ``net``, which ``configure_model`` builds, so that under the strategy a process reads or draws its own stage
+    only. A Trainer and ``load_from_checkpoint`` call it, and without them the first use of ``net`` does, by a call of the model for
     instance. Before that there are no parameters; call ``configure_model()`` if you want them without a Trainer.
 
     A checkpoint holds the config and all weights: ``CausalLM.load_from_checkpoint(path)`` needs the folder no more.

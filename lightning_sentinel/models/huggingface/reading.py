@@ -55,6 +55,7 @@ def read_weights(model: Any, folder: Path) -> None:
         ConfigurationError: if tensors are missing, or, once they are read, have other shapes.
         UnsupportedVersionError: if this transformers loads weights in another way.
     """
+    folder = folder.absolute()
     source = _WeightFolder.at(folder)
     source.require(model.state_dict())
     dtypes = model._get_dtype_plan(model.config.dtype or torch.float32)
@@ -201,8 +202,8 @@ class _WeightFolder:
 
     def _wrong(self, what: str) -> ConfigurationError:
         return ConfigurationError(
-            f"The weights in {self.folder} are not those of its config.json ({what}). Look whether all files were copied, and whether"
-            " overrides change the size of anything."
+            f"The weights in {self.folder} are not those of its config.json ({what}). Look whether all files were copied, and"
+            " whether overrides change the size of anything."
         )
 
 
