@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,18 @@ def test_layers_are_built_when_they_are_wanted() -> None:
     assert all(mine is before for mine, before in zip(model.parameters(), weights, strict=True))
     with pytest.raises(AttributeError, match="no attribute 'nets'"):
         model.nets  # noqa: B018
+
+
+class Frozen(CausalLM):
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.net[0].requires_grad_(False)
+
+
+def test_layers_may_be_changed_where_they_are_built() -> None:
+    model = copy.deepcopy(pickle.loads(pickle.dumps(Frozen(config("llama")))))
+    assert not list(model.parameters())
+    assert [all(p.requires_grad for p in layer.parameters()) for layer in model.net] == [False, True, True, True, True, True]
 
 
 def gradients(model: CausalLM) -> dict[str, Tensor | None]:
