@@ -11,9 +11,9 @@ import functools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from lightning_sentinel.models.huggingface.families import family_of
 __all__ = ["head_of_its_own", "read_weights", "weight_files"]
 
 _PIECE = 2**24
+"""Bytes that are compared at a time."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -55,7 +56,6 @@ def read_weights(model: Any, folder: Path) -> None:
         ConfigurationError: if tensors are missing, or, once they are read, have other shapes.
         UnsupportedVersionError: if this transformers loads weights in another way.
     """
-    folder = folder.absolute()
     source = _WeightFolder.at(folder)
     source.require(model.state_dict())
     dtypes = model._get_dtype_plan(model.config.dtype or torch.float32)
@@ -69,7 +69,7 @@ def read_weights(model: Any, folder: Path) -> None:
                     name = f"{path}.{key}"
                     dtype = next((kept for pattern, kept in dtypes.items() if re.search(pattern, name)), tensor.dtype)
                     value = torch.empty(tensor.shape, dtype=dtype)
-                    _read_parameter_(value, str(folder), name)
+                    _read_parameter_(value, str(source.folder), name)
                     parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if parameter else value
                 entries[key] = made[id(tensor)]
@@ -84,28 +84,36 @@ def head_of_its_own(folder: Path) -> bool:
         ConfigurationError: if a file cannot be read.
     """
     source = _WeightFolder.at(folder)
-    keys = [source.own_keys.get(name, []) for name in source.tied]
-    if not all(keys):
+    keys = [key for name in source.tied for key in source.own_keys.get(name, [])]
+    if len(keys) < 2:
         return False
-    # As bytes, because an operation of torch's may be put off, and the answer is wanted now.
-    (ours, our_place), (theirs, their_place) = (_place(source.files[key], key) for (key,) in keys)
-    if our_place[:2] != their_place[:2]:
+    # As bytes, because an operation of torch may be put off, and the answer is wanted now.
+    embedding, head = (_place(source.files[key], key) for key in keys)
+    if (embedding.dtype, embedding.shape) != (head.dtype, head.shape):
         return True
-    (*_, start, stop), (*_, other_start, _) = our_place, their_place
-    with ours.open("rb") as one, theirs.open("rb") as other:
-        one.seek(start)
-        other.seek(other_start)
-        sizes = (min(_PIECE, stop - at) for at in range(start, stop, _PIECE))
+    with embedding.file.open("rb") as one, head.file.open("rb") as other:
+        one.seek(embedding.start)
+        other.seek(head.start)
+        sizes = (min(_PIECE, embedding.stop - at) for at in range(embedding.start, embedding.stop, _PIECE))
         return any(one.read(size) != other.read(size) for size in sizes)
 
 
-def _place(file: Path, key: str) -> tuple[Path, tuple[str, list[int], int, int]]:
-    """Where a tensor is: its file, and there its dtype, its shape, and the bytes from where to where."""
-    with _opened(file), file.open("rb") as content:  # opened, so that what is no such file is refused
+class _Place(NamedTuple):
+    """Where a tensor is in a file, from which byte to which."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+    start: int
+    stop: int
+
+
+def _place(file: Path, key: str) -> _Place:
+    with _opened(file), file.open("rb") as content:  # opened first, so that what is no such file is refused
         length = int.from_bytes(content.read(8), "little")
         header = json.loads(content.read(length))[key]
     start, stop = (8 + length + offset for offset in header["data_offsets"])
-    return file, (header["dtype"], header["shape"], start, stop)
+    return _Place(file, header["dtype"], header["shape"], start, stop)
 
 
 @torch.library.custom_op("lightning_sentinel::read_parameter_", mutates_args=("parameter",))
@@ -140,6 +148,7 @@ class _WeightFolder:
     @classmethod
     def at(cls, folder: Path) -> _WeightFolder:
         """The folder, of which no more than names and shapes is remembered until it is written anew."""
+        folder = folder.absolute()  # it may be read once the process is elsewhere
         return _remembered(folder, *(file.stat().st_mtime_ns for file in (folder / "config.json", _listing(folder))))
 
     def _keys_by_name(self, renamed: Any) -> dict[str, list[str]]:
@@ -152,7 +161,7 @@ class _WeightFolder:
         keys: defaultdict[str, list[str]] = defaultdict(list)
         for key in self.files:
             name, _ = renamed(key, renamings, converters, base, state)
-            keys[name].append(key)
+            keys[name if name in state else key].append(key)  # what has its name already is not renamed
         return dict(keys)
 
     def keys(self, name: str) -> list[str]:
@@ -161,7 +170,7 @@ class _WeightFolder:
             return self.own_keys.get(name, [])
         return next((self.own_keys[other] for other in self.tied if other in self.own_keys), [])
 
-    def require(self, names: Any) -> None:
+    def require(self, names: Iterable[str]) -> None:
         """Check that something is there for each of these parameters.
 
         Raises:
