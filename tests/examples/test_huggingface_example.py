@@ -94,7 +94,7 @@ def test_a_small_llama_is_fine_tuned_by_the_command_and_exported(text: str, tmp_
     (checkpoint,) = tmp_path.rglob("last.ckpt")
     model = CausalLM.load_from_checkpoint(checkpoint).eval()
     assert not torch.equal(model.net[0].tokens.weight, CausalLM(folder).net[0].tokens.weight)
-    save_pretrained(model, tmp_path / "finetuned")
+    save_pretrained(checkpoint, tmp_path / "finetuned")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "finetuned").eval()
     tokens = torch.tensor([list(b"To be, or")])
     assert torch.equal(exported(tokens).logits, model(tokens))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,33 @@ ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 
 def module(family: str, **others: Any) -> CausalLM:
     torch.manual_seed(0)
-    return CausalLM(config(family, **others)).eval()
+    model = CausalLM(config(family, **others)).eval()
+    model.configure_model()
+    return model
+
+
+def test_layers_are_built_when_they_are_wanted() -> None:
+    model = CausalLM(config("gpt2")).eval()
+    assert not list(model.parameters())
+    torch.manual_seed(0)
+    assert torch.equal(model(tokens()), unsplit("gpt2").eval()(tokens()).logits)
+    weights = list(model.parameters())
+    model.configure_model()
+    assert all(mine is before for mine, before in zip(model.parameters(), weights, strict=True))
+    with pytest.raises(AttributeError, match="no attribute 'nets'"):
+        model.nets  # noqa: B018
+
+
+class Frozen(CausalLM):
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.net[0].requires_grad_(False)
+
+
+def test_layers_may_be_changed_where_they_are_built() -> None:
+    model = copy.deepcopy(pickle.loads(pickle.dumps(Frozen(config("llama")))))
+    assert not list(model.parameters())
+    assert [all(p.requires_grad for p in layer.parameters()) for layer in model.net] == [False, True, True, True, True, True]
 
 
 def gradients(model: CausalLM) -> dict[str, Tensor | None]:
@@ -47,8 +75,7 @@ def assert_same_gradients(model: CausalLM, whole: torch.nn.Module) -> None:
 @pytest.mark.parametrize("side", ["none", "left", "both"])
 def test_loss_and_gradients_equal_the_unsplit_models(family: str, side: str) -> None:
     routed = ROUTED if family in MIXTURES else {}
-    untied = {"tie_word_embeddings": False}
-    model, whole = module(family, **routed, **untied), unsplit(family, **routed, **untied).eval()
+    model, whole = module(family, **routed), unsplit(family, **routed).eval()
     input_ids, mask = padded(side)
     batch = {"input_ids": input_ids} if side == "none" else {"input_ids": input_ids, "attention_mask": mask}
     loss = model.training_step(batch, 0)
@@ -124,6 +151,7 @@ def test_other_batches_are_refused(batch: Any) -> None:
 
 def test_matrices_decay_and_norms_do_not() -> None:
     model = CausalLM(config("llama"), learning_rate=0.4, weight_decay=0.3, warmup_steps=4)
+    model.configure_model()
     configured = model.configure_optimizers()
     decayed, kept = configured["optimizer"].param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
@@ -162,11 +190,12 @@ def test_a_checkpoint_needs_no_folder(family: str, tmp_path: Path) -> None:
     assert again.learning_rate == 1e-2
     assert again.config.to_diff_dict() == model.config.to_diff_dict()
     assert torch.equal(again(tokens()), model.eval()(tokens()))
-    save_pretrained(again, tmp_path / "out")
     from transformers import AutoModelForCausalLM
 
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert torch.equal(exported(tokens()).logits, again(tokens()))
+    for source in (again, tmp_path / "trained.ckpt"):
+        save_pretrained(source, tmp_path / "out")
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert torch.equal(exported(tokens()).logits, again(tokens()))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])

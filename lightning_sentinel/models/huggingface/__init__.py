@@ -10,7 +10,6 @@ from lightning_sentinel.models.huggingface.channels import tokens_and_mask
 from lightning_sentinel.models.huggingface.exporting import save_pretrained
 from lightning_sentinel.models.huggingface.families import FAMILIES, Family
 from lightning_sentinel.models.huggingface.module import CausalLM
-from lightning_sentinel.models.huggingface.reading import read_weights
 from lightning_sentinel.models.huggingface.router import router_loss
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "CausalLM",
     "Family",
     "causal_lm_layers",
-    "read_weights",
     "router_loss",
     "save_pretrained",
     "tokens_and_mask",

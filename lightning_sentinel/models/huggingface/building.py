@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_sentinel.models.huggingface.configs import Source, config_of, folder_of, transformers_package
 from lightning_sentinel.models.huggingface.families import Family, family_of
 from lightning_sentinel.models.huggingface.layers import Block, Embedding, Head, LanguageModelLayer, Norm, Router
-from lightning_sentinel.models.huggingface.reading import read_weights
+from lightning_sentinel.models.huggingface.reading import head_of_its_own, read_weights
 
-__all__ = ["causal_lm_layers"]
+__all__ = ["causal_lm_layers", "config_to_cut", "layers_of"]
 
 
-def causal_lm_layers(
-    source: Source, overrides: Mapping[str, Any] | None = None, only: Iterable[int] | None = None
-) -> nn.Sequential:
+def causal_lm_layers(source: Source, overrides: Mapping[str, Any] | None = None) -> nn.Sequential:
     """A causal language model of transformers as an ``nn.Sequential``: embedding, decoder blocks, norm, head.
 
     Logits are bit for bit those of the unsplit model. From a config, weights are drawn as transformers draws them, so that the same
-    seed gives the same model. A head that shares its weights with the embedding gets a copy of its own, because the first and the
-    last stage of a pipeline are in different places; from then on the two are trained apart.
+    seed gives the same model. A head that is tied to the embedding shares its parameter, in a pipeline across stages.
+
+    Called in ``configure_model``, under the strategy, each process draws or reads its own stage only; the files of a folder that
+    have nothing of it are not opened.
 
     Args:
         source: a folder that ``save_pretrained`` wrote, with its weights as safetensors; a config; or a dict of a config's values
             with the key ``model_type``.
         overrides: values that replace those of the config, such as ``{"output_router_logits": True}`` to train a router loss.
-        only: numbers of the layers whose weights are read from the folder; the others stay on torch's meta device, where they take
-            no memory, and none of their tensors is read.
 
     Returns:
         ``config.num_hidden_layers + 3`` layers. The first takes tokens ``(B, T)`` or
@@ -49,27 +49,54 @@ def causal_lm_layers(
         >>> model(torch.tensor([[7, 1, 2]])).shape
         torch.Size([1, 3, 64])
     """
+    return layers_of(config_to_cut(source, overrides), folder_of(source))
+
+
+def config_to_cut(source: Source, overrides: Mapping[str, Any] | None = None) -> Any:
+    """The config of a model that can be cut, as its weights are.
+
+    Raises:
+        ConfigurationError: if the family cannot be cut, or the folder does not hold what it should.
+        MissingExtraError: if transformers is not installed.
+
+    Example:
+        >>> config_to_cut({"model_type": "llama", "num_hidden_layers": 2}).num_hidden_layers
+        2
+    """
     config, folder = config_of(source, overrides), folder_of(source)
-    family = family_of(config)
+    family_of(config)
+    if folder is not None and config.tie_word_embeddings and head_of_its_own(folder):
+        rank_zero_warn(
+            f"{folder} has a head beside the embedding, with other values, so that the two are not tied, although its config says"
+            " tie_word_embeddings=True. overrides={'tie_word_embeddings': False} says so without this warning."
+        )
+        config.tie_word_embeddings = False
+    return config
+
+
+def layers_of(config: Any, folder: Path | None) -> nn.Sequential:
+    """The layers of a model of this config, with the weights of a folder, or drawn where there is none.
+
+    Args:
+        config: what :func:`config_to_cut` returned; the layers keep it.
+        folder: that it is of.
+
+    Raises:
+        ConfigurationError: if the folder does not hold what it should.
+    """
     from_config = transformers_package().AutoModelForCausalLM.from_config
     if folder is None:
-        layers = _cut(from_config(config), family)
+        model = from_config(config)
     else:
         with torch.device("meta"):
-            layers = _cut(from_config(config), family)
-        wanted = range(len(layers)) if only is None else only
-        read_weights([layers[index] for index in wanted], folder)
-    return nn.Sequential(*layers)
+            model = from_config(config)
+        read_weights(model, folder)
+    return nn.Sequential(*_cut(model, family_of(config)))
 
 
 def _cut(model: Any, family: Family) -> list[LanguageModelLayer]:
     config, base = model.config, model.get_submodule(family.base)
     experts = int(config.num_experts) if family.router_loss and config.output_router_logits else 0
-    head = model.get_submodule(family.head)
-    if config.tie_word_embeddings:
-        # Said in the config as well, which all layers share, so that what is exported has a head of its own.
-        config.tie_word_embeddings = False
-        head.weight = nn.Parameter(head.weight.detach().clone())
     blocks = f"{family.base}.{family.blocks}"
     return [
         _embedding(model, family, experts),
@@ -86,7 +113,7 @@ def _cut(model: Any, family: Family) -> list[LanguageModelLayer]:
             for index, block in enumerate(model.get_submodule(blocks))
         ),
         Norm(config, experts, {"norm": f"{family.base}.{family.norm}"}, base.get_submodule(family.norm)),
-        Head(config, experts, {"head": family.head}, head),
+        Head(config, experts, {"head": family.head}, model.get_submodule(family.head)),
     ]
 
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.models.huggingface.building import causal_lm_layers
+from lightning_sentinel.models.huggingface.building import config_to_cut, layers_of
 from lightning_sentinel.models.huggingface.channels import tokens_and_mask
-from lightning_sentinel.models.huggingface.configs import Source
+from lightning_sentinel.models.huggingface.configs import Source, folder_of
 from lightning_sentinel.models.huggingface.router import router_loss
 
 __all__ = ["CausalLM"]
@@ -30,6 +30,10 @@ class CausalLM(L.LightningModule):
     ``labels`` of that shape, -100 where nothing is to be predicted. Labels are the tokens themselves, shifted here; without them
     all tokens but the padding are predicted. The loss is the mean cross-entropy of the predicted tokens, and with
     ``output_router_logits`` in the config ``router_aux_loss_coef`` times the router loss, as in transformers.
+
+    Its layers are ``net``, which ``configure_model`` builds, so that under the strategy a process reads or draws its own stage
+    only. A Trainer and ``load_from_checkpoint`` call it, and without them the first use of ``net`` does, by a call of the model for
+    instance. Before that there are no parameters; call ``configure_model()`` if you want them without a Trainer.
 
     A checkpoint holds the config and all weights: ``CausalLM.load_from_checkpoint(path)`` needs the folder no more.
 
@@ -53,6 +57,9 @@ class CausalLM(L.LightningModule):
         torch.Size([1, 3, 64])
     """
 
+    net: nn.Sequential
+    """The layers."""
+
     def __init__(
         self,
         source: Source,
@@ -65,12 +72,21 @@ class CausalLM(L.LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
-        self.net = causal_lm_layers(source, overrides)
-        first: Any = self.net[0]
-        self.config = first.config
+        self.config = config_to_cut(source, overrides)
+        self._folder = folder_of(source)
         settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
         # What the folder said instead of where it was: a checkpoint may be loaded where there is no such folder.
         self.save_hyperparameters({"source": self.config.to_dict(), **settings})
+
+    def configure_model(self) -> None:
+        """Build ``net``, unless it is there."""
+        if "net" not in self._modules:
+            self.net = layers_of(self.config, self._folder).train(self.training)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "net" and "net" not in self._modules:
+            self.configure_model()
+        return super().__getattr__(name)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of the next token after every token, ``(B, T) -> (B, T, V)``."""
