@@ -15,7 +15,7 @@ import resource
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +35,7 @@ from lightning_sentinel.benchmarks.processes import on_ranks
 from lightning_sentinel.benchmarks.random_bytes import QUIET, loss_of_bytes, random_bytes, random_bytes_layers
 from lightning_sentinel.strategy import SentinelStrategy
 
-__all__ = ["LargeModel", "measure", "memory"]
+__all__ = ["LargeModel", "largest_sum_of_tensors", "memory"]
 
 _ALLOCATOR = "MALLOC_MMAP_THRESHOLD_"
 _Result = TypeVar("_Result")
@@ -78,11 +78,12 @@ def memory(model: LargeModel = LargeModel(), output: Path | None = None) -> None
         model: what is trained.
         output: a file for the results, as JSON.
     """
-    world = model.stages * model.replicas
-    ranks: list[dict[str, Any]] = on_ranks(measure, world, asdict(model))
-    alone: list[float] = on_ranks(_alone, world, asdict(model), [rank["layers"] for rank in ranks])
-    for rank, peak in zip(ranks, alone):
-        rank["alone"] = peak
+    world, settings = model.stages * model.replicas, asdict(model)
+    ranks: list[dict[str, Any]] = on_ranks(_peak, world, settings)
+    with _giving_back():
+        held: list[dict[str, Any]] = on_ranks(largest_sum_of_tensors, world, settings)
+    alone: list[int] = on_ranks(_alone, world, settings, [rank["layers"] for rank in ranks])
+    ranks = [rank | {"tensors": sums["tensors"], "alone": peak} for rank, sums, peak in zip(ranks, held, alone)]
     whole = sum(rank["share"] for rank in ranks) / model.replicas
     setting = f"{_ALLOCATOR}={os.environ[_ALLOCATOR]}" if _ALLOCATOR in os.environ else "the allocator's defaults"
     table = Table(title=f"width {model.width}, {model.depth} blocks, {model.stages} stages x {model.replicas} replicas, {setting}")
@@ -130,25 +131,58 @@ class _Stage(L.Callback):
         self.layers = tuple(number for number, layer in enumerate(pl_module.net) if not isinstance(layer, nn.Identity))
 
 
-def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Train on every rank; all ranks answer for all.
+def _peak(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """On every rank: what its stage weighs, which layers it has, and the largest part of the machine's memory that it had."""
+    model = _quietly(settings)
+    stage, peak = _peak_of(lambda: _train(model), lambda: _train(_small(model)))
+    return _of_all({"share": stage.share, "layers": stage.layers, "peak": peak})
+
+
+def largest_sum_of_tensors(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """To be called on every rank: train, and watch what is allocated.
 
     Args:
         settings: of a :class:`LargeModel`.
 
     Returns:
-        of each rank, in bytes, what its stage weighs (``share``), the largest sum of tensors (``tensors``), and the largest part of
-        the machine's memory (``peak``); and the numbers of its ``layers``.
+        of each rank what its stage weighs (``share``) and what tensors took at most at a time (``tensors``), in bytes.
     """
-    model = LargeModel(**settings)
+    model = _quietly(settings)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        stage = _train(model)
+    with tempfile.TemporaryDirectory() as directory:
+        trace = Path(directory) / "trace.json"
+        events.export_chrome_trace(str(trace))
+        happened = json.loads(trace.read_text())["traceEvents"]
+    now = largest = 0
+    for event in sorted((event for event in happened if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
+        now += int(event["args"]["Bytes"])
+        largest = max(largest, now)
+    return _of_all({"share": stage.share, "tensors": largest})
+
+
+def _quietly(settings: dict[str, Any]) -> LargeModel:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    stage, peak = _peak_of(lambda: _train(model), lambda: _train(_small(model)))
-    tensors = _largest_sum_of_tensors(lambda: _train(model))
-    mine = {"share": stage.share, "layers": stage.layers, "tensors": tensors, "peak": peak}
-    everyone: list[Any] = [None] * (model.stages * model.replicas)
+    return LargeModel(**settings)
+
+
+def _of_all(mine: _Result) -> list[_Result]:
+    everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
+
+
+@contextlib.contextmanager
+def _giving_back() -> Iterator[None]:
+    """Processes that start in here give back to the machine what they free. What tensors take is the same without."""
+    given = os.environ.get(_ALLOCATOR)
+    os.environ[_ALLOCATOR] = "1000000"
+    try:
+        yield
+    finally:
+        del os.environ[_ALLOCATOR]
+        os.environ.update({} if given is None else {_ALLOCATOR: given})
 
 
 def _train(model: LargeModel) -> _Stage:
@@ -166,15 +200,13 @@ def _train(model: LargeModel) -> _Stage:
     return callback
 
 
-def _alone(settings: dict[str, Any], layers: list[tuple[int, ...]]) -> list[float]:
+def _alone(settings: dict[str, Any], layers: list[tuple[int, ...]]) -> list[int]:
     """On every rank: the peak of torch alone, that trains the layers of the rank's stage without its neighbours."""
     model = LargeModel(**settings)
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     mine = layers[dist.get_rank()]
     _, peak = _peak_of(lambda: _train_alone(model, mine), lambda: _train_alone(_small(model), (1,)))
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, peak)
-    return everyone
+    return _of_all(peak)
 
 
 def _train_alone(model: LargeModel, layers: tuple[int, ...]) -> None:
@@ -204,18 +236,3 @@ def _peak_of(train: Callable[[], _Result], warm_up: Callable[[], Any]) -> tuple[
     result = train()
     unit = 1 if sys.platform == "darwin" else 1024
     return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
-
-
-def _largest_sum_of_tensors(train: Callable[[], Any]) -> int:
-    """Bytes that tensors had at most at a time, of those that were made in the meantime."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-        train()
-    with tempfile.TemporaryDirectory() as directory:
-        trace = Path(directory) / "trace.json"
-        events.export_chrome_trace(str(trace))
-        happened = json.loads(trace.read_text())["traceEvents"]
-    now = largest = 0
-    for event in sorted((event for event in happened if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
-        now += int(event["args"]["Bytes"])
-        largest = max(largest, now)
-    return largest

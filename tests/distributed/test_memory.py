@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from lightning_sentinel.benchmarks.memory import LargeModel, measure
+from lightning_sentinel.benchmarks.memory import LargeModel, largest_sum_of_tensors
 from tests.distributed import world
 
 
@@ -21,7 +21,7 @@ from tests.distributed import world
 def test_tensors_of_a_process_are_its_share_and_a_tenth(model: LargeModel) -> None:
     block = 4 * model.width**2 + 3 * model.width * (8 * -(-model.width // 3)) + 2 * model.width
     weights = model.depth * block + 2 * 256 * model.width + model.width
-    (ranks, _) = world.run(measure, 2, asdict(model))
+    (ranks, _) = world.run(largest_sum_of_tensors, 2, asdict(model))
     # Parameters, gradients, and two moments: four bytes each.
     assert sum(rank["share"] for rank in ranks) == pytest.approx(16 * weights * model.replicas, rel=1e-3)
     for rank in ranks:
