@@ -1,0 +1,1 @@
+"""What the stages of a pipeline read, and whose samples they work on."""
