@@ -100,6 +100,7 @@ def everything(rules: list[str]) -> dict[str, Any]:
     groups = StageGroups(MESH, rank, PATIENCE)
     answer = {"means": means(groups, rank), "robust": robust(groups, rank, rules), "groups": membership(groups, rank)}
     answer["clipped"] = clipped(groups, rank)
+    answer["in place"], answer["by itself"] = in_place(groups, rank), by_itself(groups, rank)
     dist.destroy_process_group()
     return answer
 
@@ -113,6 +114,30 @@ def means(groups: StageGroups, rank: int) -> dict[Any, Any]:
                 reduce_mean(parameters.values(), group, DIVISOR, bucket_bytes=size)
             found[name, size] = results(parameters), sizes
     return found
+
+
+def in_place(groups: StageGroups, rank: int) -> dict[str, int]:
+    """How many messages are memory of each gradient, and not copies of it."""
+    parameters, group = module(rank, CASES["equal"]), groups.healthy(frozenset())
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+        reduce_mean(parameters.values(), group, DIVISOR, bucket_bytes=SMALL)
+    sent = [call.args[0].untyped_storage().data_ptr() for call in reduced.call_args_list]
+    return {
+        name: sent.count(gradient.untyped_storage().data_ptr())
+        for name, gradient in results(parameters).items()
+        if gradient is not None
+    }
+
+
+def by_itself(groups: StageGroups, rank: int) -> Any:
+    """What is left of a stage's only healthy worker's gradients, and the messages that it sent."""
+    group = groups.healthy({Worker(stage, replica) for stage in range(2) for replica in (0, 1)})
+    parameters = module(rank, CASES["equal"])
+    parameters["frozen"].grad = torch.ones(SHAPES["frozen"])
+    with message_sizes() as sizes:
+        if group is not None:
+            reduce_mean(parameters.values(), group, DIVISOR)
+    return results(parameters), sizes
 
 
 def robust(groups: StageGroups, rank: int, rules: list[str]) -> dict[Any, Any]:

@@ -77,6 +77,25 @@ def test_few_messages_of_limited_size(ranks: list[dict[str, Any]]) -> None:
             assert len(small) > 10 * passes and max(small) <= SMALL + HEAD
 
 
+def test_large_gradients_are_sent_from_where_they_are(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        sent = rank["in place"]
+        assert sent["weight"] == math.ceil(4 * math.prod(SHAPES["weight"]) / SMALL)
+        assert sent["scalar"] == sent["sometimes"] == 0
+
+
+def test_a_stage_of_one_worker_sends_nothing(ranks: list[dict[str, Any]]) -> None:
+    for rank in (2, 5):
+        found, sizes = ranks[rank]["by itself"]
+        assert sizes == []
+        assert torch.equal(found.pop("frozen"), torch.ones(SHAPES["frozen"]))
+        for name, value in gradients(rank, CASES["equal"]).items():
+            if value is None:
+                assert name == "frozen" or found[name] is None
+            else:
+                assert torch.equal(found[name], value / DIVISOR)
+
+
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 @pytest.mark.parametrize("rule", sorted(DEFINITIONS))
 def test_robust_means_are_those_of_whole_gradients(ranks: list[dict[str, Any]], rule: str, size: int) -> None:

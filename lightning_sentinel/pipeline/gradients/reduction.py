@@ -25,6 +25,8 @@ from lightning_sentinel.mesh import Mesh, Worker
 __all__ = ["StageGroups", "clip_by_global_norm", "first_healthy", "reduce_mean", "reduce_robustly", "sum_over_stages"]
 
 _MEGABYTE = 2**20
+_LARGE = 1 / 8
+"""From this part of a message on, a gradient has one for itself: two copies cost more than another message."""
 
 
 _made: dict[tuple[tuple[int, ...], timedelta], dist.ProcessGroup] = {}
@@ -121,6 +123,11 @@ def reduce_mean(
         divisor: lanes times the share of the data that was not excluded.
         bucket_bytes: gradients are sent in messages of at most so many bytes, each of one dtype.
     """
+    if group.size() == 1:
+        gradients = [parameter.grad for parameter in parameters if parameter.requires_grad and parameter.grad is not None]
+        if gradients:
+            torch._foreach_div_(gradients, divisor)
+        return
     buckets = _Buckets(parameters, bucket_bytes)
     for number in range(len(buckets)):
         message = buckets.message(number)
@@ -303,6 +310,7 @@ class _Votes:
 class _Buckets:
     """Gradients in messages of a limited size, so that a few messages do for many parameters and a large one needs little room.
 
+    Small gradients share a message, which is a copy of them. A large one is sent from where it is.
     The first message begins with its *head*, which says which gradients this rank has.
     """
 
@@ -325,11 +333,16 @@ class _Buckets:
         return len(self._present) if number == 0 else 0
 
     def message(self, number: int) -> Tensor:
-        pieces = self._pieces[number]
-        return torch.cat([pieces[0].new_tensor(self._present[: self.head(number)]), *pieces])
+        """What this rank sends: its gradients themselves where it can be, so nobody may change it before it is stored."""
+        head, pieces = self.head(number), self._pieces[number]
+        if not head and len(pieces) == 1:
+            return pieces[0]
+        return torch.cat([pieces[0].new_tensor(self._present[:head]), *pieces])
 
     def store(self, number: int, message: Tensor) -> None:
         """Write a message's values to the gradients; its head says which there are on any rank, by being above zero."""
+        if message is self._pieces[number][0]:
+            return
         head, *parts = message.split([self.head(number), *map(len, self._pieces[number])])
         if number == 0:
             self._anywhere = head
@@ -345,13 +358,17 @@ class _Buckets:
 
 
 def _packed(gradients: Sequence[Tensor], size: int) -> list[list[Tensor]]:
-    """Flat views of contiguous gradients, in lists of one dtype and device and of at most ``size`` bytes."""
+    """Flat views of contiguous gradients, in lists of one dtype and device and of at most ``size`` bytes; small ones first."""
     closed: list[list[Tensor]] = []
+    alone: list[list[Tensor]] = []
     filling: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for gradient in gradients:
         kind, room = (gradient.dtype, gradient.device), max(1, size // gradient.element_size())
         for piece in gradient.view(-1).split(room):
+            if len(piece) >= room * _LARGE:
+                alone.append([piece])
+                continue
             if sum(map(len, filling.get(kind, ()))) + len(piece) > room:
                 closed.append(filling.pop(kind))
             filling.setdefault(kind, []).append(piece)
-    return closed + list(filling.values())
+    return [*closed, *filling.values(), *alone]

@@ -73,6 +73,7 @@ class DeferredBuild(TorchDispatchMode):
         # Held, so that no other storage gets the place in memory that one is known by.
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._copies = _Copies()
+        self._nowhere = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> Self:
         self._copies.__enter__()
@@ -139,13 +140,20 @@ class DeferredBuild(TorchDispatchMode):
         """Draw random numbers into nowhere, so that whoever draws next gets what is next."""
         generator = next((leaf for leaf in leaves if isinstance(leaf, torch.Generator)), None) or _generator(device)
         draw = _Draw(generator, generator.get_state())
-        nowhere = {id(tensor): torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype) for tensor in written}
+        nowhere = {id(tensor): self._unused(tensor, device) for tensor in written}
         others = self._real([None if id(leaf) in nowhere else leaf for leaf in leaves])
-        moved = [nowhere[id(leaf)].to(device) if id(leaf) in nowhere else other for leaf, other in zip(leaves, others)]
-        args, kwargs = tree_unflatten(moved, structure)
+        args, kwargs = tree_unflatten([nowhere.get(id(leaf), other) for leaf, other in zip(leaves, others)], structure)
         with torch.no_grad():
             func(*args, **kwargs)
         return draw
+
+    def _unused(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Memory in the shape of a tensor, the same for all: an allocator may keep what each of them would free."""
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride())) if tensor.numel() else 0
+        if self._nowhere.device != device or len(self._nowhere) < extent * tensor.itemsize:
+            self._nowhere = torch.empty(extent * tensor.itemsize, dtype=torch.uint8, device=device)
+        flat = self._nowhere[: extent * tensor.itemsize].view(tensor.dtype)
+        return flat.as_strided(tensor.size(), tensor.stride())
 
     def _held(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

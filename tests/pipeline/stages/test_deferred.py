@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import psutil
 import pytest
 import torch
 import torchmetrics
@@ -124,6 +125,34 @@ def test_only_what_is_wanted_takes_memory() -> None:
         zeros = torch.zeros(2**40)
     (value,) = build.values([layers[2].weight])
     assert value.shape == (2, 100) and build.knows(zeros) and not build.knows(layers[0].weight)
+
+
+def test_building_leaves_no_memory_behind() -> None:
+    """Not even free memory, which an allocator has not given back."""
+    with DeferredBuild():
+        nn.Linear(1024, 2048)  # what the first one needs besides
+    before = psutil.Process().memory_info().rss
+    with DeferredBuild():
+        layers = [nn.Linear(1024, 1024 * (1 + number % 2)) for number in range(40)]
+    assert psutil.Process().memory_info().rss - before < sum(layer.weight.nbytes for layer in layers) / 8
+
+
+def test_numbers_for_others_are_drawn_into_the_same_memory() -> None:
+    def build() -> nn.Module:
+        weight = torch.empty(6, 5)
+        nn.init.normal_(weight.T[1:])
+        nn.init.uniform_(weight[:0])
+        small = nn.init.normal_(torch.empty(3, dtype=torch.bfloat16))
+        return nn.ParameterList([weight[1:, 1:], small, nn.init.normal_(torch.empty(())), torch.rand(50)])
+
+    torch.manual_seed(2)
+    expected = build()
+    torch.manual_seed(2)
+    deferred = DeferredBuild()
+    with deferred:
+        module = build()
+    for value, wanted in zip(deferred.values(module), expected):
+        assert torch.equal(value, wanted)
 
 
 def test_a_value_may_be_looked_at_while_building() -> None:
