@@ -6,20 +6,40 @@ from collections.abc import Sequence
 
 import lightning as L
 
+from lightning_sentinel.config import Response
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.verification import Detection
 
-__all__ = ["announce"]
+__all__ = ["announce", "consequence"]
 
 
-def announce(trainer: L.Trainer, detections: Sequence[Detection], banned: Sequence[Worker], consequence: str) -> None:
+def consequence(response: Response, left: int, replicas: int) -> str:
+    """Why workers are banned, and what becomes of their work.
+
+    Args:
+        response: what the user chose.
+        left: pipelines that go on.
+        replicas: pipelines in all.
+
+    Example:
+        >>> consequence(Response(), left=1, replicas=2)
+        'flagged in 5 steps in a row; its work is dealt to others. 1 of 2 pipelines go on.'
+    """
+    if response.audit_rate is not None:
+        why, then = "what it sent is not what another worker recomputed", "the step is done again without it"
+    else:
+        why, then = f"flagged in {response.ban_after} steps in a row", "its work is dealt to others"
+    return f"{why}; {then}. {left} of {replicas} pipelines go on."
+
+
+def announce(trainer: L.Trainer, detections: Sequence[Detection], banned: Sequence[Worker], why: str) -> None:
     """Call ``on_sentinel_detection`` of callbacks and module, and print a line for every ban.
 
     Args:
         trainer: of the run.
         detections: of the step.
         banned: workers that the step bans.
-        consequence: why, and what follows.
+        why: and what follows; see :func:`consequence`.
     """
     module = trainer.lightning_module
     listeners = [one for one in (*trainer.callbacks, module) if hasattr(one, "on_sentinel_detection")]  # type: ignore[attr-defined]
@@ -28,4 +48,4 @@ def announce(trainer: L.Trainer, detections: Sequence[Detection], banned: Sequen
             listener.on_sentinel_detection(trainer, module, detection)
     for worker in banned:
         # Unlike a log record this goes above the progress bar, not into it.
-        module.print(f"Banned {worker} at step {trainer.strategy.step}: {consequence}")  # type: ignore[attr-defined]
+        module.print(f"Banned {worker} at step {trainer.strategy.step}: {why}")  # type: ignore[attr-defined]

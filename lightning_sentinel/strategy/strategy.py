@@ -43,7 +43,7 @@ from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.virtual import VirtualEngine
-from lightning_sentinel.strategy.announcements import announce
+from lightning_sentinel.strategy.announcements import announce, consequence
 from lightning_sentinel.strategy.averaging import copy_again
 from lightning_sentinel.strategy.building import StageBuilding
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
@@ -318,21 +318,14 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
             self.table, self.wiring = verdict.table, ruling.wiring
             self.detections += verdict.detections
             self._keep_bans(ruling.banned)
-            announce(self._trainer, verdict.detections, ruling.banned, self._consequence())
+            assert self._guard is not None, "it is what judges"
+            left = len(self._guard.wiring(self.step).lanes)
+            why = consequence(self._response, left, self.mesh.replicas)
+            announce(self._trainer, verdict.detections, ruling.banned, why)
             if not ruling.redo:
                 self._shares.add(verdict.clean, outcome.weights, ruling.wiring)
                 return outcome
             engine.rewind()
-
-    def _consequence(self) -> str:
-        """Why workers are banned, and what becomes of their work."""
-        assert self._guard is not None
-        if self._response.audit_rate is not None:
-            why, then = "what it sent is not what another worker recomputed", "the step is done again without it"
-        else:
-            why, then = f"flagged in {self._response.ban_after} steps in a row", "its work is dealt to others"
-        left = len(self._guard.wiring(self.step).lanes)
-        return f"{why}; {then}. {left} of {self.mesh.replicas} pipelines go on."
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
