@@ -28,18 +28,16 @@ def copy_again(trainer: L.Trainer, module: L.LightningModule) -> None:
             callback.setup(trainer, module, "fit")
 
 
-def of_stage(checkpoint: dict[str, Any], names: Collection[str]) -> list[str] | None:
+def of_stage(checkpoint: dict[str, Any], names: Collection[str]) -> list[str]:
     """Leave only a stage's part of an averaged checkpoint, because the callback loads all there is.
 
     Args:
-        checkpoint: as read from a file, changed in place.
+        checkpoint: one that has :data:`CURRENT`, as read from a file, changed in place.
         names: of the stage's entries.
 
     Returns:
-        all names that were there; ``None`` if the checkpoint is no averaged one, and was left as it is.
+        all names that were there.
     """
-    if CURRENT not in checkpoint:
-        return None
     saved = list(checkpoint["state_dict"])
     for key in ("state_dict", CURRENT):
         checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name in names}

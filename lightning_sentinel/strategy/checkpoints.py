@@ -243,14 +243,15 @@ class StageCheckpoints(LastingBans):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, of a sharded one this stage's part; with ``weights_only=True`` unless Lightning says otherwise."""
-        assert self.lightning_module is not None
-        refuse_resumed_finetuning(self.lightning_module.trainer, self.mesh)
         path, self._saved_names = local_path(checkpoint_path), None
         if path is None or not path.is_dir():
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only=True if weights_only is None else weights_only)
             require_checkpoint(checkpoint, checkpoint_path)
-            self._saved_names = averaging.of_stage(checkpoint, set(self.lightning_module.state_dict()))
+            if averaging.CURRENT in checkpoint:
+                assert self.lightning_module is not None
+                self._saved_names = averaging.of_stage(checkpoint, set(self.lightning_module.state_dict()))
             return checkpoint
+        assert self.lightning_module is not None
         saved = ShardedCheckpoint(path)
         checkpoint, self._saved_names = saved.checkpoint, saved.state_names
         checkpoint |= saved.states(set(self.lightning_module.state_dict()))
@@ -264,6 +265,7 @@ class StageCheckpoints(LastingBans):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module, model = self.lightning_module, self._running_stage_model
         assert module is not None
+        refuse_resumed_finetuning(module.trainer, self.mesh)
         own = stage_files.select_state(checkpoint["state_dict"], module, model.state_names, strict, self._saved_names)
         module.load_state_dict(own, strict=strict)
 

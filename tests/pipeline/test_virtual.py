@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import lightning_sentinel as ls
 from lightning_sentinel.pipeline.data.dealing import deal
-from tests.distributed import tasks, trainer_tasks
+from tests.distributed import tasks, trainer_data_tasks, trainer_tasks
 
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
 
@@ -49,8 +49,8 @@ def test_weights_and_logs_equal_a_run_without_it(optimizer: str, stages: int, re
 def test_hooks_are_given_what_steps_return_and_the_last_batch_may_be_short() -> None:
     """Of 21 samples in batches of 8 the last has 5, for 2 replicas with 4 micro-batches each: one sample is used twice."""
 
-    def run(strategy: Any) -> trainer_tasks.Spy:
-        spy, module = trainer_tasks.Spy(), trainer_tasks.Extra()
+    def run(strategy: Any) -> trainer_data_tasks.Spy:
+        spy, module = trainer_data_tasks.Spy(), trainer_data_tasks.Extra()
         data = DataLoader(trainer_tasks.Counted(21), batch_size=8)
         trainer_tasks.trainer(strategy, max_epochs=1, callbacks=[spy]).fit(module, data, data)
         assert all(bool(value.isfinite().all()) for value in module.state_dict().values())
