@@ -26,8 +26,9 @@ def options(precision: str, scale: float) -> dict[str, Any]:
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)], "gradient_clip_val": 0.5}
 
 
-def fit(precision: str, scale: float = 1024.0, verification: ls.Verification | None = None) -> dict[str, Any]:
-    strategy = ls.SentinelStrategy(STAGES, REPLICAS, micro_batches=3, verification=verification, timeout=tasks.PATIENCE)
+def fit(precision: str, scale: float = 1024.0, **settings: Any) -> dict[str, Any]:
+    settings = {"verification": None, "timeout": tasks.PATIENCE} | settings
+    strategy = ls.SentinelStrategy(STAGES, REPLICAS, micro_batches=3, **settings)
     module = tasks.Classifier("sgd")
     run = tasks.trainer(strategy, STAGES * REPLICAS, STEPS, **options(precision, scale))
     run.fit(module, tasks.loader(BATCH, REPLICAS))
@@ -43,6 +44,7 @@ def fit(precision: str, scale: float = 1024.0, verification: ls.Verification | N
 def fit_all() -> dict[str, Any]:
     found = {precision: fit(precision) for precision in PRECISIONS}
     found["overflow"] = fit("16-mixed", scale=2.0**40)
+    found["overflow, ZeRO"] = fit("16-mixed", scale=2.0**40, zero_stage=1)
     for precision in ("bf16-mixed", "bf16-true"):
         found[f"verified {precision}"] = fit(precision, verification=ls.Verification(warmup_steps=100))
     return found
@@ -117,3 +119,11 @@ def audited() -> dict[str, Any]:
 def test_audits_tell_a_lie_from_rounding() -> None:
     for rank in world.run(audited, STAGES * REPLICAS, timeout=60):
         assert rank == {precision: {ls.Worker(1, 1): 5} for precision in ("bf16-mixed", "bf16-true")}
+
+
+def test_with_zero_too_a_step_that_overflows_is_skipped_by_all(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        found, expected = rank["overflow, ZeRO"], rank["overflow"]
+        assert found["scale"] == expected["scale"] < 2.0**40
+        for name, value in found["weights"].items():
+            assert torch.equal(value, expected["weights"][name]), name
