@@ -10,7 +10,7 @@ from lightning_sentinel.config import Response
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.verification import Detection
 
-__all__ = ["announce", "consequence"]
+__all__ = ["announce_bans", "announce_detections", "consequence"]
 
 
 def consequence(response: Response, left: int, replicas: int) -> str:
@@ -32,20 +32,23 @@ def consequence(response: Response, left: int, replicas: int) -> str:
     return f"{why}; {then}. {left} of {replicas} pipelines go on."
 
 
-def announce(trainer: L.Trainer, detections: Sequence[Detection], banned: Sequence[Worker], why: str) -> None:
-    """Call ``on_sentinel_detection`` of callbacks and module, and print a line for every ban.
-
-    Args:
-        trainer: of the run.
-        detections: of the step.
-        banned: workers that the step bans.
-        why: and what follows; see :func:`consequence`.
-    """
+def announce_detections(trainer: L.Trainer, detections: Sequence[Detection]) -> None:
+    """Call ``on_sentinel_detection`` of callbacks and module."""
     module = trainer.lightning_module
     listeners = [one for one in (*trainer.callbacks, module) if hasattr(one, "on_sentinel_detection")]  # type: ignore[attr-defined]
     for detection in detections:
         for listener in listeners:
             listener.on_sentinel_detection(trainer, module, detection)
+
+
+def announce_bans(trainer: L.Trainer, banned: Sequence[Worker], why: str) -> None:
+    """Print a line for every ban.
+
+    Args:
+        trainer: of the run.
+        banned: workers that the step bans.
+        why: and what follows; see :func:`consequence`.
+    """
     for worker in banned:
         # Unlike a log record this goes above the progress bar, not into it.
-        module.print(f"Banned {worker} at step {trainer.strategy.step}: {why}")  # type: ignore[attr-defined]
+        trainer.lightning_module.print(f"Banned {worker} at step {trainer.strategy.step}: {why}")  # type: ignore[attr-defined]

@@ -43,7 +43,7 @@ from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.virtual import VirtualEngine
-from lightning_sentinel.strategy.announcements import announce, consequence
+from lightning_sentinel.strategy.announcements import announce_bans, announce_detections, consequence
 from lightning_sentinel.strategy.averaging import copy_again
 from lightning_sentinel.strategy.building import StageBuilding
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
@@ -318,10 +318,11 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
             self.table, self.wiring = verdict.table, ruling.wiring
             self.detections += verdict.detections
             self._keep_bans(ruling.banned)
-            assert self._guard is not None, "it is what judges"
-            left = len(self._guard.wiring(self.step).lanes)
-            why = consequence(self._response, left, self.mesh.replicas)
-            announce(self._trainer, verdict.detections, ruling.banned, why)
+            announce_detections(self._trainer, verdict.detections)
+            if ruling.banned:
+                assert self._guard is not None, "it is what judges"
+                left = len(self._guard.wiring(self.step).lanes)
+                announce_bans(self._trainer, ruling.banned, consequence(self._response, left, self.mesh.replicas))
             if not ruling.redo:
                 self._shares.add(verdict.clean, outcome.weights, ruling.wiring)
                 return outcome

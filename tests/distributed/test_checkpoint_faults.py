@@ -65,6 +65,12 @@ def step_of(path: Path) -> int:
     return ShardedCheckpoint(path).whole()["global_step"]
 
 
+def assert_named(failures: dict[int, world.Failure], worker: str) -> None:
+    for failure in failures.values():
+        assert failure.kind == "WorkerLostError"
+        assert worker in failure.message, failure.message
+
+
 def test_a_full_disk_of_one_stage_leaves_the_sharded_one_before(tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
     results, failures = world.outcomes(saving, 4, path, disk_is_full, timeout=40)
@@ -85,9 +91,7 @@ def test_a_kill_of_one_stage_while_saving_leaves_the_sharded_one_before(tmp_path
     results, failures = world.outcomes(saving, 4, path, kill_in_the_middle_of_the_part, timeout=40, answers=3)
     assert not results
     assert set(failures) == {0, 1, 3}
-    for failure in failures.values():
-        assert failure.kind == "WorkerLostError"
-        assert "rank 2, worker (stage 1, replica 0)" in failure.message, failure.message
+    assert_named(failures, "rank 2, worker (stage 1, replica 0)")
     assert list(path.glob(".stage-1-*.part")), "it was killed while it wrote"
     assert step_of(path) == 2
     world.run(saving, 4, path, None)
@@ -213,9 +217,7 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path: Path) -> None:
     results, failures = world.outcomes(fit_saving, 4, path, kill_in_the_middle_of_the_file, timeout=40, answers=3)
     assert not results
     assert set(failures) == {1, 2, 3}
-    for failure in failures.values():
-        assert failure.kind == "WorkerLostError"
-        assert "rank 0, worker (stage 0, replica 0)" in failure.message, failure.message
+    assert_named(failures, "rank 0, worker (stage 0, replica 0)")
     assert 0 < part_of(path).stat().st_size < path.stat().st_size
     assert step_of_file(path) == BATCH - 1
     world.run(resume_file, 4, path)

@@ -181,7 +181,7 @@ def merge_optimizer_states(
         the state, with parameters numbered group by group in ``order``, and their names by group.
     """
     position = {name: index for index, name in enumerate(order)}
-    most = max((plain["options"] for plain, _ in parts), key=len)
+    most: list[dict[str, Any]] = max((plain["options"] for plain, _ in parts), key=len, default=[])
     options = [*options, *most[len(options) :]]
     groups = [
         sorted({n for plain, _ in parts for names in plain["groups"][index : index + 1] for n in names}, key=position.__getitem__)

@@ -71,6 +71,11 @@ def test_only_what_is_asked_for_is_opened(path: Path, monkeypatch: pytest.Monkey
     assert groups == [["net.1.weight"], ["net.1.bias"]]
     assert state["param_groups"] == [{"lr": 0.1, "params": [0]}, {"lr": 0.2, "params": [1]}]
     torch.testing.assert_close(state["state"][1]["momentum_buffer"], weights(1)["net.1.bias"] + 0.5)
+    # A stage that trains nothing has a part in no group.
+    assert saved.optimizer_states(set()) == (
+        [{"state": {}, "param_groups": [{**option, "params": []} for option in OPTIONS]}],
+        [[], []],
+    )
     assert {name.split("-")[0] + name.split("-")[1] for name in opened[1:]} == {"stage1"}
 
 
