@@ -26,6 +26,7 @@ from lightning_sentinel.mesh import Direction, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
 from lightning_sentinel.pipeline.data.supply import Supply, Work
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
@@ -44,7 +45,7 @@ from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import plain
 from lightning_sentinel.pipeline.results.predictions import share_predictions
 from lightning_sentinel.pipeline.stages.partition import StageModel
-from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches, StepRunner, checked_signal, loss_of
+from lightning_sentinel.pipeline.steps import StepRunner, checked_signal, loss_of
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["SentinelEngine"]

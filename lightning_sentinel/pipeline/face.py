@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Worker
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients.shares import Shares
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
-from lightning_sentinel.pipeline.steps import BatchSizes
 
 __all__ = ["Engine"]
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline.data.dealing import deal
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.held import HeldGradients, scale_gradients
@@ -33,7 +34,7 @@ from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import join, plain, reorder
 from lightning_sentinel.pipeline.stages.lanes import SideBySide
 from lightning_sentinel.pipeline.stages.partition import StageModel
-from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches, StepRunner, checked_signal, loss_of
+from lightning_sentinel.pipeline.steps import StepRunner, checked_signal, loss_of
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import arithmetic, relative_error, tolerance
 from lightning_sentinel.wiring import Part, Wiring

@@ -13,10 +13,10 @@ from typing_extensions import override
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.data.feeding import Feed, gather_numbers, is_even, seed_workers
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.face import Engine
 from lightning_sentinel.pipeline.results.all_predictions import complete_predictions
 from lightning_sentinel.pipeline.results.step_state import SharedStepState
-from lightning_sentinel.pipeline.steps import BatchSizes
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
 from lightning_sentinel.strategy.listening import listened_to
 

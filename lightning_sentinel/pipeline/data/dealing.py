@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_sentinel.pipeline.steps import MicroBatches
+from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
 
 __all__ = ["deal"]
 

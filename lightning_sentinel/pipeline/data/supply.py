@@ -14,8 +14,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
 from lightning_sentinel.pipeline.messages.parcels import receive_parcel, send_parcel
-from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["Delivery", "Supply", "Work", "deliveries", "supplier"]

@@ -8,9 +8,9 @@ from typing import Any
 import torch.distributed as dist
 
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
 from lightning_sentinel.pipeline.results.joining import join
-from lightning_sentinel.pipeline.steps import BatchSizes
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["share_predictions"]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
 from lightning_sentinel.pipeline.data.supply import Supply, Work, deliveries, supplier
-from lightning_sentinel.pipeline.steps import BatchSizes, MicroBatches
 from lightning_sentinel.wiring import Part, Wiring
 from tests.pipeline.ranks import ranks
 

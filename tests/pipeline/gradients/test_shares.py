@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
 from lightning_sentinel.pipeline.gradients.shares import CleanShares
-from lightning_sentinel.pipeline.steps import MicroBatches
 from lightning_sentinel.wiring import Wiring
 
 
