@@ -98,7 +98,7 @@ Pair = collections.namedtuple("Pair", ["left", "right"])
 @pytest.mark.parametrize(
     "tree",
     [
-        [object()],
+        pytest.param([object()], id="object"),
         {"a": b"bytes"},
         [1j],
         {1, 2},
