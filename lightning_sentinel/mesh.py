@@ -78,7 +78,9 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Mesh:
-    """A grid of ``stages`` x ``replicas`` workers; rank ``stage * replicas + replica`` serves ``Worker(stage, replica)``.
+    """A grid of ``stages`` x ``replicas`` workers. ``Worker(s, r)`` is served by rank ``(stages - 1 - s) * replicas + r``.
+
+    So rank zero, where Lightning has its loggers, its progress bar and its files, serves the *last* stage, where steps run whole.
 
     Args:
         stages: pipeline stages, at least 1.
@@ -90,7 +92,7 @@ class Mesh:
     Example:
         >>> mesh = Mesh(stages=3, replicas=2)
         >>> mesh.size, mesh.rank(Worker(1, 0)), mesh.worker(5)
-        (6, 2, Worker(stage=2, replica=1))
+        (6, 2, Worker(stage=0, replica=1))
     """
 
     stages: int
@@ -197,18 +199,21 @@ class Mesh:
             raise ConfigurationError(
                 f"{worker} is not in the mesh: it has stages 0..{self.stages - 1} and replicas 0..{self.replicas - 1}."
             )
-        return worker.stage * self.replicas + worker.replica
+        return self.stage_ranks(worker.stage)[worker.replica]
 
     def worker(self, rank: int) -> Worker:
-        return Worker(*divmod(rank, self.replicas))
+        """Who is served by ``rank``."""
+        behind, replica = divmod(rank, self.replicas)
+        return Worker(self.stages - 1 - behind, replica)
 
     def stage_ranks(self, stage: int) -> range:
         """The ranks of all replicas of ``stage``, which hold the same weights."""
-        return range(stage * self.replicas, (stage + 1) * self.replicas)
+        first = (self.stages - 1 - stage) * self.replicas
+        return range(first, first + self.replicas)
 
     def pipeline_ranks(self, replica: int) -> range:
         """The ranks of one pipeline, from the first stage to the last."""
-        return range(replica, self.size, self.replicas)
+        return range(replica, self.size, self.replicas)[::-1]
 
     def __contains__(self, worker: Worker) -> bool:
         return 0 <= worker.stage < self.stages and 0 <= worker.replica < self.replicas

@@ -18,14 +18,14 @@ sizes = st.integers(1, 12)
 # --- Ranks
 
 
-def test_ranks_run_over_replicas_first() -> None:
+def test_ranks_run_over_replicas_first_and_begin_where_steps_run_whole() -> None:
     mesh = Mesh(stages=3, replicas=2)
-    expected = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    expected = [(2, 0), (2, 1), (1, 0), (1, 1), (0, 0), (0, 1)]
     assert [(worker.stage, worker.replica) for worker in mesh.workers] == expected
-    assert list(mesh) == list(mesh.workers) == sorted(mesh.workers)
+    assert list(mesh) == list(mesh.workers)
     assert [mesh.rank(worker) for worker in mesh] == list(range(6))
-    assert [list(mesh.stage_ranks(stage)) for stage in range(3)] == [[0, 1], [2, 3], [4, 5]]
-    assert [list(mesh.pipeline_ranks(replica)) for replica in range(2)] == [[0, 2, 4], [1, 3, 5]]
+    assert [list(mesh.stage_ranks(stage)) for stage in range(3)] == [[4, 5], [2, 3], [0, 1]]
+    assert [list(mesh.pipeline_ranks(replica)) for replica in range(2)] == [[4, 2, 0], [5, 3, 1]]
 
 
 @repeatable

@@ -30,7 +30,7 @@ def confusion(detected: Collection[Worker], malicious: Collection[Worker], mesh:
         >>> from lightning_sentinel.mesh import Mesh, Worker
         >>> preds, target = confusion({Worker(1, 0)}, {Worker(1, 0), Worker(1, 1)}, Mesh(stages=2, replicas=2))
         >>> preds, target
-        (tensor([False, False,  True, False]), tensor([False, False,  True,  True]))
+        (tensor([ True, False, False, False]), tensor([ True,  True, False, False]))
     """
     return _membership(detected, mesh), _membership(malicious, mesh)
 

@@ -1,7 +1,7 @@
 """What the user's step logs on the last stage, brought to every rank.
 
-A step runs once for each micro-batch, and only on the last stage, while Lightning's loggers live on rank zero, which serves the
-first. So ``self.log`` is recorded there, reduced over the micro-batches and replicas that count, and replayed on every rank as if
+A step runs once for each micro-batch, and only on the last stage, while every rank takes part in what Lightning makes of logged
+values. So ``self.log`` is recorded there, reduced over the micro-batches and replicas that count, and replayed on every rank as if
 the step had run once on the whole batch.
 """
 

@@ -87,7 +87,8 @@ class PipelineData(StageCheckpoints):
         everyone = [-(-samples // replicas) if self._virtual else samples] * replicas
         if self._uneven:
             # Of each replica what its first stage says.
-            everyone = [numbers[0] for numbers in gather_numbers([samples])][:replicas]
+            told = gather_numbers([samples])
+            everyone = [told[rank][0] for rank in self.mesh.stage_ranks(0)]
         return BatchSizes.of(everyone, self._micro_batches)
 
     # ------------------------------------------------------------------------------------------------- what came of the data

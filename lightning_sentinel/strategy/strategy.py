@@ -72,9 +72,9 @@ _VIRTUAL_MESH = Mesh(stages=2, replicas=4)
 class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
     """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
 
-    ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages, and rank ``stage * replicas + replica``
-    serves one of them. The module is an ordinary one whose layers are an ``nn.Sequential``, or what its
-    ``configure_pipeline(self)`` returns.
+    ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages. Rank zero serves the last stage, where
+    steps run whole; ``strategy.mesh.rank(worker)`` tells who serves what. The module is an ordinary one whose layers are an
+    ``nn.Sequential``, or what its ``configure_pipeline(self)`` returns.
 
     Args:
         stages: pipeline stages. Follows from ``replicas`` and the number of processes if it is left out.

@@ -100,7 +100,7 @@ def bans_here(bans: Iterable[Ban], mesh: Mesh, hosts: Sequence[str]) -> list[Wor
 
     Example:
         >>> ban = Ban(Worker(1, 1), 9, host="b", hosts=2, mesh=Mesh(2, 2))
-        >>> bans_here([ban], Mesh(2, 2), ["a", "c", "b", "c"])
+        >>> bans_here([ban], Mesh(2, 2), ["b", "c", "a", "c"])
         [Worker(stage=1, replica=0)]
     """
     here: set[Worker] = set()

@@ -51,16 +51,16 @@ CASES = {
 
 def gradients(rank: int, case: Case) -> dict[str, Tensor | None]:
     """A common direction and some noise, times the data served. ``sometimes`` is used by the last replica only."""
-    stage, replica = divmod(rank, MESH.replicas)
-    weight = case.weights[replica]
-    common = torch.Generator().manual_seed(100 + stage)
+    worker = MESH.worker(rank)
+    weight = case.weights[worker.replica]
+    common = torch.Generator().manual_seed(100 + worker.stage)
     own = torch.Generator().manual_seed(rank)
     found: dict[str, Tensor | None] = {}
     for name, shape in SHAPES.items():
         value = weight * (torch.randn(shape, generator=common) + 0.3 * torch.randn(shape, generator=own))
-        if replica == case.liar:
+        if worker.replica == case.liar:
             value = torch.full(shape, case.lie)
-        missing = weight == 0 or name in ("unused", "frozen") or (name == "sometimes" and replica != 2)
+        missing = weight == 0 or name in ("unused", "frozen") or (name == "sometimes" and worker.replica != 2)
         found[name] = None if missing else value.to(torch.bfloat16 if name == "half" else torch.float32)
     return found
 
@@ -193,7 +193,7 @@ def membership(groups: StageGroups, rank: int) -> list[Any]:
 
 def clipped(groups: StageGroups, rank: int) -> dict[float, Any]:
     """Norms and gradients, where the first rank, which is banned, claims what is not a number."""
-    found, banned = {}, frozenset({Worker(0, 0)})
+    found, banned = {}, frozenset({Worker(1, 0)})
     for max_norm in (0.5, 1e9):
         group, parameters = groups.healthy(banned), module(rank, CASES["equal"])
         if group is not None:

@@ -58,7 +58,7 @@ def test_in_the_middle_of_an_epoch_it_is_the_same_bit_for_bit(form: str, attacke
     assert not received
     for number, rank in enumerate(ranks):
         parts = {name for name in rank["resumed"]["read"] if name.startswith("stage-")}
-        assert {name.split("-")[1] for name in parts} == {str(number // 2)}
+        assert {name.split("-")[1] for name in parts} == {str(Mesh(2, 2).worker(number).stage)}
 
 
 class TestOtherMeshes:

@@ -20,7 +20,7 @@ from lightning_sentinel.pipeline.checkpoints.sharded import ShardedCheckpoint
 from tests.distributed import tasks, world
 
 FAILS = 2
-"""The rank of stage 1 that writes its part."""
+"""The rank of stage 0 that writes its part."""
 
 
 def strategy(form: Any = "sharded") -> ls.SentinelStrategy:
@@ -46,7 +46,7 @@ def saving(path: Path, happens: Callable[[Path], None] | None) -> None:
 
 def limit_files(path: Path) -> None:
     """No file of this process may be longer than half its part."""
-    size = max(file.stat().st_size for file in path.glob("stage-1-*"))
+    size = max(file.stat().st_size for file in path.glob("stage-0-*"))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
@@ -76,10 +76,10 @@ def test_a_full_disk_of_one_stage_leaves_the_sharded_one_before(tmp_path: Path) 
     results, failures = world.outcomes(saving, 4, path, disk_is_full, timeout=40)
     assert not results
     assert failures[FAILS].kind == "OSError"
-    assert f"File too large: '{path}/stage-1-" in failures[FAILS].message
+    assert f"File too large: '{path}/stage-0-" in failures[FAILS].message
     for rank in {0, 1, 3}:
         assert failures[rank].kind == "WorkerLostError"
-        assert f"rank 2, worker (stage 1, replica 0), could not save the checkpoint {path}" in failures[rank].message
+        assert f"rank 2, worker (stage 0, replica 0), could not save the checkpoint {path}" in failures[rank].message
         assert "File too large" in failures[rank].message
     assert os.listdir(tmp_path) == [path.name]
     assert len(os.listdir(path)) == 3
@@ -91,8 +91,8 @@ def test_a_kill_of_one_stage_while_saving_leaves_the_sharded_one_before(tmp_path
     results, failures = world.outcomes(saving, 4, path, kill_in_the_middle_of_the_part, timeout=40, answers=3)
     assert not results
     assert set(failures) == {0, 1, 3}
-    assert_named(failures, "rank 2, worker (stage 1, replica 0)")
-    assert list(path.glob(".stage-1-*.part")), "it was killed while it wrote"
+    assert_named(failures, "rank 2, worker (stage 0, replica 0)")
+    assert list(path.glob(".stage-0-*.part")), "it was killed while it wrote"
     assert step_of(path) == 2
     world.run(saving, 4, path, None)
     assert len(os.listdir(path)) == 3
@@ -146,7 +146,7 @@ def test_what_cannot_be_loaded_is_refused_by_all_ranks_and_left_alone(tmp_path: 
     path = tmp_path / "run.ckpt"
     world.run(saving, 4, path, None)
     assert "does not fit Classifier: 2 key(s) missing (first: ['net.5.bias'," in refusal(path, another_model=True)
-    os.truncate(next(path.glob("stage-1-*")), 700)
+    os.truncate(next(path.glob("stage-0-*")), 700)
     assert "is not a whole checkpoint: its part stage-1-" in refusal(path)
     (tmp_path / "text.ckpt").write_text("weights, weights, weights")
     assert "was cut off while it was written or copied, or another kind of file" in refusal(tmp_path / "text.ckpt")
@@ -202,7 +202,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
     assert f"No space left on device: '{path}'" in failures[0].message
     for rank in (1, 2, 3):
         assert failures[rank].kind == "WorkerLostError"
-        assert f"rank 0, worker (stage 0, replica 0), could not save the checkpoint {path}" in failures[rank].message
+        assert f"rank 0, worker (stage 1, replica 0), could not save the checkpoint {path}" in failures[rank].message
         assert "No space left on device" in failures[rank].message
     assert os.listdir(tmp_path) == [path.name]
     assert step_of_file(path) == BATCH - 1
@@ -217,7 +217,7 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path: Path) -> None:
     results, failures = world.outcomes(fit_saving, 4, path, kill_in_the_middle_of_the_file, timeout=40, answers=3)
     assert not results
     assert set(failures) == {1, 2, 3}
-    assert_named(failures, "rank 0, worker (stage 0, replica 0)")
+    assert_named(failures, "rank 0, worker (stage 1, replica 0)")
     assert 0 < part_of(path).stat().st_size < path.stat().st_size
     assert step_of_file(path) == BATCH - 1
     world.run(resume_file, 4, path)

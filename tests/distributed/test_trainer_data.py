@@ -75,7 +75,7 @@ def test_ends_that_read_different_data_are_told() -> None:
     _, failures = world.outcomes(trainer_data_tasks.ends_that_differ, 2)
     assert {failure.kind for failure in failures.values()} == {"PipelineModelError"} and len(failures) == 2
     for failure in failures.values():
-        assert "first stage of replica 0 read a batch of 4 sample(s), the last one 3 sample(s)" in failure.message
+        assert "first stage of replica 0 read a batch of 3 sample(s), the last one 4 sample(s)" in failure.message
 
 
 @pytest.mark.parametrize("audit_rate", [None, 0.1])

@@ -83,13 +83,19 @@ def test_a_path_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -
 # --- Several machines
 
 
+def served_by(hosts: str, mesh: Mesh) -> dict[Worker, str]:
+    """A machine for each worker, by stage and replica."""
+    return dict(zip(sorted(mesh.workers), hosts))
+
+
 def strategy_on(hosts: str, monkeypatch: pytest.MonkeyPatch, rank: int = 0, **response: Any) -> ls.SentinelStrategy:
     """Of a mesh that these machines serve, as it is once ranks have met."""
     strategy = ls.SentinelStrategy(2, len(hosts) // 2, response=ls.Response(**response), engine="virtual")
-    monkeypatch.setattr(LastingBans, "_hosts", property(lambda self: tuple(hosts)))
+    served = served_by(hosts, strategy.mesh)
+    monkeypatch.setattr(LastingBans, "_hosts", property(lambda self: tuple(served[worker] for worker in self.mesh.workers)))
     monkeypatch.setattr(ls.SentinelStrategy, "global_rank", property(lambda self: rank))
     strategy._read_bans()
-    strategy.ledger.hosts = dict(zip(strategy.mesh.workers, hosts))
+    strategy.ledger.hosts = dict(served)
     strategy._take_over_bans()
     strategy.step = 20
     return strategy
@@ -98,7 +104,7 @@ def strategy_on(hosts: str, monkeypatch: pytest.MonkeyPatch, rank: int = 0, **re
 def saved(hosts: str) -> dict[str, Any]:
     """The ledger of a checkpoint in which (1, 0) was banned, as these machines served the mesh; without them as older ones are."""
     ledger = Ledger()
-    ledger.hosts = dict(zip(MESH.workers, hosts))
+    ledger.hosts = served_by(hosts, MESH)
     ledger.flags[W] = 9
     ledger.ban(5, [W])
     state = json.loads(json.dumps(ledger.state_dict()))
@@ -126,7 +132,7 @@ def test_on_resume_machines_decide(
     sentences = strategy._resume_bans(saved(then), MESH)
     assert strategy.ledger.banned_at == banned
     assert strategy.ledger.total_flags == flags
-    assert list(strategy.ledger.hosts.values()) == list(now)
+    assert strategy.ledger.hosts == served_by(now, strategy.mesh)
     assert bool(sentences) == told
     if told:
         assert "Banned there were worker (stage 1, replica 0)" in sentences[0]
@@ -137,22 +143,22 @@ def test_a_machine_that_is_banned_does_not_write_the_file(
     rank: int, writes: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strategy = strategy_on("aabb", monkeypatch, rank, ledger=path)
-    strategy.ledger.ban(7, [Worker(0, 1)])
-    strategy._keep_bans([Worker(0, 1)])
+    strategy.ledger.ban(7, [Worker(1, 1)])
+    strategy._keep_bans([Worker(1, 1)])
     assert path.exists() == writes
     if writes:
-        assert read_bans(path) == [Ban(Worker(0, 1), 7, 0, "a", 2, MESH)]
+        assert read_bans(path) == [Ban(Worker(1, 1), 7, 0, "b", 2, MESH)]
 
 
 def test_a_ban_that_cannot_be_written_is_in_force_all_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strategy = strategy_on("abcd", monkeypatch, 1, ledger=path)
     path.parent.write_text("in the way")
-    strategy.ledger.ban(7, [Worker(0, 0)])
+    strategy.ledger.ban(7, [W])
     with pytest.warns(
-        UserWarning, match=r"worker \(stage 0, replica 0\) could not be entered in .*ledger.json .*Make the file writable"
+        UserWarning, match=r"worker \(stage 1, replica 0\) could not be entered in .*ledger.json .*Make the file writable"
     ):
-        strategy._keep_bans([Worker(0, 0)])
-    assert strategy.ledger.banned == {Worker(0, 0)}
+        strategy._keep_bans([W])
+    assert strategy.ledger.banned == {W}
 
 
 @pytest.mark.parametrize(
@@ -173,7 +179,7 @@ def test_only_a_malformed_message_is_a_verdict(
     enter_bans(path, [earlier])
     strategy._roster = Roster(MESH, 1, HashStore(), timedelta(seconds=5))
     strategy.on_exception(error)
-    expected = [Ban(Worker(1, 1), 20, 0, "d", 4, MESH, "malformed message")] if entered else []
+    expected = [Ban(Worker(0, 1), 20, 0, "b", 4, MESH, "malformed message")] if entered else []
     assert read_bans(path) == [earlier, *expected]
 
 

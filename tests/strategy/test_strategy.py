@@ -111,7 +111,7 @@ class TestMesh:
         strategy = ls.SentinelStrategy(**given)  # type: ignore[arg-type]
         assert trainer(strategy, devices).strategy is strategy
         assert strategy.mesh == mesh
-        assert strategy.worker == Worker(0, 0)
+        assert strategy.worker == Worker(mesh.stages - 1, 0), "where steps run whole"
 
     def test_with_a_ledger_some_may_be_left_over(self) -> None:
         strategy = ls.SentinelStrategy(stages=2, response=ls.Response(ledger="ledger.json"))
@@ -166,7 +166,7 @@ def test_samples_are_dealt_by_replica(rank: int, monkeypatch: pytest.MonkeyPatch
     strategy = ls.SentinelStrategy(stages=3, replicas=2)
     trainer(strategy, 6)
     assert strategy.distributed_sampler_kwargs == {"num_replicas": 2, "rank": rank % 2}
-    assert strategy.worker == Worker(rank // 2, rank % 2)
+    assert strategy.worker == Worker(2 - rank // 2, rank % 2)
     assert strategy.is_distributed
     assert strategy.is_global_zero == (rank == 0)
 

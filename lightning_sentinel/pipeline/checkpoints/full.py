@@ -49,7 +49,7 @@ def speakers(mesh: Mesh, banned: Collection[Worker] = ()) -> list[int]:
 
     Example:
         >>> speakers(Mesh(stages=3, replicas=2), {Worker(1, 0)})
-        [0, 3, 4]
+        [4, 3, 0]
     """
     stages = [mesh.stage_ranks(stage) for stage in range(mesh.stages)]
     return [next((r for r in ranks if mesh.worker(r) not in banned), ranks[0]) for ranks in stages]

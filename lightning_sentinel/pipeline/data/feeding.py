@@ -179,7 +179,7 @@ class Feed:
                     " of a pipeline read the same data: let what a data set or a sampler gives depend on"
                     " trainer.strategy.distributed_sampler_kwargs['rank'] and not on the global rank or on chance."
                 )
-        return everyone[: self._mesh.replicas]
+        return [everyone[rank] for rank in self._mesh.stage_ranks(0)]
 
     def _described(self, batch: Any) -> Any:
         """The first stage tells those in the middle what a batch looks like, and they make one up."""

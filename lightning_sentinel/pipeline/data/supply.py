@@ -73,7 +73,7 @@ def deliveries(wiring: Wiring, mesh: Mesh, banned: Collection[Worker]) -> Iterat
     Example:
         >>> mesh, banned = Mesh(stages=2, replicas=2), {Worker(0, 1)}
         >>> [(tuple(one.part), one.sender, one.receiver) for one in deliveries(Wiring.of(mesh, banned), mesh, banned)]
-        [((1, 0), 3, 0), ((1, 0), 3, 2)]
+        [((1, 0), 1, 2), ((1, 0), 1, 0)]
     """
     for lane in wiring.lanes:
         for part in wiring.work[lane]:

@@ -170,15 +170,14 @@ def _pipeline_module(stage: StageLayers, mesh: Mesh, worker: Worker) -> Any:
     from deepspeed.runtime.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
+    topology = PipeDataParallelTopology(num_pp=mesh.stages, num_dp=mesh.replicas)
+    # DeepSpeed would give the first ranks to the first stage; who serves what is for the mesh to say.
+    topology.mapping = {place: mesh.rank(Worker(place.pipe, place.data)) for place in topology.mapping}
     # One layer a stage, because it was cut by us: DeepSpeed would count, build and hold the layers of all stages.
     layers = [stage if number == worker.stage else nn.Identity() for number in range(mesh.stages)]
     # DeepSpeed prints its own account of the partition; ours is one table.
     with redirect_stdout(io.StringIO()):
-        return PipelineModule(
-            layers=layers,
-            topology=PipeDataParallelTopology(num_pp=mesh.stages, num_dp=mesh.replicas),
-            partition_method="uniform",
-        )
+        return PipelineModule(layers=layers, topology=topology, partition_method="uniform")
 
 
 def _parts(layers: Sequence[nn.Module], counts: Sequence[int], stages: int, method: str) -> tuple[int, ...]:

@@ -337,4 +337,4 @@ class TestCollect:
         post, mesh = Post(monkeypatch), Mesh(stages=2, replicas=2)
         for post.rank in reversed(range(mesh.size)):
             found = collect({"rank": post.rank}, {}, speakers(mesh, {Worker(1, 0), Worker(1, 1)}))
-        assert [plain["rank"] for plain, _ in found] == [0, 2]
+        assert [plain["rank"] for plain, _ in found] == [2, 0]

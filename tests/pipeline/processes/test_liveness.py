@@ -113,7 +113,7 @@ class TestRoster:
         watcher = roster(0, store)
         roster(2, store)
         error = loss_seen_by(watcher, WorkerLostError("Rank 2 does not answer", rank=2))
-        assert "rank 2, worker (stage 1, replica 0)," in str(error)
+        assert "rank 2, worker (stage 0, replica 0)," in str(error)
         assert f"within {TIMEOUT}" in str(error)
         assert error.rank == 2
 
@@ -128,7 +128,7 @@ class TestRoster:
         first, second = roster(0, store), roster(1, store)
         loss_seen_by(first, WorkerLostError("Rank 2 does not answer", rank=2))
         error = loss_seen_by(second, WorkerLostError("Rank 0 does not answer", rank=0))
-        assert "rank 2, worker (stage 1, replica 0)," in str(error)
+        assert "rank 2, worker (stage 0, replica 0)," in str(error)
         assert "rank 0" not in str(error)
 
     def test_the_first_failure_wins(self, store: dist.Store) -> None:
@@ -136,7 +136,7 @@ class TestRoster:
         first.report_failure(ValueError("the cause\nand details"))
         second.report_failure(KeyError("in its wake"))
         text = str(loss_seen_by(third))
-        assert "rank 0, worker (stage 0, replica 0), failed with ValueError: the cause." in text
+        assert "rank 0, worker (stage 1, replica 0), failed with ValueError: the cause." in text
         assert "details" not in text
         assert "in its wake" not in text
 
@@ -145,7 +145,7 @@ class TestRoster:
         failing, watcher = roster(3, store), roster(0, store)
         failing.report_failure(PermissionError())
         error = loss_seen_by(watcher, LOST if suspect is None else WorkerLostError("no answer", rank=suspect))
-        assert "rank 3, worker (stage 1, replica 1), failed with PermissionError" in str(error)
+        assert "rank 3, worker (stage 0, replica 1), failed with PermissionError" in str(error)
         assert "rank 2" not in str(error)
 
     def test_the_rank_of_the_error_is_the_one_that_is_named(self, store: dist.Store) -> None:
@@ -160,19 +160,19 @@ class TestRoster:
         error.__cause__ = MalformedMessageError("Expected the gradient; what came is late.")
         roster(1, store).report_failure(error)
         seen = loss_seen_by(roster(0, store), WorkerLostError("Rank 1 does not answer", rank=1))
-        text = "rank 3, worker (stage 1, replica 1), sent a malformed message: Expected the gradient; what came is late. Start"
+        text = "rank 3, worker (stage 0, replica 1), sent a malformed message: Expected the gradient; what came is late. Start"
         assert text in str(seen)
         assert seen.rank == 3
 
     def test_a_malformed_message_of_unknown_origin_is_a_failure_of_ones_own(self, store: dist.Store) -> None:
         roster(1, store).report_failure(MalformedMessageError("Whose is it?"))
-        assert "rank 1, worker (stage 0, replica 1), failed with MalformedMessageError" in str(loss_seen_by(roster(0, store)))
+        assert "rank 1, worker (stage 1, replica 1), failed with MalformedMessageError" in str(loss_seen_by(roster(0, store)))
 
     def test_several_that_have_ended_are_all_named(self, store: dist.Store) -> None:
         watcher, _ = all_met(store, ended=3)
         watcher._processes[1] = watcher._processes[3]
         text = str(loss_seen_by(watcher))
-        assert "rank 1, worker (stage 0, replica 1), and rank 3, worker (stage 1, replica 1), did not answer" in text
+        assert "rank 1, worker (stage 1, replica 1), and rank 3, worker (stage 0, replica 1), did not answer" in text
 
     def test_a_loss_is_no_failure_of_ones_own(self, store: dist.Store) -> None:
         roster(0, store).report_failure(WorkerLostError("lost", rank=2))
@@ -182,7 +182,7 @@ class TestRoster:
     def test_a_process_that_has_ended_is_named(self, store: dist.Store, suspect: int | None) -> None:
         watcher, _ = all_met(store, ended=3)
         error = loss_seen_by(watcher, LOST if suspect is None else WorkerLostError("Rank 1 does not answer", rank=suspect))
-        assert "rank 3, worker (stage 1, replica 1)," in str(error)
+        assert "rank 3, worker (stage 0, replica 1)," in str(error)
         assert "rank 1," not in str(error)
         assert error.rank == 3
 
@@ -231,7 +231,7 @@ class TestRoster:
         watcher.meet()
         watcher.report_failure(ValueError("nobody can read this"))
         error = loss_seen_by(watcher, WorkerLostError("Rank 1 does not answer", rank=1))
-        assert "rank 1, worker (stage 0, replica 1)," in str(error)
+        assert "rank 1, worker (stage 1, replica 1)," in str(error)
         assert "a worker did not answer" in str(loss_seen_by(watcher))
 
     def test_a_name_that_somebody_is_about_to_write_down_is_waited_for(
@@ -307,14 +307,14 @@ class TestTheStoreIsGone:
         store.gone = True
         for watcher in rosters[1:]:
             seen = loss_seen_by(watcher, WorkerLostError("no answer", rank=0))
-            assert "rank 0, worker (stage 0, replica 0), failed with ValueError: the cause" in str(seen)
+            assert "rank 0, worker (stage 1, replica 0), failed with ValueError: the cause" in str(seen)
         assert "failed with ValueError: the cause" in str(loss_seen_by(rosters[3])), "without a suspect"
 
     def test_the_first_note_after_that_wins_too(self, store: Leaving, rosters: list[Roster]) -> None:
         store.gone = True
         rosters[1].report_failure(ValueError("the cause"))
         rosters[2].report_failure(ValueError("in its wake"))
-        assert "rank 1, worker (stage 0, replica 1), failed with ValueError: the cause" in str(loss_seen_by(rosters[3]))
+        assert "rank 1, worker (stage 1, replica 1), failed with ValueError: the cause" in str(loss_seen_by(rosters[3]))
 
     def test_whoever_has_read_it_hands_it_on(self, store: Leaving, rosters: list[Roster], tmp_path: Path) -> None:
         """On another host than the one that wrote it."""
