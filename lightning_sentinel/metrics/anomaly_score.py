@@ -169,7 +169,7 @@ class AnomalyScore(Metric):
         bar.set_ticks([0, FENCE, 2, HOTTEST], labels=["0", "1 (fence)", "2", "3"])
         bar.ax.set_ylim(0, HOTTEST)
         bar.ax.axhline(FENCE, color="black", linewidth=1.5)
-        for worker, mean in zip(self.mesh, means.flatten().tolist()):
+        for worker, mean in zip(sorted(self.mesh), means.flatten().tolist()):
             colour = "white" if mean > 0.75 * HOTTEST else "black"
             text = "-" if math.isnan(mean) else f"{mean:.3g}"
             ax.text(worker.replica, worker.stage, text, ha="center", va="center", color=colour)
