@@ -13,13 +13,12 @@ from tests.distributed.tasks import Classifier, tokens
 
 if __name__ == "__main__":
     L.seed_everything(1)
-    nodes = int(os.environ.get("NODES", "1"))
     logger = L.pytorch.loggers.CSVLogger(sys.argv[1], version=0)
     trainer = L.Trainer(
         strategy="sentinel",
         accelerator="cpu",
-        devices=4 // nodes,
-        num_nodes=nodes,
+        devices=int(os.environ["DEVICES"]),
+        num_nodes=int(os.environ.get("NODES", "1")),
         max_epochs=1,
         logger=logger,
         log_every_n_steps=1,
