@@ -26,7 +26,7 @@ from lightning_sentinel.mesh import Direction, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
-from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
+from lightning_sentinel.pipeline.data.dealing import Deal
 from lightning_sentinel.pipeline.data.supply import Supply, Work
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
@@ -133,37 +133,37 @@ class SentinelEngine(StageBoundaries):
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
-    def train(self, arguments: tuple[Any, ...], step: int, sizes: BatchSizes, scale: float) -> StepOutcome:
+    def train(self, arguments: tuple[Any, ...], step: int, deal: Deal, scale: float) -> StepOutcome:
         self._step, self._scale = step, scale * self._arithmetic.factor()
-        self._wiring = Wiring.of(self._mesh, micro_batches=sizes.micro_batches)
+        self._wiring = Wiring.of(self._mesh, micro_batches=deal.sizes.micro_batches)
         if self.guard is not None:
-            self._wiring = self.guard.begin(step, sizes.micro_batches)
+            self._wiring = self.guard.begin(step, deal.sizes.micro_batches)
             if self.guard.audits:
                 self._rewind = Rewind(self._stage_parameters, list(self.module.buffers()), self.device)
                 self._restore_metrics = self._steps.remember_metrics()
         self._healthy.begin(self._banned)
-        self._begin("training_step", arguments, sizes)
+        self._begin("training_step", arguments, deal)
         if self._work:
             self._exec_schedule(schedule.TrainSchedule(len(self._work), self.num_stages, self.stage_id))
         self._transport.finish_notes()
         return self._exchange.run("training_step", self._wiring, self._rows(), self._weights(), self._loss, self._steps.recorder)
 
-    def evaluate(self, step: str, arguments: tuple[Any, ...], sizes: BatchSizes) -> StepOutcome:
-        self._forward_only(step, arguments, sizes)
+    def evaluate(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> StepOutcome:
+        self._forward_only(step, arguments, deal)
         kind, recorder = "/".join((step, *map(str, arguments[2:]))), self._steps.recorder
-        return self._exchange.run(kind, self._wiring, None, self._weights(), self._loss, recorder, sizes.samples)
+        return self._exchange.run(kind, self._wiring, None, self._weights(), self._loss, recorder, deal.sizes.samples)
 
-    def predict(self, arguments: tuple[Any, ...], sizes: BatchSizes) -> Any:
-        self._forward_only("predict_step", arguments, sizes)
+    def predict(self, arguments: tuple[Any, ...], deal: Deal) -> Any:
+        self._forward_only("predict_step", arguments, deal)
         return self.returned()
 
     def returned(self) -> Any:
         group, average = self.grid.get_pipe_parallel_group(), self._step_name != "predict_step"
         return share_predictions(self._results, self._mesh, self._wiring, self.worker, group, self._sizes, average)
 
-    def _forward_only(self, step: str, arguments: tuple[Any, ...], sizes: BatchSizes) -> None:
-        self._wiring = Wiring.of(self._mesh, self._banned, sizes.micro_batches)
-        self._begin(step, arguments, sizes)
+    def _forward_only(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> None:
+        self._wiring = Wiring.of(self._mesh, self._banned, deal.sizes.micro_batches)
+        self._begin(step, arguments, deal)
         if self._work:
             with torch.no_grad():
                 self._exec_schedule(schedule.InferenceSchedule(len(self._work), self.num_stages, self.stage_id))
@@ -195,11 +195,11 @@ class SentinelEngine(StageBoundaries):
     def _banned(self) -> frozenset[Worker]:
         return frozenset() if self.guard is None else self.guard.ledger.banned
 
-    def _begin(self, step: str, arguments: tuple[Any, ...], sizes: BatchSizes) -> None:
-        self._step_name, self._arguments, self._sizes = step, arguments, sizes
+    def _begin(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> None:
+        self._step_name, self._arguments, self._sizes = step, arguments, deal.sizes
         self._runs += 1
-        self._own = MicroBatches(arguments[0], sizes.micro_batches)
-        self._work = self._supply.of_step(self._own, sizes, self._wiring, self._banned)
+        (self._own,) = deal.replicas
+        self._work = self._supply.of_step(self._own, deal.sizes, self._wiring, self._banned)
         self._kept.clear()
         self._kept.keeps = step == "training_step" and self.guard is not None and self.guard.audits
         self._inbox.begin(replaces=step == "training_step" and self.guard is not None and self.guard.answers)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Worker
-from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
+from lightning_sentinel.pipeline.data.dealing import Deal
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients.shares import Shares
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
@@ -38,20 +38,20 @@ class Engine(Protocol):
     def reseed(self, seed: int) -> None:
         """Let forward passes draw what they would have drawn in a run of this seed."""
 
-    def train(self, arguments: tuple[Any, ...], step: int, sizes: BatchSizes, scale: float) -> StepOutcome:
+    def train(self, arguments: tuple[Any, ...], step: int, deal: Deal, scale: float) -> StepOutcome:
         """Forward and backward of one batch, and the exchange of what came of it.
 
         Args:
             arguments: of ``training_step``; the first is the batch.
             step: number of the training batch.
-            sizes: of all replicas' batches, and how many micro-batches to deal each into.
+            deal: the batch in micro-batches, and how large those of all replicas are.
             scale: factor of the gradients, for accumulation over batches.
         """
 
-    def evaluate(self, step: str, arguments: tuple[Any, ...], sizes: BatchSizes) -> StepOutcome:
+    def evaluate(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> StepOutcome:
         """Forward of one batch through ``step`` (``"validation_step"`` or ``"test_step"``), and the exchange of what it logged."""
 
-    def predict(self, arguments: tuple[Any, ...], sizes: BatchSizes) -> Any:
+    def predict(self, arguments: tuple[Any, ...], deal: Deal) -> Any:
         """Forward of one batch through ``predict_step``, without waiting for other replicas."""
 
     def returned(self) -> Any:

@@ -15,14 +15,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Worker
-from lightning_sentinel.pipeline.data.dealing import deal
-from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
+from lightning_sentinel.pipeline.data.dealing import Deal
+from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.held import HeldGradients, scale_gradients
@@ -97,9 +96,8 @@ class VirtualEngine:
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
-    def train(self, arguments: tuple[Any, ...], step: int, sizes: BatchSizes, scale: float) -> StepOutcome:
-        micro_batches = sizes.micro_batches
-        replicas = deal(arguments[0], self._mesh.replicas, micro_batches)
+    def train(self, arguments: tuple[Any, ...], step: int, deal: Deal, scale: float) -> StepOutcome:
+        micro_batches, replicas = deal.sizes.micro_batches, deal.replicas
         self._steps.new_records()
         self._lies.clear()
         self._wiring = Wiring.of(self._mesh, micro_batches=micro_batches)
@@ -108,15 +106,16 @@ class VirtualEngine:
             if self.guard.audits:
                 self._rewind = Rewind(self._parameters, self._buffers, self._device)
                 self._restore_metrics = self._steps.remember_metrics()
-        self._results: list[tuple[Tensor, Any]] = []
-        self._rows = deal(torch.arange(extract_batch_size(arguments[0])), self._mesh.replicas, micro_batches)
+        self._results: list[tuple[Sequence[int], Any]] = []
+        self._rows = deal.rows
         losses = torch.zeros(2, device=self._device)
         for index in range(micro_batches):
             parts = [(replica[index], *arguments[1:]) for replica in replicas]
             losses += self._train_micro_batch(parts, replicas, index, step, scale)
         if self._results:
             rows, results = zip(*self._results)
-            self._returned = reorder(join(results, [len(one) for one in rows], average=True), torch.cat(rows))
+            order = torch.tensor([row for one in rows for row in one])
+            self._returned = reorder(join(results, [len(one) for one in rows], average=True), order)
         weights = self._wiring.arrange(torch.tensor([replica.weights for replica in replicas]))
         return self._outcome(losses, self._table(), weights)
 
@@ -148,7 +147,7 @@ class VirtualEngine:
         return mismatch
 
     def _train_micro_batch(
-        self, parts: list[tuple[Any, ...]], replicas: list[MicroBatches], index: int, step: int, scale: float
+        self, parts: list[tuple[Any, ...]], replicas: Sequence[MicroBatches], index: int, step: int, scale: float
     ) -> Tensor:
         """Forward and backward of one micro-batch of all replicas.
 
@@ -235,20 +234,19 @@ class VirtualEngine:
         lanes = [self._wiring.places[Part(replica, micro_batch)][0] for replica in range(self._mesh.replicas)]
         return torch.tensor(lanes, device=self._device)
 
-    def evaluate(self, step: str, arguments: tuple[Any, ...], sizes: BatchSizes) -> StepOutcome:
+    def evaluate(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> StepOutcome:
         self._steps.new_records()
-        self._returned = plain(self._run_whole(step, arguments))
+        self._returned = plain(self._run_whole(step, arguments, deal.samples))
         return self._outcome(torch.zeros(2), None, torch.ones(1, 1))
 
-    def predict(self, arguments: tuple[Any, ...], sizes: BatchSizes) -> Any:
-        return self._run_whole("predict_step", arguments)
+    def predict(self, arguments: tuple[Any, ...], deal: Deal) -> Any:
+        return self._run_whole("predict_step", arguments, deal.samples)
 
     def returned(self) -> Any:
         return self._returned
 
-    def _run_whole(self, step: str, arguments: tuple[Any, ...]) -> Any:
+    def _run_whole(self, step: str, arguments: tuple[Any, ...], samples: int) -> Any:
         """A step without boundaries: the weights are those of all replicas, and nobody else's word is needed."""
-        samples = MicroBatches(arguments[0], 1).sizes[0]
         signals = self._input_of(step, [arguments])
         for stage in range(self._mesh.stages):
             signals = self._forward(stage, signals)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch.utilities.data import extract_batch_size
 from typing_extensions import override
 
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Worker
-from lightning_sentinel.pipeline.data.feeding import Feed, gather_numbers, is_even, seed_workers
-from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
+from lightning_sentinel.pipeline.data.agreeing import deal_alike
+from lightning_sentinel.pipeline.data.dealing import Deal, Dealer
+from lightning_sentinel.pipeline.data.feeding import Feed, is_even, seed_workers, source_of
+from lightning_sentinel.pipeline.data.reading import Source
 from lightning_sentinel.pipeline.face import Engine
 from lightning_sentinel.pipeline.results.all_predictions import complete_predictions
 from lightning_sentinel.pipeline.results.step_state import SharedStepState
@@ -29,6 +31,11 @@ class PipelineData(StageCheckpoints):
     _uneven: bool = False
     """Whether replicas may have batches of different sizes; the same on all ranks."""
     _listened_to: frozenset[str] = frozenset()
+    _dealer: Dealer
+    _sources: dict[tuple[str, int], Source]
+    """What is known of each step's loaders."""
+    _compared: set[tuple[str, int]]
+    """Of which loaders both ends have been compared in this epoch."""
     _micro_batches: int
     _verification: Verification | None
     _response: Response
@@ -64,8 +71,10 @@ class PipelineData(StageCheckpoints):
         seed_workers(dataloader, self.worker.replica)
         with self._watching():
             even, lengths = is_even(dataloader)
+        reads = self._all_read
+        dealer = self._dealer
+        even = even and not dealer.by_module
         self._uneven |= not even
-        reads = mesh.stages < _STAGES_WITH_A_MIDDLE or self._samples_are_handed_out
         if even and reads:
             return dataloader
         length = None if min(lengths) < 0 else min(lengths) if trainer.training else max(lengths)
@@ -73,7 +82,7 @@ class PipelineData(StageCheckpoints):
         def training() -> bool:
             return bool(trainer.training)
 
-        return Feed(dataloader, mesh, self.worker, reads, even, length, training, self.root_device, self._watching)
+        return Feed(dataloader, mesh, self.worker, dealer, reads, even, length, training, self.root_device, self._watching)
 
     @property
     def _samples_are_handed_out(self) -> bool:
@@ -81,15 +90,68 @@ class PipelineData(StageCheckpoints):
         bans = self._response.ban_after is not None or self._response.audit_rate is not None or bool(self._response.banned)
         return self._verification is not None and (bans or self._response.ledger is not None)
 
-    def _sizes(self, arguments: tuple[Any, ...]) -> BatchSizes:
-        """How many samples each replica has, which all ranks are to see alike."""
-        samples, replicas = extract_batch_size(arguments[0]), self.mesh.replicas
-        everyone = [-(-samples // replicas) if self._virtual else samples] * replicas
-        if self._uneven:
-            # Of each replica what its first stage says.
-            told = gather_numbers([samples])
-            everyone = [told[rank][0] for rank in self.mesh.stage_ranks(0)]
-        return BatchSizes.of(everyone, self._micro_batches)
+    @property
+    def _all_read(self) -> bool:
+        """Whether workers in the middle of a pipeline read data too."""
+        return self.mesh.stages < _STAGES_WITH_A_MIDDLE or self._samples_are_handed_out
+
+    @property
+    def _reads(self) -> bool:
+        """Whether this rank reads data."""
+        return self._virtual or self._all_read or self.worker.stage in (0, self.mesh.stages - 1)
+
+    def _learn_how_to_deal(self) -> None:
+        """To be called when a run begins, before its data is asked for."""
+        assert self.lightning_module is not None
+        self._dealer = Dealer(self.lightning_module)
+        self._uneven = False
+        self._sources, self._compared = {}, set()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._compare_again("training_step")
+
+    @override
+    def on_validation_start(self) -> None:
+        self._compare_again("validation_step")
+
+    def _compare_again(self, step: str) -> None:
+        """The next batch of each loader is the first of an epoch."""
+        self._compared = {key for key in self._compared if key[0] != step}
+
+    def _deal(self, step: str, arguments: tuple[Any, ...]) -> Deal:
+        """This replica's batch in micro-batches, and how large those of all replicas are, which all ranks see alike."""
+        key = (step, arguments[2] if len(arguments) > 2 else 0)
+        if key not in self._sources:
+            self._sources[key] = self._source_of(*key)
+        first = key not in self._compared
+        self._compared.add(key)
+        batch, source = arguments[0], self._sources[key]
+        if self._virtual:
+            return self._dealer.whole(batch, source).dealt_to(self.mesh.replicas, self._micro_batches)
+        # A batch of zeros in the place of one says how large that is, and nothing else.
+        dealer = self._dealer if self._reads else Dealer(None)
+        return deal_alike(
+            batch,
+            partial(dealer.whole, source=source),
+            self._micro_batches,
+            self.mesh,
+            self.worker,
+            reads=self._reads,
+            asks=first or self._uneven,
+            waits=first,
+            by_module=self._dealer.by_module,
+            banned=self.ledger.banned,
+        )
+
+    def _source_of(self, step: str, number: int) -> Source:
+        """What is known of the loader that a step's batches come from."""
+        loaders = getattr(self._trainer, _LOADERS[step])
+        if not isinstance(loaders, (list, tuple)):
+            return source_of(loaders)
+        # In training the batches of several loaders come as one.
+        return source_of(loaders[number]) if step != "training_step" and number < len(loaders) else Source()
 
     # ------------------------------------------------------------------------------------------------- what came of the data
 
@@ -120,3 +182,9 @@ class PipelineData(StageCheckpoints):
 
 
 _STAGES_WITH_A_MIDDLE = 3
+_LOADERS = {
+    "training_step": "train_dataloader",
+    "validation_step": "val_dataloaders",
+    "test_step": "test_dataloaders",
+    "predict_step": "predict_dataloaders",
+}

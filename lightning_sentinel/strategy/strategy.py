@@ -244,6 +244,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
             self._engine.adversary = self.adversary
             self._randomness = self._randomness or SeparateRandomness(self._seed, self.global_rank, self.worker.replica)
             self._agree_on_listeners()
+        self._learn_how_to_deal()
         self._shares = CleanShares(self.mesh)
         silence_misleading_warnings()
         if fitting and self.is_global_zero:
@@ -306,9 +307,9 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
 
     def _train_until_settled(self, arguments: tuple[Any, ...], scale: float) -> StepOutcome:
         """Run a batch and judge it; if audits find liars, run it again without them, so that no weight has seen what they sent."""
-        engine, sizes = self._running_engine, self._sizes(arguments)
+        engine, deal = self._running_engine, self._deal("training_step", arguments)
         while True:
-            outcome = engine.train(arguments, self.step, sizes, scale)
+            outcome = engine.train(arguments, self.step, deal, scale)
             ruling = engine.settle(outcome, self.step)
             if ruling is None:
                 self.table, self.wiring = outcome.table, outcome.wiring
@@ -376,11 +377,11 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         arguments = (*args, *kwargs.values())
         with self._at_work():
-            return self._running_engine.predict(arguments, self._sizes(arguments))
+            return self._running_engine.predict(arguments, self._deal("predict_step", arguments))
 
     def _evaluate(self, step: str, arguments: tuple[Any, ...]) -> Any:
         with self._at_work():
-            outcome = self._running_engine.evaluate(step, arguments, self._sizes(arguments))
+            outcome = self._running_engine.evaluate(step, arguments, self._deal(step, arguments))
             returned = self._returned(step)
         assert self.lightning_module is not None
         replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._has_last_stage)

@@ -21,20 +21,20 @@ import torch.distributed as dist
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 from torch.utils.data import BatchSampler, default_collate
 
-from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
+from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.data.layout import describe, samples_of, stand_in
+from lightning_sentinel.pipeline.data.dealing import Dealer
+from lightning_sentinel.pipeline.data.fingerprints import NONE_LEFT, NOT_READ, compare_ends, fingerprint
+from lightning_sentinel.pipeline.data.layout import describe, stand_in
+from lightning_sentinel.pipeline.data.reading import Source, read
 
-__all__ = ["Feed", "gather_numbers", "index_sampler", "is_even", "seed_workers"]
+__all__ = ["Feed", "gather_numbers", "index_sampler", "is_even", "seed_workers", "source_of"]
 
 _TAG = 71
 """Batches are fetched ahead of the signals of a step, with which they share a connection."""
 _LONGEST_DESCRIPTION = 2**26
-_NONE_LEFT, _DOES_NOT_READ = -1, -2
 _END = b"end"
 
 
@@ -55,6 +55,18 @@ def index_sampler(loader: Any) -> _IndexBatchSamplerWrapper | None:
     """What Lightning remembers the indices of predicted samples with; ``None`` where it does not."""
     sampler = getattr(loader, "batch_sampler", None)
     return sampler if isinstance(sampler, _IndexBatchSamplerWrapper) else None
+
+
+def source_of(loader: Any) -> Source:
+    """What a loader says of the batches that it gives."""
+    sampler = getattr(loader, "batch_sampler", None)
+    size = getattr(sampler, "batch_size", None)
+    try:
+        # A data set of less than a batch has only a short one.
+        known = isinstance(size, int) and len(sampler.sampler) >= size  # type: ignore[union-attr]
+    except (AttributeError, TypeError, NotImplementedError):
+        known = False
+    return Source(size if known else None, getattr(loader, "collate_fn", None) is default_collate)
 
 
 def is_even(loader: Any) -> tuple[bool, list[int]]:
@@ -89,6 +101,7 @@ class Feed:
         loader: the user's. What is asked of it otherwise, it answers itself.
         mesh: all workers.
         worker: that this rank is.
+        dealer: knows how many samples a batch has.
         reads: whether workers in the middle of a pipeline read data too.
         even: as :func:`is_even` says.
         length: how many batches all ranks will go through; ``None`` if nobody knows.
@@ -102,6 +115,7 @@ class Feed:
         loader: Any,
         mesh: Mesh,
         worker: Worker,
+        dealer: Dealer,
         reads: bool,
         even: bool,
         length: int | None,
@@ -114,6 +128,8 @@ class Feed:
             _loader=loader,
             _mesh=mesh,
             _worker=worker,
+            _dealer=dealer,
+            _source=source_of(loader),
             _unread=() if reads else tuple(mesh.rank(Worker(stage, worker.replica)) for stage in middle),
             _reads=reads or worker.stage not in middle,
             _even=even,
@@ -143,11 +159,11 @@ class Feed:
             batch = next(source, _END)
             if not self._even:
                 with self._waiting():
-                    samples = self._agreed(_NONE_LEFT if batch is _END else samples_of(batch))
-                if max(samples) == _NONE_LEFT or (training and min(samples) == _NONE_LEFT):
+                    samples = self._agreed(batch)
+                if max(samples) == NONE_LEFT or (training and min(samples) == NONE_LEFT):
                     _warn_of_leftovers(samples)
                     return
-                if samples[self._worker.replica] == _NONE_LEFT:
+                if samples[self._worker.replica] == NONE_LEFT:
                     batch = self._empty(latest)
             if self._unread:
                 with self._waiting():
@@ -167,19 +183,17 @@ class Feed:
         while True:
             yield None
 
-    def _agreed(self, samples: int) -> list[int]:
-        """Samples of each replica's batch, -1 for none."""
-        everyone = [numbers[0] for numbers in gather_numbers([samples if self._reads else _DOES_NOT_READ])]
-        last = self._mesh.stages - 1
-        for replica in range(self._mesh.replicas):
-            first, other = (everyone[self._mesh.rank(Worker(stage, replica))] for stage in (0, last))
-            if first != other:
-                raise PipelineModelError(
-                    f"The first stage of replica {replica} read a batch of {_told(first)}, the last one {_told(other)}. Both ends"
-                    " of a pipeline read the same data: let what a data set or a sampler gives depend on"
-                    " trainer.strategy.distributed_sampler_kwargs['rank'] and not on the global rank or on chance."
-                )
-        return [everyone[rank] for rank in self._mesh.stage_ranks(0)]
+    def _agreed(self, batch: Any) -> list[int]:
+        """Samples of each replica's batch, ``NONE_LEFT`` for none."""
+        mine = [NOT_READ, 0]
+        if self._reads:
+            mine = [NONE_LEFT, 0] if batch is _END else [self._samples(batch), fingerprint(batch, waits=False)]
+        everyone = gather_numbers(mine)
+        compare_ends(everyone, self._mesh)
+        return [everyone[self._mesh.rank(Worker(0, replica))][0] for replica in range(self._mesh.replicas)]
+
+    def _samples(self, batch: Any) -> int:
+        return self._dealer.samples(batch, self._source)
 
     def _described(self, batch: Any) -> Any:
         """The first stage tells those in the middle what a batch looks like, and they make one up."""
@@ -187,7 +201,7 @@ class Feed:
         if self._worker.stage == 0:
             for work, *_ in self._under_way:
                 work.wait()
-            message = _END if batch is _END else describe(batch)
+            message = _END if batch is _END else describe(batch, self._samples(batch))
             data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
             pieces = [(rank, piece) for rank in self._unread for piece in (torch.tensor([len(message)]), data)]
             self._under_way[:] = [(dist.isend(piece, rank, tag=_TAG), piece) for rank, piece in pieces]
@@ -207,17 +221,13 @@ class Feed:
         sampler = index_sampler(self._loader)
         if sampler is not None:
             sampler.seen_batch_indices.append([])
-        samples = samples_of(latest)
-        return apply_to_collection(latest, Tensor, lambda leaf: leaf[:0] if leaf.ndim and len(leaf) == samples else leaf)
-
-
-def _told(samples: int) -> str:
-    return "nothing" if samples == _NONE_LEFT else f"{samples} sample(s)"
+        # How a module deals batches of its own kind says nothing of how to leave everything out.
+        return None if self._dealer.by_module else read(latest, self._source).part(slice(0))
 
 
 def _warn_of_leftovers(samples: list[int]) -> None:
-    if max(samples) != _NONE_LEFT:
-        without = [replica for replica, number in enumerate(samples) if number == _NONE_LEFT]
+    if max(samples) != NONE_LEFT:
+        without = [replica for replica, number in enumerate(samples) if number == NONE_LEFT]
         rank_zero_warn(
             f"The epoch ends here, because replica(s) {without} have no batch left, though others have: every training step needs"
             " one of each. Give all replicas the same number of batches to use all data."

@@ -8,32 +8,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sentinel.errors import MalformedMessageError
+from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
+from lightning_sentinel.pipeline.data.reading import read
 
-__all__ = ["describe", "samples_of", "stand_in"]
-
-
-def samples_of(batch: Any) -> int:
-    """Samples of a batch; 1 if it has no tensors to tell."""
-    try:
-        return extract_batch_size(batch)
-    except MisconfigurationException:
-        return 1
+__all__ = ["describe", "stand_in"]
 
 
-def describe(batch: Any) -> bytes:
+def describe(batch: Any, samples: int) -> bytes:
     """Structure, shapes and dtypes, numbers and text of a batch, in JSON.
 
     Example:
-        >>> batch = stand_in(describe({"tokens": torch.ones(2, 3), "name": "cat"}), torch.device("cpu"))
+        >>> batch = stand_in(describe({"tokens": torch.ones(2, 3), "name": "cat"}, samples=2), torch.device("cpu"))
         >>> batch["tokens"].shape, float(batch["tokens"].sum()), batch["name"]
         (torch.Size([2, 3]), 0.0, 'cat')
     """
-    return json.dumps({"samples": samples_of(batch), "batch": _described(batch)}).encode()
+    return json.dumps({"samples": samples, "batch": _described(batch)}).encode()
 
 
 def _described(value: Any) -> Any:
@@ -60,8 +51,12 @@ def stand_in(description: bytes, device: torch.device) -> Any:
         rows = torch.zeros((), device=device).expand(samples)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
         raise MalformedMessageError(f"What should describe a batch does not: {description[:80]!r} ({error}).") from error
-    # Of a container that only its own library understands the size is left.
-    return batch if samples_of(batch) == samples else rows
+    try:
+        shows = read(batch).samples == samples
+    except ConfigurationError:
+        shows = False
+    # Of a container that only its own library or module understands the size is left.
+    return batch if shows else rows
 
 
 def _built(described: Any, device: torch.device) -> Any:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning_utilities.core.apply_func import apply_to_collection
+import numpy as np
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.pipeline.data.reading import leaves_of
 
-__all__ = ["BatchSizes", "MicroBatches"]
+__all__ = ["BatchSizes", "MicroBatches", "evenly"]
 
 
 class BatchSizes(NamedTuple):
@@ -21,76 +19,66 @@ class BatchSizes(NamedTuple):
     Args:
         micro_batches: into how many each replica's batch is dealt.
         samples: of each replica's batch; 0 for a replica that has none left while others have.
+        dealt: samples of each replica's micro-batches, where the module deals its batches itself; else as equal as possible.
     """
 
     micro_batches: int
     samples: tuple[int, ...]
+    dealt: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def of(cls, samples: Sequence[int], at_most: int) -> BatchSizes:
         """As many micro-batches as asked for, or as the shortest batch has samples.
 
         Example:
-            >>> BatchSizes.of([6, 3, 0], at_most=4)
-            BatchSizes(micro_batches=3, samples=(6, 3, 0))
+            >>> BatchSizes.of([6, 3, 0], at_most=4).micro_batches
+            3
         """
         return cls(min(at_most, *(number for number in samples if number), at_most), tuple(samples))
 
     def work(self, replica: int, micro_batch: int) -> tuple[int, float]:
         """Samples of a micro-batch, and its share of the replica's batch."""
-        size = _sizes(self.samples[replica], self.micro_batches)[micro_batch]
-        return size, size / max(1, self.samples[replica])
+        sizes = self.dealt[replica] if self.dealt else evenly(self.samples[replica], self.micro_batches)
+        return sizes[micro_batch], sizes[micro_batch] / max(1, sum(sizes))
 
 
-def _sizes(samples: int, count: int) -> tuple[int, ...]:
+def evenly(samples: int, count: int) -> tuple[int, ...]:
+    """Sizes of parts that are as equal as possible.
+
+    Example:
+        >>> evenly(7, 3)
+        (3, 2, 2)
+    """
     base, longer = divmod(samples, count)
     return tuple(base + (index < longer) for index in range(count))
 
 
 class MicroBatches:
-    """A replica's batch, dealt into micro-batches along the first axis, as equal as possible.
+    """A replica's micro-batches.
 
     Args:
-        batch: what the loader gave: tensors, or nested collections of them. Without samples all micro-batches are empty.
-        count: how many micro-batches.
-
-    Raises:
-        ConfigurationError: if the batch has samples, but fewer than that.
-
-    Example:
-        >>> import torch
-        >>> parts = MicroBatches((torch.arange(5), "name"), count=2)
-        >>> parts[1], parts.sizes
-        ((tensor([3, 4]), 'name'), (3, 2))
+        parts: one behind the other; they are made when they are asked for.
+        sizes: samples of each.
+        batch: that they are of.
     """
 
-    def __init__(self, batch: Any, count: int) -> None:
-        samples = extract_batch_size(batch)
-        if 0 < samples < count:
-            raise ConfigurationError(
-                f"A replica's batch of {samples} sample(s) cannot be dealt into micro_batches={count}. Use a larger batch_size,"
-                " drop_last=True if only the last batch is short, or SentinelStrategy(micro_batches=...) of at most the batch size."
-            )
-        self._batch, self._samples, self._count = batch, samples, count
-        self.sizes = _sizes(samples, count)
+    def __init__(self, parts: Sequence[Any], sizes: Sequence[int], batch: Any) -> None:
+        self._parts, self._batch = parts, batch
+        self.sizes = tuple(sizes)
 
     @property
     def weights(self) -> tuple[float, ...]:
         """Share of the batch that each micro-batch has; a mean over samples is their mean with these weights."""
-        return tuple(size / max(1, self._samples) for size in self.sizes)
+        return tuple(size / max(1, sum(self.sizes)) for size in self.sizes)
 
     @property
     def bytes(self) -> int:
-        """Of all tensors of the batch."""
-        return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(self._batch) if isinstance(leaf, Tensor))
+        """Of all tensors and arrays of the batch."""
+        leaves = [leaf for leaf in leaves_of(self._batch) if isinstance(leaf, (Tensor, np.ndarray))]
+        return sum(leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else leaf.nbytes for leaf in leaves)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.sizes)
 
     def __getitem__(self, index: int) -> Any:
-        start, size = sum(self.sizes[:index]), self.sizes[index]
-
-        def part(leaf: Tensor) -> Tensor:
-            return leaf[start : start + size] if leaf.ndim and leaf.shape[0] == self._samples else leaf
-
-        return apply_to_collection(self._batch, Tensor, part)
+        return self._parts[index]

@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from lightning.fabric.utilities.apply_func import move_data_to_device
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
@@ -124,8 +123,8 @@ class Supply:
 
     def _own(self, own: MicroBatches, sizes: BatchSizes, part: Part) -> Work:
         # In the middle of a pipeline nobody looks at samples.
-        mine = part.replica == self._worker.replica
-        return Work(part, own[part.micro_batch] if mine else None, *sizes.work(*part))
+        looks = self._worker.stage in (0, self._mesh.stages - 1)
+        return Work(part, own[part.micro_batch] if looks else None, *sizes.work(*part))
 
     def packed(self, own: MicroBatches, part: Part) -> Any:
         """One of this replica's micro-batches as it is sent: samples, how many, and their share of the batch."""
@@ -134,4 +133,4 @@ class Supply:
 
     def _unpack(self, parcel: Any, part: Part) -> Work:
         batch, samples, weight = parcel
-        return Work(part, apply_to_collection(batch, Tensor, lambda tensor: tensor.to(self._device)), int(samples), float(weight))
+        return Work(part, move_data_to_device(batch, self._device), int(samples), float(weight))

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_sentinel.pipeline.data.reading import entries_of, goes_by_rows, is_sequence, rebuilt
 
 __all__ = ["join", "plain", "reorder"]
 
@@ -15,8 +18,8 @@ __all__ = ["join", "plain", "reorder"]
 def join(parts: Sequence[Any], sizes: Sequence[int], average: bool = False) -> Any:
     """Join results along the samples.
 
-    Tensors are concatenated along their first axis, mappings and tuples entry by entry. A list with one entry for each sample is
-    continued, any other is joined entry by entry.
+    Tensors and arrays are concatenated along their first axis, structures entry by entry. A list or tuple with one entry for each
+    sample is continued, any other is joined entry by entry.
 
     Args:
         parts: of the same structure.
@@ -33,25 +36,41 @@ def join(parts: Sequence[Any], sizes: Sequence[int], average: bool = False) -> A
     first = parts[0]
     if all(isinstance(part, Mapping) and part.keys() == first.keys() for part in parts):
         return {key: join([part[key] for part in parts], sizes, average) for key in first}
-    if all(isinstance(part, list) and _by_samples(part, size) for part, size in zip(parts, sizes)):
-        return [entry for part in parts for entry in part]
-    if isinstance(first, (list, tuple)) and all(type(part) is type(first) and len(part) == len(first) for part in parts):
-        entries = [join(list(column), sizes, average) for column in zip(*parts)]
-        return type(first)(*entries) if hasattr(first, "_fields") else type(first)(entries)
+    if all(is_sequence(part) for part in parts) and _by_samples(parts, sizes):
+        return type(first)(entry for part in parts for entry in part)
+    if _alike(parts):
+        columns = zip(*(_held(part) for part in parts))
+        return rebuilt(first, [join(list(column), sizes, average) for column in columns])
+    if all(isinstance(part, np.ndarray) and part.ndim == first.ndim for part in parts):
+        return np.concatenate(parts) if first.ndim else np.stack(parts)
     if all(isinstance(part, Tensor) and part.ndim == first.ndim for part in parts):
         if first.ndim:
             return torch.cat(list(parts))
         return _mean(torch.stack(list(parts)), sizes) if average else torch.stack(list(parts))
     if average and all(isinstance(part, Number) and not isinstance(part, bool) for part in parts):
         return sum(part * size for part, size in zip(parts, sizes)) / sum(sizes)
-    if any(isinstance(part, Tensor) for part in parts):
+    if any(isinstance(part, (Tensor, np.ndarray)) for part in parts):
         return list(parts)
     return first if all(part == first for part in parts) else list(parts)
 
 
-def _by_samples(entries: list[Any], samples: int) -> bool:
-    """Whether a list has an entry for each sample; of an unknown number of samples, if it holds numbers or text."""
-    return len(entries) == samples if samples >= 0 else not any(isinstance(one, (Tensor, Mapping, list, tuple)) for one in entries)
+def _held(value: Any) -> list[Any]:
+    return list(value) if is_sequence(value) else [entry for _, entry in entries_of(value, "")]
+
+
+def _alike(parts: Sequence[Any]) -> bool:
+    """Whether these are structures of one kind."""
+    held = [_held(part) for part in parts]
+    return bool(held[0]) and all(type(part) is type(parts[0]) for part in parts) and len(set(map(len, held))) == 1
+
+
+def _by_samples(parts: Sequence[Sequence[Any]], sizes: Sequence[int]) -> bool:
+    """Whether lists have an entry for each sample; of an unknown number of samples, if they hold numbers or text."""
+    if min(sizes) < 0:
+        return not any(isinstance(one, (Tensor, Mapping)) or is_sequence(one) for part in parts for one in part)
+    if any(len(part) != size for part, size in zip(parts, sizes)):
+        return False
+    return not all(goes_by_rows(part, size) for part, size in zip(parts, sizes) if size)
 
 
 def _mean(values: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -81,21 +100,25 @@ def reorder(joined: Any, indices: Tensor) -> Any:
 def _reordered(joined: Any, order: Tensor, rows: int) -> Any:
     if isinstance(joined, Mapping):
         return {key: _reordered(value, order, rows) for key, value in joined.items()}
-    if isinstance(joined, list) and len(joined) == rows and not any(isinstance(entry, Tensor) for entry in joined):
-        return [joined[index] for index in order.tolist()]
-    if isinstance(joined, (list, tuple)):
-        entries = [_reordered(value, order, rows) for value in joined]
-        return type(joined)(*entries) if hasattr(joined, "_fields") else type(joined)(entries)
-    return joined[order.to(joined.device)] if isinstance(joined, Tensor) and joined.ndim and len(joined) == rows else joined
+    if is_sequence(joined) and len(joined) == rows and not goes_by_rows(joined, rows):
+        return type(joined)(joined[index] for index in order.tolist())
+    if isinstance(joined, (Tensor, np.ndarray)):
+        if not joined.ndim or len(joined) != rows:
+            return joined
+        return joined[order.to(joined.device)] if isinstance(joined, Tensor) else joined[order.numpy()]
+    held = _held(joined)
+    return rebuilt(joined, [_reordered(value, order, rows) for value in held]) if held else joined
 
 
 def plain(tree: Any) -> Any:
-    """The same in dicts, lists and tuples, tensors detached, and ``None`` for what is neither a tensor, a number nor text.
+    """The same in dicts, lists and tuples, tensors detached; ``None`` for what is no tensor, array, number or text.
 
     Example:
         >>> plain({"loss": 1.0, "labels": (range(3), "a")})
         {'loss': 1.0, 'labels': (None, 'a')}
     """
+    if isinstance(tree, np.ndarray):
+        return tree
     if isinstance(tree, Tensor):
         return tree.detach()
     if isinstance(tree, Mapping):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lightning_sentinel.errors import MalformedMessageError
-from lightning_sentinel.pipeline.data.layout import describe, samples_of, stand_in
+from lightning_sentinel.pipeline.data.layout import describe, stand_in
+from lightning_sentinel.pipeline.data.reading import read
 from tests.pipeline.ranks import same_tree
 
 CPU = torch.device("cpu")
@@ -40,16 +41,12 @@ INPUTS, LABELS = torch.ones(5, 2, 3), torch.arange(5)
     ids=lambda value: type(value).__name__,
 )
 def test_a_stand_in_has_structure_shapes_and_dtypes(batch: Any, expected: Any) -> None:
-    assert same_tree(stand_in(describe(batch), CPU), expected)
+    assert same_tree(stand_in(describe(batch, read(batch).samples), CPU), expected)
 
 
 def test_it_holds_one_element_a_tensor() -> None:
-    found = stand_in(describe(torch.ones(1000, 1000)), CPU)
+    found = stand_in(describe(torch.ones(1000, 1000), 1000), CPU)
     assert found.untyped_storage().nbytes() == 4
-
-
-def test_without_tensors_there_is_one_sample() -> None:
-    assert samples_of(object()) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
+from lightning_sentinel.pipeline.data.dealing import Dealer
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.data.supply import Supply, Work, deliveries, supplier
 from lightning_sentinel.wiring import Part, Wiring
 from tests.pipeline.ranks import ranks
@@ -75,7 +76,7 @@ def test_every_lane_gets_its_micro_batches_and_nobody_banned_hands_any_out(case:
 
     def work(rank: int) -> list[Work]:
         worker = mesh.worker(rank)
-        own = MicroBatches(batch_of(worker.replica, samples(worker.replica)), micro_batches)
+        own = Dealer(None).whole(batch_of(worker.replica, samples(worker.replica))).dealt(micro_batches)
         sizes = BatchSizes(micro_batches, tuple(map(samples, range(mesh.replicas))))
         return Supply(mesh, worker, CPU).of_step(own, sizes, wiring, banned)
 
@@ -87,7 +88,7 @@ def test_every_lane_gets_its_micro_batches_and_nobody_banned_hands_any_out(case:
         assert [one.part for one in found[rank]] == list([] if lane is None else wiring.work[lane])
         for part, batch, size, weight in found[rank]:
             if worker.stage not in (0, mesh.stages - 1):
-                assert (batch is None) == (part.replica != worker.replica)
+                assert batch is None
                 continue
             whole = batch_of(part.replica, samples(part.replica))
             pieces = {name: torch.tensor_split(tensor, micro_batches)[part.micro_batch] for name, tensor in whole.items()}
@@ -107,7 +108,7 @@ def test_there_is_room_for_sixteen_times_the_own_batch(size: int, fits: bool) ->
 
     def work(rank: int) -> list[Work]:
         worker = mesh.worker(rank)
-        own = MicroBatches(torch.zeros(size if worker.replica else 1, 3), 1)
+        own = Dealer(None).whole(torch.zeros(size if worker.replica else 1, 3)).dealt(1)
         return Supply(mesh, worker, CPU).of_step(own, BatchSizes(1, (1, size)), wiring, banned)
 
     with ranks(mesh.size) as world:
@@ -127,8 +128,8 @@ def test_replicas_without_samples_have_no_work_and_lanes_work_on_those_of_others
         worker = mesh.worker(rank)
         supply, whole = Supply(mesh, worker, CPU), torch.full((4, 3), float(worker.replica))
         everything = BatchSizes(2, (4, 4, 4))
-        supply.of_step(MicroBatches(whole, 2), everything, wiring, banned)
-        return supply.of_step(MicroBatches(whole[: sizes.samples[worker.replica]], 2), sizes, wiring, banned)
+        supply.of_step(Dealer(None).whole(whole).dealt(2), everything, wiring, banned)
+        return supply.of_step(Dealer(None).whole(whole[: sizes.samples[worker.replica]]).dealt(2), sizes, wiring, banned)
 
     with ranks(mesh.size) as world:
         found = world.run(work)

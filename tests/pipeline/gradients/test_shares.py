@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
+from lightning_sentinel.pipeline.data.dealing import Dealer
 from lightning_sentinel.pipeline.gradients.shares import CleanShares
 from lightning_sentinel.wiring import Wiring
 
@@ -27,7 +27,7 @@ class Counting:
 
 def uneven_weights(replicas: int, micro_batches: int, seed: int = 0) -> Tensor:
     sizes = torch.randint(micro_batches, 40, (replicas,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return torch.tensor([MicroBatches(torch.zeros(size), micro_batches).weights for size in sizes])
+    return torch.tensor([Dealer(None).whole(torch.zeros(size)).dealt(micro_batches).weights for size in sizes])
 
 
 def formula(clean: Tensor, weights: Tensor) -> list[float]:

@@ -1,0 +1,82 @@
+"""One replica's batch, dealt as all ranks know that all replicas deal theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.data.dealing import Deal, Whole
+from lightning_sentinel.pipeline.data.feeding import gather_numbers
+from lightning_sentinel.pipeline.data.fingerprints import NOT_READ, compare_ends, fingerprint
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
+
+__all__ = ["deal_alike"]
+
+_UNREADABLE = -3
+
+
+def deal_alike(
+    batch: Any,
+    whole: Callable[[Any], Whole],
+    at_most: int,
+    mesh: Mesh,
+    worker: Worker,
+    *,
+    reads: bool,
+    asks: bool,
+    waits: bool,
+    by_module: bool,
+    banned: Collection[Worker] = (),
+) -> Deal:
+    """Deal a batch; a collective if it ``asks``, and then an error of one rank is one of all.
+
+    Args:
+        batch: of this rank's replica.
+        whole: makes it ready to be dealt.
+        at_most: so many micro-batches, or as many as the shortest batch has samples.
+        mesh: all workers.
+        worker: that this rank is.
+        reads: whether the batch is what a loader gave.
+        asks: whether replicas may have batches of different sizes, or it is to be seen whether both ends have the same.
+        waits: whether to wait for what a device holds to compare it.
+        by_module: whether the module decides how large micro-batches are.
+        banned: those whose word does not count.
+
+    Raises:
+        ConfigurationError: if the batch, or that of another rank, cannot be dealt.
+        PipelineModelError: if two ends of a pipeline have read different batches.
+    """
+    mine, problem, own = [_UNREADABLE, 0, 0], None, None
+    try:
+        own = whole(batch)
+        mine = [own.samples, own.most(at_most), fingerprint(batch, waits) if asks and reads else 0]
+    except ConfigurationError as error:
+        problem = error
+    if asks:
+        everyone = gather_numbers(mine if reads else [NOT_READ, 0, 0])
+        troubled = [rank for rank, (samples, *_) in enumerate(everyone) if samples == _UNREADABLE]
+        if troubled and problem is None:
+            raise ConfigurationError(f"Rank {troubled[0]} has a batch that cannot be dealt into micro-batches; it says why.")
+    if problem is not None or own is None:
+        assert problem is not None
+        raise problem
+    if not asks:
+        return Deal(BatchSizes.of([mine[0]] * mesh.replicas, at_most), [own.dealt(mine[1])], mine[0])
+    compare_ends([(samples, printed) for samples, _, printed in everyone], mesh, banned)
+    of_replicas = [everyone[mesh.rank(_spokesman(replica, mesh, banned))] for replica in range(mesh.replicas)]
+    samples, most = [numbers[0] for numbers in of_replicas], [numbers[1] for numbers in of_replicas if numbers[0]]
+    sizes = BatchSizes.of(samples, min([*most, at_most]))
+    dealt = own.dealt(sizes.micro_batches) if reads or not by_module else MicroBatches((), (0,) * sizes.micro_batches, None)
+    if by_module:
+        everyone = gather_numbers(list(dealt.sizes))
+        by_replica = [everyone[mesh.rank(_spokesman(replica, mesh, banned))] for replica in range(mesh.replicas)]
+        sizes = sizes._replace(dealt=tuple(map(tuple, by_replica)))
+    return Deal(sizes, [dealt], mine[0])
+
+
+def _spokesman(replica: int, mesh: Mesh, banned: Collection[Worker]) -> Worker:
+    """Who says how large a replica's batch is: an end of its pipeline, and if possible one that is not banned."""
+    ends = [Worker(stage, replica) for stage in (0, mesh.stages - 1)]
+    return min(ends, key=lambda end: end in banned)

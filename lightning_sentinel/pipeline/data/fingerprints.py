@@ -1,0 +1,88 @@
+"""Whether both ends of a pipeline have read the same: wrong pairs of inputs and labels look like any others."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_sentinel.errors import PipelineModelError
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.data.reading import leaves_of
+
+__all__ = ["NONE_LEFT", "NOT_READ", "compare_ends", "fingerprint"]
+
+_ELEMENTS, _LEAVES = 512, 64
+"""So many of each tensor, and of each batch."""
+NONE_LEFT, NOT_READ = -1, -2
+"""In place of a number of samples."""
+_REMEDY = (
+    "Both ends of a pipeline read the same data. What is drawn before fit() has to be drawn alike in all processes: call"
+    " L.seed_everything(...) first, or give random_split, shuffling and samplers a generator with a seed. What a data set or a"
+    " sampler gives may depend on trainer.strategy.distributed_sampler_kwargs['rank'], and not on the global rank or on chance."
+)
+
+
+def fingerprint(batch: Any, waits: bool = True) -> int:
+    """A number that tells one batch from another: of shapes, dtypes and some elements of every tensor.
+
+    Args:
+        batch: what the loader gave.
+        waits: whether to wait for elements that are on a device; else such tensors tell their shapes only.
+
+    Example:
+        >>> one, same, other = torch.arange(4), torch.arange(4), torch.arange(1, 5)
+        >>> fingerprint([one, "a"]) == fingerprint([same, "a"]), fingerprint([one, "a"]) == fingerprint([other, "a"])
+        (True, False)
+    """
+    leaves = list(leaves_of(batch))
+    digest = zlib.crc32(str(len(leaves)).encode())
+    for leaf in leaves[:: max(1, len(leaves) // _LEAVES)]:
+        digest = zlib.crc32(_bytes_of(leaf, waits), digest)
+    return digest
+
+
+def _bytes_of(leaf: Any, waits: bool) -> bytes:
+    if isinstance(leaf, np.ndarray):
+        head = f"{leaf.dtype} {leaf.shape} ".encode()
+        few = leaf.reshape(-1)[:: max(1, leaf.size // _ELEMENTS)]
+        return head + (b"" if leaf.dtype.hasobject else few.tobytes())
+    if not isinstance(leaf, Tensor):
+        # Of other things the text may have an address in it.
+        return repr(leaf).encode() if isinstance(leaf, (str, bytes, bool, int, float, complex)) else type(leaf).__name__.encode()
+    head = f"{leaf.dtype} {tuple(leaf.shape)} ".encode()
+    if leaf.layout != torch.strided or leaf.is_nested or not (waits or leaf.device.type == "cpu"):
+        return head
+    some = leaf.detach().reshape(-1)[:: max(1, leaf.numel() // _ELEMENTS)]
+    return head + some.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def compare_ends(said: Sequence[Sequence[int]], mesh: Mesh, banned: Collection[Worker] = ()) -> None:
+    """Raise ``PipelineModelError``, on all ranks, if two ends of a pipeline have read different batches.
+
+    Args:
+        said: of each rank, how many samples its batch has, and its fingerprint.
+        mesh: all workers.
+        banned: those whose word does not count.
+    """
+    for replica in range(mesh.replicas):
+        ends = [Worker(stage, replica) for stage in (0, mesh.stages - 1)]
+        first, last = (tuple(said[mesh.rank(worker)]) for worker in ends)
+        if first == last or (banned and not set(ends).isdisjoint(banned)):
+            continue
+        if first[0] != last[0]:
+            raise PipelineModelError(
+                f"The first stage of replica {replica} read a batch of {_told(first[0])}, the last one {_told(last[0])}. {_REMEDY}"
+            )
+        raise PipelineModelError(
+            f"The first and the last stage of replica {replica} read different batches of {_told(first[0])}: inputs would be"
+            f" trained on the labels of others. {_REMEDY}"
+        )
+
+
+def _told(samples: int) -> str:
+    return "nothing" if samples == NONE_LEFT else f"{samples} sample(s)"

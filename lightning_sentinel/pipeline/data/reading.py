@@ -1,0 +1,362 @@
+"""What in a batch goes by samples, told from nothing but the batch.
+
+A batch is a tree of what torch's collation makes: mappings, lists, tuples, named tuples, dataclasses, objects that have a ``to``,
+and in them tensors, NumPy arrays, text and numbers. Of how many samples it is everything in it has to agree: a tensor and an array
+by the first axis, a list or tuple of text and numbers by its length. A list or tuple of anything else is a structure if what it
+holds agrees, and else has one entry a sample. Where that leaves a choice there is no guess, but an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_sentinel.errors import ConfigurationError
+
+__all__ = ["Reading", "Source", "entries_of", "goes_by_rows", "is_sequence", "leaves_of", "read", "rebuilt"]
+
+Rows = slice | list[int]
+
+_ROOT = "batch"
+_MOST_NAMED = 12
+_FEWEST_TO_SUM_UP = 4
+_REMEDY = (
+    "Give every tensor, array and list of the batch one entry a sample (what belongs to no sample can be a buffer of the module),"
+    " or let the module say it: split_batch(self, batch, count) returns a list of `count` micro-batches."
+)
+
+
+@dataclass
+class Source:
+    """Where batches come from, as far as that helps to read them.
+
+    Args:
+        batch_size: of all batches but the last; ``None`` if nobody knows.
+        by_torch: whether torch's own collation makes the batches, in which a list that holds tensors is always a structure.
+    """
+
+    batch_size: int | None = None
+    by_torch: bool = False
+    entries: dict[str, bool] = field(default_factory=dict)
+    """Of sequences that could be read in one way only, whether they had one entry a sample: later batches are read alike."""
+    was_full: bool = False
+    """Whether a batch of ``batch_size`` samples has been read."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A batch of which it is known what goes by samples.
+
+    Args:
+        batch: what the loader gave.
+        samples: how many; 1 if there is nothing to tell by.
+
+    Example:
+        >>> import torch
+        >>> reading = read({"x": torch.arange(4), "names": ["a", "b", "c", "d"], "note": "text"})
+        >>> reading.samples, reading.part(slice(1, 3))
+        (4, {'x': tensor([1, 2]), 'names': ['b', 'c'], 'note': 'text'})
+    """
+
+    batch: Any
+    samples: int
+    _plan: Any
+
+    def part(self, rows: Rows) -> Any:
+        """The batch with these rows only; a slice of a tensor is a view."""
+        return _cut(self.batch, self._plan, rows)
+
+    def picked(self, rows: list[int]) -> Reading:
+        """The same of these rows only."""
+        return Reading(self.part(rows), len(rows), self._plan)
+
+
+def read(batch: Any, source: Source | None = None) -> Reading:
+    """Find out what in a batch goes by samples.
+
+    Args:
+        batch: what the loader gave.
+        source: what is known of the loader.
+
+    Raises:
+        ConfigurationError: if not all of it agrees on a number of samples, or if it can be read in several ways.
+    """
+    source = Source() if source is None else source
+    # As earlier batches of this loader: what was certain once stays so for a short batch whose sizes happen to be alike.
+    node = _look(batch, _ROOT, source)
+    samples = _samples(node, source) if node.sizes is None or len(node.sizes) == 1 else None
+    if samples is None:
+        node = _look(batch, _ROOT, Source(source.batch_size))
+        samples = _samples(node, source)
+    _refuse_time_first(node, samples, source)
+    source.was_full |= samples == source.batch_size
+    return Reading(batch, samples, _planned(node, samples, source, root=True))
+
+
+@dataclass
+class _Node:
+    """A part of a batch.
+
+    Args:
+        path: how it is reached.
+        value: itself.
+        sizes: numbers of samples that would explain it; ``None`` where nothing depends on them.
+        inner: the same for what it holds, where it is a list or tuple.
+        children: what it holds; empty where that does not matter.
+    """
+
+    path: str
+    value: Any
+    sizes: frozenset[int] | None = None
+    inner: frozenset[int] | None = None
+    children: list[_Node] = field(default_factory=list)
+
+
+def _look(value: Any, path: str, source: Source) -> _Node:
+    size = _rows_of(value, path)
+    if size is not None:
+        return _Node(path, value, frozenset((size,)))
+    if is_sequence(value):
+        return _look_at_sequence(value, path, source)
+    node = _Node(path, value, children=[_look(entry, place, source) for place, entry in entries_of(value, path)])
+    node.sizes = _agreed(node.children)
+    return node
+
+
+def _look_at_sequence(value: Sequence[Any], path: str, source: Source) -> _Node:
+    if not value:
+        return _Node(path, value)
+    length = frozenset((len(value),))
+    by_entries = source.entries.get(path)
+    if by_entries or all(map(_is_atom, value)):
+        return _Node(path, value, length)
+    children = [_look(entry, f"{path}[{index}]", source) for index, entry in enumerate(value)]
+    inner = _agreed(children)
+    if by_entries is False or not _may_be_samples(value, path, source):
+        return _Node(path, value, inner, inner, children)
+    return _Node(path, value, length if inner is None else inner | length, inner, children)
+
+
+def _may_be_samples(entries: Sequence[Any], path: str, source: Source) -> bool:
+    """Whether a list may have one entry a sample: they are alike, which inputs and labels seldom are.
+
+    A batch itself is a structure, such as a pair, unless it is as long as the loader says.
+    """
+    kinds = {(type(one), getattr(one, "dtype", None), getattr(one, "ndim", None)) for one in entries if one is not None}
+    return len(kinds) <= 1 and (path != _ROOT or len(entries) == source.batch_size)
+
+
+def _agreed(nodes: Sequence[_Node]) -> frozenset[int] | None:
+    """Numbers of samples that explain all of these."""
+    sizes = [node.sizes for node in nodes if node.sizes is not None]
+    return frozenset.intersection(*sizes) if sizes else None
+
+
+def _samples(root: _Node, source: Source) -> int:
+    """How many samples there are.
+
+    Raises:
+        ConfigurationError: if that cannot be told.
+    """
+    sizes = root.sizes
+    if sizes is None:
+        return 0 if is_sequence(root.value) and not root.value else 1
+    if not sizes:
+        raise ConfigurationError(f"What is in a batch does not agree on a number of samples: {_named(root)}. {_REMEDY}")
+    if len(sizes) > 1 and source.batch_size is not None and source.batch_size in sizes:
+        return source.batch_size
+    if len(sizes) > 1 and root.inner:
+        # A batch is itself a structure, as a pair of inputs and labels, before it is a list of samples.
+        sizes = root.inner
+    if len(sizes) > 1:
+        raise ConfigurationError(
+            f"A batch can be read as one of {' or '.join(map(str, sorted(sizes)))} samples: {_named(root)}. {_REMEDY}"
+        )
+    return next(iter(sizes))
+
+
+def _refuse_time_first(root: _Node, samples: int, source: Source) -> None:
+    """Tensors whose second axis is as long as the first should be."""
+    expected = source.batch_size
+    if expected is None or samples == expected or source.was_full:
+        return
+    tensors = [value for value in leaves_of(root.value) if isinstance(value, (Tensor, np.ndarray)) and value.ndim]
+    if tensors and all(value.ndim > 1 and value.shape[1] == expected for value in tensors):
+        raise ConfigurationError(
+            f"The loader's batch_size is {expected}, but the first axis of what it gives is not that of samples: {_named(root)}."
+            f" {_REMEDY}"
+        )
+
+
+_WHOLE, _BY_ROWS = None, "rows"
+
+
+def _planned(node: _Node, samples: int, source: Source, root: bool = False) -> Any:
+    """Where in the tree it goes by rows: nowhere, here, or by place in what it holds."""
+    if node.sizes is None:
+        return _WHOLE if not (root and samples == 0) else _BY_ROWS
+    if not node.children:
+        return _BY_ROWS
+    if is_sequence(node.value):
+        holds = node.inner is not None and samples in node.inner
+        by_length = len(node.value) == samples
+        doubtful = holds and by_length and samples > 1 and _may_be_samples(node.value, node.path, source)
+        if doubtful and not (root or source.by_torch or node.path in source.entries):
+            raise ConfigurationError(
+                f"{node.path} can be one entry for each of {samples} samples, or a structure of entries with as many rows each:"
+                f" {_named(node)}. {_REMEDY}"
+            )
+        if holds != by_length:
+            source.entries[node.path] = by_length
+        if not holds:
+            return _BY_ROWS
+    return [_planned(child, samples, source) for child in node.children]
+
+
+def goes_by_rows(entries: Sequence[Any], samples: int) -> bool:
+    """Whether everything in a list has so many rows, which makes it a structure and not a list of samples.
+
+    Example:
+        >>> import torch
+        >>> goes_by_rows([torch.zeros(2, 3), torch.zeros(2)], 2), goes_by_rows([torch.zeros(3), torch.zeros(4)], 2)
+        (True, False)
+    """
+    inner = _look(entries, "result", Source()).inner
+    return inner is not None and samples in inner
+
+
+# ------------------------------------------------------------------------------------------------------------- the kinds of nodes
+
+
+def _rows_of(value: Any, path: str) -> int | None:
+    """Length of the first axis; ``None`` of what has none."""
+    if isinstance(value, PackedSequence) or (isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided)):
+        kind = "PackedSequence" if isinstance(value, PackedSequence) else "nested or sparse tensor"
+        raise ConfigurationError(f"{path} is a {kind}, of which nobody can take the rows of some samples. {_REMEDY}")
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+        return int(value.shape[0])
+    return None
+
+
+def is_sequence(value: Any) -> bool:
+    """A list, a tuple or the like; a named tuple is a structure, and a shape or text is one thing."""
+    if isinstance(value, (str, bytes, bytearray, memoryview, torch.Size)) or hasattr(value, "_fields"):
+        return False
+    return isinstance(value, Sequence)
+
+
+def entries_of(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What a structure holds; nothing of what is none."""
+    if isinstance(value, Mapping):
+        yield from ((f"{path}[{key!r}]", entry) for key, entry in value.items())
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        yield from ((f"{path}.{name}", entry) for name, entry in zip(value._fields, value))
+    elif _has_attributes(value):
+        yield from ((f"{path}.{name}", entry) for name, entry in vars(value).items())
+
+
+def _has_attributes(value: Any) -> bool:
+    """A dataclass, or an object that can be moved to a device, as Lightning asks of the batches of one's own classes."""
+    if isinstance(value, (Tensor, type, torch.nn.Module)) or not hasattr(value, "__dict__"):
+        return False
+    return dataclasses.is_dataclass(value) or callable(getattr(value, "to", None))
+
+
+def _is_atom(value: Any) -> bool:
+    """What has no size: text, numbers, tensors without axes, and things that nobody can look into."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim == 0
+    return not (is_sequence(value) or isinstance(value, (Mapping, tuple)) or _has_attributes(value))
+
+
+def rebuilt(value: Any, entries: Sequence[Any]) -> Any:
+    """The same structure with other entries.
+
+    Example:
+        >>> rebuilt({"a": 1, "b": 2}, [3, 4])
+        {'a': 3, 'b': 4}
+    """
+    if isinstance(value, Mapping):
+        changed = dict(zip(value, entries))
+        try:
+            clone = copy.copy(value)
+            for key, entry in changed.items():
+                clone[key] = entry  # type: ignore[index]
+            return clone
+        except TypeError:
+            return changed
+    if hasattr(value, "_fields"):
+        return type(value)(*entries)
+    if is_sequence(value):
+        return tuple(entries) if type(value) is tuple else _like(value, list(entries))
+    clone = copy.copy(value)
+    for name, entry in zip(vars(value), entries):
+        # Also of what is frozen.
+        object.__setattr__(clone, name, entry)
+    return clone
+
+
+def _like(value: Sequence[Any], entries: list[Any]) -> Any:
+    if type(value) is list:
+        return entries
+    try:
+        return type(value)(entries)  # type: ignore[call-arg]
+    except TypeError:
+        return entries
+
+
+def _cut(value: Any, plan: Any, rows: Rows) -> Any:
+    if plan is _WHOLE:
+        return value
+    if plan == _BY_ROWS:
+        if isinstance(value, Tensor) and not isinstance(rows, slice):
+            return value[torch.tensor(rows, dtype=torch.long, device=value.device)]
+        if isinstance(value, (Tensor, np.ndarray)):
+            return value[rows]
+        return rebuilt(value, list(value[rows]) if isinstance(rows, slice) else [value[row] for row in rows])
+    held = value if is_sequence(value) else [entry for _, entry in entries_of(value, "")]
+    return rebuilt(value, [_cut(entry, one, rows) for entry, one in zip(held, plan)])
+
+
+def leaves_of(value: Any) -> Iterator[Any]:
+    """Everything in a batch that holds nothing else.
+
+    Example:
+        >>> list(leaves_of({"a": [1, 2], "b": "text"}))
+        [1, 2, 'text']
+    """
+    held = list(value) if is_sequence(value) else [entry for _, entry in entries_of(value, "")]
+    if held:
+        for entry in held:
+            yield from leaves_of(entry)
+    elif not is_sequence(value) and not isinstance(value, Mapping):
+        yield value
+
+
+def _named(root: _Node) -> str:
+    """What has a size, with its size."""
+    lines = list(_sizes_named(root))
+    more = f" and {len(lines) - _MOST_NAMED} more" if len(lines) > _MOST_NAMED else ""
+    return ", ".join(lines[:_MOST_NAMED]) + more
+
+
+def _sizes_named(node: _Node) -> Iterator[str]:
+    if node.sizes is None:
+        return
+    kind = type(node.value).__name__
+    if not node.children:
+        shape = tuple(node.value.shape) if isinstance(node.value, (Tensor, np.ndarray)) else f"{kind} of {len(node.value)}"
+        yield f"{node.path}: {shape}"
+    elif is_sequence(node.value) and len(node.value) >= _FEWEST_TO_SUM_UP:
+        yield f"{node.path}: {kind} of {len(node.value)}, the first of which is " + "; ".join(_sizes_named(node.children[0]))
+    else:
+        for child in node.children:
+            yield from _sizes_named(child)
