@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.mesh import Worker
+from lightning_sentinel.mesh import Mesh, Worker
 
-__all__ = ["Aggregation", "Response", "Verification"]
+__all__ = ["DEFAULT_AUDIT_RATE", "Aggregation", "Response", "Verification"]
+
+DEFAULT_AUDIT_RATE = 0.01
+"""What nobody has asked for, so that a mesh where it cannot be had is no contradiction."""
 
 Aggregation = Literal["mean", "trimmed_mean", "median", "krum", "multi_krum", "centred_clipping"]
 """How the gradients of a stage's workers become one; see :mod:`lightning_sentinel.aggregation.rules`."""
@@ -37,7 +40,9 @@ class Verification:
         projections: random directions of the sliced Wasserstein distance.
         features: which features or families of features are watched, by name; ``None`` watches all of the method's. See
             :data:`lightning_sentinel.verification.features.FAMILIES`.
-        seed: seed of the secret random directions. Workers must not know it.
+        seed: of all that is drawn in secret: directions, and who is audited when and by whom. Workers must not know it. ``None``
+            draws it from the operating system, the same on all ranks, and keeps it in checkpoints; a number makes runs repeatable,
+            in tests and benchmarks.
 
     Raises:
         ConfigurationError: if a value cannot work.
@@ -56,7 +61,7 @@ class Verification:
     beta_gradient: float = 0.8
     projections: int = 16
     features: Sequence[str] | None = None
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.method in ("sentinel", "paper"), "Verification.method", self.method, "'sentinel' or 'paper'")
@@ -68,6 +73,8 @@ class Verification:
             beta = getattr(self, name)
             _require(0 <= beta < 1, f"Verification.{name}", beta, "at least 0 and below 1")
         _require(self.projections >= 1, "Verification.projections", self.projections, "at least 1")
+        seed, rule = self.seed, "None, or an integer of 64 bits"
+        _require(seed is None or -(2**63) <= seed < 2**63, "Verification.seed", seed, rule)
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,15 @@ class Response:
 
     Args:
         on_flag: ``"exclude"`` keeps the micro-batch out of the weights; ``"log"`` only reports.
-        ban_after: a worker of which at least half the signals were flagged in this many consecutive steps is banned, and others
-            of its stage do its work from then on. ``None`` bans nobody.
+        ban_after: without audits, a worker of which at least half the signals were flagged in this many consecutive steps is
+            banned, and others of its stage do its work from then on; with audits, who is found to lie is. Never more than fewer
+            than half of a stage, or one of two. ``None`` bans nobody.
         audit_rate: share of all signals that is recomputed by another replica of the same stage, drawn at random; what is flagged
-            is recomputed as well. A worker whose signal does not match is banned at once and its work is done by the others; a
-            flag whose signal matches is dropped. 1 recomputes everything. ``None``: no audits, flags alone decide.
+            is recomputed as well. Where one says that a signal does not match, all others of the stage recompute it, and most
+            decide: then the step is done again without its sender, who is banned at once where its stage has at least five live
+            workers, the second time where it has three or four, and never where it has two. A flag whose signal matches is
+            dropped. 1 recomputes everything. The default holds wherever a stage has at least two replicas; where it has one,
+            nobody can recompute anything, and the run says so. ``None``: no audits, flags alone decide.
         aggregation: how the gradients of a stage's workers become one. ``"mean"`` believes all that are not banned; the others
             bound what a minority of them can do: ``"trimmed_mean"`` and ``"median"`` of every coordinate (Yin et al., 2018),
             ``"krum"`` and ``"multi_krum"`` (Blanchard et al., 2017), ``"centred_clipping"`` (Karimireddy et al., 2021). They need
@@ -102,12 +113,12 @@ class Response:
     Example:
         >>> import lightning_sentinel as ls
         >>> ls.Response(on_flag="log", ban_after=None)
-        Response(on_flag='log', ban_after=None, audit_rate=None, aggregation='mean', tolerated=None, banned=(), ledger=None)
+        Response(on_flag='log', ban_after=None, audit_rate=0.01, aggregation='mean', tolerated=None, banned=(), ledger=None)
     """
 
     on_flag: Literal["exclude", "log"] = "exclude"
     ban_after: int | None = 5
-    audit_rate: float | None = None
+    audit_rate: float | None = DEFAULT_AUDIT_RATE
     aggregation: Aggregation = "mean"
     tolerated: int | None = None
     banned: Sequence[Worker] = ()
@@ -132,13 +143,17 @@ class Response:
                 f"Response(aggregation='mean', tolerated={self.tolerated}) contradicts itself: a mean tolerates nobody who sends"
                 " anything. Leave tolerated out, or choose another aggregation."
             )
-        if self.on_flag == "exclude" and rate is not None and self.ban_after is None:
-            raise ConfigurationError(
-                f"Response(audit_rate={rate}, ban_after=None) contradicts itself: what an audit finds is kept out of the weights by"
-                " redoing the step without the worker, so it is banned. Set ban_after, or on_flag='log'."
-            )
         if self.on_flag == "log" and self.ban_after is not None:
             raise ConfigurationError(
                 f"Response(on_flag='log', ban_after={self.ban_after}) contradicts itself: a run that only reports bans"
                 " nobody. Set ban_after=None, or on_flag='exclude'."
             )
+
+    def audit_rate_of(self, mesh: Mesh) -> float | None:
+        """The share of signals that is audited on a mesh; ``None`` where nobody can recompute them, or nothing crosses a boundary.
+
+        Example:
+            >>> Response().audit_rate_of(Mesh(stages=2, replicas=2)), Response().audit_rate_of(Mesh(stages=4, replicas=1))
+            (0.01, None)
+        """
+        return self.audit_rate if mesh.replicas > 1 and mesh.stages > 1 else None

@@ -38,6 +38,7 @@ INVALID_VERIFICATION = [
     ("beta_gradient", math.inf),
     ("projections", 0),
     ("projections", -16),
+    ("seed", 2**63),
 ]
 INVALID_RESPONSE = [
     ("on_flag", "ban"),
@@ -109,6 +110,8 @@ def test_that_contradiction_is_named_even_where_ban_after_was_left_out() -> None
         {"audit_rate": 1e-9},
         {"audit_rate": 1},
         {"on_flag": "log", "ban_after": None, "audit_rate": 0.02},
+        {"audit_rate": None},
+        {"audit_rate": 0.02, "ban_after": None},
     ],
     ids=str,
 )
@@ -127,9 +130,9 @@ def test_the_defaults_are_the_published_decays_and_a_rate_of_one_percent() -> No
         "beta_gradient": 0.8,
         "projections": 16,
         "features": None,
-        "seed": 0,
+        "seed": None,
     }
-    assert Response() == Response(on_flag="exclude", ban_after=5, audit_rate=None)
+    assert Response() == Response(on_flag="exclude", ban_after=5, audit_rate=0.01)
 
 
 def test_settings_are_public_and_do_not_change() -> None:

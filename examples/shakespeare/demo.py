@@ -2,8 +2,9 @@
 
     python examples/shakespeare/demo.py
 
-Three stages x two replicas learn Shakespeare byte by byte. From step 60 on one worker of the middle stage sends random values in
-both directions.
+Two stages x three replicas learn Shakespeare byte by byte. From step 60 on one worker of the first stage sends random values. What
+is flagged is recomputed by the two others of its stage: they agree, so the step is done again without it, and the second time it is
+banned. Three replicas are the fewest of whom it can be told who is wrong.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ import lightning_sentinel as ls  # noqa: E402
 from examples.shakespeare.data import ShakespeareText  # noqa: E402
 from examples.shakespeare.model import ByteLlama  # noqa: E402
 
-STAGES, REPLICAS, STEPS, ATTACK_STEP = 3, 2, 150, 60
-GUILTY = ls.Worker(stage=1, replica=1)
+STAGES, REPLICAS, STEPS, ATTACK_STEP = 2, 3, 150, 60
+GUILTY = ls.Worker(stage=0, replica=1)
 ATTACK = "random"
 
 

@@ -6,18 +6,19 @@ import copy
 import random
 import warnings
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_sentinel.attacks.context import Attack, AttackContext, derive_seed
+from lightning_sentinel.attacks.context import Attack, AttackContext
 from lightning_sentinel.attacks.registry import LIBRARY, AttackSpec, resolve
 from lightning_sentinel.attacks.wrappers import Wrapper
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Direction, Mesh, Worker
+from lightning_sentinel.seeds import derive_seed
 
 __all__ = ["Adversary"]
 
@@ -74,6 +75,10 @@ class Adversary:
         self._start_step = start_step
         self._directions = frozenset(Direction if direction == "both" else (Direction(direction),))
         self._seed = seed
+        self.votes: Callable[[Worker, Worker, int], int] | None = None
+        """What malicious workers say of signals that they were asked to recompute; ``None``: the truth."""
+        self.notes: Callable[[Worker, Tensor], Tensor] | None = None
+        """What malicious workers send as the notes to their signals; ``None``: the truth."""
         _warn_of_majority(mesh, self._workers)
 
     @property
@@ -149,6 +154,19 @@ class Adversary:
             sent = attack(honest, context)
         _check(sent, honest, attack, context, changed=_version(honest) != before)
         return sent
+
+    def vote(self, juror: Worker, audited: Worker, word: int) -> int:
+        """What ``juror`` says of a signal of ``audited``, of which it found ``word``: 0 that it matches, 1 that it does not.
+
+        Who is malicious lies about it if :attr:`votes` does. The process engine asks on the rank of ``juror``.
+        """
+        return word if self.votes is None or juror not in self._workers else self.votes(juror, audited, word)
+
+    def note(self, worker: Worker, values: Tensor, step: int) -> Tensor:
+        """The note that ``worker`` sends with a signal: what it sent along secret directions, ``values``, or a lie."""
+        if self.notes is None or worker not in self._workers or step < self._start_step:
+            return values
+        return self.notes(worker, values)
 
     def _watches(self, worker: Worker, direction: Direction) -> bool:
         return worker in self._workers and direction in self._directions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Direction, Worker
+from lightning_sentinel.seeds import derive_seed
 
-__all__ = ["Attack", "AttackContext", "derive_seed"]
+__all__ = ["Attack", "AttackContext"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +92,3 @@ class AttackContext:
 
 Attack = Callable[[Tensor, AttackContext], Tensor]
 """Takes the honest signal, leaves it unchanged, and returns what is sent in its place: same shape, dtype and device."""
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A seed of 63 bits that is the same in every process for the same parts, unlike ``hash``."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

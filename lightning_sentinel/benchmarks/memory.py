@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 import psutil
@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sentinel.benchmarks.processes import on_ranks
 from lightning_sentinel.benchmarks.random_bytes import QUIET, loss_of_bytes, random_bytes, random_bytes_layers
+from lightning_sentinel.config import DEFAULT_AUDIT_RATE, Response, Verification
 from lightning_sentinel.strategy import SentinelStrategy
 
 __all__ = ["LargeModel", "largest_sum_of_tensors", "memory"]
@@ -53,6 +54,7 @@ class LargeModel:
         sequence_length: tokens of a sample.
         micro_batches: micro-batches of one sample each, of a step and replica.
         steps: of the training.
+        verification: ``"off"``, by ``"flags"`` alone, or with ``"audits"``, for which workers keep a step's signals.
     """
 
     stages: int = 4
@@ -62,6 +64,12 @@ class LargeModel:
     sequence_length: int = 8
     micro_batches: int = 4
     steps: int = 3
+    verification: Literal["off", "flags", "audits"] = "off"
+
+    def strategy(self) -> SentinelStrategy:
+        verification = None if self.verification == "off" else Verification()
+        response = Response(audit_rate=DEFAULT_AUDIT_RATE if self.verification == "audits" else None)
+        return SentinelStrategy(self.stages, self.replicas, self.micro_batches, verification, response)
 
 
 def memory(model: LargeModel = LargeModel(), output: Path | None = None) -> None:
@@ -189,7 +197,7 @@ def _train(model: LargeModel) -> _Stage:
     callback = _Stage()
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = L.Trainer(
-            strategy=SentinelStrategy(model.stages, model.replicas, model.micro_batches, verification=None),
+            strategy=model.strategy(),
             accelerator="cpu",
             devices=model.stages * model.replicas,
             callbacks=[callback],

@@ -35,14 +35,14 @@ from lightning_sentinel.benchmarks.random_bytes import (
     random_bytes,
     random_bytes_layers,
 )
-from lightning_sentinel.config import Response, Verification
+from lightning_sentinel.config import DEFAULT_AUDIT_RATE, Response, Verification
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.strategy import SentinelStrategy
 
 __all__ = ["Workload", "throughput"]
 
 _BARE = "bare DeepSpeed"
-_AUDITS = 0.02
+_AUDITS = DEFAULT_AUDIT_RATE
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,14 @@ class Workload:
         verification = Verification(warmup_steps=2)
         found: dict[str, tuple[Verification | None, Response]] = {
             "unverified": (None, Response(ban_after=None)),
-            "verified": (verification, Response(ban_after=None)),
+            "verified": (verification, Response(ban_after=None, audit_rate=None)),
         }
         if self.replicas > 1:
             # A long warm-up: of audits those that are drawn are to be timed, not those of bad fences.
             audited = Response(on_flag="log", ban_after=None, audit_rate=_AUDITS)
             found[f"{_AUDITS:.0%} audited"] = (Verification(warmup_steps=1000), audited)
-            found["one banned"] = (verification, Response(ban_after=None, banned=[Worker(self.stages - 1, self.replicas - 1)]))
+            banned = [Worker(self.stages - 1, self.replicas - 1)]
+            found["one banned"] = (verification, Response(ban_after=None, audit_rate=None, banned=banned))
         return found
 
 

@@ -122,7 +122,10 @@ class StageBoundaries(PipelineEngine):  # type: ignore[misc]
             note = self.guard.project(after, signal)
             if note is not None:
                 place = self._place(NOTES[direction], micro_batch)
-                self._transport.send_note(note.values, note.channels, self._peer(after.receiver), place)
+                values = note.values
+                if self.adversary is not None:
+                    values = self.adversary.note(self.worker, values, self._step)
+                self._transport.send_note(values, note.channels, self._peer(after.receiver), place)
 
     _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
         ds_schedule.SendActivation: _exec_send_activation,

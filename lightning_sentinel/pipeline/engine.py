@@ -7,7 +7,7 @@ reduction and clipping of gradients, which banned workers must have no part in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.config import Response
-from lightning_sentinel.mesh import Direction, Worker
+from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
@@ -46,6 +46,8 @@ from lightning_sentinel.pipeline.results.joining import plain
 from lightning_sentinel.pipeline.results.predictions import share_predictions
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.steps import StepRunner, checked_signal, loss_of
+from lightning_sentinel.verification.audit import Outcome
+from lightning_sentinel.verification.jury import Case
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["SentinelEngine"]
@@ -118,9 +120,8 @@ class SentinelEngine(StageBoundaries):
         self._kept = Kept()
         last, context = self.is_last_stage(), self._forward_context
         self._recompute = Recomputation(stage, last, mesh.replicas, steps, self.device, seed, context)
-        secret = 0 if guard is None else guard.secret
         recompute = self._recomputed, self._recompute.tolerance
-        self._audits = Audits(mesh, self.worker, self._kept, self._samples, *recompute, self.device, secret)
+        self._audits = Audits(mesh, self.worker, self._kept, self._samples, *recompute, self.device)
         self._inbox = Inbox(transport, self.device, self._try_out)
         self._wiring = Wiring.of(mesh)
         self._work: list[Work] = []
@@ -171,10 +172,14 @@ class SentinelEngine(StageBoundaries):
     def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
         if self.guard is None or outcome.table is None:
             return None
-        return self.guard.settle(outcome.table, step, self._healthy.sum, self._audit if self.guard.audits else None)
+        ruling = self.guard.settle(outcome.table, step, self._healthy.sum, self._ask if self.guard.audits else None)
+        # Nothing of it is audited any more: the memory is the optimizer's, and that of a validation.
+        self._kept.clear()
+        return ruling
 
-    def _audit(self, boundary: int, signals: Tensor) -> Tensor:
-        return self._audits.run(self._mesh.boundaries[boundary], signals, self._wiring, self.left_out, self._step)
+    def _ask(self, boundary: Boundary, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
+        self._audits.adversary = self.adversary
+        return self._audits.ask(boundary, asked, self._wiring, self._absent)
 
     def _samples(self, part: Part) -> Any:
         return self._supply.packed(self._own, part)
@@ -195,11 +200,17 @@ class SentinelEngine(StageBoundaries):
     def _banned(self) -> frozenset[Worker]:
         return frozenset() if self.guard is None else self.guard.ledger.banned
 
+    @property
+    def _absent(self) -> frozenset[Worker]:
+        """Who does nothing in this step; of these, who is not banned takes part in what the stage does together."""
+        return frozenset() if self.guard is None else self.guard.absent(self._step)
+
     def _begin(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> None:
         self._step_name, self._arguments, self._sizes = step, arguments, deal.sizes
         self._runs += 1
         (self._own,) = deal.replicas
-        self._work = self._supply.of_step(self._own, deal.sizes, self._wiring, self._banned)
+        absent = self._absent if step == "training_step" else self._banned
+        self._work = self._supply.of_step(self._own, deal.sizes, self._wiring, absent)
         self._kept.clear()
         self._kept.keeps = step == "training_step" and self.guard is not None and self.guard.audits
         self._inbox.begin(replaces=step == "training_step" and self.guard is not None and self.guard.answers)

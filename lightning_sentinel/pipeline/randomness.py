@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sentinel.attacks.context import derive_seed
+from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.wiring import Part
 
 __all__ = ["Draws", "SeparateRandomness", "base_seed", "generator_state", "seed_generators"]

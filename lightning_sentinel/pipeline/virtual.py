@@ -35,7 +35,9 @@ from lightning_sentinel.pipeline.stages.lanes import SideBySide
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.steps import StepRunner, checked_signal, loss_of
 from lightning_sentinel.verification import SignalTable
-from lightning_sentinel.verification.audit import arithmetic, relative_error, tolerance
+from lightning_sentinel.verification.audit import Outcome, arithmetic, relative_error, tolerance
+from lightning_sentinel.verification.jury import Case
+from lightning_sentinel.verification.projection import Projection
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["VirtualEngine"]
@@ -130,21 +132,18 @@ class VirtualEngine:
         self._rewind()
         self._restore_metrics()
 
-    def audit(self, boundary: int, signals: Tensor) -> Tensor:
-        """Which of the last batch's signals are not what an honest worker of the stage computes from the same input.
+    def _ask(self, boundary: Boundary, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
+        """What workers say of the last batch's signals.
 
         Recomputation by a peer is simulated, too: this engine has computed every worker's honest signal before an adversary
-        replaced it, so what differs is known, and an audit is a look at it.
-
-        Args:
-            boundary: index into :attr:`Mesh.boundaries`.
-            signals: ``(lanes, micro_batches)`` bool, what to audit.
+        replaced it, so what differs is known, and an audit is a look at it; unless the adversary speaks for the auditor.
         """
-        mismatch = torch.zeros_like(signals)
-        for (lane, micro_batch), lied in self._lies.get(boundary, {}).items():
-            if signals[lane, micro_batch]:
-                mismatch[lane, micro_batch] = bool(lied)
-        return mismatch
+        lies, said = self._lies.get(self._mesh.boundaries.index(boundary), {}), []
+        for case, juror in asked:
+            lied = bool(lies.get((case.lane, case.slot), False))
+            word = Outcome.LIED if lied else Outcome.MATCHES
+            said.append(word if self.adversary is None else Outcome(self.adversary.vote(juror, case.audited, word)))
+        return said
 
     def _train_micro_batch(
         self, parts: list[tuple[Any, ...]], replicas: Sequence[MicroBatches], index: int, step: int, scale: float
@@ -203,8 +202,19 @@ class VirtualEngine:
         if self.guard is None:
             return sent, tainted
         first = self._mesh.before(boundary) is None
-        projected = None if first else self.guard.project(boundary, received.detach())
+        projected = None if first else self._noted(boundary, self.guard.project(boundary, received.detach()), micro_batch, step)
         return self.guard.receive(boundary, sent, tainted, projected, self._lanes(micro_batch))
+
+    def _noted(self, boundary: Boundary, note: Projection | None, micro_batch: int, step: int) -> Projection | None:
+        """What those before the senders of a boundary say that they had sent them."""
+        before = self._mesh.before(boundary)
+        if self.adversary is None or self.adversary.notes is None or note is None or before is None:
+            return note
+        pieces = list(note.values.chunk(self._mesh.replicas))
+        for replica, piece in enumerate(pieces):
+            lane, _ = self._wiring.places[Part(replica, micro_batch)]
+            pieces[replica] = self.adversary.note(self._wiring.worker(before.sender, lane), piece, step)
+        return note._replace(values=torch.cat(pieces))
 
     def _tampered(
         self, adversary: Adversary, boundary: Boundary, sent: Tensor, received: Any, micro_batch: int, step: int
@@ -256,7 +266,7 @@ class VirtualEngine:
     def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
         if self.guard is None or outcome.table is None:
             return None
-        return self.guard.settle(outcome.table, step, lambda vector: vector, self.audit if self.guard.audits else None)
+        return self.guard.settle(outcome.table, step, lambda vector: vector, self._ask if self.guard.audits else None)
 
     def _outcome(self, losses: Tensor, table: SignalTable | None, weights: Tensor) -> StepOutcome:
         recorder = self._steps.recorder

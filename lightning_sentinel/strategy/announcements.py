@@ -5,30 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_sentinel.config import Response
-from lightning_sentinel.mesh import Worker
-from lightning_sentinel.verification import Detection
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.recovery.guard import Ruling
+from lightning_sentinel.verification import Detection, Ledger
 
-__all__ = ["announce_bans", "announce_detections", "consequence"]
+__all__ = ["Announcements", "announce_detections", "consequence"]
 
 
-def consequence(response: Response, left: int, replicas: int) -> str:
+def consequence(audited: bool, ban_after: int | None, left: int, replicas: int) -> str:
     """Why workers are banned, and what becomes of their work.
 
     Args:
-        response: what the user chose.
+        audited: whether others recomputed what they sent.
+        ban_after: in how many steps they were flagged, where nobody did.
         left: pipelines that go on.
         replicas: pipelines in all.
 
     Example:
-        >>> consequence(Response(), left=1, replicas=2)
+        >>> consequence(audited=False, ban_after=5, left=1, replicas=2)
         'flagged in 5 steps in a row; its work is dealt to others. 1 of 2 pipelines go on.'
     """
-    if response.audit_rate is not None:
-        why, then = "what it sent is not what another worker recomputed", "the step is done again without it"
+    if audited:
+        why, then = "what it sent is not what most of its stage recomputed", "the step is done again without it"
     else:
-        why, then = f"flagged in {response.ban_after} steps in a row", "its work is dealt to others"
+        why, then = f"flagged in {ban_after} steps in a row", "its work is dealt to others"
     return f"{why}; {then}. {left} of {replicas} pipelines go on."
 
 
@@ -41,14 +43,64 @@ def announce_detections(trainer: L.Trainer, detections: Sequence[Detection]) -> 
             listener.on_sentinel_detection(trainer, module, detection)
 
 
-def announce_bans(trainer: L.Trainer, banned: Sequence[Worker], why: str) -> None:
-    """Print a line for every ban.
+class Announcements:
+    """Prints a line for every ban, and one for whatever else befalls a worker for the first time.
 
     Args:
-        trainer: of the run.
-        banned: workers that the step bans.
-        why: and what follows; see :func:`consequence`.
+        mesh: all workers.
+        ban_after: see :class:`Response`.
     """
-    for worker in banned:
-        # Unlike a log record this goes above the progress bar, not into it.
-        trainer.lightning_module.print(f"Banned {worker} at step {trainer.strategy.step}: {why}")  # type: ignore[attr-defined]
+
+    def __init__(self, mesh: Mesh, ban_after: int | None) -> None:
+        self._mesh, self._ban_after = mesh, ban_after
+        self._told: set[tuple[Worker, str]] = set()
+        self._spared = self._stuck = False
+
+    def tell(self, trainer: L.Trainer, ruling: Ruling, ledger: Ledger, left: int) -> None:
+        """Tell what was decided about a step.
+
+        Args:
+            trainer: of the run.
+            ruling: of the step.
+            ledger: in which it is entered.
+            left: pipelines that go on.
+        """
+        verdict, step = ruling.verdict, trainer.strategy.step  # type: ignore[attr-defined]
+        # Unlike a log record a printed line goes above the progress bar, not into it.
+        say = trainer.lightning_module.print
+        why = consequence(bool(ruling.excluded), self._ban_after, left, self._mesh.replicas)
+        for worker in ruling.banned:
+            say(f"Banned {worker} at step {step}: {why}")
+        then = "the step is done again without it" if ruling.excluded else "this run only reports it"
+        for worker in sorted(verdict.guilty.difference(ruling.banned)):
+            if self._is_news(worker, "guilty"):
+                say(f"Found out {worker} at step {step}: what it sent is not what most of its stage recomputed; {then}.")
+        for worker in sorted(verdict.disputed - verdict.guilty):
+            if self._is_news(worker, "disputed"):
+                say(
+                    f"Disputed {worker} at step {step}: what it sent is not what another recomputed, and nobody can tell which of"
+                    f" them is wrong; {then}."
+                )
+        for worker in sorted(verdict.outvoted):
+            if worker in ledger.muted and self._is_news(worker, "outvoted"):
+                say(f"Outvoted {worker} at step {step}: most of its stage recomputed something else; its word counts no more.")
+        if ledger.spared and not self._spared:
+            self._spared = True
+            worker, since = next(iter(sorted(ledger.spared.items())))
+            rank_zero_warn(
+                f"{worker} would be banned at step {since}, but as many of its stage are banned as can be: fewer than half, or one"
+                " of two. What it sends that is flagged stays out of the weights, and the run goes on. If this goes on, look at"
+                " sentinel/anomaly_score: the training may have diverged, or more are malicious than detection assumes."
+            )
+        if ruling.excluded and not ruling.redo and not self._stuck:
+            self._stuck = True
+            rank_zero_warn(
+                f"Step {step} could not be done again: of some stage every worker is banned or disputed. Its batch is left out, and"
+                " so are later ones of which that is true. Use more replicas: from three on, most decide who is wrong."
+            )
+
+    def _is_news(self, worker: Worker, what: str) -> bool:
+        if (worker, what) in self._told:
+            return False
+        self._told.add((worker, what))
+        return True

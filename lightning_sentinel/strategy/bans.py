@@ -1,4 +1,4 @@
-"""The part of the strategy that is about bans which outlive a run: a file, a checkpoint, and the machines behind the places."""
+"""The part of the strategy that is about bans: those of a step, and those which outlive a run, in a file or a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from torch.distributed import Store
 from typing_extensions import override
 
@@ -18,9 +19,12 @@ from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.processes.admission import agree_on_admission
 from lightning_sentinel.pipeline.processes.hosts import host_name
+from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
+from lightning_sentinel.strategy.announcements import Announcements, announce_detections
 from lightning_sentinel.strategy.processes import ProcessStrategy
-from lightning_sentinel.verification import Ledger
+from lightning_sentinel.verification import Detection, Ledger, SignalTable
 from lightning_sentinel.verification.bans import Ban, bans_here, enter_bans, read_bans
+from lightning_sentinel.wiring import Wiring
 
 __all__ = ["LastingBans"]
 
@@ -39,6 +43,16 @@ class LastingBans(ProcessStrategy):
     _stages: int | None
     _replicas: int | None
     _filed: list[Ban] | None
+    detections: list[Detection]
+    table: SignalTable | None
+    wiring: Wiring | None
+    _guard: Guard | None
+    _announcements: Announcements
+
+    @property
+    @abstractmethod
+    def _trainer(self) -> L.Trainer:
+        """Of the run."""
 
     @property
     @abstractmethod
@@ -104,6 +118,15 @@ class LastingBans(ProcessStrategy):
         now.ban(self.step, {*imported, *here})
         self._keep_bans(here)
         return told
+
+    def _take_in(self, ruling: Ruling) -> None:
+        """Keep what was found in a step, and tell whoever listens."""
+        self.table, self.wiring = ruling.verdict.table, ruling.wiring
+        self.detections += ruling.verdict.detections
+        self._keep_bans(ruling.banned)
+        announce_detections(self._trainer, ruling.verdict.detections)
+        assert self._guard is not None, "it is what judges"
+        self._announcements.tell(self._trainer, ruling, self.ledger, len(self._guard.wiring(self.step).lanes))
 
     def _keep_bans(self, workers: Collection[Worker]) -> None:
         """Enter bans in the file, from the first rank whose machine has none; the others know of them, too."""

@@ -87,8 +87,9 @@ class PipelineData(StageCheckpoints):
     @property
     def _samples_are_handed_out(self) -> bool:
         """Whether any worker may be asked for samples: by who takes over after a ban, or by an auditor."""
-        bans = self._response.ban_after is not None or self._response.audit_rate is not None or bool(self._response.banned)
-        return self._verification is not None and (bans or self._response.ledger is not None)
+        response, mesh = self._response, self.mesh
+        found = mesh.replicas > 1 and (response.ban_after is not None or response.audit_rate_of(mesh) is not None)
+        return self._verification is not None and (found or bool(response.banned) or response.ledger is not None)
 
     @property
     def _all_read(self) -> bool:

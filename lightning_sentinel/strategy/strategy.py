@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -43,11 +44,13 @@ from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.virtual import VirtualEngine
-from lightning_sentinel.strategy.announcements import announce_bans, announce_detections, consequence
+from lightning_sentinel.seeds import secret_seed
+from lightning_sentinel.strategy.announcements import Announcements
 from lightning_sentinel.strategy.averaging import copy_again
 from lightning_sentinel.strategy.building import StageBuilding
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
 from lightning_sentinel.strategy.data import PipelineData
+from lightning_sentinel.strategy.protection import protection
 from lightning_sentinel.strategy.summary import print_mesh
 from lightning_sentinel.strategy.support import (
     check_precision,
@@ -58,6 +61,7 @@ from lightning_sentinel.strategy.support import (
     require_optimizer,
     requiring_one_optimizer,
     warn_of_long_warmup,
+    warn_of_short_warmup,
 )
 from lightning_sentinel.strategy.whole_summary import show_whole_module
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
@@ -151,6 +155,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         self._saved_groups, self._filed = [], None
         self._sharded, self._saved_names, self._return_to = state_dict_type == "sharded", None, None
         self._zero_stage = zero_stage
+        self._has_been_left = False
         self._position = DataPosition()
 
     def __repr__(self) -> str:
@@ -248,7 +253,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         self._shares = CleanShares(self.mesh)
         silence_misleading_warnings()
         if fitting and self.is_global_zero:
-            print_mesh(model)
+            print_mesh(model, protection(self.mesh, self._verification, self._response))
 
     def _make_engine(self, model: StageModel, optimizer: Optimizer | None, seed: int) -> Engine:
         # Imported here, because DeepSpeed must not be imported before its accelerator is known.
@@ -275,7 +280,12 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         mesh, worker = self.mesh, None if self._virtual else self.worker
         self._take_over_bans()
         received = [boundary for boundary in mesh.boundaries if worker is None or boundary.receiver == worker.stage]
-        self._guard = Guard(mesh, received, worker, self._verification, self._response, self.ledger, self.root_device)
+        verification = self._verification
+        if verification.seed is None:
+            # Neither in the settings, which loggers and files show, nor from the seed of the run, which everybody knows.
+            verification = replace(verification, seed=self.broadcast(secret_seed()))
+        self._guard = Guard(mesh, received, worker, verification, self._response, self.ledger, self.root_device)
+        self._announcements = Announcements(mesh, self._response.ban_after)
         return self._guard
 
     def _agree_on_seed(self) -> int:
@@ -289,6 +299,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         super().on_train_start()
         if self._verification is not None:
             warn_of_long_warmup(self._trainer, self._verification)
+            warn_of_short_warmup(self.mesh, self._micro_batches, self._verification, self._response)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -315,19 +326,15 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
                 self.table, self.wiring = outcome.table, outcome.wiring
                 self._shares.add(None, outcome.weights, outcome.wiring)
                 return outcome
-            verdict = ruling.verdict
-            self.table, self.wiring = verdict.table, ruling.wiring
-            self.detections += verdict.detections
-            self._keep_bans(ruling.banned)
-            announce_detections(self._trainer, verdict.detections)
-            if ruling.banned:
-                assert self._guard is not None, "it is what judges"
-                left = len(self._guard.wiring(self.step).lanes)
-                announce_bans(self._trainer, ruling.banned, consequence(self._response, left, self.mesh.replicas))
-            if not ruling.redo:
-                self._shares.add(verdict.clean, outcome.weights, ruling.wiring)
+            self._take_in(ruling)
+            if not ruling.excluded:
+                self._shares.add(ruling.verdict.clean, outcome.weights, ruling.wiring)
                 return outcome
             engine.rewind()
+            if not ruling.redo:
+                # Nobody is left who could do it again: the batch is left out.
+                self._shares.add(torch.zeros_like(ruling.verdict.clean), outcome.weights, ruling.wiring)
+                return outcome
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -349,10 +356,13 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         engine = self._running_engine
         shares = self._shares.take(engine.left_out)
         if shares is None:
-            rank_zero_warn(
-                f"Some stage had no honest gradient in the step that ended with batch {self.step - 1}, so the weights were left as"
-                " they are. If this goes on, look at sentinel/anomaly_score: the training may have diverged."
-            )
+            if not self._has_been_left:
+                self._has_been_left = True
+                rank_zero_warn(
+                    f"Some stage had no honest gradient in the step that ended with batch {self.step - 1}, so the weights were left"
+                    " as they are, and so they will be by later steps of which that is true. If this goes on, look at"
+                    " sentinel/anomaly_score: the training may have diverged."
+                )
             engine.discard_gradients()
             return result
         with self._at_work():

@@ -1,4 +1,4 @@
-"""The table that rank zero prints at the start: who serves what."""
+"""The table that rank zero prints at the start: who serves what, and what protects it."""
 
 from __future__ import annotations
 
@@ -24,5 +24,6 @@ def mesh_table(model: StageModel) -> Table:
     return table
 
 
-def print_mesh(model: StageModel) -> None:
-    Console().print(mesh_table(model))
+def print_mesh(model: StageModel, protection: str) -> None:
+    # Below the table and not as its caption, which would be as narrow as the table.
+    Console().print(mesh_table(model), protection, sep="\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 
 import lightning as L
 from lightning.pytorch.callbacks import BaseFinetuning
@@ -15,10 +17,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 
-from lightning_sentinel.config import Response, Verification
+from lightning_sentinel.config import DEFAULT_AUDIT_RATE, Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.strategy.averaging import refuse_unequal_epochs
+from lightning_sentinel.strategy.protection import shortcoming
+from lightning_sentinel.verification.calibration import values_needed, values_of_warmup
 from lightning_sentinel.verification.features import watched
 
 __all__ = [
@@ -31,6 +35,7 @@ __all__ = [
     "require_optimizer",
     "requiring_one_optimizer",
     "warn_of_long_warmup",
+    "warn_of_short_warmup",
 ]
 
 
@@ -99,18 +104,35 @@ def check_replicas(mesh: Mesh, verification: Verification | None, response: Resp
             f"Response(banned={list(response.banned)}) has no effect with verification=None, where nobody is left out. Set a"
             " Verification, or leave the machines out of the run."
         )
-    if verification is None or mesh.replicas > 1:
+    if verification is None:
         return
-    if response.audit_rate is not None:
+    if response.audit_rate not in (None, DEFAULT_AUDIT_RATE) and mesh.replicas == 1:
         raise ConfigurationError(
             f"Response(audit_rate={response.audit_rate}) needs at least 2 replicas, because a signal is recomputed by another"
             f" worker of its stage; this mesh has {mesh.replicas}. Use replicas=2 or more, or audit_rate=None."
         )
-    if response.ban_after is not None:
-        rank_zero_warn(
-            "With replicas=1 nobody can take over from a banned worker: the first ban ends the run with a MeshExhaustedError. Use"
-            " more replicas, or strategy='sentinel_monitor', which only reports."
-        )
+    if (why := shortcoming(mesh, verification, response)) is not None:
+        rank_zero_warn(why)
+
+
+def warn_of_short_warmup(mesh: Mesh, micro_batches: int, verification: Verification, response: Response) -> None:
+    """Warn if fences are fitted to fewer values than their false-positive rate takes."""
+    signals = mesh.replicas * micro_batches
+    seen, needed = values_of_warmup(verification, signals), values_needed(verification)
+    if mesh.stages == 1 or seen >= needed:
+        return
+    if response.audit_rate_of(mesh) is not None:
+        until = "honest signals will be flagged, and recomputed, more often than that"
+    elif response.on_flag == "log":
+        until = "honest signals will be flagged more often than that"
+    else:
+        until = "nothing is left out and nobody is banned, except for values that are not finite"
+    enough = next(steps for steps in count(1) if values_of_warmup(replace(verification, warmup_steps=steps), signals) >= needed)
+    rank_zero_warn(
+        f"Verification(warmup_steps={verification.warmup_steps}) is short: fences see {seen} signals of each boundary in it, and a"
+        f" false_positive_rate of {verification.false_positive_rate} takes {needed}. Until they have seen as many, {until}. Use"
+        f" warmup_steps={enough} or more."
+    )
 
 
 def warn_of_long_warmup(trainer: L.Trainer, verification: Verification) -> None:

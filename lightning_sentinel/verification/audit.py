@@ -6,13 +6,13 @@ decided by all ranks from the same data and a secret seed: the audited worker ca
 
 from __future__ import annotations
 
-import math
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Direction, Mesh
+from lightning_sentinel.seeds import derive_seed
 
 __all__ = ["AuditSchedule", "Outcome", "arithmetic", "causal_order", "relative_error", "tolerance"]
 
@@ -27,6 +27,8 @@ class Outcome(IntEnum):
     """Who sent the sender its activation gave the auditor another one."""
     GRADIENT_WITHHELD = 3
     """Who sent the sender its gradient gave the auditor another one."""
+    DISPUTED = 4
+    """One says this, another that, and nobody can tell who lies. What a stage says, and never one of its workers."""
 
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -85,11 +87,9 @@ def relative_error(claimed: Tensor, recomputed: Tensor) -> Tensor:
 class AuditSchedule:
     """Which signals are audited whatever they look like.
 
-    Every place (boundary, replica to which the samples were dealt, micro-batch) is audited once in each ``1 / rate`` steps, at a
-    step that is drawn from a secret seed. So a worker that always lies is found after ``2 / rate`` steps at the latest, where
-    independent draws would let some go on for much longer; and it cannot know when, because it does not see what is recomputed.
-
-    Where one lies, others may: for 30 steps after a ban the rate is three times as high.
+    Each signal is drawn by itself, with probability ``rate``, from a secret seed: whatever was audited before says nothing about
+    what is audited next. So a worker that lies is met after ``1 / rate`` lies in the mean, however seldom it lies, and is never
+    free to. Where one lies, others may: for 30 steps after a ban the rate is three times as high.
 
     Args:
         mesh: the workers.
@@ -98,15 +98,12 @@ class AuditSchedule:
 
     Example:
         >>> schedule = AuditSchedule(Mesh(3, 4), rate=0.5, seed=0)
-        >>> twice = [schedule.draw(step, micro_batches=2, last_ban=None) for step in range(2)]
-        >>> bool((twice[0] ^ twice[1]).all())
-        True
+        >>> schedule.draw(step=7, micro_batches=2, last_ban=None).shape
+        torch.Size([4, 4, 2])
     """
 
     def __init__(self, mesh: Mesh, rate: float, seed: int) -> None:
         self._mesh, self._rate, self._seed = mesh, rate, seed
-        self.rounds = 0.0
-        """How often every place was due so far: the sum of the rates."""
 
     def draw(self, step: int, micro_batches: int, last_ban: int | None) -> Tensor:
         """The audits of a step, ``(boundaries, replicas, micro_batches)`` bool, by samples.
@@ -117,15 +114,20 @@ class AuditSchedule:
             last_ban: the step of the latest ban.
         """
         alert = last_ban is not None and step - last_ban <= _ALERT_STEPS
-        before, self.rounds = self.rounds, self.rounds + min(1.0, self._rate * (_ALERT_FACTOR if alert else 1))
-        # Kept from drifting by rounding: a rate of 1 is to mean every signal of every step.
-        self.rounds = round(self.rounds, 9)
-        due = torch.zeros(len(self._mesh.boundaries), self._mesh.replicas, micro_batches, dtype=torch.bool)
-        for number in range(int(before), math.ceil(self.rounds)):
-            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + number) % 2**63)
-            moment = number + torch.rand(due.shape, generator=generator, dtype=torch.float64)
-            due |= (before <= moment) & (moment < self.rounds)
-        return due
+        return self._uniform("audits", step, micro_batches) < min(1.0, self._rate * (_ALERT_FACTOR if alert else 1))
+
+    def one_each(self, step: int, valid: Tensor) -> Tensor:
+        """One signal of each sender, of those that say anything; both ``(boundaries, lanes, slots)`` bool."""
+        drawn = torch.where(valid, self._uniform("one each", step, valid.shape[2]), -1.0)
+        chosen = torch.zeros_like(valid)
+        if valid.numel():
+            chosen.scatter_(2, drawn.argmax(dim=2, keepdim=True), True)
+        return chosen & valid
+
+    def _uniform(self, what: str, step: int, slots: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, what, step))
+        shape = len(self._mesh.boundaries), self._mesh.replicas, slots
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
 def causal_order(mesh: Mesh) -> list[int]:

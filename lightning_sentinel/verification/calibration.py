@@ -5,6 +5,7 @@ Made of tables alone, which all ranks hold, so that all ranks score alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from lightning_sentinel.verification.table import MAX_SCORE, SignalTable
 from lightning_sentinel.verification.window import FenceWindow
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["Assessment", "Calibration"]
+__all__ = ["Assessment", "Calibration", "values_needed", "values_of_warmup"]
 
 _SETTLING_STEPS = 10
 """The first steps of a reference are its own noise; their distances would widen the fences."""
@@ -196,7 +197,7 @@ class Calibration:
             peers = (assessment.by_peers & assessment.quorum)[:, None, None]
             compared = assessment.valid & ~explained & (assessment.worst >= 0) & peers
             self.drift.add(self._standard_scores(centred), compared, self._senders(wiring))
-        if self.steps >= max(1, min(_SETTLING_STEPS, self._config.warmup_steps // 2)):
+        if self.steps >= _settling_steps(self._config):
             self.alone.add((table.features - self.trend.nan_to_num()[:, None, None]).flatten(1, 2), honest.flatten(1))
             # During the warm-up nobody lies, so all replicas can be compared with each other.
             peers = honest & (assessment.by_peers | (not self.warmed_up))[:, None, None]
@@ -229,6 +230,15 @@ class Calibration:
             self.alone.fit()
             self.among_peers.fit()
 
+    def knows_enough(self, by_peers: Tensor) -> Tensor:
+        """Whether fences have seen as many honest values as their false-positive rate takes, ``(boundaries,)`` bool.
+
+        Args:
+            by_peers: ``(boundaries,)`` bool, whether signals are compared with those of the other replicas.
+        """
+        alone, among_peers = ((~window.values[..., 0].isnan()).sum(dim=1) for window in (self.alone, self.among_peers))
+        return torch.where(by_peers, among_peers, alone) >= values_needed(self._config)
+
     def _standard_scores(self, centred: Tensor) -> Tensor:
         fences = self.among_peers.fences
         return (centred - fences.mean[:, None, None]) / fences.sigma[:, None, None]
@@ -254,6 +264,34 @@ class Calibration:
             self.recent[boundary] = state["recent"].cpu()
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
             window.load_state_of(boundary, {key: state[f"{name}.{key}"].cpu() for key in ("values", "fences", "spread")})
+
+
+def values_needed(config: Verification) -> int:
+    """How many honest values fences take: of fewer, none is expected outside of what is to be outside for one in so many.
+
+    Example:
+        >>> values_needed(Verification(false_positive_rate=0.01))
+        100
+    """
+    return min(config.window, math.ceil(1 / config.false_positive_rate))
+
+
+def values_of_warmup(config: Verification, signals: int) -> int:
+    """How many honest values of a boundary fences have seen when the warm-up is over.
+
+    Args:
+        config: how signals are verified.
+        signals: that cross a boundary in a step.
+
+    Example:
+        >>> values_of_warmup(Verification(warmup_steps=100), signals=8)
+        720
+    """
+    return signals * (config.warmup_steps - _settling_steps(config))
+
+
+def _settling_steps(config: Verification) -> int:
+    return max(1, min(_SETTLING_STEPS, config.warmup_steps // 2))
 
 
 def _by_worker(lanes: Tensor, senders: Tensor) -> Tensor:

@@ -12,26 +12,33 @@ from typing import Any
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification.bans import Ban
+from lightning_sentinel.verification.jury import most_bans, strikes_to_ban
 
 __all__ = ["Ledger"]
+
+_COUNTS = ("flags", "streaks", "banned_at", "exonerated", "strikes", "muted", "spared")
+"""Of workers, as they are saved."""
 
 
 @dataclass
 class Ledger:
-    """Counts flags and bans workers that are suspects in ``ban_after`` consecutive steps.
+    """Counts flags and audits, and says who is banned for them.
 
-    A step in which a worker was verified and is no suspect ends its streak; a step in which nothing of it could be verified (its
-    pipeline was tainted before it, or is left out) does not.
+    By flags alone: who is a suspect in ``ban_after`` consecutive steps. A step in which a worker was verified and is no suspect
+    ends its streak; a step in which nothing of it could be verified (its pipeline was tainted before it, or is left out) does not.
+    By audits: who was found to lie by most of its stage, in as many steps as :func:`strikes_to_ban` says.
+
+    Never more of a stage than :func:`most_bans`, so that what was found never ends a run.
 
     Args:
         ban_after: consecutive steps as a suspect that lead to a ban; ``None`` bans nobody.
 
     Example:
         >>> from collections import Counter
-        >>> ledger, worker = Ledger(ban_after=2), Worker(1, 0)
-        >>> ledger.record(step=7, flagged=Counter({worker: 3}), suspects={worker}, verified={worker})
+        >>> ledger, worker, mesh = Ledger(ban_after=2), Worker(1, 0), Mesh(stages=2, replicas=3)
+        >>> ledger.record(7, Counter({worker: 3}), suspects={worker}, verified={worker}, mesh=mesh)
         []
-        >>> ledger.record(step=8, flagged=Counter({worker: 4}), suspects={worker}, verified={worker})
+        >>> ledger.record(8, Counter({worker: 4}), suspects={worker}, verified={worker}, mesh=mesh)
         [Worker(stage=1, replica=0)]
         >>> ledger.banned, ledger.banned_at[worker], ledger.flags[worker]
         (frozenset({Worker(stage=1, replica=0)}), 8, 7)
@@ -48,6 +55,12 @@ class Ledger:
     """Signals recomputed by another worker so far; none without audits."""
     exonerated: Counter[Worker] = field(default_factory=Counter)
     """Flags that an audit dropped, by sender; they do not count as flags."""
+    strikes: Counter[Worker] = field(default_factory=Counter)
+    """Steps in which most of its stage found a worker to lie."""
+    muted: dict[Worker, int] = field(default_factory=dict)
+    """Since when a worker's word does not count in audits, because most of its stage said the opposite, or found it to lie."""
+    spared: dict[Worker, int] = field(default_factory=dict)
+    """Since when a worker would be banned, if more of its stage could be."""
     hosts: dict[Worker, str] = field(default_factory=dict)
     """The machine that serves a worker; empty if that is not known."""
 
@@ -60,7 +73,7 @@ class Ledger:
         return self.flags.total()
 
     def record(
-        self, step: int, flagged: Counter[Worker], suspects: Collection[Worker], verified: Collection[Worker]
+        self, step: int, flagged: Counter[Worker], suspects: Collection[Worker], verified: Collection[Worker], mesh: Mesh
     ) -> list[Worker]:
         """Enter one step's flags.
 
@@ -69,6 +82,7 @@ class Ledger:
             flagged: how many signals of each worker were flagged.
             suspects: workers that were out of line for most of the step.
             verified: workers of which at least one signal was verified.
+            mesh: all workers.
 
         Returns:
             the workers that this step bans, in order.
@@ -78,13 +92,23 @@ class Ledger:
         for worker in sorted(verified):
             if worker not in suspects:
                 del self.streaks[worker]
+                self.spared.pop(worker, None)
                 continue
             self.streaks[worker] += 1
             if self.ban_after is not None and self.streaks[worker] >= self.ban_after:
                 condemned.append(worker)
-        return self.ban(step, condemned)
+        return self._condemn(step, condemned, mesh)
 
-    def record_audits(self, step: int, audits: int, flagged: Counter[Worker], exonerated: Counter[Worker]) -> list[Worker]:
+    def record_audits(
+        self,
+        step: int,
+        audits: int,
+        flagged: Counter[Worker],
+        exonerated: Counter[Worker],
+        guilty: Collection[Worker],
+        outvoted: Collection[Worker],
+        mesh: Mesh,
+    ) -> list[Worker]:
         """Enter one step's audits.
 
         Args:
@@ -92,14 +116,43 @@ class Ledger:
             audits: how many signals were recomputed.
             flagged: how many signals of each worker did not match.
             exonerated: how many flagged signals of each worker did match.
+            guilty: workers that most of their stage found to lie; each once a step, however often the step is done.
+            outvoted: workers that said the opposite of what most of their stage said.
+            mesh: all workers.
 
         Returns:
-            the workers that this step bans, in order: those with a signal that did not match, unless nobody is to be banned.
+            the workers that this step bans, in order.
         """
         self.audits += audits
         self.flags.update(flagged)
         self.exonerated.update(exonerated)
-        return self.ban(step, flagged) if self.ban_after is not None else []
+        self.strikes.update(guilty)
+        for worker in sorted({*outvoted, *guilty}):
+            if self._of_stage(self.muted, worker) < most_bans(mesh.replicas):
+                self.muted.setdefault(worker, step)
+        if self.ban_after is None:
+            return []
+        return self._condemn(step, [worker for worker in sorted(guilty) if self._is_enough(worker, mesh)], mesh)
+
+    def _is_enough(self, worker: Worker, mesh: Mesh) -> bool:
+        needed = strikes_to_ban(mesh.replicas - self._of_stage(self.banned_at, worker))
+        return needed is not None and self.strikes[worker] >= needed
+
+    def _condemn(self, step: int, workers: Collection[Worker], mesh: Mesh) -> list[Worker]:
+        """Ban as many as can be, first those that were flagged most."""
+        banned = []
+        for worker in sorted(workers, key=lambda worker: (-self.flags[worker], worker)):
+            if worker in self.banned_at:
+                continue
+            if self._of_stage(self.banned_at, worker) < most_bans(mesh.replicas):
+                banned += self.ban(step, [worker])
+            else:
+                self.spared.setdefault(worker, step)
+        return sorted(banned)
+
+    @staticmethod
+    def _of_stage(workers: Collection[Worker], worker: Worker) -> int:
+        return sum(other.stage == worker.stage for other in workers)
 
     def ban(self, step: int, workers: Collection[Worker]) -> list[Worker]:
         """Ban workers. Returns those that were not banned before, in order."""
@@ -168,17 +221,15 @@ class Ledger:
         """Plain numbers, names and lists, so that a checkpoint loads with ``weights_only=True``."""
         entries = {
             name: [[worker.stage, worker.replica, number] for worker, number in sorted(getattr(self, name).items())]
-            for name in ("flags", "streaks", "banned_at", "exonerated")
+            for name in _COUNTS
         }
         hosts = [[worker.stage, worker.replica, host] for worker, host in sorted(self.hosts.items())]
         return {**entries, "audits": self.audits, "hosts": hosts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        entries = {
-            name: {Worker(s, r): number for s, r, number in state.get(name, ())}
-            for name in ("flags", "streaks", "banned_at", "exonerated")
-        }
+        entries = {name: {Worker(s, r): number for s, r, number in state.get(name, ())} for name in _COUNTS}
         self.flags, self.streaks = Counter(entries["flags"]), Counter(entries["streaks"])
         self.banned_at, self.exonerated = entries["banned_at"], Counter(entries["exonerated"])
+        self.strikes, self.muted, self.spared = Counter(entries["strikes"]), entries["muted"], entries["spared"]
         self.audits = state.get("audits", 0)
         self.hosts = {Worker(s, r): host for s, r, host in state.get("hosts", ())}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
+from lightning_sentinel.seeds import secret_seed
 from lightning_sentinel.verification.axes import as_tokens
 
 __all__ = ["PROJECTED", "Projection", "SecretDirections", "orthogonal_directions", "unit_directions"]
@@ -65,7 +66,7 @@ class SecretDirections:
 
     Args:
         boundary: whose sender they are a secret from.
-        config: has the seed.
+        config: has the seed; without one it is drawn.
         device: where signals are.
 
     Example:
@@ -78,7 +79,7 @@ class SecretDirections:
     def __init__(self, boundary: Boundary, config: Verification, device: torch.device | str = "cpu") -> None:
         # Each boundary has directions of its own: what leaks at one says nothing about another.
         gradient = boundary.direction is Direction.GRADIENT
-        self._seed = config.seed * 1_000_003 + 4 * boundary.index + 2 * gradient
+        self._seed = (secret_seed() if config.seed is None else config.seed) * 1_000_003 + 4 * boundary.index + 2 * gradient
         self._slices, self._device = config.projections, device
         self._cache: dict[tuple[str, int], Tensor] = {}
 
@@ -86,11 +87,15 @@ class SecretDirections:
         """Unit directions ``(C, projections)`` of the sliced Wasserstein distance."""
         return self._cached("slices", channels)
 
+    def projection(self, channels: int) -> Tensor:
+        """Orthogonal directions ``(C, min(C, PROJECTED))`` that signals are projected on."""
+        return self._cached("projection", channels)
+
     def project(self, signal: Tensor) -> Projection:
         """A signal of any shape along the directions."""
         tokens = as_tokens(signal.detach()).float()
         channels = tokens.shape[-1]
-        return Projection(tokens @ self._cached("projection", channels), channels)
+        return Projection(tokens @ self.projection(channels), channels)
 
     def _cached(self, kind: str, channels: int) -> Tensor:
         if (kind, channels) not in self._cache:

@@ -17,21 +17,22 @@ from lightning_sentinel.verification.audit import Outcome, causal_order
 from lightning_sentinel.verification.calibration import Assessment
 from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS, DOUBT
 from lightning_sentinel.verification.features import FEATURES
+from lightning_sentinel.verification.jury import Findings
 from lightning_sentinel.verification.table import SignalTable
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits"]
+__all__ = ["MUCH_FURTHER", "Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits"]
 
-Audit = Callable[[int, Tensor], Tensor]
-"""Recomputes signals of a boundary: its index and which, ``(lanes, micro_batches)`` bool, to what is found, values of
-:class:`~lightning_sentinel.verification.audit.Outcome`."""
+Audit = Callable[[int, Tensor], Findings]
+"""Has signals of a boundary recomputed: its index and which, ``(lanes, micro_batches)`` bool."""
 
 _ALONE = 1.5
 """The score up to which a sender without peers is cleared."""
 
 _WITHHELD = {Outcome.ACTIVATION_WITHHELD: Direction.ACTIVATION, Outcome.GRADIENT_WITHHELD: Direction.GRADIENT}
 
-_MUCH_FURTHER = 2.0
+MUCH_FURTHER = 2.0
+"""The score that hardly any honest signal has."""
 _NEARLY = 0.75
 """The score above which nothing is learned from a signal where it is uncertain that most of those compared are honest."""
 
@@ -48,7 +49,7 @@ class Detection:
         score: how far out; 1 is the fence.
         feature: the feature that is furthest out, or ``"non_finite"``.
         audited: whether the signal was recomputed by another worker.
-        confirmed: the outcome of the audit: ``False`` exonerates the sender; ``None`` without one.
+        confirmed: the outcome of the audit: ``False`` exonerates the sender; ``None`` without one, or where nobody can tell.
     """
 
     step: int
@@ -70,14 +71,15 @@ class StepVerdict:
         flagged: how many signals of each worker were flagged and not cleared.
         suspects: workers of which at least half the verified signals of one direction were flagged.
         verified: workers of which at least one signal was verified.
-        guilty: workers that an audit found to have lied.
+        guilty: workers that most of their stage found to have lied.
+        disputed: workers of which one says that they have lied, and nobody can tell who does.
+        outvoted: workers that said of others' signals the opposite of what most said.
         audits: signals that were recomputed.
         honest: ``(boundaries, lanes, micro_batches)`` bool, signals to learn from.
         heard: ``(boundaries, lanes, micro_batches)`` bool, signals to remember as the word of their senders: also those of which it
             is open whether they are honest.
         explained: ``(boundaries, lanes, micro_batches)`` bool, signals that say nothing of their sender: what it was sent may be
             the reason.
-        cleared: ``(boundaries, lanes)`` bool, senders that an audit found honest.
         clean: ``(stages, lanes, micro_batches)`` bool, whether the gradient of a micro-batch counts at a stage.
         table: the step's signals with their final scores.
     """
@@ -87,11 +89,12 @@ class StepVerdict:
     suspects: frozenset[Worker]
     verified: frozenset[Worker]
     guilty: frozenset[Worker]
+    disputed: frozenset[Worker]
+    outvoted: frozenset[Worker]
     audits: int
     honest: Tensor
     heard: Tensor
     explained: Tensor
-    cleared: Tensor
     clean: Tensor
     table: SignalTable
 
@@ -121,12 +124,12 @@ def judge(
     blamed = out & (certain | ~_cleared(score, valid))
     # Those that are remembered do not follow the training from step to step.
     remembered = (assessment.by_peers & ~assessment.quorum)[:, None, None]
-    blamed &= ~remembered | (score > _MUCH_FURTHER)
+    blamed &= ~remembered | (score > MUCH_FURTHER)
     open_question = assessment.by_peers[:, None, None] & ~certain & valid & (score > _NEARLY) & ~blamed
 
     doubtful = valid & (heights > DOUBT)[..., None]
     doubted = behind(doubtful | open_question, mesh)
-    slightly = blamed & (score <= _MUCH_FURTHER) | valid & ~out & (heights > ALARM_WITHOUT_AUDITS)[..., None]
+    slightly = blamed & (score <= MUCH_FURTHER) | valid & ~out & (heights > ALARM_WITHOUT_AUDITS)[..., None]
     standing, explained = _first_along_the_way(blamed & ~slightly | slightly & ~doubted, mesh)
     finite = assessment.worst >= 0
     heard = valid & ~standing & ~explained & ~doubted & finite
@@ -138,12 +141,13 @@ def judge(
         suspects=_suspects(standing, valid & ~explained, mesh, wiring),
         verified=frozenset(_count(valid & ~explained, mesh, wiring)),
         guilty=frozenset(),
+        disputed=frozenset(),
+        outvoted=frozenset(),
         audits=0,
         # A training that overflows everywhere is nobody's fault, but there is nothing to learn from it.
         honest=valid & ~standing & ~explained & ~doubtful & finite,
         heard=heard,
         explained=explained,
-        cleared=torch.zeros_like(heights, dtype=torch.bool),
         clean=_clean(table.flagged, live, mesh) if exclude else torch.ones(mesh.stages, *valid.shape[1:], dtype=torch.bool),
         table=scored,
     )
@@ -154,6 +158,7 @@ def judge_with_audits(
     assessment: Assessment,
     heights: Tensor,
     drawn: Tensor,
+    one_each: Tensor,
     audit: Audit,
     mesh: Mesh,
     wiring: Wiring,
@@ -167,25 +172,29 @@ def judge_with_audits(
 
     Args:
         drawn: ``(boundaries, lanes, micro_batches)`` bool, audited whatever they look like.
-        audit: recomputes.
+        one_each: ``(boundaries, lanes, micro_batches)`` bool, of each sender the signal that is audited if its sums are high.
+        audit: has signals recomputed.
 
     The other arguments are those of :func:`judge`.
     """
     valid, flagged = assessment.valid, assessment.valid & (assessment.score > 1)
-    # One signal of a sender tells whether it drifts away because it lies.
-    suspected = torch.zeros_like(valid)
-    suspected[..., 0] = heights > ALARM
+    # One signal of a sender tells whether it drifts away because it lies; nobody knows beforehand which.
+    suspected = one_each & (heights > ALARM)[..., None]
     wanted = valid & (flagged | suspected | drawn)
-    audited, confirmed, explained = (torch.zeros_like(valid) for _ in range(3))
+    audited, confirmed, disputed, explained = (torch.zeros_like(valid) for _ in range(4))
+    outvoted: set[Worker] = set()
     found = torch.zeros(valid.shape[1:], dtype=torch.bool)
     oddity = torch.zeros(valid.shape[1:], dtype=assessment.score.dtype)
     for index in causal_order(mesh):
         score = assessment.score[index]
-        follows = flagged[index] & (score <= _MUCH_FURTHER * oddity) & ~drawn[index] & ~suspected[index]
+        follows = flagged[index] & (score <= MUCH_FURTHER * oddity) & ~drawn[index] & ~suspected[index]
         explained[index] = found
         audited[index] = wanted[index] & ~found & ~follows
-        outcome = torch.where(audited[index], audit(index, audited[index]).long(), Outcome.MATCHES)
+        findings = audit(index, audited[index])
+        outvoted |= findings.outvoted
+        outcome = torch.where(audited[index], findings.outcome, Outcome.MATCHES)
         confirmed[index] |= outcome == Outcome.LIED
+        disputed[index] |= outcome == Outcome.DISPUTED
         for said, direction in _WITHHELD.items():
             if bool((outcome == said).any()):
                 confirmed[_sent_to(index, direction, mesh)] |= outcome == said
@@ -193,22 +202,24 @@ def judge_with_audits(
                 explained[index] |= outcome == said
         found = found | (outcome != Outcome.MATCHES)
         oddity = torch.maximum(oddity, torch.where(audited[index] & flagged[index], score, 0.0))
-    honest = valid & ~confirmed & ~explained & (assessment.worst >= 0)
+    false = confirmed | disputed
+    honest = valid & ~false & ~explained & (assessment.worst >= 0)
     scored = table.scored(assessment.score, assessment.worst)
-    shown = ((flagged | suspected) & audited & ~explained) | confirmed
+    shown = ((flagged | suspected) & audited & ~explained) | false
     detections = _detections(scored, shown, mesh, wiring, step)
-    lies = confirmed[shown].tolist()
+    lies = [None if open_question else lied for lied, open_question in zip(confirmed[shown].tolist(), disputed[shown].tolist())]
     return StepVerdict(
         detections=tuple(replace(one, audited=True, confirmed=lied) for one, lied in zip(detections, lies)),
-        flagged=_count(confirmed, mesh, wiring),
+        flagged=_count(false, mesh, wiring),
         suspects=frozenset(),
         verified=frozenset(_count(valid & ~explained, mesh, wiring)),
         guilty=frozenset(_count(confirmed, mesh, wiring)),
+        disputed=frozenset(_count(disputed, mesh, wiring)),
+        outvoted=frozenset(outvoted),
         audits=int(audited.sum()),
         honest=honest,
         heard=honest,
         explained=explained,
-        cleared=(audited & ~confirmed & ~explained).any(dim=2) & ~confirmed.any(dim=2),
         clean=torch.tensor(wiring.live)[None, :, None].expand(mesh.stages, *valid.shape[1:]),
         table=scored,
     )

@@ -68,8 +68,14 @@ class BoundaryVerifier:
         self.references = References(config.beta_gradient if gradient else config.beta_activation)
         self.fences = Fences.open(len(FEATURES), device=self._device)
         """The fences in force; see :class:`lightning_sentinel.verification.calibration.Calibration`."""
+        self.limit = 1.0
+        """The score above which a signal is flagged at receipt."""
         self._secret = SecretDirections(boundary, config, self._device)
         self._kept: _Kept | None = None
+
+    def use_secret(self, config: Verification) -> None:
+        """See signals along the directions of another seed from now on."""
+        self._secret = SecretDirections(self.boundary, config, self._device)
 
     def inspect(
         self, signals: Tensor, tainted: Tensor, received: Projection | None = None, lanes: Tensor | None = None
@@ -95,7 +101,7 @@ class BoundaryVerifier:
         highest = self.fences.scores(measured.features).max(dim=1)
         score = highest.values.clamp(max=MAX_SCORE).masked_fill(broken, MAX_SCORE)
         worst = highest.indices.masked_fill(broken, -1)
-        flagged = (score > 1) & ~tainted
+        flagged = (score > self.limit) & ~tainted
         self._keep(measured, flagged, ~(tainted | broken), lanes)
         return Inspection(signal_rows(measured.features, score, worst, flagged, tainted, *measured.means.shape[1:]), flagged)
 

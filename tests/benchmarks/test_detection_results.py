@@ -22,7 +22,6 @@ from lightning_sentinel.errors import MissingExtraError
 
 def measures(**changes: Any) -> Measures:
     settings: dict[str, Any] = {
-        "outcome": "finished",
         "guilty": [[1, 0], [2, 1]],
         "banned_at": [[1, 0, 61], [2, 1, 63]],
         "precision": 1.0,
@@ -52,9 +51,7 @@ RUNS = [
     (attack("audited", 0), measures()),
     (
         attack("audited", 1),
-        measures(
-            outcome="exhausted", f1=0.5, iterations=[9], false_bans=3, honest_signals=300, honest_flagged=7, audits=0, steps=20
-        ),
+        measures(f1=0.5, iterations=[9], false_bans=3, honest_signals=300, honest_flagged=7, audits=0, steps=20),
     ),
     (attack("unprotected", 0), measures(validation_loss=4.0, honest_signals=0, f1=0.0, iterations=[], audits=0)),
     (attack("unprotected", 1), measures(validation_loss=5.0, honest_signals=0, f1=0.0, iterations=[], audits=0)),
@@ -84,7 +81,6 @@ def test_means_over_seeds(groups: dict[tuple[str, str], Group]) -> None:
     assert group.audit_share == pytest.approx(10 / 400)
     assert group.gap == pytest.approx((0.5 + 0.25) / 2)
     assert group.unprotected_gap == pytest.approx((2.0 + 2.75) / 2)
-    assert group.exhausted == 1
 
 
 def test_where_nobody_is_malicious_there_is_no_f1(groups: dict[tuple[str, str], Group]) -> None:
@@ -116,7 +112,7 @@ def test_the_table_has_a_line_for_every_attack_and_a_column_for_every_method(gro
     lines = text[text.index("| attack |") :].splitlines()
     assert len(lines) == 2 + 2
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert cells == ["x10", "gradient", "+2.375", "75.0 / 5.0 / 1.5 / 2.5 % / +0.375 x1", "-"]
+    assert cells == ["x10", "gradient", "+2.375", "75.0 / 5.0 / 1.5 / 2.5 % / +0.375", "-"]
     assert terminal("How well?", list(groups.values())).row_count == 2
 
 

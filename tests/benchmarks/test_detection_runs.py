@@ -14,6 +14,7 @@ import torch
 
 from lightning_sentinel import cli
 from lightning_sentinel.benchmarks.detection import command, runs
+from lightning_sentinel.benchmarks.detection.insiders import INSIDERS
 from lightning_sentinel.benchmarks.detection.measures import Measures, measure
 from lightning_sentinel.benchmarks.detection.results import Group
 from lightning_sentinel.benchmarks.detection.runs import Campaign, Folder
@@ -173,23 +174,21 @@ def test_going_on_from_the_warm_up_is_the_same_training(model: str, tmp_path: Pa
     assert "PL_GLOBAL_SEED" not in os.environ
 
 
-def test_a_mesh_that_is_exhausted_is_a_result() -> None:
-    training = replace(TINY, replicas=1, warmup_steps=40, steps=12)
+def test_one_pipeline_goes_on_to_the_end_whoever_lies_in_it() -> None:
+    training = replace(TINY, replicas=1, micro_batches=4, warmup_steps=40, steps=12)
     found = measure(attack(training=training, workers=((1, 0),), spec={"name": "scale", "factor": 1e4}), None)
-    assert found.outcome == "exhausted"
-    assert found.banned_at
-    assert found.steps < training.steps
-    assert found.validation_loss is not None
+    assert not found.banned_at and found.steps == training.steps
+    assert found.tampered_flagged == found.tampered_signals > 0 and found.validation_loss is not None
 
 
 def test_signals_are_counted() -> None:
-    training = replace(TINY, warmup_steps=40, steps=8)
+    training = replace(TINY, warmup_steps=45, steps=8)
     found = measure(attack(spec={"name": "scale", "factor": 1e4}, training=training), None)
     patience = Response().ban_after
     assert patience is not None
     assert found.guilty == [[1, 1]]
     assert (found.steps, found.signals) == (8, 4 * 3 * 1 * 8)
-    assert [1, 1, 40 + patience - 1] in found.banned_at
+    assert [1, 1, 45 + patience - 1] in found.banned_at
     assert found.iterations == [patience]
     assert found.tampered_flagged == found.tampered_signals == patience
     # Of the honest ones, those behind a tampered signal cannot be verified.
@@ -205,6 +204,21 @@ def test_signals_are_counted_by_who_sent_them_when_others_serve_a_lane() -> None
     assert len(found.guilty) == 4 and found.recall == 1.0
     # Nearly every tampered signal that could be verified is flagged, and none is counted that another worker sent.
     assert found.tampered_flagged <= found.tampered_signals <= 1.1 * found.tampered_flagged
+
+
+@pytest.mark.parametrize("name", INSIDERS)
+def test_insiders_do_what_they_say_and_have_nobody_honest_banned(name: str) -> None:
+    # So wide that the directions do not see everything.
+    training, liars = replace(TINY, stages=4, replicas=5, warmup_steps=8, steps=4, width=48), ((1, 1), (2, 3))
+    settings = {"training": training, "attack": name, "spec": name, "direction": "both", "workers": liars}
+    found = measure(attack("duplicated", **settings), None)
+    lies = name not in ("false notes", "false votes")
+    assert found.false_bans == 0 and found.recall == float(lies) and found.steps == 4
+    honest = measure(Scenario("unprotected", 0, training), None)
+    unprotected = measure(attack("unprotected", **settings), None)
+    # What is sent in place of an honest signal changes the training; a note and a vote do not.
+    assert (unprotected.validation_loss != honest.validation_loss) == lies
+    assert found.validation_loss == pytest.approx(honest.validation_loss, abs=1e-4)
 
 
 def run_command(output: Path, **settings: Any) -> None:
@@ -279,7 +293,7 @@ def test_the_command_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["benchmark", "detection", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "which question to answer" in text
-    assert "{attacks,mixed,share,ablation,replicas,collusion,places,strength,clean,quick}" in text
+    assert "{attacks,mixed,share,ablation,replicas,collusion,places,insiders,strength,clean,quick}" in text
 
 
 def test_quick_is_a_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

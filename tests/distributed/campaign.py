@@ -86,7 +86,8 @@ def strategy(method: str) -> ls.SentinelStrategy:
         replicas=REPLICAS,
         micro_batches=MICRO_BATCHES,
         timeout=PATIENCE,
-        verification=ls.Verification(method=method, warmup_steps=WARMUP),  # type: ignore[arg-type]
+        verification=ls.Verification(method=method, warmup_steps=WARMUP, seed=0),  # type: ignore[arg-type]
+        response=ls.Response(audit_rate=None),
     )
 
 

@@ -88,8 +88,8 @@ def stopped_and_resumed(directory: str, state_dict_type: Any, attacked: bool) ->
             micro_batches=2,
             timeout=tasks.PATIENCE,
             # Fences fitted to so few values flag something, which must be the same flags in both runs.
-            verification=ls.Verification(warmup_steps=100 if attacked else 2),
-            response=ls.Response() if attacked else ls.Response(on_flag="log", ban_after=None),
+            verification=ls.Verification(warmup_steps=100 if attacked else 2, seed=0),
+            response=ls.Response(audit_rate=None) if attacked else ls.Response(on_flag="log", ban_after=None),
             state_dict_type=state_dict_type,
         )
         attack = ls.AttackInjector(not_a_number, workers=[ls.Worker(1, 1)], start_step=1)

@@ -95,7 +95,7 @@ if __name__ == "__main__":
     ]
     if given.liar is not None:
         callbacks.append(Lies(given.liar))
-    response = ls.Response(ban_after=1, ledger=given.ledger)
+    response = ls.Response(ban_after=1, audit_rate=None, ledger=given.ledger)
     L.seed_everything(1)
     trainer = L.Trainer(
         strategy=ls.SentinelStrategy(stages=2, micro_batches=2, response=response, timeout=timedelta(seconds=15)),

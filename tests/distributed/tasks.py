@@ -152,7 +152,8 @@ def resume(directory: str, attacked: bool) -> dict[str, Any]:
             replicas=replicas,
             micro_batches=2,
             timeout=PATIENCE,
-            verification=ls.Verification(warmup_steps=10),
+            verification=ls.Verification(warmup_steps=10, false_positive_rate=0.06, seed=0),
+            response=ls.Response(audit_rate=None),
         )
         module = Classifier("adamw")
         callbacks = (
@@ -212,14 +213,16 @@ def logged_values(batch_size: int) -> dict[str, Any]:
 
 
 def attacked(engine: str, attack: Any, direction: str, audit_rate: float | None = None) -> dict[str, Any]:
-    """The same mesh, data and seed on either engine."""
-    stages, replicas, batch_size, warmup = 3, 2, 8, 20
+    """The same mesh, data and seeds on either engine."""
+    batch_size, warmup = 8, 20
+    # Of two workers of a stage an audit bans nobody.
+    stages, replicas = (3, 2) if audit_rate is None else (2, 3)
     virtual = engine == "virtual"
     strategy = ls.SentinelStrategy(
         stages,
         replicas,
         micro_batches=2,
-        verification=ls.Verification(warmup_steps=warmup),
+        verification=ls.Verification(warmup_steps=warmup, false_positive_rate=0.03, seed=0),
         response=ls.Response(audit_rate=audit_rate),
         engine=engine,
         timeout=PATIENCE,

@@ -25,9 +25,10 @@ def test_the_virtual_engine_is_the_process_engine_in_one_process(attack: Any, di
     ranks = world.run(tasks.attacked, 6, "process", attack, direction, audit_rate)
     virtual = tasks.attacked("virtual", attack, direction, audit_rate)
     assert set(virtual["banned"]) == {Worker(1, 1)}
+    mesh = Mesh(3, 2) if audit_rate is None else Mesh(2, 3)
     for number, rank in enumerate(ranks):
         # Nobody brings a banned worker's weights up to date.
-        weights = {} if Mesh(3, 2).worker(number) in virtual["banned"] else rank["weights"]
+        weights = {} if mesh.worker(number) in virtual["banned"] else rank["weights"]
         for name, value in weights.items():
             assert (value - virtual["weights"][name]).abs().max() <= 1e-6, name
         assert (rank["banned"], rank["audits"]) == (virtual["banned"], virtual["audits"])

@@ -112,6 +112,9 @@ def fit_sending(how: Any, by: int, options: dict[str, Any]) -> None:
 
 WARMUP = 16
 BAN_AFTER = 5
+FLAGS = ls.Response(audit_rate=None)
+# Fences that take no more values than there are in so short a warm-up.
+VERIFICATION = ls.Verification(warmup_steps=WARMUP, false_positive_rate=0.05)
 BEGIN = WARMUP + 2
 """The first batch of which something is sent wrongly, where the run is to go on."""
 
@@ -133,7 +136,10 @@ MALFORMED = {
 def fit_malformed() -> dict[str, Any]:
     found = {}
     for what, (how, sender) in MALFORMED.items():
-        ours, module = strategy(verification=ls.Verification(warmup_steps=WARMUP)), tasks.Classifier()
+        ours, module = (
+            strategy(verification=VERIFICATION, response=FLAGS),
+            tasks.Classifier(),
+        )
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             tasks.trainer(ours, 4, WARMUP + 12, [Sends(how, sender, BEGIN)]).fit(module, tasks.loader(6, 2))
@@ -159,7 +165,7 @@ def test_a_malformed_message_is_what_its_sender_answers_for() -> None:
 
 def fit_audited_to_the_end(how: Any) -> dict[str, Any]:
     response = ls.Response(audit_rate=0.05)
-    ours, module = strategy(verification=ls.Verification(warmup_steps=WARMUP), response=response), tasks.Classifier()
+    ours, module = strategy(verification=VERIFICATION, response=response), tasks.Classifier()
     callbacks = [Sends(how, 1, BEGIN)] if how is not None else []
     tasks.trainer(ours, 4, WARMUP + 8, callbacks).fit(module, tasks.loader(6, 2))
     return {"banned": dict(ours.ledger.banned_at), "weights": tasks.local_weights(module)}
@@ -170,12 +176,13 @@ def fit_audited() -> dict[str, Any]:
 
 
 def test_with_audits_a_malformed_message_costs_nothing() -> None:
-    """Its step is done again without its sender, whose work is done by others: the weights are those of a clean run."""
-    for rank, found in enumerate(world.run(fit_audited, 4, timeout=60)):
+    """Its step is done again without its sender, whose work is done by others: the weights are those of a clean run.
+
+    Of two workers nobody can tell which one is wrong, so nobody is banned.
+    """
+    for found in world.run(fit_audited, 4, timeout=60):
         assert found["clean"]["banned"] == {}
-        assert found["malformed"]["banned"] == {ls.Worker(1, 1): BEGIN}
-        if rank == 1:
-            continue  # is banned, and learns nothing
+        assert found["malformed"]["banned"] == {}
         for name, value in found["clean"]["weights"].items():
             torch.testing.assert_close(found["malformed"]["weights"][name], value, atol=1e-6, rtol=1e-5)
 
@@ -273,7 +280,10 @@ def fit_attacked() -> dict[str, Any]:
     found = {}
     for attack in (nan, infinite, zeros):
         for worker in (ls.Worker(0, 1), ls.Worker(1, 1)):
-            ours, module = strategy(verification=ls.Verification(warmup_steps=WARMUP)), tasks.Classifier()
+            ours, module = (
+                strategy(verification=VERIFICATION, response=FLAGS),
+                tasks.Classifier(),
+            )
             injector = ls.AttackInjector(attack, workers=[worker], start_step=WARMUP + 2)
             tasks.trainer(ours, 4, WARMUP + 12, [injector]).fit(module, tasks.loader(6, 2))
             finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
@@ -302,7 +312,10 @@ class Watches(L.Callback):
 
 
 def fit_losing_taints() -> tuple[Any, bool, list[tuple[int, int]]]:
-    ours, module = ls.SentinelStrategy(3, 2, 2, ls.Verification(warmup_steps=WARMUP), timeout=PATIENCE), tasks.Classifier()
+    ours, module = (
+        ls.SentinelStrategy(3, 2, 2, VERIFICATION, FLAGS, timeout=PATIENCE),
+        tasks.Classifier(),
+    )
     attack = ls.AttackInjector(zeros, workers=[ls.Worker(0, 1)], direction="activation", start_step=WARMUP)
     watches = Watches()
     tasks.trainer(ours, 6, WARMUP + 10, [attack, Sends(send_untainted, by=3), watches]).fit(module, tasks.loader(6, 2))

@@ -16,7 +16,7 @@ from lightning_sentinel.mesh import Mesh
 from tests.distributed import campaign, tasks, world
 
 STAGES, REPLICAS, BATCH, STEPS, START = 3, 4, 6, 6, 2
-GUILTY = [ls.Worker(1, 1), ls.Worker(1, 3), ls.Worker(0, 0)]
+GUILTY = [ls.Worker(1, 1), ls.Worker(2, 3), ls.Worker(0, 0)]
 """One of them speaks for its stage: to checkpoints, and to the stage that shares a weight with it."""
 ATTACKS = ["sign", {"name": "add_noise", "strength": 0.02}, "noise"]
 
@@ -54,9 +54,10 @@ def test_weights_and_metrics_after_bans_are_those_of_a_clean_run_on_the_same_dat
     alone = tasks.fit_alone("adamw", STEPS, BATCH * REPLICAS, options, Sharing)
     mesh, seen = Mesh(STAGES, REPLICAS), set()
     for number, rank in enumerate(ranks):
-        assert rank["banned"] == dict.fromkeys(sorted(GUILTY), START)
-        # Three of them, two of one stage: two of four pipelines go on, with all of the data.
-        assert len(rank["lanes"]) == 2
+        # Of four workers of a stage one is banned the second time that it is found out; the first time it is left out of the step.
+        assert rank["banned"] == dict.fromkeys(sorted(GUILTY), START + 1)
+        # Three of them, one of each stage: three of four pipelines go on, with all of the data.
+        assert len(rank["lanes"]) == 3
         assert rank["metrics"].keys() == alone["metrics"].keys()
         for name, value in alone["metrics"].items():
             assert math.isclose(rank["metrics"][name], value, abs_tol=1e-5), name
@@ -74,10 +75,11 @@ WARMUP = 60
 
 def unaudited(directory: str, seed: int = 0) -> dict[str, Any]:
     """A clean run and an attacked one, both from the end of one warm-up, on the same samples."""
-    verification = ls.Verification(warmup_steps=WARMUP)
+    verification = ls.Verification(warmup_steps=WARMUP, seed=0)
 
     def strategy() -> ls.SentinelStrategy:
-        return ls.SentinelStrategy(STAGES, REPLICAS, micro_batches=2, verification=verification, timeout=tasks.PATIENCE)
+        response = ls.Response(audit_rate=None)
+        return ls.SentinelStrategy(STAGES, REPLICAS, 2, verification, response, timeout=tasks.PATIENCE)
 
     data = campaign.Text(int(os.environ["LOCAL_RANK"]) % REPLICAS, seed, batch_size=12, replicas=REPLICAS)
     warm, steps = Path(directory) / "warm.ckpt", WARMUP + 30

@@ -84,6 +84,7 @@ def test_short_batches_and_empty_ones_after_a_ban(audit_rate: float | None) -> N
     ranks = world.run(trainer_data_tasks.short_batches_verified, 6, audit_rate)
     labels = tasks.tokens(5).tensors[1].tolist()
     for rank in ranks:
-        assert rank["banned"] == [Worker(0, 1)]
+        # Of two workers an audit cannot tell which one lies: it is left out of every step anew.
+        assert rank["banned"] == ([Worker(0, 1)] if audit_rate is None else [])
         assert rank["labels"] == [labels[:4], labels[4:]]
         assert_same_numbers(rank["metrics"], ranks[0]["metrics"])

@@ -156,7 +156,7 @@ def short_batches_verified(audit_rate: float | None) -> dict[str, Any]:
         3,
         2,
         3,
-        verification=ls.Verification(warmup_steps=12),
+        verification=ls.Verification(warmup_steps=12, false_positive_rate=0.04),
         response=ls.Response(audit_rate=audit_rate, ban_after=3),
     )
     module, attack = Extra(), {"name": "scale", "factor": 30.0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -13,12 +13,15 @@ from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
 from lightning_sentinel.verification import Ledger, SignalTable, StepVerdict
+from lightning_sentinel.verification.audit import Outcome
+from lightning_sentinel.verification.jury import Case
 from lightning_sentinel.verification.projection import Projection
 from lightning_sentinel.wiring import Part
 
 STAGES, REPLICAS, MICRO_BATCHES = 3, 3, 2
 SAMPLES, POSITIONS, CHANNELS = 4, 5, 6
-WARMUP = 12
+WARMUP, RATE = 12, 0.03
+"""A false-positive rate that takes no more values than there are in so short a warm-up."""
 A, G = Direction.ACTIVATION, Direction.GRADIENT
 MESH = Mesh(STAGES, REPLICAS)
 
@@ -62,11 +65,12 @@ class Pipelines:
         apart: bool = False,
         longer: int = 0,
         later: int = 0,
+        rate: float = RATE,
     ) -> None:
         assert apart or not longer
-        self.response = response or Response(ban_after=None)
+        self.response = response or Response(ban_after=None, audit_rate=None)
         self.generator = torch.Generator().manual_seed(0)
-        verification = Verification(warmup_steps=WARMUP, window=window)
+        verification = Verification(warmup_steps=WARMUP, window=window, false_positive_rate=rate, seed=0)
         self.longer, self.later = longer, later
         longest = POSITIONS + longer * (REPLICAS - 1) + later * (MICRO_BATCHES - 1)
         self.pattern = 2 * torch.randn(longest, CHANNELS, generator=torch.Generator().manual_seed(99))
@@ -89,7 +93,9 @@ class Pipelines:
         """What each receipt of the latest step was given, and what came of it."""
         self.lies: dict[tuple[int, int, int], bool] = {}
         """Whether a signal is not what an honest worker would have sent, by index of the boundary, lane and slot."""
-        self.audited: list[tuple[int, Tensor]] = []
+        self.asked: list[tuple[int, Case, Worker]] = []
+        """Who was asked to recompute what: the index of a boundary, a case, and the worker."""
+        self.false_jurors: set[Worker] = set()
         self.sent: dict[tuple[Boundary, int, int], Tensor] = {}
         self.went_on_with: dict[tuple[Boundary, int, int], Tensor] = {}
         self.table = SignalTable(torch.empty(0))
@@ -168,24 +174,30 @@ class Pipelines:
                 self.run_micro_batch(group, micro_batch, tamper)
         self.table = self.exchange()
         total = self.sum_over_guards()
-        audit = self.audit if self.guard.audits else None
+        ask = self.ask if self.guard.audits else None
         rulings = [
-            guard.settle(self.table, self.step_number, (lambda vector: vector) if total is None else (lambda vector: total), audit)
+            guard.settle(self.table, self.step_number, (lambda vector: vector) if total is None else (lambda vector: total), ask)
             for guard in self.guards
         ]
         return rulings[0]
 
-    def audit(self, boundary: int, signals: Tensor) -> Tensor:
-        self.audited.append((boundary, signals.clone()))
-        lies = torch.zeros_like(signals)
-        for lane, slot in signals.nonzero().tolist():
-            lies[lane, slot] = self.lies[boundary, lane, slot]
-        return lies
+    def ask(self, boundary: Boundary, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
+        """The truth, unless a juror is one of those that say the opposite."""
+        index = MESH.boundaries.index(boundary)
+        self.asked += [(index, case, juror) for case, juror in asked]
+        return [Outcome(self.lies[index, case.lane, case.slot] ^ (juror in self.false_jurors)) for case, juror in asked]
+
+    def audited(self) -> Tensor:
+        """What was audited since :attr:`asked` was emptied, ``(boundaries, replicas, micro_batches)`` bool, by samples."""
+        audited = torch.zeros(len(MESH.boundaries), REPLICAS, MICRO_BATCHES, dtype=torch.bool)
+        for index, case, _ in self.asked:
+            audited[(index, *case.part)] = True
+        return audited
 
     def step(self, tamper: Tamper = honest) -> tuple[StepVerdict, list[Worker]]:
         self.draw()
         ruling = self.attempt(tamper)
-        assert not ruling.redo
+        assert not ruling.excluded
         self.step_number += 1
         return ruling.verdict, ruling.banned
 

@@ -201,7 +201,8 @@ def test_everything_that_was_found_is_logged_and_written(tmp_path: Path) -> None
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         last = [row for row in csv.DictReader(file) if row["sentinel/flags"]][-1]
     assert float(last["sentinel/banned"]) == 1
-    assert float(last["sentinel/flags"]) == len(heard)
+    # What an audit dropped was heard of, and is no flag.
+    assert float(last["sentinel/flags"]) == sum(one.confirmed is not False for one in heard)
 
 
 def test_who_was_banned_before_serves_nothing_and_the_batch_is_whole() -> None:
@@ -237,3 +238,35 @@ def test_a_checkpoint_of_another_mesh_goes_on_and_says_what_it_means(
     assert resumed.global_step == 32 and other.step == 32
     assert other.ledger.banned == {ls.Worker(1, 0)}
     assert other._guard.calibration.steps == steps_known + 2
+
+
+@pytest.mark.parametrize(("replicas", "recomputed"), [(3, True), (1, False)], ids=["audits", "one replica"])
+def test_with_nobody_malicious_the_weights_are_the_plain_runs_whatever_is_flagged(replicas: int, recomputed: bool) -> None:
+    """Fences fitted to few values flag honest signals: audits drop such flags, and without audits nothing follows from them."""
+    alone, module = tasks.fit_alone("adamw", 18, 12, {}), tasks.Classifier("adamw")
+    strategy = virtual(2, replicas, verification=ls.Verification(warmup_steps=4))
+    with pytest.warns(UserWarning, match=r"warmup_steps=4\) is short"):
+        tasks.trainer(strategy, 1, 18).fit(module, tasks.loader(12))
+    assert bool(strategy.ledger.exonerated) == recomputed and not strategy.ledger.total_flags
+    for name, value in module.state_dict().items():
+        assert (value - alone["weights"][name]).abs().max() <= TOLERANCE["adamw"], name
+
+
+def test_the_secret_seed_is_not_that_of_the_run_and_a_checkpoint_keeps_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter([101, 102, 103])
+    monkeypatch.setattr("lightning_sentinel.seeds.secrets.randbits", lambda bits: next(drawn))
+
+    def fit(steps: int, source: Any = None, **settings: Any) -> tuple[Any, Any]:
+        strategy = virtual(2, 2, verification=ls.Verification(warmup_steps=20, **settings))
+        run = tasks.trainer(strategy, 1, steps)
+        run.fit(tasks.Classifier(), tasks.loader(16), ckpt_path=source)
+        return run, strategy
+
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    run, first = fit(2)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    _, second = fit(2)
+    _, resumed = fit(3, tmp_path / "last.ckpt")
+    _, given = fit(2, seed=7)
+    assert [strategy._guard.secret for strategy in (first, second, resumed, given)] == [101, 102, 101, 7]
+    assert first.verification.seed is None

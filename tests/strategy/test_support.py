@@ -18,6 +18,7 @@ import lightning_sentinel as ls
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.strategy.protection import protection
 from lightning_sentinel.strategy.support import (
     check_precision,
     check_replicas,
@@ -26,6 +27,7 @@ from lightning_sentinel.strategy.support import (
     refuse_unsupported,
     require_optimizer,
     requiring_one_optimizer,
+    warn_of_short_warmup,
 )
 from tests.distributed import tasks
 
@@ -187,12 +189,38 @@ def test_audits_need_a_second_replica() -> None:
     check_replicas(Mesh(stages=4, replicas=2), Verification(), Response(audit_rate=0.1))
 
 
-def test_a_ban_without_a_second_replica_is_announced_to_end_the_run(recwarn: pytest.WarningsRecorder) -> None:
-    check_replicas(Mesh(stages=4, replicas=1), None, Response())
-    check_replicas(Mesh(stages=4, replicas=1), Verification(), Response(on_flag="log", ban_after=None))
+@pytest.mark.parametrize(
+    ("mesh", "why"), [((4, 1), "With replicas=1 there is nobody.*mesh of 4 x 1.*replicas=2"), ((1, 3), "stages=1 nothing.*1 x 3")]
+)
+def test_a_mesh_that_the_default_can_hardly_protect_is_announced(
+    mesh: tuple[int, int], why: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    check_replicas(Mesh(*mesh), None, Response())
+    check_replicas(Mesh(2, 2), Verification(), Response())
+    check_replicas(Mesh(4, 1), Verification(), Response(audit_rate=None))
     assert not recwarn.list
-    with pytest.warns(UserWarning, match="the first ban ends the run"):
-        check_replicas(Mesh(stages=4, replicas=1), Verification(), Response())
+    with pytest.warns(UserWarning, match=why):
+        check_replicas(Mesh(*mesh), Verification(), Response())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "response", "parts"),
+    [
+        ((1, 4), Response(), ["Nothing is verified: with one stage"]),
+        ((3, 1), Response(), ["Flags decide", "stays out of the weights; nobody is banned"]),
+        ((3, 2), Response(), ["1 % of all signals", "nobody can tell who lies, so nobody is banned"]),
+        ((3, 4), Response(), ["1 % of all signals", "banned the second time, at most 1 of 4"]),
+        ((3, 5), Response(audit_rate=0.2), ["20 % of all signals", "banned at once, at most 2 of 5"]),
+        ((3, 5), Response(ban_after=None), ["done again without its sender; nobody is banned"]),
+        ((3, 5), Response(audit_rate=None), ["Flags decide", "flagged in 5 steps in a row is banned, at most 2 of 5"]),
+        ((3, 5), Response(on_flag="log", ban_after=None), ["1 % of all signals", "What does not match is reported"]),
+        ((3, 1), Response(on_flag="log", ban_after=None), ["Flags decide: what is flagged is reported."]),
+    ],
+)
+def test_what_a_mesh_can_find_and_what_follows_is_said(mesh: tuple[int, int], response: Response, parts: list[str]) -> None:
+    said = protection(Mesh(*mesh), Verification(), response)
+    assert all(part in said for part in parts), said
+    assert protection(Mesh(*mesh), None, response) == "Nothing is verified."
 
 
 @pytest.mark.parametrize(("steps", "warns"), [(5, True), (6, False)])
@@ -202,6 +230,26 @@ def test_a_warm_up_that_outlasts_the_run_is_announced(steps: int, warns: bool) -
         warnings.simplefilter("always")
         tasks.trainer(strategy, 1, steps).fit(tasks.Classifier("sgd"), tasks.loader(16))
     assert any("outlasts this run of 5 training batches" in str(one.message) for one in caught) == warns
+
+
+@pytest.mark.parametrize(
+    ("response", "until"),
+    [
+        (Response(), "flagged, and recomputed, more often"),
+        (Response(audit_rate=None), "nothing is left out and nobody is banned, except"),
+        (Response(on_flag="log", ban_after=None, audit_rate=None), "flagged more often"),
+    ],
+)
+def test_a_warm_up_that_is_too_short_for_its_fences_is_announced(
+    response: Response, until: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    settings, mesh = Verification(warmup_steps=10), Mesh(2, 3)
+    warn_of_short_warmup(Mesh(1, 3), 2, settings, response)
+    warn_of_short_warmup(mesh, 2, Verification(warmup_steps=27), response)
+    assert not recwarn.list
+    says = rf"warmup_steps=10\) is short: fences see 30 signals.*0.01 takes 100.*{until}.*warmup_steps=27 or more"
+    with pytest.warns(UserWarning, match=says):
+        warn_of_short_warmup(mesh, 2, settings, response)
 
 
 @pytest.mark.parametrize("features", [["gradients"], "temporal", ["input_output", "l3"]], ids=str)

@@ -49,7 +49,7 @@ class Run:
         number, calibration = len(self.flags), self.calibration
         assessment = self.assess(table)
         verdict = judge(table, assessment, calibration.heights(self.wiring), self.mesh, self.wiring, number, True)
-        self.ledger.record(number, verdict.flagged, verdict.suspects, verdict.verified)
+        self.ledger.record(number, verdict.flagged, verdict.suspects, verdict.verified, self.mesh)
         self.flags.append(verdict.flagged.total())
         calibration.learn(verdict.table, verdict.honest, verdict.heard, verdict.explained, assessment, self.wiring)
         return assessment, verdict

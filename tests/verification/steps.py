@@ -14,11 +14,14 @@ from lightning_sentinel.mesh import Boundary, Direction, Mesh
 from lightning_sentinel.verification import COLUMNS, SignalTable, StepVerdict, judge, judge_with_audits
 from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS
 from lightning_sentinel.verification.features import FEATURES
+from lightning_sentinel.verification.jury import Findings
 from lightning_sentinel.verification.table import MAX_SCORE
 from lightning_sentinel.wiring import Wiring
 from tests.verification.tools import as_received, compared
 
 MICRO_BATCHES = 4
+ASKED = -1
+"""The micro-batch of each sender that is audited if its sums are high."""
 A, G = Direction.ACTIVATION, Direction.GRADIENT
 
 
@@ -84,14 +87,16 @@ class Step:
         """
         table, asked = SignalTable(self.rows), [torch.zeros(0)] * len(self.rows)
 
-        def audit(index: int, signals: Tensor) -> Tensor:
+        def audit(index: int, signals: Tensor) -> Findings:
             assert asked[index].numel() == 0, "asked twice"
             asked[index] = signals.clone()
-            return lies[index]  # also of signals that nobody asked about, which must not count
+            return Findings(lies[index].long(), frozenset())  # also of signals that nobody asked about, which must not count
 
-        drawn = torch.zeros_like(lies) if drawn is None else drawn
-        heights = self.heights(ALARM + 1, drifting)
-        return judge_with_audits(table, compared(table, self.live), heights, drawn, audit, self.mesh, self.wiring, 7), asked
+        drawn = torch.zeros_like(lies, dtype=torch.bool) if drawn is None else drawn
+        heights, assessment = self.heights(ALARM + 1, drifting), compared(table, self.live)
+        one_each = torch.zeros_like(assessment.valid)
+        one_each[..., ASKED] = True
+        return judge_with_audits(table, assessment, heights, drawn, one_each, audit, self.mesh, self.wiring, 7), asked
 
     def heights(self, height: float, drifting: Tensor | None) -> Tensor:
         """Cumulative sums ``(boundaries, lanes)``: zero but for those that drift."""

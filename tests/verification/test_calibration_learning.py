@@ -226,7 +226,7 @@ def test_one_replica_that_leaves_the_trend_is_found() -> None:
         return features
 
     run = Run(mesh, jumps, ban_after=5).run(start + 5)
-    assert run.ledger.banned == {Worker(mesh.boundaries[1].sender, 0)}
+    assert set(run.ledger.spared) == {Worker(mesh.boundaries[1].sender, 0)} and not run.ledger.banned
 
 
 def test_boundaries_without_an_honest_signal_keep_their_trend() -> None:

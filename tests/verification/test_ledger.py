@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.mesh import Worker
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification import Ledger
+from lightning_sentinel.verification.jury import most_bans
 
 W, OTHER = Worker(1, 0), Worker(2, 1)
+MESH = Mesh(stages=3, replicas=5)
 
 
 def record(ledger: Ledger, pattern: str, worker: Worker = W, start: int = 0) -> list[int]:
@@ -21,7 +25,7 @@ def record(ledger: Ledger, pattern: str, worker: Worker = W, start: int = 0) -> 
     for step, letter in enumerate(pattern, start):
         suspects = {worker} if letter == "x" else set()
         flagged = Counter({worker: 2}) if letter == "x" else Counter()
-        banned = ledger.record(step, flagged, suspects, verified=set() if letter == "-" else {worker})
+        banned = ledger.record(step, flagged, suspects, verified=set() if letter == "-" else {worker}, mesh=MESH)
         assert banned in ([], [worker])
         bans += [step] * len(banned)
     return bans
@@ -63,13 +67,13 @@ def test_none_bans_nobody() -> None:
 
 def test_flags_alone_make_no_streak() -> None:
     ledger = Ledger(ban_after=1)
-    assert ledger.record(0, Counter({W: 3}), suspects=set(), verified={W}) == []
+    assert ledger.record(0, Counter({W: 3}), suspects=set(), verified={W}, mesh=MESH) == []
     assert ledger.flags == Counter({W: 3}) and not ledger.streaks[W]
 
 
 def test_bans_come_in_order() -> None:
     workers = {Worker(2, 1), Worker(0, 1), Worker(2, 0), Worker(0, 0)}
-    banned = Ledger(ban_after=1).record(4, Counter(workers), suspects=workers, verified=workers)
+    banned = Ledger(ban_after=1).record(4, Counter(workers), suspects=workers, verified=workers, mesh=MESH)
     assert banned == [Worker(0, 0), Worker(0, 1), Worker(2, 0), Worker(2, 1)]
 
 
@@ -77,7 +81,7 @@ def test_workers_have_streaks_of_their_own() -> None:
     ledger = Ledger(ban_after=3)
     both = {W, OTHER}
     for step, suspects in enumerate([both, {W}, both, both]):
-        ledger.record(step, Counter(suspects), suspects, verified=both)
+        ledger.record(step, Counter(suspects), suspects, verified=both, mesh=MESH)
     assert ledger.banned_at == {W: 2}
     assert ledger.streaks[OTHER] == 2
 
@@ -115,6 +119,9 @@ def test_the_state_is_plain() -> None:
         "streaks": [[1, 0, 3], [2, 1, 1]],
         "banned_at": [[1, 0, 1]],
         "exonerated": [],
+        "strikes": [],
+        "muted": [],
+        "spared": [],
         "audits": 0,
         "hosts": [],
     }
@@ -132,25 +139,67 @@ def test_loading_replaces_what_was_known() -> None:
 # --- Audits
 
 
-def test_one_signal_that_does_not_match_bans() -> None:
-    ledger = Ledger(ban_after=5)
-    assert ledger.record_audits(3, audits=4, flagged=Counter({OTHER: 1, W: 2}), exonerated=Counter({Worker(0, 0): 3})) == [W, OTHER]
-    assert ledger.banned_at == {W: 3, OTHER: 3} and ledger.flags == {W: 2, OTHER: 1}
-    assert ledger.record_audits(4, audits=2, flagged=Counter({W: 1}), exonerated=Counter()) == []
-    assert (ledger.audits, ledger.banned_at[W], ledger.total_flags) == (6, 3, 4)
+def audited(ledger: Ledger, step: int, *guilty: Worker, mesh: Mesh = MESH, outvoted: Collection[Worker] = ()) -> list[Worker]:
+    return ledger.record_audits(step, 4, Counter(guilty), Counter(), set(guilty), outvoted, mesh)
+
+
+@pytest.mark.parametrize(("replicas", "banned_at"), [(2, None), (3, 4), (4, 4), (5, 3), (6, 3)])
+def test_how_often_a_worker_must_be_found_to_lie_depends_on_how_many_can_tell(replicas: int, banned_at: int | None) -> None:
+    ledger, mesh = Ledger(ban_after=5), Mesh(3, replicas)
+    for step in (3, 4, 9):
+        assert audited(ledger, step, W, W, mesh=mesh) == ([W] if step == banned_at else [])
+    assert ledger.banned_at == ({} if banned_at is None else {W: banned_at}) and ledger.flags == {W: 6}
+
+
+def test_of_a_stage_with_bans_those_that_are_left_count() -> None:
+    ledger = Ledger()
+    assert audited(ledger, 3, Worker(1, 4)) == [Worker(1, 4)]
+    assert audited(ledger, 4, W) == [] and audited(ledger, 5, W) == [W], "four are left, who must say so twice"
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(replicas=st.integers(1, 9), after=st.integers(1, 3), audits=st.booleans(), seed=st.integers(0, 999))
+def test_whatever_is_found_most_of_a_stage_is_never_banned(replicas: int, after: int, audits: bool, seed: int) -> None:
+    ledger, mesh, random = Ledger(after), Mesh(2, replicas), Random(seed)
+    for step in range(12):
+        bad = {worker for worker in mesh if random.random() < 0.7}
+        if audits:
+            audited(ledger, step, *bad, mesh=mesh, outvoted=bad)
+        else:
+            ledger.record(step, Counter(bad), bad, set(mesh), mesh)
+        for stage in range(2):
+            banned, muted = (sum(worker.stage == stage for worker in found) for found in (ledger.banned, ledger.muted))
+            assert banned <= most_bans(replicas) and muted <= most_bans(replicas)
+            assert replicas - banned > 0 and (2 * banned < replicas or replicas == 2)
+
+
+def test_of_too_many_those_that_were_flagged_most_are_banned_and_the_others_spared() -> None:
+    ledger, stage = Ledger(ban_after=1), [Worker(1, replica) for replica in range(5)]
+    flagged = Counter({worker: 1 + worker.replica for worker in stage})
+    assert ledger.record(6, flagged, stage, stage, MESH) == [Worker(1, 3), Worker(1, 4)]
+    assert ledger.spared == dict.fromkeys(stage[:3], 6)
+    ledger.record(7, Counter(), [stage[0]], stage, MESH)
+    assert ledger.spared == {stage[0]: 6}, "who is in line again is spared nothing"
+
+
+def test_who_is_outvoted_or_lied_has_no_say_any_more() -> None:
+    ledger = Ledger()
+    audited(ledger, 3, W, outvoted={Worker(1, 3)})
+    audited(ledger, 5, outvoted={Worker(1, 3), Worker(1, 4), OTHER})
+    assert ledger.muted == {W: 3, Worker(1, 3): 3, OTHER: 5}, "and never so many that those who lie have most of the say"
 
 
 def test_exonerated_flags_do_not_count_as_flags_and_ban_nobody() -> None:
     ledger = Ledger(ban_after=1)
     for step in range(9):
-        assert ledger.record_audits(step, audits=1, flagged=Counter(), exonerated=Counter({W: 1})) == []
+        assert ledger.record_audits(step, 1, Counter(), Counter({W: 1}), (), (), MESH) == []
     assert (ledger.total_flags, ledger.exonerated, ledger.audits, ledger.banned) == (0, {W: 9}, 9, frozenset())
 
 
 def test_audits_of_a_run_that_bans_nobody_are_counted_only() -> None:
     ledger = Ledger(ban_after=None)
-    assert ledger.record_audits(0, audits=1, flagged=Counter({W: 1}), exonerated=Counter()) == []
-    assert not ledger.banned and ledger.flags == {W: 1} and ledger.audits == 1
+    assert audited(ledger, 0, W) == []
+    assert not ledger.banned and ledger.flags == {W: 1} and ledger.audits == 4
 
 
 def test_a_ban_is_entered_once() -> None:
@@ -161,10 +210,10 @@ def test_a_ban_is_entered_once() -> None:
 
 def test_audits_are_saved_and_older_states_load_without_them() -> None:
     ledger, loaded = Ledger(), Ledger()
-    ledger.record_audits(3, audits=4, flagged=Counter({W: 1}), exonerated=Counter({OTHER: 2}))
+    ledger.record_audits(3, 4, Counter({W: 1}), Counter({OTHER: 2}), {W}, {OTHER}, MESH)
     loaded.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
     assert loaded == ledger and plain(ledger.state_dict())
-    older = {name: entries for name, entries in ledger.state_dict().items() if name not in ("audits", "exonerated")}
+    older = {name: entries for name, entries in ledger.state_dict().items() if name not in ("audits", "exonerated", "strikes")}
     loaded.load_state_dict(older)
     assert (loaded.audits, loaded.exonerated, loaded.banned) == (0, {}, {W})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sentinel.mesh import Boundary, Worker
 from lightning_sentinel.verification import COLUMNS
 from lightning_sentinel.verification.audit import Outcome, causal_order
-from tests.verification.steps import MICRO_BATCHES, A, G, Step, first_of_each_micro_batch, steps
+from tests.verification.steps import ASKED, MICRO_BATCHES, A, G, Step, first_of_each_micro_batch, steps
 
 
 @st.composite
@@ -53,7 +53,7 @@ def test_audits_find_liars_and_nobody_else(case: tuple[Step, Tensor, Tensor, Ten
     tainted, worst, score = (step.rows[..., COLUMNS.index(n)] for n in ("tainted", "worst", "score"))
     valid = (tainted == 0) & step.live[:, None]
     suspected = torch.zeros_like(valid)
-    suspected[..., 0] = drifting
+    suspected[..., ASKED] = drifting
     wanted = valid & ((score > 1) | drawn | suspected)
     audited = torch.from_numpy(followed_by_hand(step, wanted, drawn | suspected, lies))
     lied, behind = first_of_each_micro_batch((audited & lies).numpy(), mesh)
@@ -74,8 +74,6 @@ def test_audits_find_liars_and_nobody_else(case: tuple[Step, Tensor, Tensor, Ten
     honest = verdict.honest.numpy()
     np.testing.assert_array_equal(honest, valid.numpy() & ~lied & ~behind & (worst.numpy() >= 0))
     assert (honest | ~dropped | (worst.numpy() < 0)).all(), "what was exonerated is learned from"
-    cleared = [[audited[i, lane].any() and not lied[i, lane].any() for lane in range(mesh.replicas)] for i in range(len(lies))]
-    assert verdict.cleared.tolist() == cleared
     assert torch.equal(verdict.clean, step.live[None, :, None].expand_as(verdict.clean))
 
 
@@ -108,10 +106,10 @@ def test_what_is_behind_odd_data_is_audited_if_it_was_drawn_or_drifts_or_is_of_a
     for index in (1, 2):
         step.flag(index, A, 1, [0, 2, 3], score=3.0)
     _, asked = step.audited(torch.zeros_like(drawn), drawn, drifting)
-    # Boundary 1 drifts, of which its first micro-batch tells; micro-batch 3 is first odd there, and followed to boundary 2.
+    # Boundary 1 drifts, of which its last micro-batch tells; that is first odd there, too, and followed to boundary 2.
     assert [torch.stack(asked)[index, 1].tolist() for index in range(3)] == [
         [True, False, True, False],
-        [True, False, False, True],
+        [False, False, False, True],
         [False, False, True, False],
     ]
 
@@ -120,8 +118,8 @@ def test_one_audit_tells_why_a_sender_drifts() -> None:
     drifting = torch.zeros(6, 3, dtype=torch.bool)
     drifting[1, 2] = True
     verdict, asked = Step().audited(torch.zeros(6, 3, MICRO_BATCHES, dtype=torch.bool), drifting=drifting)
-    assert verdict.audits == 1 and asked[1][2].tolist() == [True, False, False, False]
-    assert torch.equal(verdict.cleared, drifting) and [d.confirmed for d in verdict.detections] == [False]
+    assert verdict.audits == 1 and asked[1][2].tolist() == [False, False, False, True]
+    assert [d.confirmed for d in verdict.detections] == [False]
 
 
 def test_a_banned_lane_is_not_audited() -> None:
@@ -134,6 +132,15 @@ def test_a_banned_lane_is_not_audited() -> None:
 def test_a_mesh_of_one_stage_has_nothing_to_audit() -> None:
     verdict, _ = Step(stages=1).audited(torch.zeros(0, 3, MICRO_BATCHES, dtype=torch.bool))
     assert verdict.audits == 0 and verdict.clean.all()
+
+
+def test_what_nobody_can_tell_is_nobodys_guilt_and_nothing_to_learn_from() -> None:
+    outcomes = torch.zeros(6, 3, MICRO_BATCHES, dtype=torch.long)
+    outcomes[1, 2, 3] = Outcome.DISPUTED
+    verdict, asked = Step().audited(outcomes, drawn=torch.ones_like(outcomes, dtype=torch.bool))
+    assert (verdict.guilty, verdict.disputed, verdict.flagged) == (frozenset(), {Worker(1, 2)}, {Worker(1, 2): 1})
+    assert [(d.worker, d.audited, d.confirmed) for d in verdict.detections] == [(Worker(1, 2), True, None)]
+    assert not verdict.honest[1, 2, 3] and not torch.stack(asked)[2:, 2, 3].any(), "and what is behind it waits"
 
 
 # --- Neighbours that hand over something else than they sent
@@ -179,18 +186,16 @@ def test_who_withholds_is_blamed_and_nothing_is_said_of_the_signal_that_was_not_
         assert torch.equal(verdict.explained[index], signals if index in (at, *behind) else ~everything[index])
         blamed = mesh.boundaries[index] == giver
         assert torch.equal(verdict.honest[index], ~signals if blamed or index in (at, *behind) else everything[index])
-        # Of the lane's other micro-batches the senders were found honest.
-        assert verdict.cleared[index].tolist() == [True, not blamed, True]
 
 
 @pytest.mark.parametrize(("boundary", "outcome"), WITHHELD, ids=str)
-def test_a_sender_whose_only_audit_was_thwarted_is_not_cleared(boundary: Boundary, outcome: Outcome) -> None:
+def test_where_the_only_audit_of_a_sender_was_thwarted_who_thwarted_it_is_blamed(boundary: Boundary, outcome: Outcome) -> None:
     step, drifting = Step(), torch.zeros(6, 3, dtype=torch.bool)
     at = step.mesh.boundaries.index(boundary)
     drifting[at, 2] = True
     outcomes = torch.zeros(6, 3, MICRO_BATCHES, dtype=torch.long)
-    outcomes[at, 2, 0] = outcome
+    outcomes[at, 2, ASKED] = outcome
     verdict, _ = step.audited(outcomes, drifting=drifting)
-    assert verdict.audits == 1 and not verdict.cleared.any()
+    assert verdict.audits == 1
     assert verdict.guilty == {Worker(giver_of(boundary, outcome).sender, 2)}
     assert [one.confirmed for one in verdict.detections] == [True]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_sentinel import attacks
+from lightning_sentinel.benchmarks.detection.insiders import INSIDERS
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["COLLUDING", "HIDDEN", "IMITATING", "NAMED", "PUBLISHED", "SUBTLE", "SWEPT", "attack_named"]
+__all__ = ["COLLUDING", "HIDDEN", "IMITATING", "NAMED", "PUBLISHED", "SUBTLE", "SWEPT", "WITHIN", "attack_named"]
 
 
 def _attack(name: str, **parameters: Any) -> dict[str, Any]:
@@ -77,6 +78,9 @@ SWEPT: dict[str, Any] = {
 }
 """The same kinds from harmless to gross."""
 
+WITHIN: dict[str, Any] = {name: name for name in INSIDERS}
+"""Those of who knows more than a worker should."""
+
 NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | SWEPT
 
 
@@ -90,11 +94,11 @@ def attack_named(name: str) -> Any:
         >>> attack_named("x10"), attack_named("scale")
         ({'name': 'scale', 'factor': 10.0}, 'scale')
     """
-    if name in NAMED:
-        return NAMED[name]
+    if name in NAMED | WITHIN:
+        return (NAMED | WITHIN)[name]
     if name in attacks.available():
         return name
     raise ConfigurationError(
-        f"attacks={name!r} is unknown to this benchmark. Choose from: {', '.join(NAMED)}; or, with their default strength,"
+        f"attacks={name!r} is unknown to this benchmark. Choose from: {', '.join(NAMED | WITHIN)}; or, with their default strength,"
         f" {', '.join(attacks.available())}."
     )

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_sentinel import attacks as library
-from lightning_sentinel.benchmarks.detection.attacks import attack_named
+from lightning_sentinel.benchmarks.detection.attacks import WITHIN, attack_named
 from lightning_sentinel.benchmarks.detection.bars import misses
 from lightning_sentinel.benchmarks.detection.figures import draw, require_matplotlib
 from lightning_sentinel.benchmarks.detection.measures import Measures
@@ -32,7 +32,7 @@ _TABLE_WIDTH = 140
 
 def detection(
     suite: Literal[
-        "attacks", "mixed", "share", "ablation", "replicas", "collusion", "places", "strength", "clean", "quick"
+        "attacks", "mixed", "share", "ablation", "replicas", "collusion", "places", "insiders", "strength", "clean", "quick"
     ] = "attacks",
     quick: bool = False,
     output: Path = Path("benchmark-detection"),
@@ -60,7 +60,8 @@ def detection(
     Args:
         suite: which question to answer: each attack by itself, malicious workers that do different things, the share of malicious
             workers, parts of the detector left out, the number of replicas, workers that act together, workers at the ends of the
-            pipeline, in one pipeline or that start late, the strength of an attack, or nobody malicious at all.
+            pipeline, in one pipeline or that start late, those who know more than they should or lie as auditors, the strength of
+            an attack, or nobody malicious at all.
         quick: the suite "quick" in a few minutes, with an exit status of 1 if detection got worse.
         output: folder for results; nothing is written outside it.
         stages: pipeline stages, 8 in most suites.
@@ -127,7 +128,8 @@ def _request(
         raise ConfigurationError(f"seeds={seeds} cannot work: it must be at least 1.")
     specs = default.attacks if attacks is None else {name: attack_named(name) for name in attacks}
     for spec in specs.values():
-        library.resolve(spec)
+        if spec not in WITHIN.values():
+            library.resolve(spec)
     return Request(
         training=replace(default.training, **training),
         fraction=default.fraction if fraction is None else fraction,

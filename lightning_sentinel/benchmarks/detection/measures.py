@@ -12,10 +12,10 @@ from typing import Any
 import lightning as L
 from typing_extensions import override
 
+from lightning_sentinel.benchmarks.detection.insiders import Insider, Within
 from lightning_sentinel.benchmarks.detection.scenarios import Scenario, Training
 from lightning_sentinel.benchmarks.detection.training import LanguageModel, fit, make_strategy, validation_loss
 from lightning_sentinel.callbacks import AttackInjector
-from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.metrics import DetectionF1, DetectionPrecision, DetectionRecall
 from lightning_sentinel.strategy import SentinelStrategy
@@ -28,7 +28,6 @@ class Measures:
     """What came of a run; steps, signals and audits are those of the part under attack.
 
     Args:
-        outcome: ``"finished"``, or ``"exhausted"`` if so many workers were banned that no pipeline was left.
         guilty: the malicious workers, as pairs of stage and replica.
         banned_at: stage, replica and step of every ban.
         precision: share of the banned that were guilty, 1 if nobody was banned.
@@ -42,12 +41,11 @@ class Measures:
         tampered_flagged: those of them that were flagged.
         audits: signals that were recomputed.
         signals: all signals of the mesh.
-        steps: how many there were; fewer than asked for if the mesh was exhausted.
+        steps: how many there were.
         validation_loss: at the end; ``None`` if it is not finite.
         seconds_per_step: of wall-clock time.
     """
 
-    outcome: str
     guilty: list[list[int]]
     banned_at: list[list[int]]
     precision: float
@@ -73,8 +71,9 @@ def measure(scenario: Scenario, warmup: Path | None) -> Measures:
     observer = _Observer(training, scenario.direction)
     callbacks: list[L.Callback] = [observer]
     if scenario.attacked:
+        attack = scenario.make_attack()
         observer.injector = AttackInjector(
-            scenario.spec,
+            attack,
             workers=scenario.workers,
             fraction=scenario.fraction,
             start_step=training.warmup_steps,
@@ -82,13 +81,11 @@ def measure(scenario: Scenario, warmup: Path | None) -> Measures:
             seed=scenario.seed,
         )
         callbacks.insert(0, observer.injector)
-    outcome = "finished"
-    try:
-        fit(scenario, strategy, module, training.total_steps, callbacks, warmup)
-    except MeshExhaustedError:
-        outcome = "exhausted"
+        if isinstance(attack, Insider):
+            callbacks.insert(1, Within(attack))
+    fit(scenario, strategy, module, training.total_steps, callbacks, warmup)
     loss = validation_loss(module)
-    return observer.measures(strategy, outcome, loss if math.isfinite(loss) else None)
+    return observer.measures(strategy, loss if math.isfinite(loss) else None)
 
 
 @dataclass
@@ -147,13 +144,12 @@ class _Observer(L.Callback):
     def tampers_with(self, direction: Direction) -> bool:
         return self.direction in ("both", direction.value)
 
-    def measures(self, strategy: SentinelStrategy, outcome: str, loss: float | None) -> Measures:
+    def measures(self, strategy: SentinelStrategy, loss: float | None) -> Measures:
         mesh, ledger, guilty = strategy.mesh, strategy.ledger, self.guilty
         seen = [detection for detection in strategy.detections if detection.step >= self.start]
         mine = [one for one in seen if one.worker in guilty and self.tampers_with(one.direction) and one.confirmed is not False]
         precision, recall, f1 = _scores(ledger.banned, guilty, mesh)
         return Measures(
-            outcome=outcome,
             guilty=[[worker.stage, worker.replica] for worker in sorted(guilty)],
             banned_at=[[worker.stage, worker.replica, step] for worker, step in sorted(ledger.banned_at.items())],
             precision=precision,

@@ -103,8 +103,8 @@ class Group:
     """The runs that differ in nothing but the seed.
 
     Example:
-        >>> run = Measures("finished", [[1, 0]], [[1, 0, 61]], 1.0, 1.0, 1.0, [2], 0, 100, 1, 2, 2, 5, 200, 60, 2.5, 0.1)
-        >>> clean = Measures("finished", [], [], 1.0, 1.0, 1.0, [], 0, 0, 0, 0, 0, 0, 200, 60, 2.25, 0.1)
+        >>> run = Measures([[1, 0]], [[1, 0, 61]], 1.0, 1.0, 1.0, [2], 0, 100, 1, 2, 2, 5, 200, 60, 2.5, 0.1)
+        >>> clean = Measures([], [], 1.0, 1.0, 1.0, [], 0, 0, 0, 0, 0, 0, 200, 60, 2.25, 0.1)
         >>> scenario = Scenario("audited", 0, attack="zeros", spec="zeros", direction="gradient")
         >>> group = Group((Row(scenario, run, clean, None),))
         >>> group.f1, group.iterations, group.false_positive_rate, group.audit_share, group.gap
@@ -166,11 +166,6 @@ class Group:
     @property
     def unprotected_gap(self) -> float | None:
         return _mean_of(row.unprotected_gap for row in self.rows)
-
-    @property
-    def exhausted(self) -> int:
-        """In how many runs no pipeline was left."""
-        return sum(row.measures.outcome == "exhausted" for row in self.rows)
 
     def _mean(self, name: str) -> float:
         return fmean(getattr(row.measures, name) for row in self.rows)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from lightning_sentinel.attacks import resolve
+from lightning_sentinel.benchmarks.detection.insiders import INSIDERS, Insider
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 
@@ -122,7 +123,8 @@ class Scenario:
         seed: of the weights, the batches, the malicious workers and the verifiers' secrets.
         training: what is trained.
         attack: the name that the attack has in tables; :data:`NO_ATTACK` if there is none.
-        spec: the attack as :func:`lightning_sentinel.attacks.resolve` takes it, or a list of which each malicious worker draws one.
+        spec: the attack as :func:`lightning_sentinel.attacks.resolve` takes it, or a list of which each malicious worker draws one;
+            or the name of one of :data:`INSIDERS`.
         direction: what is tampered with.
         fraction: share of malicious workers in each middle stage.
         workers: the malicious workers by name, in place of a fraction.
@@ -208,13 +210,18 @@ class Scenario:
     @property
     def remembers(self) -> bool:
         """Whether the attack learns from honest signals, and so has to see the warm-up."""
+        if self.attacked and isinstance(self.make_attack(), Insider):
+            return False
         specs = self.spec if isinstance(self.spec, (list, tuple)) else [self.spec]
         return self.attacked and any(hasattr(resolve(spec), "observe") for spec in specs)
 
+    def make_attack(self) -> Any:
+        """What the injector is given: an insider of that name, or the attack as it is described."""
+        return INSIDERS[self.spec]() if isinstance(self.spec, str) and self.spec in INSIDERS else self.spec
+
     @property
     def response(self) -> Response:
-        rate = METHODS[self.method].audit_rate
-        return Response() if rate is None else Response(audit_rate=rate)
+        return Response(audit_rate=METHODS[self.method].audit_rate)
 
     def make_verification(self) -> Verification | None:
         """What the strategy is given."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_sentinel.benchmarks.detection.attacks import COLLUDING, HIDDEN, PUBLISHED, SWEPT, attack_named
+from lightning_sentinel.benchmarks.detection.attacks import COLLUDING, HIDDEN, PUBLISHED, SWEPT, WITHIN, attack_named
 from lightning_sentinel.benchmarks.detection.scenarios import Scenario, Training, choose
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.verification.features import FAMILIES
@@ -194,6 +194,17 @@ def _places(request: Request) -> Iterator[Scenario]:
     yield from request.attacked_runs(variant="late start", verification={"warmup_steps": max(1, training.warmup_steps // 2)})
 
 
+def _insiders(request: Request) -> Iterator[Scenario]:
+    yield from request.honest_runs()
+    yield from request.attacked_runs()
+    training = request.training
+    # As many at both ends as in the middle, where there is nothing that a sender had received.
+    liars = range(max(1, round(request.fraction * training.replicas)))
+    ends = tuple((stage, replica) for stage in (0, training.stages - 1) for replica in liars)
+    if "other order" in request.attacks:
+        yield from replace(request, attacks=_named("other order")).attacked_runs(variant="first and last stage", workers=ends)
+
+
 def _clean(request: Request) -> Iterator[Scenario]:
     if request.attacks:
         raise ConfigurationError(
@@ -232,6 +243,15 @@ SUITES: dict[str, Suite] = {
         "Does it matter who attacks, and when?",
         _places,
         attacks=_named("zeros", "x-1", "sign", "delay 10", "noise 0.99", "momentum_noise"),
+    ),
+    "insiders": Suite(
+        "Does the default protect from those who know how it works?",
+        _insiders,
+        methods=("unprotected", "sentinel", "audited"),
+        attacks=WITHIN,
+        directions=("both",),
+        fraction=1 / 3,
+        training=Training(stages=6, replicas=6),
     ),
     "strength": Suite("Is what goes undetected harmless?", _attacks, attacks=SWEPT),
     "clean": Suite(

@@ -34,7 +34,7 @@ _EXPLAINED = (
     "Means over seeds. Under each method: F1 over workers in percent / steps of a malicious worker until its ban / honest workers"
     " banned in a run / recomputed signals, where there are audits / validation loss above that of the clean run; where nobody is"
     " malicious, the share of honest signals that were flagged stands in place of the first two. *Unprotected* is the loss where"
-    " nobody looks on. `x`: in so many runs no pipeline was left."
+    " nobody looks on."
 )
 
 
@@ -89,7 +89,7 @@ def _cell(group: Group | None) -> str:
     if group.audit_share:
         parts.append(_percent(group.audit_share, " %"))
     parts.append(_loss(group.gap))
-    return " / ".join(parts) + (f" x{group.exhausted}" if group.exhausted else "")
+    return " / ".join(parts)
 
 
 def terminal(title: str, groups: Sequence[Group]) -> Table:
@@ -113,7 +113,7 @@ def _lines(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 
 def _cells(group: Group) -> list[str]:
     attack, direction, variant = group.name
-    runs = str(len(group.rows)) + (f" ({group.exhausted} exhausted)" if group.exhausted else "")
+    runs = str(len(group.rows))
     return [
         attack,
         direction,

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_sentinel.attacks.context import derive_seed
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.seeds import derive_seed
 
 __all__ = ["VOCABULARY", "Corpus", "corpus"]
 

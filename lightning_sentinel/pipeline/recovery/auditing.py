@@ -1,12 +1,12 @@
-"""Audits between processes: who recomputes what, who gives it what it needs, and whose word counts.
+"""Audits between processes: who gives an auditor what it needs, and what the auditor makes of it.
 
 A signal is recomputed by another worker of the stage. The worker before gives it the input, as it was sent; the one behind the
 gradient that a gradient follows from; the receiver the claimed signal; samples come from a worker that loaded them. All ranks go
 through the same list in the same order, so that nobody waits for somebody who waits.
 
 Whether the auditor was given what the audited worker had been sent is checked against a digest that the audited worker's receiving
-side gives: else its neighbour could have it blamed. And where there are enough workers nobody is banned on one auditor's word: two
-more recompute, and most decide.
+side gives: else its neighbour could have it blamed. Who is asked, and whose word counts, is for the jury to say
+(:mod:`lightning_sentinel.verification.jury`).
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_sentinel.attacks.context import derive_seed
+from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.data.supply import supplier
 from lightning_sentinel.pipeline.messages.parcels import receive_parcel, send_parcel
 from lightning_sentinel.verification.audit import Outcome, relative_error
+from lightning_sentinel.verification.jury import Case
 from lightning_sentinel.wiring import Part, Wiring
 
-__all__ = ["Audits", "Evidence", "Kept", "auditors", "decided", "digest"]
+__all__ = ["Audits", "Evidence", "Kept", "digest"]
 
-_WITNESSES = 2
-"""How many more are asked where one says that a signal does not match."""
+_WORDS = tuple(word for word in Outcome if word is not Outcome.DISPUTED)
+"""What one worker can say."""
 
 
 class Evidence(NamedTuple):
@@ -90,51 +91,12 @@ def digest(signal: Tensor) -> str:
     return hashlib.sha256(f"{signal.dtype} {tuple(signal.shape)} ".encode() + data).hexdigest()
 
 
-def auditors(audited: Worker, mesh: Mesh, banned: Collection[Worker], seed: int, *place: int) -> list[Worker]:
-    """Who can recompute a worker's signal, in the order in which they are asked: drawn, so that nobody knows beforehand.
-
-    Args:
-        audited: who sent it.
-        mesh: all workers.
-        banned: workers that are asked nothing.
-        seed: secret.
-        place: of the signal: step, boundary, lane, slot.
-
-    Example:
-        >>> auditors(Worker(1, 0), Mesh(2, 3), {Worker(1, 2)}, 0, 7, 1, 0, 0)
-        [Worker(stage=1, replica=1)]
-    """
-    others = [Worker(audited.stage, replica) for replica in range(mesh.replicas) if replica != audited.replica]
-    fit = [worker for worker in others if worker not in banned]
-    return sorted(fit, key=lambda worker: derive_seed(seed, "auditor", *place, worker.replica))
-
-
-def decided(votes: Sequence[Outcome]) -> Outcome:
-    """What most of those asked say; if they are split, nobody is blamed.
-
-    Example:
-        >>> decided([Outcome.LIED, Outcome.MATCHES, Outcome.MATCHES]).name, decided([Outcome.LIED]).name
-        ('MATCHES', 'LIED')
-    """
-    best = max(sorted(set(votes)), key=votes.count, default=Outcome.MATCHES)
-    return best if 2 * votes.count(best) > len(votes) else Outcome.MATCHES
-
-
 class _Item(IntEnum):
     BATCH = 0
     ACTIVATION = 1
     GRADIENT = 2
     CLAIMED = 3
     RECEIVED = 4
-
-
-class _Case(NamedTuple):
-    """One signal to audit."""
-
-    lane: int
-    slot: int
-    part: Part
-    audited: Worker
 
 
 class Audits:
@@ -148,7 +110,6 @@ class Audits:
         recompute: what an honest worker of this stage sends: direction, part and evidence to a signal.
         tolerance: the relative error up to which a signal counts as recomputed.
         device: where signals are.
-        seed: secret; the same on all ranks.
     """
 
     def __init__(
@@ -160,67 +121,48 @@ class Audits:
         recompute: Callable[[Direction, Part, Evidence], Tensor],
         tolerance: Callable[[Tensor], float],
         device: torch.device,
-        seed: int,
     ) -> None:
         self._mesh, self._worker, self._kept = mesh, worker, kept
         self._samples, self._recompute, self._tolerance = samples, recompute, tolerance
-        self._device, self._seed = device, seed
-        self._rank = mesh.rank(worker)
+        self._device = device
+        self.adversary: Adversary | None = None
+        """A simulated attacker, who may also lie about what it recomputed."""
 
-    def run(self, boundary: Boundary, signals: Tensor, wiring: Wiring, banned: Collection[Worker], step: int) -> Tensor:
-        """Audit signals of a boundary; to be called by all ranks.
+    def ask(
+        self, boundary: Boundary, asked: Sequence[tuple[Case, Worker]], wiring: Wiring, absent: Collection[Worker]
+    ) -> list[Outcome]:
+        """Have workers recompute signals of a boundary; to be called by all ranks.
 
         Args:
-            signals: ``(lanes, slots)`` bool, what to audit.
+            boundary: that the signals crossed.
+            asked: which of them, and who recomputes each.
             wiring: who served which lane.
-            banned: workers that are asked nothing.
-            step: number of the training batch.
+            absent: workers that hand out no samples.
 
         Returns:
-            ``(lanes, slots)``, values of :class:`Outcome`; what nobody could recompute counts as matching.
+            what each of them says.
         """
-        cases = [
-            _Case(lane, slot, wiring.work[lane][slot], wiring.worker(boundary.sender, lane))
-            for lane, slot in signals.nonzero().tolist()
-        ]
-        index = self._mesh.boundaries.index(boundary)
-        asked = {case: auditors(case.audited, self._mesh, banned, self._seed, step, index, case.lane, case.slot) for case in cases}
-        first = [(case, queue[0]) for case, queue in asked.items() if queue]
-        votes = {case: [vote] for (case, _), vote in zip(first, self._round(boundary, first, wiring, banned))}
-        # One auditor may be wrong, or lie. With fewer than three there is nobody to decide between two.
-        doubtful = [case for case, (vote,) in votes.items() if vote != Outcome.MATCHES and len(asked[case]) > _WITNESSES]
-        more = [(case, witness) for case in doubtful for witness in asked[case][1 : 1 + _WITNESSES]]
-        for (case, _), vote in zip(more, self._round(boundary, more, wiring, banned)):
-            votes[case].append(vote)
-        outcome = torch.zeros(signals.shape, dtype=torch.long)
-        for case, said in votes.items():
-            outcome[case.lane, case.slot] = decided(said)
-        return outcome
-
-    def _round(
-        self, boundary: Boundary, asked: list[tuple[_Case, Worker]], wiring: Wiring, banned: Collection[Worker]
-    ) -> list[Outcome]:
-        """What each of those asked says."""
         if not asked:
             return []
-        given = [self._hand_over(boundary, case, auditor, wiring, banned) for case, auditor in asked]
+        given = [self._hand_over(boundary, case, auditor, wiring, absent) for case, auditor in asked]
         said = torch.zeros(len(asked), device=self._device)
         for number, ((case, auditor), items) in enumerate(zip(asked, given)):
             if auditor == self._worker:
-                said[number] = self._judge(boundary, case, items)
+                word = self._judge(boundary, case, items)
+                said[number] = word if self.adversary is None else self.adversary.vote(auditor, case.audited, word)
         everyone = torch.empty(self._mesh.size, len(asked), device=self._device)
         dist.all_gather(list(everyone.unbind()), said)
         everyone = everyone.cpu()
         # Each case is for its auditor to say, whatever others put there.
         values = [float(everyone[self._mesh.rank(auditor), number]) for number, (_, auditor) in enumerate(asked)]
-        return [Outcome(int(value)) if value in tuple(Outcome) else Outcome.MATCHES for value in values]
+        return [Outcome(int(value)) if value in _WORDS else Outcome.MATCHES for value in values]
 
     def _hand_over(
-        self, boundary: Boundary, case: _Case, auditor: Worker, wiring: Wiring, banned: Collection[Worker]
+        self, boundary: Boundary, case: Case, auditor: Worker, wiring: Wiring, absent: Collection[Worker]
     ) -> dict[_Item, Any]:
         """Bring an auditor what it needs; returns it on the auditor's rank."""
         items: dict[_Item, Any] = {}
-        for item, giver in self._needs(boundary, case, wiring, banned):
+        for item, giver in self._needs(boundary, case, wiring, absent):
             if giver == auditor == self._worker:
                 items[item] = self._item(item, boundary, case)
             elif giver == self._worker:
@@ -233,20 +175,20 @@ class Audits:
     def _room(self) -> int:
         return 64 * max(self._kept.bytes, 2**20)
 
-    def _needs(self, boundary: Boundary, case: _Case, wiring: Wiring, banned: Collection[Worker]) -> list[tuple[_Item, Worker]]:
+    def _needs(self, boundary: Boundary, case: Case, wiring: Wiring, absent: Collection[Worker]) -> list[tuple[_Item, Worker]]:
         """What an auditor needs, and who gives it."""
         stage, last = boundary.sender, self._mesh.stages - 1
         backward = boundary.direction is Direction.GRADIENT
         needs = []
         if stage == 0 or (backward and stage == last):
-            needs.append((_Item.BATCH, supplier(case.part, stage, self._mesh, banned, case.audited)))
+            needs.append((_Item.BATCH, supplier(case.part, stage, self._mesh, absent, case.audited)))
         if stage > 0:
             needs.append((_Item.ACTIVATION, wiring.worker(stage - 1, case.lane)))
         if backward and stage < last:
             needs.append((_Item.GRADIENT, wiring.worker(stage + 1, case.lane)))
         return [*needs, (_Item.CLAIMED, wiring.worker(boundary.receiver, case.lane)), (_Item.RECEIVED, case.audited)]
 
-    def _item(self, item: _Item, boundary: Boundary, case: _Case) -> Any:
+    def _item(self, item: _Item, boundary: Boundary, case: Case) -> Any:
         kept, slot = self._kept, case.slot
         if item is _Item.BATCH:
             return self._samples(case.part)
@@ -259,7 +201,7 @@ class Audits:
         found = {direction: kept.received.get((direction, slot)) for direction in Direction}
         return {direction.value: digest(signal) for direction, signal in found.items() if signal is not None}
 
-    def _judge(self, boundary: Boundary, case: _Case, items: dict[_Item, Any]) -> Outcome:
+    def _judge(self, boundary: Boundary, case: Case, items: dict[_Item, Any]) -> Outcome:
         """What this rank says of a signal."""
         digests = items[_Item.RECEIVED]
         given = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
+from lightning_sentinel.seeds import secret_seed
 from lightning_sentinel.verification import (
-    Audit,
     BoundaryVerifier,
     Calibration,
     Ledger,
@@ -29,9 +30,12 @@ from lightning_sentinel.verification import (
 )
 from lightning_sentinel.verification.audit import AuditSchedule
 from lightning_sentinel.verification.calibration import Assessment
+from lightning_sentinel.verification.features import FEATURES
+from lightning_sentinel.verification.fences import Fences
+from lightning_sentinel.verification.jury import Ask, Findings, Jury
 from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.references import Contribution
-from lightning_sentinel.verification.verdicts import behind
+from lightning_sentinel.verification.verdicts import MUCH_FURTHER, behind
 from lightning_sentinel.wiring import Wiring
 
 __all__ = ["Guard", "Ruling"]
@@ -40,18 +44,23 @@ _STEPS_A_TURN = 16
 """For how long a worker serves when there are more workers than lanes: long enough to be a suspect in consecutive steps."""
 
 
+_SECRET = "secret/seed"
+
+
 class Ruling(NamedTuple):
     """What was decided about a step.
 
     Args:
         verdict: what its table means.
         banned: the workers that it bans.
-        redo: whether the step is to be done again without them: its gradients hold what they sent.
+        excluded: the workers whose signals do not match, without whom the step is to be undone: its gradients hold what they sent.
+        redo: whether it is to be done again without them; it cannot be if nobody is left who could.
         wiring: who served which lane.
     """
 
     verdict: StepVerdict
     banned: list[Worker]
+    excluded: list[Worker]
     redo: bool
     wiring: Wiring
 
@@ -80,32 +89,48 @@ class Guard:
         device: torch.device,
     ) -> None:
         self._mesh, self._worker, self._device = mesh, worker, device
-        self._verification, self._response = verification, response
+        self._response = response
+        self._rate = response.audit_rate_of(mesh)
         self.ledger = ledger
         self.calibration = Calibration(mesh, verification)
-        rate = response.audit_rate
-        self._schedule = None if rate is None else AuditSchedule(mesh, rate, verification.seed)
-        self._drawn: tuple[int, Tensor] | None = None
+        if verification.seed is None:
+            verification = replace(verification, seed=secret_seed())
         self.verifiers = {boundary: BoundaryVerifier(boundary, verification, device) for boundary in boundaries}
         self._indices = {boundary: mesh.boundaries.index(boundary) for boundary in self.verifiers}
-        self._secrets: dict[Boundary, SecretDirections] = {}
+        self._keep_secret(verification)
+        if self.excludes and self.compares_inputs:
+            # Nobody looks again at what is left out, so it is not what a later look would clear.
+            for verifier in self.verifiers.values():
+                verifier.limit = MUCH_FURTHER
+        self._excluded: tuple[int, frozenset[Worker]] = (-1, frozenset())
         self._wiring, self._micro_batches = Wiring.of(mesh), 1
         self._rows: dict[Boundary, list[Tensor]] = {boundary: [] for boundary in self.verifiers}
 
-    @property
-    def audits(self) -> bool:
-        """Whether signals are recomputed."""
-        return self._response.audit_rate is not None
+    def _keep_secret(self, verification: Verification) -> None:
+        """Draw all that workers must not know from the seed."""
+        assert verification.seed is not None, "drawn before"
+        self._secret, seed = verification, verification.seed
+        self._secrets: dict[Boundary, SecretDirections] = {}
+        self._schedule = None if self._rate is None else AuditSchedule(self._mesh, self._rate, seed)
+        self._jury = Jury(self._mesh, seed)
+        for verifier in self.verifiers.values():
+            verifier.use_secret(verification)
 
     @property
     def secret(self) -> int:
         """The seed that workers must not know."""
-        return self._verification.seed
+        assert self._secret.seed is not None, "drawn at the start"
+        return self._secret.seed
+
+    @property
+    def audits(self) -> bool:
+        """Whether signals are recomputed."""
+        return self._rate is not None
 
     @property
     def compares_inputs(self) -> bool:
         """Whether signals are compared with what their senders had received."""
-        return self._verification.method != "paper"
+        return self._secret.method != "paper"
 
     @property
     def excludes(self) -> bool:
@@ -115,16 +140,20 @@ class Guard:
     @property
     def answers(self) -> bool:
         """Whether a sender answers for a signal that says nothing, and the signal does not reach the weights."""
-        return self.excludes or self.audits
+        return self._response.on_flag == "exclude"
+
+    def absent(self, step: int) -> frozenset[Worker]:
+        """Who serves nothing in a step: who is banned, and who was found out in it."""
+        return self.ledger.banned | (self._excluded[1] if self._excluded[0] == step else frozenset())
 
     def wiring(self, step: int, micro_batches: int = 1) -> Wiring:
-        """Who would serve which lane in a step, by the bans of now.
+        """Who would serve which lane in a step, by what is known of it now.
 
         Args:
             step: number of the training batch.
             micro_batches: of each replica.
         """
-        return Wiring.of(self._mesh, self.ledger.banned, micro_batches, step // _STEPS_A_TURN)
+        return Wiring.of(self._mesh, self.absent(step), micro_batches, step // _STEPS_A_TURN)
 
     def begin(self, step: int, micro_batches: int) -> Wiring:
         """Begin a step. Returns who serves which lane in it, and with which micro-batches."""
@@ -148,7 +177,7 @@ class Guard:
         if not self.compares_inputs:
             return None
         if boundary not in self._secrets:
-            self._secrets[boundary] = SecretDirections(boundary, self._verification, self._device)
+            self._secrets[boundary] = SecretDirections(boundary, self._secret, self._device)
         return self._secrets[boundary].project(signal)
 
     def receive(
@@ -188,7 +217,7 @@ class Guard:
         return torch.stack(rows, dim=1)
 
     def settle(
-        self, table: SignalTable, step: int, sum_over_replicas: Callable[[Tensor], Tensor], audit: Audit | None = None
+        self, table: SignalTable, step: int, sum_over_replicas: Callable[[Tensor], Tensor], ask: Ask | None = None
     ) -> Ruling:
         """Judge the step, enter it into the ledger, and learn from it.
 
@@ -196,49 +225,56 @@ class Guard:
             table: of the step, the same on all ranks.
             step: number of the training batch.
             sum_over_replicas: adds a vector over the replicas of this stage.
-            audit: recomputes signals, where audits are asked for.
-
-        Raises:
-            MeshExhaustedError: on all ranks, if no complete pipeline is left.
+            ask: has workers recompute signals, where audits are asked for.
         """
-        wiring = self._wiring
+        wiring, excludes = self._wiring, self._response.on_flag == "exclude"
         assessment, heights = self._assess(table, wiring), self.calibration.heights(wiring)
-        if audit is not None:
-            drawn = wiring.arrange(self._draw(step))
-            verdict = judge_with_audits(table, assessment, heights, drawn, audit, self._mesh, wiring, step)
+        if ask is not None:
+            verdict = self._judge_with_audits(table, assessment, heights, step, ask)
             exonerated = Counter(detection.worker for detection in verdict.detections if detection.confirmed is False)
-            banned = self.ledger.record_audits(step, verdict.audits, verdict.flagged, exonerated)
+            banned = self.ledger.record_audits(
+                step, verdict.audits, verdict.flagged, exonerated, verdict.guilty, verdict.outvoted, self._mesh
+            )
         else:
-            exclude = self._response.on_flag == "exclude"
-            verdict = judge(table, assessment, heights, self._mesh, wiring, step, exclude)
-            banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified)
-        self._require_a_pipeline(self.wiring(step), step)
-        if banned:
+            assessment = self._as_far_as_known(assessment)
+            verdict = judge(table, assessment, heights, self._mesh, wiring, step, excludes)
+            banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified, self._mesh)
+        excluded = sorted(verdict.guilty | verdict.disputed) if excludes else []
+        if banned or excluded:
             # What those behind a liar looked like was not their doing.
-            self.calibration.forget_sums(behind(self._sent_by(banned, wiring), self._mesh), wiring)
-        redo = bool(banned) and self.audits
-        if redo:
+            self.calibration.forget_sums(behind(self._sent_by({*banned, *excluded}, wiring), self._mesh), wiring)
+        if excluded:
+            self._excluded = step, self.absent(step).union(excluded)
             for verifier in self.verifiers.values():
                 verifier.forget_step()
         else:
             self._learn(table, verdict, assessment, sum_over_replicas)
             self.calibration.learn(verdict.table, verdict.honest, verdict.heard, verdict.explained, assessment, wiring)
-            self.calibration.forget_sums(verdict.cleared, wiring)
             self._put_fences()
-        return Ruling(verdict, banned, redo, wiring)
+        redo = bool(excluded) and any(self.wiring(step).live)
+        return Ruling(verdict, banned, excluded, redo, wiring)
+
+    def _as_far_as_known(self, assessment: Assessment) -> Assessment:
+        """Where fences have not seen enough, nothing but what is not finite is out of line: nobody looks at flags again."""
+        open_to_all = ~self.calibration.knows_enough(assessment.by_peers)[:, None, None] & (assessment.worst >= 0)
+        return assessment._replace(score=torch.where(open_to_all, assessment.score.clamp(max=1.0), assessment.score))
+
+    def _judge_with_audits(self, table: SignalTable, assessment: Assessment, heights: Tensor, step: int, ask: Ask) -> StepVerdict:
+        assert self._schedule is not None
+        wiring, ledger = self._wiring, self.ledger
+
+        def audit(index: int, signals: Tensor) -> Findings:
+            return self._jury.hear(index, signals, wiring, ledger.banned, ledger.muted, step, ask)
+
+        found = max((*ledger.banned_at.values(), *ledger.muted.values()), default=None)
+        drawn = wiring.arrange(self._schedule.draw(step, self._micro_batches, found))
+        one_each = self._schedule.one_each(step, assessment.valid)
+        return judge_with_audits(table, assessment, heights, drawn, one_each, audit, self._mesh, wiring, step)
 
     def _sent_by(self, workers: Collection[Worker], wiring: Wiring) -> Tensor:
         """Which lanes these workers served, ``(boundaries, lanes)`` bool."""
         lanes = range(self._mesh.replicas)
         return torch.tensor([[wiring.worker(b.sender, lane) in workers for lane in lanes] for b in self._mesh.boundaries])
-
-    def _draw(self, step: int) -> Tensor:
-        """Random audits, by samples; the same in a step that is done again, because what was behind a lie was not audited."""
-        assert self._schedule is not None
-        if self._drawn is None or self._drawn[0] != step:
-            drawn = self._schedule.draw(step, self._micro_batches, max(self.ledger.banned_at.values(), default=None))
-            self._drawn = (step, drawn)
-        return self._drawn[1]
 
     def _assess(self, table: SignalTable, wiring: Wiring) -> Assessment:
         banned = torch.zeros(self._mesh.stages, self._mesh.replicas, dtype=torch.bool)
@@ -250,8 +286,8 @@ class Guard:
         if not any(wiring.live):
             raise MeshExhaustedError(
                 f"No complete pipeline is left at step {step}; banned are"
-                f" {', '.join(map(str, sorted(self.ledger.banned)))}. The run cannot go on with {self._mesh.replicas} replica(s)."
-                " Use more replicas, or strategy='sentinel_monitor', which reports and bans nobody."
+                f" {', '.join(map(str, sorted(self.ledger.banned)))}, by Response(banned=...), a ledger or a checkpoint. The run"
+                f" cannot go on with {self._mesh.replicas} replica(s). Use more replicas, or take some of the bans back."
             )
 
     def _learn(
@@ -293,18 +329,23 @@ class Guard:
         self.verifiers[boundary].stand_by(positions, channels, received)
 
     def _put_fences(self) -> None:
+        known = self.calibration.knows_enough(torch.zeros(len(self._mesh.boundaries), dtype=torch.bool))
         for boundary, verifier in self.verifiers.items():
-            verifier.fences = self.calibration.fences_at_receipt(self._indices[boundary]).to(self._device)
+            index = self._indices[boundary]
+            fences = self.calibration.fences_at_receipt(index)
+            if self.excludes and not known[index]:
+                fences = Fences.open(len(FEATURES))
+            verifier.fences = fences.to(self._device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was learned about the boundaries that this process guards, keyed by boundary, and how far audits have come."""
+        """What was learned about the boundaries that this process guards, keyed by boundary, and the secret that goes with it."""
         learned = {
             f"{boundary.name}/{name}": value
             for boundary, verifier in self.verifiers.items()
             for name, value in (verifier.state_dict() | self.calibration.state_of(self._indices[boundary])).items()
         }
-        if self._schedule is not None:
-            learned["audits/rounds"] = torch.tensor(self._schedule.rounds, dtype=torch.float64)
+        if learned:
+            learned[_SECRET] = torch.tensor(self.secret)
         return learned
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -325,6 +366,7 @@ class Guard:
                 self.calibration.load_state_of(index, mine)
                 if boundary in self.verifiers:
                     self.verifiers[boundary].load_state_dict(mine)
-        if self._schedule is not None and "audits/rounds" in state:
-            self._schedule.rounds = float(state["audits/rounds"])
+        if _SECRET in state:
+            # Of this run's own, whatever was learned would mean nothing: it was seen along other directions.
+            self._keep_secret(replace(self._secret, seed=int(state[_SECRET])))
         self._put_fences()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.config import Response, Verification
-from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.verification import Ledger
@@ -45,27 +44,69 @@ def test_with_audits_signals_go_on_as_they_are_until_the_step_is_settled() -> No
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, WARMUP + 3])
-def test_one_lie_bans_and_the_step_is_done_again_without_the_liar(steps_before: int) -> None:
+def test_one_lie_has_the_step_done_again_without_the_liar_and_a_second_one_bans(steps_before: int) -> None:
     pipelines, culprit = Pipelines(audited()).run(steps_before), Worker(1, 2)
+    tamper = broken({culprit}, A)
     before = {name: value.clone() for name, value in pipelines.guard.state_dict().items()}
-    pipelines.audited.clear()
+    for banned in ([], [culprit]):
+        learned = pipelines.guard.calibration.steps
+        pipelines.asked.clear()
+        pipelines.draw()
+        ruling = pipelines.attempt(tamper)
+        assert (ruling.redo, ruling.excluded, ruling.banned, ruling.verdict.guilty) == (True, [culprit], banned, {culprit})
+        # Replica 2 of stage 1 is the first on the way, so that nothing behind it was audited; and all others of its stage said so.
+        asked = [(MESH.boundaries[index], juror) for index, case, juror in pipelines.asked if case.lane == 2]
+        assert asked.count((Boundary(1, A), Worker(1, 0))) == asked.count((Boundary(1, A), Worker(1, 1))) == MICRO_BATCHES
+        assert {boundary for boundary, _ in asked} <= {Boundary(0, A), Boundary(1, A)}
+        if not banned:
+            assert same(before, pipelines.guard.state_dict()), "nothing is learned of a step that is done again"
+        wiring = pipelines.guard.wiring(pipelines.step_number)
+        assert wiring == Wiring.of(MESH, {culprit}, turn=pipelines.step_number // 16) and wiring.live == (True, True, False)
+        assert pipelines.guard.wiring(pipelines.step_number + 1).live == ((True, True, False) if banned else (True, True, True))
+        pipelines.draw()
+        again = pipelines.attempt(tamper)
+        assert not again.excluded and again.banned == [] and again.verdict.clean[:, wiring.lanes].all()
+        assert pipelines.guard.calibration.steps == learned + 1
+        pipelines.step_number += 1
+    assert all(verifier.references.updates == steps_before + 2 for verifier in pipelines.guard.verifiers.values())
+    assert pipelines.guard.ledger.banned_at == {culprit: steps_before + 1}
+
+
+def test_a_liar_strikes_once_a_step_however_much_of_it_is_found() -> None:
+    pipelines, culprits = Pipelines(audited()), [Worker(0, 1), Worker(1, 2)]
+    found = []
+    for _ in range(2):
+        pipelines.draw()
+        found.append(pipelines.attempt(broken(culprits)).excluded)
+    assert found == [culprits, []]
+    assert pipelines.guard.ledger.strikes == dict.fromkeys(culprits, 1) and not pipelines.guard.ledger.banned
+
+
+def test_jurors_that_say_the_opposite_are_outvoted_and_asked_no_more() -> None:
+    pipelines, liar = Pipelines(audited(1.0)), Worker(1, 2)
+    pipelines.false_jurors = {liar}
+    for _ in range(4):
+        pipelines.draw()
+        ruling = pipelines.attempt()
+        assert not ruling.excluded and not ruling.banned and not ruling.verdict.detections
+        pipelines.asked.clear()
     pipelines.draw()
-    ruling = pipelines.attempt(broken({culprit}, A))
-    assert (ruling.redo, ruling.banned, ruling.verdict.guilty) == (True, [culprit], {culprit})
-    after = pipelines.guard.state_dict()
-    # All but the rounds of the schedule: what was drawn for the step was drawn.
-    assert after.pop("audits/rounds") > before.pop("audits/rounds")
-    assert same(before, after), "nothing is learned of a step that is done again"
-    # Replica 2 of stage 1 is the first on the way, so that nothing behind it was audited.
-    behind = [(index, int(signals[2].sum())) for index, signals in pipelines.audited if MESH.boundaries[index] != Boundary(1, A)]
-    assert all(count == 0 for index, count in behind if index >= 2)
-    wiring = pipelines.guard.wiring(pipelines.step_number)
-    assert wiring == Wiring.of(MESH, {culprit}, turn=pipelines.step_number // 16) and wiring.live == (True, True, False)
+    pipelines.attempt()
+    assert pipelines.guard.ledger.muted == {liar: 0} and all(juror != liar for _, _, juror in pipelines.asked)
+
+
+def test_two_workers_of_whom_each_says_that_the_other_lies_cost_the_batch_and_nobody_is_banned() -> None:
+    pipelines, pair = Pipelines(audited(1.0)), [Worker(1, 0), Worker(1, 1)]
+    pipelines.guard.ledger.ban(0, [Worker(1, 2)])
+    pipelines.false_jurors = {pair[0], pair[1]}
     pipelines.draw()
-    again = pipelines.attempt(broken({culprit}, A))
-    assert not again.redo and again.banned == [] and again.verdict.clean[:, wiring.lanes].all()
-    assert all(verifier.references.updates == steps_before + 1 for verifier in pipelines.guard.verifiers.values())
-    assert pipelines.guard.calibration.steps == steps_before + 1
+    ruling = pipelines.attempt()
+    assert (ruling.excluded, ruling.redo, ruling.banned) == (pair, False, [])
+    assert ruling.verdict.disputed == set(pair) and not ruling.verdict.guilty and not pipelines.guard.ledger.muted
+    # The next step is everybody's again.
+    pipelines.step_number += 1
+    pipelines.false_jurors = set()
+    assert pipelines.step()[1] == []
 
 
 def test_flags_that_an_audit_drops_are_counted_as_exonerated_and_learned_from() -> None:
@@ -93,7 +134,7 @@ def test_a_rate_of_one_finds_what_no_feature_shows() -> None:
     pipelines = Pipelines(audited(1.0))
     pipelines.draw()
     ruling = pipelines.attempt(slightly)
-    assert ruling.banned == [culprit] and ruling.redo
+    assert ruling.excluded == [culprit] and ruling.redo
     assert ruling.verdict.audits < len(MESH.boundaries) * REPLICAS * MICRO_BATCHES
 
 
@@ -104,15 +145,19 @@ def test_a_run_that_bans_nobody_reports_what_audits_find_and_is_not_done_again()
     assert not verdict.honest[1:, 1].any()
 
 
-def test_the_mesh_is_exhausted_when_a_stage_has_nobody_left() -> None:
+def test_a_stage_that_all_lies_costs_the_batch_and_not_the_run() -> None:
     pipelines = Pipelines(audited())
     everyone = {Worker(1, replica) for replica in range(REPLICAS)}
-    pipelines.draw()
-    with pytest.raises(MeshExhaustedError, match=r"step 0"):
-        pipelines.attempt(broken(everyone, A))
+    for _ in range(3):
+        everyone -= pipelines.guard.ledger.banned
+        pipelines.draw()
+        ruling = pipelines.attempt(broken(everyone, A))
+        assert ruling.excluded == sorted(everyone) and not ruling.redo
+        pipelines.step_number += 1
+    assert len(pipelines.guard.ledger.banned) == 1
 
 
-@pytest.mark.parametrize("response", [Response(), audited()], ids=["flags", "audits"])
+@pytest.mark.parametrize("response", [Response(audit_rate=None), audited()], ids=["flags", "audits"])
 def test_the_wiring_follows_from_the_bans(response: Response) -> None:
     guard = Pipelines(response).guard
     for banned in (set(), {Worker(1, 0)}, {Worker(1, 0), Worker(2, 1)}):
@@ -149,7 +194,7 @@ def test_a_step_of_which_every_sender_is_mixed_teaches_nothing() -> None:
 
 
 def test_a_worker_that_takes_over_a_lane_does_not_take_over_its_drift() -> None:
-    pipelines = Pipelines(Response()).run(WARMUP + 1)
+    pipelines = Pipelines(Response(audit_rate=None)).run(WARMUP + 1)
     guard = pipelines.guard
     guard.ledger.ban(0, [Worker(0, 0), Worker(1, 1)])
     wiring = guard.wiring(pipelines.step_number)
@@ -160,13 +205,14 @@ def test_a_worker_that_takes_over_a_lane_does_not_take_over_its_drift() -> None:
     assert Worker(1, 0) not in verdict.suspects and banned == []
 
 
-@pytest.mark.parametrize("response", [Response(ban_after=1), audited()], ids=["flags", "audits"])
-def test_a_ban_clears_those_behind_the_liar_of_their_sums(response: Response) -> None:
+@pytest.mark.parametrize("response", [Response(ban_after=1, audit_rate=None), audited()], ids=["flags", "audits"])
+def test_what_is_found_clears_those_behind_the_liar_of_their_sums(response: Response) -> None:
     pipelines = Pipelines(response).run(WARMUP)
     drift, at = pipelines.guard.calibration.drift, {b: i for i, b in enumerate(MESH.boundaries)}
     drift.sums[0, :, :, 3] = 7.0
     pipelines.draw()
-    assert pipelines.attempt(broken({Worker(1, 2)}, A)).banned == [Worker(1, 2)]
+    ruling = pipelines.attempt(broken({Worker(1, 2)}, A))
+    assert Worker(1, 2) in (*ruling.banned, *ruling.excluded)
     for boundary in MESH.boundaries:
         behind = boundary.direction is G or boundary.index > 1
         assert (drift.height[at[boundary], 2] < 5) == behind
@@ -176,45 +222,29 @@ def test_a_ban_clears_those_behind_the_liar_of_their_sums(response: Response) ->
 # --- What is drawn
 
 
-def test_what_was_drawn_is_saved_and_goes_on() -> None:
-    original, loaded, other = (Pipelines(audited(0.07)) for _ in range(3))
-    original.run(9)
-    state = {name: value.clone() for name, value in original.guard.state_dict().items()}
-    assert float(state["audits/rounds"]) == pytest.approx(9 * 0.07)
-    loaded.guard.load_state_dict(state)
-    other.guard.load_state_dict({name: value for name, value in state.items() if name != "audits/rounds"})
-    drawn = {}
-    for name, pipelines in (("original", original), ("loaded", loaded), ("other", other)):
-        pipelines.step_number, pipelines.audited = 9, []
+def test_what_is_drawn_follows_from_the_secret_and_the_step_whatever_was_before() -> None:
+    original, loaded = Pipelines(audited(0.07)).run(9), Pipelines(audited(0.07))
+    loaded.guard.load_state_dict(original.guard.state_dict())
+    drawn = []
+    for pipelines in (original, loaded):
+        pipelines.step_number = 9
+        pipelines.asked.clear()
         pipelines.generator.manual_seed(5)
         pipelines.run(20)
-        drawn[name] = torch.stack([signals for _, signals in pipelines.audited])
-    assert torch.equal(drawn["original"], drawn["loaded"]) and not torch.equal(drawn["original"], drawn["other"])
+        drawn.append(pipelines.asked)
+    assert drawn[0] == drawn[1] and len(drawn[0]) > 5
 
 
-def test_a_guard_without_audits_saves_and_reads_no_rounds() -> None:
-    guard = Pipelines().run(1).guard
-    assert "audits/rounds" not in guard.state_dict()
-    guard.load_state_dict(Pipelines(audited(0.5)).run(2).guard.state_dict())
-
-
-def test_every_signal_is_audited_once_in_a_round_and_bans_make_rounds_shorter() -> None:
-    pipelines = Pipelines(audited(0.25))
-    signals = len(MESH.boundaries) * REPLICAS * MICRO_BATCHES
+def test_what_was_drawn_for_the_first_attempt_is_drawn_again_and_where_one_lies_more_is() -> None:
+    pipelines, drawn = Pipelines(audited(0.2)), []
     for _ in range(2):
-        before = pipelines.guard.ledger.audits
-        pipelines.run(4)
-        assert pipelines.guard.ledger.audits - before == signals
-    pipelines.draw()
-    assert pipelines.attempt(broken({Worker(0, 1)})).banned == [Worker(0, 1)]
-    pipelines.draw()
-    again = pipelines.attempt(broken({Worker(0, 1)}))
-    assert not again.redo and again.verdict.audits > 0, "what was drawn for the first attempt is drawn again"
-    assert pipelines.guard._schedule.rounds == pytest.approx(9 * 0.25), "and once only"
-    pipelines.step_number += 1
-    before = pipelines.guard.ledger.audits
-    pipelines.run(4)
-    assert pipelines.guard.ledger.audits - before == pytest.approx(3 * signals, rel=0.25)
+        pipelines.asked.clear()
+        pipelines.draw()
+        pipelines.attempt(broken({Worker(1, 1)}))
+        drawn.append(pipelines.audited())
+    first, again = drawn
+    # All but what is behind the lie, which was not to be audited, and was first known in lane 1.
+    assert (again | ~first)[:, [0, 2]].all() and again.sum() > first[:, [0, 2]].sum()
 
 
 def test_what_the_senders_had_received_is_projected_by_the_method_that_uses_it() -> None:
@@ -236,7 +266,7 @@ def test_what_the_senders_had_received_is_projected_by_the_method_that_uses_it()
 
 
 def test_idle_workers_take_turns_of_sixteen_steps() -> None:
-    pipelines = Pipelines(Response(ban_after=1))
+    pipelines = Pipelines(Response(ban_after=1, audit_rate=None))
     pipelines.guard.ledger.ban(0, [Worker(0, 0)])
     wirings = [pipelines.guard.wiring(step) for step in range(3 * 16 + 1)]
     assert wirings == [Wiring.of(MESH, {Worker(0, 0)}, turn=step // 16) for step in range(3 * 16 + 1)]
@@ -244,7 +274,7 @@ def test_idle_workers_take_turns_of_sixteen_steps() -> None:
 
 
 def test_a_ruling_says_who_served() -> None:
-    pipelines, culprit = Pipelines(Response(ban_after=1)), Worker(1, 2)
+    pipelines, culprit = Pipelines(Response(ban_after=1, audit_rate=None)), Worker(1, 2)
     pipelines.draw()
     ruling = pipelines.attempt(broken({culprit}))
     # The worker that the step bans still served in it.
@@ -254,11 +284,15 @@ def test_a_ruling_says_who_served() -> None:
     assert pipelines.attempt().wiring == Wiring.of(MESH, {culprit}, MICRO_BATCHES)
 
 
-def test_who_drifts_is_asked_once_and_forgotten_if_honest() -> None:
+def test_who_drifts_is_asked_about_one_signal_a_step_and_stays_suspected_although_it_matches() -> None:
     mesh_index = MESH.boundaries.index(Boundary(1, A))
     pipelines = Pipelines(audited()).run(WARMUP + 1)
-    sums = pipelines.guard.calibration.drift.sums
-    sums[0, mesh_index, 2, 3] = 12.0
-    verdict, banned = pipelines.step()
-    assert banned == [] and verdict.cleared[mesh_index, 2]
-    assert pipelines.guard.calibration.drift.height[mesh_index, 2] == 0
+    sums, slots = pipelines.guard.calibration.drift.sums, set()
+    for _ in range(12):
+        sums[0, mesh_index, 2, 3] = 17.0
+        pipelines.asked.clear()
+        _, banned = pipelines.step()
+        (slot,) = {case.slot for index, case, _ in pipelines.asked if index == mesh_index and case.audited == Worker(1, 2)}
+        slots.add(slot)
+        assert banned == [] and pipelines.guard.calibration.drift.height[mesh_index, 2] > 10
+    assert slots == set(range(MICRO_BATCHES)), "and nobody knows beforehand about which"

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.config import Response
-from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.verification import COLUMNS, SignalTable
+from lightning_sentinel.verification.audit import Outcome
 from tests.pipeline.pipelines import MICRO_BATCHES, WARMUP, Pipelines, honest
 
 NUMBERS = st.one_of(
@@ -29,7 +29,11 @@ def run_of(response: Response) -> Pipelines:
     return pipelines
 
 
-RUNS = {"flags": run_of(Response(ban_after=1)), "audits": run_of(Response(audit_rate=0.5)), "log": run_of(Response("log", None))}
+RUNS = {
+    "flags": run_of(Response(ban_after=1, audit_rate=None)),
+    "audits": run_of(Response(audit_rate=0.5)),
+    "log": run_of(Response("log", None, audit_rate=None)),
+}
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
@@ -52,12 +56,9 @@ def test_no_table_crashes_a_guard(
     assert table.rows.isfinite().all() and table.column("positions").max() <= 2**20
     outcomes = []
     for guard in (copy.deepcopy(pipelines.guard), copy.deepcopy(pipelines.guard)):
-        audit = (lambda index, signals: torch.zeros_like(signals)) if guard.audits else None
-        try:
-            ruling = guard.settle(table, pipelines.step_number, lambda vector: vector, audit)
-        except MeshExhaustedError:
-            outcomes.append("exhausted")
-            continue
+        ask = (lambda boundary, asked: [Outcome.MATCHES] * len(asked)) if guard.audits else None
+        ruling = guard.settle(table, pipelines.step_number, lambda vector: vector, ask)
+        assert any(guard.wiring(pipelines.step_number + 1).live), "whatever a table says, it never ends a run"
         outcomes.append((ruling.banned, ruling.redo, ruling.verdict.flagged, guard.ledger.state_dict()))
         learned = [value for name, value in guard.state_dict().items() if name.endswith(("momentum.value", "trend"))]
         assert all(not value.isinf().any() for value in learned)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.verification import Ledger
+from lightning_sentinel.verification.audit import Outcome
+from lightning_sentinel.verification.jury import Case, Jury, weigh
+from lightning_sentinel.wiring import Wiring
+
+MATCHES, LIED, DISPUTED = Outcome.MATCHES, Outcome.LIED, Outcome.DISPUTED
+
+
+# --- Who is asked
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(
+    replicas=st.integers(1, 6),
+    unheard=st.sets(st.builds(Worker, st.integers(0, 2), st.integers(0, 5))),
+    number=st.integers(0, 5),
+    place=st.tuples(*[st.integers(0, 50)] * 4),
+)
+def test_all_others_of_the_stage_that_have_a_word_are_asked(
+    replicas: int, unheard: set[Worker], number: int, place: tuple[int, ...]
+) -> None:
+    mesh, audited = Mesh(3, replicas), Worker(1, number % replicas)
+    found = Jury(mesh, 0).others(audited, unheard, *place)
+    assert len(found) == len(set(found))
+    assert set(found) == {worker for worker in mesh.workers if worker.stage == 1} - {audited} - unheard
+    # Who has no word changes nothing in the order of those that have one.
+    everyone = Jury(mesh, 0).others(audited, (), *place)
+    assert found == [worker for worker in everyone if worker not in unheard]
+
+
+def test_nobody_knows_beforehand_who_is_asked_first() -> None:
+    jury, audited, draws = Jury(Mesh(2, 4), 5), Worker(0, 2), 1200
+    places = list(itertools.product(range(draws // 12), range(2), range(3), range(2)))
+    orders = Counter(tuple(worker.replica for worker in jury.others(audited, (), *place)) for place in places)
+    assert set(orders) == set(itertools.permutations([0, 1, 3]))
+    # Six standard deviations of a binomial count around the mean.
+    mean = draws / 6
+    assert all(abs(count - mean) < 6 * math.sqrt(mean * 5 / 6) for count in orders.values())
+
+
+@pytest.mark.parametrize("changed", range(5))
+def test_seed_step_boundary_lane_and_slot_each_change_who_is_asked(changed: int) -> None:
+    firsts = []
+    for value in range(64):
+        seed, *place = [value if index == changed else 3 for index in range(5)]
+        firsts.append(Jury(Mesh(2, 4), seed).others(Worker(0, 0), (), *place)[0].replica)
+    assert set(firsts) == {1, 2, 3}
+
+
+# --- What most say
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(replicas=st.integers(2, 9), seed=st.integers(0, 9999), unheard=st.integers(0, 4), data=st.data())
+def test_while_most_are_honest_no_honest_worker_is_blamed_or_muted(
+    replicas: int, seed: int, unheard: int, data: st.DataObject
+) -> None:
+    stage = [Worker(1, replica) for replica in range(replicas)]
+    liars = set(Random(seed).sample(stage, (replicas - 1) // 2))
+    audited = data.draw(st.sampled_from(stage))
+    lied = audited in liars
+    asked = [worker for worker in stage if worker != audited]
+    # Whoever of them has no word: as many as may lose it, and not only those that should.
+    heard = asked[: max(1, len(asked) - min(unheard, (replicas - 1) // 2))]
+    words = [word for word in Outcome if word is not DISPUTED]
+    truth = LIED if lied else MATCHES
+    votes = {worker: data.draw(st.sampled_from(words)) if worker in liars else truth for worker in heard}
+    judged = weigh(votes, replicas)
+    assert lied or judged.outcome in (MATCHES, DISPUTED)
+    if len(heard) == len(asked):
+        assert not lied or judged.outcome == LIED
+        assert lied or replicas == 2 or judged.outcome == MATCHES
+        assert judged.outvoted <= liars
+
+
+@pytest.mark.parametrize(
+    ("live", "accusers", "defenders", "outcome"),
+    [
+        (2, 1, 0, DISPUTED),
+        (3, 1, 1, MATCHES),
+        (3, 2, 0, LIED),
+        (4, 2, 1, DISPUTED),
+        (4, 1, 2, MATCHES),
+        (6, 2, 3, MATCHES),
+        (6, 3, 2, DISPUTED),
+        (6, 4, 1, LIED),
+        # Some were not heard: who is left may all be liars.
+        (5, 2, 0, DISPUTED),
+        (6, 3, 0, LIED),
+        (7, 3, 1, DISPUTED),
+        (2, 0, 0, MATCHES),
+    ],
+)
+def test_most_decide_and_the_sender_has_a_vote(live: int, accusers: int, defenders: int, outcome: Outcome) -> None:
+    workers = [Worker(1, 1 + number) for number in range(accusers + defenders)]
+    judged = weigh(dict.fromkeys(workers[:accusers], LIED) | dict.fromkeys(workers[accusers:], MATCHES), live)
+    assert judged.outcome is outcome
+    losers = {MATCHES: workers[:accusers], LIED: workers[accusers:], DISPUTED: []}
+    assert judged.outvoted == set(losers[outcome])
+
+
+def test_who_was_withheld_something_is_not_outvoted() -> None:
+    others = [Worker(1, number) for number in range(1, 6)]
+    votes = dict.fromkeys(others[:4], Outcome.GRADIENT_WITHHELD) | {others[4]: LIED}
+    assert weigh(votes, 6) == (Outcome.GRADIENT_WITHHELD, frozenset())
+    votes = dict.fromkeys(others[:1], Outcome.GRADIENT_WITHHELD) | dict.fromkeys(others[1:], LIED)
+    assert weigh(votes, 6) == (LIED, frozenset())
+
+
+# --- A long run with lying auditors
+
+
+class Stage:
+    """One stage of six whose workers send honest signals or not, and say of others what they like."""
+
+    def __init__(self, liars: set[int], words: str, lies: float = 0.0, replicas: int = 6, seed: int = 0) -> None:
+        self.mesh, self.liars, self.words, self.lies = Mesh(2, replicas), liars, words, lies
+        self.jury, self.ledger, self.random = Jury(self.mesh, seed), Ledger(), Random(seed)
+
+    def run(self, steps: int) -> Stage:
+        for step in range(steps):
+            self.lied = {replica for replica in self.liars if self.random.random() < self.lies}
+            wiring = Wiring.of(self.mesh, self.ledger.banned, 1)
+            signals = torch.tensor([[live and self.random.random() < 0.2] for live in wiring.live])
+            self.calls = 0
+            found = self.jury.hear(0, signals, wiring, self.ledger.banned, self.ledger.muted, step, self.ask)
+            assert self.calls == 2, "all ranks ask as often, whatever there is to ask"
+            guilty = {wiring.worker(0, lane) for lane, _ in (found.outcome == LIED).nonzero().tolist()}
+            self.ledger.record_audits(step, 0, Counter(guilty), Counter(), guilty, found.outvoted, self.mesh)
+        return self
+
+    def ask(self, boundary: Boundary, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
+        self.calls += 1
+        assert boundary == Boundary(0, Direction.ACTIVATION)
+        return [self.word(case.audited.replica, juror.replica) for case, juror in asked]
+
+    def word(self, audited: int, juror: int) -> Outcome:
+        truth = LIED if audited in self.lied else MATCHES
+        if juror not in self.liars:
+            return truth
+        if self.words == "accuse":
+            return MATCHES if audited in self.liars else LIED
+        return {"cover": MATCHES, "opposite": MATCHES if truth is LIED else LIED, "honest": truth}[self.words]
+
+
+@pytest.mark.parametrize("words", ["accuse", "cover", "opposite", "honest"])
+@pytest.mark.parametrize("lies", [0.0, 0.3])
+@pytest.mark.parametrize(("replicas", "liars"), [(3, {1}), (4, {2}), (5, {0, 3}), (6, {1, 4}), (7, {1, 2, 5})])
+def test_lying_auditors_never_have_an_honest_worker_banned(replicas: int, liars: set[int], words: str, lies: float) -> None:
+    for seed in range(3):
+        stage = Stage(liars, words, lies, replicas, seed).run(600)
+        workers = {Worker(0, replica) for replica in liars}
+        assert stage.ledger.banned <= workers and set(stage.ledger.muted) <= workers
+        if lies:
+            assert stage.ledger.banned == workers, "and they have nobody who lies spared"
+        elif words in ("accuse", "opposite"):
+            assert set(stage.ledger.muted) == workers
