@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence, Kept
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
+from lightning_sentinel.pipeline.results.gathering import Gathering
 from lightning_sentinel.pipeline.results.joining import plain
 from lightning_sentinel.pipeline.results.predictions import share_predictions
 from lightning_sentinel.pipeline.stages.partition import StageModel
@@ -147,12 +149,13 @@ class SentinelEngine(StageBoundaries):
         if self._work:
             self._exec_schedule(schedule.TrainSchedule(len(self._work), self.num_stages, self.stage_id))
         self._transport.finish_notes()
-        return self._exchange.run("training_step", self._wiring, self._rows(), self._weights(), self._loss, self._steps.recorder)
+        recorder, stops = self._steps.recorder, self._steps.stops
+        return self._exchange.run("training_step", self._wiring, self._rows(), self._weights(), self._loss, recorder, stops=stops)
 
     def evaluate(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> StepOutcome:
         self._forward_only(step, arguments, deal)
-        kind, recorder = "/".join((step, *map(str, arguments[2:]))), self._steps.recorder
-        return self._exchange.run(kind, self._wiring, None, self._weights(), self._loss, recorder, deal.sizes.samples)
+        kind, recorder, stops = "/".join((step, *map(str, arguments[2:]))), self._steps.recorder, self._steps.stops
+        return self._exchange.run(kind, self._wiring, None, self._weights(), self._loss, recorder, deal.sizes.samples, stops)
 
     def predict(self, arguments: tuple[Any, ...], deal: Deal) -> Any:
         self._forward_only("predict_step", arguments, deal)
@@ -317,8 +320,17 @@ class SentinelEngine(StageBoundaries):
             draws = Draws.of(self._recompute.seed, self._step, self._work[micro_batch].part, self._mesh.replicas)
             draws.seed_step(self.device)
         self._stage.draws = draws
+        self._steps.gather = Gathering(partial(self._beside, micro_batch), self.global_rank, self.device, self._kept.keeps)
         with self._forward_context():
             yield
+
+    def _beside(self, micro_batch: int) -> list[int]:
+        """The ranks that run a step on a micro-batch of this number."""
+        work = {
+            lane: [part for part in self._wiring.work[lane] if self._sizes.samples[part.replica]] for lane in self._wiring.lanes
+        }
+        lanes = [lane for lane, parts in work.items() if len(parts) > micro_batch]
+        return [self._mesh.rank(self._wiring.worker(self.stage_id, lane)) for lane in lanes]
 
     def _part(self, micro_batch: int) -> tuple[Any, ...]:
         return (self._work[micro_batch].batch, *self._arguments[1:])

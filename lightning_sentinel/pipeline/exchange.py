@@ -29,7 +29,8 @@ class StepOutcome:
         weights: ``(lanes, micro_batches)``, the share of its replica's batch that a micro-batch has.
         wiring: who served which lane.
         schema: what the step logs.
-        logged: value and number of samples of each logged name.
+        logged: value and weight of each logged name.
+        stops: whether a step asks for the end of training.
     """
 
     loss: float | None
@@ -38,6 +39,7 @@ class StepOutcome:
     wiring: Wiring
     schema: LogSchema
     logged: dict[str, tuple[float, float]]
+    stops: bool = False
 
 
 class Exchange:
@@ -65,6 +67,7 @@ class Exchange:
         loss: Tensor,
         recorder: LogRecorder,
         samples: Sequence[int] | None = None,
+        stops: bool = False,
     ) -> StepOutcome:
         """Exchange a step.
 
@@ -76,15 +79,16 @@ class Exchange:
             loss: ``(2,)``, sum of weighted losses and sum of weights; zero except on the last stage.
             recorder: what was logged; empty except on the last stage.
             samples: of each replica's batch; ``None`` if all have some. A lane that has none to work on logs nothing.
+            stops: whether a step on this rank asks for the end of training; asked of those that serve the last stage.
         """
         schema = self._schemas.get(kind, LogSchema())
         mine = recorder.schema
         values = self._log_vector(recorder, schema)
-        fingerprint = torch.tensor([float(mine.fingerprint)], device=self._device)
+        fingerprint = torch.tensor([float(mine.fingerprint), float(stops)], device=self._device)
         table = torch.empty(0, device=self._device) if rows is None else self._padded_rows(rows, wiring.slots)
         padded = torch.cat((weights, weights.new_zeros(wiring.slots - len(weights))))
         everyone = self._gather(torch.cat((table.flatten(), padded, loss, fingerprint, values)))
-        parts = everyone.split([table.numel(), len(padded), 2, 1, len(values)], dim=1)
+        parts = everyone.split([table.numel(), len(padded), 2, 2, len(values)], dim=1)
 
         lanes = [lane for lane in wiring.lanes if samples is None or any(samples[part.replica] for part in wiring.work[lane])]
         last = [self._mesh.rank(wiring.worker(self._mesh.stages - 1, lane)) for lane in lanes]
@@ -103,6 +107,7 @@ class Exchange:
             wiring=wiring,
             schema=schema,
             logged=schema.reduce(log_values),
+            stops=bool((parts[3][last, 1] > 0).any()),
         )
 
     def _padded_rows(self, rows: Mapping[Direction, Tensor], slots: int) -> Tensor:
@@ -128,7 +133,7 @@ class Exchange:
         """This rank's values if its names are the agreed ones; else zeros, which weigh nothing."""
         if recorder.schema.entries == schema.entries:
             return recorder.vector().to(self._device)
-        return torch.zeros(2 * len(schema.names), device=self._device)
+        return torch.zeros(schema.width, device=self._device)
 
     def _gather(self, vector: Tensor) -> Tensor:
         gathered = torch.empty(self._mesh.size, len(vector), device=self._device)

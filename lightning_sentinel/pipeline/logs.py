@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Number
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sentinel.errors import PipelineModelError
+from lightning_sentinel.pipeline.batch_metrics import BatchMetrics, LoggedMetric
 
-__all__ = ["LogRecorder", "LogSchema", "replay", "silence_misleading_warnings"]
+__all__ = ["LogRecorder", "LogReplay", "LogSchema", "silence_misleading_warnings"]
 
 _BEHIND_REDUCE_FX = ("enable_graph", "sync_dist", "sync_dist_group", "add_dataloader_idx", "batch_size", "metric_attribute")
 _REDUCTIONS = ("mean", "sum", "max", "min")
@@ -30,12 +32,63 @@ _REDUCTIONS = ("mean", "sum", "max", "min")
 _PASSED_ON = ("prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx")
 
 
+class _Logged(NamedTuple):
+    """One name over the micro-batches of a rank, of which those that are left out weigh nothing.
+
+    Args:
+        value: weighted by samples, if it is a mean.
+        samples: how many.
+        by_said: the mean as it is weighted by the batch sizes that the step gave.
+        said: their sum; 0 if it gave none, or those of the micro-batches.
+        least: of them.
+        most: of them.
+    """
+
+    value: Tensor
+    samples: Tensor
+    by_said: Tensor
+    said: Tensor
+    least: Tensor
+    most: Tensor
+
+    def over_ranks(self, how: str) -> tuple[float, float]:
+        """The value and its weight in the epoch, of ``(ranks,)`` each."""
+        if how != "mean":
+            return getattr(self.value, how)().item(), self.samples.sum().item()
+        said = self.said > 0
+        constant = bool(said.any()) and self.least[said].amin() == self.most[said].amax()
+        if not said.any() or constant:
+            # A batch size that is always the same is that of the batch, of which the step has seen a micro-batch at a time.
+            mean, samples = (self.value * self.samples).sum() / self.samples.sum(), self.samples.sum()
+            return mean.item(), (self.most[said].amax() if constant else samples).item()
+        weight = torch.where(said, self.said, self.samples)
+        mean = (torch.where(said, self.by_said, self.value) * weight).sum() / weight.sum()
+        return mean.item(), weight.sum().item()
+
+
+class _OfMicroBatch(NamedTuple):
+    """One value that a step logged.
+
+    Args:
+        value: 0-dim; 0 if the micro-batch is left out.
+        counts: 0 or 1, whether it is not.
+        samples: of the micro-batch.
+        said: the batch size that the step gave, or as many.
+    """
+
+    value: Tensor
+    counts: Tensor
+    samples: int
+    said: int
+
+
 @dataclass(frozen=True)
 class LogSchema:
     """Names and options of what a step logs, without the values: the same on every rank.
 
     Args:
-        entries: for each name its reduction, the options for ``self.log``, and the attribute path of a torchmetrics object.
+        entries: for each name its reduction, the options for ``self.log``, the attribute path of a torchmetrics object, and whether
+            that has a value for the batch.
     """
 
     entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -54,29 +107,29 @@ class LogSchema:
 
     @property
     def names(self) -> list[str]:
-        """Names that have values; a torchmetrics object is synchronised by Lightning itself."""
-        return sorted(name for name, entry in self.entries.items() if entry["metric"] is None)
+        """Names that have values for a batch; what a torchmetrics object is over an epoch is worked out at its end."""
+        return sorted(name for name, entry in self.entries.items() if entry["metric"] is None or entry["by_batch"])
+
+    @property
+    def width(self) -> int:
+        """Numbers that a rank's values take."""
+        return len(_Logged._fields) * len(self.names)
 
     def reduce(self, vectors: Tensor) -> dict[str, tuple[float, float]]:
         """Values over ranks.
 
         Args:
-            vectors: ``(ranks, 2 * len(names))``, as :meth:`LogRecorder.vector` gives them, on the host.
+            vectors: ``(ranks, width)``, as :meth:`LogRecorder.vector` gives them, on the host.
 
         Returns:
-            for each name that was logged somewhere its value and the number of samples behind it.
+            for each name that was logged somewhere its value and its weight in the epoch.
         """
-        values, weights = vectors.unflatten(1, (-1, 2)).unbind(-1)
+        columns = vectors.unflatten(1, (-1, len(_Logged._fields)))
         reduced = {}
         for index, name in enumerate(self.names):
-            value, weight = values[:, index], weights[:, index]
-            logged = weight > 0
-            if not logged.any():
-                continue
-            value, weight = value[logged], weight[logged]
-            how = self.entries[name]["reduce_fx"]
-            result = (value * weight).sum() / weight.sum() if how == "mean" else getattr(value, how)()
-            reduced[name] = (result.item(), weight.sum().item())
+            logged = columns[columns[:, index, 1] > 0, index]
+            if len(logged):
+                reduced[name] = _Logged(*logged.unbind(-1)).over_ranks(self.entries[name]["reduce_fx"])
         return reduced
 
 
@@ -85,18 +138,31 @@ class LogRecorder:
 
     Args:
         module: the user's module, to find the attribute of a logged metric.
+        metrics: the values of metrics on a batch; ``None`` if nobody wants to know them.
     """
 
-    def __init__(self, module: L.LightningModule) -> None:
-        self._module = module
+    def __init__(self, module: L.LightningModule, metrics: BatchMetrics | None = None) -> None:
+        self._module, self._metrics = module, metrics
         self._entries: dict[str, dict[str, Any]] = {}
-        self._values: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._values: dict[str, list[_OfMicroBatch]] = {}
         self.samples = 1
         self.counts = torch.tensor(True)
+        self._training = False
+        if metrics is not None:
+            metrics.begin()
 
-    def begin(self, samples: int, counts: Tensor) -> None:
+    def begin(self, samples: int, counts: Tensor, training: bool = False) -> None:
         """The next calls come from a micro-batch of ``samples`` samples; ``counts`` (0-dim bool) is false if it is tainted."""
-        self.samples, self.counts = samples, counts
+        self.samples, self.counts, self._training = samples, counts, training
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Around a step: what it gives to its metrics is their value on the batch."""
+        if self._metrics is None:
+            yield
+            return
+        with self._metrics.listening():
+            yield
 
     def log(
         self,
@@ -115,39 +181,56 @@ class LogRecorder:
         options |= dict(zip(_BEHIND_REDUCE_FX, others))
         entry = {key: options[key] for key in _PASSED_ON if options.get(key) is not None}
         metric = self._attribute_of(name, value, options) if isinstance(value, Metric) else None
-        self._entries[name] = {"reduce_fx": _reduction(name, reduce_fx), "metric": metric} | {"options": entry}
+        by_batch = metric is not None and (self._training if on_step is None else on_step)
+        how = _reduction(name, reduce_fx)
+        self._entries[name] = {"reduce_fx": how, "metric": metric, "by_batch": by_batch, "options": entry}
         if metric is not None:
+            if by_batch and self._metrics is not None:
+                self._metrics.want(metric, value)
+            self._note(name, torch.zeros(()), self.samples)
             return
         if not isinstance(value, (Tensor, Number)) or (isinstance(value, Tensor) and value.numel() != 1):
             raise PipelineModelError(
                 f"self.log({name!r}, {value!r}): in a pipeline a logged value is a number, a tensor with one element or a"
                 " torchmetrics Metric. Log its elements under names of their own, or use self.log_dict."
             )
-        weight = torch.as_tensor(options.get("batch_size") or self.samples) * self.counts.float()
         tensor = torch.as_tensor(value, device=self.counts.device).detach().float().reshape(())
-        self._values.setdefault(name, []).append((torch.where(self.counts, tensor, 0.0), weight))
+        self._note(name, tensor, int(options.get("batch_size") or self.samples))
+
+    def _note(self, name: str, value: Tensor, said: int) -> None:
+        value = torch.where(self.counts, value.to(self.counts.device), 0.0)
+        self._values.setdefault(name, []).append(_OfMicroBatch(value, self.counts.float(), self.samples, said))
 
     @property
     def schema(self) -> LogSchema:
         return LogSchema(self._entries)
 
     def vector(self) -> Tensor:
-        """Value and weight of each name, reduced over this rank's micro-batches: ``(2 * len(names),)`` on their device."""
-        parts = []
-        for name in self.schema.names:
-            values, weights = (torch.stack(column) for column in zip(*self._values[name]))
-            parts += [self._reduced(values, weights, self._entries[name]["reduce_fx"]), weights.sum()]
-        return torch.stack(parts) if parts else torch.empty(0, device=self.counts.device)
+        """What :class:`LogSchema` reduces of each name, over this rank's micro-batches: ``(width,)`` on their device."""
+        parts = [torch.stack(self._reduced(name, self._entries[name])) for name in self.schema.names]
+        return torch.cat(parts) if parts else torch.empty(0, device=self.counts.device)
 
-    @staticmethod
-    def _reduced(values: Tensor, weights: Tensor, how: str) -> Tensor:
-        if how == "mean":
-            return (values * weights).sum() / weights.sum().clamp(min=1e-12)
-        if how == "sum":
-            return values.sum()
-        excluded = values.new_tensor(torch.inf if how == "min" else -torch.inf)
-        kept = torch.where(weights > 0, values, excluded)
-        return kept.amin() if how == "min" else kept.amax()
+    def _reduced(self, name: str, entry: Mapping[str, Any]) -> _Logged:
+        logged, how = self._values[name], entry["reduce_fx"]
+        values, counts = torch.stack([one.value for one in logged]), torch.stack([one.counts for one in logged])
+        samples, said = ([one.samples for one in logged], [one.said for one in logged])
+        weights, nothing = counts * counts.new_tensor(samples), counts.new_zeros(())
+        total = weights.sum()
+        if entry["metric"] is not None:
+            value = None if self._metrics is None else self._metrics.value(entry["metric"])
+            total, reduced = (nothing, nothing) if value is None else (total, value.to(total))
+        elif how == "mean":
+            reduced = (values * weights).sum() / total.clamp(min=1e-12)
+            if said != samples:
+                sizes = counts * counts.new_tensor(said)
+                by_said = (values * sizes).sum() / sizes.sum().clamp(min=1e-12)
+                return _Logged(reduced, total, by_said, sizes.sum(), *counts.new_tensor([min(said), max(said)]))
+        elif how == "sum":
+            reduced = values.sum()
+        else:
+            kept = torch.where(counts > 0, values, torch.inf if how == "min" else -torch.inf)
+            reduced = kept.amin() if how == "min" else kept.amax()
+        return _Logged(reduced, total, nothing, nothing, nothing, nothing)
 
     def _attribute_of(self, name: str, metric: Metric, options: Mapping[str, Any]) -> str:
         if options.get("metric_attribute"):
@@ -172,34 +255,43 @@ def _reduction(name: str, reduce_fx: Any) -> str:
     return how
 
 
-def replay(module: L.LightningModule, schema: LogSchema, reduced: Mapping[str, tuple[float, float]], *, ran_here: bool) -> None:
-    """Log on this rank what the last stages logged. To be called where ``self.log`` may be called.
+class LogReplay:
+    """Logs on this rank what the last stages logged. To be called where ``self.log`` may be called.
 
     Args:
-        schema: what was logged.
-        reduced: the values, as :meth:`LogSchema.reduce` gives them.
-        ran_here: whether this rank has a last stage, on which the step itself updated its metrics.
+        module: the user's module.
+        compute: what a metric, given with its name, is over an epoch; all ranks ask together.
     """
-    for name, entry in schema.entries.items():
-        if entry["metric"] is not None:
-            metric = cast(Metric, module.get_submodule(entry["metric"]))
-            if not ran_here:
-                # Empty here, and it stays so: Lightning adds up the states of all ranks before it computes. But a result that it
-                # has cached must go, or this rank would sit out the collective of those on which the metric was updated.
-                metric.reset()
-            module.log(name, metric, **entry["options"])
-        elif name in reduced:
-            value, samples = reduced[name]
-            options = dict(entry["options"])
-            module.log(name, value, reduce_fx=entry["reduce_fx"], batch_size=max(1, round(samples)), **options)
+
+    def __init__(self, module: L.LightningModule, compute: Callable[[str, Metric], Any]) -> None:
+        self._module, self._compute = module, compute
+        self._metrics: dict[str, LoggedMetric] = {}
+
+    def __call__(self, schema: LogSchema, reduced: Mapping[str, tuple[float, float]]) -> None:
+        """Log a batch.
+
+        Args:
+            schema: what was logged.
+            reduced: the values, as :meth:`LogSchema.reduce` gives them.
+        """
+        for name, entry in schema.entries.items():
+            path, options = entry["metric"], dict(entry["options"])
+            if path is not None:
+                real, metric = cast(Metric, self._module.get_submodule(path)), self._metrics.get(path)
+                if metric is None or not metric.is_of(real):
+                    metric = self._metrics[path] = LoggedMetric(path, real, self._compute)
+                metric.of_batch(reduced[name][0] if name in reduced else None)
+                self._module.log(name, metric, metric_attribute=path, **options)
+            elif name in reduced:
+                value, samples = reduced[name]
+                self._module.log(name, value, reduce_fx=entry["reduce_fx"], batch_size=max(1, round(samples)), **options)
 
 
 def silence_misleading_warnings() -> None:
     """Warnings that are right elsewhere.
 
-    Replayed values are reduced already, replayed metrics are empty on most ranks, and a run that is resumed finds its place in the
-    data (:mod:`lightning_sentinel.pipeline.checkpoints.resumption`).
+    Replayed values are reduced already, and a run that is resumed finds its place in the data
+    (:mod:`lightning_sentinel.pipeline.checkpoints.resumption`).
     """
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True")
-    warnings.filterwarnings("ignore", message="The ``compute`` method of metric .* was called before the ``update``")
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from lightning_sentinel.errors import PipelineModelError
+from lightning_sentinel.pipeline.batch_metrics import BatchMetrics
 from lightning_sentinel.pipeline.logs import LogRecorder
 
 __all__ = ["StepRunner", "checked_signal", "input_gradient", "loss_of"]
@@ -41,11 +42,20 @@ class StepRunner:
     def __init__(self, module: L.LightningModule, entry: nn.Module) -> None:
         self._module = module
         self._entry = entry
-        self.recorder = LogRecorder(module)
+        self._metrics = BatchMetrics(module)
+        self.recorder = LogRecorder(module, self._metrics)
+        self.gather: Callable[..., Any] | None = None
+        """Takes the place of the module's ``all_gather`` in steps."""
 
     def new_records(self) -> None:
         """Forget what the previous batch logged."""
-        self.recorder = LogRecorder(self._module)
+        self.recorder = LogRecorder(self._module, self._metrics)
+
+    @property
+    def stops(self) -> bool:
+        """Whether a step has asked for the end of training."""
+        trainer = self._module._trainer
+        return trainer is not None and bool(trainer.should_stop)
 
     def input_of(self, step: str, arguments: tuple[Any, ...]) -> Any:
         """What the step puts into the pipeline.
@@ -102,8 +112,8 @@ class StepRunner:
                     " micro-batch: concatenate the inputs, and split the output."
                 ) from None
 
-        self.recorder.begin(samples, counts)
-        with self._redirected(answer, log=self.recorder.log):
+        self.recorder.begin(samples, counts, training=step == "training_step")
+        with self._redirected(answer, log=self.recorder.log), self.recorder.listening():
             return getattr(self._module, step)(*arguments)
 
     @contextmanager
@@ -135,7 +145,9 @@ class StepRunner:
     @contextmanager
     def _redirected(self, forward: Callable[..., Any], log: Callable[..., None]) -> Iterator[None]:
         # Attributes of the instances, not of the classes: what Lightning does to send a call through DDP's wrapper.
-        with _attribute(self._entry, "forward", forward), _attribute(self._module, "log", log):
+        gather = self._module.all_gather if self.gather is None else self.gather
+        module = self._module
+        with _attribute(self._entry, "forward", forward), _attribute(module, "log", log), _attribute(module, "all_gather", gather):
             yield
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_sentinel.config import Response, Verification
@@ -16,8 +17,11 @@ from lightning_sentinel.pipeline.data.agreeing import deal_alike
 from lightning_sentinel.pipeline.data.dealing import Deal, Dealer
 from lightning_sentinel.pipeline.data.feeding import Feed, is_even, seed_workers, source_of
 from lightning_sentinel.pipeline.data.reading import Source
+from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
+from lightning_sentinel.pipeline.logs import LogReplay
 from lightning_sentinel.pipeline.results.all_predictions import complete_predictions
+from lightning_sentinel.pipeline.results.metrics import SharedMetrics
 from lightning_sentinel.pipeline.results.step_state import SharedStepState
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
 from lightning_sentinel.strategy.listening import listened_to
@@ -36,6 +40,8 @@ class PipelineData(StageCheckpoints):
     """What is known of each step's loaders."""
     _compared: set[tuple[str, int]]
     """Of which loaders both ends have been compared in this epoch."""
+    _shared_metrics: SharedMetrics | None = None
+    _replay: LogReplay
     _micro_batches: int
     _verification: Verification | None
     _response: Response
@@ -170,10 +176,25 @@ class PipelineData(StageCheckpoints):
         return move_data_to_device(self._running_engine.returned(), self.root_device)
 
     def _share_step_state(self) -> None:
+        if self._virtual:
+            return
         callbacks: list[L.Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
-        if not self._virtual and not any(isinstance(callback, SharedStepState) for callback in callbacks):
+        shared = next((callback for callback in callbacks if isinstance(callback, SharedMetrics)), None)
+        if shared is None:
+            shared = SharedMetrics(self.mesh, lambda: self.ledger.banned, self._watching, self._timeout)
             # First, so that the hooks of all others see it.
-            callbacks.insert(0, SharedStepState(self.mesh, lambda: self.ledger.banned, self._watching))
+            callbacks[:0] = [SharedStepState(self.mesh, lambda: self.ledger.banned, self._watching), shared]
+        self._shared_metrics = shared
+
+    def _take_in(self, outcome: StepOutcome) -> None:
+        """Do on this rank what the step did where it ran."""
+        self._replay(outcome.schema, outcome.logged)
+        if outcome.stops:
+            self._trainer.should_stop = True
+
+    def _value_of(self, name: str, metric: Metric) -> Any:
+        """What a metric that was logged is over an epoch."""
+        return metric.compute() if self._shared_metrics is None else self._shared_metrics.value_of(name, metric)
 
     @override
     def on_predict_end(self) -> None:

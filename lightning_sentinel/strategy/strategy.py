@@ -35,7 +35,7 @@ from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
 from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.shares import CleanShares
-from lightning_sentinel.pipeline.logs import replay, silence_misleading_warnings
+from lightning_sentinel.pipeline.logs import LogReplay, silence_misleading_warnings
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.processes.liveness import Roster
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
@@ -63,6 +63,7 @@ from lightning_sentinel.strategy.support import (
     warn_of_long_warmup,
     warn_of_short_warmup,
 )
+from lightning_sentinel.strategy.throughput import count_pipelines
 from lightning_sentinel.strategy.whole_summary import show_whole_module
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
 from lightning_sentinel.wiring import Wiring
@@ -182,10 +183,6 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         return self.mesh.worker(self.global_rank)
 
     @property
-    def _has_last_stage(self) -> bool:
-        return self._virtual or self.worker.stage == self.mesh.stages - 1
-
-    @property
     def verification(self) -> Verification | None:
         return self._verification
 
@@ -232,6 +229,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         self.accelerator.setup(trainer)
         if not self._virtual:
             show_whole_module(trainer, module)
+            count_pipelines(trainer, self.mesh)
         with self._watching():
             self._stage_model = model = self._cut()
             self.model = self.precision_plugin.convert_module(module)
@@ -250,6 +248,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
             self._randomness = self._randomness or SeparateRandomness(self._seed, self.global_rank, self.worker.replica)
             self._agree_on_listeners()
         self._learn_how_to_deal()
+        self._replay = LogReplay(module, self._value_of)
         self._shares = CleanShares(self.mesh)
         silence_misleading_warnings()
         if fitting and self.is_global_zero:
@@ -308,8 +307,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
             outcome = self._train_until_settled(arguments, scale)
             returned = self._returned("training_step")
             self._running_engine.hold_gradients()
-        assert self.lightning_module is not None
-        replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._has_last_stage)
+        self._take_in(outcome)
         self.step += 1
         if outcome.loss is not None:
             self._last_loss = outcome.loss
@@ -393,8 +391,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         with self._at_work():
             outcome = self._running_engine.evaluate(step, arguments, self._deal(step, arguments))
             returned = self._returned(step)
-        assert self.lightning_module is not None
-        replay(self.lightning_module, outcome.schema, outcome.logged, ran_here=self._has_last_stage)
+        self._take_in(outcome)
         return returned
 
     @property

@@ -182,3 +182,17 @@ def test_what_a_worker_without_a_lane_logs_is_not_asked_for() -> None:
 
     with ranks(mesh.size) as world:
         assert [outcome.logged for outcome in world.run(work)] == [{"loss": (6.0, 1.0)}] * 4
+
+
+def test_one_step_that_asks_for_the_end_is_heard_by_all_and_nobody_else_is() -> None:
+    mesh = Mesh(2, 2)
+    wiring = Wiring.of(mesh)
+    for asks, heard in [({Worker(1, 1)}, True), ({Worker(0, 0), Worker(0, 1)}, False), (set[Worker](), False)]:
+
+        def work(rank: int, asks: set[Worker] = asks) -> bool:
+            nothing, recorder = torch.zeros(2), LogRecorder(L.LightningModule())
+            stops = mesh.worker(rank) in asks
+            return Exchange(mesh, CPU).run("training_step", wiring, None, torch.ones(1), nothing, recorder, stops=stops).stops
+
+        with ranks(mesh.size) as world:
+            assert world.run(work) == [heard] * mesh.size

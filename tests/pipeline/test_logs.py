@@ -3,17 +3,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import Mock, call
+from unittest.mock import ANY, Mock, call
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassF1Score
 
 from lightning_sentinel.errors import PipelineModelError
-from lightning_sentinel.pipeline.logs import LogRecorder, LogSchema, replay, silence_misleading_warnings
+from lightning_sentinel.pipeline.batch_metrics import BatchMetrics, LoggedMetric
+from lightning_sentinel.pipeline.logs import LogRecorder, LogReplay, LogSchema, silence_misleading_warnings
 
 YES = torch.tensor(True)
 NO = torch.tensor(False)
@@ -91,6 +93,23 @@ class TestReduction:
             recorder.begin(2, YES)
             recorder.log("per_token", value, batch_size=tokens)
         assert recorder.schema.reduce(recorder.vector()[None])["per_token"] == (pytest.approx(1.75), 40.0)
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_a_batch_size_that_stays_the_same_is_that_of_the_batch(self, ranks: int) -> None:
+        """Of 16, and of 2 with fewer micro-batches: the user says that both weigh the same."""
+        for parts in ([4, 4, 4, 4], [1, 1], [2, 1]):
+            recorders = []
+            for rank in range(ranks):
+                recorder = LogRecorder(Module())
+                for number, size in enumerate(parts):
+                    recorder.begin(size, YES)
+                    recorder.log("value", float(rank + number), batch_size=16)
+                    recorder.log("usual", float(rank + number), batch_size=size)
+                recorders.append(recorder)
+            reduced = recorders[0].schema.reduce(torch.stack([recorder.vector() for recorder in recorders]))
+            mean = sum(number * size for number, size in enumerate(parts)) / sum(parts) + (ranks - 1) / 2
+            assert reduced["value"] == (pytest.approx(mean), 16.0)
+            assert reduced["usual"] == (pytest.approx(mean), ranks * sum(parts))
 
     @pytest.mark.parametrize(
         ("given", "name"),
@@ -213,6 +232,10 @@ class TestSchema:
         assert LogSchema().fingerprint == 0
 
 
+def computed(name: str, metric: Metric) -> Any:
+    return metric.compute()
+
+
 class TestReplay:
     def test_options_and_weights(self) -> None:
         module = Module()
@@ -223,27 +246,60 @@ class TestReplay:
         recorder.log("accuracy", module.inner.accuracy, on_step=False)
         schema = LogSchema.decode(recorder.schema.encode())
         module.log = log = Mock()  # type: ignore[method-assign]
-        replay(module, schema, schema.reduce(recorder.vector()[None]), ran_here=True)
+        LogReplay(module, computed)(schema, schema.reduce(recorder.vector()[None]))
         assert log.call_count == 3
         log.assert_has_calls(
             [
                 call("loss", 2.0, reduce_fx="mean", batch_size=3, prog_bar=True, on_epoch=True),
                 call("best", 5.0, reduce_fx="max", batch_size=3, add_dataloader_idx=False),
-                call("accuracy", module.inner.accuracy, on_step=False),
+                call("accuracy", ANY, metric_attribute="inner.accuracy", on_step=False),
             ],
             any_order=True,
         )
 
-    @pytest.mark.parametrize("ran_here", [True, False])
-    def test_a_metric_keeps_its_state_only_where_the_step_ran(self, ran_here: bool) -> None:
+    def test_a_metric_that_was_logged_is_computed_and_reset_by_all_ranks_together(self) -> None:
         module = Module()
-        module.inner.accuracy.update(2.0)
-        assert module.inner.accuracy.compute() == 2.0  # and caches it
         recorder = LogRecorder(module)
-        recorder.log("accuracy", module.inner.accuracy)
-        module.log = Mock()  # type: ignore[method-assign]
-        replay(module, recorder.schema, {}, ran_here=ran_here)
-        assert module.inner.accuracy.update_called is ran_here
+        recorder.log("accuracy", module.inner.accuracy, on_step=False)
+        module.log = log = Mock()  # type: ignore[method-assign]
+        LogReplay(module, lambda name, metric: (name, metric))(recorder.schema, {})
+        logged = log.call_args.args[1]
+        assert isinstance(logged, LoggedMetric) and logged.compute() == ("inner.accuracy", module.inner.accuracy)
+        assert list(logged.modules()) == [logged], "or it would be moved to another device with what Lightning makes of it"
+        module.inner.accuracy.update(2.0)
+        logged.reset()
+        assert not module.inner.accuracy.update_called
+
+    def test_of_a_metric_there_is_the_value_on_the_whole_batch(self) -> None:
+        """Which is no mean of those on micro-batches; plain Lightning looks for it where ``forward`` leaves it."""
+        module = Module()
+        module.f1 = MulticlassF1Score(3, average="macro")
+        generator = torch.Generator().manual_seed(0)
+        metrics, expected = BatchMetrics(module), module.f1.clone()
+        module.log = log = Mock()  # type: ignore[method-assign]
+        replay = LogReplay(module, computed)
+        for _ in range(2):
+            logits, labels = torch.randn(7, 3, generator=generator), torch.randint(3, (7,), generator=generator)
+            recorder = LogRecorder(module, metrics)
+            for part in (slice(0, 4), slice(4, 7)):
+                recorder.begin(part.stop - part.start, YES, training=True)
+                with recorder.listening():
+                    module.f1(logits[part], labels[part])
+                    recorder.log("f1", module.f1, on_epoch=True)
+            replay(recorder.schema, recorder.schema.reduce(recorder.vector()[None]))
+            assert log.call_args.args[1]._forward_cache == pytest.approx(float(expected(logits, labels)))
+        torch.testing.assert_close(module.f1.compute(), expected.compute())
+        assert not module.f1._forward_hooks
+
+    def test_a_metric_that_is_updated_and_not_called_has_no_value_on_the_batch(self) -> None:
+        """As with plain Lightning."""
+        module = Module()
+        recorder = LogRecorder(module, BatchMetrics(module))
+        recorder.begin(2, YES, training=True)
+        with recorder.listening():
+            module.inner.accuracy.update(2.0)
+            recorder.log("accuracy", module.inner.accuracy)
+        assert recorder.schema.reduce(recorder.vector()[None]) == {}
 
     def test_what_no_rank_counted_is_not_logged(self) -> None:
         recorder = LogRecorder(Module())
@@ -251,7 +307,7 @@ class TestReplay:
         recorder.log("loss", 2.0)
         module = Module()
         module.log = log = Mock()  # type: ignore[method-assign]
-        replay(module, recorder.schema, recorder.schema.reduce(recorder.vector()[None]), ran_here=True)
+        LogReplay(module, computed)(recorder.schema, recorder.schema.reduce(recorder.vector()[None]))
         log.assert_not_called()
 
 
@@ -260,6 +316,5 @@ def test_silenced_warnings() -> None:
         warnings.simplefilter("always")
         silence_misleading_warnings()
         warnings.warn("It is recommended to use `self.log('a', ..., sync_dist=True)` when logging", stacklevel=1)
-        warnings.warn("The ``compute`` method of metric MeanMetric was called before the ``update`` method", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
     assert [str(one.message) for one in caught] == ["something else"]

@@ -22,7 +22,7 @@ from lightning_sentinel.aggregation.rules import COORDINATE_WISE, WEIGHING, comb
 from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
 
-__all__ = ["StageGroups", "clip_by_global_norm", "first_healthy", "reduce_mean", "reduce_robustly", "sum_over_stages"]
+__all__ = ["StageGroups", "clip_by_global_norm", "first_healthy", "group_of", "reduce_mean", "reduce_robustly", "sum_over_stages"]
 
 _MEGABYTE = 2**20
 _LARGE = 1 / 8
@@ -34,7 +34,7 @@ _made: dict[tuple[tuple[int, ...], timedelta], dist.ProcessGroup] = {}
 _made_in: dist.ProcessGroup | None = None
 
 
-def _group(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
+def group_of(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
     """A group of these ranks; for all ranks to call, which have all made the same ones before."""
     global _made_in
     if _made_in is not dist.group.WORLD:
@@ -85,7 +85,7 @@ class StageGroups:
             if ranks == before:
                 continue
             _made.pop((before, self._timeout), None)
-            group = _group(ranks, self._timeout)
+            group = group_of(ranks, self._timeout)
             if stages in self._mine:
                 outdated.append(self._mine.pop(stages))
             if self._rank in ranks:

@@ -1,33 +1,46 @@
-"""What the user's steps keep in attributes of the module, brought to the ranks where the steps did not run.
+"""What the user's steps keep in the module, brought to the ranks where the steps did not run.
 
 A common way to work on a whole epoch is a list: ``validation_step`` appends to ``self.losses``, and ``on_validation_epoch_end``
-looks at it. The step runs to its end on the last stage only, the hook runs on all ranks.
+looks at it. The step runs to its end on the last stage only, which rank zero serves; the hook runs on all ranks, and what some of
+them log or decide has to be the same.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning as L
-from lightning.fabric.utilities.apply_func import move_data_to_device
-from torch import Tensor
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.messages.parcels import receive_parcel, send_parcel
-from lightning_sentinel.pipeline.results.joining import plain
+from lightning_sentinel.pipeline.results.keeping import (
+    Change,
+    Holder,
+    NoData,
+    Picture,
+    changes,
+    decoded,
+    encoded,
+    kept_by,
+    picture,
+    put,
+)
+from lightning_sentinel.pipeline.stages.partition import layer_names
 
 __all__ = ["SharedStepState"]
-
-_KINDS = (list, dict, int, float, str, Tensor)
 
 
 class SharedStepState(L.Callback):
     """Brings what changed on the last stage in an epoch to the other ranks of its pipeline, before the epoch's end is told.
 
-    That are public attributes of the module that are lists, dicts, numbers, text or tensors, and hold nothing else. On a rank where
-    an attribute has changed as well it is left alone.
+    That is data (:mod:`~lightning_sentinel.pipeline.results.keeping`) in attributes and buffers that the module has on those ranks,
+    too. What has changed on such a rank by itself, in a hook or in the beginning of a step, is left alone there.
 
     Args:
         mesh: all workers.
@@ -39,75 +52,84 @@ class SharedStepState(L.Callback):
         self, mesh: Mesh, banned: Callable[[], Collection[Worker]], waiting: Callable[[], AbstractContextManager[Any]]
     ) -> None:
         self._mesh, self._banned, self._waiting = mesh, banned, waiting
-        self._before: dict[str, dict[str, Any]] = {}
+        self._before: dict[str, dict[str, Picture]] = {}
+        self._said: set[str] = set()
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._before[str(trainer.state.stage)] = {name: _copied(value) for name, value in _attributes(pl_module).items()}
+        self._before.pop(str(trainer.state.stage), None)
+
+    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Before the first batch: hooks at the beginning of an epoch, which run on all ranks, have done their part."""
+        stage = str(trainer.state.stage)
+        if stage not in self._before:
+            self._before[stage] = {name: picture(holder.value) for name, holder in _kept(pl_module).items()}
 
     def _share(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        before, now = self._before.pop(str(trainer.state.stage), {}), _attributes(pl_module)
-        changed = {name for name, value in now.items() if name not in before or not _same(before[name], value)}
+        before, kept = self._before.pop(str(trainer.state.stage), None), _kept(pl_module)
+        changed: list[Change] = []
+        if before is not None:
+            for name, holder in kept.items():
+                changed += changes(name, before.get(name), holder.value)
+        worker = self._mesh.worker(trainer.global_rank)
+        source = self._source(worker.replica)
         with self._waiting():
-            found = self._exchanged(
-                {name: plain(now[name]) for name in sorted(changed) if _is_plain(now[name])}, trainer.global_rank
-            )
-        for name, value in found.items():
-            if name not in changed:
-                _put(pl_module, name, move_data_to_device(value, pl_module.device))
+            for replica in range(self._mesh.replicas):
+                self._send(self._source(replica), replica, trainer.global_rank, changed)
+            told = _read(receive_parcel(source), source, pl_module.device) if trainer.global_rank != source else []
+        for name, keys, value in told:
+            if any(change.overlaps(name, keys) for change in changed):
+                continue
+            if name in kept and put(kept[name], keys, value):
+                for others in self._before.values():
+                    # Of an epoch around this one, such as that of training around a validation: this is no change of its own.
+                    others[name] = picture(kept[name].value)
+            elif worker == Worker(0, 0):  # one of those to which it cannot be brought
+                there = f"a {type(kept[name].value).__name__}" if name in kept else "nothing"
+                self._say(name, f"there is {there} of that name where steps do not run", warnings.warn)
 
-    def _exchanged(self, changed: dict[str, Any], rank: int) -> dict[str, Any]:
+    def _source(self, replica: int) -> int:
+        """The rank whose steps tell the others of a pipeline."""
         last, banned = self._mesh.stages - 1, self._banned()
         honest = [worker for worker in self._mesh.workers if worker.stage == last and worker not in banned]
-        found: dict[str, Any] = {}
-        for replica in range(self._mesh.replicas):
-            own = Worker(last, replica)
-            source = self._mesh.rank(own if own in honest else honest[0])
-            others = [other for other in self._mesh.pipeline_ranks(replica) if other != source]
-            if rank == source:
-                for other in others:
-                    send_parcel(changed, other)
-            elif rank in others:
-                found = receive_parcel(source)
-        return found
+        own = Worker(last, replica)
+        return self._mesh.rank(own if own in honest else honest[0])
+
+    def _send(self, source: int, replica: int, rank: int, changed: list[Change]) -> None:
+        others = [other for other in self._mesh.pipeline_ranks(replica) if other != source]
+        if rank != source or not others:
+            return
+        parcel = []
+        for name, keys, value in changed:
+            try:
+                parcel.append([name, [encoded(key) for key in keys], encoded(value)])
+            except NoData as error:
+                self._say(name, f"it holds {error}", rank_zero_warn)
+        for other in others:
+            send_parcel(parcel, other)
+
+    def _say(self, name: str, why: str, warn: Callable[[str], Any]) -> None:
+        if name not in self._said:
+            self._said.add(name)
+            warn(
+                f"self.{name} has changed in an epoch. If a step has changed it, which runs whole on the last stage only, then rank"
+                f" zero has it, and other ranks of the pipeline do not get it: {why}. Where they need it, keep numbers, text,"
+                " tensors or NumPy arrays, in lists, dicts, tuples or sets that __init__ makes, or a torchmetrics object."
+            )
 
     on_train_epoch_start = on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _begin
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _look  # type: ignore[assignment]
     on_train_epoch_end = on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _share
 
 
-def _attributes(module: L.LightningModule) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if not name.startswith("_") and isinstance(value, _KINDS)}
+def _read(parcel: Any, source: int, device: torch.device) -> list[Change]:
+    """What another rank tells of its steps."""
+    try:
+        told = [Change(str(name), tuple(map(decoded, keys)), decoded(value, device)) for name, keys, value in parcel]
+        hash(tuple(change.keys for change in told))
+    except (TypeError, ValueError, MalformedMessageError) as error:
+        raise MalformedMessageError(f"Rank {source} does not tell what its steps keep. {error}", rank=source) from error
+    return told
 
 
-def _copied(value: Any) -> Any:
-    return value.copy() if isinstance(value, (list, dict)) else value
-
-
-def _same(before: Any, now: Any) -> bool:
-    if type(before) is not type(now):
-        return False
-    if isinstance(now, dict):
-        return before.keys() == now.keys() and all(before[key] is now[key] for key in now)
-    if isinstance(now, list):
-        return len(before) == len(now) and all(one is other for one, other in zip(before, now))
-    return before is now if isinstance(now, Tensor) else bool(before == now)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether nothing is lost on the way."""
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(isinstance(key, (str, int)) and _is_plain(entry) for key, entry in value.items())
-    return value is None or isinstance(value, (bool, int, float, str, Tensor))
-
-
-def _put(module: L.LightningModule, name: str, value: Any) -> None:
-    """Into the list or dict that is there, because others may hold it too."""
-    there = vars(module).get(name)
-    if isinstance(there, list) and isinstance(value, list):
-        there[:] = value
-    elif isinstance(there, dict) and isinstance(value, dict):
-        there.clear()
-        there.update(value)
-    else:
-        vars(module)[name] = value
+def _kept(module: L.LightningModule) -> dict[str, Holder]:
+    return kept_by(module, layer_names(module))

@@ -17,11 +17,12 @@ from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.gradients.ties import Tie, find_ties
 from lightning_sentinel.pipeline.stages.deferred import DeferredBuild
+from lightning_sentinel.pipeline.stages.elsewhere import Elsewhere
 from lightning_sentinel.pipeline.stages.layers import PipelineLayers, find_layers
 from lightning_sentinel.pipeline.stages.materialise import materialise, reset_meta_layers, without_values
 from lightning_sentinel.pipeline.stages.stage import StageLayers
 
-__all__ = ["StageModel", "cut", "is_cut"]
+__all__ = ["StageModel", "cut", "is_cut", "layer_names"]
 
 _ATTRIBUTE = "_sentinel_stage_model"
 
@@ -73,6 +74,12 @@ def is_cut(module: L.LightningModule) -> bool:
     """Whether this process has only its own stage of a module."""
     before: StageModel | None = vars(module).get(_ATTRIBUTE)
     return before is not None and before.pipeline is not None
+
+
+def layer_names(module: L.LightningModule) -> tuple[str, ...]:
+    """Where the layers of a module sit that was cut, here or, all in one piece, for a virtual mesh; none of another."""
+    before: StageModel | None = vars(module).get(_ATTRIBUTE)
+    return () if before is None else before.layers.names
 
 
 def cut(
@@ -134,6 +141,10 @@ def cut(
     if worker is not None:
         stage = StageLayers(stage_model.layers.layers[start:stop], start, activation_checkpointing, device)
         stage_model = replace(stage_model, stage=stage, pipeline=_pipeline_module(stage, mesh, worker))
+        if mesh.stages > 1:
+            of = "" if layers.entry is module else f"The {type(layers.entry).__name__} of "
+            # An attribute of the instance, as while steps run.
+            vars(layers.entry)["forward"] = Elsewhere(f"{of}{type(module).__name__}", worker.stage, mesh.stages)
     vars(module)[_ATTRIBUTE] = stage_model
     return stage_model
 

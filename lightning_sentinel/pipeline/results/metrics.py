@@ -1,0 +1,150 @@
+"""Metric objects of torchmetrics, whose states are where steps ran: their values, brought to all ranks.
+
+Left to itself a metric gathers its states from all ranks. Most have none, because no step ran there, and states that are lists
+cannot be gathered from them. So metrics wait for nobody by themselves, and their values are worked out here: among the healthy
+ranks of the last stage that have updated them, and then given to everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_sentinel.errors import PipelineModelError
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.batch_metrics import alone
+from lightning_sentinel.pipeline.data.feeding import gather_numbers
+from lightning_sentinel.pipeline.gradients.reduction import group_of
+from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
+from lightning_sentinel.pipeline.results.keeping import NoData, decoded, encoded
+from lightning_sentinel.pipeline.stages.partition import layer_names
+
+__all__ = ["SharedMetrics"]
+
+
+class SharedMetrics(L.Callback):
+    """Computes the metrics that steps have updated in an epoch, before its end is told, and when Lightning asks for them.
+
+    Args:
+        mesh: all workers.
+        banned: those whose word does not count.
+        waiting: entered around waits for others.
+        timeout: how long the ranks that compute wait for each other.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        banned: Callable[[], Collection[Worker]],
+        waiting: Callable[[], AbstractContextManager[Any]],
+        timeout: timedelta,
+    ) -> None:
+        self._mesh, self._banned, self._waiting, self._timeout = mesh, banned, waiting, timeout
+        self._before: dict[str, dict[str, int]] = {}
+        self._known: set[str] = set()
+        """Those that all ranks have the values of, until the next batch."""
+        self._said: set[str] = set()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for part in pl_module.modules():
+            if isinstance(part, Metric):
+                part.distributed_available_fn = alone
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._before.pop(str(trainer.state.stage), None)
+
+    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Before the first batch: hooks at the beginning of an epoch, which run on all ranks, have done their part."""
+        self._known.clear()
+        stage = str(trainer.state.stage)
+        if stage not in self._before:
+            self._before[stage] = {name: metric.update_count for name, metric in _metrics_of(pl_module).items()}
+
+    def _share(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        before = self._before.pop(str(trainer.state.stage), {})
+        metrics = {name: one for name, one in _metrics_of(pl_module).items() if name in before and name not in self._known}
+        updated = [metric.update_called and metric.update_count != before[name] for name, metric in metrics.items()]
+        for name, failure in self._exchange(metrics, updated).items():
+            if name not in self._said:
+                # Perhaps nobody asks for it.
+                self._said.add(name)
+                rank_zero_warn(f"self.{name} could not be computed at the end of the epoch: {failure}.")
+        self._known.update(metrics)
+
+    def value_of(self, name: str, metric: Metric) -> Any:
+        """What a metric is over all replicas; to be called by all ranks, at the end of an epoch in any order."""
+        failure = None if name in self._known else self._exchange({name: metric}, [metric.update_called]).get(name)
+        if failure is not None:
+            raise PipelineModelError(f"self.{name}, a {type(metric).__name__} that was logged, could not be computed: {failure}.")
+        self._known.add(name)
+        return metric.compute()
+
+    def _exchange(self, metrics: Mapping[str, Metric], updated: Sequence[bool]) -> dict[str, str]:
+        """Give all ranks the values of metrics that steps have updated. Returns why those that could not be computed could not."""
+        if not metrics:
+            return {}
+        rank, last, banned = dist.get_rank(), self._mesh.stages - 1, self._banned()
+        with self._waiting():
+            everyone = gather_numbers([int(one) for one in updated])
+            healthy = [other for other in self._mesh.stage_ranks(last) if self._mesh.worker(other) not in banned]
+            ran = {name: tuple(r for r in healthy if everyone[r][number]) for number, name in enumerate(metrics)}
+            said = {}
+            for name, ranks in ran.items():
+                group = group_of(ranks, self._timeout) if len(ranks) > 1 else None
+                if rank in ranks:
+                    said[name] = _computed(metrics[name], group)
+            told: dict[str, list[Any]] = {}
+            for source in sorted({ranks[0] for ranks in ran.values() if ranks}):
+                told |= broadcast_parcel({name: one for name, one in said.items() if ran[name][0] == source}, source)
+        for name, (value, failure) in told.items():
+            if not failure and rank not in ran[name]:
+                metric = metrics[name]
+                metric._computed = decoded(value, metric.device)
+                metric._update_count = max(1, metric.update_count)
+        return {name: failure for name, (_, failure) in told.items() if failure}
+
+    on_train_epoch_start = on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _begin
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _look  # type: ignore[assignment]
+    on_train_epoch_end = on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _share
+
+
+def _metrics_of(module: L.LightningModule) -> dict[str, Metric]:
+    """By name, but for those that are inside others or in layers of the pipeline."""
+    found: dict[str, Metric] = {}
+    apart = layer_names(module)
+    for part in module.modules():
+        if isinstance(part, MetricCollection):
+            # Some of a collection are updated with another one, and get its states when somebody asks for them.
+            list(part.values(copy_state=False))
+    for name, part in module.named_modules():
+        if isinstance(part, Metric) and not any(name.startswith(f"{other}.") for other in (*found, *apart)):
+            found[name] = part
+    return found
+
+
+def _computed(metric: Metric, group: dist.ProcessGroup | None) -> list[Any]:
+    """The encoded value, and an empty text or why there is none."""
+    parts = [part for part in metric.modules() if isinstance(part, Metric)]
+    before = [(part.process_group, part.distributed_available_fn) for part in parts]
+    for part in parts:
+        # What one rank has worked out already another may not have.
+        part._computed = None
+        part.process_group = part.process_group or group
+        part.distributed_available_fn = dist.is_initialized if part.process_group is not None else alone
+    try:
+        metric._computed = metric.compute()
+        return [encoded(metric._computed), ""]
+    except NoData as error:
+        return [None, f"its value holds {error}"]
+    except Exception as error:
+        return [None, f"{type(error).__name__}: {error}"]
+    finally:
+        for part, (own, available) in zip(parts, before):
+            part.process_group, part.distributed_available_fn = own, available

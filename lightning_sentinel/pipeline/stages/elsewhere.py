@@ -1,0 +1,35 @@
+"""A call of the whole model where there is only a stage of it."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from lightning_sentinel.errors import PipelineModelError
+
+__all__ = ["Elsewhere"]
+
+
+class Elsewhere:
+    """Takes the place of the ``forward`` of a module that was cut, outside of steps: it would run the layers of one stage.
+
+    Args:
+        name: of what was called.
+        stage: of this process.
+        stages: of the pipeline.
+
+    Example:
+        >>> Elsewhere("Net", 1, 2)(3)
+        Traceback (most recent call last):
+        ...
+        lightning_sentinel.errors.PipelineModelError: Net was called outside of a step, and this process has stage 1 of 2 only...
+    """
+
+    def __init__(self, name: str, stage: int, stages: int) -> None:
+        self._name, self._stage, self._stages = name, stage, stages
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise PipelineModelError(
+            f"{self._name} was called outside of a step, and this process has stage {self._stage} of {self._stages} only. In a step"
+            " the whole pipeline answers, and trainer.predict asks it. For the whole model in one process save it with"
+            " trainer.save_checkpoint(path), on all ranks, and load it with the class's load_from_checkpoint(path)."
+        )
