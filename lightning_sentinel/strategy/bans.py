@@ -119,7 +119,7 @@ class LastingBans(ProcessStrategy):
         self._keep_bans(here)
         return told
 
-    def _take_in(self, ruling: Ruling) -> None:
+    def _take_in_ruling(self, ruling: Ruling) -> None:
         """Keep what was found in a step, and tell whoever listens."""
         self.table, self.wiring = ruling.verdict.table, ruling.wiring
         self.detections += ruling.verdict.detections

@@ -324,7 +324,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
                 self.table, self.wiring = outcome.table, outcome.wiring
                 self._shares.add(None, outcome.weights, outcome.wiring)
                 return outcome
-            self._take_in(ruling)
+            self._take_in_ruling(ruling)
             if not ruling.excluded:
                 self._shares.add(ruling.verdict.clean, outcome.weights, ruling.wiring)
                 return outcome
