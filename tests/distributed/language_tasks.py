@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_sentinel as ls
+from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.models import CausalLM
 from lightning_sentinel.models.huggingface.layers import LanguageModelLayer
 from tests.distributed import tasks
@@ -56,9 +57,9 @@ def weights_of(model: CausalLM) -> dict[str, Tensor]:
 
 def fit(source: Any, overrides: dict[str, Any], stages: int, replicas: int, directory: str, saved: str) -> dict[str, Any]:
     """Validate, train all steps but one, and the last one from a checkpoint; ``source`` is a config, or has a folder a stage."""
-    stage, replica = divmod(int(os.environ["LOCAL_RANK"]), replicas)
-    source = f"{source}/{stage}" if isinstance(source, str) else source
-    data = loader(replica, replicas)
+    worker = Mesh(stages, replicas).worker(int(os.environ["LOCAL_RANK"]))
+    source = f"{source}/{worker.stage}" if isinstance(source, str) else source
+    data = loader(worker.replica, replicas)
 
     def run(steps: int) -> L.Trainer:
         strategy = ls.SentinelStrategy(
