@@ -68,16 +68,17 @@ class BatchMetrics:
         """Around a step on a micro-batch."""
         if self._metrics is None:
             self._metrics = [part for part in self._module.modules() if isinstance(part, Metric)]
+        self._heard.clear()
+        self._wanted.clear()
         hooks = [metric.register_forward_hook(self._hear, with_kwargs=True) for metric in self._metrics]
         try:
             yield
-            for name, metric in self._wanted.items():
-                self._give(name, metric)
         finally:
             for hook in hooks:
                 hook.remove()
-            self._heard.clear()
-            self._wanted.clear()
+        for name, metric in self._wanted.items():
+            self._give(name, metric)
+        self._heard.clear()
 
     def _hear(self, metric: Metric, args: Any, kwargs: Any, output: Any) -> None:
         self._heard.setdefault(id(metric), []).append(apply_to_collection((args, kwargs), Tensor, Tensor.detach))
@@ -87,10 +88,7 @@ class BatchMetrics:
         if not given:
             return
         if name not in self._copies:
-            self._copies[name] = copy = metric.clone()
-            for part in copy.modules():
-                if isinstance(part, Metric):
-                    part.distributed_available_fn = alone
+            self._copies[name] = _fresh(metric)
         copy = self._copies[name]
         if name not in self._has:
             copy.reset()
@@ -104,6 +102,24 @@ class BatchMetrics:
             return None
         value = self._copies[name].compute()
         return value.detach().reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else None
+
+
+def _fresh(metric: Metric) -> Metric:
+    """A copy without what the metric has been given, which may belong to a graph and could not be copied."""
+    parts = [part for part in metric.modules() if isinstance(part, Metric)]
+    before = [dict(vars(part)) for part in parts]
+    for part in parts:
+        empty = {name: [] if isinstance(default, list) else default.clone() for name, default in part._defaults.items()}
+        vars(part).update(empty, _forward_cache=None, _computed=None, _cache=None)
+    try:
+        copy = metric.clone()
+    finally:
+        for part, state in zip(parts, before):
+            vars(part).update(state)
+    for part in copy.modules():
+        if isinstance(part, Metric):
+            part.distributed_available_fn = alone
+    return copy.to(metric.device)
 
 
 class LoggedMetric(Metric):

@@ -143,7 +143,7 @@ class TestValues:
         recorder = LogRecorder(Module())
         recorder.begin(1, YES)
         recorder.log("value", value)
-        assert recorder.vector().tolist() == [float(value), 1.0]
+        assert recorder.vector().tolist() == [float(value), 1.0, *[0.0] * 4]
 
     @pytest.mark.parametrize("value", [torch.ones(2), "three", {"a": 1.0}, None], ids=repr)
     def test_no_number(self, value: Any) -> None:
@@ -175,7 +175,7 @@ class TestMetrics:
         recorder.log("loss", 1.0)
         assert recorder.schema.entries["accuracy"]["metric"] == "inner.accuracy"
         assert recorder.schema.names == ["loss"]
-        assert recorder.vector().shape == (2,)
+        assert recorder.vector().shape == (recorder.schema.width,)
 
     def test_or_told(self) -> None:
         recorder = LogRecorder(Module())

@@ -53,10 +53,13 @@ class SharedStepState(L.Callback):
     ) -> None:
         self._mesh, self._banned, self._waiting = mesh, banned, waiting
         self._before: dict[str, dict[str, Picture]] = {}
+        self._own: dict[str, list[Change]] = {}
+        """What this rank has changed by itself in an epoch that is not over, as far as its pictures do not show it any more."""
         self._said: set[str] = set()
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._before.pop(str(trainer.state.stage), None)
+        self._own.pop(str(trainer.state.stage), None)
 
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Before the first batch: hooks at the beginning of an epoch, which run on all ranks, have done their part."""
@@ -70,22 +73,26 @@ class SharedStepState(L.Callback):
         if before is not None:
             for name, holder in kept.items():
                 changed += changes(name, before.get(name), holder.value)
+        changed += self._own.pop(str(trainer.state.stage), [])
         worker = self._mesh.worker(trainer.global_rank)
         source = self._source(worker.replica)
         with self._waiting():
             for replica in range(self._mesh.replicas):
                 self._send(self._source(replica), replica, trainer.global_rank, changed)
             told = _read(receive_parcel(source), source, pl_module.device) if trainer.global_rank != source else []
+        touched = {change.name for change in told} & kept.keys()
+        # In an epoch around this one, such as that of training around a validation, what is put here is no change of this rank's.
+        for stage, around in self._before.items():
+            for name in touched:
+                self._own.setdefault(stage, []).extend(changes(name, around.get(name), kept[name].value))
         for name, keys, value in told:
-            if any(change.overlaps(name, keys) for change in changed):
+            if any(change.overlaps(name, keys) for change in changed) or (name in kept and put(kept[name], keys, value)):
                 continue
-            if name in kept and put(kept[name], keys, value):
-                for others in self._before.values():
-                    # Of an epoch around this one, such as that of training around a validation: this is no change of its own.
-                    others[name] = picture(kept[name].value)
-            elif worker == Worker(0, 0):  # one of those to which it cannot be brought
+            if worker == Worker(0, 0):  # one of those to which it cannot be brought
                 there = f"a {type(kept[name].value).__name__}" if name in kept else "nothing"
                 self._say(name, f"there is {there} of that name where steps do not run", warnings.warn)
+        for around in self._before.values():
+            around.update({name: picture(kept[name].value) for name in touched})
 
     def _source(self, replica: int) -> int:
         """The rank whose steps tell the others of a pipeline."""
