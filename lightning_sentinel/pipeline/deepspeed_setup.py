@@ -18,7 +18,7 @@ import torch
 
 from lightning_sentinel.errors import ConfigurationError, UnsupportedVersionError
 
-__all__ = ["check_engine", "check_private_names", "engine_config", "keeping_groups", "prepare"]
+__all__ = ["check_engine", "check_private_names", "engine_config", "keeping_groups", "leave_module_alone", "prepare"]
 
 _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.pipe.engine": {
@@ -28,14 +28,15 @@ _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "_exec_optimizer_step",
         ),
     },
-    "deepspeed.runtime.engine": {"DeepSpeedEngine": ("_broadcast_model", "forward", "backward", "zero_grad")},
+    "deepspeed.runtime.engine": {"DeepSpeedEngine": ("_broadcast_model", "zero_grad")},
     "deepspeed.runtime.pipe.module": {"PipelineModule": ("mpu",)},
     "deepspeed.runtime.pipe.schedule": {"TrainSchedule": ("steps", "_step_to_micro_batch"), "InferenceSchedule": ("steps",)},
     "deepspeed.ops": {"_probe_compatible_ops": ()},
 }
 """Module -> class or variable -> members."""
 
-_ENGINE_ATTRIBUTES = ("_running_engine_backward",)
+_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
+_ENGINE_ATTRIBUTES = _HOOKS
 """Set by DeepSpeed's constructor, so that only an instance can tell."""
 
 
@@ -127,6 +128,15 @@ def check_private_names() -> None:
 def check_engine(engine: object) -> None:
     """Raise ``UnsupportedVersionError`` if an engine lacks a private attribute that ours sets."""
     _refuse_without([f"{type(engine).__name__}.{name}" for name in _ENGINE_ATTRIBUTES if not hasattr(engine, name)])
+
+
+def leave_module_alone(engine: object) -> None:
+    """Remove the hooks that DeepSpeed's constructor leaves on the module: they hold the engine, and its optimizer's state with it.
+
+    They time forward passes that go through DeepSpeed, which ours do not; and a module may outlive many engines.
+    """
+    for name in _HOOKS:
+        getattr(engine, name).remove()
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """The process engine: DeepSpeed's ``PipelineEngine`` with one worker in this process.
 
 Taken from DeepSpeed: the 1F1B schedule, the distribution of the model, and the optimizer step. Ours: who serves which lane, how a
-micro-batch is loaded and its loss computed (by the user's own step), what crosses a boundary and how (``boundaries``), and the
-reduction and clipping of gradients, which banned workers must have no part in.
+micro-batch is loaded and its loss computed (by the user's own step), in what precision the layers run (DeepSpeed would end an
+autocast that it has not begun), what crosses a boundary and how (``boundaries``), and the reduction and clipping of gradients, which
+banned workers must have no part in.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule as ds_schedule
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,7 +29,7 @@ from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
 from lightning_sentinel.pipeline.data.dealing import Deal
 from lightning_sentinel.pipeline.data.supply import Supply, Work
-from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups
+from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups, leave_module_alone
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.healthy import HealthyStage
@@ -98,6 +98,7 @@ class SentinelEngine(StageBoundaries):
                 config_class=DeepSpeedConfig(engine_config(), pipeline.mpu()),
             )
         check_engine(self)
+        leave_module_alone(self)
         mesh = stage_model.mesh
         self.worker: Worker = mesh.worker(self.global_rank)
         self.adversary: Adversary | None = None
@@ -278,7 +279,7 @@ class SentinelEngine(StageBoundaries):
             # A layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
             inputs = inputs.clone()
         with self._computing(micro_batch):
-            outputs = DeepSpeedEngine.forward(self, inputs)
+            outputs = self._stage(inputs)
         if not self.is_last_stage():
             self.pipe_buffers["outputs"][buffer_id] = checked_signal(outputs, self._last_layer, self.stage_id)
             return
@@ -299,15 +300,10 @@ class SentinelEngine(StageBoundaries):
     def _exec_backward_pass(self, buffer_id: int, micro_batch: int) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
         if self.is_last_stage():
-            DeepSpeedEngine.backward(self, outputs, scale_wrt_gas=False)
+            outputs.backward()
         elif outputs.requires_grad:  # not if all up to here is frozen
             self._received_gradient = self.pipe_buffers["output_tensors"][buffer_id]
-            # DeepSpeed's hooks refuse a backward pass of which the engine does not know.
-            self._running_engine_backward = True
-            try:
-                outputs.backward(gradient=self._received_gradient)
-            finally:
-                self._running_engine_backward = False
+            outputs.backward(gradient=self._received_gradient)
         self.pipe_buffers["outputs"][buffer_id] = self.pipe_buffers["output_tensors"][buffer_id] = None
 
     # ------------------------------------------------------------------------------------------- what the instructions share

@@ -254,6 +254,11 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         if fitting and self.is_global_zero:
             print_mesh(model, protection(self.mesh, self._verification, self._response))
 
+    @override
+    def teardown(self) -> None:
+        self._engine = None  # the module, which may live on, knows its last Trainer
+        super().teardown()
+
     def _make_engine(self, model: StageModel, optimizer: Optimizer | None, seed: int) -> Engine:
         # Imported here, because DeepSpeed must not be imported before its accelerator is known.
         from lightning_sentinel.pipeline.engine import SentinelEngine

@@ -43,8 +43,29 @@ def fit(precision: str, scale: float = 1024.0, **settings: Any) -> dict[str, Any
     }
 
 
+def dtypes_inside() -> set[torch.dtype]:
+    """What the layers of a stage compute in, where they are trained, evaluated and audited."""
+    seen: set[torch.dtype] = set()
+    response = ls.Response(audit_rate=1.0)
+    strategy = ls.SentinelStrategy(STAGES, REPLICAS, micro_batches=3, response=response, timeout=tasks.PATIENCE)
+    module = tasks.Classifier("sgd")
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
+    run = tasks.trainer(strategy, STAGES * REPLICAS, 2, precision="bf16-mixed", limit_val_batches=1)
+    # As autocast does on GPUs, and on CPUs not: DeepSpeed's own forward pass would see it, and end the autocast that it finds.
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        run.fit(module, tasks.loader(BATCH, REPLICAS), tasks.loader(BATCH, REPLICAS))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert strategy.ledger.audits > 0 and not strategy.ledger.banned
+    return seen
+
+
 def fit_all() -> dict[str, Any]:
-    found = {precision: fit(precision) for precision in PRECISIONS}
+    found: dict[str, Any] = {precision: fit(precision) for precision in PRECISIONS}
+    found["inside"] = dtypes_inside()
     found["overflow"] = fit("16-mixed", scale=2.0**40)
     found["overflow, ZeRO"] = fit("16-mixed", scale=2.0**40, zero_stage=1)
     for precision in ("bf16-mixed", "bf16-true"):
@@ -99,6 +120,11 @@ def test_verification_leaves_the_weights_as_they_are(ranks: list[dict[str, Any]]
         assert verified["flags"] == 0
         for name, value in plain["weights"].items():
             assert torch.equal(value, verified["weights"][name]), name
+
+
+def test_layers_compute_in_the_precision_that_was_asked_for(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["inside"] == {torch.bfloat16}
 
 
 def lie(signal: torch.Tensor, context: Any) -> torch.Tensor:
