@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from typing_extensions import override
 
 from lightning_sentinel.mesh import Direction
@@ -67,8 +68,9 @@ class SentinelMonitor(L.Callback):
             values[f"sentinel/anomaly_score/{boundary.name}"] = nanmax(of_boundary)
         pl_module.log_dict({name: value for name, value in values.items() if not value.isnan()}, batch_size=1)
         totals = {"sentinel/flags": strategy.ledger.total_flags, "sentinel/banned": len(strategy.ledger.banned)}
-        pl_module.log_dict({name: float(total) for name, total in totals.items()}, prog_bar=True, batch_size=1)
-        pl_module.log("sentinel/audits", float(strategy.ledger.audits), batch_size=1)
+        # Tensors of the host: of a number Lightning would make one of the device, and wait for it to show it.
+        pl_module.log_dict({name: torch.tensor(float(total)) for name, total in totals.items()}, prog_bar=True, batch_size=1)
+        pl_module.log("sentinel/audits", torch.tensor(float(strategy.ledger.audits)), batch_size=1)
         if self._file is not None and len(strategy.ledger.banned) != self._banned:
             self._banned = len(strategy.ledger.banned)
             self._file.parent.mkdir(parents=True, exist_ok=True)

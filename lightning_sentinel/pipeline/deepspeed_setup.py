@@ -18,7 +18,7 @@ import torch
 
 from lightning_sentinel.errors import ConfigurationError, UnsupportedVersionError
 
-__all__ = ["check_engine", "check_private_names", "engine_config", "keeping_groups", "leave_module_alone", "prepare"]
+__all__ = ["check_engine", "check_private_names", "engine_config", "keeping_groups", "leave_module_alone", "local_rank_of", "prepare"]
 
 _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.pipe.engine": {
@@ -28,7 +28,7 @@ _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "_exec_optimizer_step",
         ),
     },
-    "deepspeed.runtime.engine": {"DeepSpeedEngine": ("_broadcast_model", "zero_grad")},
+    "deepspeed.runtime.engine": {"DeepSpeedEngine": ("_broadcast_model", "_set_distributed_vars", "zero_grad")},
     "deepspeed.runtime.pipe.module": {"PipelineModule": ("mpu",)},
     "deepspeed.runtime.pipe.schedule": {"TrainSchedule": ("steps", "_step_to_micro_batch"), "InferenceSchedule": ("steps",)},
     "deepspeed.ops": {"_probe_compatible_ops": ()},
@@ -137,6 +137,21 @@ def leave_module_alone(engine: object) -> None:
     """
     for name in _HOOKS:
         getattr(engine, name).remove()
+
+
+@contextmanager
+def local_rank_of(device: torch.device) -> Iterator[None]:
+    """Around DeepSpeed's constructors, which take ``LOCAL_RANK`` for the number of the device; a Trainer may have chosen another."""
+    before = os.environ.get("LOCAL_RANK")
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
+        elif device.index is not None:
+            del os.environ["LOCAL_RANK"]
 
 
 @contextmanager

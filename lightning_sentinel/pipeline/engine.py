@@ -29,7 +29,7 @@ from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
 from lightning_sentinel.pipeline.data.dealing import Deal
 from lightning_sentinel.pipeline.data.supply import Supply, Work
-from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups, leave_module_alone
+from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups, leave_module_alone, local_rank_of
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.healthy import HealthyStage
@@ -38,6 +38,7 @@ from lightning_sentinel.pipeline.gradients.shares import Shares
 from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
+from lightning_sentinel.pipeline.processes.collectives import wire
 from lightning_sentinel.pipeline.randomness import Draws
 from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence, Kept
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
@@ -68,6 +69,7 @@ class SentinelEngine(StageBoundaries):
         timeout: how long ranks of a stage wait for each other.
         seed: of the random numbers in forward passes; the same on all ranks.
         clipping: of gradients.
+        device: where the stage is.
         arithmetic: the precision that the stage computes in.
         zero: whether each worker keeps only a part of the optimizer's state.
     """
@@ -83,22 +85,26 @@ class SentinelEngine(StageBoundaries):
         timeout: timedelta,
         seed: int,
         clipping: Clipping,
+        device: torch.device,
         arithmetic: Arithmetic,
         zero: bool,
     ) -> None:
         pipeline, stage = stage_model.pipeline, stage_model.stage
         assert stage is not None
-        with keeping_groups(optimizer):
+        self._stage_device = device
+        with keeping_groups(optimizer), local_rank_of(device):
             super().__init__(
                 args=None,
                 model=pipeline,
                 optimizer=optimizer,
+                dont_change_device=True,
                 mpu=pipeline.mpu(),
                 config=engine_config(),
                 config_class=DeepSpeedConfig(engine_config(), pipeline.mpu()),
             )
         check_engine(self)
         leave_module_alone(self)
+        self.device = device
         mesh = stage_model.mesh
         self.worker: Worker = mesh.worker(self.global_rank)
         self.adversary: Adversary | None = None
@@ -232,6 +238,11 @@ class SentinelEngine(StageBoundaries):
         return {boundary.direction: self.guard.take_rows(boundary)[0] for boundary in self.guard.verifiers if self._work}
 
     # ------------------------------------------------------------------------------------------------- gradients and weights
+
+    def _set_distributed_vars(self, args: Any) -> None:
+        """DeepSpeed's constructor sends from its device, which gloo cannot do; from the host both can."""
+        super()._set_distributed_vars(args)
+        self.device = wire(self._stage_device)
 
     def _broadcast_model(self) -> None:
         """DeepSpeed would let a banned worker tell the others its weights, which nobody has brought up to date."""

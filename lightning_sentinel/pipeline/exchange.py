@@ -45,12 +45,15 @@ class StepOutcome:
 class Exchange:
     """Gathers a step's results from all ranks in one collective.
 
+    It is one of host tensors, whatever device signals are on: everybody needs the result there, so that a device is waited for once
+    a step; and a rank that has died is missed here by gloo, which says so, before a device waits for it, which would not.
+
     The names of logged values are exchanged as JSON when they change; between changes a fingerprint in the collective tells all
     ranks that they still agree.
 
     Args:
         mesh: all workers, one a rank.
-        device: where the collective's tensors are.
+        device: where rows, weights and losses are.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
@@ -130,16 +133,18 @@ class Exchange:
         return weights
 
     def _log_vector(self, recorder: LogRecorder, schema: LogSchema) -> Tensor:
-        """This rank's values if its names are the agreed ones; else zeros, which weigh nothing."""
+        """This rank's values if its names are the agreed ones; else zeros, which weigh nothing. On the device."""
         if recorder.schema.entries == schema.entries:
             return recorder.vector().to(self._device)
         return torch.zeros(schema.width, device=self._device)
 
     def _gather(self, vector: Tensor) -> Tensor:
-        gathered = torch.empty(self._mesh.size, len(vector), device=self._device)
+        """Everybody's vector, on the host: ``(ranks, ...)``."""
+        vector = vector.cpu()
+        gathered = torch.empty(self._mesh.size, len(vector))
         if len(vector):
             dist.all_gather(list(gathered.unbind()), vector)
-        return gathered.cpu()
+        return gathered
 
     def _agree(self, kind: str, mine: LogSchema, fingerprints: Tensor, source: int) -> LogSchema:
         """Take the names over from one rank. All ranks are here, because all saw the same fingerprints."""
@@ -148,13 +153,13 @@ class Exchange:
                 f"The replicas log different names in {kind}; this rank logs {sorted(mine.entries) or 'nothing'}. Log the same"
                 " names in every step: a name that one replica leaves out cannot be reduced over all."
             )
-        data = torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8).to(self._device)
-        size = torch.tensor([len(data)], device=self._device)
+        data = torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8)
+        size = torch.tensor([len(data)])
         dist.broadcast(size, source)
         if dist.get_rank() != source:
-            data = torch.empty(int(size), dtype=torch.uint8, device=self._device)
+            data = torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(data, source)
-        return LogSchema.decode(bytes(data.cpu().tolist()))
+        return LogSchema.decode(bytes(data.tolist()))
 
     def _table(self, everyone: Tensor, wiring: Wiring) -> SignalTable:
         """Rows by rank ``(ranks, 2, slots, columns)`` put in the order of the boundaries and lanes they were received from."""

@@ -284,7 +284,9 @@ class LogReplay:
                 self._module.log(name, metric, metric_attribute=path, **options)
             elif name in reduced:
                 value, samples = reduced[name]
-                self._module.log(name, value, reduce_fx=entry["reduce_fx"], batch_size=max(1, round(samples)), **options)
+                # A tensor of the host, where whoever shows it wants it: of a number Lightning would make one of the device.
+                size = max(1, round(samples))
+                self._module.log(name, torch.tensor(value), reduce_fx=entry["reduce_fx"], batch_size=size, **options)
 
 
 def silence_misleading_warnings() -> None:

@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.wiring import Part
 
-__all__ = ["Draws", "SeparateRandomness", "base_seed", "generator_state", "seed_generators"]
+__all__ = ["Draws", "SeparateRandomness", "base_seed", "generator_state", "seed_generators", "set_generator_state"]
 
 
 def base_seed() -> int | None:
@@ -73,13 +73,27 @@ def seed_generators(device: torch.device, seed: int) -> None:
     """Seed what a computation on ``device`` draws from."""
     # Not torch.manual_seed, which keeps a traceback of every call for each kind of device that was not used yet: milliseconds.
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+    if (own := _own_generator(device)) is not None:
+        own.manual_seed(seed)
 
 
 def generator_state(device: torch.device) -> torch.Tensor:
     """The state of what a computation on ``device`` draws from."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    own = _own_generator(device)
+    state: Tensor = torch.get_rng_state() if own is None else own.get_rng_state()
+    return state
+
+
+def set_generator_state(device: torch.device, state: torch.Tensor) -> None:
+    """Go on from what :func:`generator_state` gave."""
+    own = _own_generator(device)
+    (torch if own is None else own).set_rng_state(state)
+
+
+def _own_generator(device: torch.device) -> Any:
+    """What seeds a device that draws random numbers of its own, which is the current one; ``None`` if the host draws them for it."""
+    module = None if device.type == "cpu" else torch.get_device_module(device.type)
+    return module if hasattr(module, "get_rng_state") else None
 
 
 class SeparateRandomness:
@@ -126,12 +140,12 @@ class SeparateRandomness:
     def states(self, device: torch.device) -> dict[str, Tensor]:
         """Of the computation's generators, for a checkpoint."""
         states = {"torch": self._computation}
-        if device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(device)
+        if _own_generator(device) is not None:
+            states[device.type] = generator_state(device)
         return states
 
     def load_states(self, states: Mapping[str, Tensor], device: torch.device) -> None:
         """Go on from what :meth:`states` gave."""
         self._computation = states["torch"].to(torch.uint8).cpu()
-        if "cuda" in states and device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+        if device.type in states and _own_generator(device) is not None:
+            set_generator_state(device, states[device.type].to(torch.uint8).cpu())

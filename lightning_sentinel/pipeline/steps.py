@@ -14,7 +14,6 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from lightning_sentinel.errors import PipelineModelError
@@ -130,7 +129,7 @@ class StepRunner:
     def remember_metrics(self) -> Callable[[], None]:
         """Take note of the states of the module's torchmetrics. Returns what brings them back."""
         metrics = [metric for metric in self._module.modules() if isinstance(metric, Metric)]
-        before = [tree_map(_copied, vars(metric)) for metric in metrics]
+        before = [{name: _copied(value) for name, value in vars(metric).items()} for metric in metrics]
 
         def restore() -> None:
             for metric, state in zip(metrics, before):
@@ -156,7 +155,16 @@ def _discard(*_: Any, **__: Any) -> None:
 
 
 def _copied(value: Any) -> Any:
-    """What a metric holds may belong to a graph, which cannot be copied; what it was made of stays itself."""
+    """What a metric holds may belong to a graph, which cannot be copied; what it was made of stays itself.
+
+    So does what it has in a list, all that it has seen: it adds to that, and does not write over it.
+    """
+    if isinstance(value, dict):
+        copy = value.copy()
+        copy.update((name, _copied(entry)) for name, entry in value.items())
+        return copy
+    if isinstance(value, list):
+        return value.copy()
     return value.detach().clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 
 

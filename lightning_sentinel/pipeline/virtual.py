@@ -90,6 +90,7 @@ class VirtualEngine:
         self._held = HeldGradients(self._parameters)
         self._wiring = Wiring.of(self._mesh)
         self._lies: dict[int, dict[tuple[int, int], Tensor]] = {}
+        self._told: dict[int, dict[tuple[int, int], bool]] | None = None
         self._rewind: Rewind | None = None
         self.left_out: frozenset[Worker] = frozenset()
 
@@ -102,6 +103,7 @@ class VirtualEngine:
         micro_batches, replicas = deal.sizes.micro_batches, deal.replicas
         self._steps.new_records()
         self._lies.clear()
+        self._told = None
         self._wiring = Wiring.of(self._mesh, micro_batches=micro_batches)
         if self.guard is not None:
             self._wiring = self.guard.begin(step, micro_batches)
@@ -119,13 +121,8 @@ class VirtualEngine:
             order = torch.tensor([row for one in rows for row in one])
             self._returned = reorder(join(results, [len(one) for one in rows], average=True), order)
         weights = self._wiring.arrange(torch.tensor([replica.weights for replica in replicas]))
-        return self._outcome(losses, self._table(), weights)
-
-    def _table(self) -> SignalTable | None:
-        if self.guard is None or not self._mesh.boundaries:
-            return None
-        rows = [self.guard.take_rows(boundary) for boundary in self._mesh.boundaries]
-        return SignalTable.by_samples(torch.stack(rows).cpu(), self._wiring)
+        rows = [] if self.guard is None else [self.guard.take_rows(boundary) for boundary in self._mesh.boundaries]
+        return self._outcome(losses, torch.stack(rows) if rows else None, weights)
 
     def rewind(self) -> None:
         assert self._rewind is not None, "only what is audited is done again"
@@ -138,12 +135,20 @@ class VirtualEngine:
         Recomputation by a peer is simulated, too: this engine has computed every worker's honest signal before an adversary
         replaced it, so what differs is known, and an audit is a look at it; unless the adversary speaks for the auditor.
         """
-        lies, said = self._lies.get(self._mesh.boundaries.index(boundary), {}), []
+        lies, said = self._known_lies().get(self._mesh.boundaries.index(boundary), {}), []
         for case, juror in asked:
-            lied = bool(lies.get((case.lane, case.slot), False))
+            lied = lies.get((case.lane, case.slot), False)
             word = Outcome.LIED if lied else Outcome.MATCHES
             said.append(word if self.adversary is None else Outcome(self.adversary.vote(juror, case.audited, word)))
         return said
+
+    def _known_lies(self) -> dict[int, dict[tuple[int, int], bool]]:
+        """By boundary and place; a device is waited for at the first audit of a step, and then no more."""
+        if self._told is None:
+            lied = [lie for lies in self._lies.values() for lie in lies.values()]
+            answers = iter(torch.stack(lied).tolist() if lied else ())
+            self._told = {boundary: {place: next(answers) for place in lies} for boundary, lies in self._lies.items()}
+        return self._told
 
     def _train_micro_batch(
         self, parts: list[tuple[Any, ...]], replicas: Sequence[MicroBatches], index: int, step: int, scale: float
@@ -247,7 +252,7 @@ class VirtualEngine:
     def evaluate(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> StepOutcome:
         self._steps.new_records()
         self._returned = plain(self._run_whole(step, arguments, deal.samples))
-        return self._outcome(torch.zeros(2), None, torch.ones(1, 1))
+        return self._outcome(torch.zeros(2, device=self._device), None, torch.ones(1, 1))
 
     def predict(self, arguments: tuple[Any, ...], deal: Deal) -> Any:
         return self._run_whole("predict_step", arguments, deal.samples)
@@ -268,16 +273,16 @@ class VirtualEngine:
             return None
         return self.guard.settle(outcome.table, step, lambda vector: vector, self._ask if self.guard.audits else None)
 
-    def _outcome(self, losses: Tensor, table: SignalTable | None, weights: Tensor) -> StepOutcome:
+    def _outcome(self, losses: Tensor, rows: Tensor | None, weights: Tensor) -> StepOutcome:
         recorder = self._steps.recorder
-        total, weight = losses.tolist()
+        (total, weight), logged, *read = _on_host(losses, recorder.vector(), *([] if rows is None else [rows]))
         return StepOutcome(
-            loss=total / weight if weight > 0 else None,
-            table=table,
+            loss=float(total / weight) if weight > 0 else None,
+            table=SignalTable.by_samples(read[0], self._wiring) if read else None,
             weights=weights,
             wiring=self._wiring,
             schema=recorder.schema,
-            logged=recorder.schema.reduce(recorder.vector().cpu()[None]),
+            logged=recorder.schema.reduce(logged[None]),
         )
 
     def _input_of(self, step: str, parts: list[tuple[Any, ...]], draws: Sequence[Draws] | None = None) -> Any:
@@ -326,3 +331,9 @@ class VirtualEngine:
     def discard_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def _on_host(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of the device on the host, all at once, so that the device is waited for once."""
+    parts = torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]

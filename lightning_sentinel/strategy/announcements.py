@@ -11,7 +11,10 @@ from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.recovery.guard import Ruling
 from lightning_sentinel.verification import Detection, Ledger
 
-__all__ = ["Announcements", "announce_detections", "consequence"]
+__all__ = ["MOST_DETECTIONS", "Announcements", "announce_detections", "consequence", "keep_latest"]
+
+MOST_DETECTIONS = 100_000
+"""How many a strategy remembers, some thirty megabytes: a worker that is reported and never banned adds some in every step."""
 
 
 def consequence(audited: bool, ban_after: int | None, left: int, replicas: int) -> str:
@@ -32,6 +35,12 @@ def consequence(audited: bool, ban_after: int | None, left: int, replicas: int) 
     else:
         why, then = f"flagged in {ban_after} steps in a row", "its work is dealt to others"
     return f"{why}; {then}. {left} of {replicas} pipelines go on."
+
+
+def keep_latest(detections: list[Detection], more: Sequence[Detection]) -> None:
+    """Add to what is remembered, and forget the oldest beyond :data:`MOST_DETECTIONS`."""
+    detections += more
+    del detections[:-MOST_DETECTIONS]
 
 
 def announce_detections(trainer: L.Trainer, detections: Sequence[Detection]) -> None:

@@ -20,7 +20,7 @@ from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.processes.admission import agree_on_admission
 from lightning_sentinel.pipeline.processes.hosts import host_name
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
-from lightning_sentinel.strategy.announcements import Announcements, announce_detections
+from lightning_sentinel.strategy.announcements import Announcements, announce_detections, keep_latest
 from lightning_sentinel.strategy.processes import ProcessStrategy
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
 from lightning_sentinel.verification.bans import Ban, bans_here, enter_bans, read_bans
@@ -122,7 +122,7 @@ class LastingBans(ProcessStrategy):
     def _take_in_ruling(self, ruling: Ruling) -> None:
         """Keep what was found in a step, and tell whoever listens."""
         self.table, self.wiring = ruling.verdict.table, ruling.wiring
-        self.detections += ruling.verdict.detections
+        keep_latest(self.detections, ruling.verdict.detections)
         self._keep_bans(ruling.banned)
         announce_detections(self._trainer, ruling.verdict.detections)
         assert self._guard is not None, "it is what judges"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.distributed import Store
 from typing_extensions import override
 
 from lightning_sentinel.pipeline.processes.admission import announce_end, stand_by
+from lightning_sentinel.pipeline.processes.collectives import backend_for, wire
 from lightning_sentinel.pipeline.processes.liveness import Roster, Start, connect
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
 
@@ -35,12 +36,13 @@ class ProcessStrategy(ParallelStrategy):
     Args:
         timeout: how long any process waits for another.
         virtual: whether the whole mesh is in this process.
+        transport: how tensors get from device to device.
         arguments: of ``ParallelStrategy``.
     """
 
-    def __init__(self, timeout: timedelta, virtual: bool, **arguments: Any) -> None:
+    def __init__(self, timeout: timedelta, virtual: bool, transport: Literal["auto", "device", "host"], **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._virtual = virtual
+        self._virtual, self._transport = virtual, transport
         self._timeout = timeout
         self._num_nodes = 1
         self._store: Store | None = None
@@ -122,11 +124,8 @@ class ProcessStrategy(ParallelStrategy):
             announce_end(start.store)
 
     def _backend(self) -> str:
-        """Host tensors always go through gloo, for headers and checkpoints; the device has its own backend."""
-        if self.root_device.type == "cpu":
-            return "gloo"
-        device_backend = dist.Backend.default_device_backend_map.get(self.root_device.type, "gloo")
-        return f"cpu:gloo,{self.root_device.type}:{device_backend}"
+        assert self.parallel_devices is not None
+        return backend_for(self.root_device, self.parallel_devices, self._transport)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -151,13 +150,19 @@ class ProcessStrategy(ParallelStrategy):
 
     @override
     def reduce(self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any = "mean") -> Tensor | Any:
+        if not isinstance(tensor, Tensor):
+            return tensor
         with self._watching():
-            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+            return _sync_ddp_if_available(self._on_wire(tensor), group, reduce_op=reduce_op).to(tensor.device)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         with self._watching():
-            return super().all_gather(tensor, group, sync_grads)
+            return super().all_gather(self._on_wire(tensor), group, sync_grads).to(tensor.device)
+
+    def _on_wire(self, tensor: Tensor) -> Tensor:
+        """A tensor where its backend takes it from."""
+        return tensor.to(wire(tensor.device)) if dist.is_initialized() else tensor
 
     @override
     def model_to_device(self) -> None:

@@ -94,7 +94,8 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         zero_stage: with 1 each worker of a stage keeps the optimizer's state of some of its parameters (ZeRO stage 1): a
             ``replicas``-th of its memory. Nobody can be banned then, because a worker would take with it what only it has.
         activation_checkpointing: recompute activations in the backward pass instead of keeping them.
-        transport: ``"device"`` sends tensors from where they are, ``"host"`` through host memory, ``"auto"`` decides.
+        transport: ``"device"`` sends tensors from where they are, ``"host"`` through host memory, collectives included; ``"auto"``
+            decides: where several ranks share a device it is the host.
         state_dict_type: ``"full"`` saves one ordinary file; with ``"sharded"`` a checkpoint is a directory to which each stage
             writes its own part, so that no process ever holds the whole model.
         timeout: how long any process waits for another before the run ends with an error that names it.
@@ -131,15 +132,15 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         **kwargs: Any,
     ) -> None:
         check_settings(engine, micro_batches, partition, transport, zero_stage, verification, response, state_dict_type)
-        super().__init__(timeout=timeout, virtual=engine == "virtual", **kwargs)
+        super().__init__(timeout=timeout, virtual=engine == "virtual", transport=transport, **kwargs)
         self._stages, self._replicas, self._micro_batches = stages, replicas, micro_batches
         self._verification, self._response = verification, response
         self._partition, self._sequential = partition, sequential
-        self._activation_checkpointing, self._transport = activation_checkpointing, transport
+        self._activation_checkpointing = activation_checkpointing
         self.ledger = Ledger(response.ban_after)
         """Flags and bans; the same on all ranks."""
         self.detections: list[Detection] = []
-        """Everything that was flagged and not cleared, in order."""
+        """What was flagged and not cleared, in order: the latest 100,000, whereas ``detections.jsonl`` has all of a run."""
         self.table: SignalTable | None = None
         """All signals of the last training batch with their scores."""
         self.wiring: Wiring | None = None
@@ -275,7 +276,9 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         transport = Transport(self.root_device, self._transport)
         response, timeout = self._response, self._timeout
         zero = self._zero_stage == 1
-        return SentinelEngine(model, optimizer, steps, transport, guard, response, timeout, seed, clipping, arithmetic, zero)
+        return SentinelEngine(
+            model, optimizer, steps, transport, guard, response, timeout, seed, clipping, self.root_device, arithmetic, zero
+        )
 
     def _kept_guard(self) -> Guard | None:
         """Made once: what the verifiers have learned outlives a ``validate`` after ``fit``, and goes into later checkpoints."""

@@ -246,6 +246,16 @@ class TestUnheard:
         assert self.runner.recorder is recorder
         torch.testing.assert_close(self.computed(), expected, rtol=0, atol=0)
 
+    def test_what_a_metric_has_collected_is_not_copied(self) -> None:
+        """It grows with the epoch, and is remembered in every audited step."""
+        self.finish(1)
+        metric = self.module.outputs
+        seen = list(metric.value)
+        restore = self.runner.remember_metrics()
+        self.finish(2)
+        restore()
+        assert len(seen) == len(metric.value) > 0 and all(one is other for one, other in zip(metric.value, seen))
+
     def test_modules_and_parameters_stay_the_same_objects(self) -> None:
         before = [*self.module.modules(), *self.module.parameters()]
         with self.runner.unheard():

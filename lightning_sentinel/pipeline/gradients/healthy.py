@@ -23,6 +23,7 @@ from lightning_sentinel.pipeline.gradients.reduction import (
 from lightning_sentinel.pipeline.gradients.shares import Shares
 from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.gradients.zero import OptimizerShards
+from lightning_sentinel.pipeline.processes import collectives
 
 __all__ = ["HealthyStage"]
 
@@ -81,13 +82,13 @@ class HealthyStage:
             return
         source = first_healthy(self._mesh, self._worker.stage, banned)
         for tensor in (*self._parameters, *self._stage.buffers()):
-            dist.broadcast(tensor.data, source, group=self._group)
+            collectives.broadcast(tensor.data, source, self._group)
         self._tied.make_equal(self._groups, banned)
 
     def sum(self, vector: Tensor) -> Tensor:
         """The sum over the stage, in place; a banned worker keeps its own."""
         if self._group is not None:
-            dist.all_reduce(vector, group=self._group)
+            collectives.all_reduce(vector, self._group)
         return vector
 
     def reduce(self, shares: Shares) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_sentinel.aggregation.rules import COORDINATE_WISE, WEIGHING, combine, tolerable
 from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.processes import collectives
 
 __all__ = ["StageGroups", "clip_by_global_norm", "first_healthy", "group_of", "reduce_mean", "reduce_robustly", "sum_over_stages"]
 
@@ -131,7 +132,7 @@ def reduce_mean(
     buckets = _Buckets(parameters, bucket_bytes)
     for number in range(len(buckets)):
         message = buckets.message(number)
-        dist.all_reduce(message, group=group)
+        collectives.all_reduce(message, group)
         buckets.store(number, message.div_(divisor))
     buckets.finish()
 
@@ -217,7 +218,7 @@ def sum_over_stages(
         total = torch.zeros_like(mine)
         for speaker in speakers:
             said = mine.clone() if speaker == dist.get_rank() else torch.empty_like(mine)
-            dist.broadcast(said, src=speaker, group=group)
+            collectives.broadcast(said, speaker, group)
             total += said
         buckets.store(number, total)
     buckets.finish()
@@ -261,9 +262,8 @@ def clip_by_global_norm(
     dtype = functools.reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
     if counted:
         squared += torch.stack(torch._foreach_norm(counted, 2.0, dtype=dtype)).double().square().sum()
-    reported = torch.empty(mesh.size, dtype=torch.float64, device=device)
-    dist.all_gather(list(reported.split(1)), squared)
-    norm = torch.stack([reported[ranks[0]] for ranks in healthy]).sum().sqrt()
+    reported = collectives.all_gather(squared)
+    norm = torch.stack([reported[ranks[0], 0] for ranks in healthy]).sum().sqrt()
     if gradients:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(dtype))
     return norm
@@ -297,8 +297,7 @@ class _Votes:
         """Of each bucket its number, whether any voter has each gradient ``(head,)``, and the estimates ``(voters, values)``."""
         for number in range(len(buckets)):
             message = buckets.message(number)
-            everyone = message.new_empty(self._group.size(), len(message))
-            dist.all_gather(list(everyone.unbind()), message, group=self._group)
+            everyone = collectives.all_gather(message, self._group)
             votes = everyone if len(self.voters) == len(everyone) else everyone[self.voters]
             votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
             heads, rows = votes.tensor_split([buckets.head(number)], dim=1)

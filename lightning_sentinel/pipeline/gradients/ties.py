@@ -12,11 +12,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.gradients.reduction import StageGroups, first_healthy, sum_over_stages
+from lightning_sentinel.pipeline.processes import collectives
 
 __all__ = ["Tie", "TiedStages", "Untied", "find_ties"]
 
@@ -99,7 +99,7 @@ class TiedStages:
         """Give all copies the values of the first stage; to be called by all ranks that are not banned."""
         for stages, shared in self._shared.items():
             for parameter in shared if self._stage in stages else ():
-                dist.broadcast(parameter.data, first_healthy(self._mesh, stages[0], banned), group=groups.across(stages))
+                collectives.broadcast(parameter.data, first_healthy(self._mesh, stages[0], banned), groups.across(stages))
 
 
 class Untied:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_sentinel.pipeline.processes import collectives
+
 __all__ = ["OptimizerShards", "owners"]
 
 
@@ -63,10 +65,6 @@ class OptimizerShards:
                 parameter.grad = None
         yield
         with torch.no_grad():
-            arriving = [
-                dist.broadcast(parameter.data, owner, group=group, async_op=True)
-                for parameter, owner in self._owners
-                if parameter.requires_grad
-            ]
-            for one in arriving:
-                one.wait()
+            collectives.broadcast_each(
+                ((parameter.data, owner) for parameter, owner in self._owners if parameter.requires_grad), group
+            )

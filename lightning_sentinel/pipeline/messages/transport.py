@@ -9,7 +9,8 @@ Besides, a worker sends small notes past its neighbour to the stage behind it: w
 Nobody waits for a note to arrive before going on, because its receiver asks for it only when the neighbour's own signal is there.
 
 ``device`` sends tensors from where they are. ``host`` copies them through host memory: between sites, and where the backend cannot
-send from the device (several ranks on one GPU).
+send from the device (several ranks on one GPU). Collectives go the same way
+(:mod:`~lightning_sentinel.pipeline.processes.collectives`).
 
 Nothing in a message is believed before it was compared with what is due. What gloo itself does with a message whose size is not
 that of the receiver's buffer (test_transport_over_gloo.py has it in writing):
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, WorkerLostError
 from lightning_sentinel.pipeline.messages.headers import HEADER_WORDS, Expected, Header, Kind, Place, decode, encode, extent
+from lightning_sentinel.pipeline.processes.collectives import wire
 from lightning_sentinel.pipeline.processes.liveness import is_lost_connection
 
 __all__ = ["Transport"]
@@ -71,9 +73,7 @@ class Transport:
 
     def __init__(self, device: torch.device, mode: Literal["auto", "device", "host"] = "auto") -> None:
         self._device = device
-        if mode == "auto":
-            mode = "host" if device.type != "cpu" and not _sends_from(device) else "device"
-        self._wire = torch.device("cpu") if mode == "host" else device
+        self._wire = {"auto": wire(device), "device": device, "host": torch.device("cpu")}[mode]
         self._under_way: list[tuple[int, dist.Work, Tensor]] = []
         self._broken: dict[int, str] = {}
         self._sent: dict[tuple[int, Kind], _Size] = {}
@@ -179,8 +179,12 @@ class Transport:
         message = torch.empty(size.bytes, dtype=torch.uint8)
         message[:_HEADER_BYTES] = header.view(torch.uint8)
         elements = message[_ELEMENTS_AT:].view(tensor.dtype)
-        elements[:-1].view(tensor.shape).copy_(tensor)
-        elements[-1] = last
+        if tensor.device == self._wire:
+            elements[:-1].view(tensor.shape).copy_(tensor)
+            elements[-1] = last
+        else:
+            # Put together there, because the device is waited for with each copy.
+            elements.copy_(torch.cat((tensor.reshape(-1), last.to(tensor.dtype).reshape(1))))
         return [message]
 
     def _message(self, rank: int, place: Place, expected: Expected) -> tuple[Header, Tensor]:
@@ -244,8 +248,3 @@ def _naming(rank: int) -> Iterator[None]:
         if not is_lost_connection(error):
             raise
         raise WorkerLostError(f"Rank {rank} does not answer: {error}", rank=rank) from error
-
-
-def _sends_from(device: torch.device) -> bool:
-    """Whether the default process group can send tensors of this device; gloo sends from the host only."""
-    return dist.get_backend_config().find(f"{device.type}:nccl") >= 0 or dist.get_backend() in ("nccl", "xccl", "hccl")

@@ -145,14 +145,13 @@ class Audits:
         if not asked:
             return []
         given = [self._hand_over(boundary, case, auditor, wiring, absent) for case, auditor in asked]
-        said = torch.zeros(len(asked), device=self._device)
+        said = torch.zeros(len(asked))
         for number, ((case, auditor), items) in enumerate(zip(asked, given)):
             if auditor == self._worker:
                 word = self._judge(boundary, case, items)
                 said[number] = word if self.adversary is None else self.adversary.vote(auditor, case.audited, word)
-        everyone = torch.empty(self._mesh.size, len(asked), device=self._device)
+        everyone = torch.empty(self._mesh.size, len(asked))
         dist.all_gather(list(everyone.unbind()), said)
-        everyone = everyone.cpu()
         # Each case is for its auditor to say, whatever others put there.
         values = [float(everyone[self._mesh.rank(auditor), number]) for number, (_, auditor) in enumerate(asked)]
         return [Outcome(int(value)) if value in _WORDS else Outcome.MATCHES for value in values]

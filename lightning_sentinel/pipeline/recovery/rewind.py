@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_sentinel.pipeline.randomness import generator_state, set_generator_state
+
 __all__ = ["Rewind"]
 
 
@@ -34,7 +36,7 @@ class Rewind:
         self._gradients: list[Tensor | None] = [None if p.grad is None else p.grad.clone() for p in self._parameters]
         self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
         self._random = torch.get_rng_state()
-        self._random_on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._random_on_device = generator_state(device)
 
     def __call__(self) -> None:
         for parameter, gradient in zip(self._parameters, self._gradients):
@@ -42,5 +44,4 @@ class Rewind:
         for buffer, before in self._buffers:
             buffer.copy_(before)
         torch.set_rng_state(self._random)
-        if self._random_on_device is not None:
-            torch.cuda.set_rng_state(self._random_on_device, self._device)
+        set_generator_state(self._device, self._random_on_device)

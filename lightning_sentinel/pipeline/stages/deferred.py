@@ -234,9 +234,11 @@ def _draws(func: Any) -> bool:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    if device.type != "cuda":
+    module = None if device.type in ("cpu", "meta") else torch.get_device_module(device.type)
+    generators = getattr(module, "default_generators", None)
+    if generators is None:
         return torch.default_generator
-    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return generators[module.current_device() if device.index is None else device.index]
 
 
 def _redrawn(draw: _Draw | None, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.deepspeed_setup import local_rank_of
 from lightning_sentinel.pipeline.gradients.ties import Tie, find_ties
 from lightning_sentinel.pipeline.stages.deferred import DeferredBuild
 from lightning_sentinel.pipeline.stages.elsewhere import Elsewhere
@@ -140,7 +141,7 @@ def cut(
     materialise(module, build)
     if worker is not None:
         stage = StageLayers(stage_model.layers.layers[start:stop], start, activation_checkpointing, device)
-        stage_model = replace(stage_model, stage=stage, pipeline=_pipeline_module(stage, mesh, worker))
+        stage_model = replace(stage_model, stage=stage, pipeline=_pipeline_module(stage, mesh, worker, device))
         if mesh.stages > 1:
             of = "" if layers.entry is module else f"The {type(layers.entry).__name__} of "
             # An attribute of the instance, as while steps run.
@@ -177,7 +178,7 @@ def _check_stages(model: StageModel, method: str) -> None:
         )
 
 
-def _pipeline_module(stage: StageLayers, mesh: Mesh, worker: Worker) -> Any:
+def _pipeline_module(stage: StageLayers, mesh: Mesh, worker: Worker, device: torch.device) -> Any:
     from deepspeed.runtime.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
@@ -187,7 +188,7 @@ def _pipeline_module(stage: StageLayers, mesh: Mesh, worker: Worker) -> Any:
     # One layer a stage, because it was cut by us: DeepSpeed would count, build and hold the layers of all stages.
     layers = [stage if number == worker.stage else nn.Identity() for number in range(mesh.stages)]
     # DeepSpeed prints its own account of the partition; ours is one table.
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), local_rank_of(device):
         return PipelineModule(layers=layers, topology=topology, partition_method="uniform")
 
 
