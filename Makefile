@@ -21,8 +21,8 @@ demo: .venv/.ok  ## six processes, one malicious: about three minutes on two cor
 test: .venv/.ok  ## the whole suite, doctests included
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test-gpu: .venv/.ok  ## only the tests that need a GPU
-	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu
+test-gpu: .venv/.ok  ## only the tests that need a GPU, or two; ends with a table of what was found, and what was skipped and why
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest tests/distributed/test_gpu.py -m gpu -n 0 -rs
 
 benchmark-quick: .venv/.ok  ## has detection got worse? about two minutes; fails if it has
 	rm -rf runs/benchmark-quick

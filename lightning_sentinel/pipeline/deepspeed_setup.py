@@ -18,7 +18,15 @@ import torch
 
 from lightning_sentinel.errors import ConfigurationError, UnsupportedVersionError
 
-__all__ = ["check_engine", "check_private_names", "engine_config", "keeping_groups", "leave_module_alone", "local_rank_of", "prepare"]
+__all__ = [
+    "check_engine",
+    "check_private_names",
+    "engine_config",
+    "keeping_groups",
+    "leave_module_alone",
+    "local_rank_of",
+    "prepare",
+]
 
 _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.pipe.engine": {
@@ -141,7 +149,7 @@ def leave_module_alone(engine: object) -> None:
 
 @contextmanager
 def local_rank_of(device: torch.device) -> Iterator[None]:
-    """Around DeepSpeed's constructors, which take ``LOCAL_RANK`` for the number of the device; a Trainer may have chosen another."""
+    """Around DeepSpeed's constructors, which take ``LOCAL_RANK`` for the device's number; a Trainer may have chosen another."""
     before = os.environ.get("LOCAL_RANK")
     if device.index is not None:
         os.environ["LOCAL_RANK"] = str(device.index)

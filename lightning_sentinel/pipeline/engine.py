@@ -2,8 +2,8 @@
 
 Taken from DeepSpeed: the 1F1B schedule, the distribution of the model, and the optimizer step. Ours: who serves which lane, how a
 micro-batch is loaded and its loss computed (by the user's own step), in what precision the layers run (DeepSpeed would end an
-autocast that it has not begun), what crosses a boundary and how (``boundaries``), and the reduction and clipping of gradients, which
-banned workers must have no part in.
+autocast that it has not begun), what crosses a boundary and how (``boundaries``), and the reduction and clipping of gradients, of
+which banned workers are to have no part.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
 from lightning_sentinel.pipeline.data.dealing import Deal
 from lightning_sentinel.pipeline.data.supply import Supply, Work
-from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups, leave_module_alone, local_rank_of
+from lightning_sentinel.pipeline.deepspeed_setup import (
+    check_engine,
+    engine_config,
+    keeping_groups,
+    leave_module_alone,
+    local_rank_of,
+)
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.healthy import HealthyStage

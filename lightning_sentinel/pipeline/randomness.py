@@ -91,7 +91,7 @@ def set_generator_state(device: torch.device, state: torch.Tensor) -> None:
 
 
 def _own_generator(device: torch.device) -> Any:
-    """What seeds a device that draws random numbers of its own, which is the current one; ``None`` if the host draws them for it."""
+    """What seeds the current device, if it is of a kind that draws its own random numbers; ``None`` if the host does."""
     module = None if device.type == "cpu" else torch.get_device_module(device.type)
     return module if hasattr(module, "get_rng_state") else None
 

@@ -121,8 +121,8 @@ class VirtualEngine:
             order = torch.tensor([row for one in rows for row in one])
             self._returned = reorder(join(results, [len(one) for one in rows], average=True), order)
         weights = self._wiring.arrange(torch.tensor([replica.weights for replica in replicas]))
-        rows = [] if self.guard is None else [self.guard.take_rows(boundary) for boundary in self._mesh.boundaries]
-        return self._outcome(losses, torch.stack(rows) if rows else None, weights)
+        received = [] if self.guard is None else [self.guard.take_rows(boundary) for boundary in self._mesh.boundaries]
+        return self._outcome(losses, torch.stack(received) if received else None, weights)
 
     def rewind(self) -> None:
         assert self._rewind is not None, "only what is audited is done again"

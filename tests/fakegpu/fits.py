@@ -28,9 +28,7 @@ class Watch(L.Callback):
         reads.clear()
 
 
-def fit(
-    engine: str, stages: int, replicas: int, on_device: bool = True, warmup: int = WARMUP, **settings: Any
-) -> dict[str, Any]:
+def fit(engine: str, stages: int, replicas: int, on_device: bool = True, warmup: int = WARMUP, **settings: Any) -> dict[str, Any]:
     """Train, and say what came of it."""
     if on_device:
         accelerators.install()

@@ -42,8 +42,8 @@ def backend_for(device: torch.device, devices: Sequence[torch.device], transport
     if transport == "device" and device.type != "cpu" and (shared or own == "gloo"):
         why = f"{len(devices)} ranks share {', '.join(sorted({str(one) for one in devices}))}" if shared else "no backend does"
         raise ConfigurationError(
-            f"transport='device' is to send from {device}, which cannot be: {why}. Use transport='auto' or 'host', which goes through"
-            " host memory, or a device for every rank."
+            f"transport='device' is to send from {device}, which cannot be: {why}. Use transport='auto' or 'host', which goes"
+            " through host memory, or a device for every rank."
         )
     return "gloo" if shared or transport == "host" or own == "gloo" else f"cpu:gloo,{device.type}:{own}"
 

@@ -33,7 +33,11 @@ def test_the_backend_follows_transport_and_devices(device: Any, devices: Any, tr
 
 @pytest.mark.parametrize(
     ("device", "devices", "why"),
-    [(ONE, [ONE, ONE], r"2 ranks share cuda:0"), (OTHER, [ONE, ONE, OTHER], r"3 ranks share cuda:0, cuda:1"), (UNKNOWN, [UNKNOWN], r"no backend")],
+    [
+        (ONE, [ONE, ONE], r"2 ranks share cuda:0"),
+        (OTHER, [ONE, ONE, OTHER], r"3 ranks share cuda:0, cuda:1"),
+        (UNKNOWN, [UNKNOWN], r"no backend"),
+    ],
 )
 def test_what_cannot_be_sent_from_is_refused(device: Any, devices: Any, why: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"transport='device' is to send from {device}, which cannot be: {why}.*'host'"):
