@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,7 +20,7 @@ from deepspeed.runtime.pipe.schedule import TrainSchedule
 from lightning_sentinel.errors import ConfigurationError, UnsupportedVersionError
 from lightning_sentinel.pipeline import deepspeed_setup
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
-from lightning_sentinel.pipeline.deepspeed_setup import check_private_names, prepare
+from lightning_sentinel.pipeline.deepspeed_setup import check_private_names, local_rank_of, prepare
 from lightning_sentinel.pipeline.engine import SentinelEngine
 
 MINUTE = timedelta(minutes=1)
@@ -67,6 +68,20 @@ class TestPrivateNames:
         private = {name for name in used if re.search(rf"(self\.|def ){name}\b", theirs)}
         assert "_exec_schedule" in private
         assert [name for name in sorted(private) if name not in inspect.getsource(deepspeed_setup)] == []
+
+
+@pytest.mark.parametrize("before", [None, "0", "3"])
+def test_deepspeed_is_told_the_device_that_the_trainer_chose(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody else: the process stays the one that it is on its machine, after an error too."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if before is not None:
+        monkeypatch.setenv("LOCAL_RANK", before)
+    with pytest.raises(ArithmeticError), local_rank_of(torch.device("cuda", 1)):
+        assert os.environ["LOCAL_RANK"] == "1"
+        raise ArithmeticError
+    assert os.environ.get("LOCAL_RANK") == before
+    with local_rank_of(torch.device("cpu")):
+        assert os.environ.get("LOCAL_RANK") == before
 
 
 class TestPrepare:
