@@ -149,7 +149,7 @@ def leave_module_alone(engine: object) -> None:
 
 @contextmanager
 def local_rank_of(device: torch.device) -> Iterator[None]:
-    """Around DeepSpeed's constructors, which take ``LOCAL_RANK`` for the device's number; a Trainer may have chosen another."""
+    """Around DeepSpeed's ``PipelineModule``, which goes to the device ``LOCAL_RANK``; a Trainer may have chosen another."""
     before = os.environ.get("LOCAL_RANK")
     if device.index is not None:
         os.environ["LOCAL_RANK"] = str(device.index)

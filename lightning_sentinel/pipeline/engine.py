@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule as ds_schedule
 from torch import Tensor
@@ -29,13 +30,7 @@ from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
 from lightning_sentinel.pipeline.data.dealing import Deal
 from lightning_sentinel.pipeline.data.supply import Supply, Work
-from lightning_sentinel.pipeline.deepspeed_setup import (
-    check_engine,
-    engine_config,
-    keeping_groups,
-    leave_module_alone,
-    local_rank_of,
-)
+from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups, leave_module_alone
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.healthy import HealthyStage
@@ -98,7 +93,7 @@ class SentinelEngine(StageBoundaries):
         pipeline, stage = stage_model.pipeline, stage_model.stage
         assert stage is not None
         self._stage_device = device
-        with keeping_groups(optimizer), local_rank_of(device):
+        with keeping_groups(optimizer):
             super().__init__(
                 args=None,
                 model=pipeline,
@@ -246,8 +241,8 @@ class SentinelEngine(StageBoundaries):
     # ------------------------------------------------------------------------------------------------- gradients and weights
 
     def _set_distributed_vars(self, args: Any) -> None:
-        """DeepSpeed's constructor sends from its device, which gloo cannot do; from the host both can."""
-        super()._set_distributed_vars(args)
+        """DeepSpeed's device is ``LOCAL_RANK``, and its constructor sends from it: under gloo it has to be the host."""
+        self.world_size, self.global_rank = dist.get_world_size(), dist.get_rank()
         self.device = wire(self._stage_device)
 
     def _broadcast_model(self) -> None:
