@@ -9,20 +9,31 @@ import torch
 from torch import Tensor, nn
 
 import lightning_sentinel as ls
+from lightning_sentinel.attacks import Adversary
+from lightning_sentinel.mesh import Mesh
 from tests.distributed import tasks
 
 STEPS, BATCH = 6, 6
 LIES_FROM = 3
 
 
-class Liar:
+class Liar(Adversary):
     """Multiplies what one worker sends; draws no random numbers, for which a device may have no generator."""
 
-    def __init__(self, worker: ls.Worker, factor: float) -> None:
-        self.workers, self._factor = frozenset({worker}), factor
+    def __init__(self, mesh: Mesh, worker: ls.Worker, factor: float, lies_from: int) -> None:
+        super().__init__("zeros", mesh, workers=[worker], start_step=lies_from)
+        self._factor = factor
 
-    def tamper(self, signal: Tensor, worker: ls.Worker, direction: ls.Direction, step: int, *_: Any) -> Tensor:
-        return signal * self._factor if step >= LIES_FROM and worker in self.workers else signal
+    def tamper(
+        self,
+        signal: Tensor,
+        worker: ls.Worker,
+        direction: ls.Direction,
+        step: int,
+        micro_batch: int,
+        received: Tensor | None = None,
+    ) -> Tensor:
+        return signal * self._factor if self.tampers(worker, direction, step) else signal
 
 
 def fit(
@@ -63,7 +74,7 @@ def fit(
         **where,
     )
     if factor is not None:
-        strategy.adversary = Liar(ls.Worker(stages - 1, replicas - 1), factor)  # type: ignore[assignment]
+        strategy.adversary = Liar(Mesh(stages, replicas), ls.Worker(stages - 1, replicas - 1), factor, LIES_FROM)
     module = tasks.Classifier("sgd")
     seen: set[tuple[str, torch.dtype]] = set()
     for layer in module.modules():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lightning_sentinel as ls
+from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.verification.audit import tolerance
 from tests.distributed import gpu_tasks, tasks, world
 from tests.distributed.gpu_report import Row, report
@@ -114,8 +115,7 @@ def test_the_runs_work_without_a_gpu() -> None:
 
 
 def test_a_lie_is_told_without_random_numbers() -> None:
-    liar, signal = gpu_tasks.Liar(ls.Worker(1, 2), 2.0), torch.ones(2)
-    told = [
-        liar.tamper(signal, worker, ls.Direction.GRADIENT, step) for worker in (ls.Worker(1, 2), ls.Worker(1, 1)) for step in (2, 3)
-    ]
+    guilty, honest, signal = ls.Worker(1, 2), ls.Worker(1, 1), torch.ones(2)
+    liar = gpu_tasks.Liar(Mesh(2, 3), guilty, 2.0, lies_from=3)
+    told = [liar.tamper(signal, worker, ls.Direction.GRADIENT, step, 0) for worker in (guilty, honest) for step in (2, 3)]
     assert [float(one[0]) for one in told] == [1.0, 2.0, 1.0, 1.0]

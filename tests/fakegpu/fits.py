@@ -6,10 +6,10 @@ from collections import Counter
 from typing import Any
 
 import lightning as L
-from torch import Tensor
 
 import lightning_sentinel as ls
 from tests.distributed import tasks
+from tests.distributed.gpu_tasks import Liar
 from tests.fakegpu import accelerators
 from tests.fakegpu.device import reads
 
@@ -73,20 +73,17 @@ def fit(engine: str, stages: int, replicas: int, on_device: bool = True, warmup:
     }
 
 
-class Liar(L.Callback):
-    """An adversary that draws no random numbers, because the device has no generator."""
-
-    workers = frozenset({ls.Worker(1, 1)})
+class OneLies(L.Callback):
+    """A worker lies, without drawing random numbers, because the device has no generator."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        trainer.strategy.adversary = self  # type: ignore[attr-defined]
-
-    def tamper(self, signal: Tensor, worker: ls.Worker, direction: ls.Direction, step: int, *_: Any) -> Tensor:
-        return signal * 1.5 if step >= LIES_FROM and worker in self.workers else signal
+        strategy = trainer.strategy
+        assert isinstance(strategy, ls.SentinelStrategy)
+        strategy.adversary = Liar(strategy.mesh, ls.Worker(1, 1), 1.5, LIES_FROM)
 
 
 def both(engine: str, stages: int, replicas: int, on_device: bool = True, lies: bool = True) -> tuple[dict[str, Any], ...]:
     """Without audits, where what is flagged would be kept out at receipt and nothing is; and with audits of every signal."""
     plain = fit(engine, stages, replicas, on_device, 100, response=ls.Response(audit_rate=None), gradient_clip_val=0.5)
-    callbacks = [Liar()] if lies else []
+    callbacks = [OneLies()] if lies else []
     return plain, fit(engine, stages, replicas, on_device, response=ls.Response(audit_rate=1.0), callbacks=callbacks)
