@@ -23,14 +23,14 @@ def test_a_long_run_remembers_the_latest_detections_and_writes_down_all(tmp_path
         3,
         micro_batches=2,
         engine="virtual",
-        verification=ls.Verification(warmup_steps=10),
+        verification=ls.Verification(warmup_steps=27, seed=1),
         response=ls.Response(on_flag="log", ban_after=None, audit_rate=None),
     )
-    injector = ls.AttackInjector(shout, workers=[ls.Worker(1, 0)], start_step=12)
+    injector = ls.AttackInjector(shout, workers=[ls.Worker(1, 0)], start_step=28)
     module = tasks.Classifier("sgd")
-    run = tasks.trainer(strategy, 1, 24, [injector], logger=CSVLogger(tmp_path, name="", version=""))
+    run = tasks.trainer(strategy, 1, 44, [injector], logger=CSVLogger(tmp_path, name="", version=""))
     run.fit(module, tasks.loader(24))
     written = (tmp_path / "sentinel" / "detections.jsonl").read_text().splitlines()
     assert len(written) > len(strategy.detections) == 20
-    assert strategy.detections[-1].step == 23 and type(strategy.detections) is list
+    assert strategy.detections[-1].step == 43 and type(strategy.detections) is list
     assert [one.step for one in strategy.detections] == sorted(one.step for one in strategy.detections)
