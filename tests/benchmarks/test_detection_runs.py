@@ -209,7 +209,7 @@ def test_signals_are_counted_by_who_sent_them_when_others_serve_a_lane() -> None
 @pytest.mark.parametrize("name", INSIDERS)
 def test_insiders_do_what_they_say_and_have_nobody_honest_banned(name: str) -> None:
     # So wide that the directions do not see everything.
-    training, liars = replace(TINY, stages=4, replicas=5, warmup_steps=8, steps=4, width=48), ((1, 1), (2, 3))
+    training, liars = replace(TINY, stages=4, replicas=5, warmup_steps=8, steps=4, width=64), ((1, 1), (2, 3))
     settings = {"training": training, "attack": name, "spec": name, "direction": "both", "workers": liars}
     found = measure(attack("duplicated", **settings), None)
     lies = name not in ("false notes", "false votes")
