@@ -109,16 +109,17 @@ def _fresh(metric: Metric) -> Metric:
     parts = [part for part in metric.modules() if isinstance(part, Metric)]
     before = [dict(vars(part)) for part in parts]
     for part in parts:
-        empty = {name: [] if isinstance(default, list) else default.clone() for name, default in part._defaults.items()}
+        states: dict[str, Any] = part._defaults
+        empty = {name: [] if isinstance(default, list) else default.clone() for name, default in states.items()}
         vars(part).update(empty, _forward_cache=None, _computed=None, _cache=None)
     try:
         copy = metric.clone()
     finally:
         for part, state in zip(parts, before):
             vars(part).update(state)
-    for part in copy.modules():
-        if isinstance(part, Metric):
-            part.distributed_available_fn = alone
+    for copied in copy.modules():
+        if isinstance(copied, Metric):
+            copied.distributed_available_fn = alone
     return copy.to(metric.device)
 
 

@@ -98,7 +98,9 @@ class Keeping(Classifier):
 
 
 def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    # Lightning forgets the variable after a run.
+    initialized = torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if initialized else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def replica() -> int:
@@ -108,7 +110,9 @@ def replica() -> int:
 def strategy(**options: Any) -> Any:
     if world() == 1:
         return "auto"
-    return ls.SentinelStrategy(STAGES, REPLICAS, MICRO_BATCHES, timeout=PATIENCE, **options)
+    # An auditor runs a step once more, and what is printed cannot be taken back.
+    response = ls.Response(audit_rate=None)
+    return ls.SentinelStrategy(STAGES, REPLICAS, MICRO_BATCHES, response=response, timeout=PATIENCE, **options)
 
 
 def keeping(directory: str) -> dict[str, Any]:
