@@ -21,6 +21,8 @@ __all__ = ["AnomalyScore"]
 
 FENCE = 1.0
 HOTTEST = 3.0
+CAP = 10.0
+"""What a score counts in a mean at most: one of a million, as a signal that is not finite has, would hide all others."""
 
 
 class AnomalyScore(Metric):
@@ -28,13 +30,15 @@ class AnomalyScore(Metric):
 
     The anomaly score of a signal says how far it is from what its boundary has learned to expect: 0 is expected, 1 is
     at the fence, anything above 1 is flagged (SENTINEL, arXiv 2603.03592). A signal with values that are not finite
-    scores infinity, and so does the mean of its worker from then on.
+    has the highest score that there is, a million. In a mean no finite score counts more than 10: ten times as far out
+    as the fence is out, how far does not matter, and one such step must not hide what the others were like. A score of
+    infinity is one that the mean of its worker never leaves.
 
     ``update`` takes the scores of one step, a floating tensor of shape ``(stages, replicas, 2)``, the last dim in the
     order (activation, gradient), NaN where a worker sent nothing or the signal was not scored: the last stage sends no
     activation, the first no gradient. ``compute`` returns a 0-dim tensor: the highest mean score over all workers and
     directions, NaN if nothing was scored. Calling the metric, ``metric(scores)``, updates it and returns the highest
-    score of that step alone, which ``latest`` keeps.
+    score of that step alone, which ``latest`` keeps, whatever its size.
 
     Every rank of a mesh knows all scores, and updates with the same tensor: synchronised means are then the local ones.
 
@@ -97,16 +101,16 @@ class AnomalyScore(Metric):
             )
         scores = scores.detach().to(self.total)
         scored = ~scores.isnan()
-        self.total = self.total + scores.where(scored, 0.0)
+        self.total = self.total + scores.where(scores.isinf(), scores.clamp(max=CAP)).where(scored, 0.0)
         self.count = self.count + scored
         self.latest = nanmax(scores.flatten())
 
     def forward(self, scores: Tensor) -> Tensor:
         """Add the scores of one step and return the highest of them, a 0-dim tensor; see ``update``."""
-        highest: Tensor = super().forward(scores)
+        super().forward(scores)
         # torchmetrics merged the step into the state as if it came from another rank, so an earlier step may have won.
-        self.latest = highest
-        return highest
+        self.latest = nanmax(scores.detach().to(self.total).flatten())
+        return self.latest
 
     def compute(self) -> Tensor:
         """Return the highest mean score over workers and directions, 0-dim; NaN if nothing was scored."""

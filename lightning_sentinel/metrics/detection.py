@@ -27,9 +27,14 @@ __all__ = ["DetectionDelay", "DetectionF1", "DetectionPrecision", "DetectionReca
 class _OverWorkers(BinaryStatScores):
     """Turns a binary classification metric, the next class in the method resolution order, into one over workers."""
 
-    def __init__(self, stages: int, replicas: int, **kwargs: Any) -> None:
-        # Validation looks at the values of both vectors, which are boolean here whatever the user gave.
-        super().__init__(validate_args=False, zero_division=1, **kwargs)
+    _no_division = 1
+    """The value where there is nothing to divide by, if the user does not say."""
+
+    def __init__(
+        self, stages: int, replicas: int, *, validate_args: bool = True, zero_division: float | None = None, **kwargs: Any
+    ) -> None:
+        division = self._no_division if zero_division is None else zero_division
+        super().__init__(validate_args=validate_args, zero_division=division, **kwargs)
         self.mesh = Mesh(stages, replicas)
 
     def update(self, detected: Collection[Worker], malicious: Collection[Worker]) -> None:
@@ -54,10 +59,13 @@ class DetectionPrecision(_OverWorkers, BinaryPrecision):
     Args:
         stages: pipeline stages, at least 1.
         replicas: data-parallel pipelines, at least 1.
+        validate_args: whether arguments are checked, as in torchmetrics.
+        zero_division: the value where there is nothing to divide by, 0 or 1; ``None`` for 1.
         kwargs: what every torchmetrics ``Metric`` takes.
 
     Raises:
         ConfigurationError: if the mesh has no workers, or ``update`` is given a worker outside it.
+        ValueError: if ``zero_division`` is neither 0 nor 1.
 
     Example:
         >>> from lightning_sentinel.mesh import Worker
@@ -77,10 +85,13 @@ class DetectionRecall(_OverWorkers, BinaryRecall):
     Args:
         stages: pipeline stages, at least 1.
         replicas: data-parallel pipelines, at least 1.
+        validate_args: whether arguments are checked, as in torchmetrics.
+        zero_division: the value where there is nothing to divide by, 0 or 1; ``None`` for 1.
         kwargs: what every torchmetrics ``Metric`` takes.
 
     Raises:
         ConfigurationError: if the mesh has no workers, or ``update`` is given a worker outside it.
+        ValueError: if ``zero_division`` is neither 0 nor 1.
 
     Example:
         >>> from lightning_sentinel.mesh import Worker
@@ -100,10 +111,13 @@ class DetectionF1(_OverWorkers, BinaryF1Score):
     Args:
         stages: pipeline stages, at least 1.
         replicas: data-parallel pipelines, at least 1.
+        validate_args: whether arguments are checked, as in torchmetrics.
+        zero_division: the value where there is nothing to divide by, 0 or 1; ``None`` for 1.
         kwargs: what every torchmetrics ``Metric`` takes.
 
     Raises:
         ConfigurationError: if the mesh has no workers, or ``update`` is given a worker outside it.
+        ValueError: if ``zero_division`` is neither 0 nor 1.
 
     Example:
         >>> from lightning_sentinel.mesh import Worker
@@ -123,10 +137,13 @@ class FalsePositiveRate(_OverWorkers):
     Args:
         stages: pipeline stages, at least 1.
         replicas: data-parallel pipelines, at least 1.
+        validate_args: whether arguments are checked, as in torchmetrics.
+        zero_division: the value where there is nothing to divide by, 0 or 1; ``None`` for 0.
         kwargs: what every torchmetrics ``Metric`` takes.
 
     Raises:
         ConfigurationError: if the mesh has no workers, or ``update`` is given a worker outside it.
+        ValueError: if ``zero_division`` is neither 0 nor 1.
 
     Example:
         >>> from lightning_sentinel.mesh import Worker
@@ -137,16 +154,17 @@ class FalsePositiveRate(_OverWorkers):
         tensor(0.2500)
     """
 
+    _no_division = 0
     higher_is_better = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
     def compute(self) -> Tensor:
         """Return the rate."""
-        # Not 1 - BinarySpecificity, which has no zero_division and calls 0 honest workers a rate of 1.
+        # Not 1 - BinarySpecificity, whose zero_division would be the other way round.
         _, false_alarms, trusted, *_ = super().compute()
-        rate: Tensor = false_alarms / (false_alarms + trusted).clamp(min=1)
-        return rate
+        honest = false_alarms + trusted
+        return torch.where(honest > 0, false_alarms / honest.clamp(min=1), float(self.zero_division))
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
         """Draw one value, or a sequence of them as a curve, the way torchmetrics draws its own metrics.

@@ -80,6 +80,15 @@ def test_a_worker_without_scores_is_nan_in_the_matrix_only() -> None:
     assert metric.compute().isfinite()
 
 
+def test_one_step_that_is_far_out_does_not_hide_the_others() -> None:
+    scores = torch.full((1000, 2, 2, 2), 0.5)
+    scores[3, 0, 1, 0] = 1e6
+    metric = AnomalyScore(2, 2)
+    assert max(metric(step).item() for step in scores) == 1e6
+    assert metric.compute().item() == pytest.approx(0.5 + 9.5 / 1000)
+    assert metric.matrix()[1].tolist() == [0.5, 0.5]
+
+
 def test_an_infinite_score_stays_infinite() -> None:
     scores = steps_of_scores(20)
     scores[0, 1, 1, 0] = math.inf

@@ -75,6 +75,17 @@ def test_it_is_what_one_counts_by_hand(cls: type[Metric], runs: list[Run]) -> No
     assert value.item() == pytest.approx(by_hand(cls, runs))
 
 
+@pytest.mark.parametrize("validate_args", [True, False])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_arguments_are_those_of_torchmetrics(cls: type[Metric], validate_args: bool) -> None:
+    for value in (0, 1):
+        metric = cls(1, 1, validate_args=validate_args, zero_division=value)
+        metric.update(NOBODY, {Worker(0, 0)} if cls in (FalsePositiveRate, DetectionPrecision) else NOBODY)
+        assert metric.compute() == value
+    with pytest.raises(ValueError, match="zero_division"):
+        cls(1, 1, zero_division=0.5)
+
+
 SOME = frozenset({Worker(0, 0), Worker(3, 2)})
 
 
