@@ -97,7 +97,8 @@ class Response:
             ``"krum"`` and ``"multi_krum"`` (Blanchard et al., 2017), ``"centred_clipping"`` (Karimireddy et al., 2021). They need
             at least 3 workers a stage: of fewer, no minority can be outvoted.
         tolerated: how many workers of a stage may send anything, for ``aggregation`` other than ``"mean"``. ``None``, and at most:
-            fewer than half of those that have worked.
+            fewer than half of those that have worked; with ``"krum"`` and ``"multi_krum"`` so few that ``2 f + 2 < n``, or one of
+            three or four.
         banned: workers that are banned from the first step on, such as those of an earlier run on the same machines; see
             :meth:`lightning_sentinel.Ledger.export`.
         ledger: path of a JSON file in which bans are kept, at every ban, and from which they are taken over at the start if it

@@ -5,7 +5,9 @@ whole gradients. There are two kinds of rules. A *coordinate-wise* rule maps a p
 asks how the rows lie to each other: it maps their Gram matrix ``(n, n)``, which is a sum over pieces, to weights ``(n,)`` with
 which the rows are added up.
 
-``f`` is how many rows may be anything, values that are not finite included. All rules need fewer than half.
+``f`` is how many rows may be anything, values that are not finite included. All rules need fewer than half; Krum and multi-Krum
+need ``2 f + 2 < n``, or a single row that may be anything: with no other to be close to, it can only be as close to honest ones as
+they are to each other.
 
 A weighing rule gives a row that is not finite the weight zero as long as it is one of those ``f``. Zero times infinity is not a
 number, so rows of weight zero are to be left out when the rows are added up: :func:`combine` does.
@@ -56,12 +58,12 @@ def trimmed_mean(rows: Tensor, f: int) -> Tensor:
 
 
 def krum(gram: Tensor, f: int) -> Tensor:
-    """The row that is closest to its ``n - f - 1`` nearest others (Blanchard et al., 2017).
+    """The row that is closest to its ``n - f - 2`` nearest others, at least one (Blanchard et al., 2017).
 
     Example:
-        >>> rows = torch.tensor([[0.9], [1.0], [1.2], [90.0]])
+        >>> rows = torch.tensor([[0.8], [1.1], [1.0], [1.4], [90.0]])
         >>> krum(rows @ rows.T, f=1)
-        tensor([0., 1., 0., 0.])
+        tensor([0., 0., 1., 0., 0.])
     """
     weights = torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
     weights[_spread_of_neighbours(gram, f).argmin()] = 1.0
@@ -126,14 +128,18 @@ def combine(rows: Tensor, weights: Tensor) -> Tensor:
     return weights @ rows.where(weights[:, None] != 0, 0)
 
 
-def tolerable(count: int, tolerated: int | None = None) -> int:
-    """``f`` for ``count`` rows: ``tolerated``, but fewer than half of them, and as many as that allows if it is ``None``.
+def tolerable(count: int, tolerated: int | None = None, rule: str = "median") -> int:
+    """``f`` of a rule for ``count`` rows: ``tolerated``, but no more than the rule can stand, and as many as that if it is ``None``.
 
     Example:
         >>> [tolerable(count) for count in (1, 2, 3, 4, 5)], tolerable(4, tolerated=2)
         ([0, 0, 1, 1, 2], 1)
+        >>> [tolerable(count, rule="krum") for count in (2, 3, 4, 5, 6, 7)]
+        [0, 1, 1, 1, 1, 2]
     """
     most = (count - 1) // 2
+    if rule in _AMONG_NEIGHBOURS:
+        most = max((count - 3) // 2, min(most, 1))
     return most if tolerated is None else min(tolerated, most)
 
 
@@ -144,7 +150,7 @@ def _spread_of_neighbours(gram: Tensor, f: int) -> Tensor:
     squared = squared.where(~squared.isnan(), torch.inf).fill_diagonal_(0)
     # Two rows that are each other's nearest tie, always so among three: rounding must not decide, or replicas decide differently.
     squared = (squared + squared.T) / 2
-    return squared.sort(dim=1).values[:, 1 : len(gram) - f].sum(dim=1)
+    return squared.sort(dim=1).values[:, 1 : max(2, len(gram) - f - 1)].sum(dim=1)
 
 
 COORDINATE_WISE: dict[str, Callable[[Tensor, int], Tensor]] = {"median": median, "trimmed_mean": trimmed_mean}
@@ -153,3 +159,4 @@ WEIGHING: dict[str, Callable[[Tensor, int], Tensor]] = {
     "multi_krum": multi_krum,
     "centred_clipping": centred_clipping,
 }
+_AMONG_NEIGHBOURS = ("krum", "multi_krum")

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 
+from lightning_sentinel.aggregation.rules import tolerable
 from lightning_sentinel.config import DEFAULT_AUDIT_RATE, Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh
@@ -96,6 +97,13 @@ def check_replicas(mesh: Mesh, verification: Verification | None, response: Resp
         raise ConfigurationError(
             f"Response(aggregation={response.aggregation!r}) needs at least {_FEWEST_TO_OUTVOTE} replicas, because of fewer no"
             f" minority can be outvoted; this mesh has {mesh.replicas}. Use replicas={_FEWEST_TO_OUTVOTE} or more, or 'mean'."
+        )
+    most = tolerable(mesh.replicas, rule=response.aggregation)
+    if response.tolerated is not None and response.tolerated > most:
+        need = "2 f + 2 < n" if "krum" in response.aggregation else "2 f < n"
+        raise ConfigurationError(
+            f"Response(aggregation={response.aggregation!r}, tolerated={response.tolerated}) promises what {mesh.replicas} replicas"
+            f" cannot keep: with f of n workers that send anything it needs {need}. Use tolerated={most} or less, or more replicas."
         )
     for worker in response.banned:
         mesh.rank(worker)

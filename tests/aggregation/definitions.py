@@ -31,7 +31,8 @@ def _scores(rows: Tensor, f: int) -> list[float]:
     scores = []
     for i, row in enumerate(rows):
         distances = [float((row - other).square().sum()) for j, other in enumerate(rows) if j != i]
-        scores.append(sum(sorted(math.inf if math.isnan(distance) else distance for distance in distances)[: len(rows) - f - 1]))
+        nearest = sorted(math.inf if math.isnan(distance) else distance for distance in distances)
+        scores.append(sum(nearest[: max(1, len(rows) - f - 2)]))
     return scores
 
 
@@ -67,4 +68,4 @@ DEFINITIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 def definition(name: str, rows: Tensor) -> Tensor:
     """The rule ``name`` of the rows, of which as many may be anything as can be."""
-    return DEFINITIONS[name](rows, tolerable(len(rows)))
+    return DEFINITIONS[name](rows, tolerable(len(rows), rule=name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_sentinel.aggregation.rules import WEIGHING
 from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.gradients.reduction import StageGroups, _Buckets, clip_by_global_norm, reduce_mean, reduce_robustly
@@ -158,12 +159,35 @@ def robust(groups: StageGroups, rank: int, rules: list[str]) -> dict[Any, Any]:
     with patch.object(_Buckets, "message", lambda *args: message(*args) * (torch.nan if rank % 3 == 0 else 1.0)):
         reduce(parameters, (1.0, 1.0, 1.0), "krum")
     found["no head"] = results(parameters)
+    for rule in WEIGHING:
+        found["two faces", rule] = two_faced(rank, lambda parameters, rule=rule: reduce(parameters, (1.0, 1.0, 1.0), rule, SMALL))
     for name, weights, rule in (("short", (1.0, 1.0), "krum"), ("nobody", (0.0, 0.0, 0.0), "krum"), ("typo", (1.0,) * 3, "crumb")):
         try:
             reduce(module(rank, CASES["equal"]), weights, rule)
         except ValueError as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found
+
+
+def two_faced(rank: int, reduce: Callable[[Parameters], None]) -> dict[str, Tensor | None]:
+    """The first replica sends what is near to all others', and when it is weighed something else."""
+    parameters, message, seen = module(rank, CASES["equal"]), _Buckets.message, set()
+    if rank % 3 == 0:
+        honest = [module(other, CASES["equal"]) for other in MESH.stage_ranks(MESH.worker(rank).stage)]
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                parameter.grad = torch.stack([replica[name].grad for replica in honest if replica[name].grad is not None]).mean(
+                    dim=0
+                )
+
+    def sent(buckets: _Buckets, number: int) -> Tensor:
+        again = rank % 3 == 0 and number in seen
+        seen.add(number)
+        return message(buckets, number) * (-100.0 if again else 1.0)
+
+    with patch.object(_Buckets, "message", sent):
+        reduce(parameters)
+    return results(parameters)
 
 
 def membership(groups: StageGroups, rank: int) -> list[Any]:

@@ -124,6 +124,17 @@ def test_a_liar_cannot_deny_the_gradients_of_others(ranks: list[dict[str, Any]])
         assert all(found[name].isfinite().all() for name in USED)
 
 
+@pytest.mark.parametrize("rule", ["krum", "multi_krum", "centred_clipping"])
+def test_who_sends_something_else_when_it_is_weighed_has_no_weight(ranks: list[dict[str, Any]], rule: str) -> None:
+    found = [rank["robust"]["two faces", rule] for rank in ranks]
+    assert_replicas_agree(found)
+    for rank, gradient in enumerate(found):
+        honest = [contributions(MESH.worker(rank).stage, "weight", CASES["equal"])[replica] for replica in (1, 2)]
+        mean, sent = sum(honest, torch.zeros(())).flatten() / 2, gradient["weight"].flatten()
+        assert torch.cosine_similarity(sent, mean, dim=0) > 0.9
+        assert sent.norm() < 2 * 3 * mean.norm() / DIVISOR
+
+
 def test_what_cannot_be_reduced_is_refused(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert "does not fit a group of 3 workers" in rank["robust"]["short"]

@@ -268,3 +268,8 @@ def test_bans_and_aggregations_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"aggregation='median'\) needs at least 3 replicas.*has 2"):
         check_replicas(mesh, Verification(), Response(aggregation="median"))
     check_replicas(Mesh(2, 3), None, Response(aggregation="median"))
+    for rule, replicas, tolerated in (("median", 4, 2), ("krum", 6, 2), ("multi_krum", 4, 2), ("centred_clipping", 3, 2)):
+        check_replicas(Mesh(2, replicas), None, Response(aggregation=rule, tolerated=1))
+        with pytest.raises(ConfigurationError, match=rf"tolerated={tolerated}\) promises.*Use tolerated=1 or less"):
+            check_replicas(Mesh(2, replicas), None, Response(aggregation=rule, tolerated=tolerated))
+    check_replicas(Mesh(2, 7), None, Response(aggregation="krum", tolerated=2))

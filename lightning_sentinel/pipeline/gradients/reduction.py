@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import timedelta
 
@@ -156,7 +157,7 @@ def reduce_robustly(
     Rules know no weights: whoever has worked at all has one vote.
 
     No rank holds more than one bucket of each worker. Krum, multi-Krum and centred clipping send everything twice: they know how to
-    weigh whom once they have seen all. A worker that has a weight and sends something else the second time is not noticed.
+    weigh whom once they have seen all. Who sends something else the second time has no weight from that bucket on.
 
     All ranks compute the result for themselves from the same bits, so replicas stay equal as long as their devices are of one kind.
 
@@ -175,7 +176,7 @@ def reduce_robustly(
         ValueError: if ``weights`` does not fit the group, or nobody served anything.
     """
     votes = _Votes(group, divisor, weights)
-    f = tolerable(len(votes.voters), tolerated)
+    f = tolerable(len(votes.voters), tolerated, rule)
     buckets = _Buckets(parameters, bucket_bytes)
     if rule in COORDINATE_WISE:
         for number, seen, rows in votes.gather(buckets):
@@ -183,12 +184,14 @@ def reduce_robustly(
     elif rule in WEIGHING:
         # Honest gradients are close to each other, and their distances are what is left of the difference of large numbers.
         gram: Tensor | float = 0.0
+        checks = _Checksums()
         for _, _, rows in votes.gather(buckets):
             gram = gram + rows.double() @ rows.double().T
+            checks.remember(rows)
         if isinstance(gram, Tensor):
-            vector = WEIGHING[rule](gram, f)
             for number, seen, rows in votes.gather(buckets):
-                buckets.store(number, torch.cat((seen, combine(rows, vector))))
+                gram = gram.masked_fill(checks.changed(rows), torch.nan)
+                buckets.store(number, torch.cat((seen, combine(rows, WEIGHING[rule](gram, f)))))
     else:
         raise ConfigurationError(f"rule={rule!r} is unknown: choose one of {sorted(COORDINATE_WISE | WEIGHING)}.")
     buckets.finish()
@@ -304,6 +307,35 @@ class _Votes:
             # Compared one by one: a sum with something that is not a number would deny the gradients of everybody.
             seen = (heads > 0).any(dim=0).to(rows.dtype)
             yield number, seen, rows.mul_(rows.new_tensor(self._scales)[:, None])
+
+
+class _Checksums:
+    """Tells whether rows come again as they were, bit by bit, without keeping them.
+
+    Each is a sum of the row's bits times numbers that this rank has drawn for itself, so that nobody can aim at them; and exact,
+    so that ranks with other numbers tell the same.
+    """
+
+    def __init__(self) -> None:
+        self._seed = secrets.randbits(62)
+        self._remembered: list[Tensor] = []
+        self._again = 0
+
+    def remember(self, rows: Tensor) -> None:
+        self._remembered.append(self._of(rows, len(self._remembered)))
+
+    def changed(self, rows: Tensor) -> Tensor:
+        """Of the same rows once more, in the same order: pairs ``(voters, voters)`` bool of which one or both are others."""
+        others = self._of(rows, self._again) != self._remembered[self._again]
+        self._again += 1
+        return others[:, None] | others
+
+    def _of(self, rows: Tensor, number: int) -> Tensor:
+        generator = torch.Generator(rows.device).manual_seed(self._seed + number)
+        size = torch.iinfo(torch.int64)
+        factors = torch.randint(size.min, size.max, rows.shape[1:], generator=generator, device=rows.device)
+        bits = torch.int64 if rows.dtype == torch.float64 else torch.int32
+        return torch.stack([(row.view(bits) * factors).sum() for row in rows])
 
 
 class _Buckets:
