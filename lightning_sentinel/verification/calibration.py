@@ -16,7 +16,7 @@ from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.verification.audit import causal_order
 from lightning_sentinel.verification.drift import Cusum
-from lightning_sentinel.verification.features import FEATURES, watched
+from lightning_sentinel.verification.features import FEATURES, resolution, watched
 from lightning_sentinel.verification.fences import Fences
 from lightning_sentinel.verification.peers import Comparison, compare, median_vote, of_workers
 from lightning_sentinel.verification.table import MAX_SCORE, SignalTable
@@ -86,9 +86,9 @@ class Calibration:
         self._mesh, self._config = mesh, config
         two_sided = config.method == "sentinel"
         names, boundaries, rate = watched(config), len(mesh.boundaries), config.false_positive_rate
-        self.alone = FenceWindow(boundaries, config.window, names, rate, two_sided)
+        self.alone = FenceWindow(boundaries, config.window, names, rate, two_sided, mesh.replicas)
         """Features less their trend."""
-        self.among_peers = FenceWindow(boundaries, config.window, names, rate, two_sided)
+        self.among_peers = FenceWindow(boundaries, config.window, names, rate, two_sided, mesh.replicas)
         """Features less the median across replicas."""
         self.drift = Cusum(boundaries, mesh.replicas, len(FEATURES))
         self.trend = torch.full((boundaries, len(FEATURES)), torch.nan)
@@ -196,15 +196,21 @@ class Calibration:
             # seen to end.
             peers = (assessment.by_peers & assessment.quorum)[:, None, None]
             compared = assessment.valid & ~explained & (assessment.worst >= 0) & peers
-            self.drift.add(self._standard_scores(centred), compared, self._senders(wiring))
+            senders = self._senders(wiring)
+            self.drift.add(self.among_peers.standard_scores(centred, senders), compared, senders)
         if self.steps >= _settling_steps(self._config):
-            self.alone.add((table.features - self.trend.nan_to_num()[:, None, None]).flatten(1, 2), honest.flatten(1))
+            sizes = resolution(table.column("positions"), table.column("channels"))
+            coarsest = torch.where(honest[..., None], sizes, 0.0).amax(dim=(1, 2))
+            senders = self._senders(wiring)[:, :, None].expand_as(honest).flatten(1)
             # During the warm-up nobody lies, so all replicas can be compared with each other.
             peers = honest & (assessment.by_peers | (not self.warmed_up))[:, None, None]
-            self.among_peers.add(centred.flatten(1, 2), peers.flatten(1))
+            by_itself = table.features - self.trend.nan_to_num()[:, None, None]
+            for window, values, learned in ((self.alone, by_itself, honest), (self.among_peers, centred, peers)):
+                window.resolve(coarsest)
+                window.add(values.flatten(1, 2), learned.flatten(1), senders)
         if self.steps > 0:
             # In the first step there is no reference yet, so its features say nothing.
-            self._follow(table.features, honest, assessment)
+            self._follow(table.features, honest, assessment, wiring)
             sent = of_workers(table.features, heard, self._senders(wiring)) - self.trend[:, None]
             self.last = torch.where(sent.isnan(), self.last, sent)
         self.recent = assessment.recent
@@ -213,12 +219,12 @@ class Calibration:
         if since % _STEPS_BETWEEN_FITS == 0:
             self.fit()
 
-    def _follow(self, features: Tensor, honest: Tensor, assessment: Assessment) -> None:
-        median = torch.where(honest[..., None], features, torch.nan).flatten(1, 2).nanmedian(dim=1).values
+    def _follow(self, features: Tensor, honest: Tensor, assessment: Assessment, wiring: Wiring) -> None:
+        now = median_vote(of_workers(features, honest, self._senders(wiring)))
         # Where others vote: of the few that are left when others are tainted, most may be malicious.
-        median = torch.where(assessment.by_peers[:, None], assessment.opinion, median)
-        moved = torch.lerp(median, self.trend, _TREND_BETA)
-        self.trend = torch.where(median.isnan(), self.trend, torch.where(self.trend.isnan(), median, moved))
+        now = torch.where(assessment.by_peers[:, None], assessment.opinion, now)
+        moved = torch.lerp(now, self.trend, _TREND_BETA)
+        self.trend = torch.where(now.isnan(), self.trend, torch.where(self.trend.isnan(), now, moved))
 
     def fences_at_receipt(self, boundary: int) -> Fences:
         """What one signal by itself is held against."""
@@ -239,10 +245,6 @@ class Calibration:
         alone, among_peers = ((~window.values[..., 0].isnan()).sum(dim=1) for window in (self.alone, self.among_peers))
         return torch.where(by_peers, among_peers, alone) >= values_needed(self._config)
 
-    def _standard_scores(self, centred: Tensor) -> Tensor:
-        fences = self.among_peers.fences
-        return (centred - fences.mean[:, None, None]) / fences.sigma[:, None, None]
-
     def state_of(self, boundary: int) -> dict[str, Tensor]:
         """What is known of one boundary: tensors only, with memory of their own."""
         state = {
@@ -250,7 +252,7 @@ class Calibration:
             "trend": self.trend[boundary].clone(),
             "last": self.last[boundary].clone(),
             "recent": self.recent[boundary].clone(),
-            "drift": self.drift.sums[:, boundary].clone(),
+            "drift": torch.stack((self.drift.sums[:, boundary], self.drift.outside[:, boundary])),
         }
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
             state |= {f"{name}.{key}": value for key, value in window.state_of(boundary).items()}
@@ -259,11 +261,13 @@ class Calibration:
     def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
         """Load one boundary. What is known of single workers is left out if the mesh had another number of them."""
         self.steps, self.trend[boundary] = int(state["steps"]), state["trend"].cpu()
-        if state["drift"].shape == self.drift.sums[:, boundary].shape:
-            self.drift.sums[:, boundary], self.last[boundary] = state["drift"].cpu(), state["last"].cpu()
+        drift = state["drift"].cpu()
+        if drift.shape[1:] == self.drift.sums[:, boundary].shape:
+            (self.drift.sums[:, boundary], self.drift.outside[:, boundary]), self.last[boundary] = drift, state["last"].cpu()
             self.recent[boundary] = state["recent"].cpu()
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
-            window.load_state_of(boundary, {key: state[f"{name}.{key}"].cpu() for key in ("values", "fences", "spread")})
+            prefix = f"{name}."
+            window.load_state_of(boundary, {k.removeprefix(prefix): v.cpu() for k, v in state.items() if k.startswith(prefix)})
 
 
 def values_needed(config: Verification) -> int:

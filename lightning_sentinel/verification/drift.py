@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.verification.fences import MAD_OF_A_NORMAL
+from lightning_sentinel.verification.medians import median
 
 __all__ = ["ALARM", "ALARM_WITHOUT_AUDITS", "Cusum"]
 
@@ -18,6 +19,8 @@ DOUBT = 8.0
 _HIGHEST = 18.0
 """Who is in line again falls below the alarm in less steps than it takes to be banned."""
 _SLACK = 0.75
+_SLACK_OUTSIDE = 0.6
+"""The distance to an interval is slack by itself."""
 _CLIP = 2.5
 
 
@@ -28,6 +31,11 @@ class Cusum:
     root of their number; less its median over workers and, where it is more than one, over their normalised median absolute
     deviation: a distribution that widens or leans to one side everywhere is the training, not a worker. The slack is 0.75. Sums
     belong to workers, whichever lanes they serve.
+
+    A minority can move the median, though not beyond honest workers: if it stays just below the others, the others drift upwards.
+    So there are sums of a second kind, of the distance to the *interval* in which the honest median lies whatever fewer than half
+    of the workers do: of ``n`` of which ``f`` may lie, between the ``ceil((n - f) / 2)``-th lowest and highest. Those of the first
+    kind are enough to have somebody audited, and to doubt what is behind him; :data:`ALARM_WITHOUT_AUDITS` is for the second.
 
     Args:
         boundaries: how many.
@@ -44,6 +52,9 @@ class Cusum:
 
     def __init__(self, boundaries: int, workers: int, features: int) -> None:
         self.sums = torch.zeros(2, boundaries, workers, features)
+        """Of distances to the median; upwards, then downwards."""
+        self.outside = torch.zeros_like(self.sums)
+        """Of distances to the interval that a minority cannot move."""
 
     def add(self, scores: Tensor, valid: Tensor, senders: Tensor) -> None:
         """Enter a step.
@@ -57,8 +68,9 @@ class Cusum:
         total = self._of_workers(torch.where(valid[..., None], clipped, 0.0).sum(dim=2), senders)
         count = self._of_workers(valid[..., None].to(total.dtype).sum(dim=2), senders)
         z = _among_workers(total / count.clamp(min=1).sqrt())
-        grown = (self.sums + torch.stack((z, -z)) - _SLACK).clamp(0, _HIGHEST)
-        self.sums = torch.where(count > 0, grown, self.sums)
+        outside = z - _where_the_median_is(z)
+        self.sums = torch.where(count > 0, _grown(self.sums, z, _SLACK), self.sums)
+        self.outside = torch.where(count > 0, _grown(self.outside, outside, _SLACK_OUTSIDE), self.outside)
 
     def _of_workers(self, lanes: Tensor, senders: Tensor) -> Tensor:
         """Sums over the lanes of each worker: ``(boundaries, lanes, F)`` to ``(boundaries, workers, F)``."""
@@ -67,16 +79,30 @@ class Cusum:
 
     @property
     def height(self) -> Tensor:
-        """The highest sum of each worker, ``(boundaries, workers)``."""
-        return self.sums.amax(dim=(0, 3))
+        """The highest sum of each worker, ``(boundaries, workers)``; above the alarm without audits only those of the second kind."""
+        by_median = self.sums.amax(dim=(0, 3)).clamp(max=ALARM_WITHOUT_AUDITS)
+        return torch.maximum(by_median, self.outside.amax(dim=(0, 3)))
 
     def reset(self, workers: Tensor) -> None:
         """Forget workers ``(boundaries, workers)`` bool."""
-        self.sums = torch.where(workers[..., None], 0.0, self.sums)
+        self.sums, self.outside = (torch.where(workers[..., None], 0.0, sums) for sums in (self.sums, self.outside))
+
+
+def _grown(sums: Tensor, z: Tensor, slack: float) -> Tensor:
+    return (sums + torch.stack((z, -z)) - slack).clamp(0, _HIGHEST)
 
 
 def _among_workers(z: Tensor) -> Tensor:
     """``(boundaries, workers, F)``; who was not verified counts with the zero that is expected of it."""
-    away = z - z.median(dim=1, keepdim=True).values
-    deviation = away.abs().median(dim=1, keepdim=True).values / MAD_OF_A_NORMAL
+    away = z - median(z, dim=1)[:, None]
+    deviation = median(away.abs(), dim=1)[:, None] / MAD_OF_A_NORMAL
     return away / deviation.clamp(min=1)
+
+
+def _where_the_median_is(z: Tensor) -> Tensor:
+    """Of each value ``(boundaries, workers, F)`` what is closest to it in the interval that a minority cannot move."""
+    workers = z.shape[1]
+    honest = workers - (workers - 1) // 2
+    lowest = (honest + 1) // 2
+    ordered = z.sort(dim=1).values
+    return z.clamp(ordered[:, lowest - 1, None], ordered[:, workers - lowest, None])

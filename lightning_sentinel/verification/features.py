@@ -47,7 +47,7 @@ from torch import Tensor
 from lightning_sentinel.config import Verification
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["FAMILIES", "FEATURES", "watched"]
+__all__ = ["FAMILIES", "FEATURES", "resolution", "watched"]
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "temporal": ("l1", "l2", "sign_flip_ratio", "sliced_wasserstein", "channel_l2", "channel_wasserstein"),
@@ -62,6 +62,29 @@ FEATURES = tuple(name for family in FAMILIES.values() for name in family)
 
 PUBLISHED = FAMILIES["temporal"][:4]
 """The distances of the published method."""
+
+
+_LOGARITHM = 2.0**-10
+
+
+def resolution(positions: Tensor, channels: Tensor) -> Tensor:
+    """How much each feature of a signal of this size differs for reasons that say nothing, ``(..., len(FEATURES))``.
+
+    A feature that did not move in the warm-up is not known to stand still. ``sign_flip_ratio`` is a count over ``T C`` elements: a
+    channel or a position whose mean is close to zero changes its signs together, so its step is one over the larger of both. All
+    others are logarithms of averages, which rounding in half precision (10 bits of fraction) moves by no more than ``2 ** -10``.
+
+    Args:
+        positions: ``(...)``, T.
+        channels: ``(...)``, C.
+
+    Example:
+        >>> resolution(torch.tensor(16), torch.tensor(64))[[0, 2]]
+        tensor([0.0010, 0.0156])
+    """
+    share = 1 / torch.maximum(positions, channels).clamp(min=1)
+    is_share = torch.tensor([name == "sign_flip_ratio" for name in FEATURES])
+    return torch.where(is_share, share[..., None], _LOGARITHM)
 
 
 def watched(config: Verification) -> Tensor:

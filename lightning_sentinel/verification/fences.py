@@ -71,6 +71,17 @@ class Fences:
         reach_down, reach_up = (self.centre - self.lower) * factor, (self.upper - self.centre) * factor
         return Fences(self.centre - reach_down, self.centre, self.centre + reach_up, self.mean, self.sigma)
 
+    def where(self, condition: Tensor, other: Fences) -> Fences:
+        """These of the boundaries for which ``(boundaries,)`` bool is true, the others of the rest."""
+        return Fences(*(torch.where(condition[:, None], mine, theirs) for mine, theirs in zip(self.parts(), other.parts())))
+
+    def replaced(self, boundary: int, parts: Tensor) -> Fences:
+        """The same fences, with other :meth:`parts` ``(5, F)`` at one boundary."""
+        mine = [part.clone() for part in self.parts()]
+        for part, saved in zip(mine, parts):
+            part[boundary] = saved
+        return Fences(*mine)
+
     def of(self, boundary: int | slice) -> Fences:
         """Those of one boundary or of some, where there is a leading axis of boundaries."""
         return Fences(*(part[boundary] for part in self.parts()))
@@ -112,7 +123,7 @@ class Fences:
         return torch.where(self.upper.isinf() & self.lower.isinf(), 0.0, torch.inf)
 
 
-def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor) -> Fences:
+def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor, resolution: Tensor | float = 0.0) -> Fences:
     """Fences around honest values.
 
     Args:
@@ -120,6 +131,8 @@ def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor) ->
         rate: share of honest signals that may be outside of any fence.
         two_sided: whether a value can also be too small.
         watched: ``(F,)`` bool; the others get no fences.
+        resolution: ``(..., F)``, how much a feature differs for reasons that say nothing. A feature that was constant while it was
+            watched is not fenced in more tightly than that.
 
     Example:
         >>> fences = fit_fences(torch.arange(101.0)[:, None], rate=0.01, two_sided=True, watched=torch.tensor([True]))
@@ -131,7 +144,8 @@ def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor) ->
     low, lower_quartile, centre, upper_quartile, high = (
         _quantile(ordered, count, level) for level in (_TAIL, 0.25, 0.5, 0.75, 1 - _TAIL)
     )
-    spread = (upper_quartile - lower_quartile).clamp(min=_TINY) + _RELATIVE * centre.abs()
+    spread = torch.maximum((upper_quartile - lower_quartile).clamp(min=_TINY), torch.as_tensor(resolution))
+    spread = spread + _RELATIVE * centre.abs()
     reach_up = torch.maximum(high + _tail(values, high, 1.0, rate) - upper_quartile, _SMALLEST_K * spread)
     reach_down = torch.maximum(lower_quartile - low + _tail(values, low, -1.0, rate), _SMALLEST_K * spread)
 

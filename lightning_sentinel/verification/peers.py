@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.verification.fences import Fences
+from lightning_sentinel.verification.medians import median
 from lightning_sentinel.verification.table import MAX_SCORE
 
 __all__ = ["FEWEST_PEERS", "Comparison", "comparable", "compare", "median_vote", "of_workers"]
 
 FEWEST_PEERS = 4
-"""Workers that a median needs to say anything."""
+"""Workers that a median needs to say anything, those that are banned included: of them it is known what they are."""
+_FEWEST_VOTES = 3
 
 
 def comparable(voting: Tensor, banned: Tensor) -> Tensor:
@@ -33,7 +35,8 @@ def comparable(voting: Tensor, banned: Tensor) -> Tensor:
     """
     votes = (voting & ~banned).sum(dim=1)
     malicious = ((voting.shape[1] - 1) // 2 - banned.sum(dim=1)).clamp(min=0)
-    return (votes >= FEWEST_PEERS) & (votes > 2 * malicious)
+    known = votes + banned.sum(dim=1)
+    return (known >= FEWEST_PEERS) & (votes >= _FEWEST_VOTES) & (votes > 2 * malicious)
 
 
 def of_workers(features: Tensor, valid: Tensor, senders: Tensor) -> Tensor:
@@ -52,12 +55,12 @@ def of_workers(features: Tensor, valid: Tensor, senders: Tensor) -> Tensor:
         tensor([1., nan, 2.])
     """
     usable = valid[..., None] & features.isfinite()
-    lanes = torch.where(usable, features, torch.nan).nanmedian(dim=2).values
+    lanes = median(torch.where(usable, features, torch.nan), dim=2)
     return torch.empty_like(lanes).scatter(1, senders[..., None].expand_as(lanes), lanes)
 
 
 def median_vote(votes: Tensor) -> Tensor:
-    """The median over workers, ``(boundaries, F)``; of an even number the lower of the two in the middle, NaN where nobody votes.
+    """The median over workers, ``(boundaries, F)``; NaN where nobody votes.
 
     Args:
         votes: ``(boundaries, workers, F)``; NaN does not vote.
@@ -66,7 +69,7 @@ def median_vote(votes: Tensor) -> Tensor:
         >>> median_vote(torch.tensor([9.0, torch.nan, 1.0, 2.0]).view(1, 4, 1))
         tensor([[2.]])
     """
-    return votes.nanmedian(dim=1).values
+    return median(votes, dim=1)
 
 
 class Comparison(NamedTuple):

@@ -103,6 +103,7 @@ class SignalTable:
             size = rows[..., COLUMNS.index(name)]
             size.nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(0, _LONGEST)
             if size.numel():
+                # The lower of the two in the middle, because memory is reserved for it: of two workers the one that asks for less.
                 sent = torch.where(size > 0, size, torch.nan).flatten(1).nanmedian(dim=1).values.nan_to_num()
                 size.copy_(torch.minimum(size, _GROWTH * sent[:, None, None]))
         return cls(rows)

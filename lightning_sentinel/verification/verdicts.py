@@ -268,7 +268,8 @@ def _cleared(score: Tensor, valid: Tensor) -> Tensor:
         score: ``(boundaries, lanes, micro_batches)``.
         valid: ``(boundaries, lanes, micro_batches)`` bool.
     """
-    # By sender first: one that was verified more often than others must not outvote them.
+    # By sender first: one that was verified more often than others must not outvote them. Of two in the middle the lower: what is
+    # odd in half of a sender's signals is not to clear others.
     senders = torch.where(valid, score, torch.nan).nanmedian(dim=2).values
     verified = (~senders.isnan()).sum(dim=1)
     rank = (verified - score.shape[1] // 2).clamp(min=1)

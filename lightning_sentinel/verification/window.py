@@ -1,25 +1,37 @@
-"""What honest values were like in the last steps, and the fences that follow from it."""
+"""What honest values were like, and the fences that follow from it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lightning_sentinel.verification.fences import MAD_OF_A_NORMAL, Fences, fit_fences
+from lightning_sentinel.verification.fences import Fences, fit_fences
+from lightning_sentinel.verification.medians import median
+from lightning_sentinel.verification.usual import Usual
 
 __all__ = ["FenceWindow"]
 
-_SPREAD_BETA = 0.9
+_SLOW, _FAST = 0.99, 0.9
+_SURGE = 1.25
+"""How much more than the long memory the short one has to say before it counts: less is its noise."""
+_FEWEST_TO_OUTVOTE = 3
+_FURTHEST_ALONE = 4.0
+"""How much wider than in the warm-up fences become at most where there is nobody to contradict."""
 
 
 class FenceWindow:
-    """The latest honest values of all boundaries, and fences around them.
+    """Honest values of all boundaries, and fences around them.
 
-    A window fills slowly, and what is outside of the fences never enters it: where honest values spread within a few steps, the
-    fences alone would never follow. So two-sided fences are widened where the spread of the last steps, told by the median
-    deviation of their honest values, is larger than that of the window; as much larger as it is, and no longer than it is.
+    Two-sided fences keep the *shape* that they had in the warm-up, when nobody lied: how far they stand on either side of each
+    feature, how features compare, how long the tails are. Afterwards they follow only the *scale*: how far values deviate now,
+    against then. Of each worker a moving average of its own deviations is kept, and the median worker tells the scale: a minority
+    that stays just inside, to widen the fences step by step, moves it no further than to another honest worker. Where fewer than
+    three workers are heard there is no such median, and fences become at most four times as wide as they were.
+
+    One-sided fences, those of the published method, are fitted to the latest values instead, as it says.
 
     Args:
         boundaries: how many.
@@ -27,70 +39,163 @@ class FenceWindow:
         watched: ``(F,)`` bool, features to fence.
         rate: share of honest signals that may be outside.
         two_sided: whether a value can also be too small.
+        workers: senders of each boundary.
     """
 
-    def __init__(self, boundaries: int, size: int, watched: Tensor, rate: float, two_sided: bool) -> None:
+    def __init__(self, boundaries: int, size: int, watched: Tensor, rate: float, two_sided: bool, workers: int = 1) -> None:
         self._rate, self._two_sided, self._watched = rate, two_sided, watched
-        self.values = torch.full((boundaries, size, len(watched)), torch.nan)
+        features = len(watched)
+        self.values = torch.full((boundaries, size, features), torch.nan)
+        self.workers = torch.full((boundaries, size), -1)
+        """``(boundaries, size)``, who sent the values."""
         self.places = torch.zeros(boundaries, dtype=torch.long)
-        self.spread = torch.full((boundaries, len(watched)), torch.nan)
-        """``(boundaries, F)``, standard deviation of the last steps, by their median deviation; NaN before the first fit."""
-        self._fitted = self.fences = Fences.open(boundaries, len(watched))
+        self.resolution = torch.zeros(boundaries, features)
+        """``(boundaries, F)``, smaller differences say nothing; see :func:`~lightning_sentinel.verification.features.resolution`."""
+        self.settled = torch.zeros(boundaries, dtype=torch.bool)
+        """``(boundaries,)`` bool, whether fences only follow the scale from now on."""
+        self.deviations = torch.full((2, boundaries, workers, features), torch.nan)
+        """Slow and fast moving averages of how far each worker's values are from the mean of the warm-up; NaN before the first fit."""
+        self.before = torch.full((boundaries, features), torch.nan)
+        """``(boundaries, F)``, what the slow ones of the median worker were in the warm-up."""
+        self.usual = Usual.open(boundaries, workers, features)
+        self.scale = torch.ones(boundaries, features)
+        """``(boundaries, F)``, how many times as wide as in the warm-up the fences were when they were last fitted."""
+        self._shape = self.fences = Fences.open(boundaries, features)
 
-    def add(self, features: Tensor, honest: Tensor) -> None:
+    def add(self, features: Tensor, honest: Tensor, senders: Tensor | None = None) -> None:
         """Enter a step.
 
         Args:
             features: ``(boundaries, N, F)``.
             honest: ``(boundaries, N)`` bool, which of them to remember.
+            senders: ``(boundaries, N)``, the worker that sent each; ``None`` if there is one only.
         """
-        size = self.values.shape[1]
+        senders = torch.zeros(honest.shape, dtype=torch.long) if senders is None else senders
         honest = honest & features.isfinite().all(dim=-1)
+        self._remember(features, honest & ~self.settled[:, None], senders)
+        if self._two_sided and bool(honest.any()):
+            self._follow(features, honest, senders)
+
+    def resolve(self, resolution: Tensor) -> None:
+        """Take in how coarsely a step's features can be told apart, ``(boundaries, F)``; the coarsest of the warm-up counts."""
+        self.resolution = torch.where(self.settled[:, None], self.resolution, torch.maximum(self.resolution, resolution))
+
+    def _remember(self, features: Tensor, honest: Tensor, senders: Tensor) -> None:
+        size = self.values.shape[1]
         # Where each honest value goes: the oldest places, in order, round and round; a step larger than the window keeps its end.
         order = honest.cumsum(dim=1)
         kept = honest & (honest.sum(dim=1, keepdim=True) - order < size)
         boundary, signal = kept.nonzero(as_tuple=True)
-        self.values[boundary, (self.places[boundary] + order[boundary, signal] - 1) % size] = features[boundary, signal]
+        places = (self.places[boundary] + order[boundary, signal] - 1) % size
+        self.values[boundary, places] = features[boundary, signal]
+        self.workers[boundary, places] = senders[boundary, signal]
         self.places = (self.places + honest.sum(dim=1)) % size
-        if self._two_sided and bool(honest.any()):
-            self._follow(features, honest)
 
-    def _follow(self, features: Tensor, honest: Tensor) -> None:
-        deviation = torch.where(honest[..., None], (features - self._fitted.mean[:, None]).abs(), torch.nan)
-        spread = deviation.nanmedian(dim=1).values / MAD_OF_A_NORMAL
-        spread = torch.where(self._fitted.sigma.isfinite(), spread, torch.nan)
-        moved = torch.lerp(spread, self.spread, _SPREAD_BETA)
-        self.spread = torch.where(spread.isnan(), self.spread, torch.where(self.spread.isnan(), spread, moved))
+    def _follow(self, features: Tensor, honest: Tensor, senders: Tensor) -> None:
+        # What is outside counts as if it stood on the fence: where honest values spread at once, most of them are outside.
+        inside = features.clamp(self.fences.lower[:, None], self.fences.upper[:, None])
+        away = torch.where(honest[..., None], (inside - self._shape.mean[:, None]).abs(), torch.nan)
+        now = _mean_of_workers(away, senders, self.deviations.shape[2])
+        betas = torch.tensor([_SLOW, _FAST]).view(2, 1, 1, 1)
+        moved = torch.where(self.deviations.isnan(), now, torch.lerp(now.expand_as(self.deviations), self.deviations, betas))
+        self.deviations = torch.where(now.isnan() | ~self._shape.sigma.isfinite()[:, None], self.deviations, moved)
         self._widen()
 
+    def _scales(self) -> Tensor:
+        """How many times as far as in the warm-up values spread by the slow and by the fast averages, ``(2, boundaries, F)``."""
+        floor = self.resolution / 2
+        scales = torch.maximum(median(self.deviations, dim=2), floor) / torch.maximum(self.before, floor)
+        alone = (~self.deviations[0].isnan()).any(dim=2).sum(dim=1) < _FEWEST_TO_OUTVOTE
+        return torch.where(alone[:, None], scales.clamp(max=_FURTHEST_ALONE), scales).nan_to_num(1.0, 1.0, 1.0)
+
+    def _scale(self) -> Tensor:
+        """How many times as far as in the warm-up values spread now, ``(boundaries, F)``."""
+        slow, fast = self._scales()
+        return torch.where(fast > _SURGE * slow, fast, slow)
+
     def _widen(self) -> None:
-        factor = (self.spread / self._fitted.sigma).nan_to_num(1.0).clamp(min=1.0)
-        self.fences = self._fitted.widened(factor)
+        # Fences come closer when they are fitted; they move out at once.
+        self.fences = self._shape.widened(torch.maximum(self._scale(), self.scale)) if self._two_sided else self._shape
+
+    def fit(self) -> None:
+        """Fit the fences to what is remembered, and to how far it spreads now."""
+        if self._two_sided:
+            self._settle()
+            self.scale = self._scales()[0]
+        else:
+            self._shape = fit_fences(self.values, self._rate, False, self._watched, self.resolution)
+            self.usual = Usual.of(self.values, self.workers, self._shape, self.resolution, self.usual.mean.shape[1])
+        self._widen()
+
+    def _settle(self) -> None:
+        """Take the shape over where it is still open; it stays once half of the window is filled, and the rate can be told."""
+        fresh = fit_fences(self.values, self._rate, True, self._watched, self.resolution)
+        workers = self.deviations.shape[2]
+        away = (self.values - fresh.mean[:, None]).abs()
+        deviations = _mean_of_workers(away, self.workers, workers)
+        usual = Usual.of(self.values, self.workers, fresh, self.resolution, workers)
+        self._shape = fresh.where(~self.settled, self._shape)
+        self.usual = usual.where(~self.settled, self.usual)
+        self.deviations = torch.where(self.settled[:, None, None], self.deviations, deviations)
+        self.before = torch.where(self.settled[:, None], self.before, median(deviations, dim=1))
+        size = self.values.shape[1]
+        enough = max((size + 1) // 2, min(size, math.ceil(1 / self._rate)))
+        self.settled = self.settled | ((~self.values[..., 0].isnan()).sum(dim=1) >= enough)
+
+    def standard_scores(self, features: Tensor, senders: Tensor) -> Tensor:
+        """Values less what is usual of their senders, over its standard deviation and the scale of now.
+
+        Args:
+            features: ``(boundaries, lanes, micro_batches, F)``.
+            senders: ``(boundaries, lanes)``.
+        """
+        mean, sigma = self.usual.by_lane(senders)
+        return (features - mean[:, :, None]) / (sigma * self._scale()[:, None])[:, :, None]
 
     def state_of(self, boundary: int) -> dict[str, Tensor]:
-        """What is known of one boundary: the values, oldest first, the fences fitted to them, and the spread of the last steps."""
-        values = self.values[boundary].roll(-int(self.places[boundary]), dims=0)
+        """What is known of one boundary: the values, oldest first, the fences' shape, and how far each worker's values are away."""
+        turn = -int(self.places[boundary])
+        values, workers = self.values[boundary].roll(turn, dims=0), self.workers[boundary].roll(turn)
+        filled = ~values[:, 0].isnan()
         return {
-            "values": values[~values[:, 0].isnan()],
-            "fences": torch.stack(self._fitted.of(boundary).parts()),
-            "spread": self.spread[boundary].clone(),
+            "values": values[filled],
+            "workers": workers[filled],
+            "settled": self.settled[boundary].clone(),
+            "resolution": self.resolution[boundary].clone(),
+            "shape": torch.stack(self._shape.of(boundary).parts()),
+            "scale": self.scale[boundary].clone(),
+            "deviations": self.deviations[:, boundary].clone(),
+            "before": self.before[boundary].clone(),
+            "usual": torch.stack((self.usual.mean[boundary], self.usual.sigma[boundary])),
         }
 
     def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
-        """Load what :meth:`state_of` gave: of the values the latest, as many as this window has room for."""
+        """Load what :meth:`state_of` gave: of the values the latest, as many as this window has room for.
+
+        Where there was another number of workers, what was usual of them all is taken to be so of each.
+        """
         size = self.values.shape[1]
         kept = state["values"][-size:]
-        self.values[boundary] = torch.nan
+        self.values[boundary], self.workers[boundary] = torch.nan, -1
         self.values[boundary, : len(kept)] = kept
+        self.workers[boundary, : len(kept)] = state["workers"][-size:].clamp(max=self.deviations.shape[2] - 1)
         self.places[boundary] = len(kept) % size
-        self.spread[boundary] = state["spread"]
-        parts = [part.clone() for part in self._fitted.parts()]
-        for mine, saved in zip(parts, state["fences"]):
-            mine[boundary] = saved
-        self._fitted = Fences(*parts)
+        self.settled[boundary], self.resolution[boundary] = state["settled"], state["resolution"]
+        deviations, usual = state["deviations"], state["usual"]
+        if deviations.shape != self.deviations[:, boundary].shape:
+            deviations = median(deviations, dim=1)[:, None].expand_as(self.deviations[:, boundary])
+            usual = median(usual, dim=1)[:, None].expand_as(deviations)
+        self.deviations[:, boundary], self.before[boundary] = deviations, state["before"]
+        self.usual.mean[boundary], self.usual.sigma[boundary] = usual
+        self._shape = self._shape.replaced(boundary, state["shape"])
+        self.scale[boundary] = state["scale"]
         self._widen()
 
-    def fit(self) -> None:
-        """Fit the fences to what is remembered."""
-        self._fitted = fit_fences(self.values, self._rate, self._two_sided, self._watched)
-        self._widen()
+
+def _mean_of_workers(values: Tensor, senders: Tensor, workers: int) -> Tensor:
+    """Means ``(boundaries, workers, F)`` of values ``(boundaries, N, F)``, NaN left out, by who sent them ``(boundaries, N)``."""
+    known = ~values.isnan() & (senders >= 0)[..., None]
+    places = senders.clamp(min=0)[..., None].expand_as(values)
+    empty = values.new_zeros(values.shape[0], workers, values.shape[2])
+    total = empty.scatter_add(1, places, torch.where(known, values, 0.0))
+    return total / empty.scatter_add(1, places, known.to(values.dtype))

@@ -11,15 +11,15 @@ from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.verification import COLUMNS
 from lightning_sentinel.verification.table import MAX_SCORE
 from tests.verification.runs import MICRO_BATCHES, WARMUP, Run, normal
-from tests.verification.tools import F, lower_median, table_of
+from tests.verification.tools import F, table_of
 
 
 def centre_by_hand(features: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Less the median of the lanes' medians."""
     centred = np.empty_like(features)
     for b, f in np.ndindex(features.shape[0], features.shape[3]):
-        lanes = [lower_median(values[use]) for values, use in zip(features[b, ..., f], kept[b]) if use.any()]
-        centred[b, ..., f] = features[b, ..., f] - lower_median(np.array(lanes))
+        lanes = [np.median(values[use]) for values, use in zip(features[b, ..., f], kept[b]) if use.any()]
+        centred[b, ..., f] = features[b, ..., f] - np.median(np.array(lanes))
     return centred
 
 
@@ -131,7 +131,9 @@ def test_who_cannot_be_verified_votes_with_what_it_sent_last() -> None:
     assert run.assess(table_of(features, tainted)).by_peers.tolist() == [True, True]
     run.banned[1, 6] = True
     assert run.assess(table_of(features, tainted)).by_peers.tolist() == [True, True]
-    run.banned[1, 7] = True
+    run.banned[1, 7] = True  # Three are left of whom nobody can be malicious any more.
+    assert run.assess(table_of(features, tainted)).by_peers.tolist() == [True, True]
+    run.banned[1, 2] = True
     assert run.assess(table_of(features, tainted)).by_peers.tolist() == [True, False]
 
 
@@ -167,7 +169,7 @@ def test_the_few_that_are_left_do_not_move_the_trend() -> None:
         features[1, :2] += 0.8  # Not enough to be seen by itself.
         table = table_of(features, tainted)
         run.calibration.learn(table, ~tainted, ~tainted, tainted, run.assess(table), run.wiring)
-    assert (run.calibration.trend - before)[1].mean() < 0.3
+    assert (run.calibration.trend - before)[1].mean() < 0.35
 
 
 def test_where_most_are_out_of_line_the_median_of_all_stands() -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_sentinel.config import Response
 from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS, DOUBT, Cusum
-from tests.verification.tools import lower_median
 
 
 def own_lanes(boundaries: int, lanes: int) -> Tensor:
@@ -17,7 +16,7 @@ def own_lanes(boundaries: int, lanes: int) -> Tensor:
 
 
 def textbook(scores: np.ndarray, valid: np.ndarray, senders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Page's two sums of each sender and feature, in float64, one step after the other.
+    """Page's two sums of each sender and feature, in float64, one step after the other: away from the median, and from where it is.
 
     Args:
         scores: ``(steps, boundaries, lanes, M, F)``.
@@ -25,17 +24,21 @@ def textbook(scores: np.ndarray, valid: np.ndarray, senders: np.ndarray) -> tupl
         senders: ``(steps, boundaries, lanes)``, as many workers as lanes.
     """
     _, boundaries, lanes, _, features = scores.shape
-    up, down = np.zeros((boundaries, lanes, features)), np.zeros((boundaries, lanes, features))
+    sums, outside = (np.zeros((2, boundaries, lanes, features)) for _ in range(2))
+    lowest = -(-(lanes - max(f for f in range(lanes) if 2 * f < lanes)) // 2)
     for of_step, valid_of_step, senders_of_step in zip(scores, valid, senders):
         for b, f in np.ndindex(boundaries, features):
             chosen = [of_step[b, own, :, f][valid_of_step[b, own]] for own in (senders_of_step[b] == w for w in range(lanes))]
             z = np.array([x.clip(-2.5, 2.5).sum() / math.sqrt(len(x)) if len(x) else 0.0 for x in chosen])
-            z -= lower_median(z)
-            z /= max(1.0, lower_median(np.abs(z)) / 0.6745)
+            z -= np.median(z)
+            z /= max(1.0, np.median(np.abs(z)) / 0.6745)
+            near = z.clip(np.sort(z)[lowest - 1], np.sort(z)[lanes - lowest])
             for worker in (w for w in range(lanes) if len(chosen[w])):
-                up[b, worker, f] = min(18.0, max(0.0, up[b, worker, f] + z[worker] - 0.75))
-                down[b, worker, f] = min(18.0, max(0.0, down[b, worker, f] - z[worker] - 0.75))
-    return up, down
+                for side, sign in enumerate((1, -1)):
+                    for kept, away, slack in ((sums, z, 0.75), (outside, z - near, 0.6)):
+                        place = side, b, worker, f
+                        kept[place] = min(18.0, max(0.0, kept[place] + sign * away[worker] - slack))
+    return sums, outside
 
 
 @pytest.mark.parametrize("wired", ["own lanes", "shuffled", "two lanes at once"])
@@ -52,9 +55,11 @@ def test_the_textbook_agrees_whichever_lanes_workers_serve(shape: tuple[int, ...
     cusum = Cusum(shape[0], shape[1], shape[3])
     for of_step, valid_of_step, of_lanes in zip(scores, valid, senders):
         cusum.add(torch.from_numpy(of_step), torch.from_numpy(valid_of_step), torch.from_numpy(of_lanes.copy()))
-    up, down = textbook(scores.astype("float64"), valid, senders)
-    np.testing.assert_allclose(cusum.sums.numpy(), np.stack((up, down)), rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(cusum.height.numpy(), np.maximum(up, down).max(axis=2), rtol=1e-4, atol=1e-3)
+    sums, outside = textbook(scores.astype("float64"), valid, senders)
+    np.testing.assert_allclose(cusum.sums.numpy(), sums, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(cusum.outside.numpy(), outside, rtol=1e-4, atol=1e-3)
+    height = np.maximum(sums.clip(max=16.0), outside).max(axis=(0, 3))
+    np.testing.assert_allclose(cusum.height.numpy(), height, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
@@ -87,7 +92,7 @@ def test_who_was_not_verified_is_expected_in_the_middle() -> None:
     cusum, valid = Cusum(1, 5, 1), torch.zeros(1, 5, 1, dtype=torch.bool)
     valid[0, 2] = True
     cusum.add(torch.full((1, 5, 1, 1), 2.5), valid, own_lanes(1, 5))
-    assert cusum.height.tolist() == [[0, 0, 1.75, 0, 0]]
+    assert cusum.sums.amax(dim=(0, 3)).tolist() == [[0, 0, 1.75, 0, 0]]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -132,13 +137,45 @@ def test_a_sender_can_be_forgotten_by_itself() -> None:
 
 
 def test_who_is_in_line_again_is_no_suspect_for_long_enough_to_be_banned() -> None:
-    cusum, everything = Cusum(1, 3, 1), torch.ones(1, 3, 1, dtype=torch.bool)
+    cusum, everything = Cusum(1, 4, 1), torch.ones(1, 4, 1, dtype=torch.bool)
+    shifted = torch.zeros(1, 4, 1, 1)
+    shifted[0, 0] = 2.5
     for _ in range(100):
-        cusum.add(one_of_three(2.5), everything, own_lanes(1, 3))
+        cusum.add(shifted, everything, own_lanes(1, 4))
     assert cusum.height[0, 0] > ALARM_WITHOUT_AUDITS
     for _ in range(Response().ban_after - 1):
-        cusum.add(one_of_three(0.0), everything, own_lanes(1, 3))
-    assert cusum.height[0, 0] < ALARM_WITHOUT_AUDITS
-    for _ in range(24):
-        cusum.add(one_of_three(0.0), everything, own_lanes(1, 3))
+        cusum.add(0 * shifted, everything, own_lanes(1, 4))
+    assert cusum.height[0, 0] <= ALARM_WITHOUT_AUDITS
+    for _ in range(30):
+        cusum.add(0 * shifted, everything, own_lanes(1, 4))
     assert not cusum.height.any()
+
+
+def just_below(z: Tensor, liars: int) -> Tensor:
+    """The first workers stay together, a little lower than the lowest of the others."""
+    z = z.clone()
+    z[:, :liars] = z[:, liars:].amin(dim=1, keepdim=True) - 0.1
+    return z
+
+
+@pytest.mark.parametrize(("workers", "liars"), [(4, 1), (5, 2), (6, 2), (7, 3), (8, 3), (16, 7)])
+def test_a_minority_just_below_the_others_does_not_make_them_drift(workers: int, liars: int) -> None:
+    cusum, generator, highest = Cusum(4, workers, 17), torch.Generator().manual_seed(0), 0.0
+    everything = torch.ones(4, workers, 1, dtype=torch.bool)
+    for _ in range(300):
+        scores = just_below(torch.randn(4, workers, 1, 17, generator=generator), liars)
+        cusum.add(scores, everything, own_lanes(4, workers))
+        highest = max(highest, float(cusum.height[:, liars:].max()))
+    assert highest <= ALARM_WITHOUT_AUDITS
+
+
+@pytest.mark.parametrize(("workers", "liars"), [(4, 1), (6, 1), (6, 2), (8, 3)])
+def test_who_drifts_is_audited_whatever_its_like_do_and_alone_needs_no_audit(workers: int, liars: int) -> None:
+    cusum, generator = Cusum(1, workers, 17), torch.Generator().manual_seed(0)
+    for _ in range(40):
+        scores = torch.randn(1, workers, 4, 17, generator=generator)
+        scores[:, :liars, :, 3] += 1.5
+        cusum.add(scores, torch.ones(1, workers, 4, dtype=torch.bool), own_lanes(1, workers))
+    assert (cusum.height[0] > ALARM).tolist() == [True] * liars + [False] * (workers - liars)
+    # As many as could be malicious could also be honest, with as many of the others lying: without audits nobody can tell.
+    assert (cusum.height[0] > ALARM_WITHOUT_AUDITS).tolist() == [liars == 1] + [False] * (workers - 1)

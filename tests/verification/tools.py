@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,13 +12,6 @@ from lightning_sentinel.verification.peers import median_vote, of_workers
 from lightning_sentinel.verification.table import MAX_SCORE
 
 F = len(FEATURES)
-
-
-def lower_median(values: np.ndarray) -> float:
-    """Of an even number the lower of the two in the middle: a value that somebody sent."""
-    median = np.quantile(values, 0.5, method="lower")
-    assert len(values) % 2 == 0 or median == np.median(values)
-    return median
 
 
 def table_of(features: Tensor, tainted: Tensor | None = None, calibration: Calibration | None = None) -> SignalTable:

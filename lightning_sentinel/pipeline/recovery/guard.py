@@ -357,7 +357,7 @@ class Guard:
         for index, boundary in enumerate(self._mesh.boundaries):
             prefix = f"{boundary.name}/"
             mine = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            if mine and "recent" not in mine:
+            if mine and "among_peers.usual" not in mine:
                 raise ConfigurationError(
                     f"What the checkpoint says of {boundary.name} is not what this version's verifiers learn: {sorted(mine)[:3]}."
                     " Load its weights with load_from_checkpoint and start a new run, or resume with the version that wrote it."
