@@ -129,7 +129,7 @@ def combine(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def tolerable(count: int, tolerated: int | None = None, rule: str = "median") -> int:
-    """``f`` of a rule for ``count`` rows: ``tolerated``, but no more than the rule can stand, and as many as that if it is ``None``.
+    """``f`` of a rule for ``count`` rows: ``tolerated``, but no more than the rule can stand; ``None`` for as many as that.
 
     Example:
         >>> [tolerable(count) for count in (1, 2, 3, 4, 5)], tolerable(4, tolerated=2)

@@ -183,7 +183,8 @@ class SentinelEngine(StageBoundaries):
     def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
         if self.guard is None or outcome.table is None:
             return None
-        ruling = self.guard.settle(outcome.table, step, self._healthy.sum, self._ask if self.guard.audits else None)
+        ask = self._ask if self.guard.audits else None
+        ruling = self.guard.settle(outcome.table, step, self._healthy.sum, ask, self._healthy.apart)
         # Nothing of it is audited any more: the memory is the optimizer's, and that of a validation.
         self._kept.clear()
         return ruling

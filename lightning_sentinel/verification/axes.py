@@ -15,10 +15,15 @@ signal              example                          becomes ``(B, T, C)``
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, float32
 from torch.nn.functional import pad
 
-__all__ = ["as_tokens", "batch_means", "spread_over"]
+__all__ = ["as_tokens", "batch_means", "pieces", "spread_over"]
+
+_PIECE = 2**17
+_MOST_PIECES = 16
 
 
 def as_tokens(signal: Tensor) -> Tensor:
@@ -44,6 +49,24 @@ def as_tokens(signal: Tensor) -> Tensor:
     return signal.movedim(1, -1).flatten(1, -2)
 
 
+def pieces(positions: int, numbers: int) -> list[slice]:
+    """How to go through the positions of something large, so that no step on the way needs room for a copy of it.
+
+    Pieces of about 100 000 numbers, which fit into a cache, and no more than 16 of them, because each is work for an accelerator.
+
+    Args:
+        positions: how many.
+        numbers: in all of them together.
+
+    Example:
+        >>> pieces(6, numbers=3 * 2**17)
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+    """
+    count = max(1, min(positions, _MOST_PIECES, -(-numbers // _PIECE)))
+    edges = [positions * number // count for number in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(edges)]
+
+
 def batch_means(signals: Tensor, groups: int) -> Tensor:
     """Mean over the samples of each signal, ``(groups, T, C)`` in float32: what a momentum tracks.
 
@@ -58,7 +81,11 @@ def batch_means(signals: Tensor, groups: int) -> Tensor:
         >>> batch_means(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), groups=1)
         tensor([[[2., 3.]]])
     """
-    return as_tokens(signals).unflatten(0, (groups, -1)).mean(dim=1, dtype=float32)
+    tokens = as_tokens(signals).unflatten(0, (groups, -1))
+    means = tokens.new_empty(groups, *tokens.shape[2:], dtype=float32)
+    for piece in pieces(tokens.shape[2], tokens.numel()):
+        means[:, piece] = tokens[:, :, piece].mean(dim=1, dtype=float32)
+    return means
 
 
 def spread_over(reference: Tensor, signal: Tensor) -> Tensor:

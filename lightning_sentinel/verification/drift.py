@@ -79,7 +79,7 @@ class Cusum:
 
     @property
     def height(self) -> Tensor:
-        """The highest sum of each worker, ``(boundaries, workers)``; above the alarm without audits only those of the second kind."""
+        """The highest sum of each worker, ``(boundaries, workers)``; above the alarm without audits only of the second kind."""
         by_median = self.sums.amax(dim=(0, 3)).clamp(max=ALARM_WITHOUT_AUDITS)
         return torch.maximum(by_median, self.outside.amax(dim=(0, 3)))
 

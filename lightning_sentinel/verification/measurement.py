@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sentinel.verification.axes import as_tokens, batch_means
+from lightning_sentinel.verification.axes import as_tokens, batch_means, pieces
 from lightning_sentinel.verification.consistency import consistency_features, consistency_statistics, paired
 from lightning_sentinel.verification.features import FEATURES, PUBLISHED
 from lightning_sentinel.verification.moments import moment_features, moment_statistics
-from lightning_sentinel.verification.projection import PROJECTED, Projection, SecretDirections
+from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.references import References
 from lightning_sentinel.verification.temporal import published_distances, temporal_features
 
@@ -53,12 +53,10 @@ def measure(
         references: what honest signals look like.
         secret: the directions of this boundary.
     """
-    tokens = as_tokens(signals).float()
-    positions, channels = tokens.shape[1:]
-    means = tokens.view(senders, -1, positions, channels).mean(dim=1)
-    projected = secret.project(tokens).values.view(senders, -1, positions, min(channels, PROJECTED))
+    means, mean_squares, projected = _in_pieces(as_tokens(signals), senders, secret)
+    positions, channels = means.shape[1:]
     flat = projected.flatten(1, 2)
-    parts = moment_statistics(tokens.reshape(senders, -1, channels), means.mean(dim=1), flat)
+    parts = moment_statistics(mean_squares, means.mean(dim=1), flat)
     pair = None
     if received is not None:
         pair = paired(projected, received.values.view(senders, -1, *received.values.shape[1:]), received.channels == channels)
@@ -78,6 +76,27 @@ def measure(
         input_output, worst = means.new_zeros(senders, 4), means.new_zeros(senders, 2)
     features = torch.cat((temporal, moments, input_output, largest, worst), dim=-1)
     return Measurement(means, features, statistics, sizes)
+
+
+def _in_pieces(tokens: Tensor, senders: int, secret: SecretDirections) -> tuple[Tensor, Tensor, Tensor]:
+    """All that is asked of the tokens themselves ``(senders * B, T, C)``, in float32 but without a copy of them.
+
+    Returns:
+        means over samples ``(senders, T, C)``, mean squares of channels ``(senders, C)``, and the tokens along the secret
+        directions ``(senders, B, T, K)``.
+    """
+    tokens = tokens.unflatten(0, (senders, -1))
+    samples, positions, channels = tokens.shape[1:]
+    directions = secret.projection(channels)
+    means = directions.new_empty(senders, positions, channels)
+    squares = directions.new_zeros(senders, channels)
+    projected = directions.new_empty(senders, samples, positions, directions.shape[1])
+    for piece in pieces(positions, tokens.numel()):
+        part = tokens[:, :, piece].float()
+        torch.mean(part, dim=1, out=means[:, piece])
+        squares += torch.linalg.vector_norm(part, dim=(1, 2)).square()
+        projected[:, :, piece] = part @ directions
+    return means, squares / (samples * positions), projected
 
 
 def measure_published(signals: Tensor, senders: int, references: References, secret: SecretDirections) -> Measurement:

@@ -1,12 +1,11 @@
 """The median as statistics has it: of an even number the mean of the two in the middle.
 
-``torch.median`` takes the lower of the two. Where workers vote that is not a detail: of eight, three that stay just below the others
-would make the lowest of five honest ones the middle, and all other honest ones look too high.
+``torch.median`` takes the lower of the two. Where workers vote that is not a detail: of eight, three that stay just below the
+others would make the lowest of five honest ones the middle, and all other honest ones look too high.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 __all__ = ["median"]
@@ -20,6 +19,7 @@ def median(values: Tensor, dim: int) -> Tensor:
         dim: the axis, which the result lacks.
 
     Example:
+        >>> import torch
         >>> median(torch.tensor([[4.0, 1.0, torch.nan, 2.0, 8.0], [torch.nan] * 5]), dim=1)
         tensor([3., nan])
     """

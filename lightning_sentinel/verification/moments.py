@@ -17,12 +17,12 @@ _QUANTILE_DIRECTIONS = 4
 _LEVELS = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
 
 
-def moment_statistics(tokens: Tensor, channel_means: Tensor, projected: Tensor) -> dict[str, Tensor]:
+def moment_statistics(mean_squares: Tensor, channel_means: Tensor, projected: Tensor) -> dict[str, Tensor]:
     """What the references of the moment features are averages of.
 
     Args:
-        tokens: ``(S, N, C)``, the tokens of each sender's signal.
-        channel_means: ``(S, C)``.
+        mean_squares: ``(S, C)``, over the tokens of each sender's signal.
+        channel_means: ``(S, C)``, the same of the tokens themselves.
         projected: ``(S, N, K)``, tokens along secret directions.
 
     Returns:
@@ -30,9 +30,8 @@ def moment_statistics(tokens: Tensor, channel_means: Tensor, projected: Tensor) 
         signal does not enter; ``gram`` ``(S, k * k)`` with trace 1; ``quantiles`` ``(S, 4 * 7)`` in units of the projection's rms.
     """
     # A channel that is constant up to rounding has no variance of its own, only some share of all channels'.
-    second = tokens.square().mean(dim=1)
-    floor = _TINY * second.mean(dim=-1, keepdim=True) + _SMALLEST
-    spread = 0.5 * torch.addcmul(second, channel_means, channel_means, value=-1).clamp(min=floor).log()
+    floor = _TINY * mean_squares.mean(dim=-1, keepdim=True) + _SMALLEST
+    spread = 0.5 * torch.addcmul(mean_squares, channel_means, channel_means, value=-1).clamp(min=floor).log()
     few = projected[..., :_GRAM_DIRECTIONS]
     norm = torch.linalg.vector_norm(few, dim=(1, 2), keepdim=True)
     gram = (few.mT @ few) / (norm.square() + _SMALLEST)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_sentinel.verification.axes import pieces
+
 __all__ = ["Momentum", "PositionSums", "numbers"]
 
 
@@ -35,7 +37,7 @@ class PositionSums:
     @classmethod
     def like(cls, means: Tensor) -> PositionSums:
         """Nothing yet, in the shape of ``means`` ``(..., T, C)``."""
-        return cls(torch.zeros_like(means), means.new_zeros(means.shape[:-1]))
+        return cls(means.new_zeros(means.shape), means.new_zeros(means.shape[:-1]))
 
     def resized(self, positions: int) -> PositionSums:
         """The same sums over the first ``positions`` positions, new ones with weight zero."""
@@ -58,11 +60,16 @@ class PositionSums:
             self.total, self.count = grown.total, grown.count
         total, count = self.total[..., :positions, :], self.count[..., :positions]
         if places is None:
-            total.addcmul_(numbers(means), weights[..., None, None])
             count += weights[..., None]
         else:
-            total.index_add_(-3, places, numbers(means) * weights[..., None, None])
             count.index_add_(-2, places, weights[..., None].expand(*weights.shape, positions))
+        weights = weights[..., None, None]
+        for piece in pieces(positions, means.numel()):
+            some, sums = numbers(means[..., piece, :]), total[..., piece, :]
+            if places is None:
+                sums.addcmul_(some, weights)
+            else:
+                sums.index_add_(-3, places, some * weights)
 
     def of(self, chosen: Tensor) -> PositionSums:
         """The sum over those places of the leading axes for which ``(...)`` bool is true."""
@@ -105,6 +112,13 @@ class Momentum:
         weight = torch.where(self.seen, 1 - self.beta, 1.0) * (step.count > 0)
         self.value = torch.lerp(self.value, mean, weight.unsqueeze(1))
         self.seen = self.seen | (step.count > 0)
+
+    def resized(self, like: Tensor) -> Tensor:
+        """The momentum over the positions of ``like`` ``(T, C)``; zero where it has none."""
+        if self.value is None:
+            return torch.zeros_like(like)
+        missing = len(like) - len(self.value)
+        return self.value[: len(like)] if missing <= 0 else pad(self.value, (0, 0, 0, missing))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.value is None or self.seen is None else {"value": self.value, "seen": self.seen}

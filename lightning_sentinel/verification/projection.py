@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction
 from lightning_sentinel.seeds import secret_seed
-from lightning_sentinel.verification.axes import as_tokens
+from lightning_sentinel.verification.axes import as_tokens, pieces
 
 __all__ = ["PROJECTED", "Projection", "SecretDirections", "orthogonal_directions", "unit_directions"]
 
@@ -93,9 +93,13 @@ class SecretDirections:
 
     def project(self, signal: Tensor) -> Projection:
         """A signal of any shape along the directions."""
-        tokens = as_tokens(signal.detach()).float()
+        tokens = as_tokens(signal.detach())
         channels = tokens.shape[-1]
-        return Projection(tokens @ self.projection(channels), channels)
+        directions = self.projection(channels)
+        values = directions.new_empty(*tokens.shape[:2], directions.shape[1])
+        for piece in pieces(tokens.shape[1], tokens.numel()):
+            values[:, piece] = tokens[:, piece].float() @ directions
+        return Projection(values, channels)
 
     def _cached(self, kind: str, channels: int) -> Tensor:
         if (kind, channels) not in self._cache:

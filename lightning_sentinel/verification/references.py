@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,7 +36,7 @@ class Contribution:
     @classmethod
     def like(cls, means: Tensor, statistics: Tensor) -> Contribution:
         """Nothing yet, in the shape of ``means`` ``(..., T, C)`` and ``statistics`` ``(..., S)``."""
-        return cls(PositionSums.like(means), torch.zeros_like(statistics), statistics.new_zeros(statistics.shape[:-1]))
+        return cls(PositionSums.like(means), statistics.new_zeros(statistics.shape), statistics.new_zeros(statistics.shape[:-1]))
 
     def add(self, means: Tensor, statistics: Tensor, weights: Tensor, places: Tensor | None = None) -> None:
         """Add signals with weights ``(...)`` of zero or one; zero adds nothing, whatever the signal holds.
@@ -62,6 +62,12 @@ class Contribution:
     def resized(self, positions: int) -> Contribution:
         """The same over the first ``positions`` positions."""
         return Contribution(self.positions.resized(positions), self.statistics, self.signals)
+
+    @classmethod
+    def added(cls, several: Sequence[Contribution]) -> Contribution:
+        """The sum of several, all in the same shape."""
+        flat = torch.stack([one.flat() for one in several]).sum(dim=0)
+        return cls.from_flat(flat, several[0])
 
     def flat(self) -> Tensor:
         """One vector for an all-reduce: ``T * C`` sums, ``T`` counts, ``S`` sums, one count."""
@@ -113,6 +119,38 @@ class References:
         if self._anchor is None or len(self._anchor.momentum) != shared:
             self._anchor = Anchor.of(momentum[:shared], directions)
         return self._anchor
+
+    def distances(self, step: Contribution, sizes: Mapping[str, int]) -> list[Tensor]:
+        """How far the means of a step are from what was learned, 0-dim each: of the momentum, then of each of the statistics."""
+        parts = self._away(step, sizes)
+        return [torch.linalg.vector_norm(part) for part in parts]
+
+    def nearer(self, step: Contribution, shares: Tensor, most: Tensor, sizes: Mapping[str, int]) -> Contribution:
+        """A step whose means are only ``shares`` as far from what was learned, and that counts as ``most`` signals at most.
+
+        Args:
+            step: what one worker has to say.
+            shares: at most 1, in the order of :meth:`distances`.
+            most: of any position.
+            sizes: names of the statistics, and how many floats each has.
+        """
+        positions, *statistics = (share * part for share, part in zip(shares, self._away(step, sizes)))
+        known = torch.cat([self._known(name, size, step) for name, size in sizes.items()] or [step.statistics[:0]])
+        moved = torch.cat(statistics) if statistics else known
+        count, signals = (torch.minimum(one.clamp(min=0), most) for one in (step.positions.count, step.signals))
+        total = (positions + self.momentum.resized(step.positions.total)) * count.unsqueeze(-1)
+        return Contribution(PositionSums(total, count), (moved + known) * signals, signals.view(step.signals.shape))
+
+    def _away(self, step: Contribution, sizes: Mapping[str, int]) -> list[Tensor]:
+        count, signals = step.positions.count, step.signals.clamp(min=1)
+        mean = step.positions.total / count.clamp(min=1).unsqueeze(-1)
+        away = torch.where((count > 0).unsqueeze(-1), mean - self.momentum.resized(mean), 0.0)
+        averages = (step.statistics / signals).split(list(sizes.values()))
+        said = (step.signals > 0).to(mean.dtype)
+        return [away, *(said * (one - self._known(name, size, step)) for (name, size), one in zip(sizes.items(), averages))]
+
+    def _known(self, name: str, size: int, step: Contribution) -> Tensor:
+        return self.statistics[name] if name in self.statistics else step.statistics.new_zeros(size)
 
     def update(self, step: Contribution, sizes: Mapping[str, int]) -> None:
         """Take in one step's honest signals.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_sentinel.verification.axes import pieces
 from lightning_sentinel.verification.distances import (
     euclidean_size,
     mean_absolute_difference,
@@ -31,7 +32,6 @@ class Anchor:
     Args:
         momentum: ``(T, C)``.
         size: 0-dim, :func:`~lightning_sentinel.verification.distances.euclidean_size`.
-        signs: ``(T, C)``, 1 or -1.
         directions: ``(C, K)``, secret unit directions.
         ordered: ``(T, K)``, the momentum along them, sorted along each.
         channels: ``(C,)``, its mean over positions.
@@ -41,7 +41,6 @@ class Anchor:
 
     momentum: Tensor
     size: Tensor
-    signs: Tensor
     directions: Tensor
     ordered: Tensor
     channels: Tensor
@@ -55,7 +54,6 @@ class Anchor:
         return cls(
             momentum,
             euclidean_size(momentum),
-            signs(momentum),
             directions,
             ordered_along(momentum, directions),
             channels,
@@ -107,9 +105,17 @@ def temporal_features(means: Tensor, anchor: Anchor) -> Tensor:
 
 
 def _published(means: Tensor, anchor: Anchor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    positions = means.shape[-2]
+    l1, l2, flips = [], [], []
+    for piece in pieces(positions, means.numel()):
+        some, momentum = means[..., piece, :], anchor.momentum[piece]
+        share = len(momentum) / positions
+        l1.append(share * mean_absolute_difference(some, momentum))
+        l2.append(normalised_euclidean(some, momentum, anchor.size))
+        flips.append(share * sign_flip_ratio(some, signs(momentum)))
     return (
-        mean_absolute_difference(means, anchor.momentum),
-        normalised_euclidean(means, anchor.momentum, anchor.size),
-        sign_flip_ratio(means, anchor.signs),
+        torch.stack(l1).sum(dim=0),
+        torch.linalg.vector_norm(torch.stack(l2), dim=0),
+        torch.stack(flips).sum(dim=0),
         sliced_wasserstein(means, anchor.directions, anchor.ordered),
     )

@@ -113,9 +113,8 @@ class BoundaryVerifier:
     def _keep(self, measured: Measurement, flagged: Tensor, usable: Tensor, lanes: Tensor | None) -> None:
         means, statistics = measured.means, measured.statistics
         if self._kept is None:
-            self._kept = _Kept(
-                Contribution.like(torch.stack((means, means)), torch.stack((statistics, statistics))), measured.sizes
-            )
+            both = (part.expand(2, *part.shape) for part in (means, statistics))
+            self._kept = _Kept(Contribution.like(*both), measured.sizes)
         suspect = usable & flagged
         self._kept.sums.add(means, statistics, torch.stack((usable ^ suspect, suspect)).float(), lanes)
 
@@ -155,6 +154,11 @@ class BoundaryVerifier:
         if self._kept is None:
             raise RuntimeError(f"No signal crossed {self.boundary.name} in this step, so there is nothing to contribute.")
         return self._kept.sums.of(torch.stack((unflagged, flagged)).to(self._device))
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Names of the statistics of this step, and how many floats each has."""
+        return {} if self._kept is None else self._kept.sizes
 
     def learn(self, step: Contribution | None) -> None:
         """Take in one step's honest signals, summed over all senders; ``None`` if no signal was honest."""

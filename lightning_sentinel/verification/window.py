@@ -50,11 +50,11 @@ class FenceWindow:
         """``(boundaries, size)``, who sent the values."""
         self.places = torch.zeros(boundaries, dtype=torch.long)
         self.resolution = torch.zeros(boundaries, features)
-        """``(boundaries, F)``, smaller differences say nothing; see :func:`~lightning_sentinel.verification.features.resolution`."""
+        """``(boundaries, F)``, smaller differences say nothing: :func:`lightning_sentinel.verification.features.resolution`."""
         self.settled = torch.zeros(boundaries, dtype=torch.bool)
         """``(boundaries,)`` bool, whether fences only follow the scale from now on."""
         self.deviations = torch.full((2, boundaries, workers, features), torch.nan)
-        """Slow and fast moving averages of how far each worker's values are from the mean of the warm-up; NaN before the first fit."""
+        """Slow and fast moving averages of how far each worker's values are from the mean of the warm-up; NaN before a fit."""
         self.before = torch.full((boundaries, features), torch.nan)
         """``(boundaries, F)``, what the slow ones of the median worker were in the warm-up."""
         self.usual = Usual.open(boundaries, workers, features)

@@ -63,7 +63,7 @@ def test_every_family_is_where_its_names_say(shape: tuple[int, ...], dtype: torc
     momentum = references.momentum.value
     sent, its = (SECRET.project(part).values.unflatten(0, (SENDERS, -1)) for part in (signals, received))
     tokens, flat = as_tokens(signals.float()).reshape(SENDERS, -1, momentum.shape[1]), sent.flatten(1, 2)
-    statistics = moment_statistics(tokens, tokens.mean(dim=1), flat)
+    statistics = moment_statistics(tokens.square().mean(dim=1), tokens.mean(dim=1), flat)
     moments, largest = moment_features(flat.norm(dim=-1), statistics, references.statistics)
     input_output, worst = consistency_features(paired(sent, its, same_channels=True), references.weights)
     expected = {

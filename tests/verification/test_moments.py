@@ -23,7 +23,7 @@ def draw(seed: int = 0, *, channels: int = CHANNELS, tokens: int = TOKENS) -> tu
 
 
 def statistics(tokens: Tensor, secret: Tensor) -> dict[str, Tensor]:
-    return moment_statistics(tokens, tokens.mean(dim=1), tokens @ secret)
+    return moment_statistics(tokens.square().mean(dim=1), tokens.mean(dim=1), tokens @ secret)
 
 
 @pytest.mark.parametrize("channels", [1, 3, CHANNELS])

@@ -91,6 +91,16 @@ class HealthyStage:
             collectives.all_reduce(vector, self._group)
         return vector
 
+    def apart(self, vector: Tensor) -> tuple[Tensor, list[Worker]]:
+        """What each worker of the stage that is not banned would add to a sum, ``(workers, len(vector))``, and who they are."""
+        workers = [self._mesh.worker(rank) for rank in self._mesh.stage_ranks(self._worker.stage)]
+        if self._group is None:
+            return vector[None], [self._worker]
+        workers = [worker for worker in workers if worker not in self.left_out]
+        rows = vector.new_empty(len(workers), len(vector))
+        dist.all_gather(list(rows.unbind()), vector, group=self._group)
+        return rows, workers
+
     def reduce(self, shares: Shares) -> None:
         """The gradients of the stage become those of the step."""
         if self._group is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
+from lightning_sentinel.pipeline.recovery.lessons import Apart, Lessons
 from lightning_sentinel.seeds import secret_seed
 from lightning_sentinel.verification import (
     BoundaryVerifier,
@@ -105,6 +106,7 @@ class Guard:
         self._excluded: tuple[int, frozenset[Worker]] = (-1, frozenset())
         self._wiring, self._micro_batches = Wiring.of(mesh), 1
         self._rows: dict[Boundary, list[Tensor]] = {boundary: [] for boundary in self.verifiers}
+        self._lessons = Lessons()
 
     def _keep_secret(self, verification: Verification) -> None:
         """Draw all that workers must not know from the seed."""
@@ -217,7 +219,12 @@ class Guard:
         return torch.stack(rows, dim=1)
 
     def settle(
-        self, table: SignalTable, step: int, sum_over_replicas: Callable[[Tensor], Tensor], ask: Ask | None = None
+        self,
+        table: SignalTable,
+        step: int,
+        sum_over_replicas: Callable[[Tensor], Tensor],
+        ask: Ask | None = None,
+        apart: Apart | None = None,
     ) -> Ruling:
         """Judge the step, enter it into the ledger, and learn from it.
 
@@ -226,6 +233,7 @@ class Guard:
             step: number of the training batch.
             sum_over_replicas: adds a vector over the replicas of this stage.
             ask: has workers recompute signals, where audits are asked for.
+            apart: what the replicas of this stage would add, each by itself, where they are not all in this process.
         """
         wiring, excludes = self._wiring, self._response.on_flag == "exclude"
         assessment, heights = self._assess(table, wiring), self.calibration.heights(wiring)
@@ -248,7 +256,7 @@ class Guard:
             for verifier in self.verifiers.values():
                 verifier.forget_step()
         else:
-            self._learn(table, verdict, assessment, sum_over_replicas)
+            self._learn(table, verdict, assessment, sum_over_replicas, apart)
             self.calibration.learn(verdict.table, verdict.honest, verdict.heard, verdict.explained, assessment, wiring)
             self._put_fences()
         redo = bool(excluded) and any(self.wiring(step).live)
@@ -291,7 +299,12 @@ class Guard:
             )
 
     def _learn(
-        self, table: SignalTable, verdict: StepVerdict, assessment: Assessment, sum_over_replicas: Callable[[Tensor], Tensor]
+        self,
+        table: SignalTable,
+        verdict: StepVerdict,
+        assessment: Assessment,
+        sum_over_replicas: Callable[[Tensor], Tensor],
+        apart: Apart | None,
     ) -> None:
         contributions: dict[Boundary, Contribution] = {}
         for boundary, verifier in self.verifiers.items():
@@ -310,14 +323,12 @@ class Guard:
                 # As long as the longest honest signal of any replica; what a tainted one had beyond it is not to be remembered.
                 positions = table.column("positions")[index][honest].max()
                 contributions[boundary] = mine.resized(int(positions))
-        summed: dict[Boundary, Contribution] = {}
-        if contributions:
-            vectors = [contribution.flat() for contribution in contributions.values()]
-            parts = sum_over_replicas(torch.cat(vectors)).split([len(vector) for vector in vectors])
-            for (boundary, mine), part in zip(contributions.items(), parts):
-                summed[boundary] = Contribution.from_flat(part, mine)
+        references = [self.verifiers[boundary].references for boundary in contributions]
+        sizes = [self.verifiers[boundary].sizes for boundary in contributions]
+        summed = self._lessons.of_step(list(contributions.values()), references, sizes, sum_over_replicas, apart)
+        learned = dict(zip(contributions, summed))
         for boundary, verifier in self.verifiers.items():
-            verifier.learn(summed.get(boundary))
+            verifier.learn(learned.get(boundary))
 
     def _stand_by(self, boundary: Boundary, table: SignalTable) -> None:
         """A worker that has nothing to do learns what the others of its stage learn, because it may have to do something later."""

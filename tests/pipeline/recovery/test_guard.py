@@ -244,8 +244,9 @@ def test_memory_does_not_grow_with_steps() -> None:
     k = CHANNELS
     references = POSITIONS * k + POSITIONS + k + k * k + 4 * 7 + 1
     regression = (k + 1) * (k + 1 + k)
-    fences = window * len(FEATURES) + (5 + 1) * len(FEATURES)  # and the spread of the last steps
-    calibration = 2 * fences + 1 + len(FEATURES) + 3 * REPLICAS * len(FEATURES) + REPLICAS
+    # Values and who sent them; the fences' shape, their scale, that of the warm-up and the resolution; four numbers of each worker.
+    fences = window * (len(FEATURES) + 1) + 1 + (5 + 3) * len(FEATURES) + 4 * REPLICAS * len(FEATURES)
+    calibration = 2 * fences + 1 + len(FEATURES) + 5 * REPLICAS * len(FEATURES) + REPLICAS
     # The senders of two of the four boundaries have received something.
     expected = len(MESH.boundaries) * (references + calibration) + 2 * regression + 1
     for _ in range(2):
