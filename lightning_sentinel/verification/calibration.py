@@ -18,6 +18,7 @@ from lightning_sentinel.verification.audit import causal_order
 from lightning_sentinel.verification.drift import Cusum
 from lightning_sentinel.verification.features import FEATURES, resolution, watched
 from lightning_sentinel.verification.fences import Fences
+from lightning_sentinel.verification.medians import median
 from lightning_sentinel.verification.peers import Comparison, compare, median_vote, of_workers
 from lightning_sentinel.verification.table import MAX_SCORE, SignalTable
 from lightning_sentinel.verification.window import FenceWindow
@@ -210,7 +211,7 @@ class Calibration:
                 window.add(values.flatten(1, 2), learned.flatten(1), senders)
         if self.steps > 0:
             # In the first step there is no reference yet, so its features say nothing.
-            self._follow(table.features, honest, assessment, wiring)
+            self._follow(table.features, honest, assessment)
             sent = of_workers(table.features, heard, self._senders(wiring)) - self.trend[:, None]
             self.last = torch.where(sent.isnan(), self.last, sent)
         self.recent = assessment.recent
@@ -219,8 +220,8 @@ class Calibration:
         if since % _STEPS_BETWEEN_FITS == 0:
             self.fit()
 
-    def _follow(self, features: Tensor, honest: Tensor, assessment: Assessment, wiring: Wiring) -> None:
-        now = median_vote(of_workers(features, honest, self._senders(wiring)))
+    def _follow(self, features: Tensor, honest: Tensor, assessment: Assessment) -> None:
+        now = median(torch.where(honest[..., None], features, torch.nan).flatten(1, 2), dim=1)
         # Where others vote: of the few that are left when others are tainted, most may be malicious.
         now = torch.where(assessment.by_peers[:, None], assessment.opinion, now)
         moved = torch.lerp(now, self.trend, _TREND_BETA)

@@ -115,7 +115,8 @@ def test_one_replica_that_is_always_just_outside_does_not_widen_its_fences_for_g
         fences = run.calibration.alone.fences
         return (run.calibration.trend + 1.4 * fences.upper)[:, None, None].expand_as(features).clone()
 
-    run = Run(mesh, after(WARMUP + 8, mesh, outside), window=128).run(WARMUP + 8)  # type: ignore[arg-type]
+    run = Run(mesh, after(WARMUP + 8, mesh, outside), window=64).run(WARMUP + 8)  # type: ignore[arg-type]
+    assert run.calibration.alone.settled.all()
     fences = run.calibration.alone.fences
     width = fences.upper - fences.lower
     run.run(300)

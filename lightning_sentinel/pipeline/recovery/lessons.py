@@ -67,7 +67,8 @@ class Lessons:
             return [Contribution.from_flat(part, like) for part, like in zip(flat.split(lengths), mine)]
 
         def distances(step: Sequence[Contribution]) -> Tensor:
-            return torch.stack([torch.stack(known.distances(*one)).sum() for known, *one in zip(references, step, sizes)])
+            each = (known.distances(one, size) for known, one, size in zip(references, step, sizes))
+            return torch.stack([torch.stack(of_one).sum() for of_one in each])
 
         flat = sum_over_replicas(vector.clone())
         total = parts(flat)

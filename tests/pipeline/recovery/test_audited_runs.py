@@ -150,7 +150,7 @@ def test_what_was_learned_is_that_of_the_clean_run() -> None:
     state, attacked = (run.strategy._guard.state_dict() for run in (Run(), Run(ATTACKS["loud"], LIARS)))
     assert state.keys() == attacked.keys()
     # All but what is known of single workers: some have done a banned one's work.
-    single = "/last", "/drift", "/recent", ".workers", ".deviations", ".scale"
+    single = "/last", "/drift", "/recent", ".workers", ".deviations", ".before", ".scale", ".usual"
     for name, value in ((name, value) for name, value in state.items() if not name.endswith(single)):
         torch.testing.assert_close(attacked[name], value, rtol=1e-3, atol=1e-3, equal_nan=True)
 
