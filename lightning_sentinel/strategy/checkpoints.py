@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -41,22 +42,24 @@ class StageCheckpoints(LastingBans):
     _guard: Guard | None
     _engine: Engine | None
     _stage_model: StageModel | None
+    _gathered: dict[str, Any] | None = None
+    """The module's state while it is saved, as the strategy gathered it."""
     _randomness: SeparateRandomness | None
     _saved_groups: list[list[str]]
     _sharded: bool
     _zero_stage: int
     _saved_names: list[str] | None
     """Keys of the module in the checkpoint of which this stage's part was read; ``None`` if all of it was."""
+    _cut_parameters: dict[str, nn.Parameter]
+    """Of this stage, by name, when the module was cut."""
     _position: DataPosition
     _seed: int
     _return_to: dict[str, Any] | None
     """Where in its data a resumed run has to go on, before it has begun."""
 
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Weights are loaded into stages, so the module must have been cut before."""
-        return True
+    @abstractmethod
+    def _take_stage(self) -> StageModel:
+        """Cut the module and bring this process's stage to its device, unless that was done in this run."""
 
     @property
     @override
@@ -80,13 +83,26 @@ class StageCheckpoints(LastingBans):
         """The unsplit module's state on rank zero, nothing elsewhere; a collective. Sharded, this stage's on each rank."""
         assert self.lightning_module is not None
         state = self.lightning_module.state_dict()
-        if self._sharded:
+        if self._sharded or self._stage_model is None:
+            # Before any run the module is whole, and every process has it.
             return state
-        return self._whole_state(state)
+        self._gathered = self._whole_state(state)
+        return self._gathered
 
     def _whole_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         merged = {name: value for _, tensors in self._from_stages({}, state) for name, value in tensors.items()}
-        return {name: merged[name] for name in self._running_stage_model.state_names if name in merged}
+        return {name: merged[name] for name in stage_files.in_order(merged, self._running_stage_model.state_names)}
+
+    def _whole_again(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What a hook has put in place of the module's state, of all stages; a collective.
+
+        Callbacks that save something else than the weights, averages or pruned ones, make it of the module, of which a process has
+        one stage. A hook that only leaves out some of what was gathered has it all on rank zero.
+        """
+        if not self.reduce_boolean_decision(state is not self._gathered, all=False):
+            return dict(state)
+        merged = {**state, **self._whole_state(state)}
+        return {name: merged[name] for name in stage_files.in_order(merged, self._running_stage_model.state_names)}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -114,6 +130,9 @@ class StageCheckpoints(LastingBans):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if self._stage_model is None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
         if "optimizer_states" in checkpoint:
             checkpoint[SECTION] = {
                 "step": self.step,
@@ -128,8 +147,7 @@ class StageCheckpoints(LastingBans):
         if self._sharded:
             self._save_parts(checkpoint, filepath, storage_options)
             return
-        if averaging.CURRENT in checkpoint:
-            checkpoint["state_dict"] = self._whole_state(checkpoint["state_dict"])
+        checkpoint["state_dict"], self._gathered = self._whole_again(checkpoint["state_dict"]), None
         failure: Exception | None = None
         try:
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -191,7 +209,8 @@ class StageCheckpoints(LastingBans):
             lost = next((rank for rank, part in zip(speaking, written) if "failure" in part), None)
             try:
                 if lost is None:
-                    destination.publish(checkpoint, written, self._index(len(optimizers)))
+                    names = [name for part in written for name in part["state_names"]]
+                    destination.publish(checkpoint, written, self._index(names, len(optimizers)))
                 else:
                     failure = failure or self._not_saved(lost, filepath, written[speaking.index(lost)]["failure"])
                     destination.abandon()
@@ -200,10 +219,10 @@ class StageCheckpoints(LastingBans):
                 destination.abandon()
         self._agree_that_saved(filepath, failure)
 
-    def _index(self, optimizers: int) -> dict[str, Any]:
+    def _index(self, names: Collection[str], optimizers: int) -> dict[str, Any]:
         model = self._running_stage_model
         return {
-            "state_names": list(model.state_names),
+            "state_names": stage_files.in_order(names, model.state_names),
             "parameter_names": list(model.parameter_names),
             "options": [_options(optimizer) for optimizer in self.optimizers[:optimizers]],
         }
@@ -244,6 +263,10 @@ class StageCheckpoints(LastingBans):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, of a sharded one this stage's part; with ``weights_only=True`` unless Lightning says otherwise."""
         path, self._saved_names = local_path(checkpoint_path), None
+        if self._roster is not None:
+            # Weights are loaded into stages; and callbacks want what was saved of them before the run starts.
+            with self._watching():
+                self._take_stage()
         if path is None or not path.is_dir():
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only=True if weights_only is None else weights_only)
             require_checkpoint(checkpoint, checkpoint_path)
@@ -326,9 +349,9 @@ class StageCheckpoints(LastingBans):
         return stage_files.group_names(saved, parts, self._running_stage_model.parameter_names)
 
     def _parameter_names(self) -> dict[int, str]:
-        assert self.lightning_module is not None
+        """Of this stage's parameters, as they were called when the module was cut; one that is pruned is called otherwise since."""
         first_name = self._running_stage_model.first_name
-        return {id(parameter): first_name(name) for name, parameter in self.lightning_module.named_parameters()}
+        return {id(parameter): first_name(name) for name, parameter in self._cut_parameters.items()}
 
     @property
     def _running_stage_model(self) -> StageModel:

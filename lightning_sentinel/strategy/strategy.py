@@ -56,6 +56,8 @@ from lightning_sentinel.strategy.support import (
     check_precision,
     check_replicas,
     check_settings,
+    refuse_exchanged_parameters,
+    refuse_pruning,
     refuse_synchronised_layers,
     refuse_unsupported,
     require_optimizer,
@@ -205,8 +207,10 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         trainer = self._trainer
         assert self.lightning_module is not None
         refuse_unsupported(self.lightning_module, trainer)
+        refuse_pruning(trainer, self.mesh, self._virtual)
         refuse_synchronised_layers(self._layer_sync is not None, self._virtual)
         check_precision(self.precision_plugin, self._verification, self._virtual)
+        self._stage_model = None
         super().setup_environment()
         if isinstance(self.cluster_environment, RenumberedEnvironment):
             check_replicas(self.mesh, self._verification, self._response)
@@ -225,19 +229,13 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
-        assert self.accelerator is not None and self.lightning_module is not None
         module = self.lightning_module
-        self.accelerator.setup(trainer)
+        assert module is not None
         if not self._virtual:
-            show_whole_module(trainer, module)
             count_pipelines(trainer, self.mesh)
         with self._watching():
-            self._stage_model = model = self._cut()
-            self.model = self.precision_plugin.convert_module(module)
-            self.model_to_device()
+            model = self._take_stage()
             fitting = trainer.state.fn == TrainerFn.FITTING
-            if fitting and not self._virtual:
-                copy_again(trainer, module)
             if fitting:
                 with self._something_to_optimize(), requiring_one_optimizer(module):
                     self.setup_optimizers(trainer)
@@ -259,6 +257,23 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
     def teardown(self) -> None:
         self._engine = None  # the module, which may live on, knows its last Trainer
         super().teardown()
+
+    @override
+    def _take_stage(self) -> StageModel:
+        if self._stage_model is not None:
+            return self._stage_model
+        trainer, module = self._trainer, self.lightning_module
+        assert self.accelerator is not None and module is not None
+        self.accelerator.setup(trainer)
+        if not self._virtual:
+            show_whole_module(trainer, module)
+        self._stage_model = self._cut()
+        self.model = self.precision_plugin.convert_module(module)
+        self.model_to_device()
+        self._cut_parameters = dict(module.named_parameters())
+        if trainer.state.fn == TrainerFn.FITTING and not self._virtual:
+            copy_again(trainer, module)
+        return self._stage_model
 
     def _make_engine(self, model: StageModel, optimizer: Optimizer | None, seed: int) -> Engine:
         # Imported here, because DeepSpeed must not be imported before its accelerator is known.
@@ -307,6 +322,8 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         if self._verification is not None:
             warn_of_long_warmup(self._trainer, self._verification)
             warn_of_short_warmup(self.mesh, self._micro_batches, self._verification, self._response)
+        assert self.lightning_module is not None
+        refuse_exchanged_parameters(self.lightning_module, self._cut_parameters, self.optimizers[0])
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

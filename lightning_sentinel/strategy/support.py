@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 
 import lightning as L
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sentinel.aggregation.rules import tolerable
@@ -30,6 +31,8 @@ __all__ = [
     "check_precision",
     "check_replicas",
     "check_settings",
+    "refuse_exchanged_parameters",
+    "refuse_pruning",
     "refuse_resumed_finetuning",
     "refuse_synchronised_layers",
     "refuse_unsupported",
@@ -181,6 +184,37 @@ def refuse_synchronised_layers(synchronises: bool, virtual: bool) -> None:
         raise ConfigurationError(
             "Trainer(sync_batchnorm=True) would let replicas wait for each other in every layer, but pipelines reach a layer at"
             " different times, and banned workers never. Leave it out, or use a norm without statistics, such as GroupNorm."
+        )
+
+
+def refuse_pruning(trainer: L.Trainer, mesh: Mesh, virtual: bool) -> None:
+    """Raise ``ConfigurationError`` for ``ModelPruning`` where a process has one stage: it takes hold of the layers of all."""
+    pruning = any(isinstance(callback, ModelPruning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if pruning and mesh.stages > 1 and not virtual:
+        raise ConfigurationError(
+            f"ModelPruning compares the weights of all layers, and each process has those of one of {mesh.stages} stages, so it"
+            " would prune by weights that nobody trains. Use stages=1 or engine='virtual', or prune in your own callback what"
+            " pl_module has on each rank, with torch.nn.utils.prune."
+        )
+
+
+def refuse_exchanged_parameters(module: L.LightningModule, before: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Raise ``ConfigurationError`` if the optimizer was left with parameters that the module no longer has.
+
+    Args:
+        module: of this process.
+        before: its parameters when it was cut.
+        optimizer: that was made of them.
+    """
+    now = {id(parameter) for parameter in module.parameters()}
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    gone = [name for name, parameter in before.items() if id(parameter) in trained - now]
+    if gone:
+        raise ConfigurationError(
+            f"{', '.join(gone[:3])} {'is' if len(gone) == 1 else 'are'} trained by {type(optimizer).__name__}, but"
+            f" {type(module).__name__} has exchanged {'it' if len(gone) == 1 else 'them'} for something else since the optimizer"
+            " was made, so that training would change nothing. Call weight_norm and the like in __init__, configure_model or setup,"
+            " and not in on_fit_start or on_train_start."
         )
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "Part",
     "collect",
     "group_names",
+    "in_order",
     "join_optimizer_parts",
     "merge_optimizer_states",
     "optimizer_of",
@@ -81,6 +82,37 @@ def collect(
     return [mine if speaker == to else receive_parcel(speaker, most_bytes) for speaker in ranks]
 
 
+def in_order(names: Collection[str], known: Sequence[str]) -> list[str]:
+    """Put the keys of a module as it is now into the order of the unsplit one.
+
+    Args:
+        names: the keys that there are.
+        known: all keys that there were when the module was cut, in its order. One that is new, because a parameter was exchanged
+            for others, comes behind those of the module that it is in.
+
+    Example:
+        >>> in_order(["b.weight", "a.weight_mask", "a.weight_orig", "a.bias"], ["a.weight", "a.bias", "b.weight"])
+        ['a.bias', 'a.weight_mask', 'a.weight_orig', 'b.weight']
+    """
+    position = {name: index for index, name in enumerate(known)}
+    last: dict[str, int] = {}
+    for name, index in position.items():
+        last |= dict.fromkeys(_owners(name), index)
+
+    def place(name: str) -> tuple[int, bool]:
+        if name in position:
+            return position[name], False
+        return next((last[owner] for owner in _owners(name) if owner in last), len(known)), True
+
+    return sorted(names, key=place)
+
+
+def _owners(name: str) -> list[str]:
+    """The modules that something is in, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts) - 1, -1, -1)]
+
+
 def select_state(
     state: Mapping[str, Any], module: nn.Module, known: Sequence[str], strict: bool, saved: Collection[str] | None = None
 ) -> dict[str, Any]:
@@ -112,7 +144,17 @@ def optimizer_part(optimizer: Optimizer, names: Mapping[int, str]) -> Part:
     Args:
         optimizer: over this stage's parameters.
         names: ``id`` of a parameter to its name in the unsplit module.
+
+    Raises:
+        ConfigurationError: if it has a parameter without a name.
     """
+    unknown = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
+    if unknown:
+        raise ConfigurationError(
+            f"{type(optimizer).__name__} has {len(unknown)} parameter(s) that were not the module's when the run started (first: of"
+            f" shape {tuple(unknown[0].shape)}), so a checkpoint has no name for their state. Make all parameters in __init__,"
+            " configure_model or setup."
+        )
     plain: dict[str, Any] = {"groups": [], "numbers": [], "options": []}
     tensors = {}
     for group in optimizer.param_groups:
