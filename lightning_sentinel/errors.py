@@ -11,6 +11,8 @@ __all__ = [
     "SentinelError",
     "UnsupportedVersionError",
     "WorkerLostError",
+    "add_place",
+    "places",
 ]
 
 
@@ -46,11 +48,13 @@ class WorkerLostError(SentinelError, RuntimeError):
     Args:
         message: what happened, and what to do.
         rank: the rank that was lost, if it is known.
+        told: whether that rank said what it failed with, which the message then ends with.
     """
 
-    def __init__(self, message: str, rank: int | None = None) -> None:
+    def __init__(self, message: str, rank: int | None = None, told: bool = False) -> None:
         super().__init__(message)
         self.rank = rank
+        self.told = told
 
 
 class MalformedMessageError(SentinelError, ValueError):
@@ -74,3 +78,21 @@ class MalformedMessageError(SentinelError, ValueError):
 
 class MeshExhaustedError(SentinelError, RuntimeError):
     """So many workers are banned that no complete pipeline is left."""
+
+
+def add_place(error: BaseException, place: str) -> None:
+    """Note where an error of the user's own code happened; Python 3.11 and later show it below the message.
+
+    Example:
+        >>> error = ValueError("shapes differ")
+        >>> add_place(error, "in layer net.2 (Linear) of stage 1")
+        >>> places(error)
+        ['in layer net.2 (Linear) of stage 1']
+    """
+    # What add_note of Python 3.11 does, which 3.10 has not.
+    error.__notes__ = [*places(error), place]  # type: ignore[attr-defined]
+
+
+def places(error: BaseException) -> list[str]:
+    """What :func:`add_place` has noted."""
+    return list(getattr(error, "__notes__", []))

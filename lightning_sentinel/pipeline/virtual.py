@@ -80,7 +80,7 @@ class VirtualEngine:
         self._device = device
         self._clipping = clipping
         self._seed = seed
-        self._side_by_side = SideBySide(device, activation_checkpointing)
+        self._side_by_side = SideBySide(device, activation_checkpointing, stage_model.places)
         self._forward_context = forward_context
         layers, parts = stage_model.layers.layers, stage_model.parts
         self._stages = [layers[parts[stage] : parts[stage + 1]] for stage in range(self._mesh.stages)]

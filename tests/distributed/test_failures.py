@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from datetime import timedelta
 from typing import Any
@@ -27,9 +28,11 @@ class Listing(nn.Module):
         return [x]
 
 
-class Nothing(nn.Module):
-    def forward(self, x: Tensor) -> None:
-        return None
+class Narrow(nn.Module):
+    """Its output is too narrow for the layer behind it, in another process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., :5]
 
 
 class Ends(L.Callback):
@@ -65,7 +68,7 @@ def fit_two_optimizers() -> None:
     tasks.trainer(strategy(), 4, 2).fit(module, tasks.loader(4, 2))
 
 
-@pytest.mark.parametrize(("layer", "what"), [(Dictionary, "dict"), (Listing, "list"), (Nothing, "NoneType")])
+@pytest.mark.parametrize(("layer", "what"), [(Dictionary, "dict"), (Listing, "list")])
 def test_a_layer_that_returns_no_tensor_is_named_on_all_ranks(layer: type[nn.Module], what: str) -> None:
     results, failures = world.outcomes(fit_returning, 4, layer)
     assert not results
@@ -76,6 +79,25 @@ def test_a_layer_that_returns_no_tensor_is_named_on_all_ranks(layer: type[nn.Mod
     for rank in (0, 1):
         assert failures[rank].kind == "WorkerLostError"
         assert "rank 2, worker (stage 0, replica 0)" in failures[rank].message or "rank 3" in failures[rank].message
+
+
+def test_a_layer_that_does_not_fit_is_the_last_that_everybody_says() -> None:
+    results, failures = world.outcomes(fit_returning, 4, Narrow)
+    assert not results
+    assert len(failures) == 4
+    where = r"in layer net\.2 \(Linear\) of stage 1, which was given torch\.float32 of shape \(2, 6, 5\)"
+    for rank in (0, 1):
+        assert failures[rank].kind == "RuntimeError"
+        assert re.search(rf"mat1 and mat2 shapes cannot be multiplied.*\n{where}\n$", failures[rank].trace)
+    for rank in (2, 3):
+        said = failures[rank].message
+        assert failures[rank].kind == "WorkerLostError"
+        assert re.search(rf"rank [01], worker \(stage 1, replica [01]\), failed {where} with RuntimeError: mat1 and mat2", said)
+        assert "Mend that first" in said and "last checkpoint" not in said
+        # The cause comes last, and what the connection said of it does not come at all.
+        assert re.search(rf"RuntimeError: mat1 and mat2 shapes cannot be multiplied.*\n{where}$", said)
+        assert failures[rank].trace.rstrip().endswith(said)
+        assert "Traceback" not in failures[rank].trace[10:]
 
 
 @pytest.mark.parametrize(

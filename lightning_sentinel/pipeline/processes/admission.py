@@ -204,10 +204,10 @@ def stand_by(store: Store, timeout: timedelta) -> None:
             if failed is None and notes(store).check(["failure"]):
                 failed = time.monotonic()
             if failed is not None and time.monotonic() > failed + timeout.total_seconds():
-                note = notes(store).get("failure").decode().split(" ", 1)[-1]
+                note, _, trace = notes(store).get("failure").decode().split(" ", 1)[-1].partition("\n")
                 raise WorkerLostError(
                     f"The run in which this process had no part has failed, and was not started again within {timeout}: {note}."
-                    " Start it again from the last checkpoint."
+                    f" {'Mend that first.' if trace else 'Start it again from the last checkpoint.'}"
                 )
             time.sleep(_BETWEEN_LOOKS)
     except WorkerLostError:

@@ -17,6 +17,7 @@ import secrets
 import socket
 import tempfile
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ import psutil
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous
 
-from lightning_sentinel.errors import MalformedMessageError, WorkerLostError
+from lightning_sentinel.errors import MalformedMessageError, WorkerLostError, places
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.processes.hosts import host_name
 
@@ -36,6 +37,8 @@ __all__ = ["Roster", "Start", "agree_on_round", "connect", "is_lost_connection",
 
 _LOST = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset|refused)|timed? ?out|socket|broken pipe", re.IGNORECASE)
 _MOMENT = timedelta(seconds=2)
+_MOST_FRAMES, _MOST_OF_A_NOTE = 8, 4000
+_PACKAGE = str(Path(__file__).resolve().parents[2])
 _start: Start | None = None
 
 
@@ -182,12 +185,12 @@ class Roster:
         """Turn the loss of a peer into a ``WorkerLostError`` that names it."""
         try:
             yield
-        except WorkerLostError as error:
-            raise self._named(error.rank) from error
         except RuntimeError as error:
-            if not is_lost_connection(error):
+            if not isinstance(error, WorkerLostError) and not is_lost_connection(error):
                 raise
-            raise self._named(None) from error
+            found = self._named(error.rank if isinstance(error, WorkerLostError) else None)
+            # What the connection said explains nothing more where it is known what its other end said.
+            raise found from (None if found.told else error)
 
     def report_failure(self, error: BaseException) -> None:
         """Write down that this rank ends with an error, so that its peers can say why.
@@ -198,7 +201,12 @@ class Roster:
             reason = _first_line(error.__cause__ or error)
             self._note(error.rank, f"{self._describe(error.rank)} sent a malformed message: {reason}")
         elif not isinstance(error, WorkerLostError):
-            self._note(self._rank, f"{self._describe(self._rank)} failed with {type(error).__name__}: {_first_line(error)}")
+            where = "".join(f" {place}" for place in places(error)[:1])
+            why = f": {line}" if (line := _first_line(error)) else ""
+            said = f"{self._describe(self._rank)} failed{where} with {type(error).__name__}{why}"
+            # Who was told to end has nothing to mend.
+            trace = f"\n{_trace(error)}" if isinstance(error, Exception) else ""
+            self._note(self._rank, f"{said[:_MOST_OF_A_NOTE]}{trace[:_MOST_OF_A_NOTE]}")
 
     def _named(self, suspect: int | None) -> WorkerLostError:
         gone, note = self._gone(), None
@@ -219,7 +227,13 @@ class Roster:
             rank, text = self._note(gone[0], f"{lost} {silence}")
         else:
             rank, text = note or (None, f"a worker {silence}")
-        return WorkerLostError(f"The run cannot go on: {text}. Start it again from the last checkpoint.", rank=rank)
+        text, _, trace = text.partition("\n")
+        if trace:
+            # It would fail there again.
+            text = f"The run cannot go on: {text}. Mend that first; this is where it happened on rank {rank}:\n{trace}"
+        else:
+            text = f"The run cannot go on: {text}. Start it again from the last checkpoint."
+        return WorkerLostError(text, rank=rank, told=bool(trace))
 
     def _describe(self, rank: int) -> str:
         return f"rank {rank}, {self._mesh.worker(rank)},"
@@ -270,6 +284,14 @@ class Roster:
         except OSError:
             pass  # a disk that is full must not hide what happened
         return note
+
+
+def _trace(error: BaseException) -> str:
+    """The user's own frames of a traceback and the one that raised, and the error with its notes."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames[:-1] if "site-packages" not in frame.filename and not frame.filename.startswith(_PACKAGE)]
+    lines = traceback.format_list([*own, *frames[-1:]][-_MOST_FRAMES:]) + traceback.format_exception_only(error)
+    return "".join(lines).rstrip()
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,10 +23,11 @@ class SideBySide:
     Args:
         device: that computes.
         checkpointing: recompute activations in the backward pass.
+        places: where each layer of the module is, in words.
     """
 
-    def __init__(self, device: torch.device, checkpointing: bool) -> None:
-        self._device, self._checkpointing = device, checkpointing
+    def __init__(self, device: torch.device, checkpointing: bool, places: Sequence[str]) -> None:
+        self._device, self._checkpointing, self._places = device, checkpointing, tuple(places)
         self._drawing: set[int] = set()
 
     def run(self, number: int, layer: nn.Module, call: Callable[[Any], Any], signals: Any, draws: Sequence[Draws] | None) -> Any:
@@ -39,13 +40,14 @@ class SideBySide:
             signals: ``(replicas * B, ...)``.
             draws: of each replica's micro-batch; ``None`` takes random numbers as they come.
         """
+        place = self._places[number]
         if not draws:
-            return run_layer(call, signals, self._checkpointing)
+            return run_layer(call, signals, self._checkpointing, place)
         if number not in self._drawing:
             buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()] if len(draws) > 1 else []
             draws[0].seed_layer(number, self._device)
             before = generator_state(self._device)
-            output = run_layer(call, signals, self._checkpointing)
+            output = run_layer(call, signals, self._checkpointing, place)
             if len(draws) == 1 or torch.equal(before, generator_state(self._device)):
                 return output
             self._drawing.add(number)
@@ -55,5 +57,5 @@ class SideBySide:
         outputs: list[Tensor] = []
         for draw, signal in zip(draws, signals.chunk(len(draws))):
             draw.seed_layer(number, self._device)
-            outputs.append(run_layer(call, signal, self._checkpointing))
+            outputs.append(run_layer(call, signal, self._checkpointing, place))
         return torch.cat(outputs)

@@ -66,6 +66,13 @@ class StageModel:
         """Names of the layers of ``stage``."""
         return self.layers.names[self.parts[stage] : self.parts[stage + 1]]
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where each layer is, in words; of other stages' layers the class is not known."""
+        stages = [stage for stage in range(self.mesh.stages) for _ in self.stage_layers(stage)]
+        named = zip(self.layers.names, self.layers.layers, stages)
+        return tuple(f"layer {name} ({type(layer).__name__}) of stage {stage}" for name, layer, stage in named)
+
     def stage_parameters(self, stage: int) -> int:
         """Trainable parameters of ``stage``."""
         return sum(self.parameter_counts[self.parts[stage] : self.parts[stage + 1]])
@@ -140,7 +147,9 @@ def cut(
         stage_model = replace(stage_model, layers=replace(layers, layers=tuple(kept)))
     materialise(module, build)
     if worker is not None:
-        stage = StageLayers(stage_model.layers.layers[start:stop], start, activation_checkpointing, device)
+        stage = StageLayers(
+            stage_model.layers.layers[start:stop], start, activation_checkpointing, device, stage_model.places[start:stop]
+        )
         stage_model = replace(stage_model, stage=stage, pipeline=_pipeline_module(stage, mesh, worker, device))
         if mesh.stages > 1:
             of = "" if layers.entry is module else f"The {type(layers.entry).__name__} of "

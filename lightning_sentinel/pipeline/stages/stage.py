@@ -6,19 +6,39 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_sentinel.errors import add_place
 from lightning_sentinel.pipeline.randomness import Draws
 
 __all__ = ["StageLayers", "run_layer"]
 
 
-def run_layer(layer: Callable[[Any], Any], signal: Any, checkpointing: bool) -> Any:
-    """Call a layer; with ``checkpointing`` its activations are recomputed in the backward pass, from the same random numbers."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(layer, signal, use_reentrant=False)
-    return layer(signal)
+def run_layer(layer: Callable[[Any], Any], signal: Any, checkpointing: bool, place: str) -> Any:
+    """Call a layer.
+
+    Args:
+        layer: what to call.
+        signal: its input.
+        checkpointing: recompute its activations in the backward pass, from the same random numbers.
+        place: where it is, which an error that it raises is told with.
+    """
+    try:
+        if checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, signal, use_reentrant=False)
+        return layer(signal)
+    except Exception as error:
+        add_place(error, f"in {place}, which was given {_described(signal)}")
+        raise
+
+
+def _described(signal: Any) -> str:
+    if isinstance(signal, Tensor):
+        return f"{signal.dtype} of shape {tuple(signal.shape)}"
+    if isinstance(signal, (tuple, list)):
+        return ", ".join(map(_described, signal))
+    return type(signal).__name__
 
 
 class StageLayers(nn.Module):
@@ -32,13 +52,15 @@ class StageLayers(nn.Module):
         first: number of the first of them in the whole module.
         checkpointing: recompute activations in the backward pass instead of keeping them.
         device: where the stage is.
+        places: where each layer is, in words.
 
     Example:
         >>> import torch
         >>> from lightning_sentinel.pipeline.randomness import Draws
         >>> layers = [torch.nn.Dropout(0.5), torch.nn.Dropout(0.5)]
         >>> cpu = torch.device("cpu")
-        >>> whole, second = StageLayers(layers, 0, False, cpu), StageLayers(layers[1:], 1, False, cpu)
+        >>> whole = StageLayers(layers, 0, False, cpu, ["layer 0", "layer 1"])
+        >>> second = StageLayers(layers[1:], 1, False, cpu, ["layer 1"])
         >>> whole.draws = second.draws = Draws(seed=0, step=3, micro_batch=1)
         >>> signal = torch.ones(4, 8)
         >>> whole.draws.seed_layer(0, cpu)
@@ -46,16 +68,18 @@ class StageLayers(nn.Module):
         True
     """
 
-    def __init__(self, layers: Sequence[nn.Module], first: int, checkpointing: bool, device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], first: int, checkpointing: bool, device: torch.device, places: Sequence[str]
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.draws: Draws | None = None
         """What decides the random numbers of the next forward pass; ``None`` takes them as they come."""
-        self._first, self._checkpointing, self._device = first, checkpointing, device
+        self._first, self._checkpointing, self._device, self._places = first, checkpointing, device, tuple(places)
 
     def forward(self, signal: Any) -> Any:
-        for number, layer in enumerate(self.layers, self._first):
+        for index, (layer, place) in enumerate(zip(self.layers, self._places)):
             if self.draws is not None:
-                self.draws.seed_layer(number, self._device)
-            signal = run_layer(layer, signal, self._checkpointing)
+                self.draws.seed_layer(self._first + index, self._device)
+            signal = run_layer(layer, signal, self._checkpointing, place)
         return signal

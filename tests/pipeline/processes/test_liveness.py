@@ -12,11 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_sentinel.errors import ConfigurationError, MalformedMessageError, WorkerLostError
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.processes.liveness import Roster, connect, is_lost_connection
+from lightning_sentinel.pipeline.stages.stage import run_layer
 
 MESH = Mesh(stages=2, replicas=2)
 TIMEOUT = timedelta(seconds=90)
@@ -79,8 +82,10 @@ def roster(rank: int, store: dist.Store | None) -> Roster:
 def loss_seen_by(watcher: Roster, error: BaseException = LOST) -> WorkerLostError:
     with pytest.raises(WorkerLostError) as raised, watcher.watching():
         raise error
-    assert raised.value.__cause__ is error
-    assert "Start it again from the last checkpoint" in str(raised.value)
+    # What the connection said is left out where somebody said what happened; and who would fail again is not to start again.
+    assert raised.value.__cause__ is (None if raised.value.told else error)
+    assert ("Start it again from the last checkpoint" in str(raised.value)) is not raised.value.told
+    assert ("Mend that first" in str(raised.value)) is raised.value.told
     return raised.value
 
 
@@ -137,7 +142,7 @@ class TestRoster:
         second.report_failure(KeyError("in its wake"))
         text = str(loss_seen_by(third))
         assert "rank 0, worker (stage 1, replica 0), failed with ValueError: the cause." in text
-        assert "details" not in text
+        assert text.endswith("ValueError: the cause\nand details")
         assert "in its wake" not in text
 
     @pytest.mark.parametrize("suspect", [None, 2], ids=["no suspect", "a suspect"])
@@ -147,6 +152,28 @@ class TestRoster:
         error = loss_seen_by(watcher, LOST if suspect is None else WorkerLostError("no answer", rank=suspect))
         assert "rank 3, worker (stage 0, replica 1), failed with PermissionError" in str(error)
         assert "rank 2" not in str(error)
+
+    def test_a_failure_is_told_with_its_place_and_the_users_own_frames(self, store: dist.Store) -> None:
+        def raised_by_torch() -> None:
+            torch.ones(2, 3) @ torch.ones(2, 3)
+
+        with pytest.raises(RuntimeError) as caught:
+            run_layer(lambda _: raised_by_torch(), torch.zeros(4, 2), False, "layer net.2 (Linear) of stage 1")
+        roster(1, store).report_failure(caught.value)
+        said = str(loss_seen_by(roster(0, store)))
+        assert "failed in layer net.2 (Linear) of stage 1, which was given torch.float32 of shape (4, 2) with RuntimeError" in said
+        frames = [line for line in said.splitlines() if line.startswith("  File ")]
+        assert len(frames) == 3 and all("test_liveness" in frame for frame in frames)
+        assert "torch.ones(2, 3) @ torch.ones(2, 3)" in said
+        assert said.splitlines()[-1].startswith("in layer net.2" if sys.version_info >= (3, 11) else "RuntimeError")
+
+    def test_what_a_rank_says_has_bounds(self, store: dist.Store) -> None:
+        roster(1, store).report_failure(ValueError("x" * 100_000))
+        assert len(str(loss_seen_by(roster(0, store)))) < 10_000
+
+    def test_who_is_told_to_end_has_not_failed(self, store: dist.Store) -> None:
+        roster(1, store).report_failure(SIGTERMException())
+        assert "failed with SIGTERMException. Start it again" in str(loss_seen_by(roster(0, store)))
 
     def test_the_rank_of_the_error_is_the_one_that_is_named(self, store: dist.Store) -> None:
         """Rank 2 fell silent because rank 3 had failed: rank 2 is not the one that was lost."""

@@ -48,7 +48,7 @@ def recomputed(
     stage: nn.Sequential, dtype: torch.dtype, context: Any, activation: Tensor, gradient: Tensor
 ) -> tuple[Recomputation, Any]:
     module = Classifier()
-    layers = StageLayers(list(copy.deepcopy(stage).to(dtype)), 0, False, CPU)
+    layers = StageLayers(list(copy.deepcopy(stage).to(dtype)), 0, False, CPU, ["layer"] * len(stage))
     recompute = Recomputation(layers, False, 1, StepRunner(module, module.net), CPU, 0, context)
     evidence = Evidence(None, 2, 1.0, activation.to(dtype), gradient.to(dtype))
     return recompute, [recompute(direction, Part(0, 0), evidence, (), 0, 1.0) for direction in Direction]
@@ -71,7 +71,7 @@ def test_rounding_stays_far_below_the_tolerance_and_a_lie_does_not(stage: nn.Seq
 def test_float64_is_not_multiplied_in_anything_else() -> None:
     module = Classifier()
     context = CASES["float32, multiplied in bfloat16"][1]
-    layers = StageLayers(list(module.net), 0, False, CPU)
+    layers = StageLayers(list(module.net), 0, False, CPU, ["layer"] * len(module.net))
     recompute = Recomputation(layers, False, 1, StepRunner(module, module.net), CPU, 0, context)
     assert recompute.tolerance(torch.ones(1, dtype=torch.float64)) == 1e-6
     assert recompute.tolerance(torch.ones(1)) == recompute.tolerance(torch.ones(1, dtype=torch.bfloat16)) == 5e-2
