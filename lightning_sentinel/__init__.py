@@ -3,8 +3,11 @@
 Importing the package registers the strategies ``sentinel``, ``sentinel_monitor`` and ``sentinel_virtual``.
 """
 
-import sys
 from typing import Any
+
+from lightning_sentinel.compat import register_refusals, require_versions
+
+require_versions()
 
 from lightning.pytorch.strategies import StrategyRegistry
 
@@ -49,10 +52,7 @@ def _register() -> None:
     for name, (description, arguments) in _PRESETS.items():
         if name not in StrategyRegistry:
             StrategyRegistry.register(name, SentinelStrategy, description=description, **arguments)
-    if "pytorch_lightning" in sys.modules:
-        from lightning_sentinel.compat import register_refusals
-
-        register_refusals(_PRESETS)
+    register_refusals(_PRESETS)
 
 
 _register()

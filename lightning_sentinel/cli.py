@@ -61,14 +61,14 @@ def _consolidate(arguments: list[str]) -> None:
 def _lightning_cli(arguments: list[str]) -> None:
     import warnings
 
-    from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+    from lightning.pytorch.cli import SaveConfigCallback
 
-    import lightning_sentinel  # noqa: F401 - registers the strategies
+    from lightning_sentinel.lightning_cli import SentinelCLI
 
     options: dict[str, Any] = {"save_config_kwargs": {"overwrite": True}, "save_config_callback": SaveConfigCallback}
     # LightningCLI warns about arguments that are not those of sys.argv, which is what tests and other programs pass.
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended to run from within Python.*")
-    LightningCLI(args=arguments, parser_kwargs={"prog": "lightning-sentinel"}, **options)
+    SentinelCLI(args=arguments, parser_kwargs={"prog": "lightning-sentinel"}, **options)
 
 
 if __name__ == "__main__":

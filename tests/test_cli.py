@@ -69,12 +69,60 @@ def test_the_help_of_the_strategy_explains_its_arguments(capsys: pytest.CaptureF
     assert "--trainer.strategy.verification.help" in text
 
 
-def test_a_setting_that_cannot_work_is_named() -> None:
-    model = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
-    strategy = "--trainer.strategy=lightning_sentinel.SentinelStrategy"
-    # jsonargparse reports it as one of the types that it tried.
-    with pytest.raises(ValueError, match=r"false_positive_rate=2.0 cannot work: it must be a rate between 0 and 1"):
-        cli.main(["fit", model, strategy, "--trainer.strategy.verification.false_positive_rate=2"])
+BORING = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "says"),
+    [
+        (
+            {"strategy": {"init_args": {"verification": {"false_positive_rate": 2}}}},
+            "Verification.false_positive_rate=2.0 cannot work: it must be a rate between 0 and 1, both excluded.",
+        ),
+        (
+            {"strategy": {"init_args": {"micro_batches": 0}}},
+            "micro_batches=0 cannot work: a batch is at least one micro-batch, and a whole number of them.",
+        ),
+        (
+            {"strategy": {"init_args": {"response": {"on_flag": "log"}}}},
+            "Response(on_flag='log', ban_after=5) contradicts itself: a run that only reports bans nobody. Set ban_after=None, or"
+            " on_flag='exclude'.",
+        ),
+        (
+            {"strategy": {"init_args": {"stages": 3}}, "devices": 4},
+            "stages=3 does not divide the 4 processes of this run. Set Trainer(devices=...) to a multiple of 3, or choose stages"
+            " from [1, 2, 4].",
+        ),
+    ],
+    ids=["verification", "micro_batches", "response", "mesh"],
+)
+def test_a_setting_that_cannot_work_is_one_sentence(trainer: dict[str, Any], says: str, tmp_path: Path) -> None:
+    trainer["strategy"]["class_path"] = "lightning_sentinel.SentinelStrategy"
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"trainer": {"accelerator": "cpu", **trainer}}))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", BORING, "--config", str(file)])
+    assert str(ended.value) == f"ConfigurationError: {says}"
+
+
+def test_the_help_offers_no_internals(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--help"])
+    text = "".join(capsys.readouterr().out.split())
+    for offered in ("SentinelStrategy", "AttackInjector", "SentinelMonitor"):
+        assert f"lightning_sentinel.{offered}" in text
+    assert "lightning_sentinel.strategy" not in text and "lightning_sentinel.pipeline" not in text
+    assert ",)" not in text and ",," not in text
+
+
+def test_banned_workers_and_the_timeout_are_written_in_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"response": {"banned": [[1, 0], {"stage": 1, "replica": 1}]}, "timeout": "0:01:30"}
+    file = tmp_path / "config.yaml"
+    strategy = {"class_path": "lightning_sentinel.SentinelStrategy", "init_args": settings}
+    file.write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    read = printed_config(capsys, "fit", BORING, "--config", str(file))["trainer"]["strategy"]["init_args"]  # type: ignore[index]
+    assert ls.Response(**read["response"]) == ls.Response(banned=[(1, 0), (1, 1)])
+    assert read["timeout"] == "0:01:30"
 
 
 def test_without_its_extra_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
