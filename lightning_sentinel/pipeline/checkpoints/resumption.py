@@ -24,7 +24,7 @@ from typing_extensions import override
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.randomness import SeparateRandomness
 
-__all__ = ["DataPosition", "data_generators", "own_generators", "set_data_generators"]
+__all__ = ["DataPosition", "Unopened", "data_generators", "own_generators", "set_data_generators"]
 
 States = dict[str, Tensor]
 
@@ -134,10 +134,15 @@ class DataPosition(L.Callback):
         loader = loop._combined_loader
         if fetcher is None or loader is None:
             return
+        waiting = any(isinstance(one, Unopened) for one in loader.flattened)
+        loader.flattened = [one.loader if isinstance(one, Unopened) else one for one in loader.flattened]
+        fetcher.done = False
         if any(isinstance(one, _Stateful) for one in loader.flattened):
             # The loader knows its place by itself, and has been told.
             if states is not None:
                 set_data_generators(_named(states, "now"))
+            if waiting:
+                iter(fetcher)
             return
         self.unused = states
         fetcher.iterator = _Returning(self, trainer, loader, states)
@@ -146,6 +151,31 @@ class DataPosition(L.Callback):
         if ahead:
             fetcher.batches.clear()
             fetcher.fetched -= ahead
+
+
+class Unopened:
+    """A loader in whose place nothing is drawn, until a resumed run knows where it goes on.
+
+    Lightning opens its loaders when a run starts, and what workers have fetched by then, or a stream has given out, would be lost
+    with the iterator that is not used.
+
+    Args:
+        loader: what is to be opened later. Of everything but its batches it is asked.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
 
 class _Returning(Iterator[Any]):
@@ -168,6 +198,8 @@ class _Returning(Iterator[Any]):
         fit_loop: Any = self._trainer.fit_loop
         seen, states = fit_loop.epoch_loop.batch_progress.current.ready, self._states
         ahead = 0 if states is None else int(states["ahead"])
+        if fit_loop.epoch_loop.batch_progress.is_last_batch and not ahead:
+            return  # the loop asks before it ends an epoch that has no batches left; the next one opens its data by itself
         if states is not None:
             set_data_generators(_named(states, "epoch" if seen or ahead else "now"))
         for loader in self._loader.flattened:

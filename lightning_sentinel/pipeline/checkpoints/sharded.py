@@ -137,14 +137,15 @@ class ShardedCheckpoint:
 
     Args:
         path: the directory.
+        weights_only: whether nothing but tensors and plain values is read; of the parts nothing else ever is.
 
     Raises:
         ConfigurationError: if it is none, or not whole.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, weights_only: bool = True) -> None:
         self.path = Path(path)
-        self.checkpoint = self._index()
+        self.checkpoint = self._index(weights_only)
         described = self.checkpoint[SECTION].pop(_PARTS)
         self.state_names: list[str] = described["state_names"]
         self._parameter_names: list[str] = described["parameter_names"]
@@ -195,14 +196,14 @@ class ShardedCheckpoint:
             checkpoint[SECTION] = {**checkpoint[SECTION], "optimizer_groups": groups}
         return checkpoint
 
-    def _index(self) -> dict[str, Any]:
+    def _index(self, weights_only: bool) -> dict[str, Any]:
         file = self.path / INDEX
         if not file.is_file():
             raise ConfigurationError(
                 f"{self.path} is a directory, but no sharded checkpoint: there is no {INDEX} in it. A sharded checkpoint is the"
                 " directory that SentinelStrategy(state_dict_type='sharded') saved; name that one, not the one above it."
             )
-        content = self._load(file)
+        content = self._load(file, weights_only)
         described = content.get(SECTION, {}).get(_PARTS, {}) if isinstance(content, dict) else {}
         if described.get("format") != _FORMAT:
             raise ConfigurationError(
@@ -218,9 +219,9 @@ class ShardedCheckpoint:
         return content
 
     @staticmethod
-    def _load(file: Path) -> Any:
+    def _load(file: Path, weights_only: bool = True) -> Any:
         try:
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=weights_only)
         except Exception as error:
             raise ConfigurationError(
                 f"{file} cannot be read ({type(error).__name__}: {error}). Use an earlier checkpoint; this one was left as it is."

@@ -121,6 +121,8 @@ CASES = [
     ("stream", "on_train_batch_end", 10, {}),
     ("several", "on_train_batch_end", 10, {}),
     ("no DataLoader", "on_train_batch_end", 4, {}),
+    # Where a signal of the cluster may have it saved; the validation goes on, as in Lightning, with what it draws anew.
+    ("no DataLoader", "on_validation_batch_end", 3, {"val_check_interval": 3}),
 ]
 
 
@@ -161,6 +163,42 @@ def test_a_loader_that_knows_its_place_is_left_alone(tmp_path: Path) -> None:
     unbroken = fit(Own(), [Saves(path, "on_train_batch_end", 4)])
     resumed = fit(Own(), [], path)
     torch.testing.assert_close(resumed.seen, unbroken.seen[4:], rtol=0, atol=0)
+
+
+class Tap(IterableDataset[Tensor]):
+    """A stream that gives out every sample once, whoever opens it, and counts how often it is opened."""
+
+    def __init__(self) -> None:
+        self.given = self.opened = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.opened += 1
+        for _ in range(4 * BATCHES):
+            self.given += 1
+            yield torch.full((4,), float(self.given))
+
+
+class Sized(Tap):
+    def __len__(self) -> int:
+        return 4 * BATCHES
+
+
+@pytest.mark.parametrize("kind", [Tap, Sized])
+@pytest.mark.parametrize(
+    ("hook", "options"),
+    [("on_train_epoch_end", {}), ("on_train_batch_end", {}), ("on_validation_end", {"val_check_interval": 1.0})],
+)
+def test_at_the_end_of_an_epoch_a_loader_is_opened_once_and_nothing_is_lost(
+    kind: type[Tap], hook: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "at.ckpt"
+    unbroken, stream = kind(), kind()
+    before = fit(DataLoader(unbroken, batch_size=4), [Saves(path, hook, BATCHES)], **options)
+    stream.given = 4 * BATCHES
+    resumed = fit(DataLoader(stream, batch_size=4), [], path, **options)
+    torch.testing.assert_close(resumed.seen, before.seen[BATCHES:], rtol=0, atol=0)
+    assert (unbroken.opened, stream.opened) == (3, 2)
+    assert stream.given == unbroken.given
 
 
 @pytest.mark.parametrize("state_dict_type", ["full", "sharded"])
