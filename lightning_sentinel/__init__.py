@@ -5,9 +5,9 @@ Importing the package registers the strategies ``sentinel``, ``sentinel_monitor`
 
 from typing import Any
 
-from lightning_sentinel.compat import register_refusals, require_versions
+from lightning_sentinel import compat
 
-require_versions()
+compat.require_versions()
 
 from lightning.pytorch.strategies import StrategyRegistry
 
@@ -52,7 +52,7 @@ def _register() -> None:
     for name, (description, arguments) in _PRESETS.items():
         if name not in StrategyRegistry:
             StrategyRegistry.register(name, SentinelStrategy, description=description, **arguments)
-    register_refusals(_PRESETS)
+    compat.register_refusals(_PRESETS)
 
 
 _register()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -22,6 +24,19 @@ Aggregation = Literal["mean", "trimmed_mean", "median", "krum", "multi_krum", "c
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition:
         raise ConfigurationError(f"{name}={value!r} cannot work: it must be {rule}.")
+
+
+def is_whole(value: object, least: int | None = None) -> bool:
+    """Whether a setting is a whole number, and at least so much; ``True`` is none, whatever Python says."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and (least is None or int(value) >= least)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _between(least: float, value: float, below: float) -> bool:
+    return _is_number(value) and least <= value < below
 
 
 @dataclass(frozen=True)
@@ -65,16 +80,20 @@ class Verification:
 
     def __post_init__(self) -> None:
         _require(self.method in ("sentinel", "paper"), "Verification.method", self.method, "'sentinel' or 'paper'")
-        _require(self.warmup_steps >= 1, "Verification.warmup_steps", self.warmup_steps, "at least 1")
-        _require(self.window >= 8, "Verification.window", self.window, "at least 8 signals")
+        for name, least in (("warmup_steps", 1), ("window", 8), ("projections", 1)):
+            value = getattr(self, name)
+            _require(is_whole(value, least), f"Verification.{name}", value, f"a whole number, at least {least}")
         rate = self.false_positive_rate
-        _require(0 < rate < 1, "Verification.false_positive_rate", rate, "a rate between 0 and 1, both excluded")
+        rule = "a rate between 0 and 1, both excluded"
+        _require(_between(0, rate, 1) and rate > 0, "Verification.false_positive_rate", rate, rule)
         for name in ("beta_activation", "beta_gradient"):
             beta = getattr(self, name)
-            _require(0 <= beta < 1, f"Verification.{name}", beta, "at least 0 and below 1")
-        _require(self.projections >= 1, "Verification.projections", self.projections, "at least 1")
+            _require(_between(0, beta, 1), f"Verification.{name}", beta, "a number, at least 0 and below 1")
+        names = self.features
+        listed = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
+        _require(names is None or listed, "Verification.features", names, "None or a list of names")
         seed, rule = self.seed, "None, or an integer of 64 bits"
-        _require(seed is None or -(2**63) <= seed < 2**63, "Verification.seed", seed, rule)
+        _require(seed is None or (is_whole(seed) and -(2**63) <= seed < 2**63), "Verification.seed", seed, rule)
 
 
 @dataclass(frozen=True)
@@ -99,8 +118,8 @@ class Response:
         tolerated: how many workers of a stage may send anything, for ``aggregation`` other than ``"mean"``. ``None``, and at most:
             fewer than half of those that have worked; with ``"krum"`` and ``"multi_krum"`` so few that ``2 f + 2 < n``, or one of
             three or four.
-        banned: workers that are banned from the first step on, such as those of an earlier run on the same machines; see
-            :meth:`lightning_sentinel.Ledger.export`.
+        banned: workers that are banned from the first step on, such as those of an earlier run on the same machines: workers, or
+            pairs ``(stage, replica)``; see :meth:`lightning_sentinel.Ledger.export`.
         ledger: path of a JSON file in which bans are kept, at every ban, and from which they are taken over at the start if it
             exists. In a run on several machines those of banned workers are left out from then on, and the others form the largest
             mesh that they can; on a single machine the same places are banned. All machines have to be able to read and write it,
@@ -122,23 +141,26 @@ class Response:
     audit_rate: float | None = DEFAULT_AUDIT_RATE
     aggregation: Aggregation = "mean"
     tolerated: int | None = None
-    banned: Sequence[Worker] = ()
+    banned: Sequence[Worker | tuple[int, int]] = ()
     ledger: str | Path | None = None
 
     def __post_init__(self) -> None:
         _require(self.on_flag in ("exclude", "log"), "Response.on_flag", self.on_flag, "'exclude' or 'log'")
-        _require(self.ban_after is None or self.ban_after >= 1, "Response.ban_after", self.ban_after, "None or at least 1")
+        for name in ("ban_after", "tolerated"):
+            value = getattr(self, name)
+            _require(value is None or is_whole(value, 1), f"Response.{name}", value, "None or a whole number, at least 1")
         rate = self.audit_rate
         rule = "None, or a share above 0 and at most 1: attacks that no feature shows are found by chance alone"
-        _require(rate is None or 0 < rate <= 1, "Response.audit_rate", rate, rule)
+        _require(rate is None or (_is_number(rate) and 0 < rate <= 1), "Response.audit_rate", rate, rule)
         names = get_args(Aggregation)
         _require(self.aggregation in names, "Response.aggregation", self.aggregation, f"one of {', '.join(map(repr, names))}")
-        _require(self.tolerated is None or self.tolerated >= 1, "Response.tolerated", self.tolerated, "None or at least 1")
         ledger = self.ledger
         rule = "None, or the path of a file: a JSON file that exists, or one that can be made"
-        _require(ledger is None or (str(ledger) != "" and not Path(ledger).is_dir()), "Response.ledger", ledger, rule)
-        for worker in self.banned:
-            _require(isinstance(worker, Worker), "Response.banned", worker, "a list of Worker(stage=..., replica=...)")
+        file = isinstance(ledger, (str, Path)) and str(ledger) != "" and not Path(ledger).is_dir()
+        _require(ledger is None or file, "Response.ledger", ledger, rule)
+        rule = "a list of workers, such as [Worker(stage=1, replica=0)] or [(1, 0)]"
+        _require(isinstance(self.banned, Collection) and not isinstance(self.banned, str), "Response.banned", self.banned, rule)
+        object.__setattr__(self, "banned", tuple(Worker.of(worker, "Response.banned") for worker in self.banned))
         if self.aggregation == "mean" and self.tolerated is not None:
             raise ConfigurationError(
                 f"Response(aggregation='mean', tolerated={self.tolerated}) contradicts itself: a mean tolerates nobody who sends"

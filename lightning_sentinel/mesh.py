@@ -7,7 +7,7 @@ Across the boundary ``b`` an activation travels from stage ``b`` to stage ``b + 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -38,6 +38,32 @@ class Worker:
 
     stage: int
     replica: int
+
+    @classmethod
+    def of(cls, place: Worker | tuple[int, int] | Mapping[str, int], name: str) -> Worker:
+        """A worker, however a user writes it.
+
+        Args:
+            place: a worker, a pair ``(stage, replica)``, or the mapping that a configuration file has for one.
+            name: of the setting, for the message.
+
+        Raises:
+            ConfigurationError: if it is none of them.
+
+        Example:
+            >>> Worker.of((1, 0), "banned")
+            Worker(stage=1, replica=0)
+        """
+        if isinstance(place, cls):
+            return place
+        if isinstance(place, Mapping) and set(place) == {"stage", "replica"}:
+            place = (place["stage"], place["replica"])
+        if isinstance(place, (tuple, list)) and len(place) == 2 and all(type(number) is int and number >= 0 for number in place):
+            return cls(*place)
+        raise ConfigurationError(
+            f"{name} contains {place!r}, which is no worker. Write Worker(stage=1, replica=0), or the pair (1, 0) of its stage and"
+            " replica, both counted from 0."
+        )
 
     def __str__(self) -> str:
         return f"worker (stage {self.stage}, replica {self.replica})"

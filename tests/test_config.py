@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 import lightning_sentinel as ls
+from lightning_sentinel.callbacks import AttackInjector
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification import Calibration
 from lightning_sentinel.verification.features import FAMILIES, FEATURES, watched
 
@@ -39,6 +40,11 @@ INVALID_VERIFICATION = [
     ("projections", 0),
     ("projections", -16),
     ("seed", 2**63),
+    *((name, value) for name in ("warmup_steps", "window", "projections", "seed") for value in (10.5, True, "12", math.nan)),
+    *((name, value) for name in ("false_positive_rate", "beta_activation", "beta_gradient") for value in (False, "0.5", None, 0j)),
+    ("features", "norm"),
+    ("features", 3),
+    ("features", [1]),
 ]
 INVALID_RESPONSE = [
     ("on_flag", "ban"),
@@ -53,6 +59,13 @@ INVALID_RESPONSE = [
     ("audit_rate", math.inf),
     ("ledger", ""),
     ("ledger", "/"),
+    ("ledger", True),
+    *((name, value) for name in ("ban_after", "tolerated") for value in (2.5, True, "3", math.nan)),
+    ("audit_rate", True),
+    ("audit_rate", "0.1"),
+    ("banned", Worker(1, 0)),
+    ("banned", "(1, 0)"),
+    ("banned", 3),
 ]
 
 
@@ -85,6 +98,21 @@ def test_what_cannot_work_is_refused_by_name_and_value(owner: type, name: str, v
 def test_what_is_just_possible_is_accepted(settings: dict[str, Any]) -> None:
     verification = Verification(**settings)
     assert {name: getattr(verification, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize("written", [Worker(1, 0), (1, 0), [1, 0], {"stage": 1, "replica": 0}], ids=str)
+def test_workers_are_written_in_any_way(written: Any) -> None:
+    assert Response(banned=[written]) == Response(banned=(Worker(1, 0),))
+    assert ls.AttackInjector("zeros", workers=[written]).workers == {Worker(1, 0)}
+
+
+@pytest.mark.parametrize("written", [1, (1,), (1, 0, 2), (1.0, 0), (-1, 0), (True, 0), "10", {"stage": 1}, None], ids=str)
+def test_what_is_no_worker_is_said(written: Any) -> None:
+    says = rf"contains {re.escape(repr(written))}, which is no worker.*pair \(1, 0\)"
+    with pytest.raises(ConfigurationError, match=rf"Response\.banned {says}"):
+        Response(banned=[written])
+    with pytest.raises(ConfigurationError, match=rf"AttackInjector\(workers=\.\.\.\) {says}"):
+        AttackInjector("zeros", workers=[written])
 
 
 @pytest.mark.parametrize("ban_after", [1, 5, 1000])

@@ -48,7 +48,7 @@ class AttackInjector(L.Callback):
         seed: int = 0,
     ) -> None:
         self._attacks = attacks
-        self._named = None if workers is None else [w if isinstance(w, Worker) else Worker(*w) for w in workers]
+        self._named = None if workers is None else [Worker.of(worker, "AttackInjector(workers=...)") for worker in workers]
         self._fraction = fraction
         self._start_step = start_step
         self._direction = direction

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.recovery.guard import Ruling
 from lightning_sentinel.verification import Detection, Ledger
 
-__all__ = ["MOST_DETECTIONS", "Announcements", "announce_detections", "consequence", "keep_latest"]
+__all__ = ["MOST_DETECTIONS", "Announcements", "announce_detections", "consequence", "keep_latest", "log_settings"]
 
 MOST_DETECTIONS = 100_000
 """How many a strategy remembers, some thirty megabytes: a worker that is reported and never banned adds some in every step."""
@@ -113,3 +115,20 @@ class Announcements:
             return False
         self._told.add((worker, what))
         return True
+
+
+def log_settings(trainer: L.Trainer, settings: Mapping[str, Any]) -> None:
+    """Hand the strategy's settings to every logger, beside the module's hyperparameters, unless those are not wanted either.
+
+    Args:
+        trainer: of the run, before it logs the module's.
+        settings: in plain form.
+    """
+    if not trainer.enable_autolog_hparams:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            # Its table has one row a run, which is the module's; this goes into the file beside it.
+            logger.hparams["sentinel"] = dict(settings)
+        else:
+            logger.log_hyperparams({"sentinel": dict(settings)})

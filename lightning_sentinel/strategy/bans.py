@@ -90,7 +90,7 @@ class LastingBans(ProcessStrategy):
 
     def _take_over_bans(self) -> None:
         """Those that the user names, and those in the file."""
-        self.ledger.ban(0, self._response.banned)
+        self.ledger.ban(0, [Worker.of(worker, "Response.banned") for worker in self._response.banned])
         self.ledger.ban(0, bans_here(self._filed or [], self.mesh, self._hosts))
 
     def _resume_bans(self, state: Mapping[str, Any], written_on: Mesh) -> list[str]:

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from typing_extensions import override
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.stages.deferred import DeferredBuild
 from lightning_sentinel.pipeline.stages.partition import StageModel, cut
+from lightning_sentinel.strategy.averaging import copy_again
 from lightning_sentinel.strategy.processes import ProcessStrategy
+from lightning_sentinel.strategy.whole_summary import show_whole_module
 
 __all__ = ["StageBuilding"]
 
@@ -27,6 +30,9 @@ class StageBuilding(ProcessStrategy):
     _sequential: str | None
     _activation_checkpointing: bool
     _build: DeferredBuild | None = None
+    _stage_model: StageModel | None
+    _cut_parameters: dict[str, nn.Parameter]
+    """Of this stage, by name, when the module was cut."""
 
     @property
     @abstractmethod
@@ -61,6 +67,24 @@ class StageBuilding(ProcessStrategy):
         )
         self._build = None  # it holds what was built from
         return model
+
+    def _take_stage(self) -> StageModel:
+        """Cut the module and bring this process's stage to its device, unless that was done in this run."""
+        if self._stage_model is not None:
+            return self._stage_model
+        module = self.lightning_module
+        assert self.accelerator is not None and module is not None
+        trainer = module.trainer
+        self.accelerator.setup(trainer)
+        if not self._virtual:
+            show_whole_module(trainer, module)
+        self._stage_model = self._cut()
+        self.model = self.precision_plugin.convert_module(module)
+        self.model_to_device()
+        self._cut_parameters = dict(module.named_parameters())
+        if trainer.state.fn == TrainerFn.FITTING and not self._virtual:
+            copy_again(trainer, module)
+        return self._stage_model
 
     @override
     def teardown(self) -> None:

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sentinel.errors import ConfigurationError, WorkerLostError
-from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.checkpoints import full as stage_files
 from lightning_sentinel.pipeline.checkpoints.files import AtomicCheckpointIO, local_path, require_checkpoint
 from lightning_sentinel.pipeline.checkpoints.full import SECTION
-from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition, own_generators
 from lightning_sentinel.pipeline.checkpoints.sharded import Destination, ShardedCheckpoint
-from lightning_sentinel.pipeline.face import Engine
-from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
-from lightning_sentinel.pipeline.randomness import SeparateRandomness
-from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.strategy import averaging
-from lightning_sentinel.strategy.bans import LastingBans
+from lightning_sentinel.strategy.resuming import ResumedRuns
 from lightning_sentinel.strategy.support import refuse_resumed_finetuning
 
 __all__ = ["StageCheckpoints"]
@@ -36,26 +28,16 @@ __all__ = ["StageCheckpoints"]
 _MOST_BYTES_OF_GENERATORS = 2**20
 
 
-class StageCheckpoints(LastingBans):
+class StageCheckpoints(ResumedRuns):
     """Saves and loads a module that is cut into stages."""
 
-    _guard: Guard | None
-    _engine: Engine | None
-    _stage_model: StageModel | None
     _gathered: dict[str, Any] | None = None
     """The module's state while it is saved, as the strategy gathered it."""
-    _randomness: SeparateRandomness | None
     _saved_groups: list[list[str]]
     _sharded: bool
     _zero_stage: int
     _saved_names: list[str] | None
     """Keys of the module in the checkpoint of which this stage's part was read; ``None`` if all of it was."""
-    _cut_parameters: dict[str, nn.Parameter]
-    """Of this stage, by name, when the module was cut."""
-    _position: DataPosition
-    _seed: int
-    _return_to: dict[str, Any] | None
-    """Where in its data a resumed run has to go on, before it has begun."""
 
     @abstractmethod
     def _take_stage(self) -> StageModel:
@@ -82,6 +64,12 @@ class StageCheckpoints(LastingBans):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The unsplit module's state on rank zero, nothing elsewhere; a collective. Sharded, this stage's on each rank."""
         assert self.lightning_module is not None
+        if self._stepping and not self._virtual:
+            raise ConfigurationError(
+                "Trainer.save_checkpoint was called in the middle of a step, by training_step or the like or by a signal handler,"
+                " while other ranks wait for what this one sends. Call it between batches and on all ranks: from"
+                " on_train_batch_end, or by ModelCheckpoint(every_n_train_steps=...)."
+            )
         state = self.lightning_module.state_dict()
         if self._sharded or self._stage_model is None:
             # Before any run the module is whole, and every process has it.
@@ -130,6 +118,11 @@ class StageCheckpoints(LastingBans):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if self._sharded and (storage_options is not None or local_path(filepath) is None):
+            raise ConfigurationError(
+                f"A sharded checkpoint is a directory on a disk that all machines share, and {str(filepath)!r} is none. Save to"
+                " such a path, or use SentinelStrategy(state_dict_type='full')."
+            )
         if self._stage_model is None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -143,9 +136,10 @@ class StageCheckpoints(LastingBans):
                 "seed": self._seed,
                 "processes": self.world_size,
                 "generators": self._generators(),
+                "settings": self.plain_settings,
             }
         if self._sharded:
-            self._save_parts(checkpoint, filepath, storage_options)
+            self._save_parts(checkpoint, filepath)
             return
         checkpoint["state_dict"], self._gathered = self._whole_again(checkpoint["state_dict"]), None
         failure: Exception | None = None
@@ -154,10 +148,6 @@ class StageCheckpoints(LastingBans):
         except Exception as error:
             failure = error
         self._agree_that_saved(filepath, failure)
-
-    def _from_stages(self, plain: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[stage_files.Part]:
-        with self._at_work():
-            return stage_files.collect(plain, tensors, stage_files.speakers(self.mesh, self.ledger.banned))
 
     def _learned(self) -> dict[str, Any]:
         parts = self._from_stages({}, self._guard.state_dict() if self._guard is not None else {})
@@ -172,14 +162,9 @@ class StageCheckpoints(LastingBans):
             parts = stage_files.collect({}, states, ranks, _MOST_BYTES_OF_GENERATORS)
         return {rank: tensors for rank, (_, tensors) in zip(ranks, parts)}
 
-    def _save_parts(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None) -> None:
+    def _save_parts(self, checkpoint: dict[str, Any], filepath: Any) -> None:
         """Each stage writes its part, and rank zero what makes them a checkpoint."""
-        target = local_path(filepath)
-        if target is None or storage_options is not None:
-            raise ConfigurationError(
-                f"A sharded checkpoint is a directory on a disk that all machines share, and {str(filepath)!r} is none. Save to"
-                " such a path, or use SentinelStrategy(state_dict_type='full')."
-            )
+        target = Path(str(local_path(filepath)))
         failure: Exception | None = None
         destination: Destination | None = None
         if self.is_global_zero:
@@ -253,29 +238,23 @@ class StageCheckpoints(LastingBans):
         return dataloader
 
     @override
-    def on_train_start(self) -> None:
-        if self._return_to is not None:
-            assert self.lightning_module is not None
-            self._position.return_to(self.lightning_module.trainer, self._return_to or None)
-            self._return_to = None
-
-    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, of a sharded one this stage's part; with ``weights_only=True`` unless Lightning says otherwise."""
         path, self._saved_names = local_path(checkpoint_path), None
+        weights_only = True if weights_only is None else weights_only
         if self._roster is not None:
             # Weights are loaded into stages; and callbacks want what was saved of them before the run starts.
             with self._watching():
                 self._take_stage()
         if path is None or not path.is_dir():
-            checkpoint = super().load_checkpoint(checkpoint_path, weights_only=True if weights_only is None else weights_only)
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
             require_checkpoint(checkpoint, checkpoint_path)
             if averaging.CURRENT in checkpoint:
                 assert self.lightning_module is not None
                 self._saved_names = averaging.of_stage(checkpoint, set(self.lightning_module.state_dict()))
             return checkpoint
         assert self.lightning_module is not None
-        saved = ShardedCheckpoint(path)
+        saved = ShardedCheckpoint(path, weights_only)
         checkpoint, self._saved_names = saved.checkpoint, saved.state_names
         checkpoint |= saved.states(set(self.lightning_module.state_dict()))
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING and saved.has_optimizer:
@@ -291,79 +270,6 @@ class StageCheckpoints(LastingBans):
         refuse_resumed_finetuning(module.trainer, self.mesh)
         own = stage_files.select_state(checkpoint["state_dict"], module, model.state_names, strict, self._saved_names)
         module.load_state_dict(own, strict=strict)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Continue a run: the optimizer, the place in the data, and what the verifiers and the ledger had learned."""
-        section = checkpoint.get(SECTION, {})
-        self._return_to = {}
-        if section:
-            self._resume_run(section)
-        else:
-            # Of a run without this strategy: its steps are Lightning's batches, and there is nothing else to know.
-            assert self.lightning_module is not None
-            self.step = self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        assert self._engine is not None
-        others = self._engine.stepped_by_others
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
-            groups = section["optimizer_groups"] if section else self._named_groups(saved, optimizer)
-            own = stage_files.own_optimizer_state(saved, groups, optimizer, self._parameter_names(), others)
-            optimizer.load_state_dict(own)
-
-    def _resume_run(self, section: Mapping[str, Any]) -> None:
-        self.step = section["step"]
-        written_on = Mesh(*section.get("mesh", (self.mesh.stages, self.mesh.replicas)))
-        self._resume_randomness(section, written_on)
-        told = self._resume_bans(section["ledger"], written_on)
-        if self._guard is not None and written_on.stages != self.mesh.stages:
-            told.append("Verifiers start afresh: until their warm-up is over nobody is flagged.")
-        if told or written_on != self.mesh:
-            then = f"The checkpoint was written on {written_on.stages} stages x {written_on.replicas} replicas."
-            rank_zero_warn(" ".join([then, f"This run has {self.mesh.stages} x {self.mesh.replicas}.", *told]))
-        # A boundary is another one if the module is cut at another place.
-        if self._guard is not None and written_on.stages == self.mesh.stages:
-            self._guard.load_state_dict(section["verifiers"])
-
-    def _resume_randomness(self, section: Mapping[str, Any], written_on: Mesh) -> None:
-        if "seed" not in section:
-            return
-        assert self._engine is not None and self._randomness is not None
-        self._seed = section["seed"]
-        self._engine.reseed(self._seed)
-        saved, processes = section["generators"], section["processes"]
-        states = own_generators(saved, written_on, processes, self.mesh, self.global_rank, self.world_size)
-        if states is None:
-            return
-        computation = {name.split("/", 1)[1]: state for name, state in states.items() if name.startswith("computation/")}
-        if computation:
-            self._randomness.load_states(computation, self.root_device)
-        self._return_to = states
-
-    def _named_groups(self, saved: Mapping[str, Any], optimizer: Optimizer) -> list[list[str]]:
-        """Names for the numbers in the optimizer state of an unsplit module; a collective."""
-        plain, _ = stage_files.optimizer_part(optimizer, self._parameter_names())
-        parts = [{"groups": part["groups"]} for part, _ in self._from_stages({"groups": plain["groups"]}, {})]
-        if dist.is_initialized():
-            with self._at_work():
-                parts = broadcast_parcel(parts, 0)
-        return stage_files.group_names(saved, parts, self._running_stage_model.parameter_names)
-
-    def _parameter_names(self) -> dict[int, str]:
-        """Of this stage's parameters, as they were called when the module was cut; one that is pruned is called otherwise since."""
-        first_name = self._running_stage_model.first_name
-        return {id(parameter): first_name(name) for name, parameter in self._cut_parameters.items()}
-
-    @property
-    def _running_stage_model(self) -> StageModel:
-        assert self._stage_model is not None, "the module is cut in setup"
-        return self._stage_model
-
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """Computation draws its own random numbers, and the loss of a peer is reported by name."""
-        assert self._randomness is not None
-        with self._watching(), self._randomness.of_computation():
-            yield
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.strategy import TBroadcast
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.distributed import Store
 from typing_extensions import override
 
+from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.pipeline.processes.admission import announce_end, stand_by
 from lightning_sentinel.pipeline.processes.collectives import backend_for, wire
 from lightning_sentinel.pipeline.processes.liveness import Roster, Start, connect
@@ -45,8 +48,20 @@ class ProcessStrategy(ParallelStrategy):
         self._virtual, self._transport = virtual, transport
         self._timeout = timeout
         self._num_nodes = 1
+        self._has_trainer = False
+        self._chosen_accelerator = self._accelerator
         self._store: Store | None = None
         self._roster: Roster | None = None
+
+    @property
+    @override
+    def accelerator(self) -> Accelerator | None:
+        """What the Trainer computes on. Lightning takes `_accelerator` for the user's choice, and it would be another Trainer's."""
+        return self._chosen_accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator) -> None:
+        self._chosen_accelerator = accelerator
 
     @property
     def is_distributed(self) -> bool:
@@ -82,8 +97,20 @@ class ProcessStrategy(ParallelStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
+        if self._has_trainer:
+            raise ConfigurationError(
+                f"This {type(self).__name__} belongs to another Trainer already. It keeps who is banned, what was detected and what"
+                " was learned of one run's workers, so make a new one for every Trainer."
+            )
+        self._has_trainer = True
         if self._virtual:
             return
+        if _IS_INTERACTIVE:
+            raise ConfigurationError(
+                f"{type(self).__name__} starts a process for each worker by running the script again, and in a notebook or an"
+                " interactive session there is none. Use Trainer(strategy='sentinel_virtual', devices=1) or"
+                " SentinelStrategy(engine='virtual'), which have the whole mesh in this process, or write a script."
+            )
         self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     @override

@@ -15,6 +15,10 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -29,7 +33,7 @@ from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
-from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition
+from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition, Unopened
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
@@ -45,12 +49,13 @@ from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.virtual import VirtualEngine
 from lightning_sentinel.seeds import secret_seed
-from lightning_sentinel.strategy.announcements import Announcements
-from lightning_sentinel.strategy.averaging import copy_again
+from lightning_sentinel.strategy.announcements import Announcements, log_settings
 from lightning_sentinel.strategy.building import StageBuilding
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
 from lightning_sentinel.strategy.data import PipelineData
 from lightning_sentinel.strategy.protection import protection
+from lightning_sentinel.strategy.settings import ReadableSettings
+from lightning_sentinel.strategy.signals import DeferredSignals
 from lightning_sentinel.strategy.summary import print_mesh
 from lightning_sentinel.strategy.support import (
     check_precision,
@@ -66,7 +71,6 @@ from lightning_sentinel.strategy.support import (
     warn_of_short_warmup,
 )
 from lightning_sentinel.strategy.throughput import count_pipelines
-from lightning_sentinel.strategy.whole_summary import show_whole_module
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
 from lightning_sentinel.wiring import Wiring
 
@@ -76,7 +80,7 @@ _VIRTUAL_MESH = Mesh(stages=2, replicas=4)
 """Where neither stages nor replicas are given."""
 
 
-class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
+class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheckpoints):
     """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
 
     ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages. Rank zero serves the last stage, where
@@ -101,8 +105,11 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         state_dict_type: ``"full"`` saves one ordinary file; with ``"sharded"`` a checkpoint is a directory to which each stage
             writes its own part, so that no process ever holds the whole model.
         timeout: how long any process waits for another before the run ends with an error that names it.
-        **kwargs: what every parallel strategy takes: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
-            ``checkpoint_io``, ``precision_plugin``.
+        accelerator: these five are what Lightning gives every parallel strategy; a Trainer sets them by itself.
+        parallel_devices: of this machine.
+        cluster_environment: that started the processes.
+        checkpoint_io: reads and writes files.
+        precision_plugin: precision of the computation.
 
     Raises:
         ConfigurationError: if settings cannot work.
@@ -131,14 +138,29 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         transport: Literal["auto", "device", "host"] = "auto",
         state_dict_type: Literal["full", "sharded"] = "full",
         timeout: timedelta = timedelta(minutes=5),
-        **kwargs: Any,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
     ) -> None:
-        check_settings(engine, micro_batches, partition, transport, zero_stage, verification, response, state_dict_type)
-        super().__init__(timeout=timeout, virtual=engine == "virtual", transport=transport, **kwargs)
+        super().__init__(
+            timeout=timeout,
+            virtual=engine == "virtual",
+            transport=transport,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
         self._stages, self._replicas, self._micro_batches = stages, replicas, micro_batches
         self._verification, self._response = verification, response
         self._partition, self._sequential = partition, sequential
         self._activation_checkpointing = activation_checkpointing
+        self._zero_stage, self._sharded = zero_stage, state_dict_type == "sharded"
+        self.check_kinds()
+        check_settings(engine, micro_batches, partition, transport, zero_stage, verification, response, state_dict_type)
         self.ledger = Ledger(response.ban_after)
         """Flags and bans; the same on all ranks."""
         self.detections: list[Detection] = []
@@ -157,14 +179,9 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         self._randomness: SeparateRandomness | None = None
         self._last_loss = math.nan
         self._saved_groups, self._filed = [], None
-        self._sharded, self._saved_names, self._return_to = state_dict_type == "sharded", None, None
-        self._zero_stage = zero_stage
+        self._saved_names, self._return_to = None, None
         self._has_been_left = False
         self._position = DataPosition()
-
-    def __repr__(self) -> str:
-        # `pytorch_lightning` shows it when it refuses a strategy that is not its own.
-        return f"<{type(self).__name__}, for the package `lightning` and not for `pytorch_lightning`>"
 
     # ------------------------------------------------------------------------------------------------------------ the mesh
 
@@ -184,10 +201,6 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
     def worker(self) -> Worker:
         """The worker that this process is."""
         return self.mesh.worker(self.global_rank)
-
-    @property
-    def verification(self) -> Verification | None:
-        return self._verification
 
     @override
     def _configure_launcher(self) -> None:
@@ -222,7 +235,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
             prepare(self.root_device, None if self._virtual else self._timeout, self.local_rank)
             self._read_bans()
         if self._position not in trainer.callbacks:  # type: ignore[attr-defined]
-            trainer.callbacks.append(self._position)  # type: ignore[attr-defined]
+            trainer.callbacks += [self._position, DeferredSignals(self._watching)]  # type: ignore[attr-defined]
         if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
             # What was found is logged without being asked for, as Lightning adds a progress bar without being asked for one.
             trainer.callbacks.append(SentinelMonitor())  # type: ignore[attr-defined]
@@ -250,6 +263,8 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         self._replay = LogReplay(module, self._value_of)
         self._shares = CleanShares(self.mesh)
         silence_misleading_warnings()
+        if fitting:
+            log_settings(trainer, self.plain_settings)
         if fitting and self.is_global_zero:
             print_mesh(model, protection(self.mesh, self._verification, self._response))
 
@@ -257,23 +272,6 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
     def teardown(self) -> None:
         self._engine = None  # the module, which may live on, knows its last Trainer
         super().teardown()
-
-    @override
-    def _take_stage(self) -> StageModel:
-        if self._stage_model is not None:
-            return self._stage_model
-        trainer, module = self._trainer, self.lightning_module
-        assert self.accelerator is not None and module is not None
-        self.accelerator.setup(trainer)
-        if not self._virtual:
-            show_whole_module(trainer, module)
-        self._stage_model = self._cut()
-        self.model = self.precision_plugin.convert_module(module)
-        self.model_to_device()
-        self._cut_parameters = dict(module.named_parameters())
-        if trainer.state.fn == TrainerFn.FITTING and not self._virtual:
-            copy_again(trainer, module)
-        return self._stage_model
 
     def _make_engine(self, model: StageModel, optimizer: Optimizer | None, seed: int) -> Engine:
         # Imported here, because DeepSpeed must not be imported before its accelerator is known.
@@ -314,6 +312,12 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
         seed = base_seed()
         return int(self.broadcast(torch.seed() % 2**31 if seed is None else seed))
 
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        ready = super().process_dataloader(dataloader)
+        resumes = self._trainer.training and self._return_to is not None
+        return Unopened(ready) if resumes and not isinstance(ready, _Stateful) else ready
+
     # ------------------------------------------------------------------------------------------------------------- training
 
     @override
@@ -328,7 +332,7 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         arguments, scale = (*args, *kwargs.values()), 1.0 / self._trainer.accumulate_grad_batches
-        with self._at_work():
+        with self._in_step():
             outcome = self._train_until_settled(arguments, scale)
             returned = self._returned("training_step")
             self._running_engine.hold_gradients()
@@ -388,11 +392,11 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
                 )
             engine.discard_gradients()
             return result
-        with self._at_work():
+        with self._in_step():
             engine.reduce_gradients(shares)
         call._call_callback_hooks(self._trainer, "on_before_optimizer_step", optimizer)
         call._call_lightning_module_hook(self._trainer, "on_before_optimizer_step", optimizer)
-        with self._at_work():
+        with self._in_step():
             engine.apply_gradients()
         return result
 
@@ -409,11 +413,11 @@ class SentinelStrategy(PipelineData, StageBuilding, StageCheckpoints):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         arguments = (*args, *kwargs.values())
-        with self._at_work():
+        with self._in_step():
             return self._running_engine.predict(arguments, self._deal("predict_step", arguments))
 
     def _evaluate(self, step: str, arguments: tuple[Any, ...]) -> Any:
-        with self._at_work():
+        with self._in_step():
             outcome = self._running_engine.evaluate(step, arguments, self._deal(step, arguments))
             returned = self._returned(step)
         self._take_in(outcome)

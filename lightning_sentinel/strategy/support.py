@@ -19,9 +19,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sentinel.aggregation.rules import tolerable
-from lightning_sentinel.config import DEFAULT_AUDIT_RATE, Response, Verification
+from lightning_sentinel.config import DEFAULT_AUDIT_RATE, Response, Verification, is_whole
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.strategy.averaging import refuse_unequal_epochs
 from lightning_sentinel.strategy.protection import shortcoming
 from lightning_sentinel.verification.calibration import values_needed, values_of_warmup
@@ -60,9 +60,11 @@ def check_settings(
     """Raise ``ConfigurationError`` for arguments of the strategy that cannot work."""
     if engine not in ("process", "virtual"):
         raise ConfigurationError(f"engine={engine!r} is unknown. Use 'process' or 'virtual'.")
-    if micro_batches < 1:
-        raise ConfigurationError(f"micro_batches={micro_batches} cannot work: a batch is at least one micro-batch.")
-    if partition not in ("parameters", "uniform") and not partition.startswith("type:"):
+    if not is_whole(micro_batches, 1):
+        raise ConfigurationError(
+            f"micro_batches={micro_batches!r} cannot work: a batch is at least one micro-batch, and a whole number of them."
+        )
+    if not isinstance(partition, str) or (partition not in ("parameters", "uniform") and not partition.startswith("type:")):
         raise ConfigurationError(
             f"partition={partition!r} is unknown. Use 'parameters', 'uniform', or 'type:REGEX' for a class name."
         )
@@ -109,7 +111,7 @@ def check_replicas(mesh: Mesh, verification: Verification | None, response: Resp
             f" cannot keep: with f of n workers that send anything it needs {need}. Use tolerated={most} or less, or more replicas."
         )
     for worker in response.banned:
-        mesh.rank(worker)
+        mesh.rank(Worker.of(worker, "Response.banned"))
     if response.banned and verification is None:
         raise ConfigurationError(
             f"Response(banned={list(response.banned)}) has no effect with verification=None, where nobody is left out. Set a"

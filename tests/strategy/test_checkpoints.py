@@ -42,18 +42,12 @@ def loader() -> DataLoader[Any]:
     return DataLoader(torch.randn(24, 4, generator=torch.Generator().manual_seed(0)), batch_size=4)
 
 
-def make(form: Form = "full", callbacks: Any = (), max_steps: int = 4, plain: bool = False, **options: Any) -> L.Trainer:
-    strategy: Any = ls.SentinelStrategy(2, 2, micro_batches=1, engine="virtual", verification=None, state_dict_type=form)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(
-        strategy="auto" if plain else strategy,
-        accelerator="cpu",
-        devices=1,
-        max_steps=max_steps,
-        callbacks=list(callbacks),
-        **quiet,
-        **options,
-    )
+def make(form: Form = "full", callbacks: Any = (), max_steps: int = 4, plain: bool = False, **settings: Any) -> L.Trainer:
+    settings = {"micro_batches": 1, "engine": "virtual", "verification": None, "state_dict_type": form} | settings
+    strategy: Any = ls.SentinelStrategy(2, 2, **settings)
+    quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "devices": 1, "max_steps": max_steps}
+    return L.Trainer(strategy="auto" if plain else strategy, callbacks=list(callbacks), **quiet)
 
 
 class TestResuming:
@@ -90,7 +84,8 @@ class TestResuming:
         make(form, [Remembers()], max_steps=5).fit(Small(), loader(), ckpt_path=tmp_path / "at.ckpt")
         assert order == ["checkpoint 6", "state thing", "fit"]
 
-    def test_objects_are_loaded_if_the_user_says_so(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("form", FORMS)
+    def test_objects_are_loaded_if_the_user_says_so(self, form: Form, tmp_path: Path) -> None:
         class Keeps(Small):
             def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
                 checkpoint["made at"] = Path("here")
@@ -98,14 +93,28 @@ class TestResuming:
             def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
                 assert checkpoint["made at"] == Path("here")
 
-        first = make()
+        first = make(form)
         first.fit(Keeps(), loader())
         first.save_checkpoint(tmp_path / "at.ckpt")
-        second = make(max_steps=6)
+        second = make(form, max_steps=6)
         second.fit(Keeps(), loader(), ckpt_path=tmp_path / "at.ckpt", weights_only=False)
         assert second.global_step == 6
         with pytest.raises(Exception, match="weights_only"):
             make(max_steps=6).fit(Keeps(), loader(), ckpt_path=tmp_path / "at.ckpt")
+
+    def test_other_settings_are_told_with_who_is_banned(self, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+        path = tmp_path / "at.ckpt"
+        before = {"verification": ls.Verification(warmup_steps=2, window=64), "response": ls.Response(banned=[(1, 0)])}
+        now = {"verification": ls.Verification(warmup_steps=3, window=64, seed=5), "response": ls.Response(ban_after=9)}
+        first = make(**before)
+        first.fit(Small(), loader())
+        first.save_checkpoint(path)
+        make(max_steps=5, **before).fit(Small(), loader(), ckpt_path=path)
+        assert not [one for one in recwarn if "other settings" in str(one.message)]
+        changed = r"Verification: warmup_steps=2 is now 3\. Response: ban_after=5 is now 9, banned="
+        says = rf"{changed}.* banned now: worker \(stage 1, replica 0\)"
+        with pytest.warns(UserWarning, match=says):
+            make(max_steps=5, **now).fit(Small(), loader(), ckpt_path=path)
 
 
 class TestExchangedParameters:
@@ -169,7 +178,7 @@ class TestExchangedParameters:
                 pl_module.net[2] = nn.Linear(8, 8)
                 trainer.optimizers[0].add_param_group({"params": list(pl_module.net[2].parameters())})
 
-        run = make(callbacks=[Grows()], max_steps=7)
+        run = make(callbacks=[Grows()], max_steps=6)
         run.fit(Small(), loader())
         with pytest.raises(ConfigurationError, match=r"AdamW has 2 parameter\(s\) that were not the module's .*shape \(8, 8\)"):
             run.save_checkpoint(tmp_path / "at.ckpt")

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import importlib
 import pickle
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import lightning as L
@@ -16,7 +12,6 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import lightning_sentinel as ls
-from lightning_sentinel.compat import register_refusals
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 
@@ -205,30 +200,20 @@ def test_a_remote_path_is_no_place_for_parts() -> None:
         strategy.save_checkpoint({"state_dict": {}}, "s3://bucket/a.ckpt")
 
 
-class TestTheOtherPackage:
-    @pytest.fixture
-    def other(self) -> Iterator[ModuleType]:
-        package = importlib.import_module("pytorch_lightning")
-        registry = importlib.import_module("pytorch_lightning.strategies").StrategyRegistry
-        before = dict(registry)
-        yield package
-        registry.clear()
-        registry.update(before)
+def test_a_strategy_has_one_trainer() -> None:
+    strategy = ls.SentinelStrategy()
+    trainer(strategy, 4)
+    with pytest.raises(ConfigurationError, match=r"belongs to another Trainer already.* make a new one for every Trainer"):
+        trainer(strategy, 4)
 
-    def test_refused_in_words(self, other: ModuleType) -> None:
-        register_refusals(["sentinel", "sentinel_monitor"])
-        register_refusals(["sentinel"])
-        for name in ("sentinel", "sentinel_monitor"):
-            with pytest.raises(ConfigurationError) as raised:
-                other.Trainer(strategy=name, accelerator="cpu", devices=2)
-            message = str(raised.value)
-            assert re.search(r"plugin of the package `lightning`", message)
-            assert "comes from `pytorch_lightning`" in message
-            assert "import lightning as L" in message
 
-    def test_lightning_itself_is_not_affected(self, other: ModuleType) -> None:
-        register_refusals(["sentinel"])
-        assert isinstance(trainer("sentinel", 4).strategy, ls.SentinelStrategy)
+def test_a_notebook_has_the_whole_mesh_in_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_sentinel.strategy.processes._IS_INTERACTIVE", True)
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE", True)
+    for name in ("sentinel", "sentinel_monitor"):
+        with pytest.raises(ConfigurationError, match=r"in a notebook .*strategy='sentinel_virtual', devices=1"):
+            trainer(name, 1)
+    assert trainer("sentinel_virtual", 1).strategy.mesh == Mesh(2, 4)
 
 
 def test_an_unknown_preset_is_named() -> None:

@@ -31,6 +31,11 @@ class RenumberedEnvironment(ClusterEnvironment):
         super().__init__()
         self._environment, self._ranks = environment, ranks
 
+    @property
+    def original(self) -> ClusterEnvironment:
+        """The environment that the processes were started in."""
+        return self._environment
+
     @override
     def world_size(self) -> int:
         return len(self._ranks)

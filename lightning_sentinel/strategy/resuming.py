@@ -1,0 +1,161 @@
+"""The part of the strategy that goes on where another run was: optimizer, place in the data, verifiers, and bans."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.pipeline.checkpoints import full as stage_files
+from lightning_sentinel.pipeline.checkpoints.full import SECTION
+from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition, own_generators
+from lightning_sentinel.pipeline.face import Engine
+from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
+from lightning_sentinel.pipeline.randomness import SeparateRandomness
+from lightning_sentinel.pipeline.recovery.guard import Guard
+from lightning_sentinel.pipeline.stages.partition import StageModel
+from lightning_sentinel.strategy.bans import LastingBans
+from lightning_sentinel.strategy.settings import differences
+
+__all__ = ["ResumedRuns"]
+
+
+class ResumedRuns(LastingBans):
+    """Takes a run up where a checkpoint left it."""
+
+    _guard: Guard | None
+    _engine: Engine | None
+    _stage_model: StageModel | None
+    _cut_parameters: dict[str, nn.Parameter]
+    """Of this stage, by name, when the module was cut."""
+    _randomness: SeparateRandomness | None
+    _position: DataPosition
+    _seed: int
+    _return_to: dict[str, Any] | None
+    """Where in its data a resumed run has to go on, before it has begun."""
+    _stepping: bool = False
+    """Whether a batch is worked on."""
+
+    @property
+    @abstractmethod
+    def plain_settings(self) -> dict[str, Any]:
+        """What a checkpoint says of the strategy's arguments."""
+
+    @override
+    def on_train_start(self) -> None:
+        if self._return_to is not None:
+            assert self.lightning_module is not None
+            self._position.return_to(self.lightning_module.trainer, self._return_to or None)
+            self._return_to = None
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Continue a run: the optimizer, the place in the data, and what the verifiers and the ledger had learned."""
+        section = checkpoint.get(SECTION, {})
+        self._return_to = {}
+        if section:
+            self._resume_run(section)
+        else:
+            # Of a run without this strategy: its steps are Lightning's batches, and there is nothing else to know.
+            assert self.lightning_module is not None
+            self.step = self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        assert self._engine is not None
+        others = self._engine.stepped_by_others
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
+            groups = section["optimizer_groups"] if section else self._named_groups(saved, optimizer)
+            own = stage_files.own_optimizer_state(saved, groups, optimizer, self._parameter_names(), others)
+            optimizer.load_state_dict(own)
+
+    def _resume_run(self, section: Mapping[str, Any]) -> None:
+        self.step = section["step"]
+        written_on = Mesh(*section.get("mesh", (self.mesh.stages, self.mesh.replicas)))
+        self._resume_randomness(section, written_on)
+        told = self._resume_bans(section["ledger"], written_on)
+        self._tell_of_settings(section.get("settings", {}))
+        if self._guard is not None and written_on.stages != self.mesh.stages:
+            told.append("Verifiers start afresh: until their warm-up is over nobody is flagged.")
+        if told or written_on != self.mesh:
+            then = f"The checkpoint was written on {written_on.stages} stages x {written_on.replicas} replicas."
+            rank_zero_warn(" ".join([then, f"This run has {self.mesh.stages} x {self.mesh.replicas}.", *told]))
+        # A boundary is another one if the module is cut at another place.
+        if self._guard is not None and written_on.stages == self.mesh.stages:
+            self._guard.load_state_dict(section["verifiers"])
+
+    def _tell_of_settings(self, before: Mapping[str, Any]) -> None:
+        """Warn if the run goes on with other verification than it was started with: what it learned and whom it banned stays."""
+        now = self.plain_settings
+        changed = [
+            f"{name.capitalize()}: {', '.join(changes)}."
+            for name in ("verification", "response")
+            if name in before and (changes := differences(before[name], now[name]))
+        ]
+        if changed:
+            banned = ", ".join(map(str, sorted(self.ledger.banned))) or "nobody"
+            rank_zero_warn(
+                f"The run goes on with other settings than the checkpoint was written with. {' '.join(changed)} What the verifiers"
+                f" had learned is taken over where it fits, and so are bans: banned now: {banned}. Pass the settings from before to"
+                " go on as before."
+            )
+
+    def _resume_randomness(self, section: Mapping[str, Any], written_on: Mesh) -> None:
+        if "seed" not in section:
+            return
+        assert self._engine is not None and self._randomness is not None
+        self._seed = section["seed"]
+        self._engine.reseed(self._seed)
+        saved, processes = section["generators"], section["processes"]
+        states = own_generators(saved, written_on, processes, self.mesh, self.global_rank, self.world_size)
+        if states is None:
+            return
+        computation = {name.split("/", 1)[1]: state for name, state in states.items() if name.startswith("computation/")}
+        if computation:
+            self._randomness.load_states(computation, self.root_device)
+        self._return_to = states
+
+    def _named_groups(self, saved: Mapping[str, Any], optimizer: Optimizer) -> list[list[str]]:
+        """Names for the numbers in the optimizer state of an unsplit module; a collective."""
+        plain, _ = stage_files.optimizer_part(optimizer, self._parameter_names())
+        parts = [{"groups": part["groups"]} for part, _ in self._from_stages({"groups": plain["groups"]}, {})]
+        if dist.is_initialized():
+            with self._at_work():
+                parts = broadcast_parcel(parts, 0)
+        return stage_files.group_names(saved, parts, self._running_stage_model.parameter_names)
+
+    def _parameter_names(self) -> dict[int, str]:
+        """Of this stage's parameters, as they were called when the module was cut; one that is pruned is called otherwise since."""
+        first_name = self._running_stage_model.first_name
+        return {id(parameter): first_name(name) for name, parameter in self._cut_parameters.items()}
+
+    @property
+    def _running_stage_model(self) -> StageModel:
+        assert self._stage_model is not None, "the module is cut in setup"
+        return self._stage_model
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """At work on a batch, when nothing else may be sent between ranks."""
+        self._stepping = True
+        try:
+            with self._at_work():
+                yield
+        finally:
+            self._stepping = False
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Computation draws its own random numbers, and the loss of a peer is reported by name."""
+        assert self._randomness is not None
+        with self._watching(), self._randomness.of_computation():
+            yield
+
+    def _from_stages(self, plain: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[stage_files.Part]:
+        with self._at_work():
+            return stage_files.collect(plain, tensors, stage_files.speakers(self.mesh, self.ledger.banned))

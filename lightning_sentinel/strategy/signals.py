@@ -1,0 +1,86 @@
+"""Signals that ask a run to save itself or to end: noted when they come, acted upon between two batches, by all ranks at once.
+
+Lightning acts in the signal's handler, wherever a process happens to be: it saves a checkpoint before SLURM requeues the job, and
+tells all ranks of a SIGTERM. In a pipeline both are messages between ranks, which must not come among those of a step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import signal
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
+from typing_extensions import override
+
+from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
+
+__all__ = ["DeferredSignals"]
+
+
+class DeferredSignals(L.Callback):
+    """Takes the place of Lightning's handlers, and calls them where a checkpoint can be saved.
+
+    Ranks get a signal at different times, or only some of them do. So after every batch the number of signals that any rank has had
+    is agreed upon, and a handler runs once for each, on all.
+
+    Args:
+        watching: what turns the loss of a peer into an error that names it.
+    """
+
+    def __init__(self, watching: Callable[[], AbstractContextManager[None]]) -> None:
+        self._watching = watching
+        self._handlers: dict[int, _HandlersCompose] = {}
+        self._received: Counter[int] = Counter()
+        self._handled: Counter[int] = Counter()
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._handlers = {}
+        self._received, self._handled = Counter(), Counter()
+
+    def _take_over(self, trainer: L.Trainer, *_: Any) -> None:
+        """Lightning registers its handlers after all hooks of a run's set-up; these are the first to come after that."""
+        for number in _numbers(trainer):
+            handler = signal.getsignal(number)
+            # Not one of the user's that Lightning has left alone, nor ours.
+            if isinstance(handler, _HandlersCompose):
+                self._handlers[number] = handler
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received[number] += 1
+
+    def _act(self, trainer: L.Trainer, *_: Any) -> None:
+        numbers = _numbers(trainer)
+        counts = torch.tensor([self._received[number] for number in numbers])
+        if dist.is_initialized():
+            with self._watching():
+                dist.all_reduce(counts, dist.ReduceOp.MAX)
+        for number, count in zip(numbers, counts.tolist()):
+            if count > self._handled[number]:
+                self._handled[number] = count
+                handler, frame = self._handlers.get(number), inspect.currentframe()
+                if handler is not None and frame is not None:
+                    with self._watching():
+                        handler(number, frame)
+
+    on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _take_over  # type: ignore[assignment]
+    on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _act  # type: ignore[assignment]
+
+
+def _numbers(trainer: L.Trainer) -> tuple[int, ...]:
+    """The signals that Lightning handles; the same on all ranks."""
+    environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+    environment = environment.original if isinstance(environment, RenumberedEnvironment) else environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal is not None:
+        return signal.SIGTERM, environment.requeue_signal
+    return (signal.SIGTERM,)
