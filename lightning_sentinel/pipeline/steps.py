@@ -7,7 +7,7 @@ The step itself, its preprocessing and its logging stay as the user wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.pipeline.batch_metrics import BatchMetrics
+from lightning_sentinel.pipeline.keeping import remembered
 from lightning_sentinel.pipeline.logs import LogRecorder
 
 __all__ = ["StepRunner", "checked_signal", "input_gradient", "loss_of"]
@@ -36,11 +37,12 @@ class StepRunner:
     Args:
         module: the user's module.
         entry: the module whose ``forward`` is the whole pipeline: the ``nn.Sequential``, or the LightningModule itself.
+        layers: names of the pipeline's layers in the module.
     """
 
-    def __init__(self, module: L.LightningModule, entry: nn.Module) -> None:
+    def __init__(self, module: L.LightningModule, entry: nn.Module, layers: Collection[str] = ()) -> None:
         self._module = module
-        self._entry = entry
+        self._entry, self._layers = entry, layers
         self._metrics = BatchMetrics(module)
         self.recorder = LogRecorder(module, self._metrics)
         self.gather: Callable[..., Any] | None = None
@@ -117,14 +119,19 @@ class StepRunner:
 
     @contextmanager
     def unheard(self) -> Iterator[None]:
-        """Run steps inside without a trace in what is logged: neither values nor the states of torchmetrics."""
+        """Run steps inside without a trace: in what is logged, in the states of torchmetrics, and in what steps keep."""
         recorder, self.recorder = self.recorder, LogRecorder(self._module)
-        restore = self.remember_metrics()
+        restore, restore_metrics = remembered(self._module, self._layers), self.remember_metrics()
+        trainer = self._module._trainer
+        stops = trainer is not None and trainer.should_stop
         try:
             yield
         finally:
             self.recorder = recorder
+            restore_metrics()
             restore()
+            if trainer is not None:
+                trainer.should_stop = stops
 
     def remember_metrics(self) -> Callable[[], None]:
         """Take note of the states of the module's torchmetrics. Returns what brings them back."""

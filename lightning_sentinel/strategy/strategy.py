@@ -278,7 +278,7 @@ class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheck
         from lightning_sentinel.pipeline.engine import SentinelEngine
 
         assert self.lightning_module is not None
-        steps, guard = StepRunner(self.lightning_module, model.layers.entry), self._kept_guard()
+        steps, guard = StepRunner(self.lightning_module, model.layers.entry, model.layers.names), self._kept_guard()
         clipping = Clipping.of(self._trainer)
         if self._virtual:
             context = self.precision_plugin.forward_context

@@ -23,7 +23,7 @@ from lightning_sentinel.pipeline.batch_metrics import alone
 from lightning_sentinel.pipeline.data.feeding import gather_numbers
 from lightning_sentinel.pipeline.gradients.reduction import group_of
 from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
-from lightning_sentinel.pipeline.results.keeping import NoData, decoded, encoded
+from lightning_sentinel.pipeline.results.telling import NoData, decoded, encoded
 from lightning_sentinel.pipeline.stages.partition import layer_names
 
 __all__ = ["SharedMetrics"]

@@ -18,19 +18,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.keeping import Holder, kept_by, put
 from lightning_sentinel.pipeline.messages.parcels import receive_parcel, send_parcel
-from lightning_sentinel.pipeline.results.keeping import (
-    Change,
-    Holder,
-    NoData,
-    Picture,
-    changes,
-    decoded,
-    encoded,
-    kept_by,
-    picture,
-    put,
-)
+from lightning_sentinel.pipeline.results.changing import Change, Picture, changes, picture
+from lightning_sentinel.pipeline.results.telling import NoData, decoded, encoded
 from lightning_sentinel.pipeline.stages.partition import layer_names
 
 __all__ = ["SharedStepState"]
@@ -39,7 +30,7 @@ __all__ = ["SharedStepState"]
 class SharedStepState(L.Callback):
     """Brings what changed on the last stage in an epoch to the other ranks of its pipeline, before the epoch's end is told.
 
-    That is data (:mod:`~lightning_sentinel.pipeline.results.keeping`) in attributes and buffers that the module has on those ranks,
+    That is data (:mod:`~lightning_sentinel.pipeline.keeping`) in attributes and buffers that the module has on those ranks,
     too. What has changed on such a rank by itself, in a hook or in the beginning of a step, is left alone there.
 
     Args:

@@ -13,8 +13,10 @@ import torchmetrics
 from torch import Tensor, nn
 
 from lightning_sentinel.errors import MalformedMessageError
+from lightning_sentinel.pipeline.keeping import kept_by, put, remembered
 from lightning_sentinel.pipeline.messages.parcels import pack, unpack
-from lightning_sentinel.pipeline.results.keeping import NoData, changes, decoded, encoded, kept_by, picture, put
+from lightning_sentinel.pipeline.results.changing import changes, picture
+from lightning_sentinel.pipeline.results.telling import NoData, decoded, encoded
 from tests.pipeline.ranks import same_tree
 
 
@@ -124,6 +126,22 @@ def test_what_takes_the_place_of_something_else_has_changed() -> None:
     for before, now in [(0.0, torch.tensor(0.0)), (None, 1), ([1], (1,)), (Meter(), Meter())]:
         assert [change.keys for change in changes("it", picture(before), now)] == [()]
     assert [change.value for change in changes("it", None, 1)] == [1]
+
+
+def test_what_is_remembered_can_be_brought_back() -> None:
+    module = Module()
+    module.losses = [torch.ones((), requires_grad=True) * 2]
+    in_place(module)
+    expected = {name: picture(holder.value) for name, holder in kept_by(module, LAYERS).items()}
+    lists, total = module.lists, module.total
+    restore = remembered(module, LAYERS)
+    in_place(module)
+    module.losses.append(torch.zeros(()))
+    module.lists, module.total, module.new = [], torch.ones(()), [1]
+    restore()
+    assert module.lists is lists and module.total is total and not hasattr(module, "new")
+    now = kept_by(module, LAYERS)
+    assert not [one for name, holder in now.items() for one in changes(name, expected[name], holder.value)]
 
 
 # --- How it travels

@@ -1,0 +1,215 @@
+"""What a user's steps keep in a module, and what another rank may set of it.
+
+A module keeps things in attributes and buffers of its own and of its parts. Two kinds of parts do not count: the layers of the
+pipeline, which each stage has for itself, and torchmetrics, whose values are shared (``results.metrics``). Names are dotted, as in
+a ``state_dict``. *Data* are numbers, text, tensors and NumPy arrays, in lists, tuples, dicts, sets and deques.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection
+from functools import partial
+from numbers import Number
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection, MetricTracker
+
+__all__ = ["DEEPEST", "Holder", "kept_by", "put", "remembered"]
+
+DEEPEST = 8
+"""Collections inside collections that are looked into."""
+_OWN = frozenset(dir(L.LightningModule())) | {"_hparams", "_hparams_initial", "_hparams_name"}
+"""What every module has: no steps of the user's keep anything there, and nobody may set it."""
+
+
+class Holder(NamedTuple):
+    """Where a module keeps something.
+
+    Args:
+        owner: the module, or a part of it.
+        name: of the attribute or buffer there.
+    """
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return self.owner._buffers if self.name in self.owner._buffers else vars(self.owner)
+
+    @property
+    def value(self) -> Any:
+        """What is there now."""
+        return self._place[self.name]
+
+    def set(self, value: Any) -> None:
+        """Put something else there."""
+        self._place[self.name] = value
+
+    def remove(self) -> None:
+        """Let there be nothing."""
+        del self._place[self.name]
+
+
+def kept_by(module: L.LightningModule, layers: Collection[str] = ()) -> dict[str, Holder]:
+    """Everything that a module keeps, by its dotted name.
+
+    Args:
+        layers: names of the pipeline's layers, which are left out.
+
+    Example:
+        >>> module = L.LightningModule()
+        >>> module.losses = []
+        >>> module.register_buffer("count", torch.zeros(()))
+        >>> list(kept_by(module))
+        ['losses', 'count']
+    """
+    kinds = (Metric, MetricCollection, MetricTracker)
+    apart = {*layers, *(name for name, part in module.named_modules() if isinstance(part, kinds))}
+    found = {}
+    for path, owner in module.named_modules():
+        parts = path.split(".")
+        if any(".".join(parts[:length]) in apart for length in range(1, len(parts) + 1)):
+            continue
+        names = [name for name in vars(owner) if name not in _OWN and not name.startswith("_sentinel")]
+        for name in (*names, *owner._buffers):
+            found[f"{path}.{name}" if path else name] = Holder(owner, name)
+    return found
+
+
+def remembered(module: L.LightningModule, layers: Collection[str] = ()) -> Callable[[], None]:
+    """Take note of what a module keeps. Returns what brings it back, but for what is done to single tensors in a list.
+
+    Example:
+        >>> module = L.LightningModule()
+        >>> module.losses = [1.0]
+        >>> restore = remembered(module)
+        >>> module.losses.append(2.0)
+        >>> restore()
+        >>> module.losses
+        [1.0]
+    """
+    before = {name: (holder.value, _restoring(holder.value)) for name, holder in kept_by(module, layers).items()}
+
+    def restore() -> None:
+        for name, holder in kept_by(module, layers).items():
+            if name not in before:
+                holder.remove()
+                continue
+            value, content = before[name]
+            holder.set(value)
+            content()
+
+    return restore
+
+
+def _restoring(value: Any, depth: int = 0) -> Callable[[], None]:
+    """What brings the content of a value back."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        saved = value.detach().clone() if isinstance(value, Tensor) else value.copy()
+        return partial(_exchanged, value, saved)
+    if not isinstance(value, (list, dict, set, deque)) or depth > DEEPEST:
+        return _nothing
+    inside = value.values() if isinstance(value, dict) else () if isinstance(value, set) else value
+    looks_into = (list, dict, set, deque, *((Tensor, np.ndarray) if isinstance(value, dict) else ()))
+    parts = [_restoring(entry, depth + 1) for entry in inside if isinstance(entry, looks_into)]
+    saved = value.copy()
+
+    def restore() -> None:
+        _exchanged(value, saved)
+        for part in parts:
+            part()
+
+    return restore
+
+
+def _nothing() -> None:
+    """There is nothing to bring back."""
+
+
+def put(holder: Holder, keys: tuple[Any, ...], value: Any) -> bool:
+    """Set what another rank has, where this rank keeps something of that kind.
+
+    Args:
+        holder: where this rank keeps it.
+        keys: of the part; none for the whole.
+        value: data.
+
+    Returns:
+        whether it could be: a number can take the place of a number, a list that of a list, and anything that of ``None``.
+    """
+    if not keys:
+        there = holder.value
+        if not _fits(there, value):
+            return False
+        if not _exchanged(there, value):
+            holder.set(_owned(value))
+        return True
+    place = holder.value
+    for key in keys[:-1]:
+        try:
+            place = place[key]
+        except (KeyError, IndexError, TypeError):
+            return False
+    key = keys[-1]
+    if not isinstance(place, dict) and not (isinstance(place, list) and type(key) is int and 0 <= key < len(place)):
+        return False
+    there = place[key] if isinstance(place, list) or key in place else None
+    if not _fits(there, value):
+        return False
+    if there is None or not _exchanged(there, value):
+        place[key] = _owned(value)
+    return True
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, (Number, np.generic, Tensor)):
+        # A sum that begins as 0.0 becomes a tensor with its first addition.
+        return "number"
+    kinds: dict[Any, str] = {(str, bytes): "text", np.ndarray: "array", dict: "dict", list: "list", tuple: "tuple"}
+    kinds |= {deque: "deque", (set, frozenset): "set"}
+    return next((name for kind, name in kinds.items() if isinstance(value, kind)), "no data")
+
+
+def _fits(there: Any, value: Any) -> bool:
+    kinds = {_kind(there), _kind(value)} - {"nothing"}
+    return "no data" not in kinds and len(kinds) <= 1
+
+
+def _exchanged(there: Any, value: Any) -> bool:
+    """Whether the new content is in the old collection, tensor or array, which others may hold too."""
+    if isinstance(there, list) and isinstance(value, list):
+        there[:] = value
+    elif (isinstance(there, dict) and isinstance(value, dict)) or (isinstance(there, set) and isinstance(value, set)):
+        there.clear()
+        there.update(value)
+    elif isinstance(there, deque) and isinstance(value, deque):
+        there.clear()
+        there.extend(value)
+    elif isinstance(there, Tensor) and isinstance(value, Tensor):
+        alike = there.shape == value.shape and there.dtype == value.dtype and not there.requires_grad
+        if not alike or (there.is_inference() and not torch.is_inference_mode_enabled()):
+            return False
+        there.copy_(value)
+    elif isinstance(there, np.ndarray) and isinstance(value, np.ndarray):
+        if there.shape != value.shape or there.dtype != value.dtype or not there.flags.writeable:
+            return False
+        there[...] = value
+    else:
+        return False
+    return True
+
+
+def _owned(value: Any) -> Any:
+    """A tensor that can be worked on in place wherever it is used; one that was made in evaluation cannot be in training."""
+    if not isinstance(value, Tensor):
+        return value
+    with torch.inference_mode(False):
+        return value.clone()
