@@ -108,7 +108,7 @@ def remembered(module: L.LightningModule, layers: Collection[str] = ()) -> Calla
     return restore
 
 
-def _restoring(value: Any, depth: int = 0) -> Callable[[], None]:
+def _restoring(value: Any, depth: int = 0) -> Callable[[], object]:
     """What brings the content of a value back."""
     if isinstance(value, (Tensor, np.ndarray)):
         saved = value.detach().clone() if isinstance(value, Tensor) else value.copy()
