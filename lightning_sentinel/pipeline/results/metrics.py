@@ -76,14 +76,12 @@ class SharedMetrics(L.Callback):
                 # Perhaps nobody asks for it.
                 self._said.add(name)
                 rank_zero_warn(f"self.{name} could not be computed at the end of the epoch: {failure}.")
-        self._known.update(metrics)
 
     def value_of(self, name: str, metric: Metric) -> Any:
         """What a metric is over all replicas; to be called by all ranks, at the end of an epoch in any order."""
         failure = None if name in self._known else self._exchange({name: metric}, [metric.update_called]).get(name)
         if failure is not None:
             raise PipelineModelError(f"self.{name}, a {type(metric).__name__} that was logged, could not be computed: {failure}.")
-        self._known.add(name)
         return metric.compute()
 
     def _exchange(self, metrics: Mapping[str, Metric], updated: Sequence[bool]) -> dict[str, str]:
@@ -95,6 +93,8 @@ class SharedMetrics(L.Callback):
             everyone = gather_numbers([int(one) for one in updated])
             healthy = [other for other in self._mesh.stage_ranks(last) if self._mesh.worker(other) not in banned]
             ran = {name: tuple(r for r in healthy if everyone[r][number]) for number, name in enumerate(metrics)}
+            # Only those: what is validated within an epoch of training leaves the metrics of training for its end.
+            self._known.update(name for name, ranks in ran.items() if ranks)
             said = {}
             for name, ranks in ran.items():
                 group = group_of(ranks, self._timeout) if len(ranks) > 1 else None
