@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -85,8 +86,10 @@ class StageCheckpoints(LastingBans):
         return self._whole_state(state)
 
     def _whole_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        merged = {name: value for _, tensors in self._from_stages({}, state) for name, value in tensors.items()}
-        return {name: merged[name] for name in self._running_stage_model.state_names if name in merged}
+        model = self._running_stage_model
+        parts = enumerate(tensors for _, tensors in self._from_stages({}, state))
+        merged = {name: tensors[name] for stage, tensors in parts for name in tensors if model.speaks_for(stage, name)}
+        return {name: merged[name] for name in model.state_names if name in merged}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -98,9 +101,16 @@ class StageCheckpoints(LastingBans):
         if not parts:
             return {}
         state, self._saved_groups = stage_files.merge_optimizer_states(
-            parts, _options(optimizer), self._running_stage_model.parameter_names
+            self._own(parts), _options(optimizer), self._running_stage_model.parameter_names
         )
         return state
+
+    def _own(self, parts: Sequence[stage_files.Part]) -> list[stage_files.Part]:
+        """Of what each stage says of its optimizer what is for it to say."""
+        model = self._running_stage_model
+        speaking = stage_files.speakers(self.mesh, self.ledger.banned)
+        own = [{name for name in model.parameter_names if model.speaks_for(stage, name)} for stage in range(self.mesh.stages)]
+        return [stage_files.own_part(part, names, rank) for part, names, rank in zip(parts, own, speaking)]
 
     def _whole_stage(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> stage_files.Part:
         """The optimizer state of the whole stage, on the rank that speaks for it; a collective."""
@@ -143,7 +153,11 @@ class StageCheckpoints(LastingBans):
 
     def _learned(self) -> dict[str, Any]:
         parts = self._from_stages({}, self._guard.state_dict() if self._guard is not None else {})
-        return {name: value for _, tensors in parts for name, value in tensors.items()}
+        own: list[dict[str, Any]] = [{} for _ in parts]
+        for stage, (_, tensors) in enumerate(parts):
+            prefixes = tuple(f"{boundary.name}/" for boundary in self.mesh.boundaries if boundary.receiver != stage)
+            own[stage] = {name: value for name, value in tensors.items() if self._virtual or not name.startswith(prefixes)}
+        return {name: value for tensors in own for name, value in tensors.items()}
 
     def _generators(self) -> dict[int, dict[str, Any]]:
         """Of all ranks that are not banned, on rank zero."""
@@ -191,7 +205,9 @@ class StageCheckpoints(LastingBans):
             lost = next((rank for rank, part in zip(speaking, written) if "failure" in part), None)
             try:
                 if lost is None:
-                    destination.publish(checkpoint, written, self._index(len(optimizers)))
+                    speaks_for = self._running_stage_model.speaks_for
+                    believed = [destination.believed(stage, part, partial(speaks_for, stage)) for stage, part in enumerate(written)]
+                    destination.publish(checkpoint, believed, self._index(len(optimizers)))
                 else:
                     failure = failure or self._not_saved(lost, filepath, written[speaking.index(lost)]["failure"])
                     destination.abandon()
@@ -319,7 +335,8 @@ class StageCheckpoints(LastingBans):
     def _named_groups(self, saved: Mapping[str, Any], optimizer: Optimizer) -> list[list[str]]:
         """Names for the numbers in the optimizer state of an unsplit module; a collective."""
         plain, _ = stage_files.optimizer_part(optimizer, self._parameter_names())
-        parts = [{"groups": part["groups"]} for part, _ in self._from_stages({"groups": plain["groups"]}, {})]
+        said = self._from_stages({"groups": plain["groups"], "numbers": [], "options": plain["options"]}, {})
+        parts = [{"groups": part["groups"]} for part, _ in self._own(said)]
         if dist.is_initialized():
             with self._at_work():
                 parts = broadcast_parcel(parts, 0)
