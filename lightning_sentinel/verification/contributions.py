@@ -20,7 +20,7 @@ WEIGHT_GRADIENT = "weight_gradient"
 
 
 def without_broken(
-    verdict: StepVerdict, broken: Tensor, mesh: Mesh, wiring: Wiring, step: int
+    verdict: StepVerdict, broken: Tensor, finite: Tensor, mesh: Mesh, wiring: Wiring, step: int
 ) -> tuple[StepVerdict, Counter[Worker]]:
     """Leave out of a stage what its workers cannot add up.
 
@@ -30,6 +30,7 @@ def without_broken(
     Args:
         verdict: of the step's signals.
         broken: ``(stages, lanes, micro_batches)`` bool.
+        finite: ``(lanes, micro_batches)`` bool, where all signals are. Whoever was sent something else is not to be blamed.
         mesh: the workers.
         wiring: who served which lane.
         step: number of the training batch.
@@ -42,7 +43,7 @@ def without_broken(
     live = torch.tensor(wiring.live)
     broken = broken & live[:, None]
     lanes = broken.any(dim=2)
-    blamed = lanes & ~(lanes | ~live).all(dim=1, keepdim=True)
+    blamed = lanes & ~(lanes | ~live).all(dim=1, keepdim=True) & finite.all(dim=1)
     counts, detections = Counter[Worker](), []
     for stage, lane in blamed.nonzero().tolist():
         worker, slots = wiring.worker(stage, lane), broken[stage, lane].nonzero().flatten().tolist()

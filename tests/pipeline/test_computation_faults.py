@@ -84,6 +84,7 @@ def test_a_module_that_returns_nan_by_itself_for_some_samples(rate: float | None
     tasks.trainer(strategy, 1, fault_tasks.STEPS).fit(module, tasks.loader(8))
     found = tasks.local_weights(module)
     assert fault_tasks.finite(found)
+    assert all(one.feature != WEIGHT_GRADIENT for one in strategy.detections), "what was sent is not finite, either"
     if rate is None:
         # Whoever recomputes it gets NaN, too: then only what is not finite is left out, at the stages where it is.
         assert_close(found, expected, lambda name: f"net.{int(name.split('.')[1]) + 1}.{name.split('.', 2)[2]}")

@@ -256,10 +256,12 @@ class Guard:
             assessment = self._as_far_as_known(assessment)
             verdict = judge(table, assessment, heights, self._mesh, wiring, step, excludes)
             banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified, self._mesh)
-        if broken is not None and excludes:
-            verdict, left_out = without_broken(verdict, broken, self._mesh, wiring, step)
-            self.ledger.flags.update(left_out)
         excluded = sorted(verdict.guilty | verdict.disputed) if excludes else []
+        if broken is not None and excludes and not excluded:
+            # In a step that is undone they are mostly what was made of a lie.
+            finite = (table.column("worst") >= 0).all(dim=0)
+            verdict, left_out = without_broken(verdict, broken, finite, self._mesh, wiring, step)
+            self.ledger.flags.update(left_out)
         if banned or excluded:
             # What those behind a liar looked like was not their doing.
             self.calibration.forget_sums(behind(self._sent_by({*banned, *excluded}, wiring), self._mesh), wiring)
