@@ -20,7 +20,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "weights": (WEIGHTS, {}, {"gradient_clip_val": 0.05}),
     "accumulated": (WEIGHTS, {}, {"accumulate_grad_batches": 2}),
     "robust": (WEIGHTS, {"response": {"aggregation": "median"}}, {}),
-    "sharded": (WEIGHTS, {"zero_stage": 1}, {}),
+    "sharded": (WEIGHTS, {"zero_stage": 1, "response": {"ban_after": None}}, {}),
     "tied": (WEIGHTS, {}, {}),
 }
 """Attack, settings of the strategy, and of the Trainer."""
