@@ -130,6 +130,7 @@ class StageCheckpoints(LastingBans):
                 "mesh": [self.mesh.stages, self.mesh.replicas],
                 "ledger": self.ledger.state_dict(),
                 "verifiers": self._learned(),
+                "tolerances": {} if self._guard is None else self._guard.tolerances.state_dict(),
                 "optimizer_groups": self._saved_groups,
                 "seed": self._seed,
                 "processes": self.world_size,
@@ -316,6 +317,7 @@ class StageCheckpoints(LastingBans):
         # A boundary is another one if the module is cut at another place.
         if self._guard is not None and written_on.stages == self.mesh.stages:
             self._guard.load_state_dict(section["verifiers"])
+            self._guard.tolerances.load_state_dict(section.get("tolerances", {}))
 
     def _resume_randomness(self, section: Mapping[str, Any], written_on: Mesh) -> None:
         if "seed" not in section:

@@ -375,7 +375,6 @@ class Guard:
             for boundary, verifier in self.verifiers.items()
             for name, value in (verifier.state_dict() | self.calibration.state_of(self._indices[boundary])).items()
         }
-        learned |= {f"audits/{name}": value for name, value in self.tolerances.state_dict().items()} if learned else {}
         if learned:
             learned[_SECRET] = torch.tensor(self.secret)
         return learned
@@ -401,6 +400,4 @@ class Guard:
         if _SECRET in state:
             # Of this run's own, whatever was learned would mean nothing: it was seen along other directions.
             self._keep_secret(replace(self._secret, seed=int(state[_SECRET])))
-        audits = {name.removeprefix("audits/"): value for name, value in state.items() if name.startswith("audits/")}
-        self.tolerances.load_state_dict(audits)
         self._put_fences()
