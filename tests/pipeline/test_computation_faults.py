@@ -169,7 +169,7 @@ def test_statistics_and_metrics_do_not_see_what_is_left_out() -> None:
     kept = torch.cat((labels[:8], labels[8:16:2], labels[16:24]))
     assert sorted(module.seen.compute().tolist()) == sorted(kept.tolist())
     assert float(module.mean.compute()) == pytest.approx(float(kept.mean()))
-    # From the step on in which a worker fails replicas go one by one: of that step the other's two micro-batches count, then all four.
+    # From the step on in which a worker fails replicas go one by one: of that step the other's two count, and then all four.
     assert int(alone.net[6].num_batches_tracked) == 2 + 2 + 2
     assert int(module.net[6].num_batches_tracked) == 2 + 2 + 4
     assert all(bool(buffer.isfinite().all()) for buffer in module.buffers())
