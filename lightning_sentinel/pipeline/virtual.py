@@ -140,8 +140,8 @@ class VirtualEngine(VirtualPasses):
         if looks and not apart:
             useless = broken((parameter.grad for parameter in self._parameters), self._device).float().view(1)
         received = [] if self.guard is None else [self.guard.take_rows(boundary) for boundary in self._mesh.boundaries]
-        rows, of_no_use = torch.stack(received) if received else None, self._wiring.arrange(self._useless) if looks else None
-        return self._outcome(said, rows, sizes, of_no_use, useless)
+        of_no_use = self._wiring.arrange(self._useless) if looks else None
+        return self._outcome(said, torch.stack(received) if received else None, sizes, of_no_use, useless)
 
     def rewind(self) -> None:
         assert self._rewind is not None, "nothing is done again unless somebody answers for it"
@@ -156,7 +156,7 @@ class VirtualEngine(VirtualPasses):
         """
         assert self.guard is not None, "it is what asks"
         index, tolerances, said = self._mesh.boundaries.index(boundary), self.guard.tolerances, []
-        known, dtypes = self._known_errors().get(index, {}), self._measured.get(index, {})
+        known, dtypes = self._known_lies().get(index, {}), self._measured.get(index, {})
         for case, juror in asked:
             place = case.lane, case.slot
             measured, dtype = known.get(place, [0.0] * MEASURED), dtypes[place][0] if place in dtypes else torch.float32
@@ -167,7 +167,7 @@ class VirtualEngine(VirtualPasses):
                 tolerances.heard(index, case.audited, measured)
         return said
 
-    def _known_errors(self) -> dict[int, dict[tuple[int, int], list[float]]]:
+    def _known_lies(self) -> dict[int, dict[tuple[int, int], list[float]]]:
         """By boundary and place; a device is waited for at the first audit of a step, and then no more."""
         if self._told is None:
             measured = [found for places in self._measured.values() for _, found in places.values()]
