@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_sentinel.attacks.adversary import Adversary
 from lightning_sentinel.attacks.context import Attack, AttackContext
 from lightning_sentinel.attacks.delay import Delay
+from lightning_sentinel.attacks.faults import BadRows, FlippedBits, GradientContribution, NonFinite, Site
 from lightning_sentinel.attacks.imitation import MomentumNoise, Surrogate
 from lightning_sentinel.attacks.library import Bias, InvisibleNoise, Ones, RandomSign, RandomValue, Scale, Zeros
 from lightning_sentinel.attacks.misplaced import Permute, Swap
@@ -19,23 +20,28 @@ __all__ = [
     "Attack",
     "AttackContext",
     "AttackSpec",
+    "BadRows",
     "Bias",
     "Collude",
     "Delay",
     "Drift",
     "FlipResidual",
+    "FlippedBits",
     "Frame",
+    "GradientContribution",
     "Identity",
     "Intermittent",
     "InvisibleNoise",
     "Local",
     "MomentumNoise",
+    "NonFinite",
     "Ones",
     "Permute",
     "RandomSign",
     "RandomValue",
     "ReceivedNoise",
     "Scale",
+    "Site",
     "Surrogate",
     "Swap",
     "Zeros",

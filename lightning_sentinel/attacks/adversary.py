@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.attacks.context import Attack, AttackContext
+from lightning_sentinel.attacks.faults import Site, site_of
 from lightning_sentinel.attacks.registry import LIBRARY, AttackSpec, resolve
 from lightning_sentinel.attacks.wrappers import Wrapper
 from lightning_sentinel.errors import ConfigurationError
@@ -128,14 +129,54 @@ class Adversary:
         Raises:
             ConfigurationError: if an attack returns anything else, or changes the honest signal in place.
         """
-        if not self._watches(worker, direction):
+        if not self._watches(worker, direction) or site_of(self._attacks[worker]) is not Site.MESSAGE:
             return signal
         attack = self._attacks[worker]
         observe = getattr(attack, "observe", None)
         active = self.tampers(worker, direction, step)
         if not active and observe is None:
             return signal
-        context = AttackContext.seeded(
+        context = self._context(worker, direction, step, micro_batch, signal, received)
+        honest = signal.detach()
+        with torch.no_grad():
+            if observe is not None and not active:
+                observe(honest, context)
+                return signal
+            return _checked_result(attack, honest, context)
+
+    def fails(self, worker: Worker, step: int) -> Site | None:
+        """Where a worker computes something else than an honest one in a step; ``None`` if it does not, whatever it sends."""
+        if worker not in self._workers or step < self._start_step:
+            return None
+        site = site_of(self._attacks[worker])
+        return None if site is Site.MESSAGE else site
+
+    def layer_output(self, output: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
+        """What a layer of ``worker`` returns in place of ``output``, a part of the same graph; its gradient may be hit as well."""
+        if self.fails(worker, step) is not Site.LAYER:
+            return output
+        attack = self._attacks[worker]
+        if Direction.ACTIVATION in self._directions:
+            output = _checked_result(attack, output, self._context(worker, Direction.ACTIVATION, step, micro_batch, output))
+        if Direction.GRADIENT in self._directions and output.requires_grad:
+
+            def wrong(gradient: Tensor) -> Tensor:
+                return _checked_result(attack, gradient, self._context(worker, Direction.GRADIENT, step, micro_batch, gradient))
+
+            output.register_hook(wrong)
+        return output
+
+    def weight_gradient(self, gradient: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
+        """What ``worker`` adds to the gradient of one of its stage's weights in place of ``gradient``."""
+        if self.fails(worker, step) is not Site.WEIGHTS:
+            return gradient
+        context = self._context(worker, Direction.GRADIENT, step, micro_batch, gradient)
+        return _checked_result(self._attacks[worker], gradient, context)
+
+    def _context(
+        self, worker: Worker, direction: Direction, step: int, micro_batch: int, signal: Tensor, received: Tensor | None = None
+    ) -> AttackContext:
+        return AttackContext.seeded(
             self._seed,
             worker,
             direction,
@@ -145,15 +186,6 @@ class Adversary:
             device=signal.device,
             start_step=self._start_step,
         )
-        honest = signal.detach()
-        with torch.no_grad():
-            if observe is not None and not active:
-                observe(honest, context)
-                return signal
-            before = _version(honest)
-            sent = attack(honest, context)
-        _check(sent, honest, attack, context, changed=_version(honest) != before)
-        return sent
 
     def vote(self, juror: Worker, audited: Worker, word: int) -> int:
         """What ``juror`` says of a signal of ``audited``, of which it found ``word``: 0 that it matches, 1 that it does not.
@@ -240,6 +272,13 @@ def _warn_of_majority(mesh: Mesh, workers: Collection[Worker]) -> None:
 def _version(signal: Tensor) -> int:
     # Tensors made in inference mode count no versions.
     return 0 if signal.is_inference() else signal._version
+
+
+def _checked_result(attack: Attack, honest: Tensor, context: AttackContext) -> Tensor:
+    before = _version(honest)
+    sent = attack(honest, context)
+    _check(sent, honest, attack, context, changed=_version(honest) != before)
+    return sent
 
 
 def _check(sent: object, honest: Tensor, attack: Attack, context: AttackContext, changed: bool) -> None:

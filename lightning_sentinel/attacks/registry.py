@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_sentinel.attacks.context import Attack
 from lightning_sentinel.attacks.delay import Delay
+from lightning_sentinel.attacks.faults import BadRows, FlippedBits, GradientContribution, NonFinite
 from lightning_sentinel.attacks.imitation import MomentumNoise, Surrogate
 from lightning_sentinel.attacks.library import Bias, InvisibleNoise, Ones, RandomSign, RandomValue, Scale, Zeros
 from lightning_sentinel.attacks.misplaced import Permute, Swap
@@ -24,17 +25,21 @@ AttackSpec = str | Attack | Mapping[str, Any]
 
 LIBRARY: dict[str, Callable[..., Attack]] = {
     "add_noise": AddNoise,
+    "bad_rows": BadRows,
     "bias": Bias,
     "collude": Collude,
     "delay": Delay,
     "drift": Drift,
     "flip_residual": FlipResidual,
+    "flipped_bits": FlippedBits,
     "frame": Frame,
+    "gradient_contribution": GradientContribution,
     "identity": Identity,
     "intermittent": Intermittent,
     "local": Local,
     "momentum_noise": MomentumNoise,
     "noise": InvisibleNoise,
+    "non_finite": NonFinite,
     "ones": Ones,
     "permute": Permute,
     "random": RandomValue,
@@ -53,8 +58,9 @@ def available() -> tuple[str, ...]:
     Example:
         >>> from lightning_sentinel import attacks
         >>> print(*attacks.available())  # doctest: +NORMALIZE_WHITESPACE
-        add_noise bias collude delay drift flip_residual frame identity intermittent local momentum_noise noise ones
-        permute random received_noise scale sign surrogate swap zeros
+        add_noise bad_rows bias collude delay drift flip_residual flipped_bits frame gradient_contribution identity
+        intermittent local momentum_noise noise non_finite ones permute random received_noise scale sign surrogate swap
+        zeros
     """
     return tuple(sorted(LIBRARY))
 

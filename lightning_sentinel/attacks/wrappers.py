@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from torch import Tensor
 
 from lightning_sentinel.attacks.context import Attack, AttackContext
+from lightning_sentinel.attacks.faults import Site, site_of
 from lightning_sentinel.attacks.signals import is_share, require
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ class Wrapper:
     def inner(self) -> Attack:
         """The attack itself."""
         return cast(Attack, self.attack)
+
+    @property
+    def site(self) -> Site:
+        """Where the attack strikes."""
+        return site_of(self.inner)
 
     def observe(self, signal: Tensor, context: AttackContext) -> None:
         """Lets the inner attack see a signal that is sent honestly, if it wants to."""

@@ -41,6 +41,11 @@ class Arithmetic:
         """To be entered around every forward pass, and around nothing else: the schedule runs backward passes in between."""
         return self._precision.forward_context()
 
+    @property
+    def scales(self) -> bool:
+        """Whether losses are scaled, so that gradients overflow every now and then and the step is skipped by all."""
+        return self._scaler is not None
+
     def factor(self) -> Tensor | float:
         """What losses are multiplied by; on the device, where nobody waits for it."""
         return 1.0 if self._scaler is None else self._scaler.scale(torch.ones((), device=self._device))

@@ -62,7 +62,8 @@ class StageBoundaries(PipelineEngine):  # type: ignore[misc]
         signal, tainted = self._inbox.gradient(self._peer(self.stage_id + 1), place, output)
         self._kept.keep(self._kept.received, Direction.GRADIENT, micro_batch, signal)
         self.pipe_buffers["output_tensors"][buffer_id] = signal
-        self.pipe_buffers["taints"][buffer_id] = tainted
+        # What was left out on its way forward stays left out, whatever comes back says.
+        self.pipe_buffers["taints"][buffer_id] = tainted | self.pipe_buffers["taints"][buffer_id]
 
     def _exec_verify_activation(self, buffer_id: int, micro_batch: int) -> None:
         signal = self._verified(Direction.ACTIVATION, self.pipe_buffers["inputs"][buffer_id].detach(), buffer_id, micro_batch)

@@ -8,7 +8,7 @@ which banned workers are to have no part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -33,6 +33,7 @@ from lightning_sentinel.pipeline.data.supply import Supply, Work
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups, leave_module_alone
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients.clipping import Clipping
+from lightning_sentinel.pipeline.gradients.contributions import broken, changed, dropped
 from lightning_sentinel.pipeline.gradients.healthy import HealthyStage
 from lightning_sentinel.pipeline.gradients.held import HeldGradients
 from lightning_sentinel.pipeline.gradients.shares import Shares
@@ -49,9 +50,11 @@ from lightning_sentinel.pipeline.results.gathering import Gathering
 from lightning_sentinel.pipeline.results.joining import plain
 from lightning_sentinel.pipeline.results.predictions import share_predictions
 from lightning_sentinel.pipeline.stages.partition import StageModel
+from lightning_sentinel.pipeline.statistics import MovingBuffers
 from lightning_sentinel.pipeline.steps import StepRunner, checked_signal, loss_of
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
+from lightning_sentinel.verification.tolerance import Tolerances
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["SentinelEngine"]
@@ -123,6 +126,8 @@ class SentinelEngine(StageBoundaries):
         # Not `_parameters`, which is torch's: the engine is a module itself.
         self._stage_parameters = list(self.module.parameters())
         self._held = HeldGradients(self._stage_parameters)
+        self._moving = MovingBuffers(self.module.buffers())
+        steps.leaves_out = guard is not None and guard.excludes
         tied = TiedStages(stage_model.ties, stage_model.layers.module, mesh, self.worker.stage)
         self._healthy = HealthyStage(stage, mesh, self.worker, response, clipping, timeout, self.device, tied, zero)
         self._healthy.make_equal(self._banned)
@@ -130,7 +135,8 @@ class SentinelEngine(StageBoundaries):
         self._kept = Kept()
         last, context = self.is_last_stage(), self._forward_context
         self._recompute = Recomputation(stage, last, mesh.replicas, steps, self.device, seed, context)
-        recompute = self._recomputed, self._recompute.tolerance
+        tolerances = Tolerances(mesh, 0) if guard is None else guard.tolerances
+        recompute = self._recomputed, tolerances, self._recompute.computed_in
         self._audits = Audits(mesh, self.worker, self._kept, self._samples, *recompute, self.device)
         self._inbox = Inbox(transport, self.device, self._try_out)
         self._wiring = Wiring.of(mesh)
@@ -157,13 +163,13 @@ class SentinelEngine(StageBoundaries):
         if self._work:
             self._exec_schedule(schedule.TrainSchedule(len(self._work), self.num_stages, self.stage_id))
         self._transport.finish_notes()
-        recorder, stops = self._steps.recorder, self._steps.stops
-        return self._exchange.run("training_step", self._wiring, self._rows(), self._weights(), self._loss, recorder, stops=stops)
+        own, steps = (self._rows(), self._loss), self._steps
+        return self._exchange.run("training_step", self._wiring, deal.sizes, *own, steps.recorder, self._broken(), steps.stops)
 
     def evaluate(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> StepOutcome:
         self._forward_only(step, arguments, deal)
         kind, recorder, stops = "/".join((step, *map(str, arguments[2:]))), self._steps.recorder, self._steps.stops
-        return self._exchange.run(kind, self._wiring, None, self._weights(), self._loss, recorder, deal.sizes.samples, stops)
+        return self._exchange.run(kind, self._wiring, deal.sizes, None, self._loss, recorder, stops=stops)
 
     def predict(self, arguments: tuple[Any, ...], deal: Deal) -> Any:
         self._forward_only("predict_step", arguments, deal)
@@ -183,11 +189,18 @@ class SentinelEngine(StageBoundaries):
     def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
         if self.guard is None or outcome.table is None:
             return None
-        ask = self._ask if self.guard.audits else None
-        ruling = self.guard.settle(outcome.table, step, self._healthy.sum, ask, self._healthy.apart)
+        self._steps.end_step()
+        ask, useless = self._ask if self.guard.audits else None, outcome.broken
+        ruling = self.guard.settle(outcome.table, step, self._healthy.sum, ask, self._healthy.apart, useless)
         # Nothing of it is audited any more: the memory is the optimizer's, and that of a validation.
         self._kept.clear()
-        return ruling
+        if useless is None or ruling.excluded:
+            return ruling
+        lost = frozenset(self._wiring.worker(stage, lane) for stage, lane in useless.any(dim=2).nonzero().tolist())
+        if self.worker in lost:
+            # With them goes what earlier batches had added.
+            self.discard_gradients()
+        return ruling._replace(lost=lost)
 
     def _ask(self, boundary: Boundary, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
         self._audits.adversary = self.adversary
@@ -197,11 +210,12 @@ class SentinelEngine(StageBoundaries):
         return self._supply.packed(self._own, part)
 
     def _recomputed(self, direction: Direction, part: Part, evidence: Evidence) -> Tensor:
-        return self._recompute(direction, part, evidence, self._arguments[1:], self._step, self._scale)
+        sizes = self._sizes.work(*part)
+        return self._recompute(direction, part, evidence, self._arguments[1:], self._step, sizes, self._scale)
 
     def _try_out(self, activation: Tensor, micro_batch: int) -> Tensor:
-        part, batch, samples, weight = self._work[micro_batch]
-        return self._recomputed(Direction.ACTIVATION, part, Evidence(batch, samples, weight, activation, None))
+        work = self._work[micro_batch]
+        return self._recomputed(Direction.ACTIVATION, work.part, Evidence(work.batch, activation, None))
 
     def rewind(self) -> None:
         assert self._rewind is not None, "only what is audited is done again"
@@ -230,8 +244,11 @@ class SentinelEngine(StageBoundaries):
         self._results: dict[Part, Any] = {}
         self._loss = torch.zeros(2, device=self.device)
 
-    def _weights(self) -> Tensor:
-        return torch.tensor([work.weight for work in self._work], device=self.device)
+    def _broken(self) -> Tensor | None:
+        """Whether this worker's gradients are of no use. Those of a loss that is scaled may overflow, which all find out later."""
+        if self.guard is None or not self.guard.answers or self._arithmetic.scales:
+            return None
+        return broken((parameter.grad for parameter in self._stage_parameters), self.device)
 
     def _rows(self) -> dict[Direction, Tensor] | None:
         """``(micro_batches, columns)`` of each direction that this worker verifies; ``None`` in a plain pipeline."""
@@ -291,8 +308,12 @@ class SentinelEngine(StageBoundaries):
         if isinstance(inputs, Tensor) and inputs.requires_grad:
             # A layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
             inputs = inputs.clone()
-        with self._computing(micro_batch):
+        leaves_out = self._steps.leaves_out and self._step_name == "training_step"
+        before = self._moving.copies() if leaves_out else []
+        with self._computing(micro_batch), self._stage.failing(self._fault(micro_batch)):
             outputs = self._stage(inputs)
+        if before and isinstance(outputs, Tensor):
+            self._moving.put_back(before, self.pipe_buffers["taints"][buffer_id] | ~outputs.isfinite().all())
         if not self.is_last_stage():
             self.pipe_buffers["outputs"][buffer_id] = checked_signal(outputs, self._last_layer, self.stage_id)
             return
@@ -312,11 +333,12 @@ class SentinelEngine(StageBoundaries):
 
     def _exec_backward_pass(self, buffer_id: int, micro_batch: int) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
-        if self.is_last_stage():
-            outputs.backward()
-        elif outputs.requires_grad:  # not if all up to here is frozen
-            self._received_gradient = self.pipe_buffers["output_tensors"][buffer_id]
-            outputs.backward(gradient=self._received_gradient)
+        with changed(self._stage_parameters, self._changes(buffer_id, micro_batch)):
+            if self.is_last_stage():
+                outputs.backward()
+            elif outputs.requires_grad:  # not if all up to here is frozen
+                self._received_gradient = self.pipe_buffers["output_tensors"][buffer_id]
+                outputs.backward(gradient=self._received_gradient)
         self.pipe_buffers["outputs"][buffer_id] = self.pipe_buffers["output_tensors"][buffer_id] = None
 
     # ------------------------------------------------------------------------------------------- what the instructions share
@@ -340,6 +362,22 @@ class SentinelEngine(StageBoundaries):
         }
         lanes = [lane for lane, parts in work.items() if len(parts) > micro_batch]
         return [self._mesh.rank(self._wiring.worker(self.stage_id, lane)) for lane in lanes]
+
+    def _changes(self, buffer_id: int, micro_batch: int) -> list[Callable[[Tensor], Tensor]]:
+        """What becomes of the weight gradients of a micro-batch on their way into the sum."""
+        changes: list[Callable[[Tensor], Tensor]] = []
+        if self.adversary is not None and self.adversary.fails(self.worker, self._step):
+            altered = partial(self.adversary.weight_gradient, worker=self.worker, step=self._step, micro_batch=micro_batch)
+            changes.append(altered)
+        if self.guard is not None and self.guard.excludes:
+            changes.append(dropped(self.pipe_buffers["taints"][buffer_id]))
+        return changes
+
+    def _fault(self, micro_batch: int) -> Callable[[Tensor], Tensor] | None:
+        """What a simulated fault makes of the result of this worker's first layer."""
+        if self.adversary is None or self._step_name != "training_step" or not self.adversary.fails(self.worker, self._step):
+            return None
+        return partial(self.adversary.layer_output, worker=self.worker, step=self._step, micro_batch=micro_batch)
 
     def _part(self, micro_batch: int) -> tuple[Any, ...]:
         return (self._work[micro_batch].batch, *self._arguments[1:])

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_sentinel.errors import PipelineModelError
+from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.mesh import Direction, Mesh
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.logs import LogRecorder, LogSchema
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.table import no_rows
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["Exchange", "StepOutcome"]
+__all__ = ["Exchange", "StepOutcome", "mean_loss", "part_weights"]
+
+_LONGEST_SCHEMA = 2**24
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class StepOutcome:
         loss: mean over the samples that count, or ``None`` if none does.
         table: all signals, or ``None`` if nothing is verified.
         weights: ``(lanes, micro_batches)``, the share of its replica's batch that a micro-batch has.
+        broken: ``(stages, lanes, micro_batches)`` bool, whose weight gradients are of no use at a stage, because they are not
+            finite; ``None`` where nobody looks.
         wiring: who served which lane.
         schema: what the step logs.
         logged: value and weight of each logged name.
@@ -36,10 +41,43 @@ class StepOutcome:
     loss: float | None
     table: SignalTable | None
     weights: Tensor
+    broken: Tensor | None
     wiring: Wiring
     schema: LogSchema
     logged: dict[str, tuple[float, float]]
     stops: bool = False
+
+
+def part_weights(wiring: Wiring, sizes: BatchSizes) -> Tensor:
+    """``(lanes, micro_batches)``, the share of its replica's batch that each micro-batch has: all ranks know it by themselves.
+
+    Example:
+        >>> from lightning_sentinel.mesh import Mesh
+        >>> part_weights(Wiring.of(Mesh(2, 2), micro_batches=2), BatchSizes(2, (4, 3)))
+        tensor([[0.5000, 0.5000],
+                [0.6667, 0.3333]])
+    """
+    shares = [[sizes.work(replica, part)[1] for part in range(sizes.micro_batches)] for replica in range(len(sizes.samples))]
+    return wiring.arrange(torch.tensor(shares))
+
+
+def mean_loss(losses: Tensor, believed: bool) -> float | None:
+    """The loss of a step, or ``None`` if nothing counts.
+
+    Args:
+        losses: ``(lanes, 2)``, the sum of each lane's weighted losses, and of their weights.
+        believed: whatever they are. Else one that is not finite is passed over, as are its gradients, unless all are like that.
+
+    Example:
+        >>> losses = torch.tensor([[3.0, 1.0], [torch.nan, 1.0]])
+        >>> mean_loss(losses, believed=False), mean_loss(losses, believed=True)
+        (3.0, nan)
+    """
+    finite = losses.isfinite().all(dim=1)
+    if not believed and finite.any():
+        losses = losses[finite]
+    total, weight = losses.sum(dim=0).tolist()
+    return total / weight if weight > 0 else None
 
 
 class Exchange:
@@ -65,11 +103,11 @@ class Exchange:
         self,
         kind: str,
         wiring: Wiring,
+        sizes: BatchSizes,
         rows: Mapping[Direction, Tensor] | None,
-        weights: Tensor,
         loss: Tensor,
         recorder: LogRecorder,
-        samples: Sequence[int] | None = None,
+        broken: Tensor | None = None,
         stops: bool = False,
     ) -> StepOutcome:
         """Exchange a step.
@@ -77,11 +115,11 @@ class Exchange:
         Args:
             kind: steps of one kind log the same names: the name of the step function, and the data loader.
             wiring: who served which lane.
+            sizes: of all replicas' batches. A lane that has no samples to work on logs nothing.
             rows: ``(micro_batches, len(COLUMNS))`` of each direction that this rank received; ``None`` if nothing is verified.
-            weights: ``(micro_batches,)``, shares that this lane's micro-batches have of their replicas' batches.
             loss: ``(2,)``, sum of weighted losses and sum of weights; zero except on the last stage.
             recorder: what was logged; empty except on the last stage.
-            samples: of each replica's batch; ``None`` if all have some. A lane that has none to work on logs nothing.
+            broken: 0-dim bool, whether this rank's weight gradients are of no use; ``None`` if that is not asked, on all ranks.
             stops: whether a step on this rank asks for the end of training; asked of those that serve the last stage.
         """
         schema = self._schemas.get(kind, LogSchema())
@@ -89,11 +127,11 @@ class Exchange:
         values = self._log_vector(recorder, schema)
         fingerprint = torch.tensor([float(mine.fingerprint), float(stops)], device=self._device)
         table = torch.empty(0, device=self._device) if rows is None else self._padded_rows(rows, wiring.slots)
-        padded = torch.cat((weights, weights.new_zeros(wiring.slots - len(weights))))
-        everyone = self._gather(torch.cat((table.flatten(), padded, loss, fingerprint, values)))
-        parts = everyone.split([table.numel(), len(padded), 2, 2, len(values)], dim=1)
+        of_no_use = torch.empty(0, device=self._device) if broken is None else broken.float().view(1)
+        everyone = self._gather(torch.cat((table.flatten(), of_no_use, loss, fingerprint, values)))
+        parts = everyone.split([table.numel(), len(of_no_use), 2, 2, len(values)], dim=1)
 
-        lanes = [lane for lane in wiring.lanes if samples is None or any(samples[part.replica] for part in wiring.work[lane])]
+        lanes = [lane for lane in wiring.lanes if any(sizes.samples[part.replica] for part in wiring.work[lane])]
         last = [self._mesh.rank(wiring.worker(self._mesh.stages - 1, lane)) for lane in lanes]
         fingerprints = parts[3][last, 0]
         log_values = parts[4][last]
@@ -102,11 +140,12 @@ class Exchange:
             log_values = self._gather(self._log_vector(recorder, schema))[last]
 
         # Of those that serve the last stage: what others say of the loss is not asked for.
-        total, weight = parts[2][last].sum(dim=0).tolist()
+        losses = parts[2][last]
         return StepOutcome(
-            loss=total / weight if weight > 0 else None,
+            loss=mean_loss(losses, believed=broken is None),
             table=None if rows is None else self._table(parts[0].view(self._mesh.size, *table.shape), wiring),
-            weights=self._lane_weights(parts[1], wiring),
+            weights=part_weights(wiring, sizes),
+            broken=None if broken is None else self._broken(parts[1], wiring),
             wiring=wiring,
             schema=schema,
             logged=schema.reduce(log_values),
@@ -121,16 +160,12 @@ class Exchange:
                 padded[place, : len(rows[direction])] = rows[direction]
         return padded
 
-    def _lane_weights(self, everyone: Tensor, wiring: Wiring) -> Tensor:
-        """``(lanes, slots)``, as the first stage of each lane says."""
-        weights = everyone.new_zeros(self._mesh.replicas, wiring.slots)
-        for lane in wiring.lanes:
-            weights[lane] = everyone[self._mesh.rank(wiring.worker(0, lane))]
-        for lane, parts in enumerate(wiring.work):
-            if parts and not wiring.live[lane] and wiring.lanes:
-                # Samples that nobody could work on weigh what those of others with the same numbers do.
-                weights[lane, : len(parts)] = weights[wiring.lanes[0], : len(parts)]
-        return weights
+    def _broken(self, everyone: Tensor, wiring: Wiring) -> Tensor:
+        """``(stages, lanes, slots)`` bool: what is added up is of use as a whole, or not at all."""
+        lanes = range(self._mesh.replicas)
+        ranks = [[self._mesh.rank(wiring.worker(stage, lane)) for lane in lanes] for stage in range(self._mesh.stages)]
+        said = (everyone[:, 0] != 0)[torch.tensor(ranks)] & torch.tensor(wiring.live)
+        return said[..., None].expand(-1, -1, wiring.slots)
 
     def _log_vector(self, recorder: LogRecorder, schema: LogSchema) -> Tensor:
         """This rank's values if its names are the agreed ones; else zeros, which weigh nothing. On the device."""
@@ -156,10 +191,17 @@ class Exchange:
         data = torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8)
         size = torch.tensor([len(data)])
         dist.broadcast(size, source)
+        if not 0 < (length := int(size)) <= _LONGEST_SCHEMA:
+            raise MalformedMessageError(
+                f"Rank {source} announces {length} bytes of logged names, which there cannot be.", rank=source
+            )
         if dist.get_rank() != source:
-            data = torch.empty(int(size), dtype=torch.uint8)
+            data = torch.empty(length, dtype=torch.uint8)
         dist.broadcast(data, source)
-        return LogSchema.decode(bytes(data.tolist()))
+        try:
+            return LogSchema.decode(data.numpy().tobytes())
+        except MalformedMessageError as error:
+            raise MalformedMessageError(f"Rank {source} sent a malformed message. {error}", rank=source) from error
 
     def _table(self, everyone: Tensor, wiring: Wiring) -> SignalTable:
         """Rows by rank ``(ranks, 2, slots, columns)`` put in the order of the boundaries and lanes they were received from."""

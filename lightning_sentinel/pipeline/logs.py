@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sentinel.errors import PipelineModelError
+from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.pipeline.batch_metrics import BatchMetrics, LoggedMetric
 
 __all__ = ["LogRecorder", "LogReplay", "LogSchema", "silence_misleading_warnings"]
@@ -98,7 +98,18 @@ class LogSchema:
 
     @classmethod
     def decode(cls, data: bytes) -> LogSchema:
-        return cls(json.loads(data))
+        """The inverse of :meth:`encode`, of bytes that another rank sent.
+
+        Raises:
+            MalformedMessageError: if they say anything but how names are to be logged.
+        """
+        try:
+            entries = json.loads(data)
+            if not all(_is_entry(entry) for entry in entries.values()):
+                raise ValueError("an entry with other keys or values")
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            raise MalformedMessageError(f"What should describe logged values does not: {data[:80]!r} ({error}).") from error
+        return cls(entries)
 
     @property
     def fingerprint(self) -> int:
@@ -131,6 +142,12 @@ class LogSchema:
             if len(logged):
                 reduced[name] = _Logged(*logged.unbind(-1)).over_ranks(self.entries[name]["reduce_fx"])
         return reduced
+
+
+def _is_entry(entry: Any) -> bool:
+    metric, options = entry["metric"], entry["options"]
+    known = entry.keys() == {"reduce_fx", "metric", "by_batch", "options"} and (metric is None or isinstance(metric, str))
+    return known and entry["reduce_fx"] in _REDUCTIONS and all(name in _PASSED_ON for name in dict(options))
 
 
 class LogRecorder:

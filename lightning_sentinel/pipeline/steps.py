@@ -20,6 +20,7 @@ from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.pipeline.batch_metrics import BatchMetrics
 from lightning_sentinel.pipeline.keeping import remembered
 from lightning_sentinel.pipeline.logs import LogRecorder
+from lightning_sentinel.pipeline.statistics import MetricStates
 
 __all__ = ["StepRunner", "checked_signal", "input_gradient", "loss_of"]
 
@@ -45,12 +46,16 @@ class StepRunner:
         self._entry, self._layers = entry, layers
         self._metrics = BatchMetrics(module)
         self.recorder = LogRecorder(module, self._metrics)
+        self.leaves_out = False
+        """Whether any micro-batch of a training step may not count."""
+        self._states = MetricStates(module)
         self.gather: Callable[..., Any] | None = None
         """Takes the place of the module's ``all_gather`` in steps."""
 
     def new_records(self) -> None:
         """Forget what the previous batch logged."""
         self.recorder = LogRecorder(self._module, self._metrics)
+        self._states.forget()
 
     @property
     def stops(self) -> bool:
@@ -114,8 +119,15 @@ class StepRunner:
                 ) from None
 
         self.recorder.begin(samples, counts, training=step == "training_step")
+        before = self._states.copies() if self.leaves_out else []
         with self._redirected(answer, log=self.recorder.log), self.recorder.listening():
-            return getattr(self._module, step)(*arguments)
+            result = getattr(self._module, step)(*arguments)
+        self._states.put_back(before, counts)
+        return result
+
+    def end_step(self) -> None:
+        """Let metrics forget what did not count."""
+        self._states.end_step()
 
     @contextmanager
     def unheard(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,10 @@ class StageCheckpoints(ResumedRuns):
         return self._gathered
 
     def _whole_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        merged = {name: value for _, tensors in self._from_stages({}, state) for name, value in tensors.items()}
-        return {name: merged[name] for name in stage_files.in_order(merged, self._running_stage_model.state_names)}
+        model = self._running_stage_model
+        parts = enumerate(tensors for _, tensors in self._from_stages({}, state))
+        merged = {name: tensors[name] for stage, tensors in parts for name in tensors if model.speaks_for(stage, name)}
+        return {name: merged[name] for name in stage_files.in_order(merged, model.state_names)}
 
     def _whole_again(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """What a hook has put in place of the module's state, of all stages; a collective.
@@ -102,7 +105,7 @@ class StageCheckpoints(ResumedRuns):
         if not parts:
             return {}
         state, self._saved_groups = stage_files.merge_optimizer_states(
-            parts, _options(optimizer), self._running_stage_model.parameter_names
+            self._own(parts), _options(optimizer), self._running_stage_model.parameter_names
         )
         return state
 
@@ -132,6 +135,7 @@ class StageCheckpoints(ResumedRuns):
                 "mesh": [self.mesh.stages, self.mesh.replicas],
                 "ledger": self.ledger.state_dict(),
                 "verifiers": self._learned(),
+                "tolerances": {} if self._guard is None else self._guard.tolerances.state_dict(),
                 "optimizer_groups": self._saved_groups,
                 "seed": self._seed,
                 "processes": self.world_size,
@@ -151,7 +155,11 @@ class StageCheckpoints(ResumedRuns):
 
     def _learned(self) -> dict[str, Any]:
         parts = self._from_stages({}, self._guard.state_dict() if self._guard is not None else {})
-        return {name: value for _, tensors in parts for name, value in tensors.items()}
+        own: list[dict[str, Any]] = [{} for _ in parts]
+        for stage, (_, tensors) in enumerate(parts):
+            prefixes = tuple(f"{boundary.name}/" for boundary in self.mesh.boundaries if boundary.receiver != stage)
+            own[stage] = {name: value for name, value in tensors.items() if self._virtual or not name.startswith(prefixes)}
+        return {name: value for tensors in own for name, value in tensors.items()}
 
     def _generators(self) -> dict[int, dict[str, Any]]:
         """Of all ranks that are not banned, on rank zero."""
@@ -194,8 +202,10 @@ class StageCheckpoints(ResumedRuns):
             lost = next((rank for rank, part in zip(speaking, written) if "failure" in part), None)
             try:
                 if lost is None:
-                    names = [name for part in written for name in part["state_names"]]
-                    destination.publish(checkpoint, written, self._index(names, len(optimizers)))
+                    speaks_for = self._running_stage_model.speaks_for
+                    believed = [destination.believed(stage, part, partial(speaks_for, stage)) for stage, part in enumerate(written)]
+                    names = [name for part in believed for name in part["state_names"]]
+                    destination.publish(checkpoint, believed, self._index(names, len(optimizers)))
                 else:
                     failure = failure or self._not_saved(lost, filepath, written[speaking.index(lost)]["failure"])
                     destination.abandon()

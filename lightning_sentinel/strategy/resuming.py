@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,6 +88,7 @@ class ResumedRuns(LastingBans):
         # A boundary is another one if the module is cut at another place.
         if self._guard is not None and written_on.stages == self.mesh.stages:
             self._guard.load_state_dict(section["verifiers"])
+            self._guard.tolerances.load_state_dict(section.get("tolerances", {}))
 
     def _tell_of_settings(self, before: Mapping[str, Any]) -> None:
         """Warn if the run goes on with other verification than it was started with: what it learned and whom it banned stays."""
@@ -123,7 +124,8 @@ class ResumedRuns(LastingBans):
     def _named_groups(self, saved: Mapping[str, Any], optimizer: Optimizer) -> list[list[str]]:
         """Names for the numbers in the optimizer state of an unsplit module; a collective."""
         plain, _ = stage_files.optimizer_part(optimizer, self._parameter_names())
-        parts = [{"groups": part["groups"]} for part, _ in self._from_stages({"groups": plain["groups"]}, {})]
+        said = self._from_stages({"groups": plain["groups"], "numbers": [], "options": plain["options"]}, {})
+        parts = [{"groups": part["groups"]} for part, _ in self._own(said)]
         if dist.is_initialized():
             with self._at_work():
                 parts = broadcast_parcel(parts, 0)
@@ -159,3 +161,10 @@ class ResumedRuns(LastingBans):
     def _from_stages(self, plain: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[stage_files.Part]:
         with self._at_work():
             return stage_files.collect(plain, tensors, stage_files.speakers(self.mesh, self.ledger.banned))
+
+    def _own(self, parts: Sequence[stage_files.Part]) -> list[stage_files.Part]:
+        """Of what each stage says of its optimizer what is for it to say."""
+        model = self._running_stage_model
+        speaking = stage_files.speakers(self.mesh, self.ledger.banned)
+        own = [{name for name in model.parameter_names if model.speaks_for(stage, name)} for stage in range(self.mesh.stages)]
+        return [stage_files.own_part(part, names, rank) for part, names, rank in zip(parts, own, speaking)]

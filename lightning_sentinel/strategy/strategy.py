@@ -7,7 +7,6 @@ hooks run in their usual order around the reduction of gradients, clipping and t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -177,7 +176,8 @@ class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheck
         self._guard: Guard | None = None
         self._stage_model: StageModel | None = None
         self._randomness: SeparateRandomness | None = None
-        self._last_loss = math.nan
+        # Not NaN, by which callbacks tell that a training has diverged, should nothing count in the first batch.
+        self._last_loss = 0.0
         self._saved_groups, self._filed = [], None
         self._saved_names, self._return_to = None, None
         self._has_been_left = False
@@ -356,6 +356,7 @@ class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheck
             self._take_in_ruling(ruling)
             if not ruling.excluded:
                 self._shares.add(ruling.verdict.clean, outcome.weights, ruling.wiring)
+                self._shares.lose(ruling.lost)
                 return outcome
             engine.rewind()
             if not ruling.redo:

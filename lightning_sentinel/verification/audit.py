@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_sentinel.mesh import Direction, Mesh
 from lightning_sentinel.seeds import derive_seed
+from lightning_sentinel.verification.axes import as_tokens
 
 __all__ = ["AuditSchedule", "Outcome", "arithmetic", "causal_order", "relative_error", "tolerance"]
 
@@ -32,6 +33,9 @@ class Outcome(IntEnum):
 
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+_ROOM_OF_TOKENS = 8
+"""By how much more one token may differ than a signal: its honest errors are not averaged."""
 
 _ALERT_STEPS = 30
 _ALERT_FACTOR = 3
@@ -74,13 +78,21 @@ def arithmetic(device: torch.device) -> torch.dtype:
 def relative_error(claimed: Tensor, recomputed: Tensor) -> Tensor:
     """``norm(claimed - recomputed) / norm(recomputed)`` as a 0-dim tensor; zero if both are the same, finite or not.
 
+    Or an eighth of that of the worst token, if it is more: the norm of a long signal leaves room for one that is another. A token
+    counts as at least as large as those of the signal are on average, because small ones may be all rounding.
+
     Example:
         >>> relative_error(torch.tensor([3.0, 8.0]), torch.tensor([3.0, 4.0]))
         tensor(0.8000)
     """
     claimed, recomputed = claimed.float(), recomputed.float()
     same = ((claimed == recomputed) | (claimed.isnan() & recomputed.isnan())).all()
-    error = torch.linalg.vector_norm(claimed - recomputed) / (torch.linalg.vector_norm(recomputed) + 1e-30)
+    difference = claimed - recomputed
+    error = torch.linalg.vector_norm(difference) / (torch.linalg.vector_norm(recomputed) + 1e-30)
+    if difference.numel():
+        sizes = as_tokens(recomputed).square().mean(dim=-1)
+        of_tokens = as_tokens(difference).square().mean(dim=-1) / (torch.maximum(sizes, sizes.mean()) + 1e-30)
+        error = torch.maximum(error, of_tokens.max().sqrt() / _ROOM_OF_TOKENS)
     return torch.where(same, 0.0, error.nan_to_num(torch.inf, torch.inf))
 
 

@@ -6,9 +6,13 @@ about the machine: who controls one of its processes controls them all, and its 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,9 @@ from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 
 __all__ = ["Ban", "banned_hosts", "bans_here", "enter_bans", "read_bans"]
+
+_PATIENCE = 30.0
+"""Seconds to wait for others that write."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +147,14 @@ def read_bans(path: Path | str) -> list[Ban]:
 def enter_bans(path: Path | str, bans: Iterable[Ban]) -> None:
     """Add bans to a file, which is replaced as a whole; those that somebody removed from it stay removed.
 
+    Several runs and machines may do so at once: each waits for the lock on a file beside it, which is there for as long.
+
     Args:
         path: of the file; it and its folder are made if they do not exist.
         bans: to add. Those of the same worker of the same machine and mesh are in it once.
+
+    Raises:
+        OSError: if it cannot be written, or another holds the lock for half a minute.
 
     Example:
         >>> path = Path(tempfile.mkdtemp()) / "ledger.json"
@@ -153,10 +165,41 @@ def enter_bans(path: Path | str, bans: Iterable[Ban]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {ban.place: ban for ban in read_bans(path)}
-    for ban in bans:
-        kept.setdefault(ban.place, ban)
-    # A name of its own, because it need not be the same rank that writes every time.
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as whole:
-        whole.write(json.dumps({"banned": [ban.entry() for ban in kept.values()]}, indent=1) + "\n")
-    Path(whole.name).replace(path)
+    with _locked(path.with_name(f"{path.name}.lock")):
+        kept = {ban.place: ban for ban in read_bans(path)}
+        for ban in bans:
+            kept.setdefault(ban.place, ban)
+        # A name of its own, because it need not be the same rank that writes every time.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as whole:
+            whole.write(json.dumps({"banned": [ban.entry() for ban in kept.values()]}, indent=1) + "\n")
+        Path(whole.name).replace(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock of the operating system, which lets it go with a process that dies.
+
+    Raises:
+        TimeoutError: if another holds it for too long.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it before has removed it: then others lock another file of that name.
+            if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
+                break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(file)
+                raise TimeoutError(f"another process has held the lock {path} for {_PATIENCE:g} s") from None
+            time.sleep(0.02)
+        except FileNotFoundError:
+            pass  # removed between the two looks
+        os.close(file)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)

@@ -12,7 +12,8 @@ def test_available_is_sorted_and_complete():
     published = {"zeros", "ones", "random", "scale", "sign", "bias", "delay", "noise", "momentum_noise"}
     misplaced, shortcuts = {"permute", "swap"}, {"identity", "received_noise", "flip_residual", "surrogate"}
     subtle, wrappers = {"add_noise", "drift", "local", "frame"}, {"intermittent", "collude"}
-    assert set(names) == published | misplaced | shortcuts | subtle | wrappers
+    faults = {"bad_rows", "flipped_bits", "gradient_contribution", "non_finite"}
+    assert set(names) == published | misplaced | shortcuts | subtle | wrappers | faults
 
 
 @pytest.mark.parametrize("name", attacks.available())

@@ -10,9 +10,13 @@ from lightning_sentinel.attacks import available, get
 from lightning_sentinel.mesh import Direction, Worker
 from tests.attacks.tools import SHAPES, context, signal_of
 
+NOT_FINITE = {"gradient_contribution", "non_finite"}
+"""What they send is that by design."""
 RANDOM = {
     "add_noise",
+    "bad_rows",
     "collude",
+    "flipped_bits",
     "local",
     "momentum_noise",
     "noise",
@@ -61,7 +65,7 @@ def test_like_the_signal_and_apart_from_it(name, options, shape, dtype):
             assert (sent.shape, sent.dtype, sent.device) == (signal.shape, signal.dtype, signal.device)
             assert sent.data_ptr() != signal.data_ptr()
             assert torch.equal(signal, untouched)
-            assert torch.isfinite(sent).all()
+            assert torch.isfinite(sent).all() or name in NOT_FINITE
             if received is not None:
                 assert sent.data_ptr() != received.data_ptr()
                 assert torch.equal(received, kept)
@@ -94,8 +98,8 @@ def test_the_readback_guard_sees_a_readback():
 @every_shape
 def test_a_step_done_again_sends_the_same(name, options, shape):
     once = run(get(name, **options), shape)
-    assert torch.equal(run(get(name, **options), shape), once)
-    assert torch.equal(run(get(name, **options), shape, times=3), once)
+    for times in (1, 3):
+        torch.testing.assert_close(run(get(name, **options), shape, times=times), once, rtol=0, atol=0, equal_nan=True)
 
 
 @every_attack
@@ -107,14 +111,15 @@ def test_one_signal_done_again_sends_the_same(name, options):
             here = {"step": step, "micro_batch": micro_batch, "received": signal_of((4, 6), seed=1000 + index)}
             expected = attack(signal_of((4, 6), seed=index), context(**here))
             for _ in range(2):
-                assert torch.equal(twice(signal_of((4, 6), seed=index), context(**here)), expected)
+                found = twice(signal_of((4, 6), seed=index), context(**here))
+                torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @every_attack
 def test_a_run_that_starts_again_is_the_same(name, options):
     attack = get(name, **options)
     first = run(attack, (4, 6), steps=4)
-    assert torch.equal(run(attack, (4, 6), steps=4), first)
+    torch.testing.assert_close(run(attack, (4, 6), steps=4), first, rtol=0, atol=0, equal_nan=True)
 
 
 @every_attack
@@ -123,7 +128,7 @@ def test_what_was_received_need_not_fit(name, options):
     for step, received in enumerate((torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 4, 6), torch.zeros(2, 5, 8), None)):
         sent = attack(signal_of((2, 5, 6)), context(step=step, received=received))
         assert sent.shape == (2, 5, 6)
-        assert torch.isfinite(sent).all()
+        assert torch.isfinite(sent).all() or name in NOT_FINITE
 
 
 @pytest.mark.parametrize("name", sorted(RANDOM))

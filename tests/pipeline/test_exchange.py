@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import lightning as L
 import pytest
@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sentinel.errors import PipelineModelError
+from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
 from lightning_sentinel.pipeline.logs import LogRecorder
 from lightning_sentinel.verification import SignalTable
@@ -28,8 +29,12 @@ def row(boundary: Boundary, part: Part) -> Tensor:
     return number + torch.arange(len(COLUMNS)) / 64
 
 
-def weight_of(part: Part) -> float:
-    return (1 + part.micro_batch + part.replica) / 8
+def sizes_of(wiring: Wiring) -> BatchSizes:
+    return BatchSizes(1 + max(part.micro_batch for work in wiring.work for part in work), (7,) * len(wiring.work))
+
+
+def weight_of(wiring: Wiring, part: Part) -> float:
+    return sizes_of(wiring).work(*part)[1]
 
 
 def loss_of(part: Part) -> float:
@@ -49,8 +54,10 @@ def exchanged(
     verified: bool = True,
     steps: int = 1,
     claimed: Tensor | None = None,
+    broken: Collection[Worker] | None = None,
 ) -> list[list[StepOutcome]]:
     """Steps of which each rank says what it knows; ranks that have nothing to do claim a loss if one is given."""
+    sizes = sizes_of(wiring)
 
     def work(rank: int) -> list[StepOutcome]:
         worker, exchange = mesh.worker(rank), Exchange(mesh, CPU)
@@ -62,7 +69,7 @@ def exchanged(
             recorder, loss = LogRecorder(L.LightningModule()), torch.zeros(2)
             if last and parts:
                 log(recorder, worker, step)
-                weights = [weight_of(part) for part in parts]
+                weights = [weight_of(wiring, part) for part in parts]
                 loss = torch.tensor([sum(w * loss_of(part) for w, part in zip(weights, parts)), sum(weights)])
             elif claimed is not None:
                 loss = claimed
@@ -70,8 +77,10 @@ def exchanged(
             if verified:
                 received = [boundary for boundary in mesh.boundaries if boundary.receiver == worker.stage and parts]
                 rows = {boundary.direction: torch.stack([row(boundary, part) for part in parts]) for boundary in received}
-            own = torch.tensor([weight_of(part) for part in parts])
-            outcomes.append(exchange.run("training_step", wiring, rows, own, loss, recorder))
+            useless = None if broken is None else torch.tensor(worker in broken)
+            if broken and worker in broken:
+                loss = loss * torch.nan
+            outcomes.append(exchange.run("training_step", wiring, sizes, rows, loss, recorder, useless))
         return outcomes
 
     return world.run(work)
@@ -82,12 +91,9 @@ def by_hand(mesh: Mesh, wiring: Wiring) -> tuple[Tensor, Tensor]:
     rows, weights = no_rows(len(mesh.boundaries), mesh.replicas, wiring.slots), torch.zeros(mesh.replicas, wiring.slots)
     for lane, parts in enumerate(wiring.work):
         for slot, part in enumerate(parts):
-            if wiring.live[lane]:
-                weights[lane, slot] = weight_of(part)
-                for index, boundary in enumerate(mesh.boundaries):
-                    rows[index, lane, slot] = row(boundary, part)
-            else:
-                weights[lane, slot] = weight_of(wiring.work[wiring.lanes[0]][slot])
+            weights[lane, slot] = weight_of(wiring, part)
+            for index, boundary in enumerate(mesh.boundaries) if wiring.live[lane] else ():
+                rows[index, lane, slot] = row(boundary, part)
     return rows, weights
 
 
@@ -105,7 +111,8 @@ def test_all_ranks_know_of_every_slot_what_those_that_served_it_say(
     rows, weights = by_hand(mesh, wiring)
     rows = SignalTable.believed(rows).rows
     parts = [part for lane in wiring.lanes for part in wiring.work[lane]]
-    loss = sum(weight_of(part) * loss_of(part) for part in parts) / sum(map(weight_of, parts))
+    shares = [weight_of(wiring, part) for part in parts]
+    loss = sum(share * loss_of(part) for share, part in zip(shares, parts)) / sum(shares)
     serving = [wiring.worker(stages - 1, lane).replica for lane in wiring.lanes]
     samples = [2 + replica for replica in serving]
     for (outcome,) in found:
@@ -128,7 +135,7 @@ def test_a_step_in_which_no_sample_counts_has_no_loss() -> None:
 
         def work(rank: int) -> StepOutcome:
             recorder = LogRecorder(L.LightningModule())
-            return Exchange(mesh, CPU).run("training_step", wiring, None, torch.ones(1), torch.zeros(2), recorder)
+            return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, torch.zeros(2), recorder)
 
         assert [outcome.loss for outcome in world.run(work)] == [None, None]
 
@@ -161,7 +168,7 @@ def test_replicas_that_log_different_names_are_refused_on_all_ranks() -> None:
         if worker.stage:
             recorder.log(f"loss of {worker.replica}", 1.0)
         with pytest.raises(PipelineModelError, match=r"log different names in training_step; this rank logs .*Log the same"):
-            Exchange(mesh, CPU).run("training_step", Wiring.of(mesh), None, torch.ones(1), torch.zeros(2), recorder)
+            Exchange(mesh, CPU).run("training_step", Wiring.of(mesh), BatchSizes(1, (1, 1)), None, torch.zeros(2), recorder)
         refused.append(rank)
 
     with ranks(mesh.size) as world:
@@ -176,9 +183,7 @@ def test_what_a_worker_without_a_lane_logs_is_not_asked_for() -> None:
         worker, recorder = mesh.worker(rank), LogRecorder(L.LightningModule())
         if worker.stage:
             recorder.log("loss" if worker.replica else "nonsense", 5.0 + worker.replica)
-        lane = wiring.lane(worker)
-        weights = torch.ones(0 if lane is None else len(wiring.work[lane]))
-        return Exchange(mesh, CPU).run("training_step", wiring, None, weights, torch.zeros(2), recorder)
+        return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, torch.zeros(2), recorder)
 
     with ranks(mesh.size) as world:
         assert [outcome.logged for outcome in world.run(work)] == [{"loss": (6.0, 1.0)}] * 4
@@ -192,7 +197,61 @@ def test_one_step_that_asks_for_the_end_is_heard_by_all_and_nobody_else_is() -> 
         def work(rank: int, asks: set[Worker] = asks) -> bool:
             nothing, recorder = torch.zeros(2), LogRecorder(L.LightningModule())
             stops = mesh.worker(rank) in asks
-            return Exchange(mesh, CPU).run("training_step", wiring, None, torch.ones(1), nothing, recorder, stops=stops).stops
+            return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, nothing, recorder, stops=stops).stops
 
         with ranks(mesh.size) as world:
             assert world.run(work) == [heard] * mesh.size
+
+
+def test_whose_gradients_are_of_no_use_is_known_to_all_and_its_loss_is_passed_over() -> None:
+    mesh = Mesh(2, 3)
+    wiring = Wiring.of(mesh, {Worker(0, 2)}, micro_batches=2)
+    useless = {Worker(1, 0), Worker(0, 1), Worker(0, 2)}
+    with ranks(mesh.size) as world:
+        found = exchanged(world, mesh, wiring, broken=useless)
+    for (outcome,) in found:
+        expected = [[wiring.worker(s, lane) in useless and wiring.live[lane] for lane in range(3)] for s in range(2)]
+        assert outcome.broken.shape == (2, 3, wiring.slots) and outcome.broken.any(dim=2).tolist() == expected
+        parts = [part for lane in wiring.lanes if wiring.worker(1, lane) != Worker(1, 0) for part in wiring.work[lane]]
+        shares = [weight_of(wiring, part) for part in parts]
+        assert outcome.loss == pytest.approx(sum(s * loss_of(part) for s, part in zip(shares, parts)) / sum(shares), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (2**50, "announces 1125899906842624 bytes of logged names"),
+        (-1, "announces -1 bytes"),
+        (0, "announces 0 bytes"),
+        (b"[1]", "What should describe logged values does not"),
+        (
+            b'{"loss": {"reduce_fx": "mean", "metric": null, "by_batch": false, "options": {"fx": 1}}}',
+            "other keys or values",
+        ),
+        (b'{"loss": {"reduce_fx": "mean", "metric": 3, "by_batch": false, "options": {}}}', "other keys or values"),
+    ],
+)
+def test_names_of_another_rank_are_bounded_and_typed(said: int | bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh, refused = Mesh(2, 1), []
+
+    def work(rank: int) -> None:
+        recorder = LogRecorder(L.LightningModule())
+        if mesh.worker(rank).stage == 1:
+            log_loss(recorder, Worker(1, 0), 0)
+        with pytest.raises(MalformedMessageError, match=message) as error:
+            Exchange(mesh, CPU).run("training_step", Wiring.of(mesh), BatchSizes(1, (1,)), None, torch.zeros(2), recorder)
+        refused.append(error.value.rank)
+
+    with ranks(mesh.size) as world:
+        honest = torch.distributed.broadcast
+
+        def broadcast(tensor: Tensor, source: int) -> None:
+            if isinstance(said, int):
+                tensor.fill_(said)
+            honest(tensor, source)
+
+        if isinstance(said, bytes):
+            monkeypatch.setattr("lightning_sentinel.pipeline.logs.LogSchema.encode", lambda _: said)
+        monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+        world.run(work)
+    assert refused == [mesh.rank(Worker(1, 0))] * 2

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import fcntl
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,33 @@ def test_the_file_gives_back_what_was_entered_and_keeps_what_is_there(tmp_path: 
     assert read_bans(path) == entered, "the first entry stands"
     assert list(path.parent.iterdir()) == [path]
     assert Ledger.banned_in(path) == [W] * 4
+
+
+def _enter(path: Path, writer: int) -> None:
+    for number in range(10):
+        enter_bans(path, [Ban(Worker(writer, number), 7, host=f"{writer}.{number}", hosts=9)])
+
+
+def test_no_ban_is_lost_when_several_write_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    writers = [multiprocessing.get_context("fork").Process(target=_enter, args=(path, writer)) for writer in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(read_bans(path)) == 40
+
+
+def test_who_cannot_get_the_lock_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_sentinel.verification.bans._PATIENCE", 0.1)
+    path = tmp_path / "ledger.json"
+    with (tmp_path / "ledger.json.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="another process has held the lock"):
+            enter_bans(path, [Ban(Worker(0, 0), 7)])
+    assert read_bans(path) == []
+    enter_bans(path, [Ban(Worker(0, 0), 7)])
+    assert len(read_bans(path)) == 1 and list(tmp_path.iterdir()) == [path]
 
 
 def test_what_somebody_removed_stays_removed(tmp_path: Path) -> None:

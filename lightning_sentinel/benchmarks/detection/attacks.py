@@ -8,7 +8,7 @@ from lightning_sentinel import attacks
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["COLLUDING", "HIDDEN", "IMITATING", "NAMED", "PUBLISHED", "SUBTLE", "SWEPT", "WITHIN", "attack_named"]
+__all__ = ["COLLUDING", "FAULTY", "HIDDEN", "IMITATING", "NAMED", "PUBLISHED", "SUBTLE", "SWEPT", "WITHIN", "attack_named"]
 
 
 def _attack(name: str, **parameters: Any) -> dict[str, Any]:
@@ -66,6 +66,15 @@ HIDDEN: dict[str, Any] = IMITATING | SUBTLE
 COLLUDING: dict[str, Any] = {"collude": "collude", "frame": "frame"}
 """Those of several workers that act together."""
 
+FAULTY: dict[str, Any] = {
+    "non_finite": _attack("non_finite", steps=None),
+    "flipped_bits": "flipped_bits",
+    "bad_rows": "bad_rows",
+    "garbled_rows": _attack("bad_rows", garbled=True),
+    "gradient_contribution": "gradient_contribution",
+}
+"""Those of a worker whose layers compute something else, whatever it sends."""
+
 _STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
     "scale": ("factor", (0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.5)),
     "bias": ("strength", (0.01, 0.03, 0.1, 0.3, 1.0)),
@@ -81,7 +90,7 @@ SWEPT: dict[str, Any] = {
 WITHIN: dict[str, Any] = {name: name for name in INSIDERS}
 """Those of who knows more than a worker should."""
 
-NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | SWEPT
+NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | SWEPT
 
 
 def attack_named(name: str) -> Any:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.messages.parcels import MOST_BYTES, receive_parcel, send_parcel
+from lightning_sentinel.pipeline.messages.parcels import receive_parcel, send_parcel
 
 __all__ = [
     "SECTION",
@@ -28,6 +28,7 @@ __all__ = [
     "optimizer_of",
     "optimizer_part",
     "own_optimizer_state",
+    "own_part",
     "select_state",
     "speakers",
 ]
@@ -57,7 +58,7 @@ def speakers(mesh: Mesh, banned: Collection[Worker] = ()) -> list[int]:
 
 
 def collect(
-    plain: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Sequence[int], most_bytes: int = MOST_BYTES, to: int = 0
+    plain: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Sequence[int], most_bytes: int | None = None, to: int = 0
 ) -> list[Part]:
     """Bring parts to one rank; to be called by all of them. One process has all there is.
 
@@ -65,11 +66,14 @@ def collect(
         plain: what JSON can say.
         tensors: the rest.
         ranks: that have a part.
-        most_bytes: that a part may have.
+        most_bytes: that a part may have; ``None`` is what the machine has free.
         to: the rank that gets them, whether it is one of them or not.
 
     Returns:
         there the parts, in the order of ``ranks``, on the host; elsewhere nothing.
+
+    Raises:
+        MalformedMessageError: if a rank sends something else than a part.
     """
     mine = (dict(plain), {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     if not dist.is_initialized():
@@ -79,7 +83,42 @@ def collect(
         if rank in ranks:
             send_parcel(mine, to)
         return []
-    return [mine if speaker == to else receive_parcel(speaker, most_bytes) for speaker in ranks]
+    return [mine if speaker == to else _part_from(speaker, most_bytes) for speaker in ranks]
+
+
+def _part_from(rank: int, most_bytes: int | None) -> Part:
+    found = receive_parcel(rank, most_bytes)
+    if isinstance(found, tuple) and len(found) == 2 and all(isinstance(one, dict) for one in found):
+        plain, tensors = found
+        names = all(isinstance(name, (str, int)) for name in (*plain, *tensors))
+        if names and all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            return plain, tensors
+    raise MalformedMessageError(f"Rank {rank} sent no part of a checkpoint: {str(found)[:80]}.", rank=rank)
+
+
+def own_part(part: Part, names: Collection[str], rank: int) -> Part:
+    """What a stage may say of its optimizer: of its own parameters, and in the form that :func:`optimizer_part` gives.
+
+    Raises:
+        MalformedMessageError: if it has another form.
+
+    Example:
+        >>> import torch
+        >>> plain = {"groups": [["a", "b"]], "numbers": [], "options": [{"lr": 0.1}]}
+        >>> own_part((plain, {"a/mean": torch.ones(1), "b/mean": torch.ones(1)}), {"b"}, rank=0)
+        ({'groups': [['b']], 'numbers': [], 'options': [{'lr': 0.1}]}, {'b/mean': tensor([1.])})
+    """
+    plain, _ = part
+    try:
+        groups, numbers, options = (plain[name] for name in ("groups", "numbers", "options"))
+        named = all(isinstance(name, str) for group in groups for name in group)
+        counted = all(isinstance(name, str) and isinstance(key, str) and _is_plain(value) for name, key, value in numbers)
+        said = all(isinstance(one, dict) and _is_plain(list(one.values())) for one in options)
+        if named and counted and said and len(options) == len(groups):
+            return optimizer_of(part, names)
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise MalformedMessageError(f"Rank {rank} sent no optimizer state: {str(plain)[:80]}.", rank=rank)
 
 
 def in_order(names: Collection[str], known: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ class Destination(NamedTuple):
         Raises:
             OSError: if it could not be written.
         """
-        name = f"stage-{stage}-{self.save}.pt"
+        name = self._file(stage)
         content = {
             "save": self.save,
             "states": {key: _on_host(state) for key, state in states.items()},
@@ -75,6 +75,31 @@ class Destination(NamedTuple):
         size = write_file(content, Path(self.folder) / name)
         parameters = sorted({name for plain, _ in optimizers for group in plain["groups"] for name in group})
         return {"file": name, "bytes": size, "state_names": list(states["state_dict"]), "parameter_names": parameters}
+
+    def believed(self, stage: int, described: Mapping[str, Any], speaks_for: Callable[[str], bool]) -> dict[str, Any]:
+        """What a stage says of its part, as far as that is for it to say.
+
+        Args:
+            stage: its number.
+            described: what it says that :meth:`write_part` gave.
+            speaks_for: whether an entry of the module's ``state_dict`` is this stage's.
+
+        Raises:
+            ConfigurationError: if it says something else.
+        """
+        names = [described.get("state_names"), described.get("parameter_names")]
+        listed = all(isinstance(found, list) and all(isinstance(name, str) for name in found) for found in names)
+        file, size = described.get("file"), described.get("bytes")
+        if file != self._file(stage) or type(size) is not int or not listed:
+            raise ConfigurationError(
+                f"What stage {stage} says that it has written is no part of this checkpoint: {str(dict(described))[:120]}. Its part"
+                f" is {self._file(stage)}. The save was given up; look after the machine that serves the stage."
+            )
+        states, parameters = ([name for name in found or () if speaks_for(name)] for found in names)
+        return {"file": file, "bytes": size, "state_names": states, "parameter_names": parameters}
+
+    def _file(self, stage: int) -> str:
+        return f"stage-{stage}-{self.save}.pt"
 
     def publish(self, checkpoint: dict[str, Any], parts: Sequence[Mapping[str, Any]], index: Mapping[str, Any]) -> None:
         """Let the save count, and remove what it replaces; for one rank, once all parts are written.
@@ -152,6 +177,8 @@ class ShardedCheckpoint:
         self._options: list[list[dict[str, Any]]] = described["options"]
         self._parts, self._save = described["parts"], described["save"]
         for part in self._parts:
+            if Path(part["file"]).name != part["file"]:
+                raise ConfigurationError(f"{self.path / INDEX} names {part['file']!r} as a part, which is not in its directory.")
             file = self.path / part["file"]
             size = file.stat().st_size if file.is_file() else None
             if size != part["bytes"]:

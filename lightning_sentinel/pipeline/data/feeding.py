@@ -213,7 +213,7 @@ class Feed:
             raise MalformedMessageError(f"Rank {first} announces a batch's description of {int(length)} bytes.", rank=first)
         data = torch.empty(int(length), dtype=torch.uint8)
         dist.recv(data, first, tag=_TAG)
-        message = bytes(data.tolist())
+        message = data.numpy().tobytes()
         return _END if message == _END else stand_in(message, self._device)
 
     def _empty(self, latest: Any) -> Any:

@@ -14,10 +14,10 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
-from lightning_sentinel.pipeline.messages.parcels import receive_parcel, send_parcel
+from lightning_sentinel.pipeline.messages.parcels import list_from, receive_parcel, send_parcel
 from lightning_sentinel.wiring import Part, Wiring
 
-__all__ = ["Delivery", "Supply", "Work", "deliveries", "supplier"]
+__all__ = ["Delivery", "Supply", "Work", "deliveries", "supplier", "unpacked"]
 
 _ROOM = 16
 """A micro-batch of another replica may be so many times as large as the batch of this one."""
@@ -114,7 +114,8 @@ class Supply:
             if rank == sender:
                 send_parcel(self.packed(own, part), receiver)
             elif rank == receiver:
-                received[part] = self._unpack(receive_parcel(sender, _ROOM * self._largest), part)
+                found = unpacked(receive_parcel(sender, _ROOM * self._largest), sender)
+                received[part] = Work(part, move_data_to_device(found, self._device), *sizes.work(*part))
         lane = wiring.lane(self._worker)
         if lane is None:
             return []
@@ -131,6 +132,15 @@ class Supply:
         number = part.micro_batch
         return [own[number], own.sizes[number], own.weights[number]]
 
-    def _unpack(self, parcel: Any, part: Part) -> Work:
-        batch, samples, weight = parcel
-        return Work(part, move_data_to_device(batch, self._device), int(samples), float(weight))
+
+def unpacked(parcel: Any, sender: int) -> Any:
+    """The samples in what :meth:`Supply.packed` gave; how many there are all ranks know, and nobody's word is needed for it.
+
+    Raises:
+        MalformedMessageError: if it is something else.
+
+    Example:
+        >>> unpacked([{"x": 1}, 4, 0.5], sender=2)
+        {'x': 1}
+    """
+    return list_from(sender, parcel, 3)[0]

@@ -74,6 +74,12 @@ class CleanShares:
         self._excluded += (weights.double() * ~clean).sum(dim=(1, 2)) / self._mesh.replicas
         self._served.scatter_add_(1, torch.tensor(wiring.serving), counted.sum(dim=2))
 
+    def lose(self, workers: Collection[Worker]) -> None:
+        """All that these workers have added up so far is gone, which is the same on all ranks."""
+        for worker in workers:
+            self._excluded[worker.stage] += self._served[worker.stage, worker.replica] / self._mesh.replicas
+            self._served[worker.stage, worker.replica] = 0
+
     def take(self, left_out: Collection[Worker] = ()) -> Shares | None:
         """The shares since the last call; exactly 1 for a stage where nothing was excluded.
 
@@ -83,9 +89,7 @@ class CleanShares:
         Returns:
             ``None`` if a stage has nothing to step with: then no stage may move, or they would no longer fit together.
         """
-        for worker in left_out:
-            self._excluded[worker.stage] += self._served[worker.stage, worker.replica] / self._mesh.replicas
-            self._served[worker.stage, worker.replica] = 0
+        self.lose(left_out)
         stages = 1.0 - self._excluded / max(1, self._batches)
         shares = Shares(stages.tolist(), self._served)
         self._forget()

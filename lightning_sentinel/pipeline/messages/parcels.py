@@ -10,6 +10,7 @@ import math
 from contextlib import suppress
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,11 +18,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 
-__all__ = ["MOST_BYTES", "broadcast_parcel", "pack", "receive_parcel", "reserve", "send_parcel", "unpack"]
+__all__ = ["broadcast_parcel", "free_bytes", "list_from", "pack", "receive_parcel", "reserve", "send_parcel", "unpack"]
 
 _LONGEST_DESCRIPTION = 2**26
-MOST_BYTES = 2**42
-"""What a parcel may hold where the receiver has no reason to expect less, such as a stage's part of a checkpoint."""
+
+
+def free_bytes() -> int:
+    """What a parcel may hold where the receiver has no reason to expect less, such as a stage's part of a checkpoint."""
+    return int(psutil.virtual_memory().available)
 
 
 def pack(tree: Any) -> tuple[bytes, list[Tensor]]:
@@ -57,8 +61,12 @@ def _layout(tensor: Tensor) -> dict[str, Any]:
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
 
-def reserve(description: bytes, most_bytes: int = MOST_BYTES) -> list[Tensor]:
+def reserve(description: bytes, most_bytes: int | None = None) -> list[Tensor]:
     """Memory for the tensors of a parcel.
+
+    Args:
+        description: of the parcel.
+        most_bytes: that there is room for; ``None`` is what the machine has free.
 
     Raises:
         MalformedMessageError: if the description is not one, or there is no room for so much.
@@ -70,6 +78,7 @@ def reserve(description: bytes, most_bytes: int = MOST_BYTES) -> list[Tensor]:
     """
     try:
         _, entries = json.loads(description)
+        most_bytes = free_bytes() if most_bytes is None else most_bytes
         layouts = [(vars(torch)[entry["dtype"]], entry["shape"]) for entry in entries if "dtype" in entry]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise MalformedMessageError(f"What should describe a parcel does not: {description[:80]!r} ({error}).") from error
@@ -131,12 +140,12 @@ def send_parcel(tree: Any, rank: int) -> None:
         dist.send(tensor, rank)
 
 
-def receive_parcel(rank: int, most_bytes: int = MOST_BYTES) -> Any:
+def receive_parcel(rank: int, most_bytes: int | None = None) -> Any:
     """Receive a collection, on the host.
 
     Args:
         rank: of the sender.
-        most_bytes: that there is room for.
+        most_bytes: that there is room for; ``None`` is what the machine has free.
 
     Raises:
         MalformedMessageError: if what comes is no parcel, or too large.
@@ -145,7 +154,7 @@ def receive_parcel(rank: int, most_bytes: int = MOST_BYTES) -> Any:
     dist.recv(length, rank)
     data = torch.empty(_checked_length(int(length), rank), dtype=torch.uint8)
     dist.recv(data, rank)
-    description = bytes(data.tolist())
+    description = data.numpy().tobytes()
     try:
         tensors = reserve(description, most_bytes)
         for tensor in tensors:
@@ -173,11 +182,34 @@ def broadcast_parcel(tree: Any, source: int, group: dist.ProcessGroup | None = N
     if data is None:
         data = torch.empty(_checked_length(int(length), source), dtype=torch.uint8)
     dist.broadcast(data, source, group=group)
-    description = description or bytes(data.tolist())
-    tensors = tensors or reserve(description)
-    for tensor in tensors:
-        dist.broadcast(tensor, source, group=group)
-    return unpack(description, tensors)
+    description = description or data.numpy().tobytes()
+    try:
+        tensors = tensors or reserve(description)
+        for tensor in tensors:
+            dist.broadcast(tensor, source, group=group)
+        return unpack(description, tensors)
+    except MalformedMessageError as error:
+        raise MalformedMessageError(f"Rank {source} sent a malformed message. {error}", rank=source) from error
+
+
+def list_from(rank: int, found: Any, length: int | None = None) -> list[Any]:
+    """A collection that a rank sent, if it is a list, and as long as it should be.
+
+    Raises:
+        MalformedMessageError: if it is anything else.
+
+    Example:
+        >>> list_from(3, [1, 2], length=2)
+        [1, 2]
+        >>> list_from(3, None)
+        Traceback (most recent call last):
+        lightning_sentinel.errors.MalformedMessageError: Rank 3 sent NoneType where a list is due.
+    """
+    if isinstance(found, list) and length in (None, len(found)):
+        return found
+    what = f"a list of {len(found)}" if isinstance(found, list) else type(found).__name__
+    due = "a list" if length is None else f"a list of {length}"
+    raise MalformedMessageError(f"Rank {rank} sent {what} where {due} is due.", rank=rank)
 
 
 def _checked_length(length: int, rank: int) -> int:

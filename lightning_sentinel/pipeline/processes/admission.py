@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from torch.distributed import Store
 
-from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError, WorkerLostError
+from lightning_sentinel.errors import ConfigurationError, MalformedMessageError, MeshExhaustedError, WorkerLostError
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.processes.hosts import host_name
 from lightning_sentinel.pipeline.processes.liveness import notes
@@ -139,13 +139,13 @@ def agree_on_admission(
     Raises:
         MeshExhaustedError: if there are too few.
         ConfigurationError: if ``ledger`` is not a ledger; or if rank zero is banned, and the others meet at its process.
+        MalformedMessageError: if a process says something else than where it is and whom it bans.
     """
     own = banned_hosts(read_bans(ledger))
     store.set(f"started/{rank}", json.dumps([host_name(), sorted(own)]))
     candidates = []
     for other in range(world_size):
-        host, banned = json.loads(store.get(f"started/{other}"))
-        candidates.append(Candidate(host, tuple(banned)))
+        candidates.append(_candidate(store.get(f"started/{other}"), other))
     admission = admit(candidates, ledger, stages, replicas)
     if candidates[0].host in admission.banned and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ConfigurationError(
@@ -162,6 +162,16 @@ def agree_on_admission(
     if rank not in admission.ranks:
         print(_why_left_out(candidates[rank].host, rank, len(candidates), admission, ledger), flush=True)
     return admission.ranks
+
+
+def _candidate(said: bytes, rank: int) -> Candidate:
+    try:
+        host, banned = json.loads(said)
+        if isinstance(host, str) and isinstance(banned, list) and all(isinstance(one, str) for one in banned):
+            return Candidate(host, tuple(banned))
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise MalformedMessageError(f"Rank {rank} does not say where it is and whom it bans, but {said[:80]!r}.", rank=rank)
 
 
 def _why_left_out(host: str, rank: int, started: int, admission: Admission, ledger: Path | str) -> str:

@@ -12,6 +12,7 @@ side gives: else its neighbour could have it blamed. Who is asked, and whose wor
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -24,10 +25,11 @@ from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.pipeline.data.supply import supplier
+from lightning_sentinel.pipeline.data.supply import supplier, unpacked
 from lightning_sentinel.pipeline.messages.parcels import receive_parcel, send_parcel
-from lightning_sentinel.verification.audit import Outcome, relative_error
+from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
+from lightning_sentinel.verification.tolerance import MEASURED, Tolerances, deviation
 from lightning_sentinel.wiring import Part, Wiring
 
 __all__ = ["Audits", "Evidence", "Kept", "digest"]
@@ -41,15 +43,11 @@ class Evidence(NamedTuple):
 
     Args:
         batch: the samples, at the ends of the pipeline.
-        weight: their share of the replica's batch.
-        samples: how many.
         activation: what the audited worker had been sent; ``None`` at the first stage.
         gradient: the same going backward, of a gradient; ``None`` at the last stage.
     """
 
     batch: Any
-    samples: int
-    weight: float
     activation: Tensor | None
     gradient: Tensor | None
 
@@ -99,6 +97,14 @@ class _Item(IntEnum):
     RECEIVED = 4
 
 
+_KINDS = {_Item.BATCH: list, _Item.CLAIMED: Tensor, _Item.RECEIVED: dict}
+"""What is asked of others without a fingerprint; who is audited and cannot say what it was sent has nothing to say for itself."""
+
+
+def _warn_of(audited: Worker, what: str) -> None:
+    warnings.warn(f"A signal of {audited} could not be audited with what others gave for it: {what}.", stacklevel=2)
+
+
 class Audits:
     """The audits that this rank takes part in.
 
@@ -108,7 +114,8 @@ class Audits:
         kept: what this rank sent and received.
         samples: gives ``[batch, samples, weight]`` of one of this replica's micro-batches.
         recompute: what an honest worker of this stage sends: direction, part and evidence to a signal.
-        tolerance: the relative error up to which a signal counts as recomputed.
+        tolerances: the errors up to which signals count as recomputed.
+        computed_in: what float32 is multiplied in where this worker computes.
         device: where signals are.
     """
 
@@ -119,11 +126,13 @@ class Audits:
         kept: Kept,
         samples: Callable[[Part], Any],
         recompute: Callable[[Direction, Part, Evidence], Tensor],
-        tolerance: Callable[[Tensor], float],
+        tolerances: Tolerances,
+        computed_in: Callable[[], torch.dtype],
         device: torch.device,
     ) -> None:
         self._mesh, self._worker, self._kept = mesh, worker, kept
-        self._samples, self._recompute, self._tolerance = samples, recompute, tolerance
+        self._samples, self._recompute = samples, recompute
+        self._tolerances, self._computed_in = tolerances, computed_in
         self._device = device
         self.adversary: Adversary | None = None
         """A simulated attacker, who may also lie about what it recomputed."""
@@ -145,16 +154,22 @@ class Audits:
         if not asked:
             return []
         given = [self._hand_over(boundary, case, auditor, wiring, absent) for case, auditor in asked]
-        said = torch.zeros(len(asked))
+        index = self._mesh.boundaries.index(boundary)
+        said = torch.zeros(len(asked), 1 + MEASURED)
         for number, ((case, auditor), items) in enumerate(zip(asked, given)):
             if auditor == self._worker:
-                word = self._judge(boundary, case, items)
-                said[number] = word if self.adversary is None else self.adversary.vote(auditor, case.audited, word)
-        everyone = torch.empty(self._mesh.size, len(asked))
+                word, measured = self._judge(boundary, case, items)
+                said[number, 0] = word if self.adversary is None else self.adversary.vote(auditor, case.audited, word)
+                said[number, 1:] = measured
+        everyone = torch.empty(self._mesh.size, *said.shape)
         dist.all_gather(list(everyone.unbind()), said)
         # Each case is for its auditor to say, whatever others put there.
-        values = [float(everyone[self._mesh.rank(auditor), number]) for number, (_, auditor) in enumerate(asked)]
-        return [Outcome(int(value)) if value in _WORDS else Outcome.MATCHES for value in values]
+        values = [everyone[self._mesh.rank(auditor), number].tolist() for number, (_, auditor) in enumerate(asked)]
+        words = [Outcome(int(value)) if value in _WORDS else Outcome.MATCHES for value, *_ in values]
+        for word, (_, *numbers), (case, _) in zip(words, values, asked):
+            if word == Outcome.MATCHES:
+                self._tolerances.heard(index, case.audited, numbers)
+        return words
 
     def _hand_over(
         self, boundary: Boundary, case: Case, auditor: Worker, wiring: Wiring, absent: Collection[Worker]
@@ -200,8 +215,17 @@ class Audits:
         found = {direction: kept.received.get((direction, slot)) for direction in Direction}
         return {direction.value: digest(signal) for direction, signal in found.items() if signal is not None}
 
-    def _judge(self, boundary: Boundary, case: Case, items: dict[_Item, Any]) -> Outcome:
-        """What this rank says of a signal."""
+    def _judge(self, boundary: Boundary, case: Case, items: dict[_Item, Any]) -> tuple[Outcome, Tensor]:
+        """What this rank says of a signal, and how far it is from what it was recomputed to be.
+
+        Where it was not given what it takes it says so, and nobody is blamed for the signal.
+        """
+        unknown = torch.full((MEASURED,), torch.nan)
+        untold = [item for item, kind in _KINDS.items() if item in items and not isinstance(items[item], kind)]
+        for item in untold:
+            _warn_of(case.audited, f"the {item.name.lower()} is {type(items[item]).__name__}")
+        if untold:
+            return Outcome.LIED if _Item.RECEIVED in untold else Outcome.MATCHES, unknown
         digests = items[_Item.RECEIVED]
         given = (
             (_Item.ACTIVATION, Direction.ACTIVATION, Outcome.ACTIVATION_WITHHELD),
@@ -209,16 +233,25 @@ class Audits:
         )
         for item, direction, outcome in given:
             if item in items and not self._is(items[item], digests.get(direction.value)):
-                return outcome
-        batch, samples, weight = items.get(_Item.BATCH, (None, 0, 0.0))
-        batch = apply_to_collection(batch, Tensor, self._on_device)
+                return outcome, unknown
         activation, gradient = (self._on_device(items.get(item)) for item in (_Item.ACTIVATION, _Item.GRADIENT))
-        evidence = Evidence(batch, samples, weight, activation, gradient)
-        honest = self._recompute(boundary.direction, case.part, evidence)
+        try:
+            batch = unpacked(items[_Item.BATCH], self._mesh.rank(case.audited)) if _Item.BATCH in items else None
+            batch = apply_to_collection(batch, Tensor, self._on_device)
+            honest = self._recompute(boundary.direction, case.part, Evidence(batch, activation, gradient))
+        except Exception as error:
+            if _Item.BATCH not in items:
+                raise
+            # Samples of another worker can be such that no step can work on them.
+            _warn_of(case.audited, f"no step can work on the samples ({type(error).__name__}: {error})")
+            return Outcome.MATCHES, unknown
         claimed = items[_Item.CLAIMED].to(honest.device)
-        if claimed.shape != honest.shape or bool(relative_error(claimed, honest) > self._tolerance(honest)):
-            return Outcome.LIED
-        return Outcome.MATCHES
+        if claimed.shape != honest.shape:
+            return Outcome.LIED, unknown
+        index = self._mesh.boundaries.index(boundary)
+        measured = deviation(claimed, honest, self._tolerances.seed_of(index))
+        allowed = self._tolerances.allowed(index, case.audited, honest.dtype, self._computed_in())
+        return Outcome.LIED if bool(measured[0] > allowed) else Outcome.MATCHES, measured
 
     @staticmethod
     def _is(given: Any, fingerprint: str | None) -> bool:

@@ -31,11 +31,13 @@ from lightning_sentinel.verification import (
 )
 from lightning_sentinel.verification.audit import AuditSchedule
 from lightning_sentinel.verification.calibration import Assessment
+from lightning_sentinel.verification.contributions import without_broken
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.fences import Fences
 from lightning_sentinel.verification.jury import Ask, Findings, Jury
 from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.references import Contribution
+from lightning_sentinel.verification.tolerance import Tolerances
 from lightning_sentinel.verification.verdicts import MUCH_FURTHER, behind
 from lightning_sentinel.wiring import Wiring
 
@@ -57,6 +59,7 @@ class Ruling(NamedTuple):
         excluded: the workers whose signals do not match, without whom the step is to be undone: its gradients hold what they sent.
         redo: whether it is to be done again without them; it cannot be if nobody is left who could.
         wiring: who served which lane.
+        lost: workers whose gradients are gone, with those of earlier batches of the same step.
     """
 
     verdict: StepVerdict
@@ -64,6 +67,7 @@ class Ruling(NamedTuple):
     excluded: list[Worker]
     redo: bool
     wiring: Wiring
+    lost: frozenset[Worker] = frozenset()
 
 
 class Guard:
@@ -98,6 +102,7 @@ class Guard:
             verification = replace(verification, seed=secret_seed())
         self.verifiers = {boundary: BoundaryVerifier(boundary, verification, device) for boundary in boundaries}
         self._indices = {boundary: mesh.boundaries.index(boundary) for boundary in self.verifiers}
+        self.tolerances = Tolerances(mesh, 0)
         self._keep_secret(verification)
         if self.excludes and self.compares_inputs:
             # Nobody looks again at what is left out, so it is not what a later look would clear.
@@ -115,6 +120,7 @@ class Guard:
         self._secrets: dict[Boundary, SecretDirections] = {}
         self._schedule = None if self._rate is None else AuditSchedule(self._mesh, self._rate, seed)
         self._jury = Jury(self._mesh, seed)
+        self.tolerances.seed = seed
         for verifier in self.verifiers.values():
             verifier.use_secret(verification)
 
@@ -160,6 +166,7 @@ class Guard:
     def begin(self, step: int, micro_batches: int) -> Wiring:
         """Begin a step. Returns who serves which lane in it, and with which micro-batches."""
         self._wiring, self._micro_batches = self.wiring(step, micro_batches), micro_batches
+        self.tolerances.learning = self.calibration.steps < self._secret.warmup_steps
         self._require_a_pipeline(self._wiring, step)
         return self._wiring
 
@@ -225,6 +232,7 @@ class Guard:
         sum_over_replicas: Callable[[Tensor], Tensor],
         ask: Ask | None = None,
         apart: Apart | None = None,
+        broken: Tensor | None = None,
     ) -> Ruling:
         """Judge the step, enter it into the ledger, and learn from it.
 
@@ -234,6 +242,7 @@ class Guard:
             sum_over_replicas: adds a vector over the replicas of this stage.
             ask: has workers recompute signals, where audits are asked for.
             apart: what the replicas of this stage would add, each by itself, where they are not all in this process.
+            broken: ``(stages, lanes, micro_batches)`` bool, whose weight gradients are of no use; ``None`` where nobody looks.
         """
         wiring, excludes = self._wiring, self._response.on_flag == "exclude"
         assessment, heights = self._assess(table, wiring), self.calibration.heights(wiring)
@@ -248,13 +257,17 @@ class Guard:
             verdict = judge(table, assessment, heights, self._mesh, wiring, step, excludes)
             banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified, self._mesh)
         excluded = sorted(verdict.guilty | verdict.disputed) if excludes else []
+        if broken is not None and excludes and not excluded:
+            # In a step that is undone they are mostly what was made of a lie.
+            finite = (table.column("worst") >= 0).all(dim=0)
+            verdict, left_out = without_broken(verdict, broken, finite, self._mesh, wiring, step)
+            self.ledger.flags.update(left_out)
         if banned or excluded:
             # What those behind a liar looked like was not their doing.
             self.calibration.forget_sums(behind(self._sent_by({*banned, *excluded}, wiring), self._mesh), wiring)
         if excluded:
             self._excluded = step, self.absent(step).union(excluded)
-            for verifier in self.verifiers.values():
-                verifier.forget_step()
+            self.forget_step()
         else:
             self._learn(table, verdict, assessment, sum_over_replicas, apart)
             self.calibration.learn(verdict.table, verdict.honest, verdict.heard, verdict.explained, assessment, wiring)
@@ -278,6 +291,13 @@ class Guard:
         drawn = wiring.arrange(self._schedule.draw(step, self._micro_batches, found))
         one_each = self._schedule.one_each(step, assessment.valid)
         return judge_with_audits(table, assessment, heights, drawn, one_each, audit, self._mesh, wiring, step)
+
+    def forget_step(self) -> None:
+        """Keep nothing of the step, which is to be done again."""
+        for verifier in self.verifiers.values():
+            verifier.forget_step()
+        for rows in self._rows.values():
+            rows.clear()
 
     def _sent_by(self, workers: Collection[Worker], wiring: Wiring) -> Tensor:
         """Which lanes these workers served, ``(boundaries, lanes)`` bool."""

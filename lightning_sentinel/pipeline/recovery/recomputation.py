@@ -16,7 +16,7 @@ from lightning_sentinel.pipeline.recovery.auditing import Evidence
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.stages.stage import StageLayers
 from lightning_sentinel.pipeline.steps import StepRunner, loss_of
-from lightning_sentinel.verification.audit import arithmetic, tolerance
+from lightning_sentinel.verification.audit import arithmetic
 from lightning_sentinel.wiring import Part
 
 __all__ = ["Recomputation"]
@@ -44,13 +44,20 @@ class Recomputation:
     seed: int
     forward_context: Callable[[], AbstractContextManager[Any]]
 
-    def tolerance(self, signal: Tensor) -> float:
-        """The relative error up to which another worker's signal counts as this one."""
+    def computed_in(self) -> torch.dtype:
+        """What float32 is multiplied in where it is computed."""
         with self.forward_context():
-            return tolerance(signal.dtype, arithmetic(self.device))
+            return arithmetic(self.device)
 
     def __call__(
-        self, direction: Direction, part: Part, evidence: Evidence, rest: tuple[Any, ...], step: int, scale: float | Tensor
+        self,
+        direction: Direction,
+        part: Part,
+        evidence: Evidence,
+        rest: tuple[Any, ...],
+        step: int,
+        sizes: tuple[int, float],
+        scale: float | Tensor,
     ) -> Tensor:
         """A signal.
 
@@ -60,8 +67,10 @@ class Recomputation:
             evidence: what the worker had been sent.
             rest: arguments of ``training_step`` behind the batch.
             step: number of the training batch.
+            sizes: samples of the micro-batch, and its share of the replica's batch.
             scale: factor of the loss.
         """
+        samples, weight = sizes
         restore = Rewind((), list(self.stage.buffers()), self.device)
         arguments = (evidence.batch, *rest)
         backward = direction is Direction.GRADIENT
@@ -81,7 +90,7 @@ class Recomputation:
                 if self.last:
                     draws.seed_step(self.device)
                     counts = torch.tensor(True, device=self.device)
-                    result = self.steps.finish("training_step", arguments, signal, evidence.samples, counts)
-                    signal = loss_of(result, "training_step") * (evidence.weight * scale)
+                    result = self.steps.finish("training_step", arguments, signal, samples, counts)
+                    signal = loss_of(result, "training_step") * (weight * scale)
                 (signal,) = torch.autograd.grad(signal, leaf, evidence.gradient)
         return signal.detach()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
+from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel, list_from
 from lightning_sentinel.pipeline.results.joining import join
 from lightning_sentinel.wiring import Part, Wiring
 
@@ -43,7 +43,8 @@ def share_predictions(
     """
     last, mine = mesh.stages - 1, {}
     if all(wiring.live):
-        found = broadcast_parcel(list(results.values()), mesh.rank(Worker(last, worker.replica)), pipeline)
+        source = mesh.rank(Worker(last, worker.replica))
+        found = list_from(source, broadcast_parcel(list(results.values()), source, pipeline))
         mine = dict(zip(wiring.work[worker.replica], found))
     else:
         for part, (lane, _) in wiring.places.items():

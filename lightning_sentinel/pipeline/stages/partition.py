@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning as L
@@ -42,6 +44,7 @@ class StageModel:
         state_names: all keys of the unsplit module's ``state_dict``.
         parameter_counts: trainable parameters of each layer.
         ties: parameters that several stages have.
+        homes: the stages that have each entry of the unsplit module's ``state_dict``; of what is in no layer all have a copy.
     """
 
     mesh: Mesh
@@ -53,6 +56,7 @@ class StageModel:
     state_names: tuple[str, ...]
     parameter_counts: tuple[int, ...]
     ties: tuple[Tie, ...]
+    homes: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StageModel:
         """The same one: a copy of the module, such as an average of its weights, is cut at the same places."""
@@ -61,6 +65,17 @@ class StageModel:
     def first_name(self, name: str) -> str:
         """The first name in the unsplit module of a parameter that has several."""
         return next((tie.name for tie in self.ties if name in tie.names), name)
+
+    def speaks_for(self, stage: int, name: str) -> bool:
+        """Whether what a stage says of an entry of the ``state_dict`` counts; what all have is for the last one to say."""
+        home = self.homes.get(name, frozenset())
+        last = self.mesh.stages - 1
+        return self.pipeline is None or stage in home or (not home and stage == self._home_by_layer(name, last))
+
+    def _home_by_layer(self, name: str, otherwise: int) -> int:
+        """Of an entry that was made after the module was cut."""
+        stages = range(self.mesh.stages)
+        return next((s for s in stages for layer in self.stage_layers(s) if name.startswith(f"{layer}.")), otherwise)
 
     def stage_layers(self, stage: int) -> tuple[str, ...]:
         """Names of the layers of ``stage``."""
@@ -135,9 +150,8 @@ def cut(
     counts = tuple(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers.layers)
     parts = _parts(layers.layers, counts, mesh.stages, method)
     ties = find_ties(module, layers.layers, parts)
-    stage_model = StageModel(
-        mesh, layers, None, None, parts, tuple(layers.parameter_names), tuple(layers.state_names), counts, ties
-    )
+    names = tuple(layers.parameter_names), tuple(layers.state_names)
+    stage_model = StageModel(mesh, layers, None, None, parts, *names, counts, ties, _homes(module, layers.layers, parts))
     _check_stages(stage_model, method)
     if worker is not None:
         start, stop = parts[worker.stage], parts[worker.stage + 1]
@@ -157,6 +171,15 @@ def cut(
             vars(layers.entry)["forward"] = Elsewhere(f"{of}{type(module).__name__}", worker.stage, mesh.stages)
     vars(module)[_ATTRIBUTE] = stage_model
     return stage_model
+
+
+def _homes(module: nn.Module, layers: Sequence[nn.Module], parts: Sequence[int]) -> dict[str, frozenset[int]]:
+    stages: defaultdict[int, set[int]] = defaultdict(set)
+    for stage, (start, stop) in enumerate(itertools.pairwise(parts)):
+        for layer in layers[start:stop]:
+            for tensor in (*layer.parameters(), *layer.buffers()):
+                stages[id(tensor)].add(stage)
+    return {name: frozenset(stages.get(id(tensor), ())) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def _check_unchanged(before: StageModel, module: L.LightningModule, mesh: Mesh, worker: Worker | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class StageLayers(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.draws: Draws | None = None
         """What decides the random numbers of the next forward pass; ``None`` takes them as they come."""
+        self._fault: Callable[[Any], Any] | None = None
         self._first, self._checkpointing, self._device, self._places = first, checkpointing, device, tuple(places)
 
     def forward(self, signal: Any) -> Any:
@@ -82,4 +84,15 @@ class StageLayers(nn.Module):
             if self.draws is not None:
                 self.draws.seed_layer(self._first + index, self._device)
             signal = run_layer(layer, signal, self._checkpointing, place)
+            if self._fault is not None and index == 0:
+                signal = self._fault(signal)
         return signal
+
+    @contextmanager
+    def failing(self, fault: Callable[[Any], Any] | None) -> Iterator[None]:
+        """Inside, a simulated fault alters what the first layer returns; ``None`` is none."""
+        self._fault = fault
+        try:
+            yield
+        finally:
+            self._fault = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.checkpoints.full import (
     collect,
@@ -19,9 +19,12 @@ from lightning_sentinel.pipeline.checkpoints.full import (
     merge_optimizer_states,
     optimizer_part,
     own_optimizer_state,
+    own_part,
     select_state,
     speakers,
 )
+from lightning_sentinel.pipeline.messages.parcels import send_parcel
+from tests.pipeline.ranks import ranks
 
 STAGES = (("0", "1"), ("2",), ("3", "4"))
 """Layers of each stage; the second has a LayerNorm only, so its group of decayed parameters is empty."""
@@ -317,6 +320,32 @@ class TestCollect:
                 assert tensor.dtype == value.dtype
                 assert not tensor.requires_grad
                 assert torch.equal(tensor, value)
+
+    @pytest.mark.parametrize("sent", [None, [{}, {}], ({},), ({"a": 1}, {"b": 2})], ids=str)
+    def test_what_is_no_part_names_its_sender(self, sent: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        def work(rank: int) -> object:
+            return send_parcel(sent, 0) if rank else collect({}, {}, [0, 1])
+
+        with ranks(2) as world, pytest.raises(MalformedMessageError, match="Rank 1 sent no part of a checkpoint") as error:
+            world.run(work)
+        assert error.value.rank == 1
+
+    @pytest.mark.parametrize(
+        "plain",
+        [
+            {},
+            {"groups": 3, "numbers": [], "options": []},
+            {"groups": [["a"]], "numbers": [], "options": []},
+            {"groups": [[1]], "numbers": [], "options": [{}]},
+            {"groups": [["a"]], "numbers": [["a", 1]], "options": [{}]},
+            {"groups": [["a"]], "numbers": [], "options": [[]]},
+        ],
+        ids=str,
+    )
+    def test_what_is_no_optimizer_state_names_its_sender(self, plain: dict[str, object]) -> None:
+        with pytest.raises(MalformedMessageError, match="Rank 3 sent no optimizer state") as error:
+            own_part((plain, {}), {"a"}, rank=3)
+        assert error.value.rank == 3
 
     def test_one_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         Post(monkeypatch)

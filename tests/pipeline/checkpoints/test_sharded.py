@@ -209,6 +209,27 @@ def test_a_part_that_rank_zero_cannot_see(path: Path) -> None:
         destination.publish({}, [part], {"state_names": NAMES, "parameter_names": NAMES, "options": []})
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"file": "../elsewhere.pt"},
+        {"file": "stage-0-another.pt"},
+        {"file": None},
+        {"bytes": "10"},
+        {"state_names": None},
+        {"parameter_names": [1]},
+    ],
+    ids=str,
+)
+def test_what_a_stage_says_of_its_part_is_believed_only_of_its_own(path: Path, said: dict[str, object]) -> None:
+    destination = Destination.prepare(path)
+    part = destination.write_part(1, {"state_dict": weights(1)}, [])
+    believed = destination.believed(1, part, lambda name: name in STAGES[1])
+    assert believed == {**part, "state_names": STAGES[1]}
+    with pytest.raises(ConfigurationError, match="What stage 1 says that it has written is no part of this checkpoint"):
+        destination.believed(1, part | said, lambda name: True)
+
+
 class TestRefused:
     def part(self, path: Path) -> Path:
         return sorted(path.glob("stage-1-*.pt"))[0]

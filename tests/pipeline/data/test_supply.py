@@ -119,6 +119,27 @@ def test_there_is_room_for_sixteen_times_the_own_batch(size: int, fits: bool) ->
                 world.run(work)
 
 
+@pytest.mark.parametrize("handed", [None, {"x": 1}, [1, 2]], ids=str)
+def test_what_is_no_micro_batch_names_its_sender_and_sizes_are_nobodys_word(
+    handed: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh, banned = Mesh(2, 2), {Worker(0, 1)}
+    wiring = Wiring.of(mesh, banned)
+
+    def work(rank: int) -> list[Work]:
+        own = Dealer(None).whole(torch.zeros(3, 3)).dealt(1)
+        return Supply(mesh, mesh.worker(rank), CPU).of_step(own, BatchSizes(1, (3, 3)), wiring, banned)
+
+    monkeypatch.setattr(Supply, "packed", lambda self, own, part: [own[0], 10**9, float("nan")])
+    with ranks(mesh.size) as world:
+        found = world.run(work)[mesh.rank(Worker(0, 0))]
+    assert [(one.samples, one.weight) for one in found] == [(3, 1.0), (3, 1.0)]
+    monkeypatch.setattr(Supply, "packed", lambda *_: handed)
+    with ranks(mesh.size) as world, pytest.raises(MalformedMessageError, match=r"Rank 1 sent .* where a list of 3 is due") as error:
+        world.run(work)
+    assert error.value.rank == 1
+
+
 def test_replicas_without_samples_have_no_work_and_lanes_work_on_those_of_others() -> None:
     """Replica 0 has run out, and replica 1 has lost its first stage: its samples go to lanes 0 and 2."""
     mesh, banned = Mesh(2, 3), {Worker(0, 1)}

@@ -182,6 +182,12 @@ def test_the_limit_is_in_bytes_of_all_tensors_together(shape: list[int], size: i
         reserve(twice, 100)
 
 
+@pytest.mark.parametrize("shape", [[2**40], [2**20, 2**20], [2**62]], ids=str)
+def test_where_nobody_says_what_to_expect_the_limit_is_what_the_machine_has(shape: list[int]) -> None:
+    with pytest.raises(MalformedMessageError, match="and there is room for"):
+        reserve(announcing({"dtype": "float64", "shape": shape}))
+
+
 @pytest.mark.parametrize("shape", [[0, 2**70], [0, 2**62, 2**62]], ids=str)
 def test_sizes_beside_a_zero_are_refused_if_there_cannot_be_such_a_tensor(shape: list[int]) -> None:
     with pytest.raises(MalformedMessageError, match="cannot be allocated"):

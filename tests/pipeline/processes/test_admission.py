@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch.distributed import DistNetworkError, HashStore
 
-from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError, WorkerLostError
+from lightning_sentinel.errors import ConfigurationError, MalformedMessageError, MeshExhaustedError, WorkerLostError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.processes import admission
 from lightning_sentinel.pipeline.processes.admission import Candidate, admit, agree_on_admission, announce_end, outvoted, stand_by
@@ -173,6 +173,15 @@ def test_a_file_that_is_no_ledger_is_said_on_all_ranks(tmp_path: Path, monkeypat
 
 def wait(store: Any, timeout: float = 30) -> None:
     stand_by(store, timedelta(seconds=timeout))
+
+
+@pytest.mark.parametrize("said", ["", "3", "[1, []]", '["a", "b"]', '["a", [1]]', "[" * 100_000])
+def test_who_does_not_say_where_it_is_is_named(said: str, tmp_path: Path) -> None:
+    store = HashStore()
+    store.set("started/1", said)
+    with pytest.raises(MalformedMessageError, match="Rank 1 does not say where it is") as error:
+        agree_on_admission(store, 0, 2, tmp_path / "ledger.json", None, None)
+    assert error.value.rank == 1
 
 
 def test_the_end_of_the_run_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence, Kept, digest
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case, Jury
+from lightning_sentinel.verification.tolerance import Tolerances
 from lightning_sentinel.wiring import Part, Wiring
 from tests.pipeline.ranks import ranks
 
@@ -63,6 +64,9 @@ def test_there_is_room_for_the_largest_signal_so_far_in_a_step_without_any() -> 
 # --- Whole audits
 
 
+_HONEST = object()
+
+
 class Toy:
     """A mesh whose stages multiply by a matrix, with everything that each rank sent and received in a step.
 
@@ -84,6 +88,9 @@ class Toy:
         self.adversary: Adversary | None = None
         self.recompute: dict[int, Recompute] = {}
         """What a rank computes instead of what it should."""
+        self.tolerances = [Tolerances(mesh, seed=11) for _ in mesh.workers]
+        self.handed: Any = _HONEST
+        """What is handed over in place of samples."""
         for lane in self.wiring.lanes:
             for slot, part in enumerate(self.wiring.work[lane]):
                 self._run(lane, slot, part, set(lies))
@@ -117,10 +124,8 @@ class Toy:
             output = inputs @ self.weights[stage]
             if direction is A:
                 return output
-            if stage == self.mesh.stages - 1:
-                gradient = evidence.weight * evidence.samples / SAMPLES * (output - evidence.batch[1])
-            else:
-                gradient = evidence.gradient
+            last = stage == self.mesh.stages - 1
+            gradient = 0.5 * (output - evidence.batch[1]) if last else evidence.gradient
             return gradient @ self.weights[stage].T
 
         return recompute
@@ -143,10 +148,11 @@ class Toy:
 
             def samples(part: Part) -> Any:
                 assert part.replica == worker.replica and worker not in self.banned
-                return [list(self.batches[part]), SAMPLES, 0.5]
+                return [list(self.batches[part]), SAMPLES, 0.5] if self.handed is _HONEST else self.handed
 
             recompute = self.recompute.get(rank, self.honest(worker.stage))
-            audits = Audits(self.mesh, worker, self.kept[rank], samples, recompute, lambda _: 1e-3, CPU)
+            common = self.tolerances[rank], lambda: torch.float32
+            audits = Audits(self.mesh, worker, self.kept[rank], samples, recompute, *common, CPU)
             index = self.mesh.boundaries.index(boundary)
 
             def ask(boundary: Boundary, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
@@ -247,6 +253,29 @@ def test_a_neighbour_that_hands_over_something_else_than_it_sent_is_named(
     kept = toy.of(giver, 1).sent
     kept[direction, 0] = handed(kept[direction, 0])
     assert torch.equal(toy.audit(boundary), expected(toy, {(1, 0): outcome}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "outcome", "says"),
+    [
+        (lambda toy: toy.of(2, 1).received.update({(A, 0): None}), Outcome.MATCHES, "the claimed is NoneType"),
+        (lambda toy: toy.of(2, 1).received.update({(A, 0): [1]}), Outcome.MATCHES, "the claimed is list"),
+    ],
+)
+def test_who_is_given_nothing_to_compare_says_so_and_blames_nobody(spoil: Any, outcome: Outcome, says: str) -> None:
+    toy = Toy(Mesh(3, 2))
+    spoil(toy)
+    with pytest.warns(UserWarning, match=rf"signal of worker \(stage 1, replica 1\) could not be audited .*{says}"):
+        found = toy.audit(Boundary(1, A))
+    assert torch.equal(found, expected(toy, {(1, 0): outcome}))
+
+
+@pytest.mark.parametrize("handed", [None, 3, [1, 2], [None, 4, 0.5], [[torch.ones(2, 9)], 4, 0.5]], ids=str)
+def test_samples_that_nobody_can_work_on_are_told_and_blame_nobody(handed: Any) -> None:
+    toy = Toy(Mesh(2, 2))
+    toy.handed = handed
+    with pytest.warns(UserWarning, match="could not be audited with what others gave for it"):
+        assert not toy.audit(Boundary(0, A)).any()
 
 
 def test_a_lie_that_was_sent_on_honestly_is_no_lie_of_the_next() -> None:

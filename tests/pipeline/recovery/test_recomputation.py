@@ -17,7 +17,7 @@ from lightning_sentinel.pipeline.recovery.auditing import Evidence
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.stages.stage import StageLayers
 from lightning_sentinel.pipeline.steps import StepRunner
-from lightning_sentinel.verification.audit import relative_error
+from lightning_sentinel.verification.audit import relative_error, tolerance
 from lightning_sentinel.wiring import Part
 from tests.distributed.tasks import Classifier
 
@@ -50,8 +50,8 @@ def recomputed(
     module = Classifier()
     layers = StageLayers(list(copy.deepcopy(stage).to(dtype)), 0, False, CPU, ["layer"] * len(stage))
     recompute = Recomputation(layers, False, 1, StepRunner(module, module.net), CPU, 0, context)
-    evidence = Evidence(None, 2, 1.0, activation.to(dtype), gradient.to(dtype))
-    return recompute, [recompute(direction, Part(0, 0), evidence, (), 0, 1.0) for direction in Direction]
+    evidence = Evidence(None, activation.to(dtype), gradient.to(dtype))
+    return recompute, [recompute(direction, Part(0, 0), evidence, (), 0, (2, 1.0), 1.0) for direction in Direction]
 
 
 @pytest.mark.parametrize(("dtype", "context"), CASES.values(), ids=CASES)
@@ -63,7 +63,7 @@ def test_rounding_stays_far_below_the_tolerance_and_a_lie_does_not(stage: nn.Seq
     _, exact = recomputed(rounded, torch.float64, nullcontext, activation.to(dtype), gradient.to(dtype))
     recompute, found = recomputed(stage, dtype, context, activation, gradient)
     for reference, signal in zip(exact, found):
-        allowed = recompute.tolerance(signal)
+        allowed = tolerance(signal.dtype, recompute.computed_in())
         assert float(relative_error(signal.double(), reference)) < allowed / 3
         assert float(relative_error(signal * 1.2, signal)) > 2 * allowed
 
@@ -73,5 +73,6 @@ def test_float64_is_not_multiplied_in_anything_else() -> None:
     context = CASES["float32, multiplied in bfloat16"][1]
     layers = StageLayers(list(module.net), 0, False, CPU, ["layer"] * len(module.net))
     recompute = Recomputation(layers, False, 1, StepRunner(module, module.net), CPU, 0, context)
-    assert recompute.tolerance(torch.ones(1, dtype=torch.float64)) == 1e-6
-    assert recompute.tolerance(torch.ones(1)) == recompute.tolerance(torch.ones(1, dtype=torch.bfloat16)) == 5e-2
+    assert recompute.computed_in() == torch.bfloat16
+    assert tolerance(torch.float64, recompute.computed_in()) == 1e-6
+    assert tolerance(torch.float32, recompute.computed_in()) == tolerance(torch.bfloat16) == 5e-2

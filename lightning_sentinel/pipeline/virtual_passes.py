@@ -1,0 +1,336 @@
+"""The virtual engine's way through a micro-batch: forward and backward of all replicas, and what crosses each boundary.
+
+The replicas go through a stage side by side, along the batch axis, which adds their weight gradients up. Where what one of them
+computes must not reach the sum, or is altered by a simulated fault, they go through one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sentinel.attacks import Adversary, Site
+from lightning_sentinel.mesh import Boundary, Direction, Worker
+from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
+from lightning_sentinel.pipeline.gradients.contributions import broken
+from lightning_sentinel.pipeline.gradients.ties import Untied
+from lightning_sentinel.pipeline.randomness import Draws
+from lightning_sentinel.pipeline.recovery.guard import Guard
+from lightning_sentinel.pipeline.recovery.rewind import Rewind
+from lightning_sentinel.pipeline.results.joining import plain
+from lightning_sentinel.pipeline.stages.lanes import SideBySide
+from lightning_sentinel.pipeline.stages.partition import StageModel
+from lightning_sentinel.pipeline.statistics import MovingBuffers
+from lightning_sentinel.pipeline.steps import StepRunner, checked_signal, loss_of
+from lightning_sentinel.verification.projection import Projection
+from lightning_sentinel.verification.tolerance import deviation
+from lightning_sentinel.wiring import Part, Wiring
+
+__all__ = ["MicroBatch", "VirtualPasses"]
+
+
+@dataclass
+class MicroBatch:
+    """The micro-batches of one number of all replicas, on their way.
+
+    Args:
+        parts: arguments of the step for each replica.
+        replicas: what they were dealt from.
+        index: their number.
+        step: of the training batch.
+        scale: factor of the loss.
+        apart: whether replicas go through a stage one by one. Then the weight gradients of what is left out never enter, nor those
+            that are not finite.
+    """
+
+    parts: list[tuple[Any, ...]]
+    replicas: Sequence[MicroBatches]
+    index: int
+    step: int
+    scale: float
+    apart: bool
+    draws: list[Draws] = field(default_factory=list)
+    tainted: Tensor = field(default_factory=lambda: torch.empty(0))
+    """``(replicas,)`` bool, whose micro-batch is left out from here on."""
+    leaves: list[list[Any]] = field(default_factory=list)
+    """What goes into each stage, of all replicas together or of each."""
+    outputs: list[list[Tensor]] = field(default_factory=list)
+    """What comes out."""
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The replicas that go through a stage together."""
+        everyone = list(range(len(self.parts)))
+        return [[replica] for replica in everyone] if self.apart else [everyone]
+
+
+class VirtualPasses:
+    """The part of the virtual engine that computes; when, and what follows, is the other."""
+
+    guard: Guard | None
+    adversary: Adversary | None
+    keeps_results: bool
+    _model: StageModel
+    _steps: StepRunner
+    _device: torch.device
+    _seed: int
+    _forward_context: Callable[[], AbstractContextManager[Any]]
+    _side_by_side: SideBySide
+    _stages: Sequence[Sequence[nn.Module]]
+    _untied: Untied
+    _moving: Sequence[MovingBuffers]
+    _wiring: Wiring
+    _rows: Sequence[Sequence[Sequence[int]]]
+    _results: list[tuple[Sequence[int], Any]]
+    _measured: dict[int, dict[tuple[int, int], tuple[torch.dtype, Tensor]]]
+    """How far a signal is from what an honest worker sends, where it may be, by index of the boundary, lane and slot."""
+    _useless: Tensor
+    """``(stages, replicas, micro_batches)`` bool, whose weight gradients were left out because they are not finite."""
+
+    def _pass(self, batch: MicroBatch) -> Tensor:
+        """Forward and backward of one micro-batch of all replicas.
+
+        Returns:
+            ``(replicas, 2)``, weighted losses where they count, and their weights.
+        """
+        count = len(batch.parts)
+        batch.draws = [Draws.of(self._seed, batch.step, Part(replica, batch.index), count) for replica in range(count)]
+        dead = torch.zeros(count, dtype=torch.bool, device=self._device)
+        if (lanes := self._lanes(batch.index)) is not None:
+            dead = ~torch.tensor(self._wiring.live, device=self._device)[lanes]
+        batch.tainted = dead
+        self._forward_pass(batch)
+        counts = ~batch.tainted if self.guard is not None and self.guard.excludes else ~dead
+        losses, said = [], []
+        for replica, output in enumerate(chunk for one in batch.outputs[-1] for chunk in one.chunk(count // len(batch.groups))):
+            loss, weight = self._loss(replica, batch, output, counts[replica]), batch.replicas[replica].weights[batch.index]
+            losses.append(torch.where(counts[replica], loss * (weight * batch.scale), 0.0))
+            said.append(torch.stack((torch.where(counts[replica], loss.detach().float() * weight, 0.0), counts[replica] * weight)))
+        self._backward_pass(batch, [torch.stack([losses[replica] for replica in group]).sum() for group in batch.groups])
+        return torch.stack(said)
+
+    def _forward_pass(self, batch: MicroBatch) -> None:
+        draws, last = batch.draws, self._model.mesh.stages - 1
+        signals: list[Any] = [
+            self._input_of("training_step", [batch.parts[r] for r in group], [draws[r] for r in group]) for group in batch.groups
+        ]
+        for stage in range(last + 1):
+            leaves = [signal.detach().requires_grad_() for signal in signals] if stage else signals
+            faults = [self._fault(stage, group[0], batch) if batch.apart else None for group in batch.groups]
+            outputs = [
+                self._counted(stage, leaf, [draws[replica] for replica in group], fault, batch, group)
+                for leaf, group, fault in zip(leaves, batch.groups, faults)
+            ]
+            batch.leaves.append(leaves)
+            batch.outputs.append(outputs)
+            if stage < last:
+                layer = self._model.stage_layers(stage)[-1]
+                sent = torch.cat([checked_signal(one, layer, stage).detach() for one in outputs])
+                boundary = Boundary(stage, Direction.ACTIVATION)
+                for (replica, *_), fault in zip(batch.groups, faults):
+                    if fault is not None:
+                        self._compare(boundary, replica, batch, sent, partial(self._honest, stage, replica, batch))
+                received = torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+                signals = list(self._cross(boundary, sent, received, batch).chunk(len(batch.groups)))
+
+    def _backward_pass(self, batch: MicroBatch, ends: list[Tensor]) -> None:
+        """What is behind ``ends``, the losses of each group, and of each stage before what it had sent."""
+        received: Tensor | None = None
+        gradients: Sequence[Tensor | None] = [None] * len(batch.groups)
+        for stage in range(self._model.mesh.stages - 1, -1, -1):
+            if batch.apart:
+                self._add_apart(stage, batch, ends, gradients)
+            elif ends[0].requires_grad:  # not if all up to here is frozen
+                ends[0].backward(gradients[0])
+            if not stage:
+                return
+            boundary = Boundary(stage - 1, Direction.GRADIENT)
+            sent = torch.cat([leaf.grad for leaf in batch.leaves[stage]])
+            for (replica, *_), gradient in zip(batch.groups, gradients):
+                if batch.apart and self._fault(stage, replica, batch) is not None:
+                    honest = partial(self._honest_gradient, stage, replica, batch, gradient)
+                    self._compare(boundary, replica, batch, sent, honest)
+            received = self._cross(boundary, sent, received, batch)
+            ends, gradients = batch.outputs[stage - 1], received.chunk(len(batch.groups))
+
+    def _loss(self, replica: int, batch: MicroBatch, output: Tensor, counts: Tensor) -> Tensor:
+        """What the step returns for one replica."""
+        batch.draws[replica].seed_step(self._device)
+        with self._forward_context():
+            result = self._steps.finish(
+                "training_step", batch.parts[replica], output, batch.replicas[replica].sizes[batch.index], counts
+            )
+        if self.keeps_results:
+            self._results.append((self._rows[replica][batch.index], plain(result)))
+        return loss_of(result, "training_step")
+
+    def _add_apart(self, stage: int, batch: MicroBatch, ends: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Backward pass of one replica after the other, of which only what counts and can be used is added up."""
+        guard = self.guard
+        # Read, which costs a wait that a step in which all is well does not have.
+        left_out = batch.tainted.tolist() if guard is not None and guard.excludes else [False] * len(ends)
+        parameters = [parameter for parameter in self._untied.parameters[stage] if parameter.requires_grad]
+        for replica, (end, gradient, leaf) in enumerate(zip(ends, gradients, batch.leaves[stage])):
+            inputs = [*parameters, *([leaf] if stage else [])]
+            if not end.requires_grad or not inputs:
+                continue
+            found = list(torch.autograd.grad(end, inputs, gradient, allow_unused=True))
+            if stage:
+                leaf.grad = found.pop()
+            if left_out[replica]:
+                continue
+            worker, slot = self._worker(stage, replica, batch.index)
+            if self.adversary is not None:
+                altered = partial(self.adversary.weight_gradient, worker=worker, step=batch.step, micro_batch=slot)
+                found = [None if one is None else altered(one) for one in found]
+            if guard is not None and guard.answers and bool(broken(found, self._device)):
+                self._useless[stage, replica, batch.index] = True
+                continue
+            for parameter, one in zip(parameters, found):
+                if one is not None:
+                    parameter.grad = one if parameter.grad is None else parameter.grad + one
+
+    # -------------------------------------------------------------------------------------------------- what crosses a boundary
+
+    def _cross(self, boundary: Boundary, sent: Tensor, received: Any, batch: MicroBatch) -> Tensor:
+        """What the receivers of a boundary go on with: the signals of all senders, tampered with and verified."""
+        if self.adversary is not None:
+            sent = self._tampered(self.adversary, boundary, sent, received, batch)
+        if self.guard is None:
+            return sent
+        first = self._model.mesh.before(boundary) is None
+        projected = None if first else self._noted(boundary, self.guard.project(boundary, received.detach()), batch)
+        signals, batch.tainted = self.guard.receive(boundary, sent, batch.tainted, projected, self._lanes(batch.index))
+        return signals
+
+    def _noted(self, boundary: Boundary, note: Projection | None, batch: MicroBatch) -> Projection | None:
+        """What those before the senders of a boundary say that they had sent them."""
+        before = self._model.mesh.before(boundary)
+        if self.adversary is None or self.adversary.notes is None or note is None or before is None:
+            return note
+        pieces = list(note.values.chunk(self._model.mesh.replicas))
+        for replica, piece in enumerate(pieces):
+            pieces[replica] = self.adversary.note(self._worker(before.sender, replica, batch.index)[0], piece, batch.step)
+        return note._replace(values=torch.cat(pieces))
+
+    def _tampered(self, adversary: Adversary, boundary: Boundary, sent: Tensor, received: Any, batch: MicroBatch) -> Tensor:
+        replicas = self._model.mesh.replicas
+        serving = [self._worker(boundary.sender, replica, batch.index) for replica in range(replicas)]
+        if not adversary.workers.intersection(worker for worker, _ in serving):
+            return sent
+        pieces = list(sent.chunk(replicas))
+        got = received.chunk(replicas) if isinstance(received, Tensor) else [None] * replicas
+        for replica, (worker, slot) in enumerate(serving):
+            honest = pieces[replica]
+            pieces[replica] = adversary.tamper(honest, worker, boundary.direction, batch.step, slot, got[replica])
+            if pieces[replica] is not honest:
+                self._note(boundary, replica, batch, pieces[replica], honest)
+        return torch.cat(pieces)
+
+    def _note(self, boundary: Boundary, replica: int, batch: MicroBatch, sent: Tensor, honest: Tensor) -> None:
+        """Remember for audits how far what was sent is from what an honest worker sends."""
+        if self.guard is not None and self.guard.audits:
+            index, place = self._model.mesh.boundaries.index(boundary), self._wiring.places[Part(replica, batch.index)]
+            measured = deviation(sent, honest, self.guard.tolerances.seed_of(index))
+            self._measured.setdefault(index, {})[place] = honest.dtype, measured
+
+    def _worker(self, stage: int, replica: int, index: int) -> tuple[Worker, int]:
+        """Who works on a replica's micro-batch at a stage, and in which slot."""
+        lane, slot = self._wiring.places[Part(replica, index)]
+        return self._wiring.worker(stage, lane), slot
+
+    def _lanes(self, micro_batch: int) -> Tensor | None:
+        """Which lane works on a micro-batch of each replica; ``None`` while each works on its own."""
+        if all(self._wiring.live):
+            return None
+        lanes = [self._wiring.places[Part(replica, micro_batch)][0] for replica in range(self._model.mesh.replicas)]
+        return torch.tensor(lanes, device=self._device)
+
+    # ------------------------------------------------------------------------------------------------------- simulated faults
+
+    def _anybody_fails(self, step: int) -> bool:
+        """Whether a worker that serves in this step computes something else than an honest one."""
+        adversary, mesh = self.adversary, self._model.mesh
+        if adversary is None or not any(adversary.fails(worker, step) for worker in adversary.workers):
+            return False
+        serving = {self._wiring.worker(stage, lane) for stage in range(mesh.stages) for lane in self._wiring.lanes}
+        return any(adversary.fails(worker, step) for worker in serving)
+
+    def _fault(self, stage: int, replica: int, batch: MicroBatch) -> Callable[[Tensor], Tensor] | None:
+        worker, slot = self._worker(stage, replica, batch.index)
+        if self.adversary is None or self.adversary.fails(worker, batch.step) is not Site.LAYER:
+            return None
+        return partial(self.adversary.layer_output, worker=worker, step=batch.step, micro_batch=slot)
+
+    def _compare(self, boundary: Boundary, replica: int, batch: MicroBatch, sent: Tensor, honest: Callable[[], Tensor]) -> None:
+        """Note for audits what a fault made of a signal; what an honest worker sends is computed without a trace."""
+        if self.guard is None or not self.guard.audits:
+            return
+        buffers = [buffer for layer in self._stages[boundary.sender] for buffer in layer.buffers()]
+        restore = Rewind((), buffers, self._device)
+        with self._steps.unheard():
+            self._note(boundary, replica, batch, sent.chunk(len(batch.parts))[replica], honest().detach())
+        restore()
+
+    @torch.no_grad()
+    def _honest(self, stage: int, replica: int, batch: MicroBatch) -> Tensor:
+        output: Tensor = self._forward(stage, batch.leaves[stage][replica], [batch.draws[replica]])
+        return output
+
+    def _honest_gradient(self, stage: int, replica: int, batch: MicroBatch, gradient: Tensor | None) -> Tensor:
+        leaf = batch.leaves[stage][replica].detach().requires_grad_()
+        end, keeps, self.keeps_results = self._forward(stage, leaf, [batch.draws[replica]]), self.keeps_results, False
+        if stage == self._model.mesh.stages - 1:
+            loss = self._loss(replica, batch, end, torch.tensor(True, device=self._device))
+            end = loss * (batch.replicas[replica].weights[batch.index] * batch.scale)
+        self.keeps_results = keeps
+        return torch.autograd.grad(end, leaf, gradient)[0]
+
+    # ----------------------------------------------------------------------------------------------------------------- layers
+
+    def _input_of(self, step: str, parts: list[tuple[Any, ...]], draws: Sequence[Draws] | None = None) -> Any:
+        inputs = []
+        for replica, part in enumerate(parts):
+            if draws is not None:
+                draws[replica].seed_step(self._device)
+            with self._forward_context():
+                inputs.append(self._steps.input_of(step, part))
+        if len(inputs) == 1:
+            return inputs[0]
+        return tuple(map(torch.cat, zip(*inputs))) if isinstance(inputs[0], tuple) else torch.cat(inputs)
+
+    def _counted(
+        self,
+        stage: int,
+        signals: Any,
+        draws: Sequence[Draws],
+        fault: Callable[[Tensor], Tensor] | None,
+        batch: MicroBatch,
+        group: Sequence[int],
+    ) -> Any:
+        """A forward pass that leaves the stage's buffers as they were if anything that goes through it is left out."""
+        before = self._moving[stage].copies() if self._steps.leaves_out else []
+        output = self._forward(stage, signals, draws, fault)
+        if before and isinstance(output, Tensor):
+            left_out = batch.tainted[group[0]] if batch.apart else batch.tainted.any()
+            self._moving[stage].put_back(before, left_out | ~output.isfinite().all())
+        return output
+
+    def _forward(
+        self, stage: int, signals: Any, draws: Sequence[Draws] | None = None, fault: Callable[[Tensor], Tensor] | None = None
+    ) -> Any:
+        # A copy, because a layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
+        signals = signals.clone() if isinstance(signals, Tensor) and signals.requires_grad else signals
+        first = self._model.parts[stage]
+        with self._forward_context():
+            for number, layer in enumerate(self._stages[stage], first):
+                signals = self._side_by_side.run(number, layer, partial(self._untied.call, layer), signals, draws)
+                if fault is not None and number == first:
+                    signals = fault(signals)
+        return signals

@@ -1,0 +1,156 @@
+"""How far a signal may be from what it is recomputed to be: measured in the warm-up, and lower for who errs always the same way.
+
+Devices round differently, so an honest signal is not recomputed bit for bit. How far apart honest workers of a mesh are is seen in
+the audits of the warm-up. From then on a signal of a boundary counts as recomputed up to four times the largest error that was seen
+there, but for two limits. What is allowed for a dtype wherever it is computed is never exceeded: it is coarse, and a worker that
+errs by nearly as much in one direction steers the training. And a tenth of that is always allowed, because other kernels may be
+chosen later: honest bfloat16 was seen to differ from float32 by 0.10 to 0.26 % of a signal's norm, of which that is twice as much,
+and a gradient that is off by it in the same direction in every step cost 0.001 of the loss.
+
+Below that, errors are summed. Rounding has no direction: along one that is drawn from a secret seed signed errors cancel out over
+audits, and those of a worker that always errs the same way add up. Who is found by it is allowed a fiftieth, below which nothing
+was seen to be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.verification.audit import relative_error, tolerance
+from lightning_sentinel.verification.axes import as_tokens
+from lightning_sentinel.verification.projection import unit_directions
+
+__all__ = ["MEASURED", "Tolerances", "deviation"]
+
+_DIRECTIONS = 8
+MEASURED = 2 + _DIRECTIONS
+"""Floats that say how far apart two signals are: the error, and signed ones along the signal itself and along secret directions."""
+
+_MULTIPLE = 4.0
+_FLOOR = 1 / 10
+_COHERENT = 1 / 50
+_ALARM = 25.0
+"""Of the square of a sum of signed errors over the sum of their squares: 1 on average if they are independent, and hardly ever as
+large by chance (for a normal distribution in a share of 6e-7); with errors that are all alike it is their number."""
+
+
+def deviation(claimed: Tensor, recomputed: Tensor, seed: int) -> Tensor:
+    """How far a signal is from what it was recomputed to be, ``(MEASURED,)`` float32 on its device.
+
+    Args:
+        claimed: the signal.
+        recomputed: of the same shape.
+        seed: of the directions, secret; the same for all audits of a boundary, or their errors would not add up.
+
+    Example:
+        >>> honest = torch.ones(4, 8)
+        >>> float(deviation(1.02 * honest, honest, seed=0)[1])
+        0.019999...
+    """
+    error = relative_error(claimed, recomputed)
+    honest = as_tokens(recomputed).float()
+    difference = as_tokens(claimed).float() - honest
+    squared = honest.square().mean() + 1e-30
+    along = (difference * honest).mean() / squared
+    # A direction is a unit vector: of errors that are all alike a part of about one over the root of the channels is along it.
+    directions = unit_directions(honest.shape[-1], _DIRECTIONS, seed, honest.device)
+    signed = difference.mean(dim=(0, 1)) @ directions / squared.sqrt()
+    return torch.cat((error.view(1), along.view(1), signed)).nan_to_num(torch.inf, torch.inf, -torch.inf)
+
+
+class Tolerances:
+    """What is allowed, by boundary and sender; the same on all ranks, because all hear of the same audits.
+
+    Args:
+        mesh: the workers.
+        seed: secret, of the directions.
+
+    Example:
+        >>> tolerances = Tolerances(Mesh(3, 4), seed=0)
+        >>> tolerances.allowed(0, Worker(0, 1), torch.bfloat16, torch.float32)
+        0.05
+        >>> tolerances.heard(0, Worker(0, 1), [0.0] * MEASURED)
+        >>> tolerances.allowed(0, Worker(0, 1), torch.bfloat16, torch.float32)
+        0.005
+    """
+
+    def __init__(self, mesh: Mesh, seed: int) -> None:
+        self._mesh, self.seed = mesh, seed
+        self.learning = True
+        """Whether errors that are seen now are those of the warm-up."""
+        count, signed = len(mesh.boundaries), MEASURED - 1
+        self._largest = torch.full((count,), torch.nan, dtype=torch.float64)
+        self._sums = torch.zeros(count, mesh.replicas, signed, dtype=torch.float64)
+        self._squares = torch.zeros(count, mesh.replicas, signed, dtype=torch.float64)
+        self._audits = torch.zeros(count, mesh.replicas, dtype=torch.float64)
+
+    def seed_of(self, index: int) -> int:
+        """Of the directions of a boundary."""
+        return (self.seed * 1_000_003 + index) % 2**63
+
+    def allowed(self, index: int, sender: Worker, dtype: torch.dtype, computed_in: torch.dtype) -> float:
+        """The error up to which a signal counts as recomputed.
+
+        Args:
+            index: of the boundary.
+            sender: of the signal.
+            dtype: of the signal.
+            computed_in: what float32 was multiplied in where it was computed.
+        """
+        ceiling = tolerance(dtype, computed_in)
+        largest = float(self._largest[index])
+        if largest != largest:
+            return ceiling
+        if self.errs_one_way(index, sender, _COHERENT * ceiling):
+            return _COHERENT * ceiling
+        return min(ceiling, max(_FLOOR * ceiling, _MULTIPLE * largest))
+
+    def errs_one_way(self, index: int, sender: Worker, least: float) -> bool:
+        """Whether the errors of a sender add up where those of rounding cancel out, to more than ``least`` on average."""
+        sums, squares = self._sums[index, sender.replica].abs(), self._squares[index, sender.replica]
+        coherent = sums.square() > _ALARM * squares
+        return bool((coherent & (sums > least * self._audits[index, sender.replica])).any())
+
+    def heard(self, index: int, sender: Worker, measured: Sequence[float]) -> None:
+        """Take note of an audit in which a signal counted as recomputed.
+
+        Where there was none in the warm-up the first one counts as one of it.
+
+        Args:
+            index: of the boundary.
+            sender: of the signal.
+            measured: from :func:`deviation`; not finite if the auditor could not tell.
+        """
+        error, *signed = (float(value) for value in measured)
+        values = torch.tensor([error, *signed], dtype=torch.float64)
+        if not bool(values.isfinite().all()) or error < 0:
+            return
+        if self.learning or bool(self._largest[index].isnan()):
+            self._largest[index] = torch.fmax(self._largest[index], values[0])
+        # No audit counts for more than it could have let through.
+        signs = values[1:].clamp(-error, error)
+        self._sums[index, sender.replica] += signs
+        self._squares[index, sender.replica] += signs.square()
+        self._audits[index, sender.replica] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors only, by boundary."""
+        parts = {"largest": self._largest, "sums": self._sums, "squares": self._squares, "number": self._audits}
+        return {
+            f"{boundary.name}/{name}": part[index].clone()
+            for index, boundary in enumerate(self._mesh.boundaries)
+            for name, part in parts.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Boundaries that the state does not know, or that are of another number of workers, start afresh."""
+        parts = {"largest": self._largest, "sums": self._sums, "squares": self._squares, "number": self._audits}
+        for index, boundary in enumerate(self._mesh.boundaries):
+            for name, part in parts.items():
+                saved = state.get(f"{boundary.name}/{name}")
+                if saved is not None and saved.shape == part[index].shape:
+                    part[index] = saved

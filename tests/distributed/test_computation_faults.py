@@ -1,0 +1,25 @@
+"""Between processes a worker whose layers or weight gradients break spoils no more than on the virtual mesh."""
+
+from __future__ import annotations
+
+from lightning_sentinel.mesh import Mesh
+from tests.distributed import fault_tasks, world
+
+
+def test_what_is_spoiled_is_left_out_as_on_the_virtual_mesh() -> None:
+    ranks = world.run(fault_tasks.all_cases, 2 * fault_tasks.REPLICAS, timeout=110)
+    mesh = Mesh(2, fault_tasks.REPLICAS)
+    for case in fault_tasks.CASES:
+        expected = None if case == "robust" else fault_tasks.faulty("virtual", case)
+        seen = set()
+        for number, rank in enumerate(ranks):
+            found = rank[case]
+            assert fault_tasks.finite(found["weights"]) and fault_tasks.is_number(found["loss"]), (case, number)
+            assert found["banned"] == [], case
+            assert set(found["flags"]) == {fault_tasks.WORKER}, case
+            if expected is not None:
+                assert (found["flags"], found["found"]) == (expected["flags"], expected["found"]), case
+                for name, value in found["weights"].items():
+                    assert (value - expected["weights"][name]).abs().max() <= 1e-5, (case, name, mesh.worker(number))
+                seen |= set(found["weights"])
+        assert expected is None or seen == set(expected["weights"])
