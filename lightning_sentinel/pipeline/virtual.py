@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
+from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline.data.dealing import Deal
 from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
@@ -31,6 +32,7 @@ from lightning_sentinel.pipeline.randomness import Draws
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import join, plain, reorder
+from lightning_sentinel.pipeline.results.losses import refuse_sum
 from lightning_sentinel.pipeline.stages.lanes import SideBySide
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.steps import StepRunner, checked_signal, loss_of
@@ -89,6 +91,7 @@ class VirtualEngine:
         self._buffers = [buffer for stage in self._stages for layer in stage for buffer in layer.buffers()]
         self._held = HeldGradients(self._parameters)
         self._wiring = Wiring.of(self._mesh)
+        self._evaluations = 0
         self._lies: dict[int, dict[tuple[int, int], Tensor]] = {}
         self._told: dict[int, dict[tuple[int, int], bool]] | None = None
         self._rewind: Rewind | None = None
@@ -111,7 +114,7 @@ class VirtualEngine:
                 self._rewind = Rewind(self._parameters, self._buffers, self._device)
                 self._restore_metrics = self._steps.remember_metrics()
         self._results: list[tuple[Sequence[int], Any]] = []
-        self._rows = deal.rows
+        self._rows, self._side_by_side.apart = deal.rows, deal.by_module
         losses = torch.zeros(2, device=self._device)
         for index in range(micro_batches):
             parts = [(replica[index], *arguments[1:]) for replica in replicas]
@@ -186,6 +189,8 @@ class VirtualEngine:
             if self.keeps_results:
                 self._results.append((self._rows[replica][index], plain(result)))
             loss, weight = loss_of(result, "training_step"), replicas[replica].weights[index]
+            if len(replicas[replica]) > 1:
+                refuse_sum(loss, replicas[replica].sizes[index], "training_step")
             total = total + torch.where(counts[replica], loss * (weight * scale), 0.0)
             sums += torch.stack((torch.where(counts[replica], loss.detach().float() * weight, 0.0), counts[replica] * weight))
         total.backward()
@@ -262,9 +267,13 @@ class VirtualEngine:
 
     def _run_whole(self, step: str, arguments: tuple[Any, ...], samples: int) -> Any:
         """A step without boundaries: the weights are those of all replicas, and nobody else's word is needed."""
+        self._evaluations += 1
+        draws = Draws(self._seed, -self._evaluations, 0)
+        draws.seed_step(self._device)
         signals = self._input_of(step, [arguments])
         for stage in range(self._mesh.stages):
             signals = self._forward(stage, signals)
+        draws.seed_step(self._device)
         with self._forward_context():
             return self._steps.finish(step, arguments, signals, samples, torch.tensor(True, device=self._device))
 
@@ -294,11 +303,20 @@ class VirtualEngine:
                 inputs.append(self._steps.input_of(step, part))
         if len(inputs) == 1:
             return inputs[0]
+        shapes = [[tuple(one.shape) for one in (value if isinstance(value, tuple) else (value,))] for value in inputs]
+        if any(shape != shapes[0] for shape in shapes):
+            raise PipelineModelError(
+                f"What the replicas of this virtual mesh put into their pipelines has shapes {', '.join(map(str, shapes))}, and it"
+                " goes through the layers side by side. Pad all samples of a batch to one length before they are dealt, or use"
+                " replicas=1 or engine='process', where every replica computes by itself."
+            )
         return tuple(map(torch.cat, zip(*inputs))) if isinstance(inputs[0], tuple) else torch.cat(inputs)
 
     def _forward(self, stage: int, signals: Any, draws: Sequence[Draws] | None = None) -> Any:
         # A copy, because a layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
         signals = signals.clone() if isinstance(signals, Tensor) and signals.requires_grad else signals
+        if draws:
+            draws[0].seed_stage(self._model.parts[stage])
         with self._forward_context():
             for number, layer in enumerate(self._stages[stage], self._model.parts[stage]):
                 signals = self._side_by_side.run(number, layer, partial(self._untied.call, layer), signals, draws)

@@ -28,6 +28,8 @@ class SideBySide:
     def __init__(self, device: torch.device, checkpointing: bool) -> None:
         self._device, self._checkpointing = device, checkpointing
         self._drawing: set[int] = set()
+        self.apart = False
+        """Whether every layer runs for each replica by itself, because it may mix what is along the first axis."""
 
     def run(self, number: int, layer: nn.Module, call: Callable[[Any], Any], signals: Any, draws: Sequence[Draws] | None) -> Any:
         """Run one layer.
@@ -41,7 +43,7 @@ class SideBySide:
         """
         if not draws:
             return run_layer(call, signals, self._checkpointing)
-        if number not in self._drawing:
+        if number not in self._drawing and not (self.apart and len(draws) > 1):
             buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()] if len(draws) > 1 else []
             draws[0].seed_layer(number, self._device)
             before = generator_state(self._device)
@@ -53,7 +55,13 @@ class SideBySide:
                 for buffer, value in buffers:
                     buffer.copy_(value)
         outputs: list[Tensor] = []
-        for draw, signal in zip(draws, signals.chunk(len(draws))):
+        for draw, signal in zip(draws, _of_each(signals, len(draws))):
             draw.seed_layer(number, self._device)
             outputs.append(run_layer(call, signal, self._checkpointing))
         return torch.cat(outputs)
+
+
+def _of_each(signals: Any, replicas: int) -> Any:
+    if isinstance(signals, tuple):
+        return zip(*(signal.chunk(replicas) for signal in signals))
+    return signals.chunk(replicas)

@@ -54,6 +54,8 @@ class StageLayers(nn.Module):
         self._first, self._checkpointing, self._device = first, checkpointing, device
 
     def forward(self, signal: Any) -> Any:
+        if self.draws is not None:
+            self.draws.seed_stage(self._first)
         for number, layer in enumerate(self.layers, self._first):
             if self.draws is not None:
                 self.draws.seed_layer(number, self._device)
