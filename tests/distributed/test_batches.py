@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lightning_sentinel as ls
+from lightning_sentinel.mesh import Mesh, Worker
 from tests.distributed import batch_tasks, world
 
 
@@ -40,7 +41,7 @@ def test_whatever_goes_by_samples_is_dealt_travels_and_comes_back(
 ) -> None:
     for number, rank in enumerate(ranks):
         # Who is banned has old weights.
-        if which != "banned" or number != ls.Mesh(2, 2).rank(ls.Worker(0, 1)):
+        if which != "banned" or number != Mesh(2, 2).rank(Worker(0, 1)):
             assert_same(rank[which], alone)
 
 
