@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 
+_NUMPY: Any = np.random
+"""As NumPy documents it; its annotations leave out how generators are exchanged."""
+
+
 def seed_of_state() -> int:
     """A seed that follows from where torch's global generator is, without drawing from it.
 
@@ -170,17 +174,17 @@ class SeparateRandomness:
         data, python = _torch_states(self._device), random.getstate()
         numpy_gauss: Any = np.random.get_state(legacy=False)
         # Another generator in its place, because to copy NumPy's state out and in takes a hundred times as long.
-        numpy_data = np.random.get_bit_generator()
+        numpy_data = _NUMPY.get_bit_generator()
         _set_torch_states(self._torch, self._device)
         random.setstate(self._python)
-        np.random.set_bit_generator(self._numpy)
+        _NUMPY.set_bit_generator(self._numpy)
         try:
             yield
         finally:
             self._torch, self._python = _torch_states(self._device), random.getstate()
             _set_torch_states(data, self._device)
             random.setstate(python)
-            np.random.set_bit_generator(numpy_data)
+            _NUMPY.set_bit_generator(numpy_data)
             if numpy_gauss["has_gauss"]:
                 # The second of a pair that was drawn, which is not kept by the generator that was exchanged.
                 np.random.set_state(numpy_gauss)

@@ -62,16 +62,16 @@ def refuse_other_replicas(loader: Any, num_replicas: int, rank: int, gathers: bo
     sampler = getattr(loader, "sampler", None)
     if not hasattr(sampler, "num_replicas"):
         sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    found = [getattr(sampler, "num_replicas", None), getattr(sampler, "rank", None)]
-    if not all(isinstance(number, int) for number in found):
-        found = [num_replicas, rank]
-    wrong = int(found != [num_replicas, rank])
-    everyone = gather_numbers([wrong, *found, num_replicas, rank]) if gathers else [[wrong, *found, num_replicas, rank]]
-    for number, (is_wrong, replicas, own, right, right_rank) in enumerate(everyone):
+    right, said = [num_replicas, rank], [getattr(sampler, "num_replicas", None), getattr(sampler, "rank", None)]
+    found = [number for number in said if isinstance(number, int)]
+    found = found if len(found) == len(right) else right
+    mine = [int(found != right), *found, *right]
+    everyone = gather_numbers(mine) if gathers else [mine]
+    for number, (is_wrong, replicas, own, should_be, own_should_be) in enumerate(everyone):
         if is_wrong:
             raise ConfigurationError(
                 f"The sampler of a loader is for num_replicas={replicas}, rank={own} on rank {number}, but all stages of a pipeline"
-                f" read the samples of one replica: there it has to be num_replicas={right}, rank={right_rank}. Leave the sampler"
+                f" read the samples of one replica: there it has to be num_replicas={should_be}, rank={own_should_be}. Leave the sampler"
                 " out, and Lightning adds the right one, or make it with **trainer.strategy.distributed_sampler_kwargs."
             )
 

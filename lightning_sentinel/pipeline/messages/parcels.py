@@ -212,8 +212,8 @@ def _decoded(node: Any, tensors: list[Tensor], used: list[int]) -> Any:
     if "tuple" in node:
         return tuple(_decoded(entry, tensors, used) for entry in node["tuple"])
     if "fields" in node:
-        fields, kind = [_decoded(entry, tensors, used) for entry in node["fields"]], _KINDS.get(node["of"])
-        return kind(*fields) if kind is not None and issubclass(kind, tuple) else tuple(fields)
+        fields, known = [_decoded(entry, tensors, used) for entry in node["fields"]], _KINDS.get(node["of"])
+        return known(*fields) if known is not None and issubclass(known, tuple) else tuple(fields)
     pairs = next(node[name] for name in ("dict", "mapping", "attributes") if name in node)
     held = {key: _decoded(entry, tensors, used) for key, entry in pairs}
     return held if "dict" in node else _of_known_kind(node, held)
@@ -225,11 +225,11 @@ def _of_known_kind(node: dict[str, Any], held: dict[Any, Any]) -> Any:
         return held
     if "mapping" in node:
         try:
-            made: Any = kind(held)  # type: ignore[call-arg]
+            made: Any = kind(held)
         except TypeError:
             return held
         return made if isinstance(made, Mapping) and list(made) == list(held) else held
-    made = kind.__new__(kind)
+    made = object.__new__(kind)
     for name, entry in held.items():
         if name.startswith("__"):
             raise ValueError(f"{name} is no attribute of a batch")
