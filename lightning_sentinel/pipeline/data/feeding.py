@@ -67,11 +67,11 @@ def refuse_other_replicas(loader: Any, num_replicas: int, rank: int, gathers: bo
     found = found if len(found) == len(right) else right
     mine = [int(found != right), *found, *right]
     everyone = gather_numbers(mine) if gathers else [mine]
-    for number, (is_wrong, replicas, own, should_be, own_should_be) in enumerate(everyone):
+    for number, (is_wrong, replicas, own, many, its_own) in enumerate(everyone):
         if is_wrong:
             raise ConfigurationError(
                 f"The sampler of a loader is for num_replicas={replicas}, rank={own} on rank {number}, but all stages of a pipeline"
-                f" read the samples of one replica: there it has to be num_replicas={should_be}, rank={own_should_be}. Leave the sampler"
+                f" read the samples of one replica: there it has to be num_replicas={many}, rank={its_own}. Leave the sampler"
                 " out, and Lightning adds the right one, or make it with **trainer.strategy.distributed_sampler_kwargs."
             )
 
