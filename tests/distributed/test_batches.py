@@ -27,7 +27,7 @@ def alone() -> dict[str, Any]:
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, value in found["weights"].items():
         torch.testing.assert_close(value, expected["weights"][name], rtol=0, atol=1e-6)
-    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert len(found["predicted"]) == len(expected["predicted"])
     for one, other in zip(found["predicted"], expected["predicted"]):
         assert one["names"] == other["names"] and one["tuple"] == other["tuple"]
