@@ -229,7 +229,7 @@ def everything() -> dict[str, Any]:
 
     torch.manual_seed(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
     mine, _ = random_split(Rows(), [12, 4])
-    own = DataLoader(mine, batch_size=3, collate_fn=collate)
+    own = DataLoader(mine, batch_size=2, collate_fn=collate)
     found["split before"] = refused(lambda: trainer(strategy(2, 2), max_epochs=1).fit(Net(), own))
     own = DataLoader(Rows(), batch_size=2, collate_fn=collate, sampler=DistributedSampler(Rows(), 4, 0))
     found["sampler"] = refused(lambda: trainer(strategy(2, 2), max_epochs=1).fit(Net(), own))

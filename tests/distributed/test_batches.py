@@ -86,5 +86,5 @@ def test_models_one_after_the_other_start_as_without_this_strategy(ranks: list[d
 
 def test_ends_that_read_different_data_are_refused(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert "read different batches of 3 sample(s)" in rank["split before"] and "L.seed_everything" in rank["split before"]
+        assert "read different batches of 2 sample(s)" in rank["split before"] and "L.seed_everything" in rank["split before"]
         assert "for num_replicas=4, rank=0 on rank 0" in rank["sampler"] and "num_replicas=2, rank=0" in rank["sampler"]
