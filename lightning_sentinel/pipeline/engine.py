@@ -48,6 +48,7 @@ from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.gathering import Gathering
 from lightning_sentinel.pipeline.results.joining import plain
+from lightning_sentinel.pipeline.results.losses import refuse_sum
 from lightning_sentinel.pipeline.results.predictions import share_predictions
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.statistics import MovingBuffers
@@ -327,6 +328,8 @@ class SentinelEngine(StageBoundaries):
         if self._step_name != "training_step":
             return
         loss = loss_of(result, self._step_name)
+        if self._sizes.micro_batches > 1:
+            refuse_sum(loss, work.samples, self._step_name)
         weight = work.weight
         self._loss += torch.stack((torch.where(counts, loss.detach().float() * weight, 0.0), counts * weight))
         self.pipe_buffers["outputs"][buffer_id] = torch.where(counts, loss * (weight * self._scale), 0.0)
@@ -346,11 +349,12 @@ class SentinelEngine(StageBoundaries):
     @contextmanager
     def _computing(self, micro_batch: int) -> Iterator[None]:
         """Where this stage's layers or the user's step run, on random numbers that are this micro-batch's."""
-        draws = None
-        if self._step_name == "training_step":
-            draws = Draws.of(self._recompute.seed, self._step, self._work[micro_batch].part, self._mesh.replicas)
-            draws.seed_step(self.device)
-        self._stage.draws = draws
+        training = self._step_name == "training_step"
+        # Other numbers than any training step has: no two evaluations draw the same.
+        number = self._step if training else -self._runs
+        draws = Draws.of(self._recompute.seed, number, self._work[micro_batch].part, self._mesh.replicas)
+        draws.seed_step(self.device)
+        self._stage.draws = draws if training else None
         self._steps.gather = Gathering(partial(self._beside, micro_batch), self.global_rank, self.device, self._kept.keeps)
         with self._forward_context():
             yield

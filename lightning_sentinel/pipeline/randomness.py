@@ -2,13 +2,16 @@
 
 The first and the last stage of a pipeline load the same batches in different processes. If dropout on one of them drew from the
 generator that a random augmentation or a masking collate function draws from, inputs and labels would no longer belong together.
-So the global generators serve the data, equally seeded on all ranks of a replica, and computation has a torch generator state of
-its own.
+So the global generators (torch's, Python's and NumPy's) serve the data, alike on all ranks of a replica, and computation has
+generators of its own, which are lent to it while it runs.
+
+The user's generators are not seeded anew: the data of the first replica goes on drawing from them, and what is built after a run
+draws what it would have drawn after one in a single process.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,13 +24,40 @@ from torch import Tensor
 from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.wiring import Part
 
-__all__ = ["Draws", "SeparateRandomness", "base_seed", "generator_state", "seed_generators", "set_generator_state"]
+__all__ = [
+    "Draws",
+    "SeparateRandomness",
+    "generator_state",
+    "seed_data",
+    "seed_generators",
+    "seed_of_state",
+    "set_generator_state",
+]
 
 
-def base_seed() -> int | None:
-    """The seed of ``seed_everything``, if it was called."""
-    seed = os.environ.get("PL_GLOBAL_SEED")
-    return int(seed) if seed is not None else None
+_NUMPY: Any = np.random
+"""As NumPy documents it; its annotations leave out how generators are exchanged."""
+
+
+def seed_of_state() -> int:
+    """A seed that follows from where torch's global generator is, without drawing from it.
+
+    Example:
+        >>> first, again = seed_of_state(), seed_of_state()
+        >>> drawn = torch.rand(1)
+        >>> first == again, first == seed_of_state()
+        (True, False)
+    """
+    digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 33
+
+
+def seed_data(seed: int, replica: int) -> None:
+    """Let the data of a replica but the first, which goes on from where the generators are, draw random numbers of its own."""
+    if replica:
+        own = derive_seed(seed, "data", replica)
+        seed_generators(torch.device("cpu"), own)
+        _seed_host(own)
 
 
 class Draws(NamedTuple):
@@ -66,7 +96,21 @@ class Draws(NamedTuple):
 
     def seed_step(self, device: torch.device) -> None:
         """To be called in front of the user's step, which runs at both ends of the pipeline and has to draw the same there."""
-        seed_generators(device, derive_seed("step", *self))
+        seed = derive_seed("step", *self)
+        seed_generators(device, seed)
+        _seed_host(seed)
+
+    def seed_stage(self, first: int) -> None:
+        """To be called in front of a stage, by the number of its first layer, for layers that draw with Python or NumPy.
+
+        Not in front of every layer: to seed those takes five times as long as to seed torch.
+        """
+        _seed_host(derive_seed("stage", *self, first))
+
+
+def _seed_host(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def seed_generators(device: torch.device, seed: int) -> None:
@@ -97,55 +141,69 @@ def _own_generator(device: torch.device) -> Any:
 
 
 class SeparateRandomness:
-    """Seeds the data's generators now, and lends the computation its own.
+    """Lends the computation generators of its own.
 
     Args:
         seed: the same on all ranks.
-        rank: seeds the computation.
-        replica: seeds the data.
+        rank: gives each rank others.
+        device: that computes.
 
     Example:
         >>> import torch
-        >>> randomness = SeparateRandomness(seed=1, rank=3, replica=0)
-        >>> first = torch.rand(1)
-        >>> randomness = SeparateRandomness(seed=1, rank=0, replica=0)
+        >>> randomness = SeparateRandomness(seed=1, rank=3)
+        >>> before = torch.get_rng_state()
         >>> with randomness.of_computation():
         ...     _ = torch.rand(1)
-        >>> bool(first == torch.rand(1))
+        >>> bool((before == torch.get_rng_state()).all())
         True
     """
 
-    def __init__(self, seed: int, rank: int, replica: int) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((seed + 7919 * (rank + 1)) % 2**63)
-            self._computation = torch.get_rng_state()
-        random.seed(seed + replica)
-        np.random.seed((seed + replica) % 2**32)
-        torch.manual_seed(seed + replica)
-        if torch.cuda.is_available():
-            # Loaders draw on the host, so a GPU's generator serves the computation alone.
-            torch.cuda.manual_seed_all((seed + 7919 * (rank + 1)) % 2**63)
+    def __init__(self, seed: int, rank: int, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008 - immutable
+        own = derive_seed(seed, "computation", rank)
+        self._device = device
+        before = _torch_states(device)
+        seed_generators(device, own)
+        self._torch = _torch_states(device)
+        _set_torch_states(before, device)
+        self._python = random.Random(own).getstate()
+        self._numpy: Any = np.random.MT19937(own % 2**32)
 
     @contextmanager
     def of_computation(self) -> Iterator[None]:
-        """Draw from the computation's generator inside, and from the data's again outside."""
-        data = torch.get_rng_state()
-        torch.set_rng_state(self._computation)
+        """Draw from the computation's generators inside, and from the data's again outside."""
+        data, python = _torch_states(self._device), random.getstate()
+        numpy_gauss: Any = np.random.get_state(legacy=False)
+        # Another generator in its place, because to copy NumPy's state out and in takes a hundred times as long.
+        numpy_data = _NUMPY.get_bit_generator()
+        _set_torch_states(self._torch, self._device)
+        random.setstate(self._python)
+        _NUMPY.set_bit_generator(self._numpy)
         try:
             yield
         finally:
-            self._computation = torch.get_rng_state()
-            torch.set_rng_state(data)
+            self._torch, self._python = _torch_states(self._device), random.getstate()
+            _set_torch_states(data, self._device)
+            random.setstate(python)
+            _NUMPY.set_bit_generator(numpy_data)
+            if numpy_gauss["has_gauss"]:
+                # The second of a pair that was drawn, which is not kept by the generator that was exchanged.
+                np.random.set_state(numpy_gauss)
 
     def states(self, device: torch.device) -> dict[str, Tensor]:
-        """Of the computation's generators, for a checkpoint."""
-        states = {"torch": self._computation}
-        if _own_generator(device) is not None:
-            states[device.type] = generator_state(device)
-        return states
+        """Of the computation's generators, for a checkpoint; Python's and NumPy's are seeded in every step."""
+        return dict(self._torch)
 
     def load_states(self, states: Mapping[str, Tensor], device: torch.device) -> None:
         """Go on from what :meth:`states` gave."""
-        self._computation = states["torch"].to(torch.uint8).cpu()
-        if device.type in states and _own_generator(device) is not None:
-            set_generator_state(device, states[device.type].to(torch.uint8).cpu())
+        self._torch |= {name: states[name].to(torch.uint8).cpu() for name in self._torch if name in states}
+
+
+def _torch_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"torch": torch.get_rng_state()}
+    return states | {device.type: generator_state(device)} if _own_generator(device) is not None else states
+
+
+def _set_torch_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    if device.type in states:
+        set_generator_state(device, states[device.type])

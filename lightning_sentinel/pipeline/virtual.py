@@ -27,6 +27,7 @@ from lightning_sentinel.pipeline.gradients.contributions import broken
 from lightning_sentinel.pipeline.gradients.held import HeldGradients, scale_gradients
 from lightning_sentinel.pipeline.gradients.shares import Shares
 from lightning_sentinel.pipeline.gradients.ties import Untied
+from lightning_sentinel.pipeline.randomness import Draws
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import join, plain, reorder
@@ -92,6 +93,7 @@ class VirtualEngine(VirtualPasses):
         self._moving = [MovingBuffers(b for layer in stage for b in layer.buffers()) for stage in self._stages]
         steps.leaves_out = guard is not None and guard.excludes
         self._wiring = Wiring.of(self._mesh)
+        self._evaluations = 0
         self._measured = {}
         self._told: dict[int, dict[tuple[int, int], list[float]]] | None = None
         self._rewind: Rewind | None = None
@@ -125,7 +127,7 @@ class VirtualEngine(VirtualPasses):
         self._measured.clear()
         self._told = None
         self._results = []
-        self._rows = deal.rows
+        self._rows, self._side_by_side.apart = deal.rows, deal.by_module
         self._useless = torch.zeros(self._mesh.stages, self._mesh.replicas, sizes.micro_batches, dtype=torch.bool)
         said = torch.zeros(self._mesh.replicas, 2, device=self._device)
         for index in range(sizes.micro_batches):
@@ -193,9 +195,13 @@ class VirtualEngine(VirtualPasses):
 
     def _run_whole(self, step: str, arguments: tuple[Any, ...], samples: int) -> Any:
         """A step without boundaries: the weights are those of all replicas, and nobody else's word is needed."""
+        self._evaluations += 1
+        draws = Draws(self._seed, -self._evaluations, 0)
+        draws.seed_step(self._device)
         signals = self._input_of(step, [arguments])
         for stage in range(self._mesh.stages):
             signals = self._forward(stage, signals)
+        draws.seed_step(self._device)
         with self._forward_context():
             return self._steps.finish(step, arguments, signals, samples, torch.tensor(True, device=self._device))
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sentinel.attacks import Adversary, Site
+from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
 from lightning_sentinel.pipeline.gradients.contributions import broken
@@ -24,6 +25,7 @@ from lightning_sentinel.pipeline.randomness import Draws
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import plain
+from lightning_sentinel.pipeline.results.losses import refuse_sum
 from lightning_sentinel.pipeline.stages.lanes import SideBySide
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.statistics import MovingBuffers
@@ -168,7 +170,10 @@ class VirtualPasses:
             )
         if self.keeps_results:
             self._results.append((self._rows[replica][batch.index], plain(result)))
-        return loss_of(result, "training_step")
+        loss = loss_of(result, "training_step")
+        if len(batch.replicas[replica]) > 1:
+            refuse_sum(loss, batch.replicas[replica].sizes[batch.index], "training_step")
+        return loss
 
     def _add_apart(self, stage: int, batch: MicroBatch, ends: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Backward pass of one replica after the other, of which only what counts and can be used is added up."""
@@ -303,6 +308,13 @@ class VirtualPasses:
                 inputs.append(self._steps.input_of(step, part))
         if len(inputs) == 1:
             return inputs[0]
+        shapes = [[tuple(one.shape) for one in (value if isinstance(value, tuple) else (value,))] for value in inputs]
+        if any(shape != shapes[0] for shape in shapes):
+            raise PipelineModelError(
+                f"What the replicas of this virtual mesh put into their pipelines has shapes {', '.join(map(str, shapes))}, and it"
+                " goes through the layers side by side. Pad all samples of a batch to one length before they are dealt, or use"
+                " replicas=1 or engine='process', where every replica computes by itself."
+            )
         return tuple(map(torch.cat, zip(*inputs))) if isinstance(inputs[0], tuple) else torch.cat(inputs)
 
     def _counted(
@@ -328,6 +340,8 @@ class VirtualPasses:
         # A copy, because a layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
         signals = signals.clone() if isinstance(signals, Tensor) and signals.requires_grad else signals
         first = self._model.parts[stage]
+        if draws:
+            draws[0].seed_stage(first)
         with self._forward_context():
             for number, layer in enumerate(self._stages[stage], first):
                 signals = self._side_by_side.run(number, layer, partial(self._untied.call, layer), signals, draws)

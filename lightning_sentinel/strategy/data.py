@@ -7,19 +7,23 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Worker
+from lightning_sentinel.pipeline.checkpoints.resumption import data_generators, set_data_generators
 from lightning_sentinel.pipeline.data.agreeing import deal_alike
 from lightning_sentinel.pipeline.data.dealing import Deal, Dealer
-from lightning_sentinel.pipeline.data.feeding import Feed, is_even, seed_workers, source_of
+from lightning_sentinel.pipeline.data.feeding import Feed, is_even, refuse_other_replicas, seed_workers, source_of
 from lightning_sentinel.pipeline.data.reading import Source
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
 from lightning_sentinel.pipeline.logs import LogReplay
+from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
 from lightning_sentinel.pipeline.results.all_predictions import complete_predictions
 from lightning_sentinel.pipeline.results.metrics import SharedMetrics
 from lightning_sentinel.pipeline.results.step_state import SharedStepState
@@ -71,6 +75,8 @@ class PipelineData(StageCheckpoints):
     def process_dataloader(self, dataloader: object) -> object:
         """Only the ends of a pipeline read data, and all replicas stop together."""
         dataloader = super().process_dataloader(dataloader)
+        with self._watching():
+            refuse_other_replicas(dataloader, **self.distributed_sampler_kwargs, gathers=not self._virtual)
         if self._virtual:
             return dataloader
         trainer, mesh = self._trainer, self.mesh
@@ -114,6 +120,18 @@ class PipelineData(StageCheckpoints):
         self._uneven = False
         self._sources, self._compared = {}, set()
 
+    def _share_generators(self) -> None:
+        """Let all ranks draw from here on what rank zero draws; a collective."""
+        if self._virtual:
+            return
+        cuda = self.root_device.type == "cuda"
+        mine = data_generators() | ({"cuda": torch.cuda.get_rng_state(self.root_device)} if cuda else {})
+        with self._watching():
+            states = broadcast_parcel(mine, 0)
+        set_data_generators(states)
+        if cuda:
+            torch.cuda.set_rng_state(states["cuda"], self.root_device)
+
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
@@ -148,6 +166,7 @@ class PipelineData(StageCheckpoints):
             reads=self._reads,
             asks=first or self._uneven,
             waits=first,
+            travels=first and self._samples_are_handed_out and self.mesh.replicas > 1,
             by_module=self._dealer.by_module,
             banned=self.ledger.banned,
         )
@@ -197,7 +216,21 @@ class PipelineData(StageCheckpoints):
         return metric.compute() if self._shared_metrics is None else self._shared_metrics.value_of(name, metric)
 
     @override
+    def on_train_end(self) -> None:
+        self._share_generators()
+
+    @override
+    def on_test_end(self) -> None:
+        self._share_generators()
+
+    @override
+    def on_validation_end(self) -> None:
+        if self._trainer.state.fn == TrainerFn.VALIDATING:
+            self._share_generators()
+
+    @override
     def on_predict_end(self) -> None:
+        self._share_generators()
         if not self._virtual:
             with self._at_work():
                 complete_predictions(self._trainer, self.mesh, self.ledger.banned)

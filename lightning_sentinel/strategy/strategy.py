@@ -42,7 +42,7 @@ from lightning_sentinel.pipeline.logs import LogReplay, silence_misleading_warni
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.processes.liveness import Roster
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
-from lightning_sentinel.pipeline.randomness import SeparateRandomness, base_seed
+from lightning_sentinel.pipeline.randomness import SeparateRandomness, seed_data, seed_of_state
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.steps import StepRunner
@@ -234,6 +234,9 @@ class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheck
             self.ledger.hosts = dict(zip(self.mesh.workers, self._hosts))
             prepare(self.root_device, None if self._virtual else self._timeout, self.local_rank)
             self._read_bans()
+        # Before data is prepared and split, so that all ranks split it alike.
+        self._share_generators()
+        self._seed = seed_of_state()
         if self._position not in trainer.callbacks:  # type: ignore[attr-defined]
             trainer.callbacks += [self._position, DeferredSignals(self._watching)]  # type: ignore[attr-defined]
         if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
@@ -254,13 +257,15 @@ class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheck
                     self.setup_optimizers(trainer)
                 require_optimizer(module, self.optimizers)
             self.setup_precision_plugin()
-            self._seed = self._agree_on_seed()
             self._engine = self._make_engine(model, self.optimizers[0] if fitting else None, self._seed)
             self._engine.adversary = self.adversary
-            self._randomness = self._randomness or SeparateRandomness(self._seed, self.global_rank, self.worker.replica)
+            self._randomness = SeparateRandomness(self._seed, self.global_rank, self.root_device)
             self._agree_on_listeners()
         self._learn_how_to_deal()
         self._replay = LogReplay(module, self._value_of)
+        # Stages may have drawn the values of their own layers.
+        self._share_generators()
+        seed_data(self._seed, self.worker.replica)
         self._shares = CleanShares(self.mesh)
         silence_misleading_warnings()
         if fitting:
@@ -307,10 +312,6 @@ class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheck
         self._guard = Guard(mesh, received, worker, verification, self._response, self.ledger, self.root_device)
         self._announcements = Announcements(mesh, self._response.ban_after)
         return self._guard
-
-    def _agree_on_seed(self) -> int:
-        seed = base_seed()
-        return int(self.broadcast(torch.seed() % 2**31 if seed is None else seed))
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sentinel.pipeline.randomness import Draws, SeparateRandomness, base_seed
+from lightning_sentinel.pipeline.randomness import Draws, SeparateRandomness, seed_data, seed_of_state
 from lightning_sentinel.wiring import Part
 
 Numbers = tuple[float, float, float]
@@ -27,51 +27,78 @@ def draw_data(count: int) -> list[Numbers]:
     return [(random.random(), float(np.random.rand()), float(torch.rand(()))) for _ in range(count)]
 
 
-def test_computation_leaves_the_data_alone() -> None:
-    SeparateRandomness(seed=5, rank=2, replica=0)
-    undisturbed = draw_data(6)
-    randomness = SeparateRandomness(seed=5, rank=2, replica=0)
+def draw_anything(count: int) -> None:
+    torch.rand(count * 3 + 1)
+    torch.nn.functional.dropout(torch.ones(100))
+    np.random.randn(count + 1)
+    random.gauss(0, 1)
+    np.random.seed(count)
+    random.seed(count)
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["", "with half a pair of normal numbers left"])
+def test_computation_leaves_the_data_alone(pairs: bool) -> None:
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+
+    def draw() -> list[Numbers]:
+        return [*draw_data(1), (random.gauss(0, 1), float(np.random.randn()), 0.0)] if pairs else draw_data(1)
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    undisturbed = [draw() for _ in range(6)]
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    randomness = SeparateRandomness(seed=5, rank=2)
     disturbed = []
     for index in range(6):
         with randomness.of_computation():
-            torch.rand(index * 3 + 1)
-            torch.nn.functional.dropout(torch.ones(100))
-        disturbed += draw_data(1)
+            draw_anything(index)
+        disturbed.append(draw())
     assert disturbed == undisturbed
 
 
 def test_data_leaves_computation_alone() -> None:
-    randomness = SeparateRandomness(seed=5, rank=2, replica=0)
+    randomness = SeparateRandomness(seed=5, rank=2)
     with randomness.of_computation():
-        undisturbed = torch.rand(10)
-    randomness = SeparateRandomness(seed=5, rank=2, replica=0)
+        undisturbed = draw_data(10)
+    randomness = SeparateRandomness(seed=5, rank=2)
     parts = []
     for count in (3, 0, 6, 1):
         draw_data(count)
         with randomness.of_computation():
-            parts.append(torch.rand(count))
-    assert torch.equal(torch.cat(parts), undisturbed)
+            parts += draw_data(count)
+    assert parts == undisturbed
 
 
 def test_data_by_replica_computation_by_rank() -> None:
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    users = draw_data(3)
     data: dict[int, list[Numbers]] = {}
     computation = []
     for rank in range(6):
-        randomness = SeparateRandomness(seed=5, rank=rank, replica=rank % 2)
-        with randomness.of_computation():
-            computation.append(tuple(torch.rand(4).tolist()))
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        seed_data(5, replica=rank % 2)
+        with SeparateRandomness(seed=5, rank=rank).of_computation():
+            computation.append(draw_data(1)[0])
         drawn = draw_data(3)
         assert data.setdefault(rank % 2, drawn) == drawn
-    assert data[0] != data[1]
+    assert data[0] == users, "the first replica goes on with what the user has seeded"
+    assert not set(data[0]) & set(data[1])
     assert len(set(computation)) == 6
-    assert data[0][0][2] not in {draws[0] for draws in computation}
 
 
 def test_the_seed_decides() -> None:
-    def both(seed: int) -> tuple[list[Numbers], list[float]]:
-        randomness = SeparateRandomness(seed, rank=1, replica=1)
-        with randomness.of_computation():
-            computation = torch.rand(2).tolist()
+    def both(seed: int) -> tuple[list[Numbers], list[Numbers]]:
+        with SeparateRandomness(seed, rank=1).of_computation():
+            computation = draw_data(2)
+        seed_data(seed, replica=1)
         return draw_data(2), computation
 
     first, again, other = both(7), both(7), both(8)
@@ -81,24 +108,28 @@ def test_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 2**31 - 1, 2**32 - 1])
-def test_any_seed_of_seed_everything(seed: int) -> None:
-    SeparateRandomness(seed, rank=1000, replica=999)
+def test_any_seed(seed: int) -> None:
+    SeparateRandomness(seed, rank=1000)
+    seed_data(seed, 999)
 
 
 def test_an_error_gives_the_data_its_generator_back() -> None:
-    randomness = SeparateRandomness(seed=5, rank=0, replica=0)
-    state = torch.get_rng_state()
+    randomness = SeparateRandomness(seed=5, rank=0)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     with pytest.raises(ZeroDivisionError), randomness.of_computation():
-        torch.rand(3)
+        draw_anything(3)
         raise ZeroDivisionError
-    assert torch.equal(torch.get_rng_state(), state)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
 
-def test_base_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    assert base_seed() is None
-    monkeypatch.setenv("PL_GLOBAL_SEED", "42")
-    assert base_seed() == 42
+def test_the_seed_of_a_run_follows_from_what_was_drawn_before() -> None:
+    torch.manual_seed(3)
+    first = seed_of_state()
+    assert first == seed_of_state() and 0 <= first < 2**31
+    torch.rand(1)
+    assert seed_of_state() != first
+    torch.manual_seed(3)
+    assert seed_of_state() == first
 
 
 CPU = torch.device("cpu")
@@ -114,7 +145,7 @@ def draws_at(seed: int, step: int, micro_batch: int, layer: int) -> tuple[float,
 
 def test_whoever_computes_in_the_same_place_draws_the_same() -> None:
     first = {place: draws_at(*place) for place in PLACES}
-    SeparateRandomness(seed=5, rank=2, replica=0)
+    SeparateRandomness(seed=5, rank=2)
     assert {place: draws_at(*place) for place in reversed(PLACES)} == first
 
 
@@ -137,13 +168,12 @@ def test_samples_of_any_mesh_have_the_same_numbers(replicas: int) -> None:
             assert Draws.of(0, 0, Part(replica, micro_batch), replicas).micro_batch == sample
 
 
-def test_forward_passes_leave_the_datas_generators_alone() -> None:
-    randomness = SeparateRandomness(seed=5, rank=2, replica=0)
-    undisturbed = draw_data(4)
-    randomness = SeparateRandomness(seed=5, rank=2, replica=0)
-    disturbed = []
-    for step in range(4):
-        with randomness.of_computation():
-            draws_at(5, step, 0, 0)
-        disturbed += draw_data(1)
-    assert disturbed == undisturbed
+def test_a_step_draws_the_same_at_both_ends_with_any_generator() -> None:
+    draws = Draws(1, 2, 3)
+    draws.seed_step(CPU)
+    first = draw_data(2)
+    draw_data(5)
+    draws.seed_step(CPU)
+    assert draw_data(2) == first
+    draws.seed_stage(0)
+    assert draw_data(1)[0][:2] != first[0][:2]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.dealing import Deal, Whole
 from lightning_sentinel.pipeline.data.feeding import gather_numbers
 from lightning_sentinel.pipeline.data.fingerprints import NOT_READ, compare_ends, fingerprint
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
+from lightning_sentinel.pipeline.messages.parcels import describe_parcel, learn_kinds
 
 __all__ = ["deal_alike"]
 
@@ -27,6 +28,7 @@ def deal_alike(
     reads: bool,
     asks: bool,
     waits: bool,
+    travels: bool,
     by_module: bool,
     banned: Collection[Worker] = (),
 ) -> Deal:
@@ -41,6 +43,7 @@ def deal_alike(
         reads: whether the batch is what a loader gave.
         asks: whether replicas may have batches of different sizes, or it is to be seen whether both ends have the same.
         waits: whether to wait for what a device holds to compare it.
+        travels: whether to see that it can travel between processes, before anybody depends on that.
         by_module: whether the module decides how large micro-batches are.
         banned: those whose word does not count.
 
@@ -48,12 +51,14 @@ def deal_alike(
         ConfigurationError: if the batch, or that of another rank, cannot be dealt.
         PipelineModelError: if two ends of a pipeline have read different batches.
     """
-    mine, problem, own = [_UNREADABLE, 0, 0], None, None
+    problem, own = None, None
     try:
         own = whole(batch)
         mine = [own.samples, own.most(at_most), fingerprint(batch, waits) if asks and reads else 0]
+        if travels and reads:
+            _require_that_it_can_travel(batch)
     except ConfigurationError as error:
-        problem = error
+        mine, problem = [_UNREADABLE, 0, 0], error
     if asks:
         everyone = gather_numbers(mine if reads else [NOT_READ, 0, 0])
         troubled = [rank for rank, (samples, *_) in enumerate(everyone) if samples == _UNREADABLE]
@@ -74,6 +79,17 @@ def deal_alike(
         by_replica = [everyone[mesh.rank(_spokesman(replica, mesh, banned))] for replica in range(mesh.replicas)]
         sizes = sizes._replace(dealt=tuple(map(tuple, by_replica)))
     return Deal(sizes, [dealt], mine[0])
+
+
+def _require_that_it_can_travel(batch: Any) -> None:
+    learn_kinds(batch)
+    try:
+        describe_parcel(batch)
+    except PipelineModelError as error:
+        raise ConfigurationError(
+            f"When a worker is banned or audited, samples travel between processes, and those of this loader cannot. {error} Or let"
+            " nobody be banned or audited: Response(ban_after=None, audit_rate=None)."
+        ) from error
 
 
 def _spokesman(replica: int, mesh: Mesh, banned: Collection[Worker]) -> Worker:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches, evenly
-from lightning_sentinel.pipeline.data.reading import Reading, Source, leaves_of, read
+from lightning_sentinel.pipeline.data.reading import Reading, Source, read
+from lightning_sentinel.pipeline.messages.trees import leaves_of
 
 __all__ = ["Deal", "Dealer", "Whole"]
 
@@ -25,12 +26,14 @@ class Deal:
         replicas: the micro-batches of each replica that this process loads the samples of: one, or on a virtual mesh all.
         samples: of all of these together.
         rows: which rows of the batch each micro-batch has.
+        by_module: whether the module has dealt it, so that the first axis of a tensor need not be that of samples.
     """
 
     sizes: BatchSizes
     replicas: Sequence[MicroBatches]
     samples: int
     rows: Sequence[Sequence[Sequence[int]]] = ()
+    by_module: bool = False
 
 
 class Whole(Protocol):
@@ -183,7 +186,7 @@ class _ByModule:
         mine = [[(number * replicas + replica) % len(pieces) for number in range(each)] for replica in range(replicas)]
         dealt = [MicroBatches([pieces[one] for one in order], [sizes[one] for one in order], self._batch) for order in mine]
         known = BatchSizes(each, tuple(sum(one.sizes) for one in dealt), tuple(one.sizes for one in dealt))
-        return Deal(known, dealt, sum(sizes), [[rows[one] for one in order] for order in mine])
+        return Deal(known, dealt, sum(sizes), [[rows[one] for one in order] for order in mine], by_module=True)
 
     def _pieces(self, count: int) -> list[Any]:
         if self._latest[0] != count:

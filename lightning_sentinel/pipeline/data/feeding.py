@@ -23,14 +23,14 @@ from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, default_collate
 
-from lightning_sentinel.errors import MalformedMessageError
+from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.dealing import Dealer
 from lightning_sentinel.pipeline.data.fingerprints import NONE_LEFT, NOT_READ, compare_ends, fingerprint
 from lightning_sentinel.pipeline.data.layout import describe, stand_in
 from lightning_sentinel.pipeline.data.reading import Source, read
 
-__all__ = ["Feed", "gather_numbers", "index_sampler", "is_even", "seed_workers", "source_of"]
+__all__ = ["Feed", "gather_numbers", "index_sampler", "is_even", "refuse_other_replicas", "seed_workers", "source_of"]
 
 _TAG = 71
 """Batches are fetched ahead of the signals of a step, with which they share a connection."""
@@ -55,6 +55,25 @@ def index_sampler(loader: Any) -> _IndexBatchSamplerWrapper | None:
     """What Lightning remembers the indices of predicted samples with; ``None`` where it does not."""
     sampler = getattr(loader, "batch_sampler", None)
     return sampler if isinstance(sampler, _IndexBatchSamplerWrapper) else None
+
+
+def refuse_other_replicas(loader: Any, num_replicas: int, rank: int, gathers: bool) -> None:
+    """Raise ``ConfigurationError`` if a sampler deals to others than the replicas of this mesh; a collective if it gathers."""
+    sampler = getattr(loader, "sampler", None)
+    if not hasattr(sampler, "num_replicas"):
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    right, said = [num_replicas, rank], [getattr(sampler, "num_replicas", None), getattr(sampler, "rank", None)]
+    found = [number for number in said if isinstance(number, int)]
+    found = found if len(found) == len(right) else right
+    mine = [int(found != right), *found, *right]
+    everyone = gather_numbers(mine) if gathers else [mine]
+    for number, (is_wrong, replicas, own, many, its_own) in enumerate(everyone):
+        if is_wrong:
+            raise ConfigurationError(
+                f"The sampler of a loader is for num_replicas={replicas}, rank={own} on rank {number}, but all stages of a pipeline"
+                f" read the samples of one replica: there it has to be num_replicas={many}, rank={its_own}. Leave the sampler"
+                " out, and Lightning adds the right one, or make it with **trainer.strategy.distributed_sampler_kwargs."
+            )
 
 
 def source_of(loader: Any) -> Source:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.data.reading import leaves_of
+from lightning_sentinel.pipeline.messages.trees import leaves_of
 
 __all__ = ["NONE_LEFT", "NOT_READ", "compare_ends", "fingerprint"]
 

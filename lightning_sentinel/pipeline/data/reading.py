@@ -8,8 +8,6 @@ holds agrees, and else has one entry a sample. Where that leaves a choice there 
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +18,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.pipeline.messages.trees import entries_of, has_attributes, is_sequence, leaves_of, rebuilt
 
-__all__ = ["Reading", "Source", "entries_of", "goes_by_rows", "is_sequence", "leaves_of", "read", "rebuilt"]
+__all__ = ["Reading", "Source", "goes_by_rows", "read"]
 
 Rows = slice | list[int]
 
@@ -246,71 +245,11 @@ def _rows_of(value: Any, path: str) -> int | None:
     return None
 
 
-def is_sequence(value: Any) -> bool:
-    """A list, a tuple or the like; a named tuple is a structure, and a shape or text is one thing."""
-    if isinstance(value, (str, bytes, bytearray, memoryview, torch.Size)) or hasattr(value, "_fields"):
-        return False
-    return isinstance(value, Sequence)
-
-
-def entries_of(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What a structure holds; nothing of what is none."""
-    if isinstance(value, Mapping):
-        yield from ((f"{path}[{key!r}]", entry) for key, entry in value.items())
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        yield from ((f"{path}.{name}", entry) for name, entry in zip(value._fields, value))
-    elif _has_attributes(value):
-        yield from ((f"{path}.{name}", entry) for name, entry in vars(value).items())
-
-
-def _has_attributes(value: Any) -> bool:
-    """A dataclass, or an object that can be moved to a device, as Lightning asks of the batches of one's own classes."""
-    if isinstance(value, (Tensor, type, torch.nn.Module)) or not hasattr(value, "__dict__"):
-        return False
-    return dataclasses.is_dataclass(value) or callable(getattr(value, "to", None))
-
-
 def _is_atom(value: Any) -> bool:
     """What has no size: text, numbers, tensors without axes, and things that nobody can look into."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim == 0
-    return not (is_sequence(value) or isinstance(value, (Mapping, tuple)) or _has_attributes(value))
-
-
-def rebuilt(value: Any, entries: Sequence[Any]) -> Any:
-    """The same structure with other entries.
-
-    Example:
-        >>> rebuilt({"a": 1, "b": 2}, [3, 4])
-        {'a': 3, 'b': 4}
-    """
-    if isinstance(value, Mapping):
-        changed = dict(zip(value, entries))
-        try:
-            clone = copy.copy(value)
-            for key, entry in changed.items():
-                clone[key] = entry  # type: ignore[index]
-            return clone
-        except TypeError:
-            return changed
-    if hasattr(value, "_fields"):
-        return type(value)(*entries)
-    if is_sequence(value):
-        return tuple(entries) if type(value) is tuple else _like(value, list(entries))
-    clone = copy.copy(value)
-    for name, entry in zip(vars(value), entries):
-        # Also of what is frozen.
-        object.__setattr__(clone, name, entry)
-    return clone
-
-
-def _like(value: Sequence[Any], entries: list[Any]) -> Any:
-    if type(value) is list:
-        return entries
-    try:
-        return type(value)(entries)  # type: ignore[call-arg]
-    except TypeError:
-        return entries
+    return not (is_sequence(value) or isinstance(value, (Mapping, tuple)) or has_attributes(value))
 
 
 def _cut(value: Any, plan: Any, rows: Rows) -> Any:
@@ -324,21 +263,6 @@ def _cut(value: Any, plan: Any, rows: Rows) -> Any:
         return rebuilt(value, list(value[rows]) if isinstance(rows, slice) else [value[row] for row in rows])
     held = value if is_sequence(value) else [entry for _, entry in entries_of(value, "")]
     return rebuilt(value, [_cut(entry, one, rows) for entry, one in zip(held, plan)])
-
-
-def leaves_of(value: Any) -> Iterator[Any]:
-    """Everything in a batch that holds nothing else.
-
-    Example:
-        >>> list(leaves_of({"a": [1, 2], "b": "text"}))
-        [1, 2, 'text']
-    """
-    held = list(value) if is_sequence(value) else [entry for _, entry in entries_of(value, "")]
-    if held:
-        for entry in held:
-            yield from leaves_of(entry)
-    elif not is_sequence(value) and not isinstance(value, Mapping):
-        yield value
 
 
 def _named(root: _Node) -> str:

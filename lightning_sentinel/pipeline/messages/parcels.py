@@ -1,26 +1,45 @@
-"""Nested collections of tensors between ranks: a description in JSON, then the tensors. Nothing is ever unpickled.
+"""Collections between ranks: a description in JSON, then the tensors. Nothing is ever unpickled.
 
-What a description announces is compared with what there is room for before anything is allocated.
+What a description announces is compared with what there is room for before anything is allocated. A container that is no list,
+tuple or dict arrives as what it is where this process has seen one of its kind in its own batches, and else as the plainest one
+that holds the same: the sender does not choose what the receiver makes.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
+from lightning_sentinel.pipeline.messages.trees import entries_of, has_attributes, is_sequence
 
-__all__ = ["broadcast_parcel", "free_bytes", "list_from", "pack", "receive_parcel", "reserve", "send_parcel", "unpack"]
+__all__ = [
+    "broadcast_parcel",
+    "describe_parcel",
+    "free_bytes",
+    "learn_kinds",
+    "list_from",
+    "pack",
+    "receive_parcel",
+    "reserve",
+    "send_parcel",
+    "unpack",
+]
 
 _LONGEST_DESCRIPTION = 2**26
+_KINDS: dict[str, type] = {}
+"""Containers that may be made here, by name."""
+_NUMBERS = "biufc"
+"""Kinds of arrays that are sent as tensors."""
 
 
 def free_bytes() -> int:
@@ -28,11 +47,26 @@ def free_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def learn_kinds(tree: Any) -> None:
+    """Let parcels arrive here in containers of the kinds that are in ``tree``."""
+    if isinstance(tree, (Tensor, np.ndarray)):
+        return
+    held = list(tree) if is_sequence(tree) else [entry for _, entry in entries_of(tree, "")]
+    if held and not is_sequence(tree):
+        _KINDS[_name(tree)] = type(tree)
+    for entry in held:
+        learn_kinds(entry)
+
+
+def _name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def pack(tree: Any) -> tuple[bytes, list[Tensor]]:
     """A description, and the tensors that it leaves out, on the host.
 
     Args:
-        tree: nested collections of tensors and of what JSON can say.
+        tree: nested collections of tensors, arrays, numbers and text.
 
     Raises:
         PipelineModelError: if there is something else in it.
@@ -42,19 +76,71 @@ def pack(tree: Any) -> tuple[bytes, list[Tensor]]:
         >>> unpack(description, tensors)["name"], [tuple(tensor.shape) for tensor in tensors]
         ('cat', [(2, 3)])
     """
-    leaves, spec = tree_flatten(tree)
-    tensors = [leaf.detach().cpu().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
-    entries = [_layout(leaf) if isinstance(leaf, Tensor) else {"value": leaf} for leaf in leaves]
+    description, tensors = describe_parcel(tree)
+    return description, [tensor.detach().cpu().contiguous() for tensor in tensors]
+
+
+def describe_parcel(tree: Any) -> tuple[bytes, list[Tensor]]:
+    """As :func:`pack`, with the tensors where and as they are: to see whether a collection can travel.
+
+    Raises:
+        PipelineModelError: if it cannot.
+    """
+    tensors: list[Tensor] = []
     try:
-        described = treespec_dumps(spec)
-        _require_no_names(json.loads(described)[1])
-        return json.dumps([described, entries]).encode(), tensors
-    except (TypeError, NotImplementedError) as error:
-        kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
+        node = _encoded(tree, tensors)
+        return json.dumps([node, [_layout(tensor) for tensor in tensors]]).encode(), tensors
+    except (TypeError, RecursionError) as error:
         raise PipelineModelError(
-            f"Between processes travel tensors, numbers and text, in lists, tuples and dicts; here is {', '.join(kinds)} ({error})."
-            " Return tensors, or collections of them."
+            f"Between processes travel tensors, arrays, numbers and text, in lists, tuples, dicts, named tuples and dataclasses;"
+            f" {error} cannot. Return tensors, or collections of them."
         ) from error
+
+
+def _encoded(value: Any, tensors: list[Tensor]) -> Any:
+    """What JSON can say as it is; everything else as a dict of its kind and what it holds."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, np.str_):
+        return str(value)
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested:
+        tensors.append(value)
+        return {"tensor": len(tensors) - 1}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _encoded_array(np.asarray(value), isinstance(value, np.generic), tensors)
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, torch.Size):
+        return {"size": list(value)}
+    if is_sequence(value):
+        entries = [_encoded(entry, tensors) for entry in value]
+        return {"tuple": entries} if isinstance(value, tuple) else entries
+    if isinstance(value, Mapping):
+        pairs = [[_encoded_key(key), _encoded(entry, tensors)] for key, entry in value.items()]
+        return {"dict": pairs} if type(value) is dict else {"of": _name(value), "mapping": pairs}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {"of": _name(value), "fields": [_encoded(entry, tensors) for entry in value]}
+    if has_attributes(value):
+        return {"of": _name(value), "attributes": [[name, _encoded(entry, tensors)] for name, entry in vars(value).items()]}
+    raise TypeError(f"{type(value).__name__} ({' '.join(repr(value).split()):.60})")
+
+
+def _encoded_key(key: Any) -> Any:
+    if key is None or type(key) in (bool, int, float, str):
+        return key
+    raise TypeError(f"the key {key!r:.60}")
+
+
+def _encoded_array(array: np.ndarray[Any, Any], scalar: bool, tensors: list[Tensor]) -> Any:
+    if array.dtype.kind in "US":
+        return {"texts": array.astype("U").ravel().tolist(), "shape": list(array.shape), "kind": array.dtype.kind}
+    if array.dtype.kind not in _NUMBERS:
+        raise TypeError(f"an array of {array.dtype}")
+    # In this machine's order of bytes, and writable, as torch wants it.
+    tensors.append(torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="))))
+    return {"scalar" if scalar else "array": len(tensors) - 1}
 
 
 def _layout(tensor: Tensor) -> dict[str, Any]:
@@ -103,32 +189,70 @@ def unpack(description: bytes, tensors: list[Tensor]) -> Any:
     Raises:
         MalformedMessageError: if the description is not one.
     """
-    arrived = iter(tensors)
     try:
-        spec, entries = json.loads(description)
-        _require_no_names(json.loads(spec)[1])
-        return tree_unflatten([next(arrived) if "dtype" in entry else entry["value"] for entry in entries], treespec_loads(spec))
+        node, layouts = json.loads(description)
+        used: list[int] = []
+        tree = _decoded(node, tensors, used)
+        if len(layouts) != len(tensors) or sorted(used) != list(range(len(tensors))):
+            raise ValueError("not every tensor has one place")
+        return tree
     except Exception as error:
-        # What torch and the registered collections raise of a description that somebody made up can be anything.
+        # What constructors raise of what somebody made up can be anything.
         raise MalformedMessageError(f"What should describe a parcel does not: {description[:80]!r} ({error}).") from error
 
 
-def _require_no_names(node: Any) -> None:
-    """Torch imports what a ``defaultdict`` or an ``Enum`` in a description names; the sender is not to choose what.
+def _decoded(node: Any, tensors: list[Tensor], used: list[int]) -> Any:
+    if not isinstance(node, (dict, list)):
+        return node
+    if isinstance(node, list):
+        return [_decoded(entry, tensors, used) for entry in node]
+    for kind in ("tensor", "array", "scalar"):
+        if kind in node:
+            used.append(node[kind])
+            tensor = tensors[node[kind]]
+            return tensor if kind == "tensor" else tensor.numpy() if kind == "array" else tensor.numpy()[()]
+    if "texts" in node:
+        return _decoded_texts(**node)
+    if "bytes" in node:
+        return base64.b64decode(node["bytes"], validate=True)
+    if "complex" in node:
+        return complex(*node["complex"])
+    if "size" in node:
+        return torch.Size(node["size"])
+    if "tuple" in node:
+        return tuple(_decoded(entry, tensors, used) for entry in node["tuple"])
+    if "fields" in node:
+        fields, known = [_decoded(entry, tensors, used) for entry in node["fields"]], _KINDS.get(node["of"])
+        return known(*fields) if known is not None and issubclass(known, tuple) else tuple(fields)
+    pairs = next(node[name] for name in ("dict", "mapping", "attributes") if name in node)
+    held = {key: _decoded(entry, tensors, used) for key, entry in pairs}
+    return held if "dict" in node else _of_known_kind(node, held)
 
-    Raises:
-        TypeError: if there is one.
-    """
-    found: list[Any] = []
-    if isinstance(node["context"], str):
-        with suppress(json.JSONDecodeError):
-            json.loads(node["context"], object_hook=found.append)
-    elif node["context"] is not None:
-        found.append(node["context"])
-    if found:
-        raise TypeError(f"{node['type']} with {found[0]} cannot travel")
-    for child in node["children_spec"]:
-        _require_no_names(child)
+
+def _of_known_kind(node: dict[str, Any], held: dict[Any, Any]) -> Any:
+    kind = _KINDS.get(node["of"])
+    if kind is None:
+        return held
+    if "mapping" in node:
+        try:
+            made: Any = kind(held)
+        except TypeError:
+            return held
+        return made if isinstance(made, Mapping) and list(made) == list(held) else held
+    made = object.__new__(kind)
+    for name, entry in held.items():
+        if name.startswith("__"):
+            raise ValueError(f"{name} is no attribute of a batch")
+        # Also of what is frozen.
+        object.__setattr__(made, name, entry)
+    return made
+
+
+def _decoded_texts(texts: list[str], shape: list[int], kind: str) -> np.ndarray[Any, Any]:
+    # An array has room for its longest text in every place.
+    if max(map(len, texts), default=0) * len(texts) > _LONGEST_DESCRIPTION or kind not in ("U", "S"):
+        raise ValueError("there is no room for such an array of texts")
+    return np.array(texts, dtype=kind).reshape(shape)
 
 
 def send_parcel(tree: Any, rank: int) -> None:

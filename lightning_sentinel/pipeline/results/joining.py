@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sentinel.pipeline.data.reading import entries_of, goes_by_rows, is_sequence, rebuilt
+from lightning_sentinel.pipeline.data.reading import goes_by_rows
+from lightning_sentinel.pipeline.messages.trees import entries_of, is_sequence, rebuilt
 
 __all__ = ["join", "plain", "reorder"]
 

@@ -29,6 +29,8 @@ class SideBySide:
     def __init__(self, device: torch.device, checkpointing: bool, places: Sequence[str]) -> None:
         self._device, self._checkpointing, self._places = device, checkpointing, tuple(places)
         self._drawing: set[int] = set()
+        self.apart = False
+        """Whether every layer runs for each replica by itself, because it may mix what is along the first axis."""
 
     def run(self, number: int, layer: nn.Module, call: Callable[[Any], Any], signals: Any, draws: Sequence[Draws] | None) -> Any:
         """Run one layer.
@@ -43,7 +45,7 @@ class SideBySide:
         place = self._places[number]
         if not draws:
             return run_layer(call, signals, self._checkpointing, place)
-        if number not in self._drawing:
+        if number not in self._drawing and not (self.apart and len(draws) > 1):
             buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()] if len(draws) > 1 else []
             draws[0].seed_layer(number, self._device)
             before = generator_state(self._device)
@@ -55,7 +57,13 @@ class SideBySide:
                 for buffer, value in buffers:
                     buffer.copy_(value)
         outputs: list[Tensor] = []
-        for draw, signal in zip(draws, signals.chunk(len(draws))):
+        for draw, signal in zip(draws, _of_each(signals, len(draws))):
             draw.seed_layer(number, self._device)
             outputs.append(run_layer(call, signal, self._checkpointing, place))
         return torch.cat(outputs)
+
+
+def _of_each(signals: Any, replicas: int) -> Any:
+    if isinstance(signals, tuple):
+        return zip(*(signal.chunk(replicas) for signal in signals))
+    return signals.chunk(replicas)

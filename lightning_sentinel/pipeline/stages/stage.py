@@ -80,6 +80,8 @@ class StageLayers(nn.Module):
         self._first, self._checkpointing, self._device, self._places = first, checkpointing, device, tuple(places)
 
     def forward(self, signal: Any) -> Any:
+        if self.draws is not None:
+            self.draws.seed_stage(self._first)
         for index, (layer, place) in enumerate(zip(self.layers, self._places)):
             if self.draws is not None:
                 self.draws.seed_layer(self._first + index, self._device)

@@ -96,9 +96,8 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+def _seed() -> None:
+    torch.manual_seed(5)
 
 
 def assert_same_weights(one: Run, other: Run, tolerance: float = 1e-6) -> None:
@@ -117,9 +116,8 @@ ATTACKS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def clean() -> Run:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PL_GLOBAL_SEED", "5")
-        return Run()
+    torch.manual_seed(5)
+    return Run()
 
 
 @pytest.mark.parametrize("name", ATTACKS)
