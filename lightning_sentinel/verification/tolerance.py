@@ -74,7 +74,7 @@ class Tolerances:
         >>> tolerances.allowed(0, Worker(0, 1), torch.bfloat16, torch.float32)
         0.05
         >>> tolerances.heard(0, Worker(0, 1), [0.0] * MEASURED)
-        >>> tolerances.allowed(0, Worker(0, 1), torch.bfloat16, torch.float32)
+        >>> round(tolerances.allowed(0, Worker(0, 1), torch.bfloat16, torch.float32), 6)
         0.005
     """
 

@@ -14,7 +14,7 @@ from lightning_sentinel.verification import Ledger
 from lightning_sentinel.verification.bans import Ban, banned_hosts, bans_here, enter_bans, read_bans
 
 MESH = Mesh(2, 2)
-"""Ranks 0 .. 3 are (0, 0), (0, 1), (1, 0), (1, 1)."""
+"""Ranks 0 .. 3 are (1, 0), (1, 1), (0, 0), (0, 1)."""
 W = Worker(1, 0)
 
 
@@ -25,22 +25,22 @@ def ban(host: str | None = "b", hosts: int = 2, mesh: Mesh | None = MESH, worker
 @pytest.mark.parametrize(
     ("of", "mesh", "hosts", "expected"),
     [
-        (ban(), MESH, "aabb", [W]),
-        (ban(), MESH, "aacc", []),
-        (ban(), MESH, "acca", []),
-        (ban(), MESH, "baac", [Worker(0, 0)]),
-        (ban(), MESH, "bbaa", [Worker(0, 0), Worker(0, 1)]),
+        (ban(), MESH, "bbaa", [W]),
+        (ban(), MESH, "ccaa", []),
+        (ban(), MESH, "caac", []),
+        (ban(), MESH, "acba", [Worker(0, 0)]),
+        (ban(), MESH, "aabb", [Worker(0, 0), Worker(0, 1)]),
         (ban(), Mesh(2, 1), "aa", []),
-        (ban(), Mesh(2, 1), "ab", [W]),
-        (ban(), Mesh(2, 3), "aaabbc", [W, Worker(1, 1)]),
+        (ban(), Mesh(2, 1), "ba", [W]),
+        (ban(), Mesh(2, 3), "bbcaaa", [W, Worker(1, 1)]),
         (ban(hosts=1), MESH, "bbbb", [W]),
         (ban(hosts=1), MESH, "xxxx", [W]),
         (ban(hosts=1), MESH, "abab", []),
         (ban(hosts=1), Mesh(2, 3), "bbbbbb", []),
-        (ban(host=None, hosts=0), MESH, "aabb", [W]),
-        (ban(host=None, hosts=0), Mesh(2, 3), "aabbcc", []),
-        (ban(host=None, hosts=0, mesh=None), MESH, "aabb", [W]),
-        (ban(host=None, hosts=0, mesh=None, worker=Worker(5, 5)), MESH, "aabb", []),
+        (ban(host=None, hosts=0), MESH, "bbaa", [W]),
+        (ban(host=None, hosts=0), Mesh(2, 3), "bccaab", []),
+        (ban(host=None, hosts=0, mesh=None), MESH, "bbaa", [W]),
+        (ban(host=None, hosts=0, mesh=None, worker=Worker(5, 5)), MESH, "bbaa", []),
         (ban(), MESH, "", [W]),
         (ban(), Mesh(2, 3), "", []),
     ],
@@ -121,7 +121,7 @@ def test_what_somebody_removed_stays_removed(tmp_path: Path) -> None:
 
 def test_an_exported_ledger_is_read_too(tmp_path: Path) -> None:
     ledger, path = Ledger(), tmp_path / "ledger.json"
-    ledger.hosts = dict(zip(MESH.workers, "aabb"))
+    ledger.hosts = dict(zip(MESH.workers, "bbaa"))
     ledger.ban(5, [W])
     ledger.export(path)
     assert read_bans(path) == [Ban(W, 5, host="b")]
@@ -140,7 +140,7 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_ledger_says_on_which_machine_the_banned_were() -> None:
     ledger, loaded = Ledger(), Ledger()
-    ledger.hosts = dict(zip(MESH.workers, "aabc"))
+    ledger.hosts = dict(zip(MESH.workers, "bcaa"))
     ledger.flags[W] = 4
     ledger.ban(5, [W])
     state: dict[str, Any] = json.loads(json.dumps(ledger.state_dict()))
