@@ -21,7 +21,10 @@ def test_every_rule_can_be_chosen() -> None:
     ("options", "remedy"),
     [
         ({"aggregation": "average"}, r"Response.aggregation='average' cannot work: it must be one of 'mean', 'trimmed_mean'"),
-        ({"aggregation": "median", "tolerated": 0}, "Response.tolerated=0 cannot work: it must be None or a whole number, at least 1"),
+        (
+            {"aggregation": "median", "tolerated": 0},
+            "Response.tolerated=0 cannot work: it must be None or a whole number",
+        ),
         ({"tolerated": 1}, "contradicts itself.*Leave tolerated out"),
     ],
 )

@@ -108,8 +108,9 @@ def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
     if mixed and name not in _COPIES:
         raise WrongDevice(f"{name}: {[(str(leaf.device), tuple(leaf.shape)) for leaf in leaves]}")
     if name == "_copy_from":
-        source, target = args[:2]
-        if not _on_device(target):
+        source, target, under_way = (*args, False)[:3]
+        # Of a copy that goes on by itself the host waits for nothing, until it waits for something that comes behind it.
+        if not _on_device(target) and not kwargs.get("non_blocking", under_way):
             reads.note()
         _unwrapped(target).copy_(_unwrapped(source))
         return target

@@ -97,9 +97,7 @@ class HealthyStage:
         if self._group is None:
             return vector[None], [self._worker]
         workers = [worker for worker in workers if worker not in self.left_out]
-        rows = vector.new_empty(len(workers), len(vector))
-        dist.all_gather(list(rows.unbind()), vector, group=self._group)
-        return rows, workers
+        return collectives.all_gather(vector, self._group), workers
 
     def reduce(self, shares: Shares) -> None:
         """The gradients of the stage become those of the step."""

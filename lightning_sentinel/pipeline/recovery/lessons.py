@@ -1,8 +1,10 @@
 """What a stage learns from a step: the sum of what its replicas have to say, as long as it can be believed.
 
 A sum does not tell who spoiled it. So it is looked at before anything learns from it: where it is not finite, or further from what
-was learned so far than it has been of late, replicas say once more what they add, each by itself. Who adds what is not finite
-answers for it by name and adds nothing; who is much further away than most is brought as close as they are.
+was learned so far than it has been of late, nothing is learned from it as it is, and replicas say once more what they had added,
+each by itself. Who adds what is not finite answers for it by name and adds nothing; who is much further away than most is brought
+as close as they are. What is left is learned with the next step: a device is not waited for in between, because what it found of a
+sum is on the host by the time of the next.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +33,21 @@ _BETA = 0.9
 _TINY = 1e-30
 
 
+class _Added(NamedTuple):
+    """What this process added to the sum of the step before.
+
+    Args:
+        vector: for all boundaries together.
+        lengths: of the part of each boundary.
+        expected: 0-dim bool on the host, whether the sum was learned as it was. It is on its way there until the next step's
+            collective has waited for the device.
+    """
+
+    vector: Tensor
+    lengths: list[int]
+    expected: Tensor
+
+
 class Lessons:
     """Remembers how far sums were from what had been learned.
 
@@ -40,6 +58,7 @@ class Lessons:
     def __init__(self) -> None:
         self.refused: Counter[Worker] = Counter()
         self._distance: Tensor | None = None
+        self._added: _Added | None = None
 
     def of_step(
         self,
@@ -48,8 +67,8 @@ class Lessons:
         sizes: Sequence[Mapping[str, int]],
         sum_over_replicas: Callable[[Tensor], Tensor],
         apart: Apart | None,
-    ) -> list[Contribution | None]:
-        """What to learn of each boundary; ``None`` for nothing.
+    ) -> list[Contribution]:
+        """What to learn of each boundary; to be called once a step, behind the step's collective.
 
         Args:
             mine: what this process has to say.
@@ -66,24 +85,39 @@ class Lessons:
         def parts(flat: Tensor) -> list[Contribution]:
             return [Contribution.from_flat(part, like) for part, like in zip(flat.split(lengths), mine)]
 
-        def distances(step: Sequence[Contribution]) -> Tensor:
-            each = (known.distances(one, size) for known, one, size in zip(references, step, sizes))
-            return torch.stack([torch.stack(of_one).sum() for of_one in each])
-
+        before = self._of_the_step_before(lengths, parts, references, sizes, apart)
         flat = sum_over_replicas(vector.clone())
-        total = parts(flat)
-        distance = distances(total)
+        distance = self._distances(parts(flat), references, sizes)
         usual = self._distance if self._distance is not None and len(self._distance) == len(distance) else distance
-        expected = (distance <= _SURPRISING * usual + _TINY).all() & flat.isfinite().all() & distance.isfinite().all()
-        # All ranks of the stage have the same sum, so all of them ask or none does.
-        if not bool(expected):
-            if apart is not None:
-                total = self._together(*apart(vector), parts, references, sizes)
-                distance = distances(total)
-            elif not bool(flat.isfinite().all()):
-                return [None] * len(mine)
+        expected = flat.isfinite().all() & distance.isfinite().all()
+        if apart is not None:
+            expected = expected & (distance <= _SURPRISING * usual + _TINY).all()
+            # All ranks of the stage have the same sum, so all of them will ask or none does.
+            self._added = _Added(vector, lengths, _on_its_way(expected))
         self._distance = torch.where(usual.isfinite(), torch.lerp(distance, usual, _BETA), distance)
-        return list(total)
+        learned = parts(torch.where(expected, flat, 0.0))
+        return learned if before is None else [Contribution.added(both) for both in zip(learned, before)]
+
+    @staticmethod
+    def _distances(step: Sequence[Contribution], references: Sequence[References], sizes: Sequence[Mapping[str, int]]) -> Tensor:
+        each = (known.distances(one, size) for known, one, size in zip(references, step, sizes))
+        return torch.stack([torch.stack(of_one).sum() for of_one in each])
+
+    def _of_the_step_before(
+        self,
+        lengths: Sequence[int],
+        parts: Callable[[Tensor], list[Contribution]],
+        references: Sequence[References],
+        sizes: Sequence[Mapping[str, int]],
+        apart: Apart | None,
+    ) -> list[Contribution] | None:
+        """What was not learned of it at once; ``None`` if all was."""
+        added, self._added = self._added, None
+        if added is None or apart is None or bool(added.expected):
+            return None
+        rows, workers = apart(added.vector)
+        # Of signals of another length nothing can be added to those of now.
+        return self._together(rows, workers, parts, references, sizes) if list(lengths) == added.lengths else None
 
     def _together(
         self,
@@ -121,3 +155,12 @@ class Lessons:
                 stacklevel=2,
             )
         self.refused[worker] += 1
+
+
+def _on_its_way(value: Tensor) -> Tensor:
+    """A copy on the host, for which nobody waits: it is there once the device has been waited for."""
+    if value.device.type == "cpu":
+        return value
+    # Memory that may be paged out would be copied to while the host waits.
+    there = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
+    return there.copy_(value, non_blocking=True)
