@@ -68,8 +68,8 @@ class BoundaryVerifier:
         self.references = References(config.beta_gradient if gradient else config.beta_activation)
         self.fences = Fences.open(len(FEATURES), device=self._device)
         """The fences in force; see :class:`lightning_sentinel.verification.calibration.Calibration`."""
-        self.limit = 1.0
-        """The score above which a signal is flagged at receipt."""
+        self.limits = torch.ones(1, device=self._device)
+        """The score above which a signal is flagged at receipt: one for all, or ``(lanes,)``, of the sender that serves each."""
         self._secret = SecretDirections(boundary, config, self._device)
         self._kept: _Kept | None = None
 
@@ -101,7 +101,8 @@ class BoundaryVerifier:
         highest = self.fences.scores(measured.features).max(dim=1)
         score = highest.values.clamp(max=MAX_SCORE).masked_fill(broken, MAX_SCORE)
         worst = highest.indices.masked_fill(broken, -1)
-        flagged = (score > self.limit) & ~tainted
+        limits = self.limits if lanes is None or len(self.limits) == 1 else self.limits[lanes]
+        flagged = (score > limits) & ~tainted
         self._keep(measured, flagged, ~(tainted | broken), lanes)
         return Inspection(signal_rows(measured.features, score, worst, flagged, tainted, *measured.means.shape[1:]), flagged)
 

@@ -104,10 +104,6 @@ class Guard:
         self._indices = {boundary: mesh.boundaries.index(boundary) for boundary in self.verifiers}
         self.tolerances = Tolerances(mesh, 0)
         self._keep_secret(verification)
-        if self.excludes and self.compares_inputs:
-            # Nobody looks again at what is left out, so it is not what a later look would clear.
-            for verifier in self.verifiers.values():
-                verifier.limit = MUCH_FURTHER
         self._excluded: tuple[int, frozenset[Worker]] = (-1, frozenset())
         self._wiring, self._micro_batches = Wiring.of(mesh), 1
         self._rows: dict[Boundary, list[Tensor]] = {boundary: [] for boundary in self.verifiers}
@@ -168,7 +164,19 @@ class Guard:
         self._wiring, self._micro_batches = self.wiring(step, micro_batches), micro_batches
         self.tolerances.learning = self.calibration.steps < self._secret.warmup_steps
         self._require_a_pipeline(self._wiring, step)
+        if self.excludes and self.compares_inputs:
+            for boundary, verifier in self.verifiers.items():
+                limits = [self._limit(self._wiring.worker(boundary.sender, lane)) for lane in self._lanes or [0]]
+                verifier.limits = torch.tensor(limits, device=self._device)
         return self._wiring
+
+    def _limit(self, sender: Worker) -> float:
+        """The score above which what a worker sends is left out at receipt, where nobody looks again at what is left out.
+
+        An honest signal is a little out of line every now and then, and it is to count; a worker that was out of line for most of
+        the step before is given no such benefit.
+        """
+        return 1.0 if self.ledger.streaks[sender] else MUCH_FURTHER
 
     @property
     def _lanes(self) -> list[int]:
