@@ -172,9 +172,9 @@ class _Clock(L.Callback):
         self.seconds.append((time.perf_counter() - self._start, self._inside))
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
+        def timed(*arguments: Any, **options: Any) -> Any:
             start = time.perf_counter()
-            result = function(*arguments)
+            result = function(*arguments, **options)
             self._inside += time.perf_counter() - start
             return result
 

@@ -64,7 +64,8 @@ def refuse_other_replicas(loader: Any, num_replicas: int, rank: int, gathers: bo
         sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     right, said = [num_replicas, rank], [getattr(sampler, "num_replicas", None), getattr(sampler, "rank", None)]
     found = [number for number in said if isinstance(number, int)]
-    found = found if len(found) == len(right) else right
+    # Who is the only one reads all samples, and so does everybody else who is.
+    found = found if len(found) == len(right) and found != [1, 0] else right
     mine = [int(found != right), *found, *right]
     everyone = gather_numbers(mine) if gathers else [mine]
     for number, (is_wrong, replicas, own, many, its_own) in enumerate(everyone):
