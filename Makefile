@@ -9,7 +9,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt byzfl
 	@touch $@
 
-.PHONY: setup demo test test-gpu benchmark-quick lint clean
+.PHONY: setup demo test test-gpu lightning-suite benchmark-quick lint clean
 
 setup: .venv/.ok  ## create .venv with everything
 
@@ -23,6 +23,9 @@ test: .venv/.ok  ## the whole suite, doctests included
 
 test-gpu: .venv/.ok  ## only the tests that need a GPU, or two; ends with a table of what was found, and what was skipped and why
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest tests/distributed/test_gpu.py -m gpu -n 0 -rs
+
+lightning-suite: .venv/.ok  ## Lightning's own tests with this strategy: make lightning-suite LIGHTNING=path/to/a/checkout
+	$(BIN)/python -m tests.lightning_suite.run $(LIGHTNING)
 
 benchmark-quick: .venv/.ok  ## has detection got worse? about two minutes; fails if it has
 	rm -rf runs/benchmark-quick

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from lightning_sentinel.benchmarks.processes import on_ranks
 from lightning_sentinel.benchmarks.random_bytes import QUIET, loss_of_bytes, random_bytes, random_bytes_layers
 from lightning_sentinel.config import DEFAULT_AUDIT_RATE, Response, Verification
+from lightning_sentinel.pipeline.stages.skeleton import ForeignLayer
 from lightning_sentinel.strategy import SentinelStrategy
 
 __all__ = ["LargeModel", "largest_sum_of_tensors", "memory"]
@@ -136,7 +137,7 @@ class _Stage(L.Callback):
         weights = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         states = [value for state in trainer.optimizers[0].state.values() for value in state.values() if isinstance(value, Tensor)]
         self.share = sum(tensor.nbytes for tensor in [*weights, *weights, *states])
-        self.layers = tuple(number for number, layer in enumerate(pl_module.net) if not isinstance(layer, nn.Identity))
+        self.layers = tuple(number for number, layer in enumerate(pl_module.net) if not isinstance(layer, ForeignLayer))
 
 
 def _peak(settings: dict[str, Any]) -> list[dict[str, Any]]:

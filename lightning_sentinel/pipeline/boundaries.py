@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from deepspeed.runtime.pipe import schedule as ds_schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
@@ -12,7 +13,7 @@ from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.data.supply import Work
-from lightning_sentinel.pipeline.messages.headers import NOTES, SIGNALS, Kind, Place
+from lightning_sentinel.pipeline.messages.headers import NOTES, NOTHING, SIGNALS, Kind, Place
 from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.recovery.auditing import Kept
@@ -53,8 +54,10 @@ class StageBoundaries(PipelineEngine):  # type: ignore[misc]
     def _exec_recv_activation(self, buffer_id: int, micro_batch: int) -> None:
         sender, place = self._peer(self.stage_id - 1), self._place(Kind.ACTIVATION, micro_batch)
         signal, tainted = self._inbox.activation(sender, place, self._work[micro_batch].samples)
-        self._kept.keep(self._kept.received, Direction.ACTIVATION, micro_batch, signal)
-        self.pipe_buffers["inputs"][buffer_id] = signal.requires_grad_()
+        if signal is not None:
+            self._kept.keep(self._kept.received, Direction.ACTIVATION, micro_batch, signal)
+            signal.requires_grad_()
+        self.pipe_buffers["inputs"][buffer_id] = signal
         self.pipe_buffers["taints"][buffer_id] = tainted
 
     def _exec_recv_gradient(self, buffer_id: int, micro_batch: int) -> None:
@@ -111,6 +114,10 @@ class StageBoundaries(PipelineEngine):  # type: ignore[misc]
         return input_gradient(self.pipe_buffers["inputs"][buffer_id], self.stage_id)
 
     def _send(self, direction: Direction, buffer_id: int, micro_batch: int) -> None:
+        if direction is Direction.ACTIVATION and self.pipe_buffers["outputs"][buffer_id] is None:
+            taint, place = self.pipe_buffers["taints"][buffer_id], self._place(Kind.ACTIVATION, micro_batch)
+            self._transport.send(torch.empty(0), taint, self._peer(self.stage_id + 1), place, NOTHING)
+            return
         # An altered copy: the tensor itself is what the backward pass of this stage starts from.
         signal, self._altered = (self._outgoing(buffer_id, direction) if self._altered is None else self._altered), None
         self._kept.keep(self._kept.sent, direction, micro_batch, signal)

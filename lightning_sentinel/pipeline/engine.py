@@ -28,11 +28,11 @@ from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
+from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.data.dealing import Deal
 from lightning_sentinel.pipeline.data.supply import Supply, Work
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups, leave_module_alone
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
-from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.contributions import broken, changed, dropped
 from lightning_sentinel.pipeline.gradients.healthy import HealthyStage
 from lightning_sentinel.pipeline.gradients.held import HeldGradients
@@ -52,7 +52,7 @@ from lightning_sentinel.pipeline.results.losses import refuse_sum
 from lightning_sentinel.pipeline.results.predictions import share_predictions
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.statistics import MovingBuffers
-from lightning_sentinel.pipeline.steps import StepRunner, checked_signal, loss_of
+from lightning_sentinel.pipeline.steps import NeverCalledError, StepRun, StepRunner, checked_signal, loss_of
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
 from lightning_sentinel.verification.tolerance import Tolerances
@@ -73,7 +73,6 @@ class SentinelEngine(StageBoundaries):
         response: what follows from a flag, and how gradients are aggregated.
         timeout: how long ranks of a stage wait for each other.
         seed: of the random numbers in forward passes; the same on all ranks.
-        clipping: of gradients.
         device: where the stage is.
         arithmetic: the precision that the stage computes in.
         zero: whether each worker keeps only a part of the optimizer's state.
@@ -89,7 +88,6 @@ class SentinelEngine(StageBoundaries):
         response: Response,
         timeout: timedelta,
         seed: int,
-        clipping: Clipping,
         device: torch.device,
         arithmetic: Arithmetic,
         zero: bool,
@@ -130,7 +128,7 @@ class SentinelEngine(StageBoundaries):
         self._moving = MovingBuffers(self.module.buffers())
         steps.leaves_out = guard is not None and guard.excludes
         tied = TiedStages(stage_model.ties, stage_model.layers.module, mesh, self.worker.stage)
-        self._healthy = HealthyStage(stage, mesh, self.worker, response, clipping, timeout, self.device, tied, zero)
+        self._healthy = HealthyStage(stage, mesh, self.worker, response, timeout, self.device, tied, zero)
         self._healthy.make_equal(self._banned)
         self._rewind: Rewind | None = None
         self._kept = Kept()
@@ -191,6 +189,10 @@ class SentinelEngine(StageBoundaries):
         if self.guard is None or outcome.table is None:
             return None
         self._steps.end_step()
+        if outcome.skipped:
+            self.guard.forget_step()
+            self._kept.clear()
+            return None
         ask, useless = self._ask if self.guard.audits else None, outcome.broken
         ruling = self.guard.settle(outcome.table, step, self._healthy.sum, ask, self._healthy.apart, useless)
         # Nothing of it is audited any more: the memory is the optimizer's, and that of a validation.
@@ -239,11 +241,13 @@ class SentinelEngine(StageBoundaries):
         absent = self._absent if step == "training_step" else self._banned
         self._work = self._supply.of_step(self._own, deal.sizes, self._wiring, absent)
         self._kept.clear()
-        self._kept.keeps = step == "training_step" and self.guard is not None and self.guard.audits
-        self._inbox.begin(replaces=step == "training_step" and self.guard is not None and self.guard.answers)
+        training = step == "training_step"
+        self._kept.keeps = training and self.guard is not None and self.guard.audits
+        self._inbox.begin(training and self.guard is not None and self.guard.answers, lets_nothing_in=not training)
         self._steps.new_records()
         self._results: dict[Part, Any] = {}
-        self._loss = torch.zeros(2, device=self.device)
+        self._begun: dict[int, StepRun] = {}
+        self._loss = torch.zeros(3, device=self.device)
 
     def _broken(self) -> Tensor | None:
         """Whether this worker's gradients are of no use. Those of a loss that is scaled may overflow, which all find out later."""
@@ -281,8 +285,10 @@ class SentinelEngine(StageBoundaries):
         self._healthy.reduce(shares)
         self._arithmetic.unscale(self.optimizer)
 
+    def clip_gradients(self, limit: float, by_value: bool) -> None:
+        self._healthy.clip(limit, by_value)
+
     def apply_gradients(self) -> None:
-        self._healthy.clip()
         with self._healthy.stepping():
             if not self._arithmetic.step(self.optimizer):
                 self._exec_optimizer_step()
@@ -299,10 +305,22 @@ class SentinelEngine(StageBoundaries):
     def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
         if self.is_first_stage():
             with self._computing(micro_batch):
-                inputs = self._steps.input_of(self._step_name, self._part(micro_batch))
+                inputs = self._input_of(micro_batch)
             self._inbox.loaded(inputs, micro_batch)
             self.pipe_buffers["inputs"][buffer_id] = inputs
             self.pipe_buffers["taints"][buffer_id] = self._untainted
+
+    def _input_of(self, micro_batch: int) -> Any:
+        """What goes into the pipeline; ``None`` if the step does not call it, which the stages behind are told."""
+        if self.is_last_stage():
+            run = self._begun[micro_batch] = self._start(micro_batch)
+            return run.inputs if run.waits else None
+        try:
+            return self._steps.input_of(self._step_name, self._part(micro_batch))
+        except NeverCalledError:
+            if self._step_name == "training_step":
+                raise
+            return None
 
     def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
         inputs = self.pipe_buffers["inputs"][buffer_id]
@@ -311,34 +329,51 @@ class SentinelEngine(StageBoundaries):
             inputs = inputs.clone()
         leaves_out = self._steps.leaves_out and self._step_name == "training_step"
         before = self._moving.copies() if leaves_out else []
-        with self._computing(micro_batch), self._stage.failing(self._fault(micro_batch)):
-            outputs = self._stage(inputs)
+        outputs = None
+        if inputs is not None:
+            with self._computing(micro_batch), self._stage.failing(self._fault(micro_batch)):
+                outputs = self._stage(inputs)
         if before and isinstance(outputs, Tensor):
             self._moving.put_back(before, self.pipe_buffers["taints"][buffer_id] | ~outputs.isfinite().all())
-        if not self.is_last_stage():
-            self.pipe_buffers["outputs"][buffer_id] = checked_signal(outputs, self._last_layer, self.stage_id)
-            return
+        if self.is_last_stage():
+            outputs = self._finish(outputs, buffer_id, micro_batch)
+        elif inputs is not None:
+            outputs = checked_signal(outputs, self._last_layer, self.stage_id)
+        self.pipe_buffers["outputs"][buffer_id] = outputs
+
+    def _finish(self, outputs: Any, buffer_id: int, micro_batch: int) -> Tensor | None:
+        """The user's step, on what came out. Returns what to differentiate; ``None`` if there is nothing."""
         excludes = self.guard is not None and self.guard.excludes
         counts = ~(self.pipe_buffers["taints"][buffer_id] if excludes else self._untainted)
         work = self._work[micro_batch]
-        with self._computing(micro_batch):
-            result = self._steps.finish(self._step_name, self._part(micro_batch), outputs, work.samples, counts)
+        with self._computing(micro_batch) as draws:
+            run = self._begun.pop(micro_batch, None) or self._start(micro_batch)
+            draws.seed_answer()
+            result = run.finish(outputs, counts)
         if self._step_name != "training_step" or self.keeps_results:
             self._results[work.part] = result if self._step_name == "predict_step" else plain(result)
         if self._step_name != "training_step":
-            return
+            return None
+        nothing = torch.zeros((), device=self.device)
+        if result is None:
+            self._loss += torch.stack((nothing, nothing, counts * work.weight))
+            # The stages before are sent a gradient of zeros, which nobody is to judge.
+            self.pipe_buffers["taints"][buffer_id] = ~self._untainted
+            return None
         loss = loss_of(result, self._step_name)
         if self._sizes.micro_batches > 1:
             refuse_sum(loss, work.samples, self._step_name)
-        weight = work.weight
-        self._loss += torch.stack((torch.where(counts, loss.detach().float() * weight, 0.0), counts * weight))
-        self.pipe_buffers["outputs"][buffer_id] = torch.where(counts, loss * (weight * self._scale), 0.0)
+        self._loss += torch.stack((torch.where(counts, loss.detach().float() * work.weight, 0.0), counts * work.weight, nothing))
+        return torch.where(counts, loss * (work.weight * self._scale), 0.0)
 
     def _exec_backward_pass(self, buffer_id: int, micro_batch: int) -> None:
-        outputs = self.pipe_buffers["outputs"][buffer_id]
+        outputs, inputs = self.pipe_buffers["outputs"][buffer_id], self.pipe_buffers["inputs"][buffer_id]
         with changed(self._stage_parameters, self._changes(buffer_id, micro_batch)):
-            if self.is_last_stage():
-                outputs.backward()
+            if outputs is None:
+                if isinstance(inputs, Tensor) and inputs.requires_grad:
+                    inputs.grad = torch.zeros_like(inputs)
+            elif self.is_last_stage():
+                (self._steps.own_backward or Tensor.backward)(outputs)
             elif outputs.requires_grad:  # not if all up to here is frozen
                 self._received_gradient = self.pipe_buffers["output_tensors"][buffer_id]
                 outputs.backward(gradient=self._received_gradient)
@@ -347,7 +382,7 @@ class SentinelEngine(StageBoundaries):
     # ------------------------------------------------------------------------------------------- what the instructions share
 
     @contextmanager
-    def _computing(self, micro_batch: int) -> Iterator[None]:
+    def _computing(self, micro_batch: int) -> Iterator[Draws]:
         """Where this stage's layers or the user's step run, on random numbers that are this micro-batch's."""
         training = self._step_name == "training_step"
         # Other numbers than any training step has: no two evaluations draw the same.
@@ -357,7 +392,7 @@ class SentinelEngine(StageBoundaries):
         self._stage.draws = draws if training else None
         self._steps.gather = Gathering(partial(self._beside, micro_batch), self.global_rank, self.device, self._kept.keeps)
         with self._forward_context():
-            yield
+            yield draws
 
     def _beside(self, micro_batch: int) -> list[int]:
         """The ranks that run a step on a micro-batch of this number."""
@@ -366,6 +401,9 @@ class SentinelEngine(StageBoundaries):
         }
         lanes = [lane for lane, parts in work.items() if len(parts) > micro_batch]
         return [self._mesh.rank(self._wiring.worker(self.stage_id, lane)) for lane in lanes]
+
+    def _start(self, micro_batch: int) -> StepRun:
+        return self._steps.start(self._step_name, self._part(micro_batch), self._work[micro_batch].samples, self.device)
 
     def _changes(self, buffer_id: int, micro_batch: int) -> list[Callable[[Tensor], Tensor]]:
         """What becomes of the weight gradients of a micro-batch on their way into the sum."""
@@ -384,7 +422,9 @@ class SentinelEngine(StageBoundaries):
         return partial(self.adversary.layer_output, worker=self.worker, step=self._step, micro_batch=micro_batch)
 
     def _part(self, micro_batch: int) -> tuple[Any, ...]:
-        return (self._work[micro_batch].batch, *self._arguments[1:])
+        batch = self._work[micro_batch].batch
+        # What a step does to its batch in place must not be seen by those who do it again.
+        return (copied(batch) if self._kept.keeps else batch, *self._arguments[1:])
 
     _INSTRUCTION_MAP = StageBoundaries._INSTRUCTION_MAP | {
         ds_schedule.LoadMicroBatch: _exec_load_micro_batch,

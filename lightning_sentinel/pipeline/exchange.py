@@ -17,7 +17,7 @@ from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.table import no_rows
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["Exchange", "StepOutcome", "mean_loss", "part_weights"]
+__all__ = ["Exchange", "StepOutcome", "is_skipped", "mean_loss", "part_weights"]
 
 _LONGEST_SCHEMA = 2**24
 
@@ -36,6 +36,7 @@ class StepOutcome:
         schema: what the step logs.
         logged: value and weight of each logged name.
         stops: whether a step asks for the end of training.
+        skipped: whether ``training_step`` returned ``None`` for all that count.
     """
 
     loss: float | None
@@ -46,6 +47,7 @@ class StepOutcome:
     schema: LogSchema
     logged: dict[str, tuple[float, float]]
     stops: bool = False
+    skipped: bool = False
 
 
 def part_weights(wiring: Wiring, sizes: BatchSizes) -> Tensor:
@@ -65,19 +67,29 @@ def mean_loss(losses: Tensor, believed: bool) -> float | None:
     """The loss of a step, or ``None`` if nothing counts.
 
     Args:
-        losses: ``(lanes, 2)``, the sum of each lane's weighted losses, and of their weights.
+        losses: ``(lanes, 3)``, the sum of each lane's weighted losses, of their weights, and of those of what has no loss.
         believed: whatever they are. Else one that is not finite is passed over, as are its gradients, unless all are like that.
 
     Example:
-        >>> losses = torch.tensor([[3.0, 1.0], [torch.nan, 1.0]])
+        >>> losses = torch.tensor([[3.0, 1.0, 0.0], [torch.nan, 1.0, 0.0]])
         >>> mean_loss(losses, believed=False), mean_loss(losses, believed=True)
         (3.0, nan)
     """
     finite = losses.isfinite().all(dim=1)
     if not believed and finite.any():
         losses = losses[finite]
-    total, weight = losses.sum(dim=0).tolist()
+    total, weight, _ = losses.sum(dim=0).tolist()
     return total / weight if weight > 0 else None
+
+
+def is_skipped(losses: Tensor) -> bool:
+    """Whether ``training_step`` returned ``None`` for all that counts, of what :func:`mean_loss` takes.
+
+    Example:
+        >>> is_skipped(torch.tensor([[0.0, 0.0, 1.0]])), is_skipped(torch.tensor([[0.3, 0.5, 0.5]]))
+        (True, False)
+    """
+    return bool((losses[:, 2] > 0).any() and not (losses[:, 1] > 0).any())
 
 
 class Exchange:
@@ -117,7 +129,8 @@ class Exchange:
             wiring: who served which lane.
             sizes: of all replicas' batches. A lane that has no samples to work on logs nothing.
             rows: ``(micro_batches, len(COLUMNS))`` of each direction that this rank received; ``None`` if nothing is verified.
-            loss: ``(2,)``, sum of weighted losses and sum of weights; zero except on the last stage.
+            loss: ``(3,)``, sum of weighted losses, sum of their weights, and of the weights of what ``training_step`` returned
+                ``None`` for; zero except on the last stage.
             recorder: what was logged; empty except on the last stage.
             broken: 0-dim bool, whether this rank's weight gradients are of no use; ``None`` if that is not asked, on all ranks.
             stops: whether a step on this rank asks for the end of training; asked of those that serve the last stage.
@@ -129,7 +142,7 @@ class Exchange:
         table = torch.empty(0, device=self._device) if rows is None else self._padded_rows(rows, wiring.slots)
         of_no_use = torch.empty(0, device=self._device) if broken is None else broken.float().view(1)
         everyone = self._gather(torch.cat((table.flatten(), of_no_use, loss, fingerprint, values)))
-        parts = everyone.split([table.numel(), len(of_no_use), 2, 2, len(values)], dim=1)
+        parts = everyone.split([table.numel(), len(of_no_use), 3, 2, len(values)], dim=1)
 
         lanes = [lane for lane in wiring.lanes if any(sizes.samples[part.replica] for part in wiring.work[lane])]
         last = [self._mesh.rank(wiring.worker(self._mesh.stages - 1, lane)) for lane in lanes]
@@ -150,6 +163,7 @@ class Exchange:
             schema=schema,
             logged=schema.reduce(log_values),
             stops=bool((parts[3][last, 1] > 0).any()),
+            skipped=is_skipped(losses),
         )
 
     def _padded_rows(self, rows: Mapping[Direction, Tensor], slots: int) -> Tensor:

@@ -76,8 +76,11 @@ class Engine(Protocol):
             shares: which part of the data was not excluded.
         """
 
+    def clip_gradients(self, limit: float, by_value: bool) -> None:
+        """Clip what :meth:`reduce_gradients` has left: by the norm over all stages, or each value."""
+
     def apply_gradients(self) -> None:
-        """Clip, let the optimizer step, and forget the gradients."""
+        """Let the optimizer step, and forget the gradients."""
 
     def discard_gradients(self) -> None:
         """Forget the gradients without a step."""

@@ -24,7 +24,7 @@ from torchmetrics import Metric
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.pipeline.batch_metrics import BatchMetrics, LoggedMetric
 
-__all__ = ["LogRecorder", "LogReplay", "LogSchema", "silence_misleading_warnings"]
+__all__ = ["LogRecorder", "LogReplay", "LogSchema", "LoggingMicroBatch", "silence_misleading_warnings"]
 
 _BEHIND_REDUCE_FX = ("enable_graph", "sync_dist", "sync_dist_group", "add_dataloader_idx", "batch_size", "metric_attribute")
 _REDUCTIONS = ("mean", "sum", "max", "min")
@@ -66,19 +66,33 @@ class _Logged(NamedTuple):
         return mean.item(), weight.sum().item()
 
 
+@dataclass(eq=False)
+class LoggingMicroBatch:
+    """Whose values are logged.
+
+    Args:
+        samples: of the micro-batch.
+        counts: 0-dim bool, false if it is tainted; ``None`` as long as nobody knows, because the step has not come back from the
+            pipeline. What such a step has logged weighs nothing.
+        training: whether the step trains.
+    """
+
+    samples: int = 1
+    counts: Tensor | None = None
+    training: bool = False
+
+
 class _OfMicroBatch(NamedTuple):
     """One value that a step logged.
 
     Args:
-        value: 0-dim; 0 if the micro-batch is left out.
-        counts: 0 or 1, whether it is not.
-        samples: of the micro-batch.
-        said: the batch size that the step gave, or as many.
+        value: 0-dim.
+        micro_batch: on which.
+        said: the batch size that the step gave, or as many samples as the micro-batch has.
     """
 
     value: Tensor
-    counts: Tensor
-    samples: int
+    micro_batch: LoggingMicroBatch
     said: int
 
 
@@ -162,15 +176,13 @@ class LogRecorder:
         self._module, self._metrics = module, metrics
         self._entries: dict[str, dict[str, Any]] = {}
         self._values: dict[str, list[_OfMicroBatch]] = {}
-        self.samples = 1
-        self.counts = torch.tensor(True)
-        self._training = False
+        self._logging = LoggingMicroBatch(counts=torch.tensor(True))
         if metrics is not None:
             metrics.begin()
 
-    def begin(self, samples: int, counts: Tensor, training: bool = False) -> None:
-        """The next calls come from a micro-batch of ``samples`` samples; ``counts`` (0-dim bool) is false if it is tainted."""
-        self.samples, self.counts, self._training = samples, counts, training
+    def begin(self, micro_batch: LoggingMicroBatch) -> None:
+        """The next calls come from this micro-batch, for the first time or again."""
+        self._logging = micro_batch
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -198,25 +210,25 @@ class LogRecorder:
         options |= dict(zip(_BEHIND_REDUCE_FX, others))
         entry = {key: options[key] for key in _PASSED_ON if options.get(key) is not None}
         metric = self._attribute_of(name, value, options) if isinstance(value, Metric) else None
-        by_batch = metric is not None and (self._training if on_step is None else on_step)
+        by_batch = metric is not None and (self._logging.training if on_step is None else on_step)
         how = _reduction(name, reduce_fx)
         self._entries[name] = {"reduce_fx": how, "metric": metric, "by_batch": by_batch, "options": entry}
         if metric is not None:
             if by_batch and self._metrics is not None:
                 self._metrics.want(metric, value)
-            self._note(name, torch.zeros(()), self.samples)
+            self._note(name, torch.zeros(()), self._logging.samples)
             return
         if not isinstance(value, (Tensor, Number)) or (isinstance(value, Tensor) and value.numel() != 1):
             raise PipelineModelError(
                 f"self.log({name!r}, {value!r}): in a pipeline a logged value is a number, a tensor with one element or a"
                 " torchmetrics Metric. Log its elements under names of their own, or use self.log_dict."
             )
-        tensor = torch.as_tensor(value, device=self.counts.device).detach().float().reshape(())
-        self._note(name, tensor, int(options.get("batch_size") or self.samples))
+        # A copy, because the step may go on to work on the tensor itself.
+        tensor = torch.as_tensor(value).detach().to(torch.float32, copy=True).reshape(())
+        self._note(name, tensor, int(options.get("batch_size") or self._logging.samples))
 
     def _note(self, name: str, value: Tensor, said: int) -> None:
-        value = torch.where(self.counts, value.to(self.counts.device), 0.0)
-        self._values.setdefault(name, []).append(_OfMicroBatch(value, self.counts.float(), self.samples, said))
+        self._values.setdefault(name, []).append(_OfMicroBatch(value, self._logging, said))
 
     @property
     def schema(self) -> LogSchema:
@@ -225,12 +237,14 @@ class LogRecorder:
     def vector(self) -> Tensor:
         """What :class:`LogSchema` reduces of each name, over this rank's micro-batches: ``(width,)`` on their device."""
         parts = [torch.stack(self._reduced(name, self._entries[name])) for name in self.schema.names]
-        return torch.cat(parts) if parts else torch.empty(0, device=self.counts.device)
+        return torch.cat(parts) if parts else torch.empty(0, device=_counts(self._logging).device)
 
     def _reduced(self, name: str, entry: Mapping[str, Any]) -> _Logged:
         logged, how = self._values[name], entry["reduce_fx"]
-        values, counts = torch.stack([one.value for one in logged]), torch.stack([one.counts for one in logged])
-        samples, said = ([one.samples for one in logged], [one.said for one in logged])
+        included = torch.stack([_counts(one.micro_batch) for one in logged])
+        values = torch.where(included, torch.stack([one.value.to(included.device) for one in logged]), 0.0)
+        counts = included.float()
+        samples, said = ([one.micro_batch.samples for one in logged], [one.said for one in logged])
         weights, nothing = counts * counts.new_tensor(samples), counts.new_zeros(())
         total = weights.sum()
         if entry["metric"] is not None:
@@ -259,6 +273,10 @@ class LogRecorder:
             f"self.log({name!r}, <{type(metric).__name__}>): the metric is no attribute of {type(self._module).__name__}, so the"
             " other ranks cannot find theirs. Assign it in __init__: self.my_metric = ..."
         )
+
+
+def _counts(micro_batch: LoggingMicroBatch) -> Tensor:
+    return torch.tensor(False) if micro_batch.counts is None else micro_batch.counts
 
 
 def _reduction(name: str, reduce_fx: Any) -> str:

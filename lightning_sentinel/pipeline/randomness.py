@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +29,10 @@ __all__ = [
     "Draws",
     "SeparateRandomness",
     "generator_state",
+    "remember_generators",
     "seed_data",
     "seed_generators",
     "seed_of_state",
-    "set_generator_state",
 ]
 
 
@@ -100,6 +101,14 @@ class Draws(NamedTuple):
         seed_generators(device, seed)
         _seed_host(seed)
 
+    def seed_answer(self) -> None:
+        """To be called where a step goes on with what the pipeline answers, for one that draws with Python or NumPy.
+
+        Torch's generators go on where they stood when the step called the pipeline. To remember where NumPy's stands, and to bring
+        it back, would take a hundred times as long as to seed it.
+        """
+        _seed_host(derive_seed("answer", *self))
+
     def seed_stage(self, first: int) -> None:
         """To be called in front of a stage, by the number of its first layer, for layers that draw with Python or NumPy.
 
@@ -128,16 +137,23 @@ def generator_state(device: torch.device) -> torch.Tensor:
     return state
 
 
-def set_generator_state(device: torch.device, state: torch.Tensor) -> None:
-    """Go on from what :func:`generator_state` gave."""
-    own = _own_generator(device)
-    (torch if own is None else own).set_rng_state(state)
-
-
 def _own_generator(device: torch.device) -> Any:
     """What seeds the current device, if it is of a kind that draws its own random numbers; ``None`` if the host does."""
     module = None if device.type == "cpu" else torch.get_device_module(device.type)
     return module if hasattr(module, "get_rng_state") else None
+
+
+def remember_generators(device: torch.device) -> Callable[[], None]:
+    """Take note of where torch's generators are that a computation on ``device`` may draw from. Returns what brings them back.
+
+    Example:
+        >>> go_back = remember_generators(torch.device("cpu"))
+        >>> first = torch.rand(1)
+        >>> go_back()
+        >>> bool(first == torch.rand(1))
+        True
+    """
+    return partial(_set_torch_states, _torch_states(device), device)
 
 
 class SeparateRandomness:
@@ -205,5 +221,6 @@ def _torch_states(device: torch.device) -> dict[str, Tensor]:
 
 def _set_torch_states(states: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
-    if device.type in states:
-        set_generator_state(device, states[device.type])
+    own = _own_generator(device)
+    if own is not None and device.type in states:
+        own.set_rng_state(states[device.type])

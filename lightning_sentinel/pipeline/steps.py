@@ -1,35 +1,164 @@
 """The user's own step functions, run around a pipeline.
 
-Inside a step ``self(x)`` (or ``self.net(x)``) calls the *entry* of the pipeline. On the first stage the call tells what goes into
-the pipeline and the step is left at that point; on the last stage it answers with what came out, and the step goes on to its loss.
-The step itself, its preprocessing and its logging stay as the user wrote them.
+Inside a step ``self(x)`` (or ``self.net(x)``) calls the *entry* of the pipeline. The call tells what goes into the pipeline, and
+the step waits there. On the first stage it is left at that point; on the last stage it is answered with what came out, and goes on
+to its loss. A process that has both ends runs a step once. The step itself, its preprocessing and its logging stay as the user
+wrote them.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.pipeline.batch_metrics import BatchMetrics
 from lightning_sentinel.pipeline.keeping import remembered
-from lightning_sentinel.pipeline.logs import LogRecorder
+from lightning_sentinel.pipeline.logs import LoggingMicroBatch, LogRecorder
 from lightning_sentinel.pipeline.statistics import MetricStates
+from lightning_sentinel.pipeline.suspension import Suspended
 
-__all__ = ["StepRunner", "checked_signal", "input_gradient", "loss_of"]
+__all__ = ["NeverCalledError", "StepRun", "StepRunner", "checked_signal", "fetches", "input_gradient", "loss_of"]
 
 
-class _InputCaptured(BaseException):
-    """Leaves a step once its pipeline input is known; no ``Exception``, so that the step's own handlers let it pass."""
+def fetches(module: L.LightningModule, step: str) -> bool:
+    """Whether a step takes ``dataloader_iter``, and gets its batch from there."""
+    return bool(is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True))
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+
+class NeverCalledError(PipelineModelError):
+    """A step has ended without a call of the pipeline."""
+
+
+class StepRun:
+    """A step on one micro-batch, which has run up to its call of the pipeline, or to its end if there is none.
+
+    Args:
+        runner: of the step.
+        step: ``"training_step"`` and the like.
+        arguments: of the step; the first is the micro-batch.
+        recorder: of what it logs; ``None`` hears nothing.
+        micro_batch: whose values it logs.
+        draws_on: whose random numbers the step goes on with where it stood when it called the pipeline.
+    """
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        step: str,
+        arguments: tuple[Any, ...],
+        recorder: LogRecorder | None,
+        micro_batch: LoggingMicroBatch,
+        draws_on: torch.device | None,
+    ) -> None:
+        self.step = step
+        self._runner, self._recorder, self._micro_batch = runner, recorder, micro_batch
+        self._answered = False
+        self._arithmetic, self._hooks, self._records_gradients = _arithmetic(), _saving_hooks(), torch.is_grad_enabled()
+        given = (_one_batch(arguments, runner.name_of(step)),) if fetches(runner.module, step) else arguments
+        self._suspended = Suspended(lambda: getattr(runner.module, step)(*given), draws_on)
+        with self._running():
+            self._suspended.start()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the step has called the pipeline, and waits for what comes out."""
+        return self._suspended.waits
+
+    @property
+    def inputs(self) -> Any:
+        """What goes into the pipeline: the argument of the call; of ``self(x, y)`` the tuple ``(x, y)``, for the first layer.
+
+        Raises:
+            NeverCalledError: if the step has not called it.
+        """
+        if self.waits:
+            return self._suspended.value
+        raise NeverCalledError(
+            f"{self._runner.name_of(self.step)} never called {self._runner.call}, so nothing goes into the pipeline. Call it once;"
+            " its layers cannot be called apart, because they are in different processes. To skip batches return -1 from"
+            " on_train_batch_start, or leave them out of the data."
+        )
+
+    @property
+    def result(self) -> Any:
+        """What a step has returned that did not call the pipeline, or was finished."""
+        assert not self.waits, "a step that waits has not returned"
+        return self._suspended.value
+
+    def finish(self, output: Any, counts: Tensor) -> Any:
+        """Go on with the pipeline's output, if the step waits for it.
+
+        Args:
+            output: what came out of the last stage for this micro-batch; ``None`` if nothing went in.
+            counts: 0-dim bool, whether what it logs counts.
+
+        Returns:
+            what the step returns.
+        """
+        self._micro_batch.counts = counts
+        if self.waits:
+            if output is None:
+                raise PipelineModelError(
+                    f"{self._runner.name_of(self.step)} called {self._runner.call} on the last stage, and not on the first. Let it"
+                    " depend on the batch and its numbers alone whether the step calls it, which are the same on both."
+                )
+            self._answered = True
+            states = self._runner.states
+            before = states.copies() if self._runner.leaves_out else []
+            with self._running():
+                self._suspended.go_on(output)
+            states.put_back(before, counts)
+        return self.result
+
+    def abandon(self) -> None:
+        """Leave the step at its call; its ``finally`` clauses run."""
+        with self._running():
+            self._suspended.abandon()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        recorder = self._recorder
+        with ExitStack() as stack:
+            if recorder is not None:
+                recorder.begin(self._micro_batch)
+                stack.enter_context(recorder.listening())
+            stack.enter_context(self._runner.redirected(self._entered, _discard if recorder is None else recorder.log))
+            yield
+
+    def _entered(self, *inputs: Any, **named: Any) -> Any:
+        """In place of the entry's ``forward``."""
+        where = self._runner.name_of(self.step)
+        if self._answered:
+            raise PipelineModelError(
+                f"{where} called {self._runner.call} more than once. A pipeline runs once for each micro-batch: concatenate the"
+                " inputs, and split the output."
+            )
+        if self._arithmetic != _arithmetic():
+            raise PipelineModelError(
+                f"{where} called {self._runner.call} inside torch.autocast, which other stages know nothing of. Use"
+                " Trainer(precision='bf16-mixed'), or enter it in the forward() of the layers that it is meant for."
+            )
+        if self._hooks != _saving_hooks():
+            raise PipelineModelError(
+                f"{where} called {self._runner.call} inside torch.utils.checkpoint, or hooks on what a backward pass needs, which"
+                " other stages know nothing of. Use SentinelStrategy(activation_checkpointing=True)."
+            )
+        if self._records_gradients and not torch.is_grad_enabled():
+            raise PipelineModelError(
+                f"{where} called {self._runner.call} where no gradients are recorded, but other stages record them all the same."
+                " Freeze layers with requires_grad_(False) instead of torch.no_grad()."
+            )
+        return self._suspended.ask(self._runner.given(inputs, named))
 
 
 class StepRunner:
@@ -37,104 +166,108 @@ class StepRunner:
 
     Args:
         module: the user's module.
-        entry: the module whose ``forward`` is the whole pipeline: the ``nn.Sequential``, or the LightningModule itself.
+        entry: the module whose ``forward`` is the whole pipeline: an ``nn.Sequential``, a network, or the LightningModule itself.
         layers: names of the pipeline's layers in the module.
     """
 
     def __init__(self, module: L.LightningModule, entry: nn.Module, layers: Collection[str] = ()) -> None:
-        self._module = module
+        self.module = module
         self._entry, self._layers = entry, layers
+        path = next((name for name, child in module.named_modules() if child is entry), "")
+        self.call = f"self{'.' * bool(path)}{path.replace('._orig_mod', '')}(x)"
+        """How the user writes the call of the pipeline."""
         self._metrics = BatchMetrics(module)
         self.recorder = LogRecorder(module, self._metrics)
         self.leaves_out = False
         """Whether any micro-batch of a training step may not count."""
-        self._states = MetricStates(module)
+        self.states = MetricStates(module)
+        """What metrics hold, without what does not count."""
         self.gather: Callable[..., Any] | None = None
         """Takes the place of the module's ``all_gather`` in steps."""
 
     def new_records(self) -> None:
         """Forget what the previous batch logged."""
-        self.recorder = LogRecorder(self._module, self._metrics)
-        self._states.forget()
+        self.recorder = LogRecorder(self.module, self._metrics)
+        self.states.forget()
 
     @property
     def stops(self) -> bool:
         """Whether a step has asked for the end of training."""
-        trainer = self._module._trainer
+        trainer = self.module._trainer
         return trainer is not None and bool(trainer.should_stop)
 
-    def input_of(self, step: str, arguments: tuple[Any, ...]) -> Any:
-        """What the step puts into the pipeline.
+    def start(self, step: str, arguments: tuple[Any, ...], samples: int, draws_on: torch.device | None = None) -> StepRun:
+        """Run a step up to its call of the pipeline, to be finished.
 
         Args:
             step: ``"training_step"`` and the like.
             arguments: of the step; the first is the micro-batch.
+            samples: size of the micro-batch.
+            draws_on: where the step's random numbers are to be what they are if nothing is drawn between its two halves.
+        """
+        micro_batch = LoggingMicroBatch(samples, training=step == "training_step")
+        return StepRun(self, step, arguments, self.recorder, micro_batch, draws_on)
 
-        Returns:
-            the argument of the call; of ``self(x, y)`` the tuple ``(x, y)``, for the first layer of ``configure_pipeline``.
+    def input_of(self, step: str, arguments: tuple[Any, ...]) -> Any:
+        """What a step puts into the pipeline; the step is left there, and finished where the output is.
 
         Raises:
-            PipelineModelError: if the step never calls the pipeline.
+            NeverCalledError: if the step never calls the pipeline.
         """
+        run = StepRun(self, step, arguments, None, LoggingMicroBatch(), None)
+        inputs = run.inputs
+        run.abandon()
+        return inputs
 
-        def capture(*inputs: Any, **named: Any) -> Any:
-            several = len(inputs) > 1 and self._entry is self._module
-            if named or not (several or len(inputs) == 1):
-                raise PipelineModelError(
-                    f"{self._call} was called with {len(inputs)} positional and {len(named)} named arguments. A pipeline takes one"
-                    " tensor (or one tuple of tensors): pass a single argument."
-                )
-            raise _InputCaptured(inputs if several else inputs[0])
+    def name_of(self, step: str) -> str:
+        """How errors call a step."""
+        return f"{type(self.module).__name__}.{step}"
 
-        with self._redirected(capture, log=_discard):
-            try:
-                getattr(self._module, step)(*arguments)
-            except _InputCaptured as captured:
-                return captured.value
-        raise PipelineModelError(
-            f"{type(self._module).__name__}.{step} never called {self._call}, so nothing goes into the pipeline. Call it once;"
-            " to skip batches return -1 from on_train_batch_start, or leave them out of the data."
-        )
+    def given(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        """What goes into the pipeline, of what its entry was called with."""
+        given = list(inputs)
+        if named and not isinstance(self._entry, nn.Sequential):
+            # By name, but in the order of the entry's own arguments, because layers are handed them in order.
+            order = list(inspect.signature(type(self._entry).forward).parameters)[1:]
+            while len(given) < len(order) and order[len(given)] in named:
+                given.append(named[order[len(given)]])
+        several = len(given) > 1 and not isinstance(self._entry, nn.Sequential)
+        if len(given) != len(inputs) + len(named) or not (several or len(given) == 1):
+            raise PipelineModelError(
+                f"{self.call} was called with {len(inputs)} positional and {len(named)} named arguments. A pipeline takes one"
+                " tensor (or one tuple of tensors): pass a single argument."
+            )
+        return tuple(given) if several else given[0]
 
-    def finish(self, step: str, arguments: tuple[Any, ...], output: Tensor, samples: int, counts: Tensor) -> Any:
-        """Run the step with the pipeline's output.
-
-        Args:
-            output: what came out of the last stage for this micro-batch.
-            samples: size of the micro-batch.
-            counts: 0-dim bool, whether what it logs counts.
-
-        Returns:
-            what the step returns.
-        """
-        answers = iter((output,))
-
-        def answer(*_: Any, **__: Any) -> Tensor:
-            try:
-                return next(answers)
-            except StopIteration:
-                raise PipelineModelError(
-                    f"{type(self._module).__name__}.{step} called {self._call} more than once. A pipeline runs once for each"
-                    " micro-batch: concatenate the inputs, and split the output."
-                ) from None
-
-        self.recorder.begin(samples, counts, training=step == "training_step")
-        before = self._states.copies() if self.leaves_out else []
-        with self._redirected(answer, log=self.recorder.log), self.recorder.listening():
-            result = getattr(self._module, step)(*arguments)
-        self._states.put_back(before, counts)
-        return result
+    @property
+    def own_backward(self) -> Callable[[Tensor], None] | None:
+        """The module's ``backward``, if it has one of its own."""
+        return self.module.backward if is_overridden("backward", self.module, L.LightningModule) else None
 
     def end_step(self) -> None:
         """Let metrics forget what did not count."""
-        self._states.end_step()
+        self.states.end_step()
+
+    @contextmanager
+    def redirected(self, forward: Callable[..., Any], log: Callable[..., None]) -> Iterator[None]:
+        """While a step runs: calls of the entry and of ``self.log`` come to us."""
+        # Attributes of the instances, not of the classes: what Lightning does to send a call through DDP's wrapper.
+        with ExitStack() as stack:
+            stack.enter_context(_attribute(self._entry, "forward", forward))
+            if self._entry._compiled_call_impl is not None:
+                # A module that was compiled in place has its call compiled, around its forward.
+                stack.enter_context(_attribute(self._entry, "_compiled_call_impl", None))
+            stack.enter_context(_attribute(self.module, "log", log))
+            if self.gather is not None:
+                stack.enter_context(_attribute(self.module, "all_gather", self.gather))
+            yield
 
     @contextmanager
     def unheard(self) -> Iterator[None]:
         """Run steps inside without a trace: in what is logged, in the states of torchmetrics, and in what steps keep."""
-        recorder, self.recorder = self.recorder, LogRecorder(self._module)
-        restore, restore_metrics = remembered(self._module, self._layers), self.remember_metrics()
-        trainer = self._module._trainer
+        recorder, self.recorder = self.recorder, LogRecorder(self.module)
+        restore, restore_metrics = remembered(self.module, self._layers), self.remember_metrics()
+        trainer = self.module._trainer
         stops = trainer is not None and trainer.should_stop
         try:
             yield
@@ -147,7 +280,7 @@ class StepRunner:
 
     def remember_metrics(self) -> Callable[[], None]:
         """Take note of the states of the module's torchmetrics. Returns what brings them back."""
-        metrics = [metric for metric in self._module.modules() if isinstance(metric, Metric)]
+        metrics = [metric for metric in self.module.modules() if isinstance(metric, Metric)]
         before = [{name: _copied(value) for name, value in vars(metric).items()} for metric in metrics]
 
         def restore() -> None:
@@ -156,21 +289,30 @@ class StepRunner:
 
         return restore
 
-    @property
-    def _call(self) -> str:
-        return "self(x)" if self._entry is self._module else "its nn.Sequential"
 
-    @contextmanager
-    def _redirected(self, forward: Callable[..., Any], log: Callable[..., None]) -> Iterator[None]:
-        # Attributes of the instances, not of the classes: what Lightning does to send a call through DDP's wrapper.
-        gather = self._module.all_gather if self.gather is None else self.gather
-        module = self._module
-        with _attribute(self._entry, "forward", forward), _attribute(module, "log", log), _attribute(module, "all_gather", gather):
-            yield
+def _one_batch(arguments: tuple[Any, ...], step: str) -> Iterator[tuple[Any, ...]]:
+    """A ``dataloader_iter`` of one micro-batch."""
+    yield arguments
+    raise PipelineModelError(
+        f"{step} has asked dataloader_iter for more than one batch. A pipeline runs it for each micro-batch of one: call next()"
+        " once."
+    )
 
 
 def _discard(*_: Any, **__: Any) -> None:
     """The first stage sees a step only up to the pipeline; what it logs there is logged again on the last."""
+
+
+def _arithmetic() -> tuple[Any, ...]:
+    """What the thread computes in."""
+    kinds = ("cpu", "cuda")
+    return tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+
+
+def _saving_hooks() -> Any:
+    """What the thread does with tensors that it saves for a backward pass."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if hooks is None else hooks(False)
 
 
 def _copied(value: Any) -> Any:
@@ -208,8 +350,7 @@ def loss_of(result: Any, step: str) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.is_floating_point(loss):
         raise PipelineModelError(
             f"{step} returned {type(result).__name__}, in which there is no scalar loss. Return the loss, or a dict with the key"
-            " 'loss'. Skipping a batch by returning None is not possible in a pipeline, because the stages before are waiting for"
-            " its gradient."
+            " 'loss', or None to leave the micro-batch out."
         )
     return loss.reshape(())
 

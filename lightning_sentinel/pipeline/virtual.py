@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
+from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Boundary, Worker
+from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.data.dealing import Deal
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-from lightning_sentinel.pipeline.exchange import StepOutcome, mean_loss, part_weights
-from lightning_sentinel.pipeline.gradients.clipping import Clipping
+from lightning_sentinel.pipeline.exchange import StepOutcome, is_skipped, mean_loss, part_weights
 from lightning_sentinel.pipeline.gradients.contributions import broken
 from lightning_sentinel.pipeline.gradients.held import HeldGradients, scale_gradients
 from lightning_sentinel.pipeline.gradients.shares import Shares
@@ -55,7 +56,6 @@ class VirtualEngine(VirtualPasses):
         guard: of all boundaries and replicas; ``None`` for a plain pipeline.
         device: where the module is.
         seed: of the random numbers in forward passes.
-        clipping: of gradients.
         activation_checkpointing: recompute the activations of a layer in its backward pass instead of keeping them.
         forward_context: entered around every forward pass.
     """
@@ -68,7 +68,6 @@ class VirtualEngine(VirtualPasses):
         guard: Guard | None,
         device: torch.device,
         seed: int,
-        clipping: Clipping = Clipping(),  # noqa: B008 - immutable
         activation_checkpointing: bool = False,
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -80,7 +79,6 @@ class VirtualEngine(VirtualPasses):
         self._optimizer = optimizer
         self._steps = steps
         self._device = device
-        self._clipping = clipping
         self._seed = seed
         self._side_by_side = SideBySide(device, activation_checkpointing, stage_model.places)
         self._forward_context = forward_context
@@ -129,9 +127,12 @@ class VirtualEngine(VirtualPasses):
         self._results = []
         self._rows, self._side_by_side.apart = deal.rows, deal.by_module
         self._useless = torch.zeros(self._mesh.stages, self._mesh.replicas, sizes.micro_batches, dtype=torch.bool)
-        said = torch.zeros(self._mesh.replicas, 2, device=self._device)
+        self._called = 0
+        said = torch.zeros(self._mesh.replicas, 3, device=self._device)
+        # What a step does to its batch in place must not be seen where it is done again.
+        again = self.guard is not None and (self.guard.audits or self.guard.answers)
         for index in range(sizes.micro_batches):
-            parts = [(replica[index], *arguments[1:]) for replica in replicas]
+            parts = [(copied(replica[index]) if again else replica[index], *arguments[1:]) for replica in replicas]
             said += self._pass(MicroBatch(parts, replicas, index, step, scale, apart))
         if self._results:
             rows, results = zip(*self._results)
@@ -141,9 +142,18 @@ class VirtualEngine(VirtualPasses):
         useless = torch.zeros(1, device=self._device)
         if looks and not apart:
             useless = broken((parameter.grad for parameter in self._parameters), self._device).float().view(1)
-        received = [] if self.guard is None else [self.guard.take_rows(boundary) for boundary in self._mesh.boundaries]
         of_no_use = self._wiring.arrange(self._useless) if looks else None
-        return self._outcome(said, torch.stack(received) if received else None, sizes, of_no_use, useless)
+        return self._outcome(said, self._received(sizes.micro_batches), sizes, of_no_use, useless)
+
+    def _received(self, micro_batches: int) -> Tensor | None:
+        if self.guard is None or not self._mesh.boundaries or not self._called:
+            return None
+        if self._called < micro_batches:
+            raise PipelineModelError(
+                f"training_step called the pipeline for {self._called} of {micro_batches} micro-batches only. Let it depend on"
+                " batch_idx alone whether a batch is left out before the call; behind it training_step may return None."
+            )
+        return torch.stack([self.guard.take_rows(boundary) for boundary in self._mesh.boundaries])
 
     def rewind(self) -> None:
         assert self._rewind is not None, "nothing is done again unless somebody answers for it"
@@ -185,7 +195,7 @@ class VirtualEngine(VirtualPasses):
         self._steps.new_records()
         self._wiring = Wiring.of(self._mesh, micro_batches=deal.sizes.micro_batches)
         self._returned = plain(self._run_whole(step, arguments, deal.samples))
-        return self._outcome(torch.zeros(1, 2, device=self._device), None, deal.sizes, None)[0]
+        return self._outcome(torch.zeros(1, 3, device=self._device), None, deal.sizes, None)[0]
 
     def predict(self, arguments: tuple[Any, ...], deal: Deal) -> Any:
         return self._run_whole("predict_step", arguments, deal.samples)
@@ -198,17 +208,24 @@ class VirtualEngine(VirtualPasses):
         self._evaluations += 1
         draws = Draws(self._seed, -self._evaluations, 0)
         draws.seed_step(self._device)
-        signals = self._input_of(step, [arguments])
-        for stage in range(self._mesh.stages):
-            signals = self._forward(stage, signals)
-        draws.seed_step(self._device)
         with self._forward_context():
-            return self._steps.finish(step, arguments, signals, samples, torch.tensor(True, device=self._device))
+            run = self._steps.start(step, arguments, samples, self._device)
+        output = None
+        if run.waits:
+            output = run.inputs
+            for stage in range(self._mesh.stages):
+                output = self._forward(stage, output)
+        draws.seed_answer()
+        with self._forward_context():
+            return run.finish(output, torch.tensor(True, device=self._device))
 
     def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
         if self.guard is None or outcome.table is None:
             return None
         self._steps.end_step()
+        if outcome.skipped:
+            self.guard.forget_step()
+            return None
         ask = self._ask if self.guard.audits else None
         return self.guard.settle(outcome.table, step, lambda vector: vector, ask, broken=outcome.broken)
 
@@ -227,6 +244,7 @@ class VirtualEngine(VirtualPasses):
             wiring=self._wiring,
             schema=recorder.schema,
             logged=recorder.schema.reduce(logged[None]),
+            skipped=is_skipped(losses),
         )
         return outcome, bool(spoiled)
 
@@ -245,12 +263,12 @@ class VirtualEngine(VirtualPasses):
             scale_gradients(parameters, 1.0 / (self._mesh.replicas * share))
         self._untied.add_up()
 
+    def clip_gradients(self, limit: float, by_value: bool) -> None:
+        clip = nn.utils.clip_grad_value_ if by_value else nn.utils.clip_grad_norm_
+        clip(self._untied.owners, limit)
+
     def apply_gradients(self) -> None:
         assert self._optimizer is not None
-        limit, by = self._clipping
-        if limit > 0:
-            clip = nn.utils.clip_grad_value_ if by == "value" else nn.utils.clip_grad_norm_
-            clip(self._untied.owners, limit)
         self._optimizer.step()
         self.discard_gradients()
 

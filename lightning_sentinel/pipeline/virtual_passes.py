@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from lightning_sentinel.attacks import Adversary, Site
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Boundary, Direction, Worker
+from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
-from lightning_sentinel.pipeline.gradients.contributions import broken
+from lightning_sentinel.pipeline.gradients.contributions import broken, gradients_of
 from lightning_sentinel.pipeline.gradients.ties import Untied
 from lightning_sentinel.pipeline.randomness import Draws
 from lightning_sentinel.pipeline.recovery.guard import Guard
@@ -29,7 +30,7 @@ from lightning_sentinel.pipeline.results.losses import refuse_sum
 from lightning_sentinel.pipeline.stages.lanes import SideBySide
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.statistics import MovingBuffers
-from lightning_sentinel.pipeline.steps import StepRunner, checked_signal, loss_of
+from lightning_sentinel.pipeline.steps import StepRun, StepRunner, checked_signal, loss_of
 from lightning_sentinel.verification.projection import Projection
 from lightning_sentinel.verification.tolerance import deviation
 from lightning_sentinel.wiring import Part, Wiring
@@ -58,11 +59,13 @@ class MicroBatch:
     scale: float
     apart: bool
     draws: list[Draws] = field(default_factory=list)
+    runs: list[StepRun] = field(default_factory=list)
+    """Of each replica, its step."""
     tainted: Tensor = field(default_factory=lambda: torch.empty(0))
     """``(replicas,)`` bool, whose micro-batch is left out from here on."""
     leaves: list[list[Any]] = field(default_factory=list)
     """What goes into each stage, of all replicas together or of each."""
-    outputs: list[list[Tensor]] = field(default_factory=list)
+    outputs: list[list[Any]] = field(default_factory=list)
     """What comes out."""
 
     @property
@@ -92,6 +95,8 @@ class VirtualPasses:
     _results: list[tuple[Sequence[int], Any]]
     _measured: dict[int, dict[tuple[int, int], tuple[torch.dtype, Tensor]]]
     """How far a signal is from what an honest worker sends, where it may be, by index of the boundary, lane and slot."""
+    _called: int
+    """Micro-batches for which the step has called the pipeline."""
     _useless: Tensor
     """``(stages, replicas, micro_batches)`` bool, whose weight gradients were left out because they are not finite."""
 
@@ -99,7 +104,8 @@ class VirtualPasses:
         """Forward and backward of one micro-batch of all replicas.
 
         Returns:
-            ``(replicas, 2)``, weighted losses where they count, and their weights.
+            ``(replicas, 3)``, weighted losses where they count, their weights, and the weights of what ``training_step`` returned
+            ``None`` for.
         """
         count = len(batch.parts)
         batch.draws = [Draws.of(self._seed, batch.step, Part(replica, batch.index), count) for replica in range(count)]
@@ -107,21 +113,32 @@ class VirtualPasses:
         if (lanes := self._lanes(batch.index)) is not None:
             dead = ~torch.tensor(self._wiring.live, device=self._device)[lanes]
         batch.tainted = dead
-        self._forward_pass(batch)
+        batch.runs = [self._started(replica, batch, part) for replica, part in enumerate(batch.parts)]
+        # A step may return before the call, in all of a batch's micro-batches alike; without boundaries it may have any loss.
+        pipelined = self._model.mesh.stages > 1
+        if any(run.waits or (pipelined and run.result is not None) for run in batch.runs):
+            self._called += 1
+            self._forward_pass(batch)
         counts = ~batch.tainted if self.guard is not None and self.guard.excludes else ~dead
-        losses, said = [], []
-        for replica, output in enumerate(chunk for one in batch.outputs[-1] for chunk in one.chunk(count // len(batch.groups))):
-            loss, weight = self._loss(replica, batch, output, counts[replica]), batch.replicas[replica].weights[batch.index]
-            losses.append(torch.where(counts[replica], loss * (weight * batch.scale), 0.0))
-            said.append(torch.stack((torch.where(counts[replica], loss.detach().float() * weight, 0.0), counts[replica] * weight)))
-        self._backward_pass(batch, [torch.stack([losses[replica] for replica in group]).sum() for group in batch.groups])
-        return torch.stack(said)
+        losses, said = self._finish(batch, counts)
+        ends = []
+        for group in batch.groups:
+            of_group = [loss for loss in (losses[replica] for replica in group) if loss is not None]
+            ends.append(torch.stack(of_group).sum() if of_group else None)
+        # What is sent back by those without a loss is a gradient of zeros, which nobody is to judge.
+        batch.tainted = batch.tainted | torch.tensor([loss is None for loss in losses], device=self._device)
+        self._backward_pass(batch, ends)
+        return said
+
+    def _started(self, replica: int, batch: MicroBatch, part: tuple[Any, ...]) -> StepRun:
+        """The user's step on a replica's micro-batch, up to its call of the pipeline."""
+        batch.draws[replica].seed_step(self._device)
+        with self._forward_context():
+            return self._steps.start("training_step", part, batch.replicas[replica].sizes[batch.index], self._device)
 
     def _forward_pass(self, batch: MicroBatch) -> None:
         draws, last = batch.draws, self._model.mesh.stages - 1
-        signals: list[Any] = [
-            self._input_of("training_step", [batch.parts[r] for r in group], [draws[r] for r in group]) for group in batch.groups
-        ]
+        signals: list[Any] = [_side_by_side([batch.runs[replica] for replica in group]) for group in batch.groups]
         for stage in range(last + 1):
             leaves = [signal.detach().requires_grad_() for signal in signals] if stage else signals
             faults = [self._fault(stage, group[0], batch) if batch.apart else None for group in batch.groups]
@@ -141,16 +158,25 @@ class VirtualPasses:
                 received = torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
                 signals = list(self._cross(boundary, sent, received, batch).chunk(len(batch.groups)))
 
-    def _backward_pass(self, batch: MicroBatch, ends: list[Tensor]) -> None:
-        """What is behind ``ends``, the losses of each group, and of each stage before what it had sent."""
+    def _backward_pass(self, batch: MicroBatch, ends: list[Tensor | None]) -> None:
+        """What is behind ``ends``, the losses of each group, and of each stage before what it had sent.
+
+        A group without a loss sends zeros back, if it was in the pipeline at all.
+        """
         received: Tensor | None = None
         gradients: Sequence[Tensor | None] = [None] * len(batch.groups)
-        for stage in range(self._model.mesh.stages - 1, -1, -1):
+        last = self._model.mesh.stages - 1
+        for stage in range(last, -1, -1):
+            own = self._steps.own_backward if stage == last else None
             if batch.apart:
-                self._add_apart(stage, batch, ends, gradients)
+                self._add_apart(stage, batch, ends, gradients, own)
+            elif ends[0] is None:
+                _send_nothing(batch.leaves[stage][0] if stage and batch.leaves else None)
+            elif own is not None:
+                own(ends[0])
             elif ends[0].requires_grad:  # not if all up to here is frozen
                 ends[0].backward(gradients[0])
-            if not stage:
+            if not stage or not batch.leaves:
                 return
             boundary = Boundary(stage - 1, Direction.GRADIENT)
             sent = torch.cat([leaf.grad for leaf in batch.leaves[stage]])
@@ -159,34 +185,72 @@ class VirtualPasses:
                     honest = partial(self._honest_gradient, stage, replica, batch, gradient)
                     self._compare(boundary, replica, batch, sent, honest)
             received = self._cross(boundary, sent, received, batch)
-            ends, gradients = batch.outputs[stage - 1], received.chunk(len(batch.groups))
+            ends, gradients = list(batch.outputs[stage - 1]), received.chunk(len(batch.groups))
 
-    def _loss(self, replica: int, batch: MicroBatch, output: Tensor, counts: Tensor) -> Tensor:
+    def _finish(self, batch: MicroBatch, counts: Tensor) -> tuple[list[Tensor | None], Tensor]:
+        """The user's steps, on what came out of the last stage.
+
+        Returns:
+            of each replica its weighted loss, to differentiate, ``None`` if it has none; and what :meth:`_pass` returns.
+        """
+        each = len(batch.runs) // len(batch.groups)
+        outputs = [one for group in batch.outputs[-1] for one in group.chunk(each)] if batch.outputs else [None] * len(batch.runs)
+        losses: list[Tensor | None] = []
+        said, nothing = [], torch.zeros((), device=self._device)
+        for replica, output in enumerate(outputs):
+            counting, weight = counts[replica], batch.replicas[replica].weights[batch.index]
+            result = self._answered(replica, batch, batch.runs[replica], output, counting)
+            if self.keeps_results:
+                self._results.append((self._rows[replica][batch.index], plain(result)))
+            if result is None:
+                losses.append(None)
+                said.append(torch.stack((nothing, nothing, counting * weight)))
+                continue
+            loss = self._loss_of(replica, batch, result)
+            losses.append(torch.where(counting, loss * (weight * batch.scale), 0.0))
+            said.append(torch.stack((torch.where(counting, loss.detach().float() * weight, 0.0), counting * weight, nothing)))
+        return losses, torch.stack(said)
+
+    def _answered(self, replica: int, batch: MicroBatch, run: StepRun, output: Any, counts: Tensor) -> Any:
         """What the step returns for one replica."""
-        batch.draws[replica].seed_step(self._device)
+        batch.draws[replica].seed_answer()
         with self._forward_context():
-            result = self._steps.finish(
-                "training_step", batch.parts[replica], output, batch.replicas[replica].sizes[batch.index], counts
-            )
-        if self.keeps_results:
-            self._results.append((self._rows[replica][batch.index], plain(result)))
+            return run.finish(output, counts)
+
+    def _loss_of(self, replica: int, batch: MicroBatch, result: Any) -> Tensor:
         loss = loss_of(result, "training_step")
         if len(batch.replicas[replica]) > 1:
             refuse_sum(loss, batch.replicas[replica].sizes[batch.index], "training_step")
         return loss
 
-    def _add_apart(self, stage: int, batch: MicroBatch, ends: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Backward pass of one replica after the other, of which only what counts and can be used is added up."""
+    def _add_apart(
+        self,
+        stage: int,
+        batch: MicroBatch,
+        ends: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None],
+        own: Callable[[Tensor], None] | None,
+    ) -> None:
+        """Backward pass of one replica after the other, of which only what counts and can be used is added up.
+
+        Args:
+            own: the module's own ``backward``, of the last stage; ``None`` is torch's.
+        """
         guard = self.guard
         # Read, which costs a wait that a step in which all is well does not have.
         left_out = batch.tainted.tolist() if guard is not None and guard.excludes else [False] * len(ends)
         parameters = [parameter for parameter in self._untied.parameters[stage] if parameter.requires_grad]
-        for replica, (end, gradient, leaf) in enumerate(zip(ends, gradients, batch.leaves[stage])):
-            inputs = [*parameters, *([leaf] if stage else [])]
+        leaves = batch.leaves[stage] if batch.leaves else [None] * len(ends)
+        for replica, (end, gradient, leaf) in enumerate(zip(ends, gradients, leaves)):
+            sends = stage > 0 and leaf is not None
+            inputs = [*parameters, *([leaf] if sends else [])]
+            if end is None:
+                _send_nothing(leaf if sends else None)
+                continue
             if not end.requires_grad or not inputs:
                 continue
-            found = list(torch.autograd.grad(end, inputs, gradient, allow_unused=True))
-            if stage:
+            found = gradients_of(end, inputs, gradient, own)
+            if sends:
                 leaf.grad = found.pop()
             if left_out[replica]:
                 continue
@@ -290,32 +354,20 @@ class VirtualPasses:
 
     def _honest_gradient(self, stage: int, replica: int, batch: MicroBatch, gradient: Tensor | None) -> Tensor:
         leaf = batch.leaves[stage][replica].detach().requires_grad_()
-        end, keeps, self.keeps_results = self._forward(stage, leaf, [batch.draws[replica]]), self.keeps_results, False
+        end, own = self._forward(stage, leaf, [batch.draws[replica]]), None
         if stage == self._model.mesh.stages - 1:
-            loss = self._loss(replica, batch, end, torch.tensor(True, device=self._device))
-            end = loss * (batch.replicas[replica].weights[batch.index] * batch.scale)
-        self.keeps_results = keeps
-        return torch.autograd.grad(end, leaf, gradient)[0]
+            dealt, own = batch.replicas[replica], self._steps.own_backward
+            # A step of its own, on a copy: the other has done with its batch what it likes.
+            run = self._started(replica, batch, (copied(dealt[batch.index]), *batch.parts[replica][1:]))
+            result = self._answered(replica, batch, run, end, torch.tensor(True, device=self._device))
+            if result is None:
+                return torch.zeros_like(leaf)
+            end = self._loss_of(replica, batch, result) * (dealt.weights[batch.index] * batch.scale)
+        (found,) = gradients_of(end, [leaf], gradient, own, self._untied.parameters[stage])
+        assert found is not None, "what a stage was given reaches its end"
+        return found
 
     # ----------------------------------------------------------------------------------------------------------------- layers
-
-    def _input_of(self, step: str, parts: list[tuple[Any, ...]], draws: Sequence[Draws] | None = None) -> Any:
-        inputs = []
-        for replica, part in enumerate(parts):
-            if draws is not None:
-                draws[replica].seed_step(self._device)
-            with self._forward_context():
-                inputs.append(self._steps.input_of(step, part))
-        if len(inputs) == 1:
-            return inputs[0]
-        shapes = [[tuple(one.shape) for one in (value if isinstance(value, tuple) else (value,))] for value in inputs]
-        if any(shape != shapes[0] for shape in shapes):
-            raise PipelineModelError(
-                f"What the replicas of this virtual mesh put into their pipelines has shapes {', '.join(map(str, shapes))}, and it"
-                " goes through the layers side by side. Pad all samples of a batch to one length before they are dealt, or use"
-                " replicas=1 or engine='process', where every replica computes by itself."
-            )
-        return tuple(map(torch.cat, zip(*inputs))) if isinstance(inputs[0], tuple) else torch.cat(inputs)
 
     def _counted(
         self,
@@ -348,3 +400,23 @@ class VirtualPasses:
                 if fault is not None and number == first:
                     signals = fault(signals)
         return signals
+
+
+def _side_by_side(runs: Sequence[StepRun]) -> Any:
+    """What steps put into the pipeline, of all replicas that go through it together."""
+    inputs = [run.inputs for run in runs]
+    if len(inputs) == 1:
+        return inputs[0]
+    shapes = [[tuple(one.shape) for one in (value if isinstance(value, tuple) else (value,))] for value in inputs]
+    if any(shape != shapes[0] for shape in shapes):
+        raise PipelineModelError(
+            f"What the replicas of this virtual mesh put into their pipelines has shapes {', '.join(map(str, shapes))}, and it goes"
+            " through the layers side by side. Pad all samples of a batch to one length before they are dealt, or use replicas=1 or"
+            " engine='process', where every replica computes by itself."
+        )
+    return tuple(map(torch.cat, zip(*inputs))) if isinstance(inputs[0], tuple) else torch.cat(inputs)
+
+
+def _send_nothing(leaf: Tensor | None) -> None:
+    if leaf is not None:
+        leaf.grad = torch.zeros_like(leaf)

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from typing_extensions import override
@@ -19,8 +18,6 @@ from lightning_sentinel.strategy.processes import ProcessStrategy
 from lightning_sentinel.strategy.whole_summary import show_whole_module
 
 __all__ = ["StageBuilding"]
-
-_NOTHING = "sentinel_nothing_to_train"
 
 
 class StageBuilding(ProcessStrategy):
@@ -94,20 +91,13 @@ class StageBuilding(ProcessStrategy):
         super().teardown()
 
     @contextmanager
-    def _something_to_optimize(self) -> Iterator[None]:
-        """Around ``setup_optimizers``: a stage that trains nothing has an optimizer too, which torch refuses to make of nothing."""
-        module = self.lightning_module
-        assert module is not None
-        if any(parameter.requires_grad for parameter in module.parameters()):
+    def _whole(self) -> Iterator[None]:
+        """Around ``setup_optimizers``, which is written for the whole module: the optimizer keeps what is this stage's."""
+        skeleton = None if self._stage_model is None else self._stage_model.skeleton
+        if skeleton is None:
             yield
             return
-        nothing = nn.Parameter(torch.zeros(()))
-        module.register_parameter(_NOTHING, nothing)
-        try:
+        with skeleton.put_back():
             yield
-        finally:
-            delattr(module, _NOTHING)
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["params"] = [parameter for parameter in group["params"] if parameter is not nothing]
-            if "param_names" in group:
-                group["param_names"] = [name for name in group["param_names"] if name != _NOTHING]
+        for optimizer in self.optimizers:
+            skeleton.leave(optimizer)

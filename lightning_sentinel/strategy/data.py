@@ -27,6 +27,7 @@ from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
 from lightning_sentinel.pipeline.results.all_predictions import complete_predictions
 from lightning_sentinel.pipeline.results.metrics import SharedMetrics
 from lightning_sentinel.pipeline.results.step_state import SharedStepState
+from lightning_sentinel.pipeline.steps import fetches
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
 from lightning_sentinel.strategy.listening import listened_to
 
@@ -178,6 +179,12 @@ class PipelineData(StageCheckpoints):
             return source_of(loaders)
         # In training the batches of several loaders come as one.
         return source_of(loaders[number]) if step != "training_step" and number < len(loaders) else Source()
+
+    def _arguments(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Of a step, the batch first: one that takes ``dataloader_iter`` is given it anew, for each micro-batch of the batch."""
+        assert self.lightning_module is not None
+        arguments = (*args, *kwargs.values())
+        return tuple(next(arguments[0])) if fetches(self.lightning_module, step) else arguments
 
     # ------------------------------------------------------------------------------------------------- what came of the data
 

@@ -32,5 +32,6 @@ def _has_hook(trainer: L.Trainer, hook: str) -> bool:
 
 
 def _defines(kind: type, hook: str) -> bool:
-    owner = next(base for base in kind.__mro__ if hook in vars(base))
-    return owner.__module__.partition(".")[0] not in _OURS
+    # A callback need not be one of Lightning's classes, and then may have no such hook.
+    owner = next((base for base in kind.__mro__ if hook in vars(base)), None)
+    return owner is not None and owner.__module__.partition(".")[0] not in _OURS

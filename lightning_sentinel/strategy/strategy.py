@@ -7,7 +7,6 @@ hooks run in their usual order around the reduction of gradients, clipping and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal
@@ -18,11 +17,8 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -36,7 +32,6 @@ from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition, Uno
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
 from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
-from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.shares import CleanShares
 from lightning_sentinel.pipeline.logs import LogReplay, silence_misleading_warnings
 from lightning_sentinel.pipeline.messages.transport import Transport
@@ -51,10 +46,10 @@ from lightning_sentinel.seeds import secret_seed
 from lightning_sentinel.strategy.announcements import Announcements, log_settings
 from lightning_sentinel.strategy.building import StageBuilding
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
-from lightning_sentinel.strategy.data import PipelineData
 from lightning_sentinel.strategy.protection import protection
 from lightning_sentinel.strategy.settings import ReadableSettings
 from lightning_sentinel.strategy.signals import DeferredSignals
+from lightning_sentinel.strategy.stepping import OptimizerSteps
 from lightning_sentinel.strategy.summary import print_mesh
 from lightning_sentinel.strategy.support import (
     check_precision,
@@ -79,7 +74,7 @@ _VIRTUAL_MESH = Mesh(stages=2, replicas=4)
 """Where neither stages nor replicas are given."""
 
 
-class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheckpoints):
+class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageCheckpoints):
     """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
 
     ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages. Rank zero serves the last stage, where
@@ -95,7 +90,8 @@ class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheck
         engine: ``"process"`` runs one worker a process; ``"virtual"`` the whole mesh in this one, of any size. Then the loader's
             batch is the whole mesh's, and is dealt to the replicas as a distributed sampler would deal the samples.
         partition: how layers are dealt to stages: ``"parameters"``, ``"uniform"`` or ``"type:REGEX"``.
-        sequential: name of the ``nn.Sequential`` to cut, if the module has several.
+        sequential: name of the ``nn.Sequential`` to cut, if the module has several; with ``configure_pipeline`` of the module whose
+            call runs the pipeline, if it is not the smallest that has all layers (``""`` is the LightningModule).
         zero_stage: with 1 each worker of a stage keeps the optimizer's state of some of its parameters (ZeRO stage 1): a
             ``replicas``-th of its memory. Nobody can be banned then, because a worker would take with it what only it has.
         activation_checkpointing: recompute activations in the backward pass instead of keeping them.
@@ -180,7 +176,6 @@ class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheck
         self._last_loss = 0.0
         self._saved_groups, self._filed = [], None
         self._saved_names, self._return_to = None, None
-        self._has_been_left = False
         self._position = DataPosition()
 
     # ------------------------------------------------------------------------------------------------------------ the mesh
@@ -253,7 +248,7 @@ class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheck
             model = self._take_stage()
             fitting = trainer.state.fn == TrainerFn.FITTING
             if fitting:
-                with self._something_to_optimize(), requiring_one_optimizer(module):
+                with self._whole(), requiring_one_optimizer(module):
                     self.setup_optimizers(trainer)
                 require_optimizer(module, self.optimizers)
             self.setup_precision_plugin()
@@ -284,18 +279,15 @@ class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheck
 
         assert self.lightning_module is not None
         steps, guard = StepRunner(self.lightning_module, model.layers.entry, model.layers.names), self._kept_guard()
-        clipping = Clipping.of(self._trainer)
         if self._virtual:
             context = self.precision_plugin.forward_context
-            return VirtualEngine(
-                model, optimizer, steps, guard, self.root_device, seed, clipping, self._activation_checkpointing, context
-            )
+            return VirtualEngine(model, optimizer, steps, guard, self.root_device, seed, self._activation_checkpointing, context)
         arithmetic = Arithmetic(self.precision_plugin, self.root_device)
         transport = Transport(self.root_device, self._transport)
         response, timeout = self._response, self._timeout
         zero = self._zero_stage == 1
         return SentinelEngine(
-            model, optimizer, steps, transport, guard, response, timeout, seed, clipping, self.root_device, arithmetic, zero
+            model, optimizer, steps, transport, guard, response, timeout, seed, self.root_device, arithmetic, zero
         )
 
     def _kept_guard(self) -> Guard | None:
@@ -332,13 +324,18 @@ class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheck
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        arguments, scale = (*args, *kwargs.values()), 1.0 / self._trainer.accumulate_grad_batches
+        arguments, scale = self._arguments("training_step", args, kwargs), 1.0 / self._trainer.accumulate_grad_batches
         with self._in_step():
             outcome = self._train_until_settled(arguments, scale)
             returned = self._returned("training_step")
-            self._running_engine.hold_gradients()
+            if not outcome.skipped:
+                self._running_engine.hold_gradients()
         self._take_in(outcome)
         self.step += 1
+        if outcome.skipped:
+            # Where there are several processes Lightning refuses a step without a loss, because one of them might skip alone.
+            return None if self._trainer.world_size == 1 else torch.zeros((), device=self.root_device)
+        self._has_gradients = True
         if outcome.loss is not None:
             self._last_loss = outcome.loss
         loss = torch.tensor(self._last_loss, device=self.root_device)
@@ -373,48 +370,19 @@ class SentinelStrategy(ReadableSettings, PipelineData, StageBuilding, StageCheck
         self._running_engine.release_gradients()
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
-    @override
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: L.LightningModule | Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        result = closure()
-        engine = self._running_engine
-        shares = self._shares.take(engine.left_out)
-        if shares is None:
-            if not self._has_been_left:
-                self._has_been_left = True
-                rank_zero_warn(
-                    f"Some stage had no honest gradient in the step that ended with batch {self.step - 1}, so the weights were left"
-                    " as they are, and so they will be by later steps of which that is true. If this goes on, look at"
-                    " sentinel/anomaly_score: the training may have diverged."
-                )
-            engine.discard_gradients()
-            return result
-        with self._in_step():
-            engine.reduce_gradients(shares)
-        call._call_callback_hooks(self._trainer, "on_before_optimizer_step", optimizer)
-        call._call_lightning_module_hook(self._trainer, "on_before_optimizer_step", optimizer)
-        with self._in_step():
-            engine.apply_gradients()
-        return result
-
     # ----------------------------------------------------------------------------------------------------------- evaluation
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("validation_step", (*args, *kwargs.values()))
+        return self._evaluate("validation_step", self._arguments("validation_step", args, kwargs))
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("test_step", (*args, *kwargs.values()))
+        return self._evaluate("test_step", self._arguments("test_step", args, kwargs))
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = (*args, *kwargs.values())
+        arguments = self._arguments("predict_step", args, kwargs)
         with self._in_step():
             return self._running_engine.predict(arguments, self._deal("predict_step", arguments))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,9 +13,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.optim import Optimizer
 
@@ -166,18 +165,7 @@ def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer) -> None:
             f"{name} uses manual optimization, but a pipeline's backward pass is run by its schedule. Set"
             " self.automatic_optimization = True and let training_step return the loss."
         )
-    for step in ("training_step", "validation_step", "test_step", "predict_step"):
-        if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
-            raise ConfigurationError(
-                f"{name}.{step} takes dataloader_iter, but it runs for each micro-batch, and batches are dealt before. Take batch"
-                " instead."
-            )
     refuse_unequal_epochs(trainer, module)
-    if is_overridden("configure_gradient_clipping", module, L.LightningModule):
-        raise ConfigurationError(
-            f"{name}.configure_gradient_clipping would see one stage's gradients only. Remove it, and clip by the norm over all"
-            " stages with Trainer(gradient_clip_val=...)."
-        )
 
 
 def refuse_synchronised_layers(synchronises: bool, virtual: bool) -> None:
@@ -265,4 +253,12 @@ def require_optimizer(module: L.LightningModule, optimizers: Sequence[Optimizer]
         raise ConfigurationError(
             f"{type(module).__name__}.configure_optimizers returned no optimizer, and a pipeline cannot train without one. Return a"
             " torch.optim.Optimizer."
+        )
+    closure = inspect.signature(optimizers[0].step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        kind = type(optimizers[0]).__name__
+        raise ConfigurationError(
+            f"{kind}.step() asks for a closure, with which to evaluate the loss anew as often as it likes, but a pipeline has run"
+            " each batch's schedule by then. Use an optimizer whose step() needs none, such as torch.optim.AdamW, in place of"
+            f" {kind}."
         )

@@ -13,7 +13,7 @@ from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
-from lightning_sentinel.pipeline.logs import LogRecorder
+from lightning_sentinel.pipeline.logs import LoggingMicroBatch, LogRecorder
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.table import COLUMNS, no_rows
 from lightning_sentinel.wiring import Part, Wiring
@@ -42,7 +42,7 @@ def loss_of(part: Part) -> float:
 
 
 def log_loss(recorder: LogRecorder, worker: Worker, step: int) -> None:
-    recorder.begin(2 + worker.replica, torch.tensor(True))
+    recorder.begin(LoggingMicroBatch(2 + worker.replica, torch.tensor(True)))
     recorder.log("loss", float(worker.replica))
 
 
@@ -66,11 +66,11 @@ def exchanged(
         last = worker.stage == mesh.stages - 1
         outcomes = []
         for step in range(steps):
-            recorder, loss = LogRecorder(L.LightningModule()), torch.zeros(2)
+            recorder, loss = LogRecorder(L.LightningModule()), torch.zeros(3)
             if last and parts:
                 log(recorder, worker, step)
                 weights = [weight_of(wiring, part) for part in parts]
-                loss = torch.tensor([sum(w * loss_of(part) for w, part in zip(weights, parts)), sum(weights)])
+                loss = torch.tensor([sum(w * loss_of(part) for w, part in zip(weights, parts)), sum(weights), 0.0])
             elif claimed is not None:
                 loss = claimed
             rows: dict[Direction, Tensor] | None = None
@@ -107,7 +107,7 @@ def test_all_ranks_know_of_every_slot_what_those_that_served_it_say(
     wiring = Wiring.of(mesh, banned, micro_batches, turn=data.draw(st.integers(0, 3)))
     with ranks(mesh.size) as world:
         # What those that serve nothing say of the loss is not asked for.
-        found = exchanged(world, mesh, wiring, claimed=torch.tensor([1e6, 1.0]))
+        found = exchanged(world, mesh, wiring, claimed=torch.tensor([1e6, 1.0, 1.0]))
     rows, weights = by_hand(mesh, wiring)
     rows = SignalTable.believed(rows).rows
     parts = [part for lane in wiring.lanes for part in wiring.work[lane]]
@@ -135,7 +135,7 @@ def test_a_step_in_which_no_sample_counts_has_no_loss() -> None:
 
         def work(rank: int) -> StepOutcome:
             recorder = LogRecorder(L.LightningModule())
-            return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, torch.zeros(2), recorder)
+            return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, torch.zeros(3), recorder)
 
         assert [outcome.loss for outcome in world.run(work)] == [None, None]
 
@@ -168,7 +168,7 @@ def test_replicas_that_log_different_names_are_refused_on_all_ranks() -> None:
         if worker.stage:
             recorder.log(f"loss of {worker.replica}", 1.0)
         with pytest.raises(PipelineModelError, match=r"log different names in training_step; this rank logs .*Log the same"):
-            Exchange(mesh, CPU).run("training_step", Wiring.of(mesh), BatchSizes(1, (1, 1)), None, torch.zeros(2), recorder)
+            Exchange(mesh, CPU).run("training_step", Wiring.of(mesh), BatchSizes(1, (1, 1)), None, torch.zeros(3), recorder)
         refused.append(rank)
 
     with ranks(mesh.size) as world:
@@ -183,7 +183,7 @@ def test_what_a_worker_without_a_lane_logs_is_not_asked_for() -> None:
         worker, recorder = mesh.worker(rank), LogRecorder(L.LightningModule())
         if worker.stage:
             recorder.log("loss" if worker.replica else "nonsense", 5.0 + worker.replica)
-        return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, torch.zeros(2), recorder)
+        return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, torch.zeros(3), recorder)
 
     with ranks(mesh.size) as world:
         assert [outcome.logged for outcome in world.run(work)] == [{"loss": (6.0, 1.0)}] * 4
@@ -195,7 +195,7 @@ def test_one_step_that_asks_for_the_end_is_heard_by_all_and_nobody_else_is() -> 
     for asks, heard in [({Worker(1, 1)}, True), ({Worker(0, 0), Worker(0, 1)}, False), (set[Worker](), False)]:
 
         def work(rank: int, asks: set[Worker] = asks) -> bool:
-            nothing, recorder = torch.zeros(2), LogRecorder(L.LightningModule())
+            nothing, recorder = torch.zeros(3), LogRecorder(L.LightningModule())
             stops = mesh.worker(rank) in asks
             return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, nothing, recorder, stops=stops).stops
 
@@ -239,7 +239,7 @@ def test_names_of_another_rank_are_bounded_and_typed(said: int | bytes, message:
         if mesh.worker(rank).stage == 1:
             log_loss(recorder, Worker(1, 0), 0)
         with pytest.raises(MalformedMessageError, match=message) as error:
-            Exchange(mesh, CPU).run("training_step", Wiring.of(mesh), BatchSizes(1, (1,)), None, torch.zeros(2), recorder)
+            Exchange(mesh, CPU).run("training_step", Wiring.of(mesh), BatchSizes(1, (1,)), None, torch.zeros(3), recorder)
         refused.append(error.value.rank)
 
     with ranks(mesh.size) as world:

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassF1Score
 
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.pipeline.batch_metrics import BatchMetrics, LoggedMetric
-from lightning_sentinel.pipeline.logs import LogRecorder, LogReplay, LogSchema, silence_misleading_warnings
+from lightning_sentinel.pipeline.logs import LoggingMicroBatch, LogRecorder, LogReplay, LogSchema, silence_misleading_warnings
 
 YES = torch.tensor(True)
 NO = torch.tensor(False)
@@ -50,7 +50,7 @@ class TestReduction:
                 size = int(torch.randint(1, 9, (), generator=generator))
                 samples = torch.randn(size, generator=generator) * 3 - 1
                 counts = bool(torch.rand((), generator=generator) > 0.4) or (rank, micro_batch) == (0, 0)
-                recorder.begin(size, torch.tensor(counts))
+                recorder.begin(LoggingMicroBatch(size, torch.tensor(counts)))
                 value = REDUCED[how](samples)
                 recorder.log("value", value if counts else value * torch.nan, reduce_fx=how)
                 recorder.log("another", -1.0)
@@ -65,7 +65,7 @@ class TestReduction:
     def test_nothing_that_counts_is_nothing_logged(self) -> None:
         recorder = LogRecorder(Module())
         for how in REDUCED:
-            recorder.begin(3, NO)
+            recorder.begin(LoggingMicroBatch(3, NO))
             recorder.log(how, torch.tensor(torch.inf), reduce_fx=how)
         assert recorder.schema.names == sorted(REDUCED)
         assert recorder.schema.reduce(recorder.vector()[None]) == {}
@@ -74,13 +74,13 @@ class TestReduction:
     def test_what_is_left_out_is_not_taken_for_zero(self, how: str, value: float) -> None:
         recorder = LogRecorder(Module())
         for counts in (NO, YES, NO):
-            recorder.begin(2, counts)
+            recorder.begin(LoggingMicroBatch(2, counts))
             recorder.log("value", value, reduce_fx=how)
         assert recorder.schema.reduce(recorder.vector()[None]) == {"value": (value, 2.0)}
 
     def test_ranks_that_logged_nothing_weigh_nothing(self) -> None:
         recorder = LogRecorder(Module())
-        recorder.begin(4, YES)
+        recorder.begin(LoggingMicroBatch(4, YES))
         for how in REDUCED:
             recorder.log(how, -2.0, reduce_fx=how)
         vector = recorder.vector()
@@ -90,7 +90,7 @@ class TestReduction:
     def test_the_users_batch_size_is_the_weight(self) -> None:
         recorder = LogRecorder(Module())
         for tokens, value in ((10, 1.0), (30, 2.0)):
-            recorder.begin(2, YES)
+            recorder.begin(LoggingMicroBatch(2, YES))
             recorder.log("per_token", value, batch_size=tokens)
         assert recorder.schema.reduce(recorder.vector()[None])["per_token"] == (pytest.approx(1.75), 40.0)
 
@@ -102,7 +102,7 @@ class TestReduction:
             for rank in range(ranks):
                 recorder = LogRecorder(Module())
                 for number, size in enumerate(parts):
-                    recorder.begin(size, YES)
+                    recorder.begin(LoggingMicroBatch(size, YES))
                     recorder.log("value", float(rank + number), batch_size=16)
                     recorder.log("usual", float(rank + number), batch_size=size)
                 recorders.append(recorder)
@@ -141,7 +141,7 @@ class TestValues:
     def test_numbers(self, value: Any) -> None:
         """All that ``LightningModule.log`` takes."""
         recorder = LogRecorder(Module())
-        recorder.begin(1, YES)
+        recorder.begin(LoggingMicroBatch(1, YES))
         recorder.log("value", value)
         assert recorder.vector().tolist() == [float(value), 1.0, *[0.0] * 4]
 
@@ -152,7 +152,7 @@ class TestValues:
 
     def test_no_graph_is_kept(self) -> None:
         recorder = LogRecorder(Module())
-        recorder.begin(1, YES)
+        recorder.begin(LoggingMicroBatch(1, YES))
         recorder.log("value", torch.ones((), requires_grad=True) * 2)
         assert not recorder.vector().requires_grad
 
@@ -203,7 +203,7 @@ class TestSchema:
         schemas = []
         for names in ("ab", "ba"):
             recorder = LogRecorder(Module())
-            recorder.begin(1, YES)
+            recorder.begin(LoggingMicroBatch(1, YES))
             for name in names:
                 recorder.log(name, float(ord(name)))
             schemas.append((recorder.schema.fingerprint, recorder.schema.encode(), recorder.vector().tolist()))
@@ -240,7 +240,7 @@ class TestReplay:
     def test_options_and_weights(self) -> None:
         module = Module()
         recorder = LogRecorder(module)
-        recorder.begin(3, YES)
+        recorder.begin(LoggingMicroBatch(3, YES))
         recorder.log("loss", 2.0, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=None)
         recorder.log("best", 5.0, reduce_fx=max, add_dataloader_idx=False)
         recorder.log("accuracy", module.inner.accuracy, on_step=False)
@@ -282,7 +282,7 @@ class TestReplay:
             logits, labels = torch.randn(7, 3, generator=generator), torch.randint(3, (7,), generator=generator)
             recorder = LogRecorder(module, metrics)
             for part in (slice(0, 4), slice(4, 7)):
-                recorder.begin(part.stop - part.start, YES, training=True)
+                recorder.begin(LoggingMicroBatch(part.stop - part.start, YES, training=True))
                 with recorder.listening():
                     module.f1(logits[part], labels[part])
                     recorder.log("f1", module.f1, on_epoch=True)
@@ -295,7 +295,7 @@ class TestReplay:
         """As with plain Lightning."""
         module = Module()
         recorder = LogRecorder(module, BatchMetrics(module))
-        recorder.begin(2, YES, training=True)
+        recorder.begin(LoggingMicroBatch(2, YES, training=True))
         with recorder.listening():
             module.inner.accuracy.update(2.0)
             recorder.log("accuracy", module.inner.accuracy)
@@ -303,7 +303,7 @@ class TestReplay:
 
     def test_what_no_rank_counted_is_not_logged(self) -> None:
         recorder = LogRecorder(Module())
-        recorder.begin(3, NO)
+        recorder.begin(LoggingMicroBatch(3, NO))
         recorder.log("loss", 2.0)
         module = Module()
         module.log = log = Mock()  # type: ignore[method-assign]

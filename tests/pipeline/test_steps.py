@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric, MeanSquaredError, Metric, MinMaxMetric
 
 from lightning_sentinel.errors import PipelineModelError
-from lightning_sentinel.pipeline.steps import StepRunner, loss_of
+from lightning_sentinel.pipeline.steps import NeverCalledError, StepRunner, loss_of
 
 Pair = namedtuple("Pair", ["inputs", "labels"])
 YES = torch.tensor(True)
@@ -99,8 +99,8 @@ class TestInputOf:
     @pytest.mark.parametrize(
         ("shape", "says"),
         [
-            ("never", r"Regression\.training_step never called its nn\.Sequential.*Call it once"),
-            ("two inputs", r"its nn\.Sequential was called with 2 positional and 0 named.*pass a single argument"),
+            ("never", r"Regression\.training_step never called self\.net\(x\).*Call it once"),
+            ("two inputs", r"self\.net\(x\) was called with 2 positional and 0 named.*pass a single argument"),
             ("named", r"0 positional and 1 named"),
         ],
     )
@@ -141,7 +141,7 @@ class TestFinish:
         runner = StepRunner(module, module if whole else module.net)
         data = batch()
         output = rows(4, seed=2).requires_grad_()
-        result = runner.finish("training_step", (data, 0), output, 4, YES)
+        result = runner.start("training_step", (data, 0), 4).finish(output, YES)
         expected = ((output[:, :1] - data[1]) ** 2).mean()
         assert result["output"] is output
         assert torch.equal(result["loss"], expected)
@@ -154,7 +154,7 @@ class TestFinish:
         runner = StepRunner(module, module.net)
         outputs = [rows(2, seed=2), rows(1, seed=3), 100 + rows(1, seed=4)]
         for output, counts in zip(outputs, (YES, YES, NO)):
-            runner.finish("training_step", (batch(len(output)), 0), output, len(output), counts)
+            runner.start("training_step", (batch(len(output)), 0), len(output)).finish(output, counts)
         schema = runner.recorder.schema
         assert schema.names == ["before", "largest", "loss"]
         assert schema.entries["largest"]["options"]["prog_bar"] is True
@@ -164,16 +164,50 @@ class TestFinish:
         runner.new_records()
         assert runner.recorder.schema.entries == {}
 
+    def test_what_is_logged_before_the_call_waits_for_whether_it_counts(self) -> None:
+        module = Regression()
+        runner = StepRunner(module, module.net)
+        runs = [runner.start("training_step", (batch(size), 0), size) for size in (1, 2, 3)]
+        before = runner.recorder.schema.reduce(runner.recorder.vector()[None])
+        assert before == {}, "nobody knows yet"
+        for size, run, counts in zip((1, 2, 3), runs, (YES, NO, YES)):
+            run.finish(rows(size), counts)
+        means = [float((batch(size)[0] * 2).mean()) for size in (1, 3)]
+        mean, samples = runner.recorder.schema.reduce(runner.recorder.vector()[None])["before"]
+        assert samples == 4 and mean == pytest.approx((means[0] + 3 * means[1]) / 4)
+
+    def test_one_that_never_calls_has_returned(self) -> None:
+        module = Regression("never")
+        run = StepRunner(module, module.net).start("training_step", (batch(), 0), 4)
+        assert not run.waits
+        assert torch.equal(run.finish(None, YES), batch()[0].mean() * 2)
+        with pytest.raises(NeverCalledError, match="called apart"):
+            _ = run.inputs
+
+    def test_one_that_calls_where_nothing_went_in(self) -> None:
+        module = Regression()
+        with pytest.raises(PipelineModelError, match=r"called self\.net\(x\) on the last stage, and not on the first"):
+            StepRunner(module, module.net).start("training_step", (batch(), 0), 4).finish(None, YES)
+
+    def test_between_the_halves_the_module_is_itself(self) -> None:
+        module, x = Regression(), rows(4)
+        before = module(x)
+        runner = StepRunner(module, module)
+        run = runner.start("training_step", (batch(), 0), 4)
+        assert is_untouched(module) and torch.equal(module(x), before)
+        run.abandon()
+        assert is_untouched(module) and module.after == []
+
     def test_twice(self) -> None:
         module = Regression("twice")
-        with pytest.raises(PipelineModelError, match=r"training_step called its nn\.Sequential more than once.*concatenate"):
-            StepRunner(module, module.net).finish("training_step", (batch(), 0), rows(4), 4, YES)
+        with pytest.raises(PipelineModelError, match=r"training_step called self\.net\(x\) more than once.*concatenate"):
+            StepRunner(module, module.net).start("training_step", (batch(), 0), 4).finish(rows(4), YES)
         assert is_untouched(module)
 
     def test_the_users_own_error_passes(self) -> None:
         module = Regression("fails")
         with pytest.raises(ArithmeticError):
-            StepRunner(module, module.net).finish("training_step", (batch(), 0), rows(4), 4, YES)
+            StepRunner(module, module.net).start("training_step", (batch(), 0), 4).finish(rows(4), YES)
         assert is_untouched(module)
 
     def test_afterwards_the_module_is_itself(self) -> None:
@@ -181,7 +215,7 @@ class TestFinish:
         before = module(x)
         runner = StepRunner(module, module.net)
         runner.input_of("training_step", (batch(), 0))
-        runner.finish("training_step", (batch(), 0), rows(4), 4, YES)
+        runner.start("training_step", (batch(), 0), 4).finish(rows(4), YES)
         assert torch.equal(module(x), before)
 
 
@@ -214,7 +248,7 @@ class TestUnheard:
 
     def finish(self, seed: int) -> None:
         output = rows(4, seed)[:, :1].requires_grad_() * 2
-        self.runner.finish("training_step", (batch(), 0), output, 4, YES)
+        self.runner.start("training_step", (batch(), 0), 4).finish(output, YES)
 
     def computed(self) -> list[Any]:
         return [metric.compute() for metric in (self.module.error, self.module.outputs, self.module.extremes)]
@@ -281,3 +315,43 @@ class TestLossOf:
         kind = type(result).__name__
         with pytest.raises(PipelineModelError, match=rf"training_step returned {kind}.*no scalar loss\. Return the loss"):
             loss_of(result, "training_step")
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        raise AssertionError("nobody runs it")
+
+
+class TestGiven:
+    """What goes into the pipeline of a network that is called in one way or another."""
+
+    X, MASK = rows(2), rows(2, seed=1)
+
+    @pytest.mark.parametrize(
+        ("inputs", "named", "expected"),
+        [
+            ((X,), {}, X),
+            ((), {"x": X}, X),
+            ((X, MASK), {}, (X, MASK)),
+            ((X,), {"mask": MASK}, (X, MASK)),
+            ((), {"mask": MASK, "x": X}, (X, MASK)),
+        ],
+        ids=["one", "by name", "two", "one by name", "both by name"],
+    )
+    def test_in_the_order_of_the_entry(self, inputs: tuple[Tensor, ...], named: dict[str, Tensor], expected: Any) -> None:
+        module = L.LightningModule()
+        module.net = Two()
+        given = StepRunner(module, module.net).given(inputs, named)
+        assert isinstance(given, tuple) == isinstance(expected, tuple)
+        assert all(one is other for one, other in zip(tuple(given), tuple(expected))) or given is expected
+
+    @pytest.mark.parametrize(
+        ("inputs", "named"),
+        [((), {}), ((), {"mask": MASK}), ((X,), {"scale": 2.0}), ((X,), {"x": X}), ((X,), {"other": X})],
+        ids=str,
+    )
+    def test_what_has_no_place_is_refused(self, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        module = L.LightningModule()
+        module.net = Two()
+        with pytest.raises(PipelineModelError, match=r"self\.net\(x\) was called with"):
+            StepRunner(module, module.net).given(inputs, named)

@@ -44,11 +44,6 @@ class Manual(Module):
         self.automatic_optimization = False
 
 
-class Clipping(Module):
-    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
 def trainer(**options: Any) -> L.Trainer:
     return L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, **options)
 
@@ -65,15 +60,6 @@ def test_fine(options: dict[str, Any]) -> None:
 def test_manual_optimization() -> None:
     with pytest.raises(ConfigurationError, match=r"Manual uses manual optimization.*automatic_optimization = True"):
         refuse_unsupported(Manual(), trainer())
-
-
-def test_an_iterator_for_a_batch() -> None:
-    class Iterating(Module):
-        def training_step(self, dataloader_iter: Any) -> None:
-            pass
-
-    with pytest.raises(ConfigurationError, match=r"Iterating\.training_step takes dataloader_iter.*Take batch"):
-        refuse_unsupported(Iterating(), trainer())
 
 
 class Normed(Module):
@@ -108,9 +94,11 @@ def test_names_of_parameters_that_other_stages_have() -> None:
         refuse_resumed_finetuning(run, Mesh(2, 1))
 
 
-def test_clipping_of_the_users_own() -> None:
-    with pytest.raises(ConfigurationError, match=r"Clipping\.configure_\w+ would see one stage's.*Trainer\(gradient_clip_val"):
-        refuse_unsupported(Clipping(), trainer())
+def test_a_step_that_is_left_out() -> None:
+    class Trained(Module):
+        validation_step = test_step = None
+
+    refuse_unsupported(Trained(), trainer())
 
 
 HALF = MixedPrecision("16-mixed", "cpu")
@@ -175,6 +163,11 @@ class TestOptimizers:
         for made in (optimizers, []):
             with pytest.raises(ConfigurationError, match=r"Module\.configure_optimizers returned no optimizer.*Return a"):
                 require_optimizer(module, made)
+
+    def test_one_that_evaluates_the_loss_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module, optimizers = self.made(monkeypatch, lambda module: torch.optim.LBFGS(module.parameters()))
+        with pytest.raises(ConfigurationError, match=r"LBFGS\.step\(\) asks for a closure.*torch\.optim\.AdamW"):
+            require_optimizer(module, optimizers)
 
     @pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("multiple optimizers")], ids=repr)
     def test_other_errors_pass(self, error: Exception) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["broken", "changed", "dropped"]
+__all__ = ["broken", "changed", "dropped", "gradients_of"]
 
 
 @contextmanager
@@ -53,3 +53,38 @@ def broken(gradients: Iterable[Tensor | None], device: torch.device) -> Tensor:
     # The largest value, because squares of finite ones may overflow.
     largest = torch.stack([norm.float() for norm in torch._foreach_norm(found, torch.inf)])
     return ~largest.isfinite().all()
+
+
+def gradients_of(
+    end: Tensor,
+    inputs: Sequence[Tensor],
+    gradient: Tensor | None,
+    own: Callable[[Tensor], None] | None,
+    others: Iterable[Tensor] = (),
+) -> list[Tensor | None]:
+    """The gradients of ``inputs``, which are added to nothing.
+
+    Args:
+        end: what to differentiate.
+        inputs: in respect of what.
+        gradient: of ``end``; ``None`` if it is a loss.
+        own: a module's own ``backward``; ``None`` is torch's.
+        others: what else a ``backward`` would add gradients to.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> gradients_of(x.sum(), [x], None, None), gradients_of(x.sum(), [x], None, lambda loss: (2 * loss).backward())
+        ([tensor([1., 1.])], [tensor([2., 2.])])
+        >>> x.grad is None
+        True
+    """
+    if own is None:
+        return list(torch.autograd.grad(end, inputs, gradient, allow_unused=True))
+    held = {id(tensor): (tensor, tensor.grad) for tensor in (*inputs, *others)}
+    for tensor, _ in held.values():
+        tensor.grad = None
+    own(end)
+    found = [tensor.grad for tensor in inputs]
+    for tensor, before in held.values():
+        tensor.grad = before
+    return found

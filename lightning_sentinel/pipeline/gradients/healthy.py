@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_sentinel.config import Response
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.gradients.clipping import Clipping
 from lightning_sentinel.pipeline.gradients.reduction import (
     StageGroups,
     clip_by_global_norm,
@@ -36,7 +35,6 @@ class HealthyStage:
         mesh: all workers.
         worker: that this rank is.
         response: how gradients are aggregated.
-        clipping: of gradients.
         timeout: how long ranks of a stage wait for each other.
         device: of the stage.
         tied: what the stage shares with others.
@@ -49,7 +47,6 @@ class HealthyStage:
         mesh: Mesh,
         worker: Worker,
         response: Response,
-        clipping: Clipping,
         timeout: timedelta,
         device: torch.device,
         tied: TiedStages,
@@ -57,7 +54,7 @@ class HealthyStage:
     ) -> None:
         self._stage, self._parameters = stage, list(stage.parameters())
         self._mesh, self._worker = mesh, worker
-        self._response, self._clipping, self._device = response, clipping, device
+        self._response, self._device = response, device
         self._tied = tied
         self._groups = StageGroups(mesh, mesh.rank(worker), timeout, tied.sets)
         self._group: dist.ProcessGroup | None = None
@@ -116,12 +113,11 @@ class HealthyStage:
         reduce_robustly(self._parameters, self._group, divisor, weights, rule, tolerated=self._response.tolerated)
         self._tied.add_up(self._groups, self.left_out)
 
-    def clip(self) -> None:
+    def clip(self, limit: float, by_value: bool) -> None:
         """Clip by the norm over all stages, or each value."""
-        limit, by = self._clipping
-        if limit > 0 and by == "value":
+        if by_value:
             nn.utils.clip_grad_value_(self._parameters, limit)
-        elif limit > 0:
+        else:
             elsewhere = self._tied.counted_elsewhere
             clip_by_global_norm(self._parameters, limit, self._mesh, self.left_out, self._device, elsewhere)
 

@@ -23,6 +23,7 @@ __all__ = [
     "DTYPES",
     "HEADER_WORDS",
     "NOTES",
+    "NOTHING",
     "SIGNALS",
     "Allowance",
     "Expected",
@@ -44,6 +45,10 @@ _GROWTH = 16
 _MAGIC = int.from_bytes(b"sentine\x01", "big")
 HEADER_WORDS = 7 + _MOST_AXES
 """Length of a header: magic and version, step, slot, kind, dtype, number, axes, and as many sizes as there can be axes."""
+
+
+NOTHING = 2
+"""The number of an activation that is none, because a step of an evaluation has not called the pipeline."""
 
 
 class Kind(IntEnum):
@@ -170,7 +175,8 @@ class Header:
     Args:
         shape: of the tensor that follows.
         dtype: of the tensor that follows.
-        number: of a note, the channels of the signal that it is about; of an activation, 1 if its shape is news to its sender.
+        number: of a note, the channels of the signal that it is about; of an activation, 1 if its shape is news to its sender, and
+            :data:`NOTHING` if there is none.
     """
 
     shape: tuple[int, ...]

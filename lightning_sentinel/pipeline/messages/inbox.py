@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError
-from lightning_sentinel.pipeline.messages.headers import Allowance, Expected, Kind, Place
+from lightning_sentinel.pipeline.messages.headers import DTYPES, NOTHING, Allowance, Expected, Kind, Place
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.verification.projection import Projection
 
@@ -39,16 +40,17 @@ class Inbox:
         self._allowances = {kind: Allowance() for kind in Kind}
         self._shapes: set[tuple[int, ...]] = set()
         self._news: dict[int, bool] = {}
-        self._replaces = False
+        self._replaces = self._lets_nothing_in = False
         self._told_of: set[int | None] = set()
 
-    def begin(self, replaces: bool) -> None:
+    def begin(self, replaces: bool, lets_nothing_in: bool = False) -> None:
         """Begin a step.
 
         Args:
             replaces: whether a signal that is not finite takes the place of one that is malformed; else the run ends.
+            lets_nothing_in: whether there may be no activation, because the step does not call the pipeline.
         """
-        self._replaces = replaces
+        self._replaces, self._lets_nothing_in = replaces, lets_nothing_in
         self._news.clear()
 
     def is_news(self, slot: int) -> bool:
@@ -62,8 +64,8 @@ class Inbox:
         if shape is not None:
             self._shapes.add(shape)
 
-    def activation(self, rank: int, place: Place, samples: int) -> tuple[Tensor, Tensor]:
-        """Receive an activation and its taint, as :meth:`Transport.receive`.
+    def activation(self, rank: int, place: Place, samples: int) -> tuple[Tensor | None, Tensor]:
+        """Receive an activation, ``None`` if there is none, and its taint, as :meth:`Transport.receive`.
 
         Args:
             rank: the sender.
@@ -77,8 +79,12 @@ class Inbox:
         allowance = self._allowances[Kind.ACTIVATION]
         usual = allowance.usual(samples) if self._replaces else None
         expected = allowance.expected(samples if self._replaces else None, numbers=range(2))
+        if self._lets_nothing_in:
+            expected = replace(expected, numbers=range(NOTHING + 1), dtypes=DTYPES)
         try:
             signal, tainted, news = self._transport.receive(rank, place, expected)
+            if news == NOTHING:
+                return None, tainted
             shape = tuple(signal.shape)
             if usual is not None and not news and shape not in self._shapes:
                 self._require_workable(signal, usual, rank, place)

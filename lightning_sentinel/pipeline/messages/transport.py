@@ -36,7 +36,7 @@ from torch import Tensor
 from lightning_sentinel.errors import MalformedMessageError, WorkerLostError
 from lightning_sentinel.pipeline.messages.headers import HEADER_WORDS, Expected, Header, Kind, Place, decode, encode, extent
 from lightning_sentinel.pipeline.processes.collectives import wire
-from lightning_sentinel.pipeline.processes.liveness import is_lost_connection
+from lightning_sentinel.pipeline.processes.liveness import sounds_lost
 
 __all__ = ["Transport"]
 
@@ -245,6 +245,6 @@ def _naming(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_lost_connection(error):
+        if not sounds_lost(error):
             raise
         raise WorkerLostError(f"Rank {rank} does not answer: {error}", rank=rank) from error

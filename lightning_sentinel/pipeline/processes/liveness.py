@@ -33,9 +33,10 @@ from lightning_sentinel.errors import MalformedMessageError, WorkerLostError, pl
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.processes.hosts import host_name
 
-__all__ = ["Roster", "Start", "agree_on_round", "connect", "is_lost_connection", "notes"]
+__all__ = ["Roster", "Start", "agree_on_round", "connect", "is_lost_connection", "notes", "sounds_lost"]
 
 _LOST = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset|refused)|timed? ?out|socket|broken pipe", re.IGNORECASE)
+_WAITING = ("torch.distributed.", "lightning_sentinel.")
 _MOMENT = timedelta(seconds=2)
 _MOST_FRAMES, _MOST_OF_A_NOTE = 8, 4000
 _PACKAGE = str(Path(__file__).resolve().parents[2])
@@ -54,9 +55,26 @@ class Start(NamedTuple):
     ranks: tuple[int, ...]
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error of ``torch.distributed`` means that a peer is gone; the backends raise plain ``RuntimeError``."""
+def sounds_lost(error: BaseException) -> bool:
+    """Whether an error of a call into ``torch.distributed`` means that a peer is gone; the backends raise ``RuntimeError``."""
     return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error, wherever it comes from, means that a peer is gone.
+
+    Words do not tell by themselves, because a user's own code may say that something "timed out". So its last line in Python has to
+    be in ``torch.distributed``, or in this package, which waits for peers.
+    """
+    return sounds_lost(error) and _raised_by(error).startswith(_WAITING)
+
+
+def _raised_by(error: BaseException) -> str:
+    """The Python module where an error was raised."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
 
 
 def connect(

@@ -301,7 +301,7 @@ class Guard:
         return judge_with_audits(table, assessment, heights, drawn, one_each, audit, self._mesh, wiring, step)
 
     def forget_step(self) -> None:
-        """Keep nothing of the step, which is to be done again."""
+        """Keep nothing of the step, which is to be done again, or left out of the training."""
         for verifier in self.verifiers.values():
             verifier.forget_step()
         for rows in self._rows.values():

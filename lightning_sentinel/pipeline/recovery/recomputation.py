@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Direction
+from lightning_sentinel.pipeline.data.copies import copied
+from lightning_sentinel.pipeline.gradients.contributions import gradients_of
 from lightning_sentinel.pipeline.randomness import Draws
 from lightning_sentinel.pipeline.recovery.auditing import Evidence
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
@@ -72,7 +74,8 @@ class Recomputation:
         """
         samples, weight = sizes
         restore = Rewind((), list(self.stage.buffers()), self.device)
-        arguments = (evidence.batch, *rest)
+        # Copies, because a step may work on its batch in place.
+        arguments = (copied(evidence.batch), *rest)
         backward = direction is Direction.GRADIENT
         self.stage.draws = draws = Draws.of(self.seed, step, part, self.replicas)
         with ExitStack() as stack:
@@ -87,10 +90,17 @@ class Recomputation:
                 inputs = leaf.clone()
             signal = self.stage(inputs)
             if backward:
+                own = None
                 if self.last:
+                    own = self.steps.own_backward
                     draws.seed_step(self.device)
-                    counts = torch.tensor(True, device=self.device)
-                    result = self.steps.finish("training_step", arguments, signal, samples, counts)
+                    run = self.steps.start("training_step", arguments, samples)
+                    draws.seed_answer()
+                    result = run.finish(signal, torch.tensor(True, device=self.device))
+                    if result is None:
+                        return torch.zeros_like(leaf)
                     signal = loss_of(result, "training_step") * (weight * scale)
-                (signal,) = torch.autograd.grad(signal, leaf, evidence.gradient)
+                (found,) = gradients_of(signal, [leaf], evidence.gradient, own, self.stage.parameters())
+                assert found is not None, "what a stage was given reaches its end"
+                signal = found
         return signal.detach()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_sentinel.pipeline.randomness import generator_state, set_generator_state
+from lightning_sentinel.pipeline.randomness import remember_generators
 
 __all__ = ["Rewind"]
 
@@ -32,16 +32,14 @@ class Rewind:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor], device: torch.device) -> None:
-        self._parameters, self._device = list(parameters), device
+        self._parameters = list(parameters)
         self._gradients: list[Tensor | None] = [None if p.grad is None else p.grad.clone() for p in self._parameters]
         self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
-        self._random = torch.get_rng_state()
-        self._random_on_device = generator_state(device)
+        self._draw_again = remember_generators(device)
 
     def __call__(self) -> None:
         for parameter, gradient in zip(self._parameters, self._gradients):
             parameter.grad = gradient
         for buffer, before in self._buffers:
             buffer.copy_(before)
-        torch.set_rng_state(self._random)
-        set_generator_state(self._device, self._random_on_device)
+        self._draw_again()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
+import torch
 from torch import nn
 
 from lightning_sentinel.errors import PipelineModelError
+from lightning_sentinel.pipeline.stages.entry import find_entry, uncompiled
+from lightning_sentinel.pipeline.stages.skeleton import Skeleton
 from lightning_sentinel.pipeline.stages.specs import build_specs
 
 __all__ = ["PipelineLayers", "find_layers"]
@@ -23,7 +26,7 @@ class PipelineLayers:
 
     Args:
         module: the user's module.
-        entry: the module whose ``forward`` runs all layers: the ``nn.Sequential``, or ``module`` itself.
+        entry: the module whose ``forward`` the layers make up: an ``nn.Sequential``, a network, or ``module`` itself.
         layers: the layers.
         names: where each layer sits in ``module``, as in its ``state_dict``.
     """
@@ -43,11 +46,20 @@ class PipelineLayers:
         """Keys of the unsplit module's ``state_dict``; valid until :meth:`keep_only`."""
         return list(self.module.state_dict())
 
-    def keep_only(self, start: int, stop: int) -> None:
-        """Replace the layers outside ``[start, stop)`` by ``nn.Identity``: other stages own them, and the keys of the rest stay.
+    def keep_only(self, start: int, stop: int, device: torch.device) -> Skeleton:
+        """Take the layers outside ``[start, stop)`` out: other stages own them, and the keys of the rest stay.
 
         Other names that the module has for them go as well, or this stage would still hold, step and save their parameters.
+
+        Args:
+            start: number of the first layer to keep.
+            stop: number of the first behind them.
+            device: where this process computes.
+
+        Returns:
+            what was taken out.
         """
+        skeleton = Skeleton(self.module, device)
         owned = {id(part) for layer in self.layers[start:stop] for part in layer.modules()}
         for index, (name, layer) in enumerate(zip(self.names, self.layers)):
             if start <= index < stop:
@@ -56,11 +68,9 @@ class PipelineLayers:
             aliases = [alias for alias, part in self.module.named_modules(remove_duplicate=False) if id(part) in gone]
             for alias in (name, *aliases):
                 if not any(alias.startswith(f"{kept}.") or alias == kept for kept in self.names[start:stop]):
-                    self._drop(alias)
-
-    def _drop(self, name: str) -> None:
-        with suppress(AttributeError):  # a part of something that was dropped before
-            self.module.set_submodule(name, nn.Identity())
+                    skeleton.take_out(alias)
+        skeleton.let_go()
+        return skeleton
 
 
 def find_layers(
@@ -73,7 +83,7 @@ def find_layers(
 
     Args:
         module: the user's module.
-        sequential: attribute that holds the layers, if it is not the only one.
+        sequential: attribute that holds the layers, if it is not the only one; of what the hook returns, the entry.
         building: entered where layers are built from DeepSpeed's ``LayerSpec``.
 
     Raises:
@@ -90,12 +100,12 @@ def find_layers(
         ('net.0', 'net.1', 'net.2')
     """
     hooked = hasattr(module, "configure_pipeline")
-    found = _from_hook(module, building or nullcontext()) if hooked else _from_sequential(module, sequential)
+    found = _from_hook(module, sequential, building or nullcontext()) if hooked else _from_sequential(module, sequential)
     _check_parameters(found)
     return found
 
 
-def _from_hook(module: L.LightningModule, building: AbstractContextManager[Any]) -> PipelineLayers:
+def _from_hook(module: L.LightningModule, entry: str | None, building: AbstractContextManager[Any]) -> PipelineLayers:
     hook: Callable[[], Any] = module.configure_pipeline  # type: ignore[assignment]
     layers = hook()
     where = f"{type(module).__name__}.configure_pipeline"
@@ -121,18 +131,18 @@ def _from_hook(module: L.LightningModule, building: AbstractContextManager[Any])
     )
     if repeated:
         raise PipelineModelError(f"{where} returned {repeated} more than once; layers that share weights must be one layer.")
-    return PipelineLayers(module, module, layers, tuple(names))
+    return PipelineLayers(module, find_entry(module, layers, entry), layers, tuple(names))
 
 
 def _from_sequential(module: L.LightningModule, sequential: str | None) -> PipelineLayers:
-    candidates = {name: child for name, child in module.named_children() if isinstance(child, nn.Sequential)}
+    candidates = {name: child for name, child in module.named_children() if isinstance(uncompiled(child), nn.Sequential)}
     kind = type(module).__name__
     if sequential is not None:
         try:
             entry = module.get_submodule(sequential)
         except AttributeError:
             entry = None
-        if not isinstance(entry, nn.Sequential):
+        if entry is None or not isinstance(uncompiled(entry), nn.Sequential):
             raise PipelineModelError(
                 f"sequential={sequential!r} names no nn.Sequential of {kind}; it has {sorted(candidates) or 'none at top level'}."
             )
@@ -147,8 +157,9 @@ def _from_sequential(module: L.LightningModule, sequential: str | None) -> Pipel
     else:
         sequential, entry = next(iter(candidates.items()))
     # Not children(), which leave out a layer that occurs a second time, such as one activation used twice.
-    layers = tuple(entry)
-    return PipelineLayers(module, entry, layers, tuple(f"{sequential}.{name}" for name in entry._modules))
+    sequence = cast(nn.Sequential, uncompiled(entry))
+    path = sequential if sequence is entry else f"{sequential}._orig_mod"
+    return PipelineLayers(module, entry, tuple(sequence), tuple(f"{path}.{name}" for name in sequence._modules))
 
 
 def _check_parameters(found: PipelineLayers) -> None:

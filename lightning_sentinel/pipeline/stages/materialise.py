@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.pipeline.stages.deferred import DeferredBuild
 
-__all__ = ["materialise", "reset_meta_layers", "without_values"]
+__all__ = ["like", "materialise", "own_tensors", "replace_tensors", "reset_meta_layers", "without_values"]
 
 
 def without_values(module: nn.Module) -> bool:
@@ -39,19 +39,19 @@ def reset_meta_layers(layers: Sequence[nn.Module], names: Sequence[str], build: 
     planned: dict[int, Tensor] = {}
     for name, layer in zip(names, layers):
         for path, part in _inside_out(layer, name):
-            mine = {key: tensor for key, tensor in _own(part) if tensor.is_meta and not isinstance(tensor, FakeTensor)}
+            mine = {key: tensor for key, tensor in own_tensors(part) if tensor.is_meta and not isinstance(tensor, FakeTensor)}
             if not mine:
                 continue
             with build:
                 for tensor in mine.values():
                     if id(tensor) not in planned:
                         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                        planned[id(tensor)] = _like(tensor, empty)
-                _replace(part, lambda leaf: planned.get(id(leaf), leaf))
+                        planned[id(tensor)] = like(tensor, empty)
+                replace_tensors(part, lambda leaf: planned.get(id(leaf), leaf))
                 reset: Callable[[], Any] | None = getattr(part, "reset_parameters", getattr(part, "_reset_parameters", None))
                 if reset is not None:
                     reset()
-            left = [key for key, tensor in _own(part) if build.knows(tensor) and not build.has_value(tensor)]
+            left = [key for key, tensor in own_tensors(part) if build.knows(tensor) and not build.has_value(tensor)]
             if left:
                 what = "has no reset_parameters()" if reset is None else "does not give it a value in reset_parameters()"
                 raise PipelineModelError(
@@ -60,12 +60,13 @@ def reset_meta_layers(layers: Sequence[nn.Module], names: Sequence[str], build: 
                 )
 
 
-def materialise(module: nn.Module, build: DeferredBuild) -> None:
+def materialise(module: nn.Module, build: DeferredBuild, others: Iterable[nn.Module] = ()) -> None:
     """Give the tensors of a module that have no values theirs.
 
     Args:
         module: what this process keeps; parameters that are shared stay so.
         build: that the tensors were made in.
+        others: modules that share tensors with it, in which they are exchanged as well.
 
     Raises:
         PipelineModelError: if a tensor was not made in ``build``.
@@ -78,16 +79,17 @@ def materialise(module: nn.Module, build: DeferredBuild) -> None:
                 " device. Build it in __init__ without torch.device('meta'), or in configure_model(self)."
             )
     tensors = [tensor for _, tensor in found.values()]
-    values = {id(tensor): _like(tensor, value) for tensor, value in zip(tensors, build.values(tensors))}
-    for part in module.modules():
-        _replace(part, lambda leaf: values.get(id(leaf), leaf))
+    values = {id(tensor): like(tensor, value) for tensor, value in zip(tensors, build.values(tensors))}
+    for part in (*module.modules(), *others):
+        replace_tensors(part, lambda leaf: values.get(id(leaf), leaf))
 
 
 def _is_empty(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
-def _like(tensor: Tensor, value: Tensor) -> Tensor:
+def like(tensor: Tensor, value: Tensor) -> Tensor:
+    """A value as what a tensor is: a parameter with what was noted on it, or a tensor."""
     if not isinstance(tensor, nn.Parameter):
         return value
     parameter = nn.Parameter(value, tensor.requires_grad)
@@ -96,7 +98,7 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
     return parameter
 
 
-def _own(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def own_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own tensors: parameters, buffers, and those in its other attributes."""
     for key, value in vars(part).items():
         entries = value.items() if key in ("_parameters", "_buffers") else [(key, value)] if key != "_modules" else []
@@ -111,11 +113,12 @@ def _own(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, part in module.named_modules():
-        for name, tensor in _own(part):
+        for name, tensor in own_tensors(part):
             yield f"{path}.{name}" if path else name, tensor
 
 
-def _replace(part: nn.Module, instead: Callable[[Any], Any]) -> None:
+def replace_tensors(part: nn.Module, instead: Callable[[Any], Any]) -> None:
+    """Exchange a module's own tensors, wherever it has them."""
     for key, value in vars(part).items():
         if key in ("_parameters", "_buffers"):
             value.update({name: instead(entry) for name, entry in value.items()})

@@ -23,6 +23,7 @@ from lightning_sentinel.pipeline.stages.deferred import DeferredBuild
 from lightning_sentinel.pipeline.stages.elsewhere import Elsewhere
 from lightning_sentinel.pipeline.stages.layers import PipelineLayers, find_layers
 from lightning_sentinel.pipeline.stages.materialise import materialise, reset_meta_layers, without_values
+from lightning_sentinel.pipeline.stages.skeleton import Skeleton
 from lightning_sentinel.pipeline.stages.stage import StageLayers
 
 __all__ = ["StageModel", "cut", "is_cut", "layer_names"]
@@ -36,7 +37,7 @@ class StageModel:
 
     Args:
         mesh: the workers that the module was cut for.
-        layers: all layers of the module; in place of those of other stages there is ``nn.Identity``.
+        layers: all layers of the module; those of other stages without their memory.
         pipeline: DeepSpeed's ``PipelineModule``; ``None`` where this process has all stages.
         stage: the layers of this process; ``None`` where it has all stages.
         parts: stage ``s`` has the layers ``parts[s]`` to ``parts[s + 1] - 1``.
@@ -45,6 +46,7 @@ class StageModel:
         parameter_counts: trainable parameters of each layer.
         ties: parameters that several stages have.
         homes: the stages that have each entry of the unsplit module's ``state_dict``; of what is in no layer all have a copy.
+        skeleton: the layers of other stages; ``None`` where this process has all.
     """
 
     mesh: Mesh
@@ -57,6 +59,7 @@ class StageModel:
     parameter_counts: tuple[int, ...]
     ties: tuple[Tie, ...]
     homes: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    skeleton: Skeleton | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StageModel:
         """The same one: a copy of the module, such as an average of its weights, is cut at the same places."""
@@ -83,7 +86,7 @@ class StageModel:
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Where each layer is, in words; of other stages' layers the class is not known."""
+        """Where each layer is, in words."""
         stages = [stage for stage in range(self.mesh.stages) for _ in self.stage_layers(stage)]
         named = zip(self.layers.names, self.layers.layers, stages)
         return tuple(f"layer {name} ({type(layer).__name__}) of stage {stage}" for name, layer, stage in named)
@@ -155,11 +158,9 @@ def cut(
     _check_stages(stage_model, method)
     if worker is not None:
         start, stop = parts[worker.stage], parts[worker.stage + 1]
-        layers.keep_only(start, stop)
-        # Nobody may hold the others, or they would stay in memory.
-        kept = [layer if start <= index < stop else nn.Identity() for index, layer in enumerate(layers.layers)]
-        stage_model = replace(stage_model, layers=replace(layers, layers=tuple(kept)))
-    materialise(module, build)
+        skeleton = layers.keep_only(start, stop, device)
+        stage_model = replace(stage_model, skeleton=skeleton)
+    materialise(module, build, () if stage_model.skeleton is None else stage_model.skeleton.modules())
     if worker is not None:
         stage = StageLayers(
             stage_model.layers.layers[start:stop], start, activation_checkpointing, device, stage_model.places[start:stop]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError
-from lightning_sentinel.pipeline.messages.headers import Expected, Kind, Place
+from lightning_sentinel.pipeline.messages.headers import NOTHING, Expected, Kind, Place
 from lightning_sentinel.pipeline.messages.inbox import Inbox
 
 NO = torch.tensor(False)
@@ -167,3 +167,22 @@ class TestShapes:
         inbox.begin(replaces=False)
         received(inbox, sender, USUAL)
         assert sender.expected[-1].samples is None, "nobody says that a plain pipeline has its samples along the first axis"
+
+
+@pytest.mark.parametrize("evaluation", [True, False])
+def test_nothing_comes_in_an_evaluation_only(inbox: Inbox, sender: Sender, evaluation: bool) -> None:
+    """Of whatever dtype, and the next activation is judged by those before it."""
+    inbox.begin(replaces=False, lets_nothing_in=evaluation)
+    sender.next = [torch.ones(2, CHANNELS, dtype=torch.bfloat16), torch.empty(0)]
+    inbox.activation(SENDER, at(0), 2)
+    sender.news = NOTHING
+    if not evaluation:
+        inbox.activation(SENDER, at(1), 2)
+        assert NOTHING not in sender.expected[-1].numbers and sender.expected[-1].dtypes == (torch.bfloat16,)
+        return
+    assert inbox.activation(SENDER, at(1), 2)[0] is None
+    assert NOTHING in sender.expected[-1].numbers and torch.float32 in sender.expected[-1].dtypes
+    inbox.begin(replaces=True)
+    sender.next, sender.news = [torch.ones(2, CHANNELS, dtype=torch.bfloat16)], 0
+    inbox.activation(SENDER, at(0), 2)
+    assert sender.expected[-1].dtypes == (torch.bfloat16,)

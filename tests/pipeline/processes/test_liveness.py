@@ -18,11 +18,18 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_sentinel.errors import ConfigurationError, MalformedMessageError, WorkerLostError
 from lightning_sentinel.mesh import Mesh
-from lightning_sentinel.pipeline.processes.liveness import Roster, connect, is_lost_connection
+from lightning_sentinel.pipeline.processes.liveness import Roster, connect, is_lost_connection, sounds_lost
 from lightning_sentinel.pipeline.stages.stage import run_layer
 
 MESH = Mesh(stages=2, replicas=2)
 TIMEOUT = timedelta(seconds=90)
+
+
+def raise_in(error: BaseException, module: str) -> None:
+    """Raise an error in a line of another Python module."""
+    exec("raise error", {"__name__": module, "error": error})
+
+
 LOST = RuntimeError("Connection closed by peer [127.0.0.1]:4711")
 
 
@@ -44,8 +51,13 @@ class TestIsLostConnection:
         ],
     )
     def test_messages_of_torch(self, message: str) -> None:
-        assert is_lost_connection(RuntimeError(message))
-        assert is_lost_connection(dist.DistNetworkError(message))
+        for error in (RuntimeError(message), dist.DistNetworkError(message)):
+            with pytest.raises(RuntimeError) as raised:
+                raise_in(error, "torch.distributed.distributed_c10d")
+            assert sounds_lost(raised.value) and is_lost_connection(raised.value)
+            with pytest.raises(RuntimeError) as raised:
+                raise_in(error.with_traceback(None), "a_model_of_the_users")
+            assert not is_lost_connection(raised.value)
 
     @pytest.mark.parametrize(
         "error",
@@ -60,7 +72,7 @@ class TestIsLostConnection:
         ids=repr,
     )
     def test_other_errors(self, error: BaseException) -> None:
-        assert not is_lost_connection(error)
+        assert not sounds_lost(error)
 
 
 @pytest.fixture
@@ -81,7 +93,7 @@ def roster(rank: int, store: dist.Store | None) -> Roster:
 
 def loss_seen_by(watcher: Roster, error: BaseException = LOST) -> WorkerLostError:
     with pytest.raises(WorkerLostError) as raised, watcher.watching():
-        raise error
+        raise_in(error, "torch.distributed.distributed_c10d")
     # What the connection said is left out where somebody said what happened; and who would fail again is not to start again.
     assert raised.value.__cause__ is (None if raised.value.told else error)
     assert ("Start it again from the last checkpoint" in str(raised.value)) is not raised.value.told
@@ -105,7 +117,8 @@ def all_met(store: dist.Store, ended: int, host: str | None = None, *, wait: boo
 class TestRoster:
     def test_errors_of_another_kind_pass(self, store: dist.Store) -> None:
         watcher = roster(0, store)
-        for error in (RuntimeError("out of memory"), ValueError("timeout")):
+        # The second is the user's own, in whose step something else has timed out.
+        for error in (RuntimeError("out of memory"), RuntimeError("socket timed out"), ValueError("timeout")):
             with pytest.raises(type(error)) as raised, watcher.watching():
                 raise error
             assert raised.value is error

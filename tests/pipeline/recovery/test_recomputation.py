@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -76,3 +77,33 @@ def test_float64_is_not_multiplied_in_anything_else() -> None:
     assert recompute.computed_in() == torch.bfloat16
     assert tolerance(torch.float64, recompute.computed_in()) == 1e-6
     assert tolerance(torch.float32, recompute.computed_in()) == tolerance(torch.bfloat16) == 5e-2
+
+
+class Works(L.LightningModule):
+    """Its step works on its batch in place, and may have no loss; its ``backward`` is its own."""
+
+    def __init__(self, loss: bool) -> None:
+        super().__init__()
+        self.net, self.loss = nn.Linear(3, 1), loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        (2 * loss).backward()
+
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor | None:
+        output = self.net(batch["x"].mul_(2))
+        return (output - batch.pop("y")).mean() if self.loss else None
+
+
+@pytest.mark.parametrize("loss", [True, False])
+def test_samples_stay_as_they_are_and_a_step_without_a_loss_has_a_gradient_of_zeros(loss: bool) -> None:
+    module, batch = Works(loss), {"x": torch.ones(2, 3), "y": torch.ones(2, 1)}
+    layers = StageLayers([module.net], 0, False, CPU, ["layer"])
+    recompute = Recomputation(layers, True, 1, StepRunner(module, module.net), CPU, 0, nullcontext)
+    first = Evidence(batch, None, None)
+    forward = [recompute(Direction.ACTIVATION, Part(0, 0), first, (), 0, (2, 1.0), 1.0) for _ in range(2)]
+    assert torch.equal(*forward) and torch.equal(forward[0], module.net(2 * torch.ones(2, 3)))
+    last = Evidence(batch, torch.ones(2, 3), None)
+    backward = [recompute(Direction.GRADIENT, Part(0, 0), last, (), 0, (2, 1.0), 1.0) for _ in range(2)]
+    assert torch.equal(*backward) and torch.equal(backward[0], loss * module.net.weight.detach().expand(2, 3))
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert batch.keys() == {"x", "y"} and torch.equal(batch["x"], torch.ones(2, 3))

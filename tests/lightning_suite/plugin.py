@@ -1,0 +1,78 @@
+"""A pytest plugin under which a ``Trainer`` that names no strategy uses ours: to run Lightning's own tests with it.
+
+``run.py`` uses it. What a test does is written to the file that ``LIGHTNING_SUITE_RESULTS`` names, a line of JSON a test.
+``LIGHTNING_SUITE_STRATEGY=auto`` leaves the strategy alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import pytest
+from torch import nn
+from torchmetrics import Metric
+
+import lightning_sentinel as ls
+
+_ALONE = (None, "auto", 1, "1", -1)
+_ran = False
+
+
+def _layers(module: L.LightningModule) -> list[nn.Module]:
+    """Tests' modules do not say what their layers are: the only child with parameters, or all of them in order."""
+    children = [child for child in module.children() if not isinstance(child, (Metric, nn.modules.loss._Loss))]
+    trained = [child for child in children if any(True for _ in child.parameters())]
+    return trained if len(trained) == 1 else children
+
+
+class _Strategy(ls.SentinelStrategy):
+    def _make_engine(self, *arguments: Any) -> Any:
+        global _ran
+        _ran = True
+        return super()._make_engine(*arguments)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Which a run sets, and Lightning's tests watch for variables that are left behind.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if os.environ.get("LIGHTNING_SUITE_STRATEGY") == "auto":
+        return
+    make = L.Trainer.__init__
+
+    @functools.wraps(make)
+    def with_strategy(self: L.Trainer, *arguments: Any, **options: Any) -> None:
+        alone = options.get("strategy", "auto") == "auto" and options.get("devices", "auto") in _ALONE
+        if alone and options.get("accelerator", "auto") in ("auto", "cpu") and options.get("num_nodes", 1) == 1:
+            options["strategy"] = _Strategy(stages=1, replicas=1, micro_batches=1, engine="virtual", verification=None)
+            options["accelerator"] = "cpu"
+            options["devices"] = 1
+        make(self, *arguments, **options)
+
+    L.Trainer.__init__ = with_strategy  # type: ignore[method-assign]
+    L.LightningModule.configure_pipeline = _layers  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    global _ran
+    report = yield
+    if call.when == "setup":
+        _ran = False
+    if call.when == "call" or report.outcome != "passed":
+        error = call.excinfo
+        row = {
+            "test": item.nodeid,
+            "outcome": report.outcome,
+            "ran": _ran,
+            "kind": None if error is None else error.type.__name__,
+            "refused": error is not None and issubclass(error.type, ls.SentinelError),
+            "says": "" if error is None else str(error.value)[:400],
+        }
+        with open(os.environ["LIGHTNING_SUITE_RESULTS"], "a") as file:
+            file.write(json.dumps(row) + "\n")
+    return report
