@@ -1,10 +1,11 @@
 """The virtual engine: a whole mesh in this process.
 
 All replicas of a stage hold the same weights, so one copy of the module serves any number of them: the micro-batches of all
-replicas go through a stage side by side along the batch axis, and at each boundary every worker's signal is tampered with and
-verified on its own. Verifiers, ledger, attacks and verdicts are those of the process engine.
+replicas go through a stage side by side along the batch axis, in groups where their shapes differ, and at each boundary every
+worker's signal is tampered with and verified on its own. Verifiers, ledger, attacks and verdicts are those of the process engine.
 
-A layer that mixes samples of a batch (BatchNorm in training mode) sees those of all replicas, as it would under ``SyncBatchNorm``.
+A layer that mixes samples of a batch (BatchNorm in training mode) sees those of all replicas of equal shape, as it would under
+``SyncBatchNorm``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from lightning_sentinel.pipeline.stages.lanes import SideBySide
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.statistics import MovingBuffers
 from lightning_sentinel.pipeline.steps import StepRunner
-from lightning_sentinel.pipeline.virtual_passes import MicroBatch, VirtualPasses
+from lightning_sentinel.pipeline.virtual_boundaries import MicroBatch
+from lightning_sentinel.pipeline.virtual_passes import VirtualPasses
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import Outcome, arithmetic
 from lightning_sentinel.verification.jury import Case

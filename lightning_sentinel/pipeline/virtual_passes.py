@@ -1,100 +1,52 @@
 """The virtual engine's way through a micro-batch: forward and backward of all replicas, and what crosses each boundary.
 
-The replicas go through a stage side by side, along the batch axis, which adds their weight gradients up. Where what one of them
-computes must not reach the sum, or is altered by a simulated fault, they go through one by one.
+The replicas go through a stage side by side, along the batch axis, which adds their weight gradients up. Those whose signals have
+other shapes go through in a group of their own. Where what one of them computes must not reach the sum, or is altered by a
+simulated fault, they go through one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sentinel.attacks import Adversary, Site
-from lightning_sentinel.errors import PipelineModelError
-from lightning_sentinel.mesh import Boundary, Direction, Worker
+from lightning_sentinel.attacks import Site
+from lightning_sentinel.mesh import Boundary, Direction
 from lightning_sentinel.pipeline.data.copies import copied
-from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
 from lightning_sentinel.pipeline.gradients.contributions import broken, gradients_of
 from lightning_sentinel.pipeline.gradients.ties import Untied
 from lightning_sentinel.pipeline.randomness import Draws
-from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import plain
 from lightning_sentinel.pipeline.results.losses import refuse_sum
+from lightning_sentinel.pipeline.stages.groups import alike, of_replicas, side_by_side
 from lightning_sentinel.pipeline.stages.lanes import SideBySide
-from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.statistics import MovingBuffers
 from lightning_sentinel.pipeline.steps import StepRun, StepRunner, checked_signal, loss_of
-from lightning_sentinel.verification.projection import Projection
-from lightning_sentinel.verification.tolerance import deviation
-from lightning_sentinel.wiring import Part, Wiring
+from lightning_sentinel.pipeline.virtual_boundaries import MicroBatch, VirtualBoundaries
+from lightning_sentinel.wiring import Part
 
-__all__ = ["MicroBatch", "VirtualPasses"]
-
-
-@dataclass
-class MicroBatch:
-    """The micro-batches of one number of all replicas, on their way.
-
-    Args:
-        parts: arguments of the step for each replica.
-        replicas: what they were dealt from.
-        index: their number.
-        step: of the training batch.
-        scale: factor of the loss.
-        apart: whether replicas go through a stage one by one. Then the weight gradients of what is left out never enter, nor those
-            that are not finite.
-    """
-
-    parts: list[tuple[Any, ...]]
-    replicas: Sequence[MicroBatches]
-    index: int
-    step: int
-    scale: float
-    apart: bool
-    draws: list[Draws] = field(default_factory=list)
-    runs: list[StepRun] = field(default_factory=list)
-    """Of each replica, its step."""
-    tainted: Tensor = field(default_factory=lambda: torch.empty(0))
-    """``(replicas,)`` bool, whose micro-batch is left out from here on."""
-    leaves: list[list[Any]] = field(default_factory=list)
-    """What goes into each stage, of all replicas together or of each."""
-    outputs: list[list[Any]] = field(default_factory=list)
-    """What comes out."""
-
-    @property
-    def groups(self) -> list[list[int]]:
-        """The replicas that go through a stage together."""
-        everyone = list(range(len(self.parts)))
-        return [[replica] for replica in everyone] if self.apart else [everyone]
+__all__ = ["VirtualPasses"]
 
 
-class VirtualPasses:
+class VirtualPasses(VirtualBoundaries):
     """The part of the virtual engine that computes; when, and what follows, is the other."""
 
-    guard: Guard | None
-    adversary: Adversary | None
     keeps_results: bool
-    _model: StageModel
     _steps: StepRunner
-    _device: torch.device
     _seed: int
     _forward_context: Callable[[], AbstractContextManager[Any]]
     _side_by_side: SideBySide
     _stages: Sequence[Sequence[nn.Module]]
     _untied: Untied
     _moving: Sequence[MovingBuffers]
-    _wiring: Wiring
     _rows: Sequence[Sequence[Sequence[int]]]
     _results: list[tuple[Sequence[int], Any]]
-    _measured: dict[int, dict[tuple[int, int], tuple[torch.dtype, Tensor]]]
-    """How far a signal is from what an honest worker sends, where it may be, by index of the boundary, lane and slot."""
     _called: int
     """Micro-batches for which the step has called the pipeline."""
     _useless: Tensor
@@ -116,6 +68,7 @@ class VirtualPasses:
         batch.runs = [self._started(replica, batch, part) for replica, part in enumerate(batch.parts)]
         # A step may return before the call, in all of a batch's micro-batches alike; without boundaries it may have any loss.
         pipelined = self._model.mesh.stages > 1
+        batch.alike = [list(range(count))]
         if any(run.waits or (pipelined and run.result is not None) for run in batch.runs):
             self._called += 1
             self._forward_pass(batch)
@@ -138,7 +91,8 @@ class VirtualPasses:
 
     def _forward_pass(self, batch: MicroBatch) -> None:
         draws, last = batch.draws, self._model.mesh.stages - 1
-        signals: list[Any] = [_side_by_side([batch.runs[replica] for replica in group]) for group in batch.groups]
+        batch.alike = alike([run.inputs for run in batch.runs])
+        signals: list[Any] = [side_by_side([batch.runs[replica].inputs for replica in group]) for group in batch.groups]
         for stage in range(last + 1):
             leaves = [signal.detach().requires_grad_() for signal in signals] if stage else signals
             faults = [self._fault(stage, group[0], batch) if batch.apart else None for group in batch.groups]
@@ -150,42 +104,39 @@ class VirtualPasses:
             batch.outputs.append(outputs)
             if stage < last:
                 layer = self._model.stage_layers(stage)[-1]
-                sent = torch.cat([checked_signal(one, layer, stage).detach() for one in outputs])
+                sent = [checked_signal(one, layer, stage).detach() for one in outputs]
                 boundary = Boundary(stage, Direction.ACTIVATION)
                 for (replica, *_), fault in zip(batch.groups, faults):
                     if fault is not None:
-                        self._compare(boundary, replica, batch, sent, partial(self._honest, stage, replica, batch))
-                received = torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
-                signals = list(self._cross(boundary, sent, received, batch).chunk(len(batch.groups)))
+                        self._compare(boundary, replica, batch, sent[replica], partial(self._honest, stage, replica, batch))
+                signals = self._cross(boundary, sent, leaves, batch)
 
     def _backward_pass(self, batch: MicroBatch, ends: list[Tensor | None]) -> None:
         """What is behind ``ends``, the losses of each group, and of each stage before what it had sent.
 
         A group without a loss sends zeros back, if it was in the pipeline at all.
         """
-        received: Tensor | None = None
-        gradients: Sequence[Tensor | None] = [None] * len(batch.groups)
+        nothing: list[Tensor | None] = [None] * len(batch.groups)
+        received, gradients = nothing, nothing
         last = self._model.mesh.stages - 1
         for stage in range(last, -1, -1):
             own = self._steps.own_backward if stage == last else None
+            leaves = batch.leaves[stage] if stage and batch.leaves else nothing
             if batch.apart:
-                self._add_apart(stage, batch, ends, gradients, own)
-            elif ends[0] is None:
-                _send_nothing(batch.leaves[stage][0] if stage and batch.leaves else None)
-            elif own is not None:
-                own(ends[0])
-            elif ends[0].requires_grad:  # not if all up to here is frozen
-                ends[0].backward(gradients[0])
+                self._add_apart(stage, batch, ends, gradients, leaves, own)
+            else:
+                for end, gradient, leaf in zip(ends, gradients, leaves):
+                    _add_together(end, gradient, leaf, own)
             if not stage or not batch.leaves:
                 return
             boundary = Boundary(stage - 1, Direction.GRADIENT)
-            sent = torch.cat([leaf.grad for leaf in batch.leaves[stage]])
+            sent = [leaf.grad for leaf in batch.leaves[stage]]
             for (replica, *_), gradient in zip(batch.groups, gradients):
                 if batch.apart and self._fault(stage, replica, batch) is not None:
                     honest = partial(self._honest_gradient, stage, replica, batch, gradient)
-                    self._compare(boundary, replica, batch, sent, honest)
-            received = self._cross(boundary, sent, received, batch)
-            ends, gradients = list(batch.outputs[stage - 1]), received.chunk(len(batch.groups))
+                    self._compare(boundary, replica, batch, sent[replica], honest)
+            received = gradients = list(self._cross(boundary, sent, received, batch))
+            ends = list(batch.outputs[stage - 1])
 
     def _finish(self, batch: MicroBatch, counts: Tensor) -> tuple[list[Tensor | None], Tensor]:
         """The user's steps, on what came out of the last stage.
@@ -193,8 +144,7 @@ class VirtualPasses:
         Returns:
             of each replica its weighted loss, to differentiate, ``None`` if it has none; and what :meth:`_pass` returns.
         """
-        each = len(batch.runs) // len(batch.groups)
-        outputs = [one for group in batch.outputs[-1] for one in group.chunk(each)] if batch.outputs else [None] * len(batch.runs)
+        outputs = of_replicas(batch.outputs[-1], batch.groups) if batch.outputs else [None] * len(batch.runs)
         losses: list[Tensor | None] = []
         said, nothing = [], torch.zeros((), device=self._device)
         for replica, output in enumerate(outputs):
@@ -229,6 +179,7 @@ class VirtualPasses:
         batch: MicroBatch,
         ends: Sequence[Tensor | None],
         gradients: Sequence[Tensor | None],
+        leaves: Sequence[Tensor | None],
         own: Callable[[Tensor], None] | None,
     ) -> None:
         """Backward pass of one replica after the other, of which only what counts and can be used is added up.
@@ -240,17 +191,15 @@ class VirtualPasses:
         # Read, which costs a wait that a step in which all is well does not have.
         left_out = batch.tainted.tolist() if guard is not None and guard.excludes else [False] * len(ends)
         parameters = [parameter for parameter in self._untied.parameters[stage] if parameter.requires_grad]
-        leaves = batch.leaves[stage] if batch.leaves else [None] * len(ends)
         for replica, (end, gradient, leaf) in enumerate(zip(ends, gradients, leaves)):
-            sends = stage > 0 and leaf is not None
-            inputs = [*parameters, *([leaf] if sends else [])]
+            inputs = [*parameters, *([] if leaf is None else [leaf])]
             if end is None:
-                _send_nothing(leaf if sends else None)
+                _send_nothing(leaf)
                 continue
             if not end.requires_grad or not inputs:
                 continue
             found = gradients_of(end, inputs, gradient, own)
-            if sends:
+            if leaf is not None:
                 leaf.grad = found.pop()
             if left_out[replica]:
                 continue
@@ -264,62 +213,6 @@ class VirtualPasses:
             for parameter, one in zip(parameters, found):
                 if one is not None:
                     parameter.grad = one if parameter.grad is None else parameter.grad + one
-
-    # -------------------------------------------------------------------------------------------------- what crosses a boundary
-
-    def _cross(self, boundary: Boundary, sent: Tensor, received: Any, batch: MicroBatch) -> Tensor:
-        """What the receivers of a boundary go on with: the signals of all senders, tampered with and verified."""
-        if self.adversary is not None:
-            sent = self._tampered(self.adversary, boundary, sent, received, batch)
-        if self.guard is None:
-            return sent
-        first = self._model.mesh.before(boundary) is None
-        projected = None if first else self._noted(boundary, self.guard.project(boundary, received.detach()), batch)
-        signals, batch.tainted = self.guard.receive(boundary, sent, batch.tainted, projected, self._lanes(batch.index))
-        return signals
-
-    def _noted(self, boundary: Boundary, note: Projection | None, batch: MicroBatch) -> Projection | None:
-        """What those before the senders of a boundary say that they had sent them."""
-        before = self._model.mesh.before(boundary)
-        if self.adversary is None or self.adversary.notes is None or note is None or before is None:
-            return note
-        pieces = list(note.values.chunk(self._model.mesh.replicas))
-        for replica, piece in enumerate(pieces):
-            pieces[replica] = self.adversary.note(self._worker(before.sender, replica, batch.index)[0], piece, batch.step)
-        return note._replace(values=torch.cat(pieces))
-
-    def _tampered(self, adversary: Adversary, boundary: Boundary, sent: Tensor, received: Any, batch: MicroBatch) -> Tensor:
-        replicas = self._model.mesh.replicas
-        serving = [self._worker(boundary.sender, replica, batch.index) for replica in range(replicas)]
-        if not adversary.workers.intersection(worker for worker, _ in serving):
-            return sent
-        pieces = list(sent.chunk(replicas))
-        got = received.chunk(replicas) if isinstance(received, Tensor) else [None] * replicas
-        for replica, (worker, slot) in enumerate(serving):
-            honest = pieces[replica]
-            pieces[replica] = adversary.tamper(honest, worker, boundary.direction, batch.step, slot, got[replica])
-            if pieces[replica] is not honest:
-                self._note(boundary, replica, batch, pieces[replica], honest)
-        return torch.cat(pieces)
-
-    def _note(self, boundary: Boundary, replica: int, batch: MicroBatch, sent: Tensor, honest: Tensor) -> None:
-        """Remember for audits how far what was sent is from what an honest worker sends."""
-        if self.guard is not None and self.guard.audits:
-            index, place = self._model.mesh.boundaries.index(boundary), self._wiring.places[Part(replica, batch.index)]
-            measured = deviation(sent, honest, self.guard.tolerances.seed_of(index))
-            self._measured.setdefault(index, {})[place] = honest.dtype, measured
-
-    def _worker(self, stage: int, replica: int, index: int) -> tuple[Worker, int]:
-        """Who works on a replica's micro-batch at a stage, and in which slot."""
-        lane, slot = self._wiring.places[Part(replica, index)]
-        return self._wiring.worker(stage, lane), slot
-
-    def _lanes(self, micro_batch: int) -> Tensor | None:
-        """Which lane works on a micro-batch of each replica; ``None`` while each works on its own."""
-        if all(self._wiring.live):
-            return None
-        lanes = [self._wiring.places[Part(replica, micro_batch)][0] for replica in range(self._model.mesh.replicas)]
-        return torch.tensor(lanes, device=self._device)
 
     # ------------------------------------------------------------------------------------------------------- simulated faults
 
@@ -344,7 +237,7 @@ class VirtualPasses:
         buffers = [buffer for layer in self._stages[boundary.sender] for buffer in layer.buffers()]
         restore = Rewind((), buffers, self._device)
         with self._steps.unheard():
-            self._note(boundary, replica, batch, sent.chunk(len(batch.parts))[replica], honest().detach())
+            self._note(boundary, replica, batch, sent, honest().detach())
         restore()
 
     @torch.no_grad()
@@ -382,7 +275,7 @@ class VirtualPasses:
         before = self._moving[stage].copies() if self._steps.leaves_out else []
         output = self._forward(stage, signals, draws, fault)
         if before and isinstance(output, Tensor):
-            left_out = batch.tainted[group[0]] if batch.apart else batch.tainted.any()
+            left_out = (batch.tainted if len(group) == len(batch.parts) else batch.tainted[group]).any()
             self._moving[stage].put_back(before, left_out | ~output.isfinite().all())
         return output
 
@@ -402,19 +295,19 @@ class VirtualPasses:
         return signals
 
 
-def _side_by_side(runs: Sequence[StepRun]) -> Any:
-    """What steps put into the pipeline, of all replicas that go through it together."""
-    inputs = [run.inputs for run in runs]
-    if len(inputs) == 1:
-        return inputs[0]
-    shapes = [[tuple(one.shape) for one in (value if isinstance(value, tuple) else (value,))] for value in inputs]
-    if any(shape != shapes[0] for shape in shapes):
-        raise PipelineModelError(
-            f"What the replicas of this virtual mesh put into their pipelines has shapes {', '.join(map(str, shapes))}, and it goes"
-            " through the layers side by side. Pad all samples of a batch to one length before they are dealt, or use replicas=1 or"
-            " engine='process', where every replica computes by itself."
-        )
-    return tuple(map(torch.cat, zip(*inputs))) if isinstance(inputs[0], tuple) else torch.cat(inputs)
+def _add_together(end: Tensor | None, gradient: Tensor | None, leaf: Tensor | None, own: Callable[[Tensor], None] | None) -> None:
+    """Backward pass of replicas that went through a stage side by side.
+
+    Args:
+        leaf: what the stage was given; ``None`` of the first.
+        own: the module's own ``backward``, of the last stage; ``None`` is torch's.
+    """
+    if end is None:
+        _send_nothing(leaf)
+    elif own is not None:
+        own(end)
+    elif end.requires_grad:  # not if all up to here is frozen
+        end.backward(gradient)
 
 
 def _send_nothing(leaf: Tensor | None) -> None:

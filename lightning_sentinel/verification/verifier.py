@@ -78,7 +78,12 @@ class BoundaryVerifier:
         self._secret = SecretDirections(self.boundary, config, self._device)
 
     def inspect(
-        self, signals: Tensor, tainted: Tensor, received: Projection | None = None, lanes: Tensor | None = None
+        self,
+        signals: Tensor,
+        tainted: Tensor,
+        received: Projection | None = None,
+        lanes: Tensor | None = None,
+        of: int | None = None,
     ) -> Inspection:
         """Measure what came from the senders of this process in one micro-batch, and keep what it teaches for :meth:`learn`.
 
@@ -87,15 +92,18 @@ class BoundaryVerifier:
             tainted: ``(senders,)`` bool; a tainted signal is scored, never flagged, and never learned from.
             received: what the senders had received themselves, along the secret directions of this boundary; ``None`` at the ends
                 of the pipeline.
-            lanes: ``(senders,)``, the lanes that they serve, each below their number; ``None`` if they are in order. A worker may
-                have sent several of the signals.
+            lanes: ``(senders,)``, the lanes that they serve; ``None`` if they are in order. A worker may have sent several of the
+                signals.
+            of: how many lanes there are, if not as many as senders: signals of other shapes come in a call of their own.
         """
-        rows, flagged = self._inspect(signals.detach(), tainted, received, lanes)
+        rows, flagged = self._inspect(signals.detach(), tainted, received, lanes, of)
         return Inspection(rows.clone(), flagged.clone())  # Outside of inference mode, so that autograd may meet them.
 
     # Most operations here are on a few floats, and without the bookkeeping for views and versions each takes a fifth less time.
     @torch.inference_mode()
-    def _inspect(self, signals: Tensor, tainted: Tensor, received: Projection | None, lanes: Tensor | None) -> Inspection:
+    def _inspect(
+        self, signals: Tensor, tainted: Tensor, received: Projection | None, lanes: Tensor | None, of: int | None
+    ) -> Inspection:
         measured = self._measure(signals, len(tainted), received)
         broken = ~measured.finite
         highest = self.fences.scores(measured.features).max(dim=1)
@@ -103,7 +111,7 @@ class BoundaryVerifier:
         worst = highest.indices.masked_fill(broken, -1)
         limits = self.limits if lanes is None or len(self.limits) == 1 else self.limits[lanes]
         flagged = (score > limits) & ~tainted
-        self._keep(measured, flagged, ~(tainted | broken), lanes)
+        self._keep(measured, flagged, ~(tainted | broken), lanes, len(tainted) if of is None else of)
         return Inspection(signal_rows(measured.features, score, worst, flagged, tainted, *measured.means.shape[1:]), flagged)
 
     def _measure(self, signals: Tensor, senders: int, received: Projection | None) -> Measurement:
@@ -111,10 +119,10 @@ class BoundaryVerifier:
             return measure_published(signals, senders, self.references, self._secret)
         return measure(signals, senders, received, self.references, self._secret)
 
-    def _keep(self, measured: Measurement, flagged: Tensor, usable: Tensor, lanes: Tensor | None) -> None:
+    def _keep(self, measured: Measurement, flagged: Tensor, usable: Tensor, lanes: Tensor | None, of: int) -> None:
         means, statistics = measured.means, measured.statistics
         if self._kept is None:
-            both = (part.expand(2, *part.shape) for part in (means, statistics))
+            both = (part[:1].expand(2, of, *part.shape[1:]) for part in (means, statistics))
             self._kept = _Kept(Contribution.like(*both), measured.sizes)
         suspect = usable & flagged
         self._kept.sums.add(means, statistics, torch.stack((usable ^ suspect, suspect)).float(), lanes)

@@ -8,7 +8,7 @@ by all ranks from the same table.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -106,7 +106,7 @@ class Guard:
         self._keep_secret(verification)
         self._excluded: tuple[int, frozenset[Worker]] = (-1, frozenset())
         self._wiring, self._micro_batches = Wiring.of(mesh), 1
-        self._rows: dict[Boundary, list[Tensor]] = {boundary: [] for boundary in self.verifiers}
+        self._rows: dict[Boundary, list[tuple[Sequence[int], Tensor]]] = {boundary: [] for boundary in self.verifiers}
         self._lessons = Lessons()
 
     def _keep_secret(self, verification: Verification) -> None:
@@ -204,21 +204,24 @@ class Guard:
         tainted: Tensor,
         received: Projection | None = None,
         lanes: Tensor | None = None,
+        replicas: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Verify what the neighbours sent; to be called in the order of micro-batches.
 
         Args:
-            signals: ``(senders * B, ...)``, of one micro-batch: of a sender, or one of each replica's batch.
+            signals: ``(senders * B, ...)``, of one micro-batch: of a sender, or one of each replica's batch, or of some replicas
+                whose signals have a shape of their own.
             tainted: ``(senders,)`` bool, what the neighbours' own verifiers had found before.
             received: what the neighbours had received themselves, from :meth:`project`.
             lanes: ``(senders,)``, the lanes that the senders serve; ``None`` if in order.
+            replicas: whose batches these are, if not those of all.
 
         Returns:
             the signals to go on with, and the taint to pass on.
         """
         verifier = self.verifiers[boundary]
-        rows, flagged = verifier.inspect(signals, tainted, received, lanes)
-        self._rows[boundary].append(rows)
+        rows, flagged = verifier.inspect(signals, tainted, received, lanes, None if replicas is None else self._mesh.replicas)
+        self._rows[boundary].append((range(len(rows)) if replicas is None else replicas, rows))
         if self.audits:
             return signals, tainted
         tainted = tainted | flagged
@@ -230,8 +233,14 @@ class Guard:
 
     def take_rows(self, boundary: Boundary) -> Tensor:
         """This step's rows of one boundary, ``(senders, receipts, len(COLUMNS))``, and forget them."""
-        rows, self._rows[boundary] = self._rows[boundary], []
-        return torch.stack(rows, dim=1)
+        receipts, self._rows[boundary] = self._rows[boundary], []
+        senders, rows = zip(*receipts)
+        if len(set(map(tuple, senders))) == 1:
+            return torch.stack(rows, dim=1)
+        # Some came in groups: put in order by sender, and of each sender as they came.
+        of = [sender for some in senders for sender in some]
+        order = sorted(range(len(of)), key=of.__getitem__)
+        return torch.cat(rows)[order].unflatten(0, (max(of) + 1, -1))
 
     def settle(
         self,
