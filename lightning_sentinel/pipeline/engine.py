@@ -288,7 +288,8 @@ class SentinelEngine(StageBoundaries):
     def clip_gradients(self, limit: float, by_value: bool) -> None:
         self._healthy.clip(limit, by_value)
 
-    def apply_gradients(self) -> None:
+    def apply_gradients(self, evaluate: Callable[[], Any] | None = None, **options: Any) -> Any:
+        assert evaluate is None and not options, "a schedule has run by now"
         with self._healthy.stepping():
             if not self._arithmetic.step(self.optimizer):
                 self._exec_optimizer_step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from lightning_sentinel.attacks import Adversary
@@ -79,8 +80,17 @@ class Engine(Protocol):
     def clip_gradients(self, limit: float, by_value: bool) -> None:
         """Clip what :meth:`reduce_gradients` has left: by the norm over all stages, or each value."""
 
-    def apply_gradients(self) -> None:
-        """Let the optimizer step, and forget the gradients."""
+    def apply_gradients(self, evaluate: Callable[[], Any] | None = None, **options: Any) -> Any:
+        """Let the optimizer step, and forget the gradients.
+
+        Args:
+            evaluate: makes the gradients, as often as the optimizer calls it, where all stages are in one process; ``None`` if they
+                are there.
+            options: of the optimizer's ``step``.
+
+        Returns:
+            what that returns.
+        """
 
     def discard_gradients(self) -> None:
         """Forget the gradients without a step."""

@@ -269,10 +269,11 @@ class VirtualEngine(VirtualPasses):
         clip = nn.utils.clip_grad_value_ if by_value else nn.utils.clip_grad_norm_
         clip(self._untied.owners, limit)
 
-    def apply_gradients(self) -> None:
+    def apply_gradients(self, evaluate: Callable[[], Any] | None = None, **options: Any) -> Any:
         assert self._optimizer is not None
-        self._optimizer.step()
+        result = self._optimizer.step(**options) if evaluate is None else self._optimizer.step(closure=evaluate, **options)
         self.discard_gradients()
+        return result
 
     def discard_gradients(self) -> None:
         for parameter in self._parameters:

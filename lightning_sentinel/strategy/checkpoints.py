@@ -98,6 +98,8 @@ class StageCheckpoints(ResumedRuns):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The unsplit module's optimizer state on rank zero, nothing elsewhere; a collective. Sharded, this stage's part."""
+        if self._by_hand:
+            return super().optimizer_state(optimizer)
         plain, tensors = self._whole_stage(*stage_files.optimizer_part(optimizer, self._parameter_names()))
         if self._sharded:
             return {"plain": plain, "tensors": tensors}

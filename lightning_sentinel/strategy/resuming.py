@@ -22,13 +22,13 @@ from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
 from lightning_sentinel.pipeline.randomness import SeparateRandomness
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.stages.partition import StageModel
-from lightning_sentinel.strategy.bans import LastingBans
+from lightning_sentinel.strategy.by_hand import StepsByHand
 from lightning_sentinel.strategy.settings import differences
 
 __all__ = ["ResumedRuns"]
 
 
-class ResumedRuns(LastingBans):
+class ResumedRuns(StepsByHand):
     """Takes a run up where a checkpoint left it."""
 
     _guard: Guard | None
@@ -69,6 +69,9 @@ class ResumedRuns(LastingBans):
             self.step = self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         assert self._engine is not None
         others = self._engine.stepped_by_others
+        if self._by_hand:
+            super().load_optimizer_state_dict(checkpoint)
+            return
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
             groups = section["optimizer_groups"] if section else self._named_groups(saved, optimizer)
             own = stage_files.own_optimizer_state(saved, groups, optimizer, self._parameter_names(), others)

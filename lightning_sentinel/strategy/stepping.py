@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.pipeline.gradients.held import scale_gradients
 from lightning_sentinel.pipeline.gradients.shares import CleanShares
 from lightning_sentinel.strategy.data import PipelineData
 
@@ -39,13 +40,47 @@ class OptimizerSteps(PipelineData):
         model: L.LightningModule | Module | None = None,
         **kwargs: Any,
     ) -> Any:
+        if self._by_hand:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._virtual:
+            return self._running_engine.apply_gradients(self._evaluating(optimizer, closure), **kwargs)
         result = closure()
+        if self._make_ready(optimizer):
+            with self._in_step():
+                self._running_engine.apply_gradients()
+        return result
+
+    def _evaluating(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """What an optimizer evaluates the batch with, as often as it likes."""
+        evaluations = 0
+
+        def evaluate() -> Any:
+            nonlocal evaluations
+            if evaluations and self._trainer.accumulate_grad_batches == 1:
+                # The engine adds to what is there, and Lightning's closure zeroes that too late.
+                self._running_engine.discard_gradients()
+            elif evaluations:
+                # Lightning's closure would add to the sum over batches, which is a mean over replicas by now.
+                scale_gradients([one for group in optimizer.param_groups for one in group["params"]], self.mesh.replicas)
+            evaluations += 1
+            result = closure()
+            self._make_ready(optimizer)
+            return result
+
+        return evaluate
+
+    def _make_ready(self, optimizer: Optimizer) -> bool:
+        """Bring what batches have left in gradients to where an optimizer wants it.
+
+        Returns:
+            whether there is anything to step with; else there are no gradients.
+        """
         engine = self._running_engine
         shares = self._shares.take(engine.left_out)
         if not self._has_gradients:
             # training_step has returned None for every batch. Torch's optimizers leave weights without gradients as they are.
             self._call_hooks(optimizer)
-            return result
+            return False
         self._has_gradients = False
         if shares is None:
             if not self._has_been_left:
@@ -56,7 +91,7 @@ class OptimizerSteps(PipelineData):
                     " sentinel/anomaly_score: the training may have diverged."
                 )
             engine.discard_gradients()
-            return result
+            return False
         with self._in_step():
             engine.reduce_gradients(shares)
         self._call_hooks(optimizer)
@@ -69,9 +104,7 @@ class OptimizerSteps(PipelineData):
                 gradient_clip_val=trainer.gradient_clip_val,
                 gradient_clip_algorithm=trainer.gradient_clip_algorithm,
             )
-        with self._in_step():
-            engine.apply_gradients()
-        return result
+        return True
 
     def _call_hooks(self, optimizer: Optimizer) -> None:
         call._call_callback_hooks(self._trainer, "on_before_optimizer_step", optimizer)

@@ -214,7 +214,8 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
     def setup_environment(self) -> None:
         trainer = self._trainer
         assert self.lightning_module is not None
-        refuse_unsupported(self.lightning_module, trainer)
+        refuse_unsupported(self.lightning_module, trainer, self._has_all)
+        self._refuse_shards()
         refuse_pruning(trainer, self.mesh, self._virtual)
         refuse_synchronised_layers(self._layer_sync is not None, self._virtual)
         check_precision(self.precision_plugin, self._verification, self._virtual)
@@ -248,9 +249,10 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
             model = self._take_stage()
             fitting = trainer.state.fn == TrainerFn.FITTING
             if fitting:
-                with self._whole(), requiring_one_optimizer(module):
+                with self._whole(), requiring_one_optimizer(module, self._has_all):
                     self.setup_optimizers(trainer)
-                require_optimizer(module, self.optimizers)
+                if not self._virtual:
+                    require_optimizer(module, self.optimizers)
             self.setup_precision_plugin()
             self._engine = self._make_engine(model, self.optimizers[0] if fitting else None, self._seed)
             self._engine.adversary = self.adversary
@@ -320,10 +322,14 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
             warn_of_long_warmup(self._trainer, self._verification)
             warn_of_short_warmup(self.mesh, self._micro_batches, self._verification, self._response)
         assert self.lightning_module is not None
-        refuse_exchanged_parameters(self.lightning_module, self._cut_parameters, self.optimizers[0])
+        for optimizer in self.optimizers:
+            refuse_exchanged_parameters(self.lightning_module, self._cut_parameters, optimizer)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._by_hand:
+            self.step += 1
+            return super().training_step(*args, **kwargs)
         arguments, scale = self._arguments("training_step", args, kwargs), 1.0 / self._trainer.accumulate_grad_batches
         with self._in_step():
             outcome = self._train_until_settled(arguments, scale)
@@ -366,6 +372,8 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """The schedule has run the backward pass already; here Lightning's hooks around it see its gradients."""
         assert self.lightning_module is not None
+        if self._by_hand:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         self._running_engine.release_gradients()
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
@@ -374,14 +382,20 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._by_hand:
+            return super().validation_step(*args, **kwargs)
         return self._evaluate("validation_step", self._arguments("validation_step", args, kwargs))
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._by_hand:
+            return super().test_step(*args, **kwargs)
         return self._evaluate("test_step", self._arguments("test_step", args, kwargs))
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._by_hand:
+            return super().predict_step(*args, **kwargs)
         arguments = self._arguments("predict_step", args, kwargs)
         with self._in_step():
             return self._running_engine.predict(arguments, self._deal("predict_step", arguments))

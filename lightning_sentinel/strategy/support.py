@@ -157,13 +157,19 @@ def warn_of_long_warmup(trainer: L.Trainer, verification: Verification) -> None:
         )
 
 
-def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer) -> None:
-    """Raise ``ConfigurationError`` for settings of the module or the Trainer that a pipeline would have to ignore."""
-    name = type(module).__name__
-    if not module.automatic_optimization:
+def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer, whole: bool) -> None:
+    """Raise ``ConfigurationError`` for settings of the module or the Trainer that a pipeline would have to ignore.
+
+    Args:
+        module: the user's.
+        trainer: of the run.
+        whole: whether one process has the only stage.
+    """
+    if not whole and not module.automatic_optimization and trainer.state.fn == TrainerFn.FITTING:
         raise ConfigurationError(
-            f"{name} uses manual optimization, but a pipeline's backward pass is run by its schedule. Set"
-            " self.automatic_optimization = True and let training_step return the loss."
+            f"{type(module).__name__} uses manual optimization, but a pipeline's backward pass is run by its schedule. Set"
+            " self.automatic_optimization = True and let training_step return the loss; or, without a pipeline, train with"
+            " SentinelStrategy(stages=1, engine='virtual')."
         )
     refuse_unequal_epochs(trainer, module)
 
@@ -234,12 +240,17 @@ def refuse_resumed_finetuning(trainer: L.Trainer, mesh: Mesh) -> None:
 
 
 @contextmanager
-def requiring_one_optimizer(module: L.LightningModule) -> Iterator[None]:
-    """Around ``setup_optimizers``: Lightning refuses several optimizers too, but its remedy, manual optimization, is none here."""
+def requiring_one_optimizer(module: L.LightningModule, whole: bool) -> Iterator[None]:
+    """Around ``setup_optimizers``: Lightning refuses several optimizers too, but manual optimization, its remedy, is none here.
+
+    Args:
+        module: the user's.
+        whole: whether one process has the only stage, where its remedy is one.
+    """
     try:
         yield
     except RuntimeError as error:
-        if "multiple optimizers" not in str(error):
+        if whole or "multiple optimizers" not in str(error):
             raise
         raise ConfigurationError(
             f"{type(module).__name__}.configure_optimizers returned more than one optimizer; a pipeline needs exactly one. Use one"
@@ -248,7 +259,10 @@ def requiring_one_optimizer(module: L.LightningModule) -> Iterator[None]:
 
 
 def require_optimizer(module: L.LightningModule, optimizers: Sequence[Optimizer]) -> None:
-    """Raise ``ConfigurationError`` if ``configure_optimizers`` made none, for which Lightning puts in a stand-in."""
+    """Raise ``ConfigurationError`` if ``configure_optimizers`` made none that steps by itself when a schedule is done.
+
+    If it made none at all Lightning puts in a stand-in.
+    """
     if not optimizers or not isinstance(optimizers[0], Optimizer) or isinstance(optimizers[0], _MockOptimizer):
         raise ConfigurationError(
             f"{type(module).__name__}.configure_optimizers returned no optimizer, and a pipeline cannot train without one. Return a"
@@ -258,7 +272,7 @@ def require_optimizer(module: L.LightningModule, optimizers: Sequence[Optimizer]
     if closure is not None and closure.default is closure.empty:
         kind = type(optimizers[0]).__name__
         raise ConfigurationError(
-            f"{kind}.step() asks for a closure, with which to evaluate the loss anew as often as it likes, but a pipeline has run"
-            " each batch's schedule by then. Use an optimizer whose step() needs none, such as torch.optim.AdamW, in place of"
-            f" {kind}."
+            f"{kind}.step() asks for a closure, with which to evaluate the loss anew as often as it likes, but a pipeline between"
+            " processes has run each batch's schedule by then. Use an optimizer whose step() needs none, such as torch.optim.AdamW,"
+            f" in place of {kind}, or SentinelStrategy(engine='virtual')."
         )

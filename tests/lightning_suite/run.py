@@ -2,7 +2,8 @@
 
 ``python -m tests.lightning_suite.run CHECKOUT [PART ...]``, where the checkout has ``tests/tests_pytorch``, of the version that is
 installed; nothing of it is copied. Tests that do not pass are run again without the strategy: those that do not pass then either
-are none of ours.
+are none of ours. ``--output`` keeps what was found, a file a part: a part that has run to its end, and a plain run of a test, are
+not run again. Remove a part's file to run it anew.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,44 +26,79 @@ _PARTS = [
 _OPTIONS = ["-p", "tests.lightning_suite.plugin", "-p", "no:cacheprovider", "-q", "-W", "ignore", "--tb=no", "--timeout=300"]
 
 
-def results(checkout: Path, tests: Sequence[str], strategy: str, output: Path) -> dict[str, dict[str, Any]]:
-    """Of each test; the last outcome counts, because an error after a test is one of its."""
-    file = output / f"{strategy}.jsonl"
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text("")
-    paths = [str(_ROOT), str(checkout / "tests"), os.environ.get("PYTHONPATH")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "LIGHTNING_SUITE_STRATEGY": strategy,
-        "LIGHTNING_SUITE_RESULTS": str(file),
-    }
-    names = output / f"{strategy}.tests"
-    names.write_text("\n".join(tests))
-    command = [sys.executable, "-m", "pytest", *_OPTIONS, "--continue-on-collection-errors", f"@{names}"]
-    with (output / f"{strategy}.log").open("w") as log:
-        subprocess.run(command, cwd=checkout / "tests", env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return {row["test"]: row for row in rows}
+class Results:
+    """Of tests with one strategy, by test; kept in a folder, a file a part.
+
+    Args:
+        checkout: of Lightning.
+        strategy: ``"sentinel"``, or ``"auto"`` for a plain run.
+        folder: of the files.
+    """
+
+    def __init__(self, checkout: Path, strategy: str, folder: Path) -> None:
+        self._checkout, self._strategy, self._folder = checkout, strategy, folder / strategy
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def of_part(self, part: str) -> dict[str, dict[str, Any]]:
+        """All tests of a part."""
+        file = self._folder / f"{part}.jsonl"
+        if not file.exists():
+            self._run([f"tests_pytorch/{part}"], file.with_suffix(".unfinished"))
+            file.with_suffix(".unfinished").rename(file)
+        return _read(file)
+
+    def of(self, part: str, tests: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Some tests of a part."""
+        file = self._folder / f"{part}.jsonl"
+        missing = [test for test in tests if test not in _read(file)]
+        if missing:
+            self._run(missing, file)
+        known = _read(file)
+        return {test: known[test] for test in tests if test in known}
+
+    def _run(self, tests: Sequence[str], file: Path) -> None:
+        paths = [str(_ROOT), str(self._checkout / "tests"), os.environ.get("PYTHONPATH")]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "LIGHTNING_SUITE_STRATEGY": self._strategy,
+            "LIGHTNING_SUITE_RESULTS": str(file),
+        }
+        names = file.with_suffix(".tests")
+        names.write_text("\n".join(tests))
+        command = [sys.executable, "-m", "pytest", *_OPTIONS, "--continue-on-collection-errors", f"@{names}"]
+        with file.with_suffix(".log").open("w") as log:
+            subprocess.run(
+                command, cwd=self._checkout / "tests", env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+            )
 
 
-def causes(failed: list[dict[str, Any]]) -> Counter[str]:
-    """How many failed with what, numbers left out."""
-    said = [(row["kind"], (row["says"].splitlines() or [""])[0]) for row in failed]
-    return Counter(f"{kind}: {re.sub('[0-9]+', 'N', line)[:110]}" for kind, line in said)
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """The last outcome of a test counts, because an error after a test is one of its."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {row["test"]: row for row in map(json.loads, lines)}
+
+
+def cause(row: dict[str, Any]) -> str:
+    """What a test failed with, numbers left out."""
+    line = (row["says"].splitlines() or [""])[0]
+    return f"{row['kind']}: {re.sub('[0-9]+', 'N', line)[:110]}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("parts", nargs="*", default=_PARTS)
     parser.add_argument("--output", type=Path, default=Path("runs/lightning-suite"))
+    parser.add_argument("--tests", action="store_true", help="name the tests of each cause")
     arguments = parser.parse_args()
     checkout, output = arguments.checkout.resolve(), arguments.output.resolve()
-    ours = results(checkout, [f"tests_pytorch/{part}" for part in arguments.parts], "sentinel", output)
-    failed = [test for test, row in ours.items() if row["outcome"] == "failed"]
-    plain = results(checkout, failed, "auto", output) if failed else {}
-    differs = [ours[test] for test in failed if plain.get(test, {}).get("outcome") == "passed"]
-    passed = [row for row in ours.values() if row["outcome"] == "passed"]
+    with_ours, without = Results(checkout, "sentinel", output), Results(checkout, "auto", output)
+    passed, differs = [], []
+    for part in arguments.parts:
+        ours = with_ours.of_part(part)
+        passed += [row for row in ours.values() if row["outcome"] == "passed"]
+        failed = [test for test, row in ours.items() if row["outcome"] == "failed"]
+        differs += [ours[test] for test, row in without.of(part, failed).items() if row["outcome"] == "passed"]
     ran = sum(row["ran"] for row in (*passed, *differs))
     print(f"{len(passed) + len(differs)} tests pass without the strategy; with it {len(passed)}.")
     print(f"It ran in {ran}; of those {sum(row['ran'] for row in passed)} pass.")
@@ -72,8 +107,13 @@ def main() -> None:
         ("different", [row for row in differs if not row["refused"]]),
     ):
         print(f"\n{title}: {len(rows)}")
-        for cause, number in causes(rows).most_common():
-            print(f"{number:5d}  {cause}")
+        of_cause: dict[str, list[str]] = {}
+        for row in rows:
+            of_cause.setdefault(cause(row), []).append(row["test"])
+        for why, tests in sorted(of_cause.items(), key=lambda item: -len(item[1])):
+            print(f"{len(tests):5d}  {why}")
+            if arguments.tests:
+                print(*(f"         {test}" for test in tests), sep="\n")
 
 
 if __name__ == "__main__":

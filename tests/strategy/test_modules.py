@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import lightning_sentinel as ls
 from lightning_sentinel.attacks.faults import Site
-from lightning_sentinel.errors import ConfigurationError, PipelineModelError
+from lightning_sentinel.errors import PipelineModelError
 from tests.user_modules import (
     OPTIMIZERS,
     ByName,
@@ -246,16 +246,6 @@ def test_a_step_that_is_left_out_as_lightning_wants_it() -> None:
     run = trainer(virtual(3, 2))
     run.fit(Trained(), loader())
     assert run.global_step == 6
-
-
-def test_an_optimizer_that_asks_for_the_loss_again_is_refused_before_the_first_batch() -> None:
-    class WithLBFGS(Module):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.LBFGS(self.parameters())
-
-    module = WithLBFGS()
-    with pytest.raises(ConfigurationError, match=r"LBFGS\.step\(\) asks for a closure"):
-        fitted(module, virtual(3, 2))
 
 
 class Listener:

@@ -54,12 +54,17 @@ def trainer(**options: Any) -> L.Trainer:
     ids=str,
 )
 def test_fine(options: dict[str, Any]) -> None:
-    refuse_unsupported(Module(), trainer(**options))
+    refuse_unsupported(Module(), trainer(**options), whole=False)
 
 
 def test_manual_optimization() -> None:
+    run = trainer()
+    run.state.fn = TrainerFn.FITTING
     with pytest.raises(ConfigurationError, match=r"Manual uses manual optimization.*automatic_optimization = True"):
-        refuse_unsupported(Manual(), trainer())
+        refuse_unsupported(Manual(), run, whole=False)
+    refuse_unsupported(Manual(), run, whole=True)
+    run.state.fn = TrainerFn.VALIDATING
+    refuse_unsupported(Manual(), run, whole=False)
 
 
 class Normed(Module):
@@ -70,9 +75,9 @@ class Normed(Module):
 
 def test_an_epoch_more_for_some_stages() -> None:
     run = trainer(callbacks=[StochasticWeightAveraging(swa_lrs=0.1)])
-    refuse_unsupported(Module(), run)
+    refuse_unsupported(Module(), run, whole=False)
     with pytest.raises(ConfigurationError, match=r"StochasticWeightAveraging gives.*stages of Normed.*Use WeightAveraging"):
-        refuse_unsupported(Normed(), run)
+        refuse_unsupported(Normed(), run, whole=False)
 
 
 def test_layers_in_which_replicas_wait_for_each_other() -> None:
@@ -98,7 +103,7 @@ def test_a_step_that_is_left_out() -> None:
     class Trained(Module):
         validation_step = test_step = None
 
-    refuse_unsupported(Trained(), trainer())
+    refuse_unsupported(Trained(), trainer(), whole=False)
 
 
 HALF = MixedPrecision("16-mixed", "cpu")
@@ -144,7 +149,7 @@ class TestOptimizers:
             optimizer = torch.optim.SGD(module.parameters())
             return [optimizer] if listed else optimizer
 
-        with requiring_one_optimizer(Module()):
+        with requiring_one_optimizer(Module(), whole=False):
             module, optimizers = self.made(monkeypatch, configure)
         require_optimizer(module, optimizers)
 
@@ -153,7 +158,7 @@ class TestOptimizers:
             pytest.raises(
                 ConfigurationError, match=r"Module\.configure_optimizers returned more than one.*several parameter groups"
             ),
-            requiring_one_optimizer(Module()),
+            requiring_one_optimizer(Module(), whole=False),
         ):
             self.made(monkeypatch, lambda module: [torch.optim.SGD(module.parameters()) for _ in range(2)])
 
@@ -171,7 +176,7 @@ class TestOptimizers:
 
     @pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("multiple optimizers")], ids=repr)
     def test_other_errors_pass(self, error: Exception) -> None:
-        with pytest.raises(type(error)) as raised, requiring_one_optimizer(Module()):
+        with pytest.raises(type(error)) as raised, requiring_one_optimizer(Module(), whole=False):
             raise error
         assert raised.value is error
 
