@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from lightning_sentinel.pipeline.logs import LoggingMicroBatch, LogRecorder
 from lightning_sentinel.pipeline.statistics import MetricStates
 from lightning_sentinel.pipeline.suspension import Suspended
 
-__all__ = ["NeverCalledError", "StepRun", "StepRunner", "checked_signal", "fetches", "input_gradient", "loss_of"]
+__all__ = ["NeverCalledError", "StepOutputError", "StepRun", "StepRunner", "checked_signal", "fetches", "input_gradient", "loss_of"]
 
 
 def fetches(module: L.LightningModule, step: str) -> bool:
@@ -37,6 +38,10 @@ def fetches(module: L.LightningModule, step: str) -> bool:
 
 class NeverCalledError(PipelineModelError):
     """A step has ended without a call of the pipeline."""
+
+
+class StepOutputError(PipelineModelError, MisconfigurationException):
+    """``training_step`` has returned what is no loss; under the name, too, by which Lightning calls it."""
 
 
 class StepRun:
@@ -166,11 +171,12 @@ class StepRunner:
 
     Args:
         module: the user's module.
-        entry: the module whose ``forward`` is the whole pipeline: an ``nn.Sequential``, a network, or the LightningModule itself.
+        entry: the module whose ``forward`` is the whole pipeline: an ``nn.Sequential``, a network, or the LightningModule itself;
+            ``None`` if steps run as they are.
         layers: names of the pipeline's layers in the module.
     """
 
-    def __init__(self, module: L.LightningModule, entry: nn.Module, layers: Collection[str] = ()) -> None:
+    def __init__(self, module: L.LightningModule, entry: nn.Module | None, layers: Collection[str] = ()) -> None:
         self.module = module
         self._entry, self._layers = entry, layers
         path = next((name for name, child in module.named_modules() if child is entry), "")
@@ -226,7 +232,7 @@ class StepRunner:
     def given(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         """What goes into the pipeline, of what its entry was called with."""
         given = list(inputs)
-        if named and not isinstance(self._entry, nn.Sequential):
+        if named and self._entry is not None and not isinstance(self._entry, nn.Sequential):
             # By name, but in the order of the entry's own arguments, because layers are handed them in order.
             order = list(inspect.signature(type(self._entry).forward).parameters)[1:]
             while len(given) < len(order) and order[len(given)] in named:
@@ -253,8 +259,9 @@ class StepRunner:
         """While a step runs: calls of the entry and of ``self.log`` come to us."""
         # Attributes of the instances, not of the classes: what Lightning does to send a call through DDP's wrapper.
         with ExitStack() as stack:
-            stack.enter_context(_attribute(self._entry, "forward", forward))
-            if self._entry._compiled_call_impl is not None:
+            if self._entry is not None:
+                stack.enter_context(_attribute(self._entry, "forward", forward))
+            if self._entry is not None and self._entry._compiled_call_impl is not None:
                 # A module that was compiled in place has its call compiled, around its forward.
                 stack.enter_context(_attribute(self._entry, "_compiled_call_impl", None))
             stack.enter_context(_attribute(self.module, "log", log))
@@ -348,9 +355,9 @@ def loss_of(result: Any, step: str) -> Tensor:
     """
     loss = result.get("loss") if isinstance(result, Mapping) else result
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.is_floating_point(loss):
-        raise PipelineModelError(
-            f"{step} returned {type(result).__name__}, in which there is no scalar loss. Return the loss, or a dict with the key"
-            " 'loss', or None to leave the micro-batch out."
+        raise StepOutputError(
+            f"{step} returned {type(result).__name__}, in which there is no scalar loss. It must return a Tensor, a dict, or None,"
+            " which leaves the micro-batch out; in a dict the 'loss' key needs to be present."
         )
     return loss.reshape(())
 

@@ -34,7 +34,7 @@ from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import join, plain, reorder
 from lightning_sentinel.pipeline.stages.lanes import SideBySide
-from lightning_sentinel.pipeline.stages.partition import StageModel
+from lightning_sentinel.pipeline.stages.partition import StageModel, refuse_frozen
 from lightning_sentinel.pipeline.statistics import MovingBuffers
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.virtual_boundaries import MicroBatch
@@ -105,6 +105,8 @@ class VirtualEngine(VirtualPasses):
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
     def train(self, arguments: tuple[Any, ...], step: int, deal: Deal, scale: float) -> StepOutcome:
+        if self._mesh.stages > 1 and not any(parameter.requires_grad for parameter in self._parameters):
+            refuse_frozen(self._model.layers.module)
         self._wiring = Wiring.of(self._mesh, micro_batches=deal.sizes.micro_batches)
         if self.guard is not None:
             self._wiring = self.guard.begin(step, deal.sizes.micro_batches)

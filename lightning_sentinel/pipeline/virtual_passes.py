@@ -306,7 +306,7 @@ def _add_together(end: Tensor | None, gradient: Tensor | None, leaf: Tensor | No
         _send_nothing(leaf)
     elif own is not None:
         own(end)
-    elif end.requires_grad:  # not if all up to here is frozen
+    elif gradient is None or end.requires_grad:  # not if all up to here is frozen; of a loss torch says what is wrong
         end.backward(gradient)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
-from torchmetrics import Metric
 
 import lightning_sentinel as ls
 
@@ -23,11 +23,17 @@ _ALONE = (None, "auto", 1, "1", -1)
 _ran = False
 
 
-def _layers(module: L.LightningModule) -> list[nn.Module]:
-    """Tests' modules do not say what their layers are: the only child with parameters, or all of them in order."""
-    children = [child for child in module.children() if not isinstance(child, (Metric, nn.modules.loss._Loss))]
-    trained = [child for child in children if any(True for _ in child.parameters())]
-    return trained if len(trained) == 1 else children
+def _pipeline(module: L.LightningModule) -> Callable[[], list[nn.Module]]:
+    """Tests' modules do not say what their layers are: the layer that ``BoringModel`` calls, or the only child with parameters.
+
+    Others are left as they are, to be run whole.
+    """
+    children = [child for child in module.children() if any(True for _ in child.parameters())]
+    if type(module).forward is BoringModel.forward and isinstance(getattr(module, "layer", None), nn.Module):
+        children = [module.layer]
+    if len(children) != 1:
+        raise AttributeError("configure_pipeline")
+    return lambda: children
 
 
 class _Strategy(ls.SentinelStrategy):
@@ -54,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
         make(self, *arguments, **options)
 
     L.Trainer.__init__ = with_strategy  # type: ignore[method-assign]
-    L.LightningModule.configure_pipeline = _layers  # type: ignore[attr-defined]
+    L.LightningModule.configure_pipeline = property(_pipeline)  # type: ignore[attr-defined]
 
 
 @pytest.hookimpl(wrapper=True)

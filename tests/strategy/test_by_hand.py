@@ -16,6 +16,7 @@ from tests.strategy.test_modules import MESHES, fitted, same_as_without, trainer
 from tests.user_modules import Module, Samples, loader
 
 ONE_STAGE = [(1, 1), (1, 3)]
+CLIPPING = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}
 
 
 class Manual(Module):
@@ -105,7 +106,7 @@ class Newton(Module):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, CLIPPING], ids=str)
 def test_an_optimizer_that_evaluates_the_loss_itself(mesh: tuple[int, int], options: dict[str, Any]) -> None:
     same_as_without(Newton, mesh, **options)
 

@@ -26,13 +26,14 @@ class PipelineLayers:
 
     Args:
         module: the user's module.
-        entry: the module whose ``forward`` the layers make up: an ``nn.Sequential``, a network, or ``module`` itself.
+        entry: the module whose ``forward`` the layers make up: an ``nn.Sequential``, a network, or ``module`` itself; ``None`` if
+            nothing is cut, and steps may call what they like.
         layers: the layers.
         names: where each layer sits in ``module``, as in its ``state_dict``.
     """
 
     module: L.LightningModule
-    entry: nn.Module
+    entry: nn.Module | None
     layers: tuple[nn.Module, ...]
     names: tuple[str, ...]
 
@@ -74,7 +75,10 @@ class PipelineLayers:
 
 
 def find_layers(
-    module: L.LightningModule, sequential: str | None = None, building: AbstractContextManager[Any] | None = None
+    module: L.LightningModule,
+    sequential: str | None = None,
+    building: AbstractContextManager[Any] | None = None,
+    whole: bool = False,
 ) -> PipelineLayers:
     """Find what to cut into stages.
 
@@ -85,6 +89,7 @@ def find_layers(
         module: the user's module.
         sequential: attribute that holds the layers, if it is not the only one; of what the hook returns, the entry.
         building: entered where layers are built from DeepSpeed's ``LayerSpec``.
+        whole: whether the only stage is in this process. Then the whole module is a layer if it does not say what its layers are.
 
     Raises:
         PipelineModelError: if there is none, or more than one, or the layers do not hold all trainable parameters.
@@ -100,6 +105,8 @@ def find_layers(
         ('net.0', 'net.1', 'net.2')
     """
     hooked = hasattr(module, "configure_pipeline")
+    if whole and not hooked and sequential is None and len(_sequentials(module)) != 1:
+        return PipelineLayers(module, None, (module,), ("",))
     found = _from_hook(module, sequential, building or nullcontext()) if hooked else _from_sequential(module, sequential)
     _check_parameters(found)
     return found
@@ -134,8 +141,12 @@ def _from_hook(module: L.LightningModule, entry: str | None, building: AbstractC
     return PipelineLayers(module, find_entry(module, layers, entry), layers, tuple(names))
 
 
+def _sequentials(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: child for name, child in module.named_children() if isinstance(uncompiled(child), nn.Sequential)}
+
+
 def _from_sequential(module: L.LightningModule, sequential: str | None) -> PipelineLayers:
-    candidates = {name: child for name, child in module.named_children() if isinstance(uncompiled(child), nn.Sequential)}
+    candidates = _sequentials(module)
     kind = type(module).__name__
     if sequential is not None:
         try:

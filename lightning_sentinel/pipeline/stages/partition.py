@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -26,7 +26,7 @@ from lightning_sentinel.pipeline.stages.materialise import materialise, reset_me
 from lightning_sentinel.pipeline.stages.skeleton import Skeleton
 from lightning_sentinel.pipeline.stages.stage import StageLayers
 
-__all__ = ["StageModel", "cut", "is_cut", "layer_names"]
+__all__ = ["StageModel", "cut", "is_cut", "layer_names", "refuse_frozen"]
 
 _ATTRIBUTE = "_sentinel_stage_model"
 
@@ -143,7 +143,8 @@ def cut(
         _check_unchanged(before, module, mesh, worker)
         return before
     build = build or DeferredBuild()
-    layers = find_layers(module, sequential, nullcontext() if worker is None else build)
+    whole = worker is None and mesh.stages == 1
+    layers = find_layers(module, sequential, nullcontext() if worker is None else build, whole)
     if len(layers.layers) < mesh.stages:
         raise PipelineModelError(
             f"{type(module).__name__} has {len(layers.layers)} layers, which cannot be cut into stages={mesh.stages}. Use at most"
@@ -155,7 +156,7 @@ def cut(
     ties = find_ties(module, layers.layers, parts)
     names = tuple(layers.parameter_names), tuple(layers.state_names)
     stage_model = StageModel(mesh, layers, None, None, parts, *names, counts, ties, _homes(module, layers.layers, parts))
-    _check_stages(stage_model, method)
+    _check_stages(stage_model, method, worker)
     if worker is not None:
         start, stop = parts[worker.stage], parts[worker.stage + 1]
         skeleton = layers.keep_only(start, stop, device)
@@ -166,7 +167,7 @@ def cut(
             stage_model.layers.layers[start:stop], start, activation_checkpointing, device, stage_model.places[start:stop]
         )
         stage_model = replace(stage_model, stage=stage, pipeline=_pipeline_module(stage, mesh, worker, device))
-        if mesh.stages > 1:
+        if mesh.stages > 1 and layers.entry is not None:
             of = "" if layers.entry is module else f"The {type(layers.entry).__name__} of "
             # An attribute of the instance, as while steps run.
             vars(layers.entry)["forward"] = Elsewhere(f"{of}{type(module).__name__}", worker.stage, mesh.stages)
@@ -197,7 +198,15 @@ def _check_unchanged(before: StageModel, module: L.LightningModule, mesh: Mesh, 
         )
 
 
-def _check_stages(model: StageModel, method: str) -> None:
+def refuse_frozen(module: nn.Module) -> NoReturn:
+    """Raise ``PipelineModelError``: nothing requires gradients."""
+    raise PipelineModelError(
+        f"{type(module).__name__} has no trainable parameters in its layers, so there is nothing to train. Let some require"
+        " gradients."
+    )
+
+
+def _check_stages(model: StageModel, method: str, worker: Worker | None) -> None:
     stages, name = range(model.mesh.stages), type(model.layers.module).__name__
     without = [stage for stage in stages if not model.stage_layers(stage)]
     if without:
@@ -205,10 +214,9 @@ def _check_stages(model: StageModel, method: str) -> None:
             f"Cut into {len(stages)} stages by partition={method!r}, {name} has no layers in stage(s) {without}. Use fewer stages,"
             " or partition='uniform'."
         )
-    if not any(model.parameter_counts):
-        raise PipelineModelError(
-            f"{name} has no trainable parameters in its layers, so there is nothing to train. Let some require gradients."
-        )
+    # On a virtual mesh a callback may unfreeze some until training begins.
+    if worker is not None and not any(model.parameter_counts):
+        refuse_frozen(model.layers.module)
 
 
 def _pipeline_module(stage: StageLayers, mesh: Mesh, worker: Worker, device: torch.device) -> Any:
