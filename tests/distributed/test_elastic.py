@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import pytest
 import torch
 
 from lightning_sentinel.verification import Ledger
-from tests.distributed import world
+from tests.distributed import starting, world
 
 IN_ALL = 96
 """Samples."""
@@ -22,39 +19,28 @@ BATCH = 6
 """Samples of a replica's batch."""
 
 
-def run(directory: Path, hosts: str, least: int, processes: int, *arguments: str) -> dict[str, tuple[int, str]]:
+def run(directory: Path, hosts: str, least: int, processes: int, *arguments: str) -> dict[str, tuple[int | None, str]]:
     """Run the script on machines of these names, of which so many must be there, with so many processes each.
 
     Returns:
         the exit code of each machine's agent, and what it and its processes said.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment |= {"PYTHONPATH": str(world.ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=3"]
-    command += [f"--nnodes={least}:{len(hosts)}", f"--nproc-per-node={processes}"]
-    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{world.free_port()}", "--rdzv-id=elastic"]
+    options = ["--max-restarts=3", f"--nnodes={least}:{len(hosts)}", f"--nproc-per-node={processes}"]
+    options += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{world.free_port()}", "--rdzv-id=elastic"]
     times = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"
     script = [str(world.ROOT / "tests" / "distributed" / "elastic_script.py"), str(directory), *arguments]
-    agents: dict[str, subprocess.Popen[str]] = {}
+    agents: dict[str, starting.Process] = {}
     try:
         for host in hosts:
             # The store must outlive the machine that is lost, so it is that of the first.
-            agents[host] = subprocess.Popen(
-                [*command, "--rdzv-conf", f"{times},is_host={int(host == hosts[0])}", *script],
-                env=environment | {"LIGHTNING_SENTINEL_HOST": host},
-                cwd=directory,
-                stdout=(directory / f"{host}.out").open("w"),
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        for agent in agents.values():
-            agent.wait(timeout=150)
+            command = ["torchrun", *options, "--rdzv-conf", f"{times},is_host={int(host == hosts[0])}", *script]
+            environment = starting.clean_environment() | {"LIGHTNING_SENTINEL_HOST": host}
+            agents[host] = starting.start(command, environment, directory, directory / f"{host}.out")
+        codes = {host: starting.wait(agent, 150) for host, agent in agents.items()}
     finally:
         for agent in agents.values():
-            if agent.poll() is None:
-                os.killpg(agent.pid, signal.SIGKILL)
-    return {host: (agent.returncode, (directory / f"{host}.out").read_text()) for host, agent in agents.items()}
+            starting.stop(agent)
+    return {host: (code, (directory / f"{host}.out").read_text()) for host, code in codes.items()}
 
 
 def steps(replicas: int) -> int:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import world
+from tests.distributed import starting, world
 from tests.distributed.tasks import Classifier
 
 Start = tuple[list[str], dict[str, str]]
-"""A command in front of the script, and what it has in its environment."""
-# A process imports for six seconds before it does anything, so each way of starting has no more of them than show it.
+"""A command in front of the script, if any, and what it has in its environment."""
+# A process imports for six seconds before it does anything, so each way of starting has no more of them than show it, and what is
+# started by hand, by srun or by one more torchrun is forked.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def one_machine() -> list[Start]:
-    return [([sys.executable], {"DEVICES": "2"})]
+    return [([], {"DEVICES": "2"})]
 
 
 def one_machine_by_torchrun() -> list[Start]:
@@ -33,13 +31,13 @@ def one_machine_by_torchrun() -> list[Start]:
 def two_machines() -> list[Start]:
     """The script is started once on each; Lightning starts the other process of each machine."""
     meet = {"NODES": "2", "DEVICES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(world.free_port())}
-    return [([sys.executable], meet | {"NODE_RANK": str(node)}) for node in range(2)]
+    return [([], meet | {"NODE_RANK": str(node)}) for node in range(2)]
 
 
 def two_machines_by_torchrun() -> list[Start]:
     meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{world.free_port()}"]
     return [
-        ([*TORCHRUN, *meet, "--rdzv-id=two", f"--rdzv-conf=is_host={1 - node}"], {"NODES": "2", "DEVICES": "1"})
+        (["torchrun", *meet, "--rdzv-id=two", f"--rdzv-conf=is_host={1 - node}"], {"NODES": "2", "DEVICES": "1"})
         for node in range(2)
     ]
 
@@ -55,7 +53,7 @@ def two_machines_by_slurm() -> list[Start]:
     }
     job |= {"SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(world.free_port()), "NODES": "2", "DEVICES": "2"}
     places = [{"SLURM_PROCID": str(task), "SLURM_NODEID": str(task // 2), "SLURM_LOCALID": str(task % 2)} for task in range(4)]
-    return [([sys.executable], job | place) for place in places]
+    return [([], job | place) for place in places]
 
 
 LAUNCHERS = {one_machine: 2, one_machine_by_torchrun: 2, two_machines: 4, two_machines_by_torchrun: 2, two_machines_by_slurm: 4}
@@ -64,23 +62,18 @@ LAUNCHERS = {one_machine: 2, one_machine_by_torchrun: 2, two_machines: 4, two_ma
 
 def said_by_all(starts: list[Start], directory: Path) -> str:
     """Start all, wait for all, and let none of them outlive the test."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    clean |= {"PYTHONPATH": str(world.ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     script = [str(world.ROOT / "tests" / "distributed" / "script.py"), str(directory)]
-    outputs = [(directory / f"{number}.out").open("w") for number in range(len(starts))]
-    processes = [
-        subprocess.Popen(
-            [*command, *script], env=clean | extra, cwd=directory, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        for (command, extra), out in zip(starts, outputs)
-    ]
+    outputs = [directory / f"{number}.out" for number in range(len(starts))]
+    processes = []
     try:
-        codes = [process.wait(timeout=140) for process in processes]
+        for (command, extra), out in zip(starts, outputs):
+            begin = starting.start_anew if command[:1] == [sys.executable] else starting.start
+            processes.append(begin([*command, *script], starting.clean_environment() | extra, directory, out))
+        codes = [starting.wait(process, 140) for process in processes]
     finally:
         for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    said = "".join((directory / f"{number}.out").read_text() for number in range(len(starts)))
+            starting.stop(process)
+    said = "".join(out.read_text() for out in outputs)
     assert codes == [0] * len(starts), said
     return said
 

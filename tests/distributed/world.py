@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-_CONTEXT = mp.get_context("forkserver")
+CONTEXT = mp.get_context("forkserver")
 
 
 def start_server() -> None:
@@ -27,7 +27,7 @@ def start_server() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
     sys.path.insert(0, str(ROOT))
-    _CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+    CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 
 
 def free_port() -> int:
@@ -64,10 +64,10 @@ def outcomes(
 ) -> tuple[dict[int, Any], dict[int, Failure]]:
     """Like :func:`run`, for runs that are expected to fail: results and failures by rank, of ``answers`` ranks or all."""
     port = free_port()
-    queue = _CONTEXT.SimpleQueue()
+    queue = CONTEXT.SimpleQueue()
     with tempfile.TemporaryDirectory() as directory:
         processes = [
-            _CONTEXT.Process(target=_rank, args=(queue, directory, port, rank, world_size, function, args), daemon=True)
+            CONTEXT.Process(target=_rank, args=(queue, directory, port, rank, world_size, function, args), daemon=True)
             for rank in range(world_size)
         ]
         for process in processes:
