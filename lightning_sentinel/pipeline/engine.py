@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.config import Response
-from lightning_sentinel.mesh import Boundary, Direction, Worker
+from lightning_sentinel.mesh import Direction, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
@@ -205,9 +205,9 @@ class SentinelEngine(StageBoundaries):
             self.discard_gradients()
         return ruling._replace(lost=lost)
 
-    def _ask(self, boundary: Boundary, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
+    def _ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
         self._audits.adversary = self.adversary
-        return self._audits.ask(boundary, asked, self._wiring, self._absent)
+        return self._audits.ask(asked, self._wiring, self._absent)
 
     def _samples(self, part: Part) -> Any:
         return self._supply.packed(self._own, part)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.errors import PipelineModelError
-from lightning_sentinel.mesh import Boundary, Worker
+from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.data.dealing import Deal
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
@@ -164,18 +164,21 @@ class VirtualEngine(VirtualPasses):
         self._rewind()
         self._restore_metrics()
 
-    def _ask(self, boundary: Boundary, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
+    def _ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
         """What workers say of the last batch's signals.
 
         Recomputation by a peer is simulated, too: this engine has computed every worker's honest signal before an adversary
         replaced it, so what differs is known, and an audit is a look at it; unless the adversary speaks for the auditor.
         """
         assert self.guard is not None, "it is what asks"
-        index, tolerances, said = self._mesh.boundaries.index(boundary), self.guard.tolerances, []
-        known, dtypes = self._known_lies().get(index, {}), self._measured.get(index, {})
+        if not asked:
+            return []
+        tolerances, said, lies = self.guard.tolerances, [], self._known_lies()
         for case, juror in asked:
-            place = case.lane, case.slot
-            measured, dtype = known.get(place, [0.0] * MEASURED), dtypes[place][0] if place in dtypes else torch.float32
+            index, place = self._mesh.boundaries.index(case.boundary), (case.lane, case.slot)
+            dtypes = self._measured.get(index, {})
+            measured = lies.get(index, {}).get(place, [0.0] * MEASURED)
+            dtype = dtypes[place][0] if place in dtypes else torch.float32
             lied = measured[0] > tolerances.allowed(index, case.audited, dtype, self._computed_in())
             word = Outcome.LIED if lied else Outcome.MATCHES
             said.append(word if self.adversary is None else Outcome(self.adversary.vote(juror, case.audited, word)))

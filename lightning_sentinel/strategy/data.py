@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
 from typing_extensions import override
 
@@ -24,6 +25,7 @@ from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.face import Engine
 from lightning_sentinel.pipeline.logs import LogReplay
 from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
+from lightning_sentinel.pipeline.messages.trees import leaves_of
 from lightning_sentinel.pipeline.results.all_predictions import complete_predictions
 from lightning_sentinel.pipeline.results.metrics import SharedMetrics
 from lightning_sentinel.pipeline.results.step_state import SharedStepState
@@ -45,6 +47,8 @@ class PipelineData(StageCheckpoints):
     """What is known of each step's loaders."""
     _compared: set[tuple[str, int]]
     """Of which loaders both ends have been compared in this epoch."""
+    _loaded: Any = None
+    """The batch of now as it was before it went to the device."""
     _shared_metrics: SharedMetrics | None = None
     _replay: LogReplay
     _micro_batches: int
@@ -134,6 +138,24 @@ class PipelineData(StageCheckpoints):
             torch.cuda.set_rng_state(states["cuda"], self.root_device)
 
     @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        # Nobody has to wait for a device to see what is in a batch on the host.
+        on_host = self.root_device.type != "cpu" and not any(getattr(leaf, "device", _HOST) != _HOST for leaf in leaves_of(batch))
+        self._loaded = batch if on_host else None
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    @property
+    def _comes_as_loaded(self) -> bool:
+        """Whether what is in a batch on the device is what was in it before."""
+        module = self.lightning_module
+        assert module is not None
+        changing = "transfer_batch_to_device", "on_after_batch_transfer"
+        # Hooks of a data module take the place of the module's.
+        sources = (module, L.LightningModule), (getattr(self._trainer, "datamodule", None), L.LightningDataModule)
+        changed = any(is_overridden(hook, one, kind) for hook in changing for one, kind in sources if one is not None)
+        return self._loaded is not None and not changed
+
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             self._compare_again("training_step")
@@ -154,19 +176,22 @@ class PipelineData(StageCheckpoints):
         first = key not in self._compared
         self._compared.add(key)
         batch, source = arguments[0], self._sources[key]
+        waits = first and not self._comes_as_loaded
+        loaded, self._loaded = self._loaded, None
         if self._virtual:
             return self._dealer.whole(batch, source).dealt_to(self.mesh.replicas, self._micro_batches)
         # A batch of zeros in the place of one says how large that is, and nothing else.
         dealer = self._dealer if self._reads else Dealer(None)
         return deal_alike(
             batch,
+            loaded,
             partial(dealer.whole, source=source),
             self._micro_batches,
             self.mesh,
             self.worker,
             reads=self._reads,
             asks=first or self._uneven,
-            waits=first,
+            waits=waits,
             travels=first and self._samples_are_handed_out and self.mesh.replicas > 1,
             by_module=self._dealer.by_module,
             banned=self.ledger.banned,
@@ -243,6 +268,7 @@ class PipelineData(StageCheckpoints):
                 complete_predictions(self._trainer, self.mesh, self.ledger.banned)
 
 
+_HOST = torch.device("cpu")
 _STAGES_WITH_A_MIDDLE = 3
 _LOADERS = {
     "training_step": "train_dataloader",

@@ -27,20 +27,22 @@ class Case(NamedTuple):
     """One signal that is audited.
 
     Args:
+        boundary: that it crossed.
         lane: of its micro-batch.
         slot: of its micro-batch in the lane.
         part: whose samples it was made of.
         audited: who sent it.
     """
 
+    boundary: Boundary
     lane: int
     slot: int
     part: Part
     audited: Worker
 
 
-Ask = Callable[[Boundary, Sequence[tuple[Case, Worker]]], Sequence[Outcome]]
-"""Has workers recompute signals of a boundary, and returns what each of them says."""
+Ask = Callable[[Sequence[tuple[Case, Worker]]], Sequence[Outcome]]
+"""Has workers recompute signals, and returns what each of them says."""
 
 
 class Judgement(NamedTuple):
@@ -56,15 +58,15 @@ class Judgement(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What audits of a boundary's signals came to.
+    """What audits of signals came to.
 
     Args:
-        outcome: ``(lanes, slots)``, values of :class:`Outcome`; what nobody could recompute counts as matching.
-        outvoted: who said the opposite of what most said.
+        outcome: ``(boundaries, lanes, slots)``, values of :class:`Outcome`; what nobody could recompute counts as matching.
+        outvoted: who said the opposite of what most said, by the place of the signal.
     """
 
     outcome: Tensor
-    outvoted: frozenset[Worker]
+    outvoted: Mapping[tuple[int, int, int], frozenset[Worker]]
 
 
 def most_bans(replicas: int) -> int:
@@ -156,7 +158,6 @@ class Jury:
 
     def hear(
         self,
-        index: int,
         signals: Tensor,
         wiring: Wiring,
         banned: Collection[Worker],
@@ -164,35 +165,33 @@ class Jury:
         step: int,
         ask: Ask,
     ) -> Findings:
-        """Audit signals of a boundary; the same on all ranks.
+        """Audit signals of a step; the same on all ranks. It is asked twice, however many signals and boundaries there are.
 
         Args:
-            index: of the boundary in :attr:`Mesh.boundaries`.
-            signals: ``(lanes, slots)`` bool, what to audit.
+            signals: ``(boundaries, lanes, slots)`` bool, what to audit.
             wiring: who served which lane.
             banned: workers that take part in nothing.
             muted: workers whose word does not count any more.
             step: number of the training batch.
             ask: has them recompute.
         """
-        boundary = self._mesh.boundaries[index]
-        cases = [
-            Case(lane, slot, wiring.work[lane][slot], wiring.worker(boundary.sender, lane))
-            for lane, slot in signals.nonzero().tolist()
-        ]
+        places = {self._case(wiring, *place): (place[0], place[1], place[2]) for place in signals.nonzero().tolist()}
         unheard = {*banned, *muted}
-        asked = {case: self.others(case.audited, unheard, step, index, case.lane, case.slot) for case in cases}
+        asked = {case: self.others(case.audited, unheard, step, *place) for case, place in places.items()}
         first = [(case, queue[0]) for case, queue in asked.items() if queue]
-        votes = {case: {auditor: word} for (case, auditor), word in zip(first, ask(boundary, first))}
+        votes = {case: {auditor: word} for (case, auditor), word in zip(first, ask(first))}
         claimed = [case for case, said in votes.items() if any(word != Outcome.MATCHES for word in said.values())]
         more = [(case, juror) for case in claimed for juror in asked[case][1:]]
-        for (case, juror), word in zip(more, ask(boundary, more)):
+        for (case, juror), word in zip(more, ask(more)):
             votes[case][juror] = word
         outcome = torch.zeros(signals.shape, dtype=torch.long)
-        outvoted: set[Worker] = set()
+        outvoted: dict[tuple[int, int, int], frozenset[Worker]] = {}
         for case in claimed:
-            live = sum(Worker(boundary.sender, replica) not in banned for replica in range(self._mesh.replicas))
+            live = sum(Worker(case.audited.stage, replica) not in banned for replica in range(self._mesh.replicas))
             judged = weigh(votes[case], live)
-            outcome[case.lane, case.slot] = judged.outcome
-            outvoted |= judged.outvoted
-        return Findings(outcome, frozenset(outvoted))
+            outcome[places[case]], outvoted[places[case]] = judged.outcome, judged.outvoted
+        return Findings(outcome, outvoted)
+
+    def _case(self, wiring: Wiring, index: int, lane: int, slot: int) -> Case:
+        boundary = self._mesh.boundaries[index]
+        return Case(boundary, lane, slot, wiring.work[lane][slot], wiring.worker(boundary.sender, lane))

@@ -23,8 +23,8 @@ from lightning_sentinel.wiring import Wiring
 
 __all__ = ["MUCH_FURTHER", "Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits"]
 
-Audit = Callable[[int, Tensor], Findings]
-"""Has signals of a boundary recomputed: its index and which, ``(lanes, micro_batches)`` bool."""
+Audit = Callable[[Tensor], Findings]
+"""Has signals recomputed: which, ``(boundaries, lanes, micro_batches)`` bool."""
 
 _ALONE = 1.5
 """The score up to which a sender without peers is cleared."""
@@ -75,7 +75,7 @@ class StepVerdict:
         guilty: workers that most of their stage found to have lied.
         disputed: workers of which one says that they have lied, and nobody can tell who does.
         outvoted: workers that said of others' signals the opposite of what most said.
-        audits: signals that were recomputed.
+        audits: signals that were recomputed, but for those behind one that does not match.
         honest: ``(boundaries, lanes, micro_batches)`` bool, signals to learn from.
         heard: ``(boundaries, lanes, micro_batches)`` bool, signals to remember as the word of their senders: also those of which it
             is open whether they are honest.
@@ -168,13 +168,14 @@ def judge_with_audits(
     """Verdicts of one step where what is flagged or drawn is recomputed.
 
     A micro-batch is followed on its way, forward and backward. The first signal that does not match what it is recomputed to be
-    explains all that is odd behind it, which is not audited. And odd data is odd at every stage: where a flag was dropped, flags
-    behind it that are not much further out are dropped with it.
+    explains all that is odd behind it, whatever audits say of that. And odd data is odd at every stage: where a flag was dropped,
+    flags behind it that are not much further out are dropped with it. What is recomputed is known before anything is, so that all
+    of it is done at once.
 
     Args:
         drawn: ``(boundaries, lanes, micro_batches)`` bool, audited whatever they look like.
         one_each: ``(boundaries, lanes, micro_batches)`` bool, of each sender the signal that is audited if its sums are high.
-        audit: has signals recomputed.
+        audit: has signals recomputed; called once.
 
     The other arguments are those of :func:`judge`.
     """
@@ -182,18 +183,14 @@ def judge_with_audits(
     # One signal of a sender tells whether it drifts away because it lies; nobody knows beforehand which.
     suspected = one_each & (heights > ALARM)[..., None]
     wanted = valid & (flagged | suspected | drawn)
-    audited, confirmed, disputed, explained = (torch.zeros_like(valid) for _ in range(4))
-    outvoted: set[Worker] = set()
+    audited = _audited(wanted, flagged, flagged & ~drawn & ~suspected, assessment.score, mesh)
+    findings = audit(audited)
+    confirmed, disputed, explained = (torch.zeros_like(valid) for _ in range(3))
     found = torch.zeros(valid.shape[1:], dtype=torch.bool)
-    oddity = torch.zeros(valid.shape[1:], dtype=assessment.score.dtype)
     for index in causal_order(mesh):
-        score = assessment.score[index]
-        follows = flagged[index] & (score <= MUCH_FURTHER * oddity) & ~drawn[index] & ~suspected[index]
         explained[index] = found
-        audited[index] = wanted[index] & ~found & ~follows
-        findings = audit(index, audited[index])
-        outvoted |= findings.outvoted
-        outcome = torch.where(audited[index], findings.outcome, Outcome.MATCHES)
+        audited[index] &= ~found
+        outcome = torch.where(audited[index], findings.outcome[index], Outcome.MATCHES)
         confirmed[index] |= outcome == Outcome.LIED
         disputed[index] |= outcome == Outcome.DISPUTED
         for said, direction in _WITHHELD.items():
@@ -202,7 +199,7 @@ def judge_with_audits(
                 # Of what was computed from it nobody can say whether it is right.
                 explained[index] |= outcome == said
         found = found | (outcome != Outcome.MATCHES)
-        oddity = torch.maximum(oddity, torch.where(audited[index] & flagged[index], score, 0.0))
+    outvoted = [workers for place, workers in findings.outvoted.items() if audited[place]]
     false = confirmed | disputed
     honest = valid & ~false & ~explained & (assessment.worst >= 0)
     scored = table.scored(assessment.score, assessment.worst)
@@ -216,7 +213,7 @@ def judge_with_audits(
         verified=frozenset(_count(valid & ~explained, mesh, wiring)),
         guilty=frozenset(_count(confirmed, mesh, wiring)),
         disputed=frozenset(_count(disputed, mesh, wiring)),
-        outvoted=frozenset(outvoted),
+        outvoted=frozenset().union(*outvoted),
         audits=int(audited.sum()),
         honest=honest,
         heard=honest,
@@ -224,6 +221,24 @@ def judge_with_audits(
         clean=torch.tensor(wiring.live)[None, :, None].expand(mesh.stages, *valid.shape[1:]),
         table=scored,
     )
+
+
+def _audited(wanted: Tensor, flagged: Tensor, only_flagged: Tensor, score: Tensor, mesh: Mesh) -> Tensor:
+    """What is recomputed, as long as nobody is known to have lied: flags are followed to where they come from.
+
+    Args:
+        wanted: ``(boundaries, lanes, micro_batches)`` bool, what there is a reason to audit.
+        flagged: the same, what is out of line.
+        only_flagged: the same, for which there is no other reason than that.
+        score: of all signals.
+    """
+    audited = torch.zeros_like(wanted)
+    oddity = torch.zeros(wanted.shape[1:], dtype=score.dtype)
+    for index in causal_order(mesh):
+        follows = only_flagged[index] & (score[index] <= MUCH_FURTHER * oddity)
+        audited[index] = wanted[index] & ~follows
+        oddity = torch.maximum(oddity, torch.where(audited[index] & flagged[index], score[index], 0.0))
+    return audited
 
 
 def _sent_to(index: int, direction: Direction, mesh: Mesh) -> int:

@@ -25,6 +25,8 @@ _address = ctypes.pythonapi.PyCapsule_GetPointer
 _address.restype, _address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "lightning_sentinel"
+_ON_BEHALF = str(PACKAGE / "pipeline/waiting.py")
+"""What waits there is waited for by somebody else."""
 
 # The place of the offset among the arguments of as_strided.
 _OFFSET = 3
@@ -82,7 +84,7 @@ def _caller() -> str:
     first = None
     while frame is not None:
         path = frame.f_code.co_filename
-        if path.startswith(str(PACKAGE)):
+        if path.startswith(str(PACKAGE)) and path != _ON_BEHALF:
             return f"{Path(path).relative_to(PACKAGE)}:{frame.f_code.co_name}"
         if first is None and "/torch/" not in path and not path.endswith("fakegpu/device.py"):
             first = f"{Path(path).name}:{frame.f_code.co_name}"

@@ -19,15 +19,13 @@ pytestmark = pytest.mark.timeout(300)
 
 WIRE = ("pipeline/messages/", "pipeline/processes/collectives.py")
 """What is on its way to another rank."""
-AUDITS = "pipeline/recovery/auditing.py"
-"""Fingerprints and comparisons of signals that were drawn for an audit."""
 OTHERS = ("training_epoch_loop.py:_broadcast_sigterm_tensor",)
 """Lightning's loop, which asks all ranks in each batch whether one of them is to stop."""
 
 
 def of_the_package(reads: Counter[str]) -> dict[str, int]:
     """Of those who made the host wait, those that have nothing to do with other ranks."""
-    return {who: count for who, count in reads.items() if not who.startswith((*WIRE, AUDITS)) and who not in OTHERS}
+    return {who: count for who, count in reads.items() if not who.startswith(WIRE) and who not in OTHERS}
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -64,8 +62,15 @@ def test_processes_that_share_a_device_wait_once_a_step() -> None:
         assert audited["audits"] > 0 and not audited["banned"]
         for name, value in found["weights"].items():
             torch.testing.assert_close(value, plain["weights"][name], rtol=0, atol=1e-6)
-        # In the first batch names are agreed on.
-        for step in (*found["reads"][1:], *audited["reads"][1:]):
-            assert of_the_package(step) == {"pipeline/exchange.py:_gather": 1}
+        end, audits = {"pipeline/exchange.py:_gather": 1}, {"pipeline/recovery/auditing.py:_decided": 1}
+        # In the first batch names are agreed on, and the ends see whether they have read the same, for which nobody waits.
+        agreed = {"pipeline/exchange.py:_gather": 2}
+        assert [of_the_package(step) for step in found["reads"]] == [agreed, *[end] * (len(found["reads"]) - 1)]
+        assert [of_the_package(step) for step in audited["reads"]] == [
+            agreed | audits,
+            *[end | audits] * (len(audited["reads"]) - 1),
+        ]
+        # All that auditors are given is copied at once.
+        assert all(step["pipeline/messages/parcels.py:pack_all"] == 1 for step in audited["reads"])
         # Each of the two micro-batches is sent to one neighbour, and copied for that once, elements and flag together.
         assert [step["pipeline/messages/transport.py:_messages"] for step in found["reads"]] == [2] * (fits.STEPS - 1)

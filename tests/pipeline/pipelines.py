@@ -181,11 +181,11 @@ class Pipelines:
         ]
         return rulings[0]
 
-    def ask(self, boundary: Boundary, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
+    def ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
         """The truth, unless a juror is one of those that say the opposite."""
-        index = MESH.boundaries.index(boundary)
-        self.asked += [(index, case, juror) for case, juror in asked]
-        return [Outcome(self.lies[index, case.lane, case.slot] ^ (juror in self.false_jurors)) for case, juror in asked]
+        places = [(MESH.boundaries.index(case.boundary), case.lane, case.slot) for case, _ in asked]
+        self.asked += [(index, case, juror) for (index, *_), (case, juror) in zip(places, asked)]
+        return [Outcome(self.lies[place] ^ (juror in self.false_jurors)) for place, (_, juror) in zip(places, asked)]
 
     def audited(self) -> Tensor:
         """What was audited since :attr:`asked` was emptied, ``(boundaries, replicas, micro_batches)`` bool, by samples."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sentinel.mesh import Boundary, Direction, Mesh
+from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.verification import COLUMNS, SignalTable, StepVerdict, judge, judge_with_audits
 from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS
 from lightning_sentinel.verification.features import FEATURES
@@ -79,24 +80,29 @@ class Step:
         return judge(table, assess(table, self.live), heights, self.mesh, self.wiring, step, exclude)
 
     def audited(
-        self, lies: Tensor, drawn: Tensor | None = None, drifting: Tensor | None = None
-    ) -> tuple[StepVerdict, list[Tensor]]:
-        """The verdict where an audit knows the lies ``(boundaries, lanes, micro_batches)``, and what it was asked in order.
+        self,
+        lies: Tensor,
+        drawn: Tensor | None = None,
+        drifting: Tensor | None = None,
+        outvoted: Mapping[tuple[int, int, int], frozenset[Worker]] | None = None,
+    ) -> tuple[StepVerdict, Tensor]:
+        """The verdict where an audit knows the lies ``(boundaries, lanes, micro_batches)``, and what it was asked.
 
         In place of lies outcomes will do.
         """
-        table, asked = SignalTable(self.rows), [torch.zeros(0)] * len(self.rows)
+        table, asked = SignalTable(self.rows), []
 
-        def audit(index: int, signals: Tensor) -> Findings:
-            assert asked[index].numel() == 0, "asked twice"
-            asked[index] = signals.clone()
-            return Findings(lies[index].long(), frozenset())  # also of signals that nobody asked about, which must not count
+        def audit(signals: Tensor) -> Findings:
+            asked.append(signals.clone())
+            return Findings(lies.long(), outvoted or {})  # also of signals that nobody asked about, which must not count
 
         drawn = torch.zeros_like(lies, dtype=torch.bool) if drawn is None else drawn
         heights, assessment = self.heights(ALARM + 1, drifting), compared(table, self.live)
         one_each = torch.zeros_like(assessment.valid)
         one_each[..., ASKED] = True
-        return judge_with_audits(table, assessment, heights, drawn, one_each, audit, self.mesh, self.wiring, 7), asked
+        verdict = judge_with_audits(table, assessment, heights, drawn, one_each, audit, self.mesh, self.wiring, 7)
+        (once,) = asked
+        return verdict, once
 
     def heights(self, height: float, drifting: Tensor | None) -> Tensor:
         """Cumulative sums ``(boundaries, lanes)``: zero but for those that drift."""

@@ -135,17 +135,19 @@ class Stage:
         for step in range(steps):
             self.lied = {replica for replica in self.liars if self.random.random() < self.lies}
             wiring = Wiring.of(self.mesh, self.ledger.banned, 1)
-            signals = torch.tensor([[live and self.random.random() < 0.2] for live in wiring.live])
+            signals = torch.tensor([[[live and self.random.random() < 0.2] for live in wiring.live], [[False]] * len(wiring.live)])
             self.calls = 0
-            found = self.jury.hear(0, signals, wiring, self.ledger.banned, self.ledger.muted, step, self.ask)
+            found = self.jury.hear(signals, wiring, self.ledger.banned, self.ledger.muted, step, self.ask)
             assert self.calls == 2, "all ranks ask as often, whatever there is to ask"
-            guilty = {wiring.worker(0, lane) for lane, _ in (found.outcome == LIED).nonzero().tolist()}
-            self.ledger.record_audits(step, 0, Counter(guilty), Counter(), guilty, found.outvoted, self.mesh)
+            guilty = {wiring.worker(0, lane) for _, lane, _ in (found.outcome == LIED).nonzero().tolist()}
+            self.ledger.record_audits(
+                step, 0, Counter(guilty), Counter(), guilty, frozenset().union(*found.outvoted.values()), self.mesh
+            )
         return self
 
-    def ask(self, boundary: Boundary, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
+    def ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
         self.calls += 1
-        assert boundary == Boundary(0, Direction.ACTIVATION)
+        assert all(case.boundary == Boundary(0, Direction.ACTIVATION) for case, _ in asked)
         return [self.word(case.audited.replica, juror.replica) for case, juror in asked]
 
     def word(self, audited: int, juror: int) -> Outcome:

@@ -57,7 +57,9 @@ def test_audits_find_liars_and_nobody_else(case: tuple[Step, Tensor, Tensor, Ten
     wanted = valid & ((score > 1) | drawn | suspected)
     audited = torch.from_numpy(followed_by_hand(step, wanted, drawn | suspected, lies))
     lied, behind = first_of_each_micro_batch((audited & lies).numpy(), mesh)
-    assert torch.equal(torch.stack(asked), audited)
+    # Asked at once, before anybody is known to have lied; what is behind a lie does not count.
+    assert torch.equal(asked, torch.from_numpy(followed_by_hand(step, wanted, drawn | suspected, torch.zeros_like(lies))))
+    assert not (audited & ~asked).any()
     assert verdict.audits == int(audited.sum())
 
     def workers(signals: np.ndarray) -> Counter[Worker]:
@@ -92,8 +94,7 @@ def test_odd_data_is_followed_once_unless_it_gets_much_odder(score: float, asked
     nobody = torch.zeros(6, 3, MICRO_BATCHES, dtype=torch.bool)
     step = Step().flag(0, A, 1, [2], score=9.0).flag(2, A, 1, [2], score=score).flag(1, G, 1, [2], score=2.0)
     verdict, asked = step.audited(nobody)
-    found = torch.stack(asked)
-    assert found[0, 1, 2] and found[2, 1, 2] == asked_again and not found[4, 1, 2]
+    assert asked[0, 1, 2] and asked[2, 1, 2] == asked_again and not asked[4, 1, 2]
     assert verdict.audits == 1 + asked_again == len(verdict.detections) and not verdict.guilty
     # What was not asked about is as honest as what it follows from.
     assert verdict.honest.all()
@@ -107,7 +108,7 @@ def test_what_is_behind_odd_data_is_audited_if_it_was_drawn_or_drifts_or_is_of_a
         step.flag(index, A, 1, [0, 2, 3], score=3.0)
     _, asked = step.audited(torch.zeros_like(drawn), drawn, drifting)
     # Boundary 1 drifts, of which its last micro-batch tells; that is first odd there, too, and followed to boundary 2.
-    assert [torch.stack(asked)[index, 1].tolist() for index in range(3)] == [
+    assert [asked[index, 1].tolist() for index in range(3)] == [
         [True, False, True, False],
         [False, False, False, True],
         [False, False, True, False],
@@ -118,14 +119,14 @@ def test_one_audit_tells_why_a_sender_drifts() -> None:
     drifting = torch.zeros(6, 3, dtype=torch.bool)
     drifting[1, 2] = True
     verdict, asked = Step().audited(torch.zeros(6, 3, MICRO_BATCHES, dtype=torch.bool), drifting=drifting)
-    assert verdict.audits == 1 and asked[1][2].tolist() == [False, False, False, True]
+    assert verdict.audits == 1 and asked[1, 2].tolist() == [False, False, False, True]
     assert [d.confirmed for d in verdict.detections] == [False]
 
 
 def test_a_banned_lane_is_not_audited() -> None:
     step, everything = Step().ban(1), torch.ones(6, 3, MICRO_BATCHES, dtype=torch.bool)
     verdict, asked = step.audited(everything, drawn=everything)
-    assert not torch.stack(asked)[:, 1].any() and verdict.guilty == {Worker(0, 0), Worker(0, 2)}
+    assert not asked[:, 1].any() and verdict.guilty == {Worker(0, 0), Worker(0, 2)}
     assert verdict.audits == 2 * MICRO_BATCHES
 
 
@@ -137,10 +138,13 @@ def test_a_mesh_of_one_stage_has_nothing_to_audit() -> None:
 def test_what_nobody_can_tell_is_nobodys_guilt_and_nothing_to_learn_from() -> None:
     outcomes = torch.zeros(6, 3, MICRO_BATCHES, dtype=torch.long)
     outcomes[1, 2, 3] = Outcome.DISPUTED
-    verdict, asked = Step().audited(outcomes, drawn=torch.ones_like(outcomes, dtype=torch.bool))
+    places = {(1, 2, 3): frozenset({Worker(1, 0)}), (3, 2, 3): frozenset({Worker(1, 1)})}
+    verdict, _ = Step().audited(outcomes, drawn=torch.ones_like(outcomes, dtype=torch.bool), outvoted=places)
     assert (verdict.guilty, verdict.disputed, verdict.flagged) == (frozenset(), {Worker(1, 2)}, {Worker(1, 2): 1})
     assert [(d.worker, d.audited, d.confirmed) for d in verdict.detections] == [(Worker(1, 2), True, None)]
-    assert not verdict.honest[1, 2, 3] and not torch.stack(asked)[2:, 2, 3].any(), "and what is behind it waits"
+    assert not verdict.honest[1, 2, 3]
+    # What anybody says of signals behind it does not count.
+    assert verdict.outvoted == {Worker(1, 0)} and verdict.audits == outcomes.numel() - len(causal_order(Step().mesh)[2:])
 
 
 # --- Neighbours that hand over something else than they sent
@@ -179,10 +183,10 @@ def test_who_withholds_is_blamed_and_nothing_is_said_of_the_signal_that_was_not_
     assert detection.audited and detection.confirmed, "and the sender of what could not be audited is not exonerated"
     order = causal_order(mesh)
     behind = order[order.index(at) + 1 :]
+    assert torch.equal(asked, everything) and verdict.audits == everything.sum() - len(behind)
     for index in range(6):
         signals = torch.zeros(3, MICRO_BATCHES, dtype=torch.bool)
         signals[lane, slot] = True
-        assert torch.equal(asked[index], ~signals if index in behind else everything[index])
         assert torch.equal(verdict.explained[index], signals if index in (at, *behind) else ~everything[index])
         blamed = mesh.boundaries[index] == giver
         assert torch.equal(verdict.honest[index], ~signals if blamed or index in (at, *behind) else everything[index])

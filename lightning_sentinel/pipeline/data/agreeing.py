@@ -20,6 +20,7 @@ _UNREADABLE = -3
 
 def deal_alike(
     batch: Any,
+    loaded: Any,
     whole: Callable[[Any], Whole],
     at_most: int,
     mesh: Mesh,
@@ -36,13 +37,14 @@ def deal_alike(
 
     Args:
         batch: of this rank's replica.
+        loaded: what it was before it went to a device; ``None`` if nobody knows, or it did not go to one.
         whole: makes it ready to be dealt.
         at_most: so many micro-batches, or as many as the shortest batch has samples.
         mesh: all workers.
         worker: that this rank is.
         reads: whether the batch is what a loader gave.
         asks: whether replicas may have batches of different sizes, or it is to be seen whether both ends have the same.
-        waits: whether to wait for what a device holds to compare it.
+        waits: whether to wait for what a device holds to compare it; what was loaded is compared in any case.
         travels: whether to see that it can travel between processes, before anybody depends on that.
         by_module: whether the module decides how large micro-batches are.
         banned: those whose word does not count.
@@ -54,7 +56,7 @@ def deal_alike(
     problem, own = None, None
     try:
         own = whole(batch)
-        mine = [own.samples, own.most(at_most), fingerprint(batch, waits) if asks and reads else 0]
+        mine = [own.samples, own.most(at_most), fingerprint([loaded, batch], waits) if asks and reads else 0]
         if travels and reads:
             _require_that_it_can_travel(batch)
     except ConfigurationError as error:

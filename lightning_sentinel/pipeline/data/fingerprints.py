@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.messages.trees import leaves_of
+from lightning_sentinel.pipeline.waiting import on_host
 
 __all__ = ["NONE_LEFT", "NOT_READ", "compare_ends", "fingerprint"]
 
@@ -32,7 +33,7 @@ def fingerprint(batch: Any, waits: bool = True) -> int:
 
     Args:
         batch: what the loader gave.
-        waits: whether to wait for elements that are on a device; else such tensors tell their shapes only.
+        waits: whether to wait for elements that are on a device, once for all; else such tensors tell their shapes only.
 
     Example:
         >>> one, same, other = torch.arange(4), torch.arange(4), torch.arange(1, 5)
@@ -41,12 +42,21 @@ def fingerprint(batch: Any, waits: bool = True) -> int:
     """
     leaves = list(leaves_of(batch))
     digest = zlib.crc32(str(len(leaves)).encode())
-    for leaf in leaves[:: max(1, len(leaves) // _LEAVES)]:
-        digest = zlib.crc32(_bytes_of(leaf, waits), digest)
+    looked_at = [(leaf, _some(leaf, waits)) for leaf in leaves[:: max(1, len(leaves) // _LEAVES)]]
+    elements = iter(on_host(some for _, some in looked_at if some is not None))
+    for leaf, some in looked_at:
+        digest = zlib.crc32(_bytes_of(leaf, None if some is None else next(elements)), digest)
     return digest
 
 
-def _bytes_of(leaf: Any, waits: bool) -> bytes:
+def _some(leaf: Any, waits: bool) -> Tensor | None:
+    """Some elements of a tensor, where it is; ``None`` if they cannot be had."""
+    if not isinstance(leaf, Tensor) or leaf.layout != torch.strided or leaf.is_nested:
+        return None
+    return leaf.detach().reshape(-1)[:: max(1, leaf.numel() // _ELEMENTS)] if waits or leaf.device.type == "cpu" else None
+
+
+def _bytes_of(leaf: Any, some: Tensor | None) -> bytes:
     if isinstance(leaf, np.ndarray):
         head = f"{leaf.dtype} {leaf.shape} ".encode()
         few = leaf.reshape(-1)[:: max(1, leaf.size // _ELEMENTS)]
@@ -55,10 +65,7 @@ def _bytes_of(leaf: Any, waits: bool) -> bytes:
         # Of other things the text may have an address in it.
         return repr(leaf).encode() if isinstance(leaf, (str, bytes, bool, int, float, complex)) else type(leaf).__name__.encode()
     head = f"{leaf.dtype} {tuple(leaf.shape)} ".encode()
-    if leaf.layout != torch.strided or leaf.is_nested or not (waits or leaf.device.type == "cpu"):
-        return head
-    some = leaf.detach().reshape(-1)[:: max(1, leaf.numel() // _ELEMENTS)]
-    return head + some.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return head if some is None else head + some.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def compare_ends(said: Sequence[Sequence[int]], mesh: Mesh, banned: Collection[Worker] = ()) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,19 +21,26 @@ from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.pipeline.messages.trees import entries_of, has_attributes, is_sequence
+from lightning_sentinel.pipeline.waiting import on_host
 
 __all__ = [
+    "Packed",
     "broadcast_parcel",
     "describe_parcel",
     "free_bytes",
     "learn_kinds",
     "list_from",
     "pack",
+    "pack_all",
     "receive_parcel",
     "reserve",
+    "send_packed",
     "send_parcel",
     "unpack",
 ]
+
+Packed = tuple[bytes, list[Tensor]]
+"""A description, and the tensors that it leaves out."""
 
 _LONGEST_DESCRIPTION = 2**26
 _KINDS: dict[str, type] = {}
@@ -62,7 +69,7 @@ def _name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def pack(tree: Any) -> tuple[bytes, list[Tensor]]:
+def pack(tree: Any) -> Packed:
     """A description, and the tensors that it leaves out, on the host.
 
     Args:
@@ -76,11 +83,17 @@ def pack(tree: Any) -> tuple[bytes, list[Tensor]]:
         >>> unpack(description, tensors)["name"], [tuple(tensor.shape) for tensor in tensors]
         ('cat', [(2, 3)])
     """
-    description, tensors = describe_parcel(tree)
-    return description, [tensor.detach().cpu().contiguous() for tensor in tensors]
+    return pack_all([tree])[0]
 
 
-def describe_parcel(tree: Any) -> tuple[bytes, list[Tensor]]:
+def pack_all(trees: Iterable[Any]) -> list[Packed]:
+    """As :func:`pack`, of several: a device that holds any of their tensors is waited for once."""
+    described = [describe_parcel(tree) for tree in trees]
+    tensors = iter(on_host(tensor for _, held in described for tensor in held))
+    return [(description, [next(tensors).contiguous() for _ in held]) for description, held in described]
+
+
+def describe_parcel(tree: Any) -> Packed:
     """As :func:`pack`, with the tensors where and as they are: to see whether a collection can travel.
 
     Raises:
@@ -257,7 +270,12 @@ def _decoded_texts(texts: list[str], shape: list[int], kind: str) -> np.ndarray[
 
 def send_parcel(tree: Any, rank: int) -> None:
     """Send a collection to a rank that calls :func:`receive_parcel`."""
-    description, tensors = pack(tree)
+    send_packed(pack(tree), rank)
+
+
+def send_packed(packed: Packed, rank: int) -> None:
+    """As :func:`send_parcel`, of what :func:`pack` made of a collection."""
+    description, tensors = packed
     dist.send(torch.tensor([len(description)]), rank)
     dist.send(torch.frombuffer(bytearray(description), dtype=torch.uint8), rank)
     for tensor in tensors:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary
-from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.pipeline.data.supply import supplier, unpacked
-from lightning_sentinel.pipeline.messages.parcels import receive_parcel, send_parcel
+from lightning_sentinel.pipeline.messages.parcels import Packed, pack, pack_all, receive_parcel, send_packed
+from lightning_sentinel.pipeline.waiting import on_host
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
 from lightning_sentinel.verification.tolerance import MEASURED, Tolerances, deviation
@@ -97,6 +99,24 @@ class _Item(IntEnum):
     RECEIVED = 4
 
 
+_Need = tuple[_Item, Worker]
+"""Something that an auditor needs, and who gives it."""
+
+
+class _Answer(NamedTuple):
+    """What a worker makes of a case.
+
+    Args:
+        word: what it says, unless it has recomputed the signal.
+        measured: from :func:`deviation`, where it is computed; ``None`` where the signal was not recomputed.
+        allowed: the error up to which it counts as recomputed.
+    """
+
+    word: Outcome
+    measured: Tensor | None = None
+    allowed: float = 0.0
+
+
 _KINDS = {_Item.BATCH: list, _Item.CLAIMED: Tensor, _Item.RECEIVED: dict}
 """What is asked of others without a fingerprint; who is audited and cannot say what it was sent has nothing to say for itself."""
 
@@ -137,14 +157,14 @@ class Audits:
         self.adversary: Adversary | None = None
         """A simulated attacker, who may also lie about what it recomputed."""
 
-    def ask(
-        self, boundary: Boundary, asked: Sequence[tuple[Case, Worker]], wiring: Wiring, absent: Collection[Worker]
-    ) -> list[Outcome]:
-        """Have workers recompute signals of a boundary; to be called by all ranks.
+    def ask(self, asked: Sequence[tuple[Case, Worker]], wiring: Wiring, absent: Collection[Worker]) -> list[Outcome]:
+        """Have workers recompute signals; to be called by all ranks.
+
+        A device is waited for twice: for all that this rank hands over, and for how far all that it recomputes is from what was
+        claimed.
 
         Args:
-            boundary: that the signals crossed.
-            asked: which of them, and who recomputes each.
+            asked: which signals, those of a boundary together, and who recomputes each.
             wiring: who served which lane.
             absent: workers that hand out no samples.
 
@@ -153,14 +173,18 @@ class Audits:
         """
         if not asked:
             return []
-        given = [self._hand_over(boundary, case, auditor, wiring, absent) for case, auditor in asked]
-        index = self._mesh.boundaries.index(boundary)
+        needed = [self._needs(case, wiring, absent) for case, _ in asked]
+        handed = self._handed(asked, needed)
+        answers: list[_Answer | None] = []
+        # Nobody keeps more of what others give than the evidence of one boundary.
+        for _, some in groupby(range(len(asked)), key=lambda number: asked[number][0].boundary):
+            given = [(*asked[number], self._hand_over(*asked[number], needed[number], handed[number])) for number in some]
+            answers += [self._judge(case, items) if auditor == self._worker else None for case, auditor, items in given]
         said = torch.zeros(len(asked), 1 + MEASURED)
-        for number, ((case, auditor), items) in enumerate(zip(asked, given)):
-            if auditor == self._worker:
-                word, measured = self._judge(boundary, case, items)
-                said[number, 0] = word if self.adversary is None else self.adversary.vote(auditor, case.audited, word)
-                said[number, 1:] = measured
+        for number, (word, measured) in self._decided(answers).items():
+            case, auditor = asked[number]
+            said[number, 0] = word if self.adversary is None else self.adversary.vote(auditor, case.audited, word)
+            said[number, 1:] = measured
         everyone = torch.empty(self._mesh.size, *said.shape)
         dist.all_gather(list(everyone.unbind()), said)
         # Each case is for its auditor to say, whatever others put there.
@@ -168,19 +192,30 @@ class Audits:
         words = [Outcome(int(value)) if value in _WORDS else Outcome.MATCHES for value, *_ in values]
         for word, (_, *numbers), (case, _) in zip(words, values, asked):
             if word == Outcome.MATCHES:
-                self._tolerances.heard(index, case.audited, numbers)
+                self._tolerances.heard(self._mesh.boundaries.index(case.boundary), case.audited, numbers)
         return words
 
-    def _hand_over(
-        self, boundary: Boundary, case: Case, auditor: Worker, wiring: Wiring, absent: Collection[Worker]
-    ) -> dict[_Item, Any]:
+    def _handed(self, asked: Sequence[tuple[Case, Worker]], needed: Sequence[Sequence[_Need]]) -> list[dict[_Item, Packed]]:
+        """What this rank sends to the auditor of each case, ready to be sent."""
+        wanted = [
+            (number, item, self._item(item, asked[number][0]))
+            for number, needs in enumerate(needed)
+            for item, giver in needs
+            if giver == self._worker != asked[number][1]
+        ]
+        handed: list[dict[_Item, Packed]] = [{} for _ in asked]
+        for (number, item, held), packed in zip(wanted, pack_all(held for *_, held in wanted)):
+            handed[number][item] = pack(dict(zip(held, map(digest, packed[1])))) if item is _Item.RECEIVED else packed
+        return handed
+
+    def _hand_over(self, case: Case, auditor: Worker, needs: Sequence[_Need], handed: dict[_Item, Packed]) -> dict[_Item, Any]:
         """Bring an auditor what it needs; returns it on the auditor's rank."""
         items: dict[_Item, Any] = {}
-        for item, giver in self._needs(boundary, case, wiring, absent):
-            if giver == auditor == self._worker:
-                items[item] = self._item(item, boundary, case)
-            elif giver == self._worker:
-                send_parcel(self._item(item, boundary, case), self._mesh.rank(auditor))
+        for item, giver in needs:
+            if item in handed:
+                send_packed(handed[item], self._mesh.rank(auditor))
+            elif giver == auditor == self._worker:
+                items[item] = self._item(item, case)
             elif auditor == self._worker:
                 items[item] = receive_parcel(self._mesh.rank(giver), self._room)
         return items
@@ -189,11 +224,12 @@ class Audits:
     def _room(self) -> int:
         return 64 * max(self._kept.bytes, 2**20)
 
-    def _needs(self, boundary: Boundary, case: Case, wiring: Wiring, absent: Collection[Worker]) -> list[tuple[_Item, Worker]]:
-        """What an auditor needs, and who gives it."""
+    def _needs(self, case: Case, wiring: Wiring, absent: Collection[Worker]) -> list[_Need]:
+        """What an auditor needs."""
+        boundary = case.boundary
         stage, last = boundary.sender, self._mesh.stages - 1
         backward = boundary.direction is Direction.GRADIENT
-        needs = []
+        needs: list[_Need] = []
         if stage == 0 or (backward and stage == last):
             needs.append((_Item.BATCH, supplier(case.part, stage, self._mesh, absent, case.audited)))
         if stage > 0:
@@ -202,7 +238,7 @@ class Audits:
             needs.append((_Item.GRADIENT, wiring.worker(stage + 1, case.lane)))
         return [*needs, (_Item.CLAIMED, wiring.worker(boundary.receiver, case.lane)), (_Item.RECEIVED, case.audited)]
 
-    def _item(self, item: _Item, boundary: Boundary, case: Case) -> Any:
+    def _item(self, item: _Item, case: Case) -> Any:
         kept, slot = self._kept, case.slot
         if item is _Item.BATCH:
             return self._samples(case.part)
@@ -211,21 +247,20 @@ class Audits:
         if item is _Item.GRADIENT:
             return kept.sent[Direction.GRADIENT, slot]
         if item is _Item.CLAIMED:
-            return kept.received[boundary.direction, slot]
+            return kept.received[case.boundary.direction, slot]
         found = {direction: kept.received.get((direction, slot)) for direction in Direction}
-        return {direction.value: digest(signal) for direction, signal in found.items() if signal is not None}
+        return {direction.value: signal for direction, signal in found.items() if signal is not None}
 
-    def _judge(self, boundary: Boundary, case: Case, items: dict[_Item, Any]) -> tuple[Outcome, Tensor]:
-        """What this rank says of a signal, and how far it is from what it was recomputed to be.
+    def _judge(self, case: Case, items: dict[_Item, Any]) -> _Answer:
+        """What this rank says of a signal, or how far it is from what it was recomputed to be.
 
         Where it was not given what it takes it says so, and nobody is blamed for the signal.
         """
-        unknown = torch.full((MEASURED,), torch.nan)
         untold = [item for item, kind in _KINDS.items() if item in items and not isinstance(items[item], kind)]
         for item in untold:
             _warn_of(case.audited, f"the {item.name.lower()} is {type(items[item]).__name__}")
         if untold:
-            return Outcome.LIED if _Item.RECEIVED in untold else Outcome.MATCHES, unknown
+            return _Answer(Outcome.LIED if _Item.RECEIVED in untold else Outcome.MATCHES)
         digests = items[_Item.RECEIVED]
         given = (
             (_Item.ACTIVATION, Direction.ACTIVATION, Outcome.ACTIVATION_WITHHELD),
@@ -233,25 +268,36 @@ class Audits:
         )
         for item, direction, outcome in given:
             if item in items and not self._is(items[item], digests.get(direction.value)):
-                return outcome, unknown
+                return _Answer(outcome)
         activation, gradient = (self._on_device(items.get(item)) for item in (_Item.ACTIVATION, _Item.GRADIENT))
         try:
             batch = unpacked(items[_Item.BATCH], self._mesh.rank(case.audited)) if _Item.BATCH in items else None
             batch = apply_to_collection(batch, Tensor, self._on_device)
-            honest = self._recompute(boundary.direction, case.part, Evidence(batch, activation, gradient))
+            honest = self._recompute(case.boundary.direction, case.part, Evidence(batch, activation, gradient))
         except Exception as error:
             if _Item.BATCH not in items:
                 raise
             # Samples of another worker can be such that no step can work on them.
             _warn_of(case.audited, f"no step can work on the samples ({type(error).__name__}: {error})")
-            return Outcome.MATCHES, unknown
+            return _Answer(Outcome.MATCHES)
         claimed = items[_Item.CLAIMED].to(honest.device)
         if claimed.shape != honest.shape:
-            return Outcome.LIED, unknown
-        index = self._mesh.boundaries.index(boundary)
+            return _Answer(Outcome.LIED)
+        index = self._mesh.boundaries.index(case.boundary)
         measured = deviation(claimed, honest, self._tolerances.seed_of(index))
         allowed = self._tolerances.allowed(index, case.audited, honest.dtype, self._computed_in())
-        return Outcome.LIED if bool(measured[0] > allowed) else Outcome.MATCHES, measured
+        return _Answer(Outcome.MATCHES, measured, allowed)
+
+    @staticmethod
+    def _decided(answers: Sequence[_Answer | None]) -> dict[int, tuple[Outcome, Tensor]]:
+        """By the number of each case that is this rank's, what it says of it, and how far off it was."""
+        mine = {number: answer for number, answer in enumerate(answers) if answer is not None}
+        measured = {number: answer.measured for number, answer in mine.items() if answer.measured is not None}
+        (found,) = on_host([torch.stack(list(measured.values()))]) if measured else (torch.empty(0),)
+        decided = {number: (answer.word, torch.full((MEASURED,), torch.nan)) for number, answer in mine.items()}
+        for number, values in zip(measured, found):
+            decided[number] = Outcome.LIED if bool(values[0] > mine[number].allowed) else Outcome.MATCHES, values
+        return decided
 
     @staticmethod
     def _is(given: Any, fingerprint: str | None) -> bool:

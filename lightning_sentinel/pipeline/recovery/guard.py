@@ -301,8 +301,8 @@ class Guard:
         assert self._schedule is not None
         wiring, ledger = self._wiring, self.ledger
 
-        def audit(index: int, signals: Tensor) -> Findings:
-            return self._jury.hear(index, signals, wiring, ledger.banned, ledger.muted, step, ask)
+        def audit(signals: Tensor) -> Findings:
+            return self._jury.hear(signals, wiring, ledger.banned, ledger.muted, step, ask)
 
         found = max((*ledger.banned_at.values(), *ledger.muted.values()), default=None)
         drawn = wiring.arrange(self._schedule.draw(step, self._micro_batches, found))

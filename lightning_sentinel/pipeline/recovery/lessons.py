@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Worker
+from lightning_sentinel.pipeline.waiting import on_its_way
 from lightning_sentinel.verification.medians import median
 from lightning_sentinel.verification.references import Contribution, References
 
@@ -93,7 +94,7 @@ class Lessons:
         if apart is not None:
             expected = expected & (distance <= _SURPRISING * usual + _TINY).all()
             # All ranks of the stage have the same sum, so all of them will ask or none does.
-            self._added = _Added(vector, lengths, _on_its_way(expected))
+            self._added = _Added(vector, lengths, on_its_way(expected))
         self._distance = torch.where(usual.isfinite(), torch.lerp(distance, usual, _BETA), distance)
         learned = parts(torch.where(expected, flat, 0.0))
         return learned if before is None else [Contribution.added(both) for both in zip(learned, before)]
@@ -155,12 +156,3 @@ class Lessons:
                 stacklevel=2,
             )
         self.refused[worker] += 1
-
-
-def _on_its_way(value: Tensor) -> Tensor:
-    """A copy on the host, for which nobody waits: it is there once the device has been waited for."""
-    if value.device.type == "cpu":
-        return value
-    # Memory that may be paged out would be copied to while the host waits.
-    there = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
-    return there.copy_(value, non_blocking=True)

@@ -44,11 +44,10 @@ class Attempts(L.Callback):
             self.audited.append(torch.zeros(BOUNDARIES, REPLICAS, MICRO_BATCHES, dtype=torch.bool))
             return train(arguments, step, *rest)
 
-        def listened(boundary: Any, asked: Any) -> Any:
-            index = engine._mesh.boundaries.index(boundary)
+        def listened(asked: Any) -> Any:
             for case, _ in asked:
-                self.audited[-1][(index, *case.part)] = True
-            return ask(boundary, asked)
+                self.audited[-1][(engine._mesh.boundaries.index(case.boundary), *case.part)] = True
+            return ask(asked)
 
         engine.train, engine._ask = counted, listened
 

@@ -132,16 +132,19 @@ class Toy:
 
     def audit(
         self,
-        boundary: Boundary,
+        boundary: Boundary | None,
         signals: Tensor | None = None,
         step: int = 3,
         says: dict[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> Tensor:
-        """What all ranks find of a boundary; by default of all its signals."""
+        """What all ranks find of a boundary, or of all at once; by default of all their signals."""
         if signals is None:
             signals = torch.zeros(self.mesh.replicas, self.wiring.slots, dtype=torch.bool)
             for lane in self.wiring.lanes:
                 signals[lane, : len(self.wiring.work[lane])] = True
+        places = range(len(self.mesh.boundaries)) if boundary is None else [self.mesh.boundaries.index(boundary)]
+        of_step = torch.zeros(len(self.mesh.boundaries), *signals.shape, dtype=torch.bool)
+        of_step[list(places)] = signals
 
         def work(rank: int) -> Tensor:
             worker = self.mesh.worker(rank)
@@ -153,15 +156,14 @@ class Toy:
             recompute = self.recompute.get(rank, self.honest(worker.stage))
             common = self.tolerances[rank], lambda: torch.float32
             audits = Audits(self.mesh, worker, self.kept[rank], samples, recompute, *common, CPU)
-            index = self.mesh.boundaries.index(boundary)
 
-            def ask(boundary: Boundary, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
-                return audits.ask(boundary, asked, self.wiring, self.banned)
+            def ask(asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
+                return audits.ask(asked, self.wiring, self.banned)
 
             audits.adversary = self.adversary
-            found = Jury(self.mesh, 11).hear(index, signals, self.wiring, self.banned, (), step, ask)
-            self.outvoted = found.outvoted
-            return found.outcome
+            found = Jury(self.mesh, 11).hear(of_step, self.wiring, self.banned, (), step, ask)
+            self.outvoted = frozenset().union(*found.outvoted.values())
+            return found.outcome if boundary is None else found.outcome[places[0]]
 
         with ranks(self.mesh.size) as world:
             world.says = says or {}
@@ -199,13 +201,14 @@ def toys(draw: st.DrawFn) -> tuple[Toy, set[Place]]:
 @given(case=toys())
 def test_lies_are_found_where_they_were_told_and_nowhere_else(case: tuple[Toy, set[Place]]) -> None:
     toy, lies = case
-    for boundary in toy.mesh.boundaries:
+    everything = toy.audit(None)
+    for index, boundary in enumerate(toy.mesh.boundaries):
         told = [(lane, slot) for where, lane, slot in lies if where == boundary]
         # Who has no peer left cannot be audited.
         asked = {place: toy.asked(boundary, *place) for place in told}
         # With one there nobody can tell who lies.
         found = {place: LIED if len(others) > 1 else Outcome.DISPUTED for place, others in asked.items() if others}
-        assert torch.equal(toy.audit(boundary), expected(toy, found))
+        assert torch.equal(everything[index], expected(toy, found))
 
 
 def test_only_what_is_asked_for_is_audited() -> None:

@@ -56,7 +56,7 @@ def test_no_table_crashes_a_guard(
     assert table.rows.isfinite().all() and table.column("positions").max() <= 2**20
     outcomes = []
     for guard in (copy.deepcopy(pipelines.guard), copy.deepcopy(pipelines.guard)):
-        ask = (lambda boundary, asked: [Outcome.MATCHES] * len(asked)) if guard.audits else None
+        ask = (lambda asked: [Outcome.MATCHES] * len(asked)) if guard.audits else None
         ruling = guard.settle(table, pipelines.step_number, lambda vector: vector, ask)
         assert any(guard.wiring(pipelines.step_number + 1).live), "whatever a table says, it never ends a run"
         outcomes.append((ruling.banned, ruling.redo, ruling.verdict.flagged, guard.ledger.state_dict()))
