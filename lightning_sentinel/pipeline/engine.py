@@ -163,12 +163,14 @@ class SentinelEngine(StageBoundaries):
             self._exec_schedule(schedule.TrainSchedule(len(self._work), self.num_stages, self.stage_id))
         self._transport.finish_notes()
         own, steps = (self._rows(), self._loss), self._steps
-        return self._exchange.run("training_step", self._wiring, deal.sizes, *own, steps.recorder, self._broken(), steps.stops)
+        told = steps.recorder, self._broken(), steps.stops, steps.signals()
+        return self._exchange.run("training_step", self._wiring, deal.sizes, *own, *told)
 
     def evaluate(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> StepOutcome:
         self._forward_only(step, arguments, deal)
-        kind, recorder, stops = "/".join((step, *map(str, arguments[2:]))), self._steps.recorder, self._steps.stops
-        return self._exchange.run(kind, self._wiring, deal.sizes, None, self._loss, recorder, stops=stops)
+        kind, steps = "/".join((step, *map(str, arguments[2:]))), self._steps
+        told = steps.recorder, None, steps.stops, steps.signals()
+        return self._exchange.run(kind, self._wiring, deal.sizes, None, self._loss, *told)
 
     def predict(self, arguments: tuple[Any, ...], deal: Deal) -> Any:
         self._forward_only("predict_step", arguments, deal)

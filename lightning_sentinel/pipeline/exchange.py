@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,7 @@ class StepOutcome:
         logged: value and weight of each logged name.
         stops: whether a step asks for the end of training.
         skipped: whether ``training_step`` returned ``None`` for all that count.
+        signals: how many of each kind of signal any process has had, of those that a run acts upon; empty if nobody asks.
     """
 
     loss: float | None
@@ -48,6 +49,7 @@ class StepOutcome:
     logged: dict[str, tuple[float, float]]
     stops: bool = False
     skipped: bool = False
+    signals: tuple[int, ...] = ()
 
 
 def part_weights(wiring: Wiring, sizes: BatchSizes) -> Tensor:
@@ -121,6 +123,7 @@ class Exchange:
         recorder: LogRecorder,
         broken: Tensor | None = None,
         stops: bool = False,
+        signals: Sequence[int] = (),
     ) -> StepOutcome:
         """Exchange a step.
 
@@ -134,20 +137,21 @@ class Exchange:
             recorder: what was logged; empty except on the last stage.
             broken: 0-dim bool, whether this rank's weight gradients are of no use; ``None`` if that is not asked, on all ranks.
             stops: whether a step on this rank asks for the end of training; asked of those that serve the last stage.
+            signals: how many of each kind this process has had; as many kinds on all ranks.
         """
         schema = self._schemas.get(kind, LogSchema())
         mine = recorder.schema
         values = self._log_vector(recorder, schema)
-        fingerprint = torch.tensor([float(mine.fingerprint), float(stops)], device=self._device)
+        known = torch.tensor([float(mine.fingerprint), float(stops), *map(float, signals)])
         table = torch.empty(0, device=self._device) if rows is None else self._padded_rows(rows, wiring.slots)
         of_no_use = torch.empty(0, device=self._device) if broken is None else broken.float().view(1)
-        everyone = self._gather(torch.cat((table.flatten(), of_no_use, loss, fingerprint, values)))
-        parts = everyone.split([table.numel(), len(of_no_use), 3, 2, len(values)], dim=1)
+        everyone = self._gather(torch.cat((table.flatten(), of_no_use, loss, values)), known)
+        parts = everyone.split([table.numel(), len(of_no_use), 3, len(values), 2, len(signals)], dim=1)
 
         lanes = [lane for lane in wiring.lanes if any(sizes.samples[part.replica] for part in wiring.work[lane])]
         last = [self._mesh.rank(wiring.worker(self._mesh.stages - 1, lane)) for lane in lanes]
-        fingerprints = parts[3][last, 0]
-        log_values = parts[4][last]
+        fingerprints = parts[4][last, 0]
+        log_values = parts[3][last]
         if (fingerprints != schema.fingerprint).any():
             schema = self._schemas[kind] = self._agree(kind, mine, fingerprints, last[0])
             log_values = self._gather(self._log_vector(recorder, schema))[last]
@@ -162,8 +166,9 @@ class Exchange:
             wiring=wiring,
             schema=schema,
             logged=schema.reduce(log_values),
-            stops=bool((parts[3][last, 1] > 0).any()),
+            stops=bool((parts[4][last, 1] > 0).any()),
             skipped=is_skipped(losses),
+            signals=tuple(int(count) for count in parts[5].nan_to_num(0, 0, 0).amax(dim=0).tolist()),
         )
 
     def _padded_rows(self, rows: Mapping[Direction, Tensor], slots: int) -> Tensor:
@@ -187,9 +192,9 @@ class Exchange:
             return recorder.vector().to(self._device)
         return torch.zeros(schema.width, device=self._device)
 
-    def _gather(self, vector: Tensor) -> Tensor:
-        """Everybody's vector, on the host: ``(ranks, ...)``."""
-        vector = vector.cpu()
+    def _gather(self, found: Tensor, known: Tensor | None = None) -> Tensor:
+        """Everybody's vector, on the host: ``(ranks, ...)``; what was found on the device, and what is known on the host."""
+        vector = found.cpu() if known is None else torch.cat((found.cpu(), known))
         gathered = torch.empty(self._mesh.size, len(vector))
         if len(vector):
             dist.all_gather(list(gathered.unbind()), vector)

@@ -9,7 +9,7 @@ wrote them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -190,6 +190,8 @@ class StepRunner:
         """What metrics hold, without what does not count."""
         self.gather: Callable[..., Any] | None = None
         """Takes the place of the module's ``all_gather`` in steps."""
+        self.signals: Callable[[], Sequence[int]] = tuple
+        """How many signals of each kind this process has had."""
 
     def new_records(self) -> None:
         """Forget what the previous batch logged."""

@@ -32,6 +32,7 @@ from lightning_sentinel.pipeline.results.step_state import SharedStepState
 from lightning_sentinel.pipeline.steps import fetches
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
 from lightning_sentinel.strategy.listening import listened_to
+from lightning_sentinel.strategy.signals import DeferredSignals
 
 __all__ = ["PipelineData"]
 
@@ -49,6 +50,7 @@ class PipelineData(StageCheckpoints):
     """Of which loaders both ends have been compared in this epoch."""
     _loaded: Any = None
     """The batch of now as it was before it went to the device."""
+    _signals: DeferredSignals
     _shared_metrics: SharedMetrics | None = None
     _replay: LogReplay
     _micro_batches: int
@@ -240,6 +242,7 @@ class PipelineData(StageCheckpoints):
     def _take_in(self, outcome: StepOutcome) -> None:
         """Do on this rank what the step did where it ran."""
         self._replay(outcome.schema, outcome.logged)
+        self._signals.heard = outcome.signals
         if outcome.stops:
             self._trainer.should_stop = True
 

@@ -29,8 +29,9 @@ __all__ = ["DeferredSignals"]
 class DeferredSignals(L.Callback):
     """Takes the place of Lightning's handlers, and calls them where a checkpoint can be saved.
 
-    Ranks get a signal at different times, or only some of them do. So after every batch the number of signals that any rank has had
-    is agreed upon, and a handler runs once for each, on all.
+    Ranks get a signal at different times, or only some of them do. So for every batch the number of signals that any rank has had
+    is agreed upon, and a handler runs once for each, on all. It travels with what a step exchanges anyway, and by itself where a
+    step exchanges nothing, which is so in prediction.
 
     Args:
         watching: what turns the loss of a peer into an error that names it.
@@ -41,15 +42,23 @@ class DeferredSignals(L.Callback):
         self._handlers: dict[int, _HandlersCompose] = {}
         self._received: Counter[int] = Counter()
         self._handled: Counter[int] = Counter()
+        self._numbers: tuple[int, ...] = ()
+        self.heard: tuple[int, ...] = ()
+        """What all ranks have had, as of the step of now."""
+
+    def counts(self) -> tuple[int, ...]:
+        """How many signals of each kind this process has had."""
+        return tuple(self._received[number] for number in self._numbers)
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._handlers = {}
         self._received, self._handled = Counter(), Counter()
+        self._numbers, self.heard = _numbers(trainer), ()
 
     def _take_over(self, trainer: L.Trainer, *_: Any) -> None:
         """Lightning registers its handlers after all hooks of a run's set-up; these are the first to come after that."""
-        for number in _numbers(trainer):
+        for number in self._numbers:
             handler = signal.getsignal(number)
             # Not one of the user's that Lightning has left alone, nor ours.
             if isinstance(handler, _HandlersCompose):
@@ -60,18 +69,21 @@ class DeferredSignals(L.Callback):
         self._received[number] += 1
 
     def _act(self, trainer: L.Trainer, *_: Any) -> None:
-        numbers = _numbers(trainer)
-        counts = torch.tensor([self._received[number] for number in numbers])
-        if dist.is_initialized():
-            with self._watching():
-                dist.all_reduce(counts, dist.ReduceOp.MAX)
-        for number, count in zip(numbers, counts.tolist()):
+        counts, self.heard = self.heard or self._agreed(), ()
+        for number, count in zip(self._numbers, counts):
             if count > self._handled[number]:
                 self._handled[number] = count
                 handler, frame = self._handlers.get(number), inspect.currentframe()
                 if handler is not None and frame is not None:
                     with self._watching():
                         handler(number, frame)
+
+    def _agreed(self) -> tuple[int, ...]:
+        counts = torch.tensor(self.counts())
+        if dist.is_initialized():
+            with self._watching():
+                dist.all_reduce(counts, dist.ReduceOp.MAX)
+        return tuple(counts.tolist())
 
     on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _take_over  # type: ignore[assignment]
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _act  # type: ignore[assignment]

@@ -177,6 +177,7 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         self._saved_groups, self._filed = [], None
         self._saved_names, self._return_to = None, None
         self._position = DataPosition()
+        self._signals = DeferredSignals(self._watching)
 
     # ------------------------------------------------------------------------------------------------------------ the mesh
 
@@ -234,7 +235,7 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         self._share_generators()
         self._seed = seed_of_state()
         if self._position not in trainer.callbacks:  # type: ignore[attr-defined]
-            trainer.callbacks += [self._position, DeferredSignals(self._watching)]  # type: ignore[attr-defined]
+            trainer.callbacks += [self._position, self._signals]  # type: ignore[attr-defined]
         if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
             # What was found is logged without being asked for, as Lightning adds a progress bar without being asked for one.
             trainer.callbacks.append(SentinelMonitor())  # type: ignore[attr-defined]
@@ -281,6 +282,7 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
 
         assert self.lightning_module is not None
         steps, guard = StepRunner(self.lightning_module, model.layers.entry, model.layers.names), self._kept_guard()
+        steps.signals = self._signals.counts
         if self._virtual:
             context = self.precision_plugin.forward_context
             return VirtualEngine(model, optimizer, steps, guard, self.root_device, seed, self._activation_checkpointing, context)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 
 import lightning_sentinel as ls
+from lightning_sentinel.strategy import signals
 from tests.distributed import tasks
 
 
@@ -45,6 +48,23 @@ def fit(module: tasks.Classifier, folder: str, ckpt_path: str | None = None, cal
     tasks.trainer(strategy, 4, 8, callbacks, **options).fit(module, tasks.loader(4, 2), ckpt_path=ckpt_path)
 
 
+@contextmanager
+def counted() -> Iterator[list[Any]]:
+    """The collectives that signals have for themselves."""
+    found, all_reduce = [], signals.dist.all_reduce
+
+    def noted(*args: Any, **options: Any) -> Any:
+        if sys._getframe(1).f_code.co_filename == signals.__file__:
+            found.append(args)
+        return all_reduce(*args, **options)
+
+    signals.dist.all_reduce = noted
+    try:
+        yield found
+    finally:
+        signals.dist.all_reduce = all_reduce
+
+
 def requeued_and_ended(folder: str) -> dict[str, Any]:
     """SIGUSR1 reaches ranks in the middle of different steps; then a run that goes on from there; then SIGTERM reaches one rank."""
     rank = os.environ["LOCAL_RANK"]
@@ -55,7 +75,8 @@ def requeued_and_ended(folder: str) -> dict[str, Any]:
     fit(unbroken, folder)
     # By micro-batch: in the third step of all, but for a rank that gets it in the fourth.
     module = classifier(signal.SIGUSR1, {0: 5, 1: 6, 2: 7, 3: 5})
-    fit(module, folder)
+    with counted() as agreements:
+        fit(module, folder)
     resumed = classifier(signal.SIGUSR1, {})
     fit(resumed, folder, ckpt_path="hpc")
     ended = ""
@@ -67,6 +88,7 @@ def requeued_and_ended(folder: str) -> dict[str, Any]:
     found = {"unbroken": unbroken, "signalled": module, "resumed": resumed}
     return {name: tasks.local_weights(one) for name, one in found.items()} | {
         "ended": ended,
+        "agreements": len(agreements),
         "files": sorted(path.name for path in Path(folder).glob("*.ckpt")),
     }
 

@@ -17,6 +17,7 @@ def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path: Path) -> N
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
     for found in ranks:
         assert found["ended"] == "SIGTERMException"
+        assert not found["agreements"], "the note travels with the step"
         assert found["files"] == ["ended.ckpt", "hpc_ckpt_1.ckpt"]
         for name in ("signalled", "resumed"):
             torch.testing.assert_close(found[name], found["unbroken"], rtol=0, atol=0)

@@ -203,6 +203,22 @@ def test_one_step_that_asks_for_the_end_is_heard_by_all_and_nobody_else_is() -> 
             assert world.run(work) == [heard] * mesh.size
 
 
+def test_a_signal_that_one_process_has_had_is_known_to_all() -> None:
+    mesh = Mesh(2, 2)
+    wiring = Wiring.of(mesh)
+    had = [(0, 2), (1, 0), (0, 0), (0, 1)]
+
+    def work(rank: int) -> tuple[int, ...]:
+        nothing, recorder = torch.zeros(3), LogRecorder(L.LightningModule())
+        exchange = Exchange(mesh, CPU)
+        return exchange.run("training_step", wiring, sizes_of(wiring), None, nothing, recorder, signals=had[rank]).signals
+
+    for says in ({}, {3: lambda said: torch.full_like(said, torch.nan)}):
+        with ranks(mesh.size) as world:
+            world.says = says
+            assert world.run(work) == [(1, 2)] * mesh.size
+
+
 def test_whose_gradients_are_of_no_use_is_known_to_all_and_its_loss_is_passed_over() -> None:
     mesh = Mesh(2, 3)
     wiring = Wiring.of(mesh, {Worker(0, 2)}, micro_batches=2)
