@@ -156,7 +156,7 @@ class SentinelEngine(StageBoundaries):
             self._wiring = self.guard.begin(step, deal.sizes.micro_batches)
             if self.guard.audits:
                 self._rewind = Rewind(self._stage_parameters, list(self.module.buffers()), self.device)
-                self._restore_metrics = self._steps.remember_metrics()
+                self._undo_steps = self._steps.remember()
         self._healthy.begin(self._banned)
         self._begin("training_step", arguments, deal)
         if self._work:
@@ -225,7 +225,7 @@ class SentinelEngine(StageBoundaries):
     def rewind(self) -> None:
         assert self._rewind is not None, "only what is audited is done again"
         self._rewind()
-        self._restore_metrics()
+        self._undo_steps()
 
     @property
     def _banned(self) -> frozenset[Worker]:

@@ -8,7 +8,7 @@ a ``state_dict``. *Data* are numbers, text, tensors and NumPy arrays, in lists, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from numbers import Number
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection, MetricTracker
 
-__all__ = ["DEEPEST", "Holder", "kept_by", "put", "remembered"]
+__all__ = ["DEEPEST", "Holder", "keepers", "kept_by", "put", "remembered"]
 
 DEEPEST = 8
 """Collections inside collections that are looked into."""
@@ -56,11 +56,26 @@ class Holder(NamedTuple):
         del self._place[self.name]
 
 
-def kept_by(module: L.LightningModule, layers: Collection[str] = ()) -> dict[str, Holder]:
+def keepers(module: L.LightningModule, layers: Collection[str] = ()) -> dict[str, nn.Module]:
+    """Who keeps things: a module and its parts, by their dotted names, but for layers of the pipeline and torchmetrics."""
+    kinds = (Metric, MetricCollection, MetricTracker)
+    apart = {*layers, *(name for name, part in module.named_modules() if isinstance(part, kinds))}
+    found = {}
+    for path, owner in module.named_modules():
+        parts = path.split(".")
+        if not any(".".join(parts[:length]) in apart for length in range(1, len(parts) + 1)):
+            found[path] = owner
+    return found
+
+
+def kept_by(
+    module: L.LightningModule, layers: Collection[str] = (), keeping: Mapping[str, nn.Module] | None = None
+) -> dict[str, Holder]:
     """Everything that a module keeps, by its dotted name.
 
     Args:
         layers: names of the pipeline's layers, which are left out.
+        keeping: of :func:`keepers`, if it is known.
 
     Example:
         >>> module = L.LightningModule()
@@ -69,21 +84,24 @@ def kept_by(module: L.LightningModule, layers: Collection[str] = ()) -> dict[str
         >>> list(kept_by(module))
         ['losses', 'count']
     """
-    kinds = (Metric, MetricCollection, MetricTracker)
-    apart = {*layers, *(name for name, part in module.named_modules() if isinstance(part, kinds))}
     found = {}
-    for path, owner in module.named_modules():
-        parts = path.split(".")
-        if any(".".join(parts[:length]) in apart for length in range(1, len(parts) + 1)):
-            continue
+    for path, owner in (keepers(module, layers) if keeping is None else keeping).items():
         names = [name for name in vars(owner) if name not in _OWN and not name.startswith("_sentinel")]
         for name in (*names, *owner._buffers):
             found[f"{path}.{name}" if path else name] = Holder(owner, name)
     return found
 
 
-def remembered(module: L.LightningModule, layers: Collection[str] = ()) -> Callable[[], None]:
+def remembered(
+    module: L.LightningModule,
+    layers: Collection[str] = (),
+    keeping: Mapping[str, nn.Module] | None = None,
+    most: int | None = None,
+) -> Callable[[], None]:
     """Take note of what a module keeps. Returns what brings it back, but for what is done to single tensors in a list.
+
+    Args:
+        most: entries and elements of one thing to copy; of what has more, only a list loses what is added to it. ``None``: all.
 
     Example:
         >>> module = L.LightningModule()
@@ -94,10 +112,10 @@ def remembered(module: L.LightningModule, layers: Collection[str] = ()) -> Calla
         >>> module.losses
         [1.0]
     """
-    before = {name: (holder.value, _restoring(holder.value)) for name, holder in kept_by(module, layers).items()}
+    before = {name: (holder.value, _restoring(holder.value, most)) for name, holder in kept_by(module, layers, keeping).items()}
 
     def restore() -> None:
-        for name, holder in kept_by(module, layers).items():
+        for name, holder in kept_by(module, layers, keeping).items():
             if name not in before:
                 holder.remove()
                 continue
@@ -108,16 +126,20 @@ def remembered(module: L.LightningModule, layers: Collection[str] = ()) -> Calla
     return restore
 
 
-def _restoring(value: Any, depth: int = 0) -> Callable[[], object]:
+def _restoring(value: Any, most: int | None, depth: int = 0) -> Callable[[], object]:
     """What brings the content of a value back."""
     if isinstance(value, (Tensor, np.ndarray)):
+        if most is not None and (value.numel() if isinstance(value, Tensor) else value.size) > most:
+            return _nothing
         saved = value.detach().clone() if isinstance(value, Tensor) else value.copy()
         return partial(_exchanged, value, saved)
     if not isinstance(value, (list, dict, set, deque)) or depth > DEEPEST:
         return _nothing
+    if most is not None and len(value) > most:
+        return partial(_cut, value, len(value)) if isinstance(value, list) else _nothing
     inside = value.values() if isinstance(value, dict) else () if isinstance(value, set) else value
     looks_into = (list, dict, set, deque, *((Tensor, np.ndarray) if isinstance(value, dict) else ()))
-    parts = [_restoring(entry, depth + 1) for entry in inside if isinstance(entry, looks_into)]
+    parts = [_restoring(entry, most, depth + 1) for entry in inside if isinstance(entry, looks_into)]
     saved = value.copy()
 
     def restore() -> None:
@@ -126,6 +148,10 @@ def _restoring(value: Any, depth: int = 0) -> Callable[[], object]:
             part()
 
     return restore
+
+
+def _cut(value: list[Any], length: int) -> None:
+    del value[length:]
 
 
 def _nothing() -> None:

@@ -23,12 +23,17 @@ from torchmetrics import Metric
 
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.pipeline.batch_metrics import BatchMetrics
-from lightning_sentinel.pipeline.keeping import remembered
+from lightning_sentinel.pipeline.keeping import keepers, remembered
+from lightning_sentinel.pipeline.logger_calls import LoggerCalls
 from lightning_sentinel.pipeline.logs import LoggingMicroBatch, LogRecorder
 from lightning_sentinel.pipeline.statistics import MetricStates
 from lightning_sentinel.pipeline.suspension import Suspended
 
 __all__ = ["NeverCalledError", "StepOutputError", "StepRun", "StepRunner", "checked_signal", "fetches", "input_gradient", "loss_of"]
+
+
+_MOST = 2**16
+"""Elements of one thing that are copied in every batch."""
 
 
 def fetches(module: L.LightningModule, step: str) -> bool:
@@ -178,12 +183,15 @@ class StepRunner:
 
     def __init__(self, module: L.LightningModule, entry: nn.Module | None, layers: Collection[str] = ()) -> None:
         self.module = module
-        self._entry, self._layers = entry, layers
+        self._entry = entry
         path = next((name for name, child in module.named_modules() if child is entry), "")
         self.call = f"self{'.' * bool(path)}{path.replace('._orig_mod', '')}(x)"
         """How the user writes the call of the pipeline."""
         self._metrics = BatchMetrics(module)
         self.recorder = LogRecorder(module, self._metrics)
+        self.calls = LoggerCalls()
+        """What steps say to loggers by themselves."""
+        self._keepers = keepers(module, layers)
         self.leaves_out = False
         """Whether any micro-batch of a training step may not count."""
         self.states = MetricStates(module)
@@ -267,6 +275,8 @@ class StepRunner:
                 # A module that was compiled in place has its call compiled, around its forward.
                 stack.enter_context(_attribute(self._entry, "_compiled_call_impl", None))
             stack.enter_context(_attribute(self.module, "log", log))
+            trainer = self.module._trainer
+            stack.enter_context(self.calls.redirected(() if trainer is None else trainer.loggers))
             if self.gather is not None:
                 stack.enter_context(_attribute(self.module, "all_gather", self.gather))
             yield
@@ -275,19 +285,39 @@ class StepRunner:
     def unheard(self) -> Iterator[None]:
         """Run steps inside without a trace: in what is logged, in the states of torchmetrics, and in what steps keep."""
         recorder, self.recorder = self.recorder, LogRecorder(self.module)
-        restore, restore_metrics = remembered(self.module, self._layers), self.remember_metrics()
-        trainer = self.module._trainer
-        stops = trainer is not None and trainer.should_stop
+        calls, self.calls = self.calls, LoggerCalls()
+        restore = self.remember(most=None)
         try:
             yield
         finally:
-            self.recorder = recorder
+            restore()
+            self.recorder, self.calls = recorder, calls
+
+    def remember(self, most: int | None = _MOST) -> Callable[[], None]:
+        """Take note of what steps keep, and hold what they say to loggers. Returns what undoes what they do from here on.
+
+        Args:
+            most: elements of one thing to copy, because this comes before every batch that may be done again.
+        """
+        self.calls.hold()
+        trainer = self.module._trainer
+        stops = trainer is not None and trainer.should_stop
+        restore, restore_metrics = remembered(self.module, keeping=self._keepers, most=most), self._remember_metrics()
+
+        def undo() -> None:
             restore_metrics()
             restore()
+            self.calls.hold()
             if trainer is not None:
                 trainer.should_stop = stops
 
-    def remember_metrics(self) -> Callable[[], None]:
+        return undo
+
+    def make_calls(self) -> None:
+        """Let loggers hear what steps have said to them: what they did counts."""
+        self.calls.make()
+
+    def _remember_metrics(self) -> Callable[[], None]:
         """Take note of the states of the module's torchmetrics. Returns what brings them back."""
         metrics = [metric for metric in self.module.modules() if isinstance(metric, Metric)]
         before = [{name: _copied(value) for name, value in vars(metric).items()} for metric in metrics]

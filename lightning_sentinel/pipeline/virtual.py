@@ -112,7 +112,7 @@ class VirtualEngine(VirtualPasses):
             self._wiring = self.guard.begin(step, deal.sizes.micro_batches)
             if self.guard.answers:
                 self._rewind = Rewind(self._parameters, self._buffers, self._device)
-                self._restore_metrics = self._steps.remember_metrics()
+                self._undo_steps = self._steps.remember()
         outcome, spoiled = self._attempt(arguments, step, deal, scale, apart=self._anybody_fails(step))
         if spoiled:
             assert self.guard is not None, "without one everything counts"
@@ -162,7 +162,7 @@ class VirtualEngine(VirtualPasses):
     def rewind(self) -> None:
         assert self._rewind is not None, "nothing is done again unless somebody answers for it"
         self._rewind()
-        self._restore_metrics()
+        self._undo_steps()
 
     def _ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
         """What workers say of the last batch's signals.

@@ -282,7 +282,7 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
 
         assert self.lightning_module is not None
         steps, guard = StepRunner(self.lightning_module, model.layers.entry, model.layers.names), self._kept_guard()
-        steps.signals = self._signals.counts
+        steps.signals, self._make_held_calls = self._signals.counts, steps.make_calls
         if self._virtual:
             context = self.precision_plugin.forward_context
             return VirtualEngine(model, optimizer, steps, guard, self.root_device, seed, self._activation_checkpointing, context)
@@ -334,7 +334,10 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
             return super().training_step(*args, **kwargs)
         arguments, scale = self._arguments("training_step", args, kwargs), 1.0 / self._trainer.accumulate_grad_batches
         with self._in_step():
-            outcome = self._train_until_settled(arguments, scale)
+            try:
+                outcome = self._train_until_settled(arguments, scale)
+            finally:
+                self._make_held_calls()
             returned = self._returned("training_step")
             if not outcome.skipped:
                 self._running_engine.hold_gradients()
@@ -359,12 +362,14 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
                 self.table, self.wiring = outcome.table, outcome.wiring
                 self._shares.add(None, outcome.weights, outcome.wiring)
                 return outcome
+            if ruling.excluded:
+                # Before anybody is told: what listeners do about it stays.
+                engine.rewind()
             self._take_in_ruling(ruling)
             if not ruling.excluded:
                 self._shares.add(ruling.verdict.clean, outcome.weights, ruling.wiring)
                 self._shares.lose(ruling.lost)
                 return outcome
-            engine.rewind()
             if not ruling.redo:
                 # Nobody is left who could do it again: the batch is left out.
                 self._shares.add(torch.zeros_like(ruling.verdict.clean), outcome.weights, ruling.wiring)

@@ -285,7 +285,7 @@ class TestUnheard:
         self.finish(1)
         metric = self.module.outputs
         seen = list(metric.value)
-        restore = self.runner.remember_metrics()
+        restore = self.runner.remember()
         self.finish(2)
         restore()
         assert len(seen) == len(metric.value) > 0 and all(one is other for one, other in zip(metric.value, seen))

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 import torchmetrics
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 import lightning_sentinel as ls
@@ -294,6 +295,51 @@ def test_metrics_count_a_step_that_is_done_again_once() -> None:
     runs = [Run(attack, LIARS, module=Counting()) for attack in (None, ATTACKS["loud"])]
     assert runs[1].attempts.steps.count(START) == 2
     assert [run.module.samples.compute() for run in runs] == [(START + 3) * BATCH] * 2
+
+
+class Talking(tasks.Classifier):
+    """Keeps things, and tells loggers by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.seen, self.many, self.told = 0, [], list(range(70_000)), []
+        self.register_buffer("total", torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps += 1
+        self.total += 1.0
+        self.seen.append(batch_idx)
+        self.many.append(batch_idx)
+        self.logger.log_metrics({"direct": float(batch_idx)}, step=self.trainer.global_step)
+        return super().training_step(batch, batch_idx)
+
+    def on_sentinel_detection(self, trainer: L.Trainer, pl_module: L.LightningModule, detection: ls.Detection) -> None:
+        self.told.append(detection)
+
+
+class Remembering(DummyLogger):
+    """Keeps what it is told directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[Any] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if "direct" in metrics:
+            self.told.append((step, metrics))
+
+
+def test_what_steps_keep_and_tell_loggers_counts_once_in_a_step_that_is_done_again() -> None:
+    loggers = [Remembering(), Remembering()]
+    honest, attacked = (
+        Run(attack, LIARS, module=Talking(), logger=logger) for attack, logger in zip((None, ATTACKS["loud"]), loggers)
+    )
+    assert attacked.attempts.steps.count(START) == 2
+    assert loggers[0].told == loggers[1].told and len(loggers[0].told) == honest.module.steps > 0
+    for name in ("steps", "seen", "many", "total"):
+        assert getattr(attacked.module, name) == getattr(honest.module, name), name
+    # What listeners keep about the liars is not undone.
+    assert {d.worker for d in attacked.module.told} == set(LIARS)
 
 
 @pytest.mark.parametrize("first_lie", [START, START + 1])

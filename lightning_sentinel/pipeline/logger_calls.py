@@ -1,0 +1,68 @@
+"""What steps say to loggers by themselves: in a batch that may be done again it is held until the batch counts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+__all__ = ["LoggerCalls"]
+
+
+class LoggerCalls:
+    """Calls of the ``log_*`` methods of loggers; what is said to a logger's ``experiment`` goes its own way.
+
+    Example:
+        >>> class Logger:
+        ...     def log_metrics(self, metrics, step=None):
+        ...         print(metrics)
+        >>> calls, logger = LoggerCalls(), Logger()
+        >>> calls.hold()
+        >>> with calls.redirected([logger]):
+        ...     logger.log_metrics({"x": 1})
+        >>> calls.make()
+        {'x': 1}
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Callable[[], Any]] | None = None
+
+    def hold(self) -> None:
+        """From here on no call is made; forget those that are held."""
+        self._held = []
+
+    def make(self) -> None:
+        """Make those that are held, and from here on each at once."""
+        held, self._held = self._held or (), None
+        for call in held:
+            call()
+
+    @contextmanager
+    def redirected(self, loggers: Iterable[Any]) -> Iterator[None]:
+        """While a step runs: its calls come here, if they are to be held."""
+        if self._held is None:
+            yield
+            return
+        # One logger may be there twice, and one of a user's may have such an attribute of its own.
+        places = {(id(logger), name): (logger, name) for logger in loggers for name in _methods(type(logger))}
+        mine = [(logger, name) for logger, name in places.values() if name not in vars(logger)]
+        for logger, name in mine:
+            vars(logger)[name] = partial(self._hold_one, getattr(logger, name))
+        try:
+            yield
+        finally:
+            for logger, name in mine:
+                del vars(logger)[name]
+
+    def _hold_one(self, call: Callable[..., Any], *args: Any, **options: Any) -> None:
+        if self._held is None:
+            call(*args, **options)
+        else:
+            self._held.append(partial(call, *args, **options))
+
+
+@cache
+def _methods(kind: type) -> tuple[str, ...]:
+    return tuple(name for name, _ in inspect.getmembers(kind, inspect.isfunction) if name.startswith("log_"))
