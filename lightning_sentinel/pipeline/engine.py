@@ -32,7 +32,7 @@ from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.data.dealing import Deal
 from lightning_sentinel.pipeline.data.supply import Supply, Work
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups, leave_module_alone
-from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
+from lightning_sentinel.pipeline.exchange import Aside, Exchange, StepOutcome
 from lightning_sentinel.pipeline.gradients.contributions import broken, changed, dropped
 from lightning_sentinel.pipeline.gradients.healthy import HealthyStage
 from lightning_sentinel.pipeline.gradients.held import HeldGradients
@@ -162,15 +162,23 @@ class SentinelEngine(StageBoundaries):
         if self._work:
             self._exec_schedule(schedule.TrainSchedule(len(self._work), self.num_stages, self.stage_id))
         self._transport.finish_notes()
-        own, steps = (self._rows(), self._loss), self._steps
-        told = steps.recorder, self._broken(), steps.stops, steps.signals()
-        return self._exchange.run("training_step", self._wiring, deal.sizes, *own, *told)
+        refused = () if self.guard is None else self.guard.refused
+        return self._exchanged("training_step", self._rows(), self._broken(), refused)
+
+    def _exchanged(
+        self,
+        kind: str,
+        rows: dict[Direction, Tensor] | None = None,
+        useless: Tensor | None = None,
+        refused: tuple[int, ...] = (),
+    ) -> StepOutcome:
+        steps, sizes = self._steps, self._sizes
+        aside = Aside(steps.stops, steps.signals(), refused)
+        return self._exchange.run(kind, self._wiring, sizes, rows, self._loss, steps.recorder, useless, aside)
 
     def evaluate(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> StepOutcome:
         self._forward_only(step, arguments, deal)
-        kind, steps = "/".join((step, *map(str, arguments[2:]))), self._steps
-        told = steps.recorder, None, steps.stops, steps.signals()
-        return self._exchange.run(kind, self._wiring, deal.sizes, None, self._loss, *told)
+        return self._exchanged("/".join((step, *map(str, arguments[2:]))))
 
     def predict(self, arguments: tuple[Any, ...], deal: Deal) -> Any:
         self._forward_only("predict_step", arguments, deal)
@@ -196,7 +204,8 @@ class SentinelEngine(StageBoundaries):
             self._kept.clear()
             return None
         ask, useless = self._ask if self.guard.audits else None, outcome.broken
-        ruling = self.guard.settle(outcome.table, step, self._healthy.sum, ask, self._healthy.apart, useless)
+        stage = self._healthy
+        ruling = self.guard.settle(outcome.table, step, stage.sum, ask, stage.apart, useless, outcome.refused)
         # Nothing of it is audited any more: the memory is the optimizer's, and that of a validation.
         self._kept.clear()
         if useless is None or ruling.excluded:

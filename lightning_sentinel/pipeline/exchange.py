@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
-from lightning_sentinel.mesh import Direction, Mesh
+from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.logs import LogRecorder, LogSchema
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.table import no_rows
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["Exchange", "StepOutcome", "is_skipped", "mean_loss", "part_weights"]
+__all__ = ["Aside", "Exchange", "StepOutcome", "is_skipped", "mean_loss", "part_weights"]
 
 _LONGEST_SCHEMA = 2**24
 
@@ -38,6 +39,8 @@ class StepOutcome:
         stops: whether a step asks for the end of training.
         skipped: whether ``training_step`` returned ``None`` for all that count.
         signals: how many of each kind of signal any process has had, of those that a run acts upon; empty if nobody asks.
+        refused: ``(stages, replicas, replicas)``, how often each worker has seen each of its stage add what is not finite to what
+            that learns; ``None`` if nobody looks.
     """
 
     loss: float | None
@@ -50,6 +53,22 @@ class StepOutcome:
     stops: bool = False
     skipped: bool = False
     signals: tuple[int, ...] = ()
+    refused: Tensor | None = None
+
+
+class Aside(NamedTuple):
+    """What a rank knows besides, on the host.
+
+    Args:
+        stops: whether a step on this rank asks for the end of training; asked of those that serve the last stage.
+        signals: how many of each kind this process has had; as many kinds on all ranks.
+        refused: how often each worker of its stage has added what is not finite to what that learns; empty if nobody looks, on all
+            ranks.
+    """
+
+    stops: bool = False
+    signals: Sequence[int] = ()
+    refused: Sequence[int] = ()
 
 
 def part_weights(wiring: Wiring, sizes: BatchSizes) -> Tensor:
@@ -122,8 +141,7 @@ class Exchange:
         loss: Tensor,
         recorder: LogRecorder,
         broken: Tensor | None = None,
-        stops: bool = False,
-        signals: Sequence[int] = (),
+        aside: Aside = Aside(),  # noqa: B008 - a tuple
     ) -> StepOutcome:
         """Exchange a step.
 
@@ -136,17 +154,16 @@ class Exchange:
                 ``None`` for; zero except on the last stage.
             recorder: what was logged; empty except on the last stage.
             broken: 0-dim bool, whether this rank's weight gradients are of no use; ``None`` if that is not asked, on all ranks.
-            stops: whether a step on this rank asks for the end of training; asked of those that serve the last stage.
-            signals: how many of each kind this process has had; as many kinds on all ranks.
+            aside: what this rank knows besides.
         """
         schema = self._schemas.get(kind, LogSchema())
         mine = recorder.schema
         values = self._log_vector(recorder, schema)
-        known = torch.tensor([float(mine.fingerprint), float(stops), *map(float, signals)])
+        known = torch.tensor([float(mine.fingerprint), float(aside.stops), *map(float, (*aside.signals, *aside.refused))])
         table = torch.empty(0, device=self._device) if rows is None else self._padded_rows(rows, wiring.slots)
         of_no_use = torch.empty(0, device=self._device) if broken is None else broken.float().view(1)
         everyone = self._gather(torch.cat((table.flatten(), of_no_use, loss, values)), known)
-        parts = everyone.split([table.numel(), len(of_no_use), 3, len(values), 2, len(signals)], dim=1)
+        parts = everyone.split([table.numel(), len(of_no_use), 3, len(values), 2, len(aside.signals), len(aside.refused)], dim=1)
 
         lanes = [lane for lane in wiring.lanes if any(sizes.samples[part.replica] for part in wiring.work[lane])]
         last = [self._mesh.rank(wiring.worker(self._mesh.stages - 1, lane)) for lane in lanes]
@@ -169,6 +186,7 @@ class Exchange:
             stops=bool((parts[4][last, 1] > 0).any()),
             skipped=is_skipped(losses),
             signals=tuple(int(count) for count in parts[5].nan_to_num(0, 0, 0).amax(dim=0).tolist()),
+            refused=self._by_stage(parts[6].nan_to_num(0, 0, 0)) if aside.refused else None,
         )
 
     def _padded_rows(self, rows: Mapping[Direction, Tensor], slots: int) -> Tensor:
@@ -185,6 +203,12 @@ class Exchange:
         ranks = [[self._mesh.rank(wiring.worker(stage, lane)) for lane in lanes] for stage in range(self._mesh.stages)]
         said = (everyone[:, 0] != 0)[torch.tensor(ranks)] & torch.tensor(wiring.live)
         return said[..., None].expand(-1, -1, wiring.slots)
+
+    def _by_stage(self, said: Tensor) -> Tensor:
+        """What ranks say, ``(stages, replicas, ...)``."""
+        mesh = self._mesh
+        ranks = [[mesh.rank(Worker(stage, replica)) for replica in range(mesh.replicas)] for stage in range(mesh.stages)]
+        return said[torch.tensor(ranks)]
 
     def _log_vector(self, recorder: LogRecorder, schema: LogSchema) -> Tensor:
         """This rank's values if its names are the agreed ones; else zeros, which weigh nothing. On the device."""

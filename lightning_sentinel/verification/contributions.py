@@ -1,8 +1,9 @@
-"""What follows from weight gradients that are not finite: they are left out, and whose they are is told."""
+"""What a worker adds to a sum of its stage and is not finite: it is left out, and whose it is is told."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,10 @@ from lightning_sentinel.verification.table import MAX_SCORE
 from lightning_sentinel.verification.verdicts import Detection, StepVerdict
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["WEIGHT_GRADIENT", "without_broken"]
+__all__ = ["LESSON", "WEIGHT_GRADIENT", "Refusals", "with_refusals", "without_broken"]
+
+LESSON = "lesson"
+"""What stands in a detection of what a worker has added to what its stage learns."""
 
 WEIGHT_GRADIENT = "weight_gradient"
 """What stands in a detection where for a signal there is the feature that was furthest out."""
@@ -51,3 +55,48 @@ def without_broken(
         detections.append(Detection(step, slots[0], worker, Direction.GRADIENT, MAX_SCORE, WEIGHT_GRADIENT))
     left = replace(verdict, clean=verdict.clean & ~broken, detections=(*verdict.detections, *detections))
     return left, counts
+
+
+class Refusals:
+    """Who has added to what its stage learns what is not finite, as all ranks know it; each stage sees its own.
+
+    Args:
+        mesh: the workers.
+
+    Example:
+        >>> refusals, said = Refusals(Mesh(1, 3)), torch.zeros(1, 3, 3)
+        >>> said[0, :2, 2] = 1  # Two of three say so of the third, once,
+        >>> refusals.news(said, ()), refusals.news(said, ())  # and go on saying so.
+        (Counter({Worker(stage=0, replica=2): 1}), Counter())
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._known: Counter[Worker] = Counter()
+
+    def news(self, said: Tensor, banned: Collection[Worker]) -> Counter[Worker]:
+        """How often more than all ranks knew. Where all live workers of a stage have, its training has diverged: nobody is blamed.
+
+        Args:
+            said: ``(stages, replicas, replicas)``, how often each worker has seen each of its stage do so since the run began. What
+                counts is what more than half of the others say that are not banned.
+            banned: workers whose word does not count.
+        """
+        news: Counter[Worker] = Counter()
+        for stage in range(self._mesh.stages):
+            live = [replica for replica in range(self._mesh.replicas) if Worker(stage, replica) not in banned]
+            of_stage: Counter[Worker] = Counter()
+            for accused in live:
+                counts = sorted((float(said[stage, speaker, accused]) for speaker in live if speaker != accused), reverse=True)
+                worker, often = Worker(stage, accused), int(counts[len(counts) // 2]) if counts else 0
+                if often > self._known[worker]:
+                    of_stage[worker], self._known[worker] = often - self._known[worker], often
+            if len(of_stage) < len(live):
+                news.update(of_stage)
+        return news
+
+
+def with_refusals(verdict: StepVerdict, news: Counter[Worker], step: int) -> StepVerdict:
+    """The verdict with a detection for each worker that has added what is not finite to what its stage learns."""
+    detections = [Detection(step, 0, worker, Direction.ACTIVATION, MAX_SCORE, LESSON) for worker in sorted(news)]
+    return replace(verdict, detections=(*verdict.detections, *detections))

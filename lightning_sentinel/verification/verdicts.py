@@ -48,7 +48,7 @@ class Detection:
         direction: what was sent.
         score: how far out; 1 is the fence.
         feature: the feature that is furthest out, or ``"non_finite"``; ``"weight_gradient"`` of what a worker would have added to
-            its stage's gradients, which is not finite.
+            its stage's gradients, and ``"lesson"`` to what that learns of honest signals, which is not finite.
         audited: whether the signal was recomputed by another worker.
         confirmed: the outcome of the audit: ``False`` exonerates the sender; ``None`` without one, or where nobody can tell.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-from lightning_sentinel.pipeline.exchange import Exchange, StepOutcome
+from lightning_sentinel.pipeline.exchange import Aside, Exchange, StepOutcome
 from lightning_sentinel.pipeline.logs import LoggingMicroBatch, LogRecorder
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.table import COLUMNS, no_rows
@@ -197,7 +197,11 @@ def test_one_step_that_asks_for_the_end_is_heard_by_all_and_nobody_else_is() -> 
         def work(rank: int, asks: set[Worker] = asks) -> bool:
             nothing, recorder = torch.zeros(3), LogRecorder(L.LightningModule())
             stops = mesh.worker(rank) in asks
-            return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, nothing, recorder, stops=stops).stops
+            return (
+                Exchange(mesh, CPU)
+                .run("training_step", wiring, sizes_of(wiring), None, nothing, recorder, aside=Aside(stops))
+                .stops
+            )
 
         with ranks(mesh.size) as world:
             assert world.run(work) == [heard] * mesh.size
@@ -211,12 +215,28 @@ def test_a_signal_that_one_process_has_had_is_known_to_all() -> None:
     def work(rank: int) -> tuple[int, ...]:
         nothing, recorder = torch.zeros(3), LogRecorder(L.LightningModule())
         exchange = Exchange(mesh, CPU)
-        return exchange.run("training_step", wiring, sizes_of(wiring), None, nothing, recorder, signals=had[rank]).signals
+        return exchange.run(
+            "training_step", wiring, sizes_of(wiring), None, nothing, recorder, aside=Aside(signals=had[rank])
+        ).signals
 
     for says in ({}, {3: lambda said: torch.full_like(said, torch.nan)}):
         with ranks(mesh.size) as world:
             world.says = says
             assert world.run(work) == [(1, 2)] * mesh.size
+
+
+def test_what_each_worker_has_seen_of_its_stage_is_known_to_all() -> None:
+    mesh = Mesh(2, 2)
+    wiring = Wiring.of(mesh)
+
+    def work(rank: int) -> Tensor | None:
+        nothing, recorder, worker = torch.zeros(3), LogRecorder(L.LightningModule()), mesh.worker(rank)
+        aside = Aside(refused=(10 * worker.stage + worker.replica, 7))
+        return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, nothing, recorder, aside=aside).refused
+
+    with ranks(mesh.size) as world:
+        for refused in world.run(work):
+            assert refused.tolist() == [[[0, 7], [1, 7]], [[10, 7], [11, 7]]]
 
 
 def test_whose_gradients_are_of_no_use_is_known_to_all_and_its_loss_is_passed_over() -> None:

@@ -31,7 +31,7 @@ from lightning_sentinel.verification import (
 )
 from lightning_sentinel.verification.audit import AuditSchedule
 from lightning_sentinel.verification.calibration import Assessment
-from lightning_sentinel.verification.contributions import without_broken
+from lightning_sentinel.verification.contributions import Refusals, with_refusals, without_broken
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.fences import Fences
 from lightning_sentinel.verification.jury import Ask, Findings, Jury
@@ -108,6 +108,7 @@ class Guard:
         self._wiring, self._micro_batches = Wiring.of(mesh), 1
         self._rows: dict[Boundary, list[tuple[Sequence[int], Tensor]]] = {boundary: [] for boundary in self.verifiers}
         self._lessons = Lessons()
+        self._refusals = Refusals(mesh)
 
     def _keep_secret(self, verification: Verification) -> None:
         """Draw all that workers must not know from the seed."""
@@ -145,6 +146,13 @@ class Guard:
     def answers(self) -> bool:
         """Whether a sender answers for a signal that says nothing, and the signal does not reach the weights."""
         return self._response.on_flag == "exclude"
+
+    @property
+    def refused(self) -> tuple[int, ...]:
+        """How often each worker of this stage has added what is not finite to what that learns, which other stages do not see."""
+        if self._worker is None:
+            return ()
+        return tuple(self._lessons.refused[Worker(self._worker.stage, replica)] for replica in range(self._mesh.replicas))
 
     def absent(self, step: int) -> frozenset[Worker]:
         """Who serves nothing in a step: who is banned, and who was found out in it."""
@@ -250,6 +258,7 @@ class Guard:
         ask: Ask | None = None,
         apart: Apart | None = None,
         broken: Tensor | None = None,
+        refused: Tensor | None = None,
     ) -> Ruling:
         """Judge the step, enter it into the ledger, and learn from it.
 
@@ -260,6 +269,7 @@ class Guard:
             ask: has workers recompute signals, where audits are asked for.
             apart: what the replicas of this stage would add, each by itself, where they are not all in this process.
             broken: ``(stages, lanes, micro_batches)`` bool, whose weight gradients are of no use; ``None`` where nobody looks.
+            refused: ``(stages, replicas, replicas)``, what all ranks say of :attr:`refused`; ``None`` where nobody looks.
         """
         wiring, excludes = self._wiring, self._response.on_flag == "exclude"
         assessment, heights = self._assess(table, wiring), self.calibration.heights(wiring)
@@ -279,6 +289,10 @@ class Guard:
             finite = (table.column("worst") >= 0).all(dim=0)
             verdict, left_out = without_broken(verdict, broken, finite, self._mesh, wiring, step)
             self.ledger.flags.update(left_out)
+        if refused is not None:
+            news = self._refusals.news(refused, self.ledger.banned)
+            verdict = with_refusals(verdict, news, step)
+            self.ledger.flags.update(news)
         if banned or excluded:
             # What those behind a liar looked like was not their doing.
             self.calibration.forget_sums(behind(self._sent_by({*banned, *excluded}, wiring), self._mesh), wiring)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.verification import COLUMNS, Ledger, SignalTable
+from lightning_sentinel.verification.contributions import LESSON
 from lightning_sentinel.verification.table import no_rows
 from lightning_sentinel.wiring import Wiring
 from tests.pipeline.pipelines import (
@@ -19,6 +21,7 @@ from tests.pipeline.pipelines import (
     MICRO_BATCHES,
     POSITIONS,
     REPLICAS,
+    STAGES,
     WARMUP,
     A,
     G,
@@ -48,6 +51,29 @@ def test_what_was_tampered_with_is_not_learned(attack: Callable[[Collection[Work
         filled = window.values[index][~window.values[index].isnan().all(dim=1)]
         assert filled.isfinite().all()
         assert (verifier.references.momentum.value - before[boundary]).abs().max() < 1
+
+
+def test_who_spoils_what_its_stage_learns_is_in_the_ledgers_of_all_and_in_the_detections() -> None:
+    pipelines, liar = Pipelines(apart=True).run(2), Worker(1, 1)
+    assert all(not any(guard.refused) for guard in pipelines.guards)
+    pipelines.guard._lessons.refused[Worker(0, 2)] += 3
+    assert pipelines.guard.refused == (0, 0, 3), "of its own stage a worker tells"
+    refused = torch.zeros(STAGES, REPLICAS, REPLICAS)
+    refused[1, [0, 2], 1] = 2.0
+    for _ in range(2):
+        pipelines.draw()
+        for group in range(len(pipelines.guards)):
+            for micro_batch in range(MICRO_BATCHES):
+                pipelines.run_micro_batch(group, micro_batch, honest)
+        pipelines.table = pipelines.exchange()
+        total = pipelines.sum_over_guards()
+        add = partial(torch.where, torch.tensor(True), total)
+        for guard, ledger in zip(pipelines.guards, pipelines.ledgers):
+            ruling = guard.settle(pipelines.table, pipelines.step_number, add, refused=refused)
+            told = [(d.step, d.worker, d.feature) for d in ruling.verdict.detections if d.feature == LESSON]
+            assert told == [(pipelines.step_number, liar, LESSON)] * (pipelines.step_number == 2)
+            assert ledger.flags == {liar: 2} and not ledger.banned, "said again it is no news"
+        pipelines.step_number += 1
 
 
 def test_the_momentum_takes_in_the_mean_of_the_honest_signals() -> None:
