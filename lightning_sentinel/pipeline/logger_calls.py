@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 __all__ = ["LoggerCalls"]
 
@@ -46,7 +46,7 @@ class LoggerCalls:
             yield
             return
         # One logger may be there twice, and one of a user's may have such an attribute of its own.
-        places = {(id(logger), name): (logger, name) for logger in loggers for name in _methods(type(logger))}
+        places = {(id(logger), name): (logger, name) for logger in loggers for name in _methods(cast(Any, type(logger)))}
         mine = [(logger, name) for logger, name in places.values() if name not in vars(logger)]
         for logger, name in mine:
             vars(logger)[name] = partial(self._hold_one, getattr(logger, name))
@@ -64,5 +64,5 @@ class LoggerCalls:
 
 
 @cache
-def _methods(kind: type) -> tuple[str, ...]:
+def _methods(kind: Any) -> tuple[str, ...]:
     return tuple(name for name, _ in inspect.getmembers(kind, inspect.isfunction) if name.startswith("log_"))
