@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from random import Random
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.seeds import derive_seed
 
 __all__ = ["Part", "Wiring"]
 
@@ -44,7 +46,9 @@ class Wiring:
     work: tuple[tuple[Part, ...], ...]
 
     @classmethod
-    def of(cls, mesh: Mesh, banned: Collection[Worker] = (), micro_batches: int = 1, turn: int = 0) -> Wiring:
+    def of(
+        cls, mesh: Mesh, banned: Collection[Worker] = (), micro_batches: int = 1, turn: int = 0, shuffled: int | None = None
+    ) -> Wiring:
         """Leave out as many lanes as the stage that was hit hardest has banned workers, and deal their micro-batches to the others.
 
         A stage with fewer banned workers than that has workers to spare, which take turns: who is never verified is never found.
@@ -54,6 +58,8 @@ class Wiring:
             banned: workers that serve nothing.
             micro_batches: of each replica's batch.
             turn: who of those that could be spared serves now.
+            shuffled: seed by which the workers of each stage are dealt to the lanes, but for those of the last stage, where steps
+                run; ``None``: each serves its own lane where it can.
 
         Example:
             >>> wiring = Wiring.of(Mesh(stages=2, replicas=3), {Worker(0, 1), Worker(1, 2)}, micro_batches=2)
@@ -73,8 +79,11 @@ class Wiring:
         # By number first: micro-batches of the same number are of the same size, and stay side by side.
         for index, part in enumerate(Part(lane, number) for number in numbers for lane in sorted(orphaned)):
             work[left[index % len(left)]].append(part)
+        serving = [_row(lanes, left_out, bad, turn) for bad in by_stage]
+        if shuffled is not None:
+            serving[:-1] = [_shuffled(row, left, derive_seed(shuffled, stage)) for stage, row in enumerate(serving[:-1])]
         return cls(
-            serving=tuple(_row(lanes, left_out, bad, turn) for bad in by_stage),
+            serving=tuple(serving),
             live=tuple(lane not in left_out for lane in lanes),
             work=tuple(map(tuple, work)),
         )
@@ -139,3 +148,10 @@ def _row(lanes: range, left_out: set[int], banned: set[int], turn: int) -> tuple
     row |= {lane: next(rest) for lane in lanes if lane not in left_out and lane not in row}
     idle = iter([worker for worker in lanes if worker not in row.values()])
     return tuple(row[lane] if lane in row else next(idle) for lane in lanes)
+
+
+def _shuffled(row: tuple[int, ...], lanes: list[int], seed: int) -> tuple[int, ...]:
+    """The same workers serve these lanes, in an order that is drawn."""
+    workers = Random(seed).sample([row[lane] for lane in lanes], len(lanes))
+    served = dict(zip(lanes, workers))
+    return tuple(served.get(lane, worker) for lane, worker in enumerate(row))

@@ -132,3 +132,24 @@ def test_a_worker_knows_its_lane(case: tuple[Mesh, set[Worker]]) -> None:
         lane = wiring.lane(worker)
         assert lane is None or (wiring.worker(worker.stage, lane) == worker and wiring.live[lane])
     assert sum(wiring.lane(worker) is not None for worker in mesh) == mesh.stages * len(wiring.lanes)
+
+
+@repeatable
+@given(meshes(), turns, st.integers(0, 2**62))
+def test_shuffled_workers_serve_the_same_lanes_in_other_company(case: tuple[Mesh, set[Worker]], turn: int, seed: int) -> None:
+    mesh, banned = case
+    wiring, shuffled = Wiring.of(mesh, banned, turn=turn), Wiring.of(mesh, banned, turn=turn, shuffled=seed)
+    assert (shuffled.live, shuffled.work) == (wiring.live, wiring.work)
+    assert served_lanes(shuffled, mesh) == served_lanes(wiring, mesh)
+    # Where the steps run nobody moves: what they log is that of their own samples.
+    assert shuffled.serving[-1] == wiring.serving[-1]
+    for stage in range(mesh.stages):
+        assert sorted(shuffled.serving[stage]) == list(range(mesh.replicas))
+
+
+def test_shuffled_workers_meet_everybody() -> None:
+    mesh, met = Mesh(3, 4), set()
+    for seed in range(100):
+        serving = Wiring.of(mesh, shuffled=seed).serving
+        met |= {(serving[0][lane], serving[1][lane], serving[2][lane]) for lane in range(4)}
+    assert len(met) == 4**3

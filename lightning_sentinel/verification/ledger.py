@@ -13,10 +13,11 @@ from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification.bans import Ban
 from lightning_sentinel.verification.jury import most_bans, strikes_to_ban
+from lightning_sentinel.verification.streaks import Habits, Streak, is_proof
 
 __all__ = ["Ledger"]
 
-_COUNTS = ("flags", "streaks", "banned_at", "exonerated", "strikes", "muted", "spared")
+_COUNTS = ("flags", "banned_at", "exonerated", "strikes", "muted", "spared")
 """Of workers, as they are saved."""
 
 
@@ -24,14 +25,16 @@ _COUNTS = ("flags", "streaks", "banned_at", "exonerated", "strikes", "muted", "s
 class Ledger:
     """Counts flags and audits, and says who is banned for them.
 
-    By flags alone: who is a suspect in ``ban_after`` consecutive steps. A step in which a worker was verified and is no suspect
-    ends its streak; a step in which nothing of it could be verified (its pipeline was tainted before it, or is left out) does not.
-    By audits: who was found to lie by most of its stage, in as many steps as :func:`strikes_to_ban` says.
+    By flags alone: who is a suspect in ``ban_after`` consecutive steps, or in more of them where others of its stage are suspects
+    as well (:func:`lightning_sentinel.verification.streaks.is_proof`). A step in which a worker was verified and is no suspect ends
+    its streak; a step in which nothing of it could be verified (its pipeline was tainted before it, or is left out) does not. By
+    audits: who was found to lie by most of its stage, in as many steps as :func:`strikes_to_ban` says.
 
     Never more of a stage than :func:`most_bans`, so that what was found never ends a run.
 
     Args:
-        ban_after: consecutive steps as a suspect that lead to a ban; ``None`` bans nobody.
+        ban_after: consecutive steps as a suspect that lead to a ban, where the others of the stage are in line; ``None`` bans
+            nobody.
 
     Example:
         >>> from collections import Counter
@@ -47,8 +50,10 @@ class Ledger:
     ban_after: int | None = 5
     flags: Counter[Worker] = field(default_factory=Counter)
     """Signals flagged so far, by sender."""
-    streaks: Counter[Worker] = field(default_factory=Counter)
-    """Consecutive steps as a suspect, by sender."""
+    streaks: dict[Worker, Streak] = field(default_factory=dict)
+    """Consecutive steps as a suspect, of those that were one in the last step in which they were verified."""
+    habits: Habits = field(default_factory=Habits)
+    """How often workers were suspects lately."""
     banned_at: dict[Worker, int] = field(default_factory=dict)
     """The step at which a worker was banned."""
     audits: int = 0
@@ -72,8 +77,20 @@ class Ledger:
     def total_flags(self) -> int:
         return self.flags.total()
 
+    @property
+    def shuffles(self) -> bool:
+        """Whether workers are to be shuffled among the pipelines: in other company an honest suspect is in line."""
+        waiting = self.streaks.keys() - self.banned_at.keys() - self.spared.keys()
+        return self.ban_after is not None and any(self.streaks[worker].shuffles for worker in waiting)
+
     def record(
-        self, step: int, flagged: Counter[Worker], suspects: Collection[Worker], verified: Collection[Worker], mesh: Mesh
+        self,
+        step: int,
+        flagged: Counter[Worker],
+        suspects: Collection[Worker],
+        verified: Collection[Worker],
+        mesh: Mesh,
+        unmistakable: Collection[Worker] = (),
     ) -> list[Worker]:
         """Enter one step's flags.
 
@@ -83,19 +100,22 @@ class Ledger:
             suspects: workers that were out of line for most of the step.
             verified: workers of which at least one signal was verified.
             mesh: all workers.
+            unmistakable: suspects for what nothing that they were sent can be the reason of.
 
         Returns:
             the workers that this step bans, in order.
         """
         self.flags.update(flagged)
+        self.habits.add(suspects, verified)
         condemned = []
         for worker in sorted(verified):
             if worker not in suspects:
-                del self.streaks[worker]
+                self.streaks.pop(worker, None)
                 self.spared.pop(worker, None)
                 continue
-            self.streaks[worker] += 1
-            if self.ban_after is not None and self.streaks[worker] >= self.ban_after:
+            streak = self.streaks.setdefault(worker, Streak())
+            streak.add(_others(worker, suspects), _others(worker, verified), worker not in unmistakable)
+            if self.ban_after is not None and is_proof(streak, self.ban_after, self.habits.of_others(worker)):
                 condemned.append(worker)
         return self._condemn(step, condemned, mesh)
 
@@ -224,12 +244,20 @@ class Ledger:
             for name in _COUNTS
         }
         hosts = [[worker.stage, worker.replica, host] for worker, host in sorted(self.hosts.items())]
-        return {**entries, "audits": self.audits, "hosts": hosts}
+        streaks = [[worker.stage, worker.replica, streak.state()] for worker, streak in sorted(self.streaks.items())]
+        return {**entries, "suspects": streaks, "habits": self.habits.state(), "audits": self.audits, "hosts": hosts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         entries = {name: {Worker(s, r): number for s, r, number in state.get(name, ())} for name in _COUNTS}
-        self.flags, self.streaks = Counter(entries["flags"]), Counter(entries["streaks"])
+        self.flags = Counter(entries["flags"])
+        self.streaks = {Worker(s, r): Streak.of_state(streak) for s, r, streak in state.get("suspects", ())}
         self.banned_at, self.exonerated = entries["banned_at"], Counter(entries["exonerated"])
         self.strikes, self.muted, self.spared = Counter(entries["strikes"]), entries["muted"], entries["spared"]
+        self.habits = Habits.of_state(state.get("habits", []))
         self.audits = state.get("audits", 0)
         self.hosts = {Worker(s, r): host for s, r, host in state.get("hosts", ())}
+
+
+def _others(worker: Worker, workers: Collection[Worker]) -> list[Worker]:
+    """Those of the same stage."""
+    return [other for other in workers if other.stage == worker.stage and other != worker]

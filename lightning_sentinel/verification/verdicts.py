@@ -71,6 +71,7 @@ class StepVerdict:
         detections: the flags that stand, and those that an audit dropped.
         flagged: how many signals of each worker were flagged and not cleared.
         suspects: workers of which at least half the verified signals of one direction were flagged.
+        unmistakable: suspects whose flagged signals are not finite: nothing that a worker is sent makes an honest one send that.
         verified: workers of which at least one signal was verified.
         guilty: workers that most of their stage found to have lied.
         disputed: workers of which one says that they have lied, and nobody can tell who does.
@@ -88,6 +89,7 @@ class StepVerdict:
     detections: tuple[Detection, ...]
     flagged: Counter[Worker]
     suspects: frozenset[Worker]
+    unmistakable: frozenset[Worker]
     verified: frozenset[Worker]
     guilty: frozenset[Worker]
     disputed: frozenset[Worker]
@@ -136,10 +138,12 @@ def judge(
     heard = valid & ~standing & ~explained & ~doubted & finite
     explained |= (doubted | open_question) & ~standing
     scored = table.scored(assessment.score, assessment.worst)
+    suspects = _suspects(standing, valid & ~explained, mesh, wiring)
     return StepVerdict(
         detections=_detections(scored, standing, mesh, wiring, step),
         flagged=_count(standing, mesh, wiring),
-        suspects=_suspects(standing, valid & ~explained, mesh, wiring),
+        suspects=suspects,
+        unmistakable=suspects - _count(standing & finite, mesh, wiring).keys(),
         verified=frozenset(_count(valid & ~explained, mesh, wiring)),
         guilty=frozenset(),
         disputed=frozenset(),
@@ -210,6 +214,7 @@ def judge_with_audits(
         detections=tuple(replace(one, audited=True, confirmed=lied) for one, lied in zip(detections, lies)),
         flagged=_count(false, mesh, wiring),
         suspects=frozenset(),
+        unmistakable=frozenset(),
         verified=frozenset(_count(valid & ~explained, mesh, wiring)),
         guilty=frozenset(_count(confirmed, mesh, wiring)),
         disputed=frozenset(_count(disputed, mesh, wiring)),

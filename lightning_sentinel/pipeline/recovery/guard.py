@@ -19,7 +19,7 @@ from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
 from lightning_sentinel.pipeline.recovery.lessons import Apart, Lessons
-from lightning_sentinel.seeds import secret_seed
+from lightning_sentinel.seeds import derive_seed, secret_seed
 from lightning_sentinel.verification import (
     BoundaryVerifier,
     Calibration,
@@ -165,7 +165,9 @@ class Guard:
             step: number of the training batch.
             micro_batches: of each replica.
         """
-        return Wiring.of(self._mesh, self.absent(step), micro_batches, step // _STEPS_A_TURN)
+        # Who is the reason for what others look like is told by who is out of line in any company.
+        shuffled = derive_seed(self.secret, "lanes", step) if self.excludes and self.ledger.shuffles else None
+        return Wiring.of(self._mesh, self.absent(step), micro_batches, step // _STEPS_A_TURN, shuffled)
 
     def begin(self, step: int, micro_batches: int) -> Wiring:
         """Begin a step. Returns who serves which lane in it, and with which micro-batches."""
@@ -184,7 +186,7 @@ class Guard:
         An honest signal is a little out of line every now and then, and it is to count; a worker that was out of line for most of
         the step before is given no such benefit.
         """
-        return 1.0 if self.ledger.streaks[sender] else MUCH_FURTHER
+        return 1.0 if sender in self.ledger.streaks else MUCH_FURTHER
 
     @property
     def _lanes(self) -> list[int]:
@@ -282,7 +284,7 @@ class Guard:
         else:
             assessment = self._as_far_as_known(assessment)
             verdict = judge(table, assessment, heights, self._mesh, wiring, step, excludes)
-            banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified, self._mesh)
+            banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified, self._mesh, verdict.unmistakable)
         excluded = sorted(verdict.guilty | verdict.disputed) if excludes else []
         if broken is not None and excludes and not excluded:
             # In a step that is undone they are mostly what was made of a lie.
