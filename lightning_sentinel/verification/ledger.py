@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lightning_sentinel.errors import ConfigurationError
@@ -19,6 +20,9 @@ __all__ = ["Ledger"]
 
 _COUNTS = ("flags", "banned_at", "exonerated", "strikes", "muted", "spared")
 """Of workers, as they are saved."""
+
+_CALM_STEPS = 16
+"""For how long workers stay where they were shuffled to: who would come back to the lane of a liar would be a suspect again."""
 
 
 @dataclass
@@ -66,6 +70,8 @@ class Ledger:
     """Since when a worker's word does not count in audits, because most of its stage said the opposite, or found it to lie."""
     spared: dict[Worker, int] = field(default_factory=dict)
     """Since when a worker would be banned, if more of its stage could be."""
+    shuffled_at: int | None = None
+    """The latest step for which a new order was called for."""
     hosts: dict[Worker, str] = field(default_factory=dict)
     """The machine that serves a worker; empty if that is not known."""
 
@@ -77,11 +83,11 @@ class Ledger:
     def total_flags(self) -> int:
         return self.flags.total()
 
-    @property
-    def shuffles(self) -> bool:
-        """Whether workers are to be shuffled among the pipelines: in other company an honest suspect is in line."""
-        waiting = self.streaks.keys() - self.banned_at.keys() - self.spared.keys()
-        return self.ban_after is not None and any(self.streaks[worker].shuffles for worker in waiting)
+    def order(self, step: int) -> int | None:
+        """Which order workers serve the pipelines in: a new one in every step while there is somebody whom other company would show
+        to be honest, and the last of these for some steps after; ``None`` if each serves its own."""
+        latest = self.shuffled_at
+        return latest if latest is not None and latest <= step < latest + _CALM_STEPS else None
 
     def record(
         self,
@@ -91,6 +97,7 @@ class Ledger:
         verified: Collection[Worker],
         mesh: Mesh,
         unmistakable: Collection[Worker] = (),
+        scores: Mapping[Worker, float] = MappingProxyType({}),
     ) -> list[Worker]:
         """Enter one step's flags.
 
@@ -101,6 +108,7 @@ class Ledger:
             verified: workers of which at least one signal was verified.
             mesh: all workers.
             unmistakable: suspects for what nothing that they were sent can be the reason of.
+            scores: how far out suspects were; all as far as each other if nobody says.
 
         Returns:
             the workers that this step bans, in order.
@@ -114,10 +122,16 @@ class Ledger:
                 self.spared.pop(worker, None)
                 continue
             streak = self.streaks.setdefault(worker, Streak())
-            streak.add(_others(worker, suspects), _others(worker, verified), worker not in unmistakable)
+            # What happens to an honest worker puts another one about as far out.
+            alike = [other for other in suspects if scores.get(other, 1.0) >= scores.get(worker, 1.0) / 2]
+            streak.add(_others(worker, alike), _others(worker, verified), worker in unmistakable)
             if self.ban_after is not None and is_proof(streak, self.ban_after, self.habits.of_others(worker)):
                 condemned.append(worker)
-        return self._condemn(step, condemned, mesh)
+        banned = self._condemn(step, condemned, mesh)
+        waiting = self.streaks.keys() - self.banned_at.keys() - self.spared.keys()
+        if self.ban_after is not None and any(self.streaks[worker].shuffles for worker in waiting):
+            self.shuffled_at = step + 1
+        return banned
 
     def record_audits(
         self,
@@ -245,7 +259,14 @@ class Ledger:
         }
         hosts = [[worker.stage, worker.replica, host] for worker, host in sorted(self.hosts.items())]
         streaks = [[worker.stage, worker.replica, streak.state()] for worker, streak in sorted(self.streaks.items())]
-        return {**entries, "suspects": streaks, "habits": self.habits.state(), "audits": self.audits, "hosts": hosts}
+        return {
+            **entries,
+            "suspects": streaks,
+            "habits": self.habits.state(),
+            "shuffled_at": self.shuffled_at,
+            "audits": self.audits,
+            "hosts": hosts,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         entries = {name: {Worker(s, r): number for s, r, number in state.get(name, ())} for name in _COUNTS}
@@ -254,6 +275,7 @@ class Ledger:
         self.banned_at, self.exonerated = entries["banned_at"], Counter(entries["exonerated"])
         self.strikes, self.muted, self.spared = Counter(entries["strikes"]), entries["muted"], entries["spared"]
         self.habits = Habits.of_state(state.get("habits", []))
+        self.shuffled_at = state.get("shuffled_at")
         self.audits = state.get("audits", 0)
         self.hosts = {Worker(s, r): host for s, r, host in state.get("hosts", ())}
 

@@ -28,28 +28,33 @@ class Streak:
 
     Args:
         steps: how many.
-        suspects: in how many of them each of the others of its stage was one as well.
+        suspects: in how many of them each of the others of its stage was one as well, and about as far out.
         verified: in how many of them each of the others was verified.
-        shuffles: whether what the worker had been sent may be the reason, so that other company would tell.
+        unmistakable: in how many of them nothing that the worker had been sent can have been the reason.
     """
 
     steps: int = 0
     suspects: Counter[Worker] = field(default_factory=Counter)
     verified: Counter[Worker] = field(default_factory=Counter)
-    shuffles: bool = False
+    unmistakable: int = 0
 
-    def add(self, suspects: Collection[Worker], verified: Collection[Worker], shuffles: bool) -> None:
+    def add(self, suspects: Collection[Worker], verified: Collection[Worker], unmistakable: bool) -> None:
         """Enter a step in which the worker was a suspect.
 
         Args:
-            suspects: others of its stage that were suspects in it.
+            suspects: others of its stage that were suspects in it, and about as far out.
             verified: others of its stage that were verified in it.
-            shuffles: whether what the worker had been sent may be the reason.
+            unmistakable: whether nothing that the worker had been sent can be the reason.
         """
         self.steps += 1
-        self.shuffles |= shuffles
+        self.unmistakable += unmistakable
         self.suspects.update(suspects)
         self.verified.update({*verified, *suspects})
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether other company would tell if what the worker is sent is the reason."""
+        return self.unmistakable < self.steps
 
     @property
     def usual(self) -> float:
@@ -59,13 +64,13 @@ class Streak:
     def state(self) -> list[Any]:
         """Plain numbers and lists."""
         others = [[w.stage, w.replica, self.suspects[w], steps] for w, steps in sorted(self.verified.items())]
-        return [self.steps, int(self.shuffles), others]
+        return [self.steps, self.unmistakable, others]
 
     @classmethod
     def of_state(cls, state: list[Any]) -> Streak:
-        steps, shuffles, others = state
+        steps, unmistakable, others = state
         suspects = Counter({Worker(s, r): number for s, r, number, _ in others if number})
-        return cls(steps, suspects, Counter({Worker(s, r): number for s, r, _, number in others}), bool(shuffles))
+        return cls(steps, suspects, Counter({Worker(s, r): number for s, r, _, number in others}), unmistakable)
 
 
 class Habits:
@@ -123,7 +128,8 @@ def is_proof(streak: Streak, ban_after: int, habit: float = 0.0) -> bool:
     The others of the stage show how often an honest worker is out of line now, because most of them are honest: with probability
     ``p`` in a step, ``(m + 1/2) / (n + 1)`` if one of them was in ``m`` of the ``n`` steps, or as often as lately if that is more.
     ``n`` steps in a row then happen to an honest worker with probability ``p ** n``. That has to be as small as it is for
-    ``ban_after`` steps in which the others never were.
+    ``ban_after`` steps in which the others never were. Where nothing that it had been sent can be the reason, others do
+    not matter.
 
     Args:
         streak: of a worker.
@@ -140,5 +146,6 @@ def is_proof(streak: Streak, ban_after: int, habit: float = 0.0) -> bool:
     """
     steps = streak.steps
     share = max((steps * streak.usual + 0.5) / (steps + 1), habit)
-    enough = ban_after * math.log(2 * ban_after + 2)
-    return steps >= ban_after and -steps * math.log(share) >= enough * (1 - 1e-12)
+    most = math.log(2 * ban_after + 2)
+    evidence = streak.unmistakable * most - (steps - streak.unmistakable) * math.log(share)
+    return steps >= ban_after and evidence >= ban_after * most * (1 - 1e-12)

@@ -71,7 +71,7 @@ class StepVerdict:
         detections: the flags that stand, and those that an audit dropped.
         flagged: how many signals of each worker were flagged and not cleared.
         suspects: workers of which at least half the verified signals of one direction were flagged.
-        unmistakable: suspects whose flagged signals are not finite: nothing that a worker is sent makes an honest one send that.
+        unmistakable: suspects that sent what is not finite: nothing that an honest worker is sent makes it send that.
         verified: workers of which at least one signal was verified.
         guilty: workers that most of their stage found to have lied.
         disputed: workers of which one says that they have lied, and nobody can tell who does.
@@ -143,7 +143,7 @@ def judge(
         detections=_detections(scored, standing, mesh, wiring, step),
         flagged=_count(standing, mesh, wiring),
         suspects=suspects,
-        unmistakable=suspects - _count(standing & finite, mesh, wiring).keys(),
+        unmistakable=suspects & _count(standing & ~finite, mesh, wiring).keys(),
         verified=frozenset(_count(valid & ~explained, mesh, wiring)),
         guilty=frozenset(),
         disputed=frozenset(),

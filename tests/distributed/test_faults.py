@@ -41,10 +41,9 @@ def strategy(**options: Any) -> ls.SentinelStrategy:
 # ------------------------------------------------------------------------------------------------------------ what is sent wrongly
 
 
-def beginning(signal: Tensor, place: Place, number: int) -> Tensor:
-    """Of a message that is of the size of the one before: its header, up to where its elements begin."""
-    header = encode(place, signal.shape, signal.dtype, number).view(torch.uint8)
-    return torch.cat((header, torch.zeros(-len(header) % 64, dtype=torch.uint8)))
+def as_messages(send: Send, *what: Any) -> list[Tensor]:
+    """As the transport of this rank would send it: header and elements in one, or one behind the other."""
+    return send.__self__._messages(*what)  # type: ignore[attr-defined]
 
 
 def send_other_shape(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
@@ -61,8 +60,8 @@ def send_other_dtype(send: Send, signal: Tensor, tainted: Tensor, rank: int, pla
 
 def send_twice(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
     # Without waiting until it is taken: nobody takes the second of the last step that is listened to.
-    message = torch.cat((beginning(signal, place, number), torch.cat((signal.flatten(), torch.zeros(1))).view(torch.uint8)))
-    STRAY.extend((dist.isend(message, rank), message) for _ in range(2))
+    for _ in range(2):
+        STRAY.extend((dist.isend(one, rank), one) for one in as_messages(send, signal, tainted, rank, place, number))
 
 
 def send_early(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
@@ -74,11 +73,15 @@ def send_late(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Pla
 
 
 def send_too_little(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
-    dist.send(torch.cat((beginning(signal, place, number), signal.flatten()[:-3].clone().view(torch.uint8))), rank)
+    *header, elements = as_messages(send, signal, tainted, rank, place, number)
+    for one in (*header, elements[: -4 * signal.element_size() if elements.dtype == torch.uint8 else -4].clone()):
+        dist.send(one, rank)
 
 
 def send_too_much(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
-    dist.send(torch.cat((beginning(signal, place, number), torch.zeros(10 * signal.numel()).view(torch.uint8))), rank)
+    *header, elements = as_messages(send, signal, tainted, rank, place, number)
+    for one in (*header, torch.cat((elements, torch.zeros(10 * elements.numel(), dtype=elements.dtype)))):
+        dist.send(one, rank)
 
 
 def send_slowly(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
@@ -114,7 +117,7 @@ WARMUP = 16
 BAN_AFTER = 5
 FLAGS = ls.Response(audit_rate=None)
 # Fences that take no more values than there are in so short a warm-up.
-VERIFICATION = ls.Verification(warmup_steps=WARMUP, false_positive_rate=0.05)
+VERIFICATION = ls.Verification(warmup_steps=WARMUP, false_positive_rate=0.05, seed=0)
 BEGIN = WARMUP + 2
 """The first batch of which something is sent wrongly, where the run is to go on."""
 
@@ -158,9 +161,12 @@ def test_a_malformed_message_is_what_its_sender_answers_for() -> None:
             assert max(banned.values()) <= BEGIN + BAN_AFTER - 1, (what, banned)
             assert "non_finite" in features, what
             assert finite, what
-            receiver = (sender + 2) % 4
-            assert len(told) == (rank == receiver), (what, told)
+            # Whoever serves its lane of those of the other stage: where one is out of line by chance workers are shuffled.
+            receives = rank // 2 != sender // 2
+            assert len(told) <= receives, (what, told)
             assert all(f"Rank {sender} sent" in line for line in told), told
+    for what in MALFORMED:
+        assert any(found[what][3] for found in everyone), what
 
 
 def fit_audited_to_the_end(how: Any) -> dict[str, Any]:
@@ -300,14 +306,14 @@ def test_bad_signals_do_not_reach_the_weights() -> None:
 
 
 class Watches(L.Callback):
-    """What the verifiers of the second boundary saw of the second pipeline, step by step: tainted and flagged micro-batches."""
+    """What the verifiers of the second boundary saw, step by step: tainted and flagged micro-batches."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         ours: Any = trainer.strategy
-        at = ours.mesh.boundaries.index(Boundary(1, Direction.ACTIVATION)), 1
+        at = ours.mesh.boundaries.index(Boundary(1, Direction.ACTIVATION))
         self.seen.append((int(ours.table.tainted[at].sum()), int(ours.table.flagged[at].sum())))
 
 
@@ -325,6 +331,9 @@ def fit_losing_taints() -> tuple[Any, bool, list[tuple[int, int]]]:
 
 def test_a_lost_taint_does_not_hide_the_liar() -> None:
     for banned, finite, seen in world.run(fit_losing_taints, 6, timeout=80):
-        assert banned == {ls.Worker(0, 1): WARMUP + 4}
+        assert set(banned) == {ls.Worker(0, 1)}
+        # A little later than after five steps where the other of the stage is out of line by chance.
+        assert banned[ls.Worker(0, 1)] <= WARMUP + 8
         assert finite
-        assert seen == [(0, 2)] * 5, "both micro-batches of each step, without a taint"
+        # Who takes no taint away is behind the liar now and then, because while it is a suspect workers are shuffled.
+        assert seen[0] == (0, 2) and all(tainted + flagged >= 2 for tainted, flagged in seen), "both micro-batches of each step"

@@ -20,12 +20,12 @@ BEFORE, STAGE = 1, 2
 def run(seed: int, unseen: int, seen: int, steps: int, shuffle: bool = True) -> Ledger:
     """Workers of a stage behind another, of which ``unseen`` lie such that everybody behind them is out of line, and ``seen`` of
     their own are out of line themselves."""
-    ledger, random = Ledger(ban_after=5), Random(seed)
+    ledger = Ledger(ban_after=5)
     workers = [Worker(STAGE, replica) for replica in range(REPLICAS)]
-    lanes = list(range(REPLICAS))
     for step in range(steps):
-        if shuffle and ledger.shuffles:
-            random.shuffle(lanes)
+        order, lanes = ledger.order(step), list(range(REPLICAS))
+        if shuffle and order is not None:
+            Random(f"{seed} {order}").shuffle(lanes)
         suspects = {worker for worker, lane in zip(workers, lanes) if lane < unseen or worker.replica >= REPLICAS - seen}
         verified = set(workers) - ledger.banned
         ledger.record(step, Counter(suspects - ledger.banned), suspects - ledger.banned, verified, MESH)
@@ -55,16 +55,17 @@ def test_with_two_workers_the_other_one_shows_what_is_usual() -> None:
     mine, other = Worker(1, 0), Worker(1, 1)
     alone, together = Streak(), Streak()
     for _ in range(5):
-        alone.add([], [other], shuffles=True)
-        together.add([other], [other], shuffles=True)
+        alone.add([], [other], unmistakable=False)
+        together.add([other], [other], unmistakable=False)
     assert is_proof(alone, 5) and not is_proof(together, 5)
     assert mine not in together.verified
 
 
-def test_nobody_is_shuffled_for_what_cannot_be_explained() -> None:
+def test_what_cannot_be_explained_is_enough_whatever_others_do_and_nobody_is_shuffled_for_it() -> None:
     ledger, worker = Ledger(ban_after=2), Worker(STAGE, 0)
+    ledger.habits.add(set(MESH) - {worker}, set(MESH))
     ledger.record(0, Counter([worker]), {worker}, set(MESH), MESH, unmistakable={worker})
-    assert not ledger.shuffles
+    assert ledger.order(1) is None
     ledger.record(1, Counter([worker]), {worker}, set(MESH), MESH, unmistakable={worker})
     assert ledger.banned == {worker}
 
@@ -74,11 +75,35 @@ def test_nobody_is_shuffled_for_who_is_banned_or_cannot_be() -> None:
     for step in range(3):
         suspect = Worker(STAGE, step)
         ledger.record(step, Counter([suspect]), {suspect}, stage - ledger.banned, MESH)
-    assert len(ledger.banned) == 2 and len(ledger.spared) == 1 and not ledger.shuffles
+    assert len(ledger.banned) == 2 and len(ledger.spared) == 1 and ledger.order(3) is None
 
 
 def test_a_streak_is_saved_as_plain_numbers() -> None:
     streak = Streak()
-    streak.add([Worker(1, 2)], [Worker(1, 1), Worker(1, 2)], shuffles=True)
+    streak.add([Worker(1, 2)], [Worker(1, 1), Worker(1, 2)], unmistakable=False)
     loaded = Streak.of_state(json.loads(json.dumps(streak.state())))
     assert loaded.state() == streak.state() and loaded.usual == streak.usual == 1.0
+
+
+def test_workers_stay_where_they_were_shuffled_to_for_a_while() -> None:
+    ledger, worker = Ledger(), Worker(STAGE, 0)
+    for step in range(2):
+        ledger.record(step, Counter([worker]), {worker}, set(MESH), MESH)
+        assert ledger.order(step + 1) == step + 1, "a new order in every step"
+    ledger.record(2, Counter(), set(), set(MESH), MESH)
+    assert ledger.order(3) == ledger.order(17) == 2 and ledger.order(18) is None
+    resumed = Ledger()
+    resumed.load_state_dict(ledger.state_dict())
+    assert resumed.order(17) == 2
+
+
+def test_others_that_are_far_less_out_of_line_show_nothing() -> None:
+    mine, other = Worker(1, 0), Worker(1, 1)
+    for score, banned in ((40.0, {mine}), (60.0, set())):
+        ledger = Ledger(ban_after=5)
+        for step in range(-40, 0):
+            ledger.record(step, Counter(), set(), {mine, other}, Mesh(2, 2))
+        for step in range(5):
+            scores = {mine: 100.0, other: score}
+            ledger.record(step, Counter({mine: 1}), scores if step == 2 else {mine}, {mine, other}, Mesh(2, 2), scores=scores)
+        assert ledger.banned == banned

@@ -166,7 +166,8 @@ class Guard:
             micro_batches: of each replica.
         """
         # Who is the reason for what others look like is told by who is out of line in any company.
-        shuffled = derive_seed(self.secret, "lanes", step) if self.excludes and self.ledger.shuffles else None
+        order = self.ledger.order(step) if self.excludes else None
+        shuffled = None if order is None else derive_seed(self.secret, "lanes", order)
         return Wiring.of(self._mesh, self.absent(step), micro_batches, step // _STEPS_A_TURN, shuffled)
 
     def begin(self, step: int, micro_batches: int) -> Wiring:
@@ -284,7 +285,12 @@ class Guard:
         else:
             assessment = self._as_far_as_known(assessment)
             verdict = judge(table, assessment, heights, self._mesh, wiring, step, excludes)
-            banned = self.ledger.record(step, verdict.flagged, verdict.suspects, verdict.verified, self._mesh, verdict.unmistakable)
+            scores: dict[Worker, float] = {}
+            for found in verdict.detections:
+                scores[found.worker] = max(found.score, scores.get(found.worker, 0.0))
+            banned = self.ledger.record(
+                step, verdict.flagged, verdict.suspects, verdict.verified, self._mesh, verdict.unmistakable, scores
+            )
         excluded = sorted(verdict.guilty | verdict.disputed) if excludes else []
         if broken is not None and excludes and not excluded:
             # In a step that is undone they are mostly what was made of a lie.

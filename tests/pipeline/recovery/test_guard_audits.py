@@ -197,7 +197,7 @@ def test_a_worker_that_takes_over_a_lane_does_not_take_over_its_drift() -> None:
     pipelines = Pipelines(Response(audit_rate=None)).run(WARMUP + 1)
     guard = pipelines.guard
     guard.ledger.ban(0, [Worker(0, 0), Worker(1, 1)])
-    guard.ledger.streaks.clear()
+    guard.ledger.shuffled_at = None
     wiring = guard.wiring(pipelines.step_number)
     assert wiring.serving[1] == (1, 0, 2) and wiring.live == (False, True, True)
     # The sum that had Worker(1, 1) banned; Worker(1, 0) serves its lane now.
