@@ -103,10 +103,12 @@ class Response:
     Args:
         on_flag: ``"exclude"`` keeps the micro-batch out of the weights; ``"log"`` only reports.
         ban_after: without audits, a worker of which at least half the signals were flagged in this many consecutive steps is
-            banned, and others of its stage do its work from then on; with audits, who is found to lie is. Never more than fewer
-            than half of a stage, or one of two. ``None`` bans nobody.
+            banned, and others of its stage do its work from then on; in more of them if others of its stage are flagged as well,
+            because somebody else's lie may be the reason. With audits, who is found to lie is. Never more than fewer than half of
+            a stage, or one of two. ``None`` bans nobody.
         audit_rate: share of all signals that is recomputed by another replica of the same stage, drawn at random; what is flagged
-            is recomputed as well. Where one says that a signal does not match, all others of the stage recompute it, and most
+            is recomputed as well, and what the first stage makes of its samples and the last of its labels is drawn up to four
+            times as often. Where one says that a signal does not match, all others of the stage recompute it, and most
             decide: then the step is done again without its sender, who is banned at once where its stage has at least five live
             workers, the second time where it has three or four, and never where it has two. A flag whose signal matches is
             dropped. 1 recomputes everything. The default holds wherever a stage has at least two replicas; where it has one,

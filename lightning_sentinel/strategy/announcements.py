@@ -30,12 +30,12 @@ def consequence(audited: bool, ban_after: int | None, left: int, replicas: int) 
 
     Example:
         >>> consequence(audited=False, ban_after=5, left=1, replicas=2)
-        'flagged in 5 steps in a row; its work is dealt to others. 1 of 2 pipelines go on.'
+        'flagged in at least 5 steps in a row; its work is dealt to others. 1 of 2 pipelines go on.'
     """
     if audited:
         why, then = "what it sent is not what most of its stage recomputed", "the step is done again without it"
     else:
-        why, then = f"flagged in {ban_after} steps in a row", "its work is dealt to others"
+        why, then = f"flagged in at least {ban_after} steps in a row", "its work is dealt to others"
     return f"{why}; {then}. {left} of {replicas} pipelines go on."
 
 

@@ -35,8 +35,8 @@ def _by_flags(mesh: Mesh, response: Response) -> str:
         return "what is flagged stays out of the weights; nobody is banned"
     most = most_bans(mesh.replicas)
     return (
-        f"what is flagged stays out of the weights; a worker flagged in {response.ban_after} steps in a row is banned, at most"
-        f" {most} of {mesh.replicas} of a stage"
+        f"what is flagged stays out of the weights; a worker flagged in {response.ban_after} steps in a row, and not only"
+        f" as others of its stage are, is banned, at most {most} of {mesh.replicas} of a stage"
     )
 
 

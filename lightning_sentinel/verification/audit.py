@@ -6,6 +6,7 @@ decided by all ranks from the same data and a secret seed: the audited worker ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 import torch
@@ -15,7 +16,7 @@ from lightning_sentinel.mesh import Direction, Mesh
 from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.verification.axes import as_tokens
 
-__all__ = ["AuditSchedule", "Outcome", "arithmetic", "causal_order", "relative_error", "tolerance"]
+__all__ = ["AuditSchedule", "Outcome", "arithmetic", "causal_order", "made_of_data", "relative_error", "tolerance"]
 
 
 class Outcome(IntEnum):
@@ -39,6 +40,8 @@ _ROOM_OF_TOKENS = 8
 
 _ALERT_STEPS = 30
 _ALERT_FACTOR = 3
+_ALERT_FACTOR_OF_A_STAGE = 10
+_FACTOR_AT_THE_ENDS = 4
 
 
 def tolerance(dtype: torch.dtype, computed_in: torch.dtype = torch.float32) -> float:
@@ -96,12 +99,29 @@ def relative_error(claimed: Tensor, recomputed: Tensor) -> Tensor:
     return torch.where(same, 0.0, error.nan_to_num(torch.inf, torch.inf))
 
 
+def made_of_data(mesh: Mesh) -> Tensor:
+    """``(boundaries,)`` bool, of which signals nobody but their sender knows what they were made of: the activations of the first
+    stage, and the gradients of the last.
+
+    Example:
+        >>> made_of_data(Mesh(stages=3, replicas=2)).tolist()
+        [True, False, False, True]
+    """
+    first = {Direction.ACTIVATION: 0, Direction.GRADIENT: mesh.stages - 1}
+    return torch.tensor([boundary.sender == first[boundary.direction] for boundary in mesh.boundaries], dtype=torch.bool)
+
+
 class AuditSchedule:
     """Which signals are audited whatever they look like.
 
     Each signal is drawn by itself, with probability ``rate``, from a secret seed: whatever was audited before says nothing about
     what is audited next. So a worker that lies is met after ``1 / rate`` lies in the mean, however seldom it lies, and is never
-    free to. Where one lies, others may: for 30 steps after a ban the rate is three times as high.
+    free to.
+
+    What the first stage makes of its samples and the last of its labels can be compared with nothing, so by features alone a liar
+    there is seen least: these signals are drawn up to four times as often, as far as there are not more than twice as many audits
+    in all. And where one lies, others may: for 30 steps after a worker was found out the rate is three times as high, and in its
+    stage ten times.
 
     Args:
         mesh: the workers.
@@ -110,23 +130,40 @@ class AuditSchedule:
 
     Example:
         >>> schedule = AuditSchedule(Mesh(3, 4), rate=0.5, seed=0)
-        >>> schedule.draw(step=7, micro_batches=2, last_ban=None).shape
+        >>> schedule.draw(step=7, micro_batches=2, found={}).shape
         torch.Size([4, 4, 2])
+        >>> AuditSchedule(Mesh(3, 4), rate=0.01, seed=0).rates(7, found={}).tolist()
+        [0.03, 0.01, 0.01, 0.03]
     """
 
     def __init__(self, mesh: Mesh, rate: float, seed: int) -> None:
-        self._mesh, self._rate, self._seed = mesh, rate, seed
+        self._mesh, self._seed = mesh, seed
+        more = min(_FACTOR_AT_THE_ENDS, 1 + len(mesh.boundaries) / 2)
+        self._rates = rate * torch.where(made_of_data(mesh), more, 1.0).double()
+        self._stages = torch.tensor([boundary.sender for boundary in mesh.boundaries])
 
-    def draw(self, step: int, micro_batches: int, last_ban: int | None) -> Tensor:
+    def rates(self, step: int, found: Mapping[int, int]) -> Tensor:
+        """The share of the signals of each boundary that is drawn in a step, ``(boundaries,)``.
+
+        Args:
+            step: number of the training batch.
+            found: when a worker of a stage was last found out, by stage.
+        """
+        alert = [stage for stage, last in found.items() if step - last <= _ALERT_STEPS]
+        factor = torch.full_like(self._rates, _ALERT_FACTOR if alert else 1)
+        for stage in alert:
+            factor[self._stages == stage] = _ALERT_FACTOR_OF_A_STAGE
+        return (self._rates * factor).clamp(max=1.0)
+
+    def draw(self, step: int, micro_batches: int, found: Mapping[int, int]) -> Tensor:
         """The audits of a step, ``(boundaries, replicas, micro_batches)`` bool, by samples.
 
         Args:
             step: number of the training batch.
             micro_batches: of each replica.
-            last_ban: the step of the latest ban.
+            found: when a worker of a stage was last found out, by stage.
         """
-        alert = last_ban is not None and step - last_ban <= _ALERT_STEPS
-        return self._uniform("audits", step, micro_batches) < min(1.0, self._rate * (_ALERT_FACTOR if alert else 1))
+        return self._uniform("audits", step, micro_batches) < self.rates(step, found)[:, None, None]
 
     def one_each(self, step: int, valid: Tensor) -> Tensor:
         """One signal of each sender, of those that say anything; both ``(boundaries, lanes, slots)`` bool."""

@@ -210,7 +210,7 @@ def test_a_mesh_that_the_default_can_hardly_protect_is_announced(
         ((3, 4), Response(), ["1 % of all signals", "banned the second time, at most 1 of 4"]),
         ((3, 5), Response(audit_rate=0.2), ["20 % of all signals", "banned at once, at most 2 of 5"]),
         ((3, 5), Response(ban_after=None), ["done again without its sender; nobody is banned"]),
-        ((3, 5), Response(audit_rate=None), ["Flags decide", "flagged in 5 steps in a row is banned, at most 2 of 5"]),
+        ((3, 5), Response(audit_rate=None), ["Flags decide", "flagged in 5 steps in a row", "at most 2 of 5"]),
         ((3, 5), Response(on_flag="log", ban_after=None), ["1 % of all signals", "What does not match is reported"]),
         ((3, 1), Response(on_flag="log", ban_after=None), ["Flags decide: what is flagged is reported."]),
     ],

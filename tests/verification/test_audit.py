@@ -8,33 +8,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sentinel.mesh import Direction, Mesh
-from lightning_sentinel.verification.audit import AuditSchedule, causal_order, relative_error, tolerance
+from lightning_sentinel.mesh import Boundary, Direction, Mesh
+from lightning_sentinel.verification.audit import AuditSchedule, causal_order, made_of_data, relative_error, tolerance
 
 MESH = Mesh(3, 4)
 
 
-def draws(schedule: AuditSchedule, steps: int, start: int = 0, last_ban: int | None = None, micro_batches: int = 2) -> Tensor:
+def draws(schedule: AuditSchedule, steps: int, found: dict[int, int] | None = None, micro_batches: int = 2) -> Tensor:
     """``(steps, boundaries, lanes, micro_batches)`` bool."""
-    return torch.stack([schedule.draw(start + step, micro_batches, last_ban) for step in range(steps)])
+    return torch.stack([schedule.draw(step, micro_batches, found or {}) for step in range(steps)])
 
 
 def test_a_rate_of_one_draws_everything() -> None:
     assert draws(AuditSchedule(MESH, 1.0, seed=0), 50).all()
-    assert draws(AuditSchedule(MESH, 1.0, seed=0), 50, last_ban=10).all()
+    assert draws(AuditSchedule(MESH, 1.0, seed=0), 50, found={1: 10}).all()
 
 
 @pytest.mark.parametrize("seldom", [1, 7])
 def test_a_liar_is_met_after_so_many_lies_however_seldom_it_lies(seldom: int) -> None:
     rate, lies = 0.1, 600
-    drawn = draws(AuditSchedule(MESH, rate, seed=2), lies * seldom, micro_batches=1)[::seldom].flatten(1)
+    drawn = draws(AuditSchedule(Mesh(6, 4), rate, seed=2), lies * seldom, micro_batches=1)[::seldom, ~made_of_data(Mesh(6, 4))]
+    drawn = drawn.flatten(1)
     waits = drawn.float().argmax(dim=0).double()[drawn.any(dim=0)]
-    # Sixteen places: the mean of as many geometric waits, within four of its deviations.
+    # 32 places: the mean of as many geometric waits, within four of its deviations.
     assert abs(waits.mean().item() + 1 - 1 / rate) < 4 / rate / len(waits) ** 0.5
 
 
 def test_what_was_audited_says_nothing_of_what_will_be() -> None:
-    drawn = draws(AuditSchedule(Mesh(4, 8), 0.1, seed=1), 400, micro_batches=4).flatten(1)
+    mesh = Mesh(4, 8)
+    drawn = draws(AuditSchedule(mesh, 0.1, seed=1), 400, micro_batches=4)[:, ~made_of_data(mesh)].flatten(1)
     assert abs(drawn.float().mean().item() - 0.1) < 0.003
     # As often right after an audit of the same place, and in each number of steps after it, as at any time.
     for later in range(1, 20):
@@ -44,13 +46,31 @@ def test_what_was_audited_says_nothing_of_what_will_be() -> None:
     assert (drawn.float().mean(dim=0) - 0.1).abs().max() < 0.08
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.2])
-def test_after_a_ban_the_rate_is_three_times_as_high_for_thirty_steps(rate: float) -> None:
-    schedule, ban = AuditSchedule(MESH, rate, seed=3), 7
-    usual, after = draws(schedule, 200), draws(schedule, 200, last_ban=ban)
+@pytest.mark.parametrize(("stages", "factor"), [(2, 2.0), (3, 3.0), (4, 4.0), (8, 4.0)])
+def test_what_can_be_compared_with_nothing_is_audited_more_often_at_no_more_than_twice_the_cost(stages: int, factor: float) -> None:
+    mesh = Mesh(stages, 4)
+    rates = AuditSchedule(mesh, 0.01, seed=0).rates(7, {})
+    ends = [
+        mesh.boundaries.index(Boundary(0, Direction.ACTIVATION)),
+        mesh.boundaries.index(Boundary(stages - 2, Direction.GRADIENT)),
+    ]
+    assert rates[ends].tolist() == pytest.approx([0.01 * factor] * 2)
+    assert rates.mean() <= 0.02 + 1e-9 and (rates.sort().values[:-2] == rates.min()).all()
+    drawn = draws(AuditSchedule(mesh, 0.02, seed=0), 500).float().mean(dim=(0, 2, 3))
+    assert drawn.tolist() == pytest.approx((2 * rates).tolist(), rel=0.35)
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.05])
+def test_after_a_worker_was_found_out_the_rate_is_higher_for_thirty_steps_most_of_all_in_its_stage(rate: float) -> None:
+    mesh, ban, stage = Mesh(5, 6), 7, 2
+    schedule = AuditSchedule(mesh, rate, seed=3)
+    usual, after = draws(schedule, 200), draws(schedule, 200, {stage: ban})
     assert torch.equal(usual[ban + 31 :], after[ban + 31 :])
     alert = after[ban : ban + 31]
-    assert alert.float().mean().item() == pytest.approx(3 * rate, rel=0.15)
+    of_stage = torch.tensor([boundary.sender == stage for boundary in mesh.boundaries])
+    elsewhere = ~of_stage & ~made_of_data(mesh)
+    assert alert[:, of_stage].float().mean().item() == pytest.approx(10 * rate, rel=0.15)
+    assert alert[:, elsewhere].float().mean().item() == pytest.approx(3 * rate, rel=0.15)
     assert (alert | ~usual[ban : ban + 31]).all(), "what was drawn before the ban is drawn when the step is done again"
 
 
@@ -76,12 +96,12 @@ def test_audits_follow_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**63 - 1])
 def test_any_integer_is_a_seed(seed: int) -> None:
-    assert AuditSchedule(MESH, 0.5, seed).draw(10**9, 2, None).shape == (4, 4, 2)
+    assert AuditSchedule(MESH, 0.5, seed).draw(10**9, 2, {}).shape == (4, 4, 2)
 
 
 def test_a_mesh_of_one_stage_has_nothing_to_draw() -> None:
     schedule = AuditSchedule(Mesh(1, 4), 0.5, seed=0)
-    assert schedule.draw(0, 2, None).shape == (0, 4, 2)
+    assert schedule.draw(0, 2, {}).shape == (0, 4, 2)
     assert schedule.one_each(0, torch.zeros(0, 4, 2, dtype=torch.bool)).shape == (0, 4, 2)
 
 

@@ -326,7 +326,9 @@ class Guard:
         def audit(signals: Tensor) -> Findings:
             return self._jury.hear(signals, wiring, ledger.banned, ledger.muted, step, ask)
 
-        found = max((*ledger.banned_at.values(), *ledger.muted.values()), default=None)
+        found: dict[int, int] = {}
+        for worker, when in (*ledger.banned_at.items(), *ledger.muted.items()):
+            found[worker.stage] = max(when, found.get(worker.stage, when))
         drawn = wiring.arrange(self._schedule.draw(step, self._micro_batches, found))
         one_each = self._schedule.one_each(step, assessment.valid)
         return judge_with_audits(table, assessment, heights, drawn, one_each, audit, self._mesh, wiring, step)
