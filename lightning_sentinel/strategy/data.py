@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
 from typing_extensions import override
@@ -174,7 +175,7 @@ class PipelineData(StageCheckpoints):
         """This replica's batch in micro-batches, and how large those of all replicas are, which all ranks see alike."""
         key = (step, arguments[2] if len(arguments) > 2 else 0)
         if key not in self._sources:
-            self._sources[key] = self._source_of(*key)
+            self._sources[key] = self._source_of(step, arguments[2] if len(arguments) > 2 else None)
         first = key not in self._compared
         self._compared.add(key)
         batch, source = arguments[0], self._sources[key]
@@ -199,13 +200,15 @@ class PipelineData(StageCheckpoints):
             banned=self.ledger.banned,
         )
 
-    def _source_of(self, step: str, number: int) -> Source:
-        """What is known of the loader that a step's batches come from."""
+    def _source_of(self, step: str, number: int | None) -> Source:
+        """What is known of the loader that a step's batches come from: that of this number, where they come one after the other."""
         loaders = getattr(self._trainer, _LOADERS[step])
-        if not isinstance(loaders, (list, tuple)):
+        if step == "training_step":
             return source_of(loaders)
-        # In training the batches of several loaders come as one.
-        return source_of(loaders[number]) if step != "training_step" and number < len(loaders) else Source()
+        one_by_one = CombinedLoader(loaders, "sequential").flattened
+        if number is None and len(one_by_one) > 1:
+            return source_of(loaders)
+        return source_of(one_by_one[number or 0])
 
     def _arguments(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Of a step, the batch first: one that takes ``dataloader_iter`` is given it anew, for each micro-batch of the batch."""

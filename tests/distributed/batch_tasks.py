@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, random_split
 
@@ -139,6 +140,37 @@ def timely(where: Any, replicas: int) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+class Twofold(Net):
+    """Trained on batches of two loaders, which differ in size."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return self.both("train_loss", **batch)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.both("val_loss", **batch)
+
+    def both(self, name: str, one: Batch, two: Batch) -> Tensor:
+        out = self.net(torch.cat((one.pair.inputs, two.pair.inputs)))[:, 0]
+        first, second = out.split((len(one.names), len(two.names)))
+        loss = (first - one.pair.labels).square().mean() + 0.5 * (second + two.pair.labels).square().mean()
+        self.log(name, loss, on_step=False, on_epoch=True)
+        return loss
+
+
+def twofold(where: Any, replicas: int) -> dict[str, Any]:
+    """Weights and logs; the second loader is gone through twice while the first is once."""
+    sizes = {name: size // (replicas if world_size() > 1 else 1) for name, size in (("one", 4), ("two", 8))}
+    module, run = Twofold(), trainer(where, max_epochs=2)
+    run.fit(module, {name: loader(size, sampler=train_of(loader(size)).sampler) for name, size in sizes.items()})
+    weights, logged = (
+        {name: value.clone() for name, value in module.state_dict().items()},
+        float(run.callback_metrics["train_loss"]),
+    )
+    side_by_side = CombinedLoader({name: loader(size) for name, size in sizes.items()}, "min_size")
+    (validated,) = run.validate(module, side_by_side, verbose=False)
+    return {"weights": weights, "losses": [logged, validated["val_loss"]]}
+
+
 class Mixed(Net):
     """Draws in its step with three generators; the loss is how far apart both ends are."""
 
@@ -222,6 +254,7 @@ def everything() -> dict[str, Any]:
         where = strategy(2, 2, 2, verification=ls.Verification(warmup_steps=100), **options)
         found[name] = trained(where, 2)
     found["timely"] = timely(strategy(2, 2), 2)
+    found["twofold"] = twofold(strategy(2, 2), 2)
     run = trainer(strategy(2, 2), max_epochs=2)
     run.fit(Mixed(), Split())
     found["differences"] = {name: float(value) for name, value in run.callback_metrics.items()}

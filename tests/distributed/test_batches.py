@@ -63,6 +63,18 @@ def test_a_module_deals_its_batches_itself(ranks: list[dict[str, Any]]) -> None:
             torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
 
 
+def test_batches_of_several_loaders_are_dealt_each_by_its_size(ranks: list[dict[str, Any]]) -> None:
+    expected = batch_tasks.twofold("auto", 1)
+    meshes = [
+        batch_tasks.twofold(ls.SentinelStrategy(stages, replicas, micro_batches=3, engine="virtual", verification=None), 1)
+        for stages, replicas in ((1, 1), (2, 2), (3, 1))
+    ]
+    for found in (*meshes, *(rank["twofold"] for rank in ranks)):
+        for name, value in found["weights"].items():
+            torch.testing.assert_close(value, expected["weights"][name], rtol=0, atol=1e-6)
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+
+
 def test_both_ends_draw_the_same_in_splits_augmentations_and_steps(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["differences"]["difference"] < 1e-6 and rank["differences"]["validated"] < 1e-6

@@ -70,7 +70,7 @@ def deal_alike(
         assert problem is not None
         raise problem
     if not asks:
-        return Deal(BatchSizes.of([mine[0]] * mesh.replicas, at_most), [own.dealt(mine[1])], mine[0])
+        return Deal(BatchSizes.of([mine[0]] * mesh.replicas, mine[1]), [own.dealt(mine[1])], mine[0])
     compare_ends([(samples, printed) for samples, _, printed in everyone], mesh, banned)
     of_replicas = [everyone[mesh.rank(_spokesman(replica, mesh, banned))] for replica in range(mesh.replicas)]
     samples, most = [numbers[0] for numbers in of_replicas], [numbers[1] for numbers in of_replicas if numbers[0]]

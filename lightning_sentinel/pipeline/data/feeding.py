@@ -11,7 +11,7 @@ before each batch whether they have one. Training ends with the first replica th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -78,7 +78,11 @@ def refuse_other_replicas(loader: Any, num_replicas: int, rank: int, gathers: bo
 
 
 def source_of(loader: Any) -> Source:
-    """What a loader says of the batches that it gives."""
+    """What a loader says of the batches that it gives, or each of several in a dict, a list or a tuple."""
+    if isinstance(loader, Mapping):
+        return Source(parts={key: source_of(one) for key, one in loader.items()})
+    if isinstance(loader, (list, tuple)):
+        return Source(parts=[source_of(one) for one in loader])
     sampler = getattr(loader, "batch_sampler", None)
     size = getattr(sampler, "batch_size", None)
     try:

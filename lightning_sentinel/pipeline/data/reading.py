@@ -48,6 +48,8 @@ class Source:
     """Of sequences that could be read in one way only, whether they had one entry a sample: later batches are read alike."""
     was_full: bool = False
     """Whether a batch of ``batch_size`` samples has been read."""
+    parts: Mapping[Any, Source] | list[Source] | None = None
+    """The same of each of several loaders whose batches come as one, in the structure that they come in."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Reading:
     batch: Any
     samples: int
     _plan: Any
+
+    @property
+    def goes_by_samples(self) -> bool:
+        """Whether anything in the batch does."""
+        return self._plan is not _WHOLE
 
     def part(self, rows: Rows) -> Any:
         """The batch with these rows only; a slice of a tensor is a view."""

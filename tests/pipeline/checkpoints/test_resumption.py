@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lightning_sentinel as ls
 from lightning_sentinel.mesh import Mesh
@@ -87,7 +87,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "shuffled": plain,
     "workers": lambda: DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=2),
     "stream": lambda: DataLoader(Stream(), batch_size=4),
-    "several": lambda: {"one": plain(), "two": DataLoader(Subset(Augmented(), range(8)), batch_size=4, shuffle=True)},
+    "several": lambda: {"one": plain(), "two": DataLoader(Augmented(), batch_size=12, shuffle=True)},
     "no DataLoader": lambda: Batches(),
 }
 
