@@ -59,6 +59,10 @@ def test_replicas_with_different_numbers_of_batches(verified: bool) -> None:
         assert [one.tolist() for one in found] == [one.tolist() for one in expected]
         correct = sum(int((batch["logits"].argmax(-1) == batch["labels"]).sum()) for batch in rank["predicted"])
         assert rank["test"][0]["test_accuracy"] == pytest.approx(correct / sum(sizes), abs=1e-6)
+        # Of three batches the second replica has one, and its hooks get one without samples then.
+        last = [[(2, 6, 12), (2,)], [(0, 6, 12), (0,)]][number % 2]
+        assert rank["by module"]["given"] == [[(4, 6, 12), (4,)]] * 2 + [last] * 2
+        assert_same_numbers(rank["by module"]["metrics"], alone["by module"]["metrics"])
     assert_same_predictions(ranks[2]["predicted"], ranks[0]["predicted"])
 
 

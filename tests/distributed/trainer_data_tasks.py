@@ -100,7 +100,33 @@ def uneven_replicas(verified: bool) -> dict[str, Any]:
         "validated": len(spy.outputs["validation"]),
         "test": run.test(module, validation, verbose=False),
         "predicted": run.predict(module, validation),
+        "by module": given_to_hooks(),
     }
+
+
+class DealsItself(Extra):
+    """Keeps what its hooks of a validation are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Any] = []
+
+    def split_batch(self, batch: Any, count: int) -> list[Any]:
+        return list(zip(*(leaf.tensor_split(min(count, len(leaf))) for leaf in batch)))
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.given.append([tuple(leaf.shape) for leaf in batch])
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.given.append([tuple(leaf.shape) for leaf in batch])
+
+
+def given_to_hooks() -> dict[str, Any]:
+    """What hooks of a replica are given that has no batch left, of a module that deals its batches itself."""
+    module, run = DealsItself(), trainer(strategy(3, 2, 3), max_epochs=1)
+    validation = DataLoader(Uneven([4, 4, 2], lengths=False), batch_size=None)
+    found = run.validate(module, validation, verbose=False)
+    return {"given": module.given, "metrics": found[0]}
 
 
 class Augmented(Whole):

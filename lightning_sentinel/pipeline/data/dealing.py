@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.pipeline.data.emptying import is_empty
 from lightning_sentinel.pipeline.data.even import Deal, Even, Whole, split
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
 from lightning_sentinel.pipeline.data.reading import Source, read
@@ -54,8 +55,8 @@ class Dealer:
         """
         if self._split is None:
             return _by_samples(batch, source)
-        if batch is None:
-            return Even.nothing(None)
+        if batch is None or is_empty(batch):
+            return Even.nothing(batch)
         return _ByModule(batch, self._split, self._count, self._name)
 
     def samples(self, batch: Any, source: Source | None = None) -> int:

@@ -26,6 +26,7 @@ from torch.utils.data import BatchSampler, default_collate
 from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.dealing import Dealer
+from lightning_sentinel.pipeline.data.emptying import emptied
 from lightning_sentinel.pipeline.data.fingerprints import NONE_LEFT, NOT_READ, compare_ends, fingerprint
 from lightning_sentinel.pipeline.data.layout import describe, stand_in
 from lightning_sentinel.pipeline.data.reading import Source, read
@@ -246,7 +247,7 @@ class Feed:
         if sampler is not None:
             sampler.seen_batch_indices.append([])
         # How a module deals batches of its own kind says nothing of how to leave everything out.
-        return None if self._dealer.by_module else read(latest, self._source).part(slice(0))
+        return emptied(latest) if self._dealer.by_module else read(latest, self._source).part(slice(0))
 
 
 def _warn_of_leftovers(samples: list[int]) -> None:

@@ -1,0 +1,64 @@
+"""Batches without samples, for hooks of a replica that has none left while others have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_sentinel.pipeline.messages.trees import entries_of, is_sequence, leaves_of, rebuilt
+
+__all__ = ["emptied", "is_empty"]
+
+
+def emptied(batch: Any) -> Any:
+    """A batch of one's own kind without its samples: nothing is left in its tensors, arrays and lists; its structure stays.
+
+    For batches that nobody but the module can deal, of which it is not known along which axis samples are.
+
+    Returns:
+        ``None`` if there is nothing that could be emptied.
+
+    Example:
+        >>> import torch
+        >>> emptied({"frames": torch.zeros(5, 2, 3), "names": ["a", "b"], "lengths": (torch.tensor([5, 4]), 2)})
+        {'frames': tensor([], size=(0, 2, 3)), 'names': [], 'lengths': (tensor([], dtype=torch.int64), 2)}
+    """
+    try:
+        made = _emptied(batch)
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        # Of a container that is made in a way of its own.
+        return None
+    return made if is_empty(made) else None
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether there is nothing in a batch that could be a sample.
+
+    Example:
+        >>> import torch
+        >>> is_empty((torch.zeros(0, 3), 1)), is_empty((torch.zeros(2, 3), 1)), is_empty("text")
+        (True, False, False)
+    """
+    leaves = list(leaves_of(batch))
+    sizes = [leaf.numel() if isinstance(leaf, Tensor) else leaf.size for leaf in leaves if _has_rows(leaf)]
+    return not any(sizes) if sizes else not leaves
+
+
+def _emptied(value: Any) -> Any:
+    if _has_rows(value):
+        return value[:0]
+    held = list(value) if is_sequence(value) else [entry for _, entry in entries_of(value, "")]
+    if is_sequence(value) and not any(_holds(entry) for entry in held):
+        return rebuilt(value, [])
+    return rebuilt(value, [_emptied(entry) for entry in held]) if held else value
+
+
+def _holds(value: Any) -> bool:
+    """Whether something in it can be emptied."""
+    return _has_rows(value) or is_sequence(value) or any(True for _ in entries_of(value, ""))
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0
