@@ -20,18 +20,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.wiring import Part
 
 __all__ = [
     "Draws",
+    "HostProbe",
     "SeparateRandomness",
     "generator_state",
+    "may_draw_on_host",
     "remember_generators",
     "seed_data",
     "seed_generators",
+    "seed_host",
     "seed_of_state",
 ]
 
@@ -58,7 +61,7 @@ def seed_data(seed: int, replica: int) -> None:
     if replica:
         own = derive_seed(seed, "data", replica)
         seed_generators(torch.device("cpu"), own)
-        _seed_host(own)
+        seed_host(own)
 
 
 class Draws(NamedTuple):
@@ -72,9 +75,9 @@ class Draws(NamedTuple):
     Example:
         >>> import torch
         >>> draws = Draws(seed=1, step=5, micro_batch=0)
-        >>> draws.seed_layer(2, torch.device("cpu"))
+        >>> _ = draws.seed_layer(2, torch.device("cpu"))
         >>> first = torch.rand(1)
-        >>> draws.seed_layer(2, torch.device("cpu"))
+        >>> _ = draws.seed_layer(2, torch.device("cpu"))
         >>> bool(first == torch.rand(1))
         True
     """
@@ -91,15 +94,17 @@ class Draws(NamedTuple):
         """
         return cls(seed, step, part.micro_batch * replicas + part.replica)
 
-    def seed_layer(self, layer: int, device: torch.device) -> None:
-        """To be called in front of a layer, by its number in the whole module."""
-        seed_generators(device, derive_seed("layer", *self, layer))
+    def seed_layer(self, layer: int, device: torch.device) -> int:
+        """To be called in front of a layer, by its number in the whole module. Returns the seed, for :func:`seed_host`."""
+        seed = derive_seed("layer", *self, layer)
+        seed_generators(device, seed)
+        return seed
 
     def seed_step(self, device: torch.device) -> None:
         """To be called in front of the user's step, which runs at both ends of the pipeline and has to draw the same there."""
         seed = derive_seed("step", *self)
         seed_generators(device, seed)
-        _seed_host(seed)
+        seed_host(seed)
 
     def seed_answer(self) -> None:
         """To be called where a step goes on with what the pipeline answers, for one that draws with Python or NumPy.
@@ -107,17 +112,55 @@ class Draws(NamedTuple):
         Torch's generators go on where they stood when the step called the pipeline. To remember where NumPy's stands, and to bring
         it back, would take a hundred times as long as to seed it.
         """
-        _seed_host(derive_seed("answer", *self))
-
-    def seed_stage(self, first: int) -> None:
-        """To be called in front of a stage, by the number of its first layer, for layers that draw with Python or NumPy.
-
-        Not in front of every layer: to seed those takes five times as long as to seed torch.
-        """
-        _seed_host(derive_seed("stage", *self, first))
+        seed_host(derive_seed("answer", *self))
 
 
-def _seed_host(seed: int) -> None:
+def may_draw_on_host(layer: nn.Module) -> bool:
+    """Whether a layer may draw with Python or NumPy: torch's own modules do not, others and their hooks may.
+
+    Example:
+        >>> may_draw_on_host(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
+        False
+    """
+    return any(
+        not type(module).__module__.startswith("torch.nn.modules.")
+        or "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        for module in layer.modules()
+    )
+
+
+class HostProbe:
+    """Tells whether something draws with Python or NumPy, for less than it takes to seed those.
+
+    Example:
+        >>> probe = HostProbe()
+        >>> probe.set()
+        >>> probe.moved()
+        False
+        >>> probe.set()
+        >>> _ = np.random.rand()
+        >>> probe.moved()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._python, self._next = random.Random(0).getstate(), random.Random(0).getrandbits(64)
+        self._next_of_numpy = np.random.RandomState(0).random_sample()
+
+    def set(self) -> None:
+        """Put both where what comes next is known."""
+        random.setstate(self._python)
+        np.random.seed(0)
+
+    def moved(self) -> bool:
+        """Whether something else comes next; asked once."""
+        return random.getrandbits(64) != self._next or np.random.random_sample() != self._next_of_numpy
+
+
+def seed_host(seed: int) -> None:
+    """Seed Python's and NumPy's generators, which takes several times as long as torch's."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
 

@@ -285,8 +285,6 @@ class VirtualPasses(VirtualBoundaries):
         # A copy, because a layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
         signals = signals.clone() if isinstance(signals, Tensor) and signals.requires_grad else signals
         first = self._model.parts[stage]
-        if draws:
-            draws[0].seed_stage(first)
         with self._forward_context():
             for number, layer in enumerate(self._stages[stage], first):
                 signals = self._side_by_side.run(number, layer, partial(self._untied.call, layer), signals, draws)

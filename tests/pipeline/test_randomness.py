@@ -2,13 +2,22 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_sentinel.pipeline.randomness import Draws, SeparateRandomness, seed_data, seed_of_state
+from lightning_sentinel.pipeline.randomness import (
+    Draws,
+    HostProbe,
+    SeparateRandomness,
+    may_draw_on_host,
+    seed_data,
+    seed_host,
+    seed_of_state,
+)
 from lightning_sentinel.wiring import Part
 
 Numbers = tuple[float, float, float]
@@ -175,5 +184,37 @@ def test_a_step_draws_the_same_at_both_ends_with_any_generator() -> None:
     draw_data(5)
     draws.seed_step(CPU)
     assert draw_data(2) == first
-    draws.seed_stage(0)
+    seed_host(draws.seed_layer(0, CPU))
     assert draw_data(1)[0][:2] != first[0][:2]
+
+
+class Moves(torch.nn.Module):
+    def __init__(self, how: Callable[[], Any]) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.how()
+        return x
+
+
+@pytest.mark.parametrize(
+    "how",
+    [random.random, lambda: random.gauss(0, 1), lambda: random.seed(3), np.random.rand, np.random.randn, lambda: np.random.seed(3)],
+)
+def test_a_probe_sees_whatever_moves_a_generator_of_the_host(how: Callable[[], Any]) -> None:
+    probe = HostProbe()
+    for moves in (True, False, True):
+        probe.set()
+        if moves:
+            how()
+        assert probe.moved() == moves
+
+
+def test_which_layers_may_draw_on_the_host() -> None:
+    hooked, replaced = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    hooked.register_forward_pre_hook(lambda *_: None)
+    replaced.forward = lambda x: x
+    torch_only = torch.nn.TransformerEncoderLayer(4, 2)
+    layers = [torch_only, hooked, replaced, Moves(random.random), torch.nn.Sequential(torch.nn.ReLU(), Moves(random.random))]
+    assert [may_draw_on_host(layer) for layer in layers] == [False, True, True, True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
@@ -282,6 +283,46 @@ def test_a_step_draws_the_same_however_the_model_is_cut_and_when_it_is_done_agai
     weights.append(fitted(Drawing(), virtual(3, 2, verification=ls.Verification(), response=ls.Response(audit_rate=1.0)))[0])
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0], rtol=0, atol=1e-6)
+
+
+class Drops(nn.Module):
+    """Stochastic depth, by Python's or NumPy's generator; from an epoch on, so that the first calls say nothing of later ones."""
+
+    def __init__(self, inner: nn.Module, draw: Callable[[], float], epoch: Callable[[], int] = lambda: 1) -> None:
+        super().__init__()
+        self.inner, self.draw, self.epoch = inner, draw, epoch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x) * (self.draw() if self.training and self.epoch() else 0.5)
+
+
+class DrawingLayers(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        first, second = self.model.mid
+        later = Drops(second, random.random, lambda: self.trainer.current_epoch)
+        self.model.mid = nn.ModuleList(
+            [Drops(first, np.random.rand), nn.Sequential(later, nn.Dropout(0.2)), Drops(copy.deepcopy(first), random.random)]
+        )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_draw_the_same_however_the_model_is_cut_and_when_they_run_again(checkpointing: bool) -> None:
+    settings: list[dict[str, Any]] = [
+        {"stages": 1},
+        {"stages": 3},
+        {"stages": 5},
+        {"stages": 3, "verification": ls.Verification(), "response": ls.Response(audit_rate=1.0)},
+    ]
+    weights = []
+    for chosen in settings:
+        stages = chosen.pop("stages")
+        weights.append(fitted(DrawingLayers(), virtual(stages, 2, activation_checkpointing=checkpointing, **chosen))[0])
+    fault = ls.AttackInjector(Same(), workers=[ls.Worker(1, 1)], start_step=0)
+    weights.append(fitted(DrawingLayers(), virtual(3, 2), callbacks=[fault])[0])
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=0, atol=1e-6)
+    assert not torch.allclose(weights[0]["model.inp.weight"], fitted(Module(), virtual(1, 2))[0]["model.inp.weight"], atol=1e-3)
 
 
 class Same:

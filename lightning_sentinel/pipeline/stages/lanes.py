@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_sentinel.pipeline.randomness import Draws, generator_state
-from lightning_sentinel.pipeline.stages.stage import run_layer
+from lightning_sentinel.pipeline.randomness import Draws, HostProbe, generator_state, may_draw_on_host
+from lightning_sentinel.pipeline.stages.stage import run_layer, seeded
 
 __all__ = ["SideBySide"]
 
@@ -17,8 +17,8 @@ __all__ = ["SideBySide"]
 class SideBySide:
     """Runs layers on the micro-batches of all replicas side by side along the batch axis.
 
-    A layer that draws random numbers runs for each replica by itself. Which ones do is seen from the generator, because dropout may
-    be a function as well as a module.
+    A layer that draws random numbers runs for each replica by itself. Which ones do is seen from the generators, because dropout
+    may be a function as well as a module.
 
     Args:
         device: that computes.
@@ -29,6 +29,7 @@ class SideBySide:
     def __init__(self, device: torch.device, checkpointing: bool, places: Sequence[str]) -> None:
         self._device, self._checkpointing, self._places = device, checkpointing, tuple(places)
         self._drawing: set[int] = set()
+        self._probe = HostProbe()
         self.apart = False
         """Whether every layer runs for each replica by itself, because it may mix what is along the first axis."""
 
@@ -45,22 +46,31 @@ class SideBySide:
         place = self._places[number]
         if not draws:
             return run_layer(call, signals, self._checkpointing, place)
-        if number not in self._drawing and not (self.apart and len(draws) > 1):
-            buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()] if len(draws) > 1 else []
+        on_host = may_draw_on_host(layer)
+        if len(draws) == 1:
+            return self._run_one(number, call, signals, draws[0], on_host)
+        if number not in self._drawing and not self.apart:
+            buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()]
             draws[0].seed_layer(number, self._device)
             before = generator_state(self._device)
+            if on_host:
+                self._probe.set()
             output = run_layer(call, signals, self._checkpointing, place)
-            if len(draws) == 1 or torch.equal(before, generator_state(self._device)):
+            moved = on_host and self._probe.moved()
+            if not moved and torch.equal(before, generator_state(self._device)):
                 return output
             self._drawing.add(number)
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-        outputs: list[Tensor] = []
-        for draw, signal in zip(draws, _of_each(signals, len(draws))):
-            draw.seed_layer(number, self._device)
-            outputs.append(run_layer(call, signal, self._checkpointing, place))
-        return torch.cat(outputs)
+        signals = _of_each(signals, len(draws))
+        return torch.cat([self._run_one(number, call, signal, draw, on_host) for draw, signal in zip(draws, signals)])
+
+    def _run_one(self, number: int, call: Callable[[Any], Any], signal: Any, draws: Draws, on_host: bool) -> Any:
+        """Run one layer for one replica."""
+        seed = draws.seed_layer(number, self._device)
+        call = seeded(call, seed) if on_host else call
+        return run_layer(call, signal, self._checkpointing, self._places[number])
 
 
 def _of_each(signals: Any, replicas: int) -> Any:

@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_sentinel.errors import add_place
-from lightning_sentinel.pipeline.randomness import Draws
+from lightning_sentinel.pipeline.randomness import Draws, may_draw_on_host, seed_host
 
-__all__ = ["StageLayers", "run_layer"]
+__all__ = ["StageLayers", "run_layer", "seeded"]
+
+
+def seeded(layer: Callable[[Any], Any], seed: int) -> Callable[[Any], Any]:
+    """A layer that draws with Python and NumPy from a seed, also where a backward pass runs it again."""
+
+    def call(signal: Any) -> Any:
+        seed_host(seed)
+        return layer(signal)
+
+    return call
 
 
 def run_layer(layer: Callable[[Any], Any], signal: Any, checkpointing: bool, place: str) -> Any:
@@ -45,7 +55,7 @@ def _described(signal: Any) -> str:
 class StageLayers(nn.Module):
     """Layers that run one behind the other, each with random numbers of its own.
 
-    In front of every layer the generator is seeded by the layer's number in the whole module, not in the stage. So a micro-batch
+    In front of every layer generators are seeded by the layer's number in the whole module, not in the stage. So a micro-batch
     meets the same dropout wherever the module is cut.
 
     Args:
@@ -64,7 +74,7 @@ class StageLayers(nn.Module):
         >>> second = StageLayers(layers[1:], 1, False, cpu, ["layer 1"])
         >>> whole.draws = second.draws = Draws(seed=0, step=3, micro_batch=1)
         >>> signal = torch.ones(4, 8)
-        >>> whole.draws.seed_layer(0, cpu)
+        >>> _ = whole.draws.seed_layer(0, cpu)
         >>> bool((second(layers[0](signal)) == whole(signal)).all())
         True
     """
@@ -80,12 +90,12 @@ class StageLayers(nn.Module):
         self._first, self._checkpointing, self._device, self._places = first, checkpointing, device, tuple(places)
 
     def forward(self, signal: Any) -> Any:
-        if self.draws is not None:
-            self.draws.seed_stage(self._first)
         for index, (layer, place) in enumerate(zip(self.layers, self._places)):
+            call: Callable[[Any], Any] = layer
             if self.draws is not None:
-                self.draws.seed_layer(self._first + index, self._device)
-            signal = run_layer(layer, signal, self._checkpointing, place)
+                seed = self.draws.seed_layer(self._first + index, self._device)
+                call = seeded(layer, seed) if may_draw_on_host(layer) else layer
+            signal = run_layer(call, signal, self._checkpointing, place)
             if self._fault is not None and index == 0:
                 signal = self._fault(signal)
         return signal
