@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import warnings
 from collections import defaultdict
 from typing import Any
 
@@ -46,6 +47,7 @@ class Keeping(Classifier):
         self.accuracy = torchmetrics.classification.MulticlassAccuracy(CLASSES, average="micro")
         self.seen: dict[str, Any] = {}
         self.gathered: list[tuple[int, ...]] = []
+        self.midway: list[tuple[float, list[str]]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         logits = self(batch[0])
@@ -56,6 +58,12 @@ class Keeping(Classifier):
         if batch_idx == 3 and getattr(self.trainer.strategy, "worker", None) in (None, ls.Worker(STAGES - 1, 1)):
             self.trainer.should_stop = True
         return nn.functional.cross_entropy(logits, batch[1])
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            value = float(self.accuracy.compute())
+        self.midway.append((value, [str(one.message) for one in caught if "in the middle of an epoch" in str(one.message)]))
 
     def on_validation_epoch_start(self) -> None:
         self.fresh: list[int] = []
@@ -126,7 +134,7 @@ def keeping(directory: str) -> dict[str, Any]:
     validation = [loader(BATCH // replicas, replicas, samples=22), loader(BATCH // replicas, replicas, samples=14)]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         run.fit(module, loader(BATCH // replicas, replicas), validation)
-    found: dict[str, Any] = {"steps": run.global_step, "seen": module.seen, "meter": module.meter.total}
+    found: dict[str, Any] = {"steps": run.global_step, "seen": module.seen, "meter": module.meter.total, "midway": module.midway}
     found["printed"] = said.getvalue().count("step 1\n")
     found["copies"] = {name: one.world_size for name, one in monitor._throughputs.items()}
     try:

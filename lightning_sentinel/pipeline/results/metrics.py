@@ -23,6 +23,7 @@ from lightning_sentinel.pipeline.batch_metrics import alone
 from lightning_sentinel.pipeline.data.feeding import gather_numbers
 from lightning_sentinel.pipeline.gradients.reduction import group_of
 from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
+from lightning_sentinel.pipeline.results.absent_metrics import NothingHere
 from lightning_sentinel.pipeline.results.telling import NoData, decoded, encoded
 from lightning_sentinel.pipeline.stages.partition import layer_names
 
@@ -51,11 +52,19 @@ class SharedMetrics(L.Callback):
         self._known: set[str] = set()
         """Those that all ranks have the values of, until the next batch."""
         self._said: set[str] = set()
+        self._absent: set[str] = set()
+        """Those that were computed where no step runs."""
+        self._latest = ""
+        self._lent: dict[str, list[Metric]] = {}
+        """Those that have a value of other ranks, by the epoch that it is of."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for part in pl_module.modules():
+        worker = self._mesh.worker(dist.get_rank())
+        for name, part in pl_module.named_modules():
             if isinstance(part, Metric):
                 part.distributed_available_fn = alone
+                if worker.stage < self._mesh.stages - 1:
+                    part.distributed_available_fn = NothingHere(name, part, worker.stage, self._before, self._absent)
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._before.pop(str(trainer.state.stage), None)
@@ -63,8 +72,12 @@ class SharedMetrics(L.Callback):
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Before the first batch: hooks at the beginning of an epoch, which run on all ranks, have done their part."""
         self._known.clear()
-        stage = str(trainer.state.stage)
+        stage = self._latest = str(trainer.state.stage)
         if stage not in self._before:
+            for metric in self._lent.pop(stage, ()):
+                if metric._computed is not None and metric.update_count == 1:
+                    # It is of the epoch before.
+                    metric._computed, metric._update_count = None, 0
             self._before[stage] = {name: metric.update_count for name, metric in _metrics_of(pl_module).items()}
 
     def _share(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -106,6 +119,8 @@ class SharedMetrics(L.Callback):
         for name, (value, failure) in told.items():
             if not failure and rank not in ran[name]:
                 metric = metrics[name]
+                if not metric.update_called:
+                    self._lent.setdefault(self._latest, []).append(metric)
                 metric._computed = decoded(value, metric.device)
                 metric._update_count = max(1, metric.update_count)
         return {name: failure for name, (_, failure) in told.items() if failure}
