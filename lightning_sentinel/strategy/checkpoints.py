@@ -65,18 +65,45 @@ class StageCheckpoints(ResumedRuns):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The unsplit module's state on rank zero, nothing elsewhere; a collective. Sharded, this stage's on each rank."""
         assert self.lightning_module is not None
-        if self._stepping and not self._virtual:
-            raise ConfigurationError(
-                "Trainer.save_checkpoint was called in the middle of a step, by training_step or the like or by a signal handler,"
-                " while other ranks wait for what this one sends. Call it between batches and on all ranks: from"
-                " on_train_batch_end, or by ModelCheckpoint(every_n_train_steps=...)."
-            )
+        self._require_no_step("Trainer.save_checkpoint", ", or by ModelCheckpoint(every_n_train_steps=...)")
         state = self.lightning_module.state_dict()
         if self._sharded or self._stage_model is None:
             # Before any run the module is whole, and every process has it.
             return state
         self._gathered = self._whole_state(state)
         return self._gathered
+
+    def whole_state_dict(self) -> dict[str, Any]:
+        """The state of the whole module on rank zero, on the host, and nothing elsewhere.
+
+        For the whole model in one process, during a run or after it::
+
+            state = trainer.strategy.whole_state_dict()  # on all ranks
+            if trainer.is_global_zero:
+                model = Model()
+                model.load_state_dict(state)
+
+        To be called by all ranks, between batches: from a hook, or after the run. Rank zero needs memory for all of it.
+
+        Raises:
+            ConfigurationError: in the middle of a step, or before there is a module.
+        """
+        if self.lightning_module is None:
+            raise ConfigurationError(
+                "whole_state_dict() was called before a run, when the strategy has no module yet. Call it in a hook or after"
+                " trainer.fit; before any run the module is whole, and has its state_dict()."
+            )
+        self._require_no_step("whole_state_dict()")
+        state = self.lightning_module.state_dict()
+        return state if self._stage_model is None else self._whole_state(state)
+
+    def _require_no_step(self, what: str, otherwise: str = "") -> None:
+        if self._stepping and not self._virtual:
+            raise ConfigurationError(
+                f"{what} was called in the middle of a step, by training_step or the like or by a signal handler,"
+                " while other ranks wait for what this one sends. Call it between batches and on all ranks: from"
+                f" on_train_batch_end{otherwise}."
+            )
 
     def _whole_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         model = self._running_stage_model

@@ -141,6 +141,8 @@ def keeping(directory: str) -> dict[str, Any]:
         found["called"] = tuple(module(tokens(2)[:][0]).shape)
     except ls.SentinelError as error:
         found["called"] = str(error)
+    state = module.state_dict() if world() == 1 else run.strategy.whole_state_dict()
+    found["whole"] = {name: value.clone() for name, value in state.items() if name.startswith("net.")}
     found["metrics"] = {n: float(v) for n, v in run.callback_metrics.items() if not n.startswith("sentinel/")}
     samples = tokens(16) if replica() == 0 or world() == 1 else torch.utils.data.Subset(tokens(16), [])
     run = trainer(strategy(), world(), 1, use_distributed_sampler=False)

@@ -31,6 +31,9 @@ def test_a_step_on_rank_zero_is_as_in_one_process(tmp_path: Path) -> None:
         assert found["steps"] == expected["steps"] == 4
         assert found["copies"] == {"train": REPLICAS, "validate": REPLICAS}
         assert f"was called outside of a step, and this process has stage {worker.stage} of {STAGES} only" in found["called"]
+        assert found["whole"].keys() == (expected["whole"].keys() if number == 0 else set())
+        for name, value in found["whole"].items():
+            torch.testing.assert_close(value, expected["whole"][name], atol=1e-5, rtol=0)
         assert found["printed"] == (MICRO_BATCHES if ran else 0)
         assert found["metrics"].keys() == expected["metrics"].keys()
         for name, value in expected["metrics"].items():

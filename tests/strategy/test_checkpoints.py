@@ -50,6 +50,26 @@ def make(form: Form = "full", callbacks: Any = (), max_steps: int = 4, plain: bo
     return L.Trainer(strategy="auto" if plain else strategy, callbacks=list(callbacks), **quiet)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_whole_state_loads_into_a_new_module(form: Form) -> None:
+    """From a hook and after the run, whatever checkpoints look like."""
+    during: list[dict[str, Any]] = []
+
+    class Looks(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            during.append({name: value.clone() for name, value in trainer.strategy.whole_state_dict().items()})
+
+    module, run = Small(), make(form, [Looks()])
+    with pytest.raises(ConfigurationError, match=r"whole_state_dict\(\) was called before a run.*state_dict\(\)"):
+        run.strategy.whole_state_dict()
+    run.fit(module, loader())
+    state = run.strategy.whole_state_dict()
+    again = Small()
+    again.load_state_dict(state)
+    torch.testing.assert_close(dict(again.state_dict()), dict(module.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(during[-1], state, rtol=0, atol=0)
+
+
 class TestResuming:
     @pytest.mark.parametrize("form", FORMS)
     def test_a_timer_that_has_run_out_trains_no_further(self, form: Form, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class Elsewhere:
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise PipelineModelError(
             f"{self._name} was called outside of a step, and this process has stage {self._stage} of {self._stages} only. In a step"
-            " the whole pipeline answers, and trainer.predict asks it. For the whole model in one process save it with"
-            " trainer.save_checkpoint(path), on all ranks, and load it with the class's load_from_checkpoint(path)."
+            " the whole pipeline answers, and trainer.predict asks it. For the whole model in one process let all ranks call"
+            " trainer.strategy.whole_state_dict(), and load what it gives to rank zero into a new module; or"
+            " trainer.save_checkpoint(path), and the class's load_from_checkpoint(path)."
         )
