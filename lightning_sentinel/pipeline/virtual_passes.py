@@ -275,7 +275,7 @@ class VirtualPasses(VirtualBoundaries):
         before = self._moving[stage].copies() if self._steps.leaves_out else []
         output = self._forward(stage, signals, draws, fault)
         if before and isinstance(output, Tensor):
-            left_out = (batch.tainted if len(group) == len(batch.parts) else batch.tainted[group]).any()
+            left_out = torch.stack([batch.tainted[replica] for replica in group]).any()
             self._moving[stage].put_back(before, left_out | ~output.isfinite().all())
         return output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,9 @@ def is_empty(batch: Any) -> bool:
         (True, False, False)
     """
     leaves = list(leaves_of(batch))
+    if not all(leaf is None or isinstance(leaf, (Tensor, np.ndarray, np.generic, str, bytes, Number)) for leaf in leaves):
+        # Nobody can look into the rest.
+        return False
     sizes = [leaf.numel() if isinstance(leaf, Tensor) else leaf.size for leaf in leaves if _has_rows(leaf)]
     return not any(sizes) if sizes else not leaves
 

@@ -251,7 +251,7 @@ class Guard:
         # Some came in groups: put in order by sender, and of each sender as they came.
         of = [sender for some in senders for sender in some]
         order = sorted(range(len(of)), key=of.__getitem__)
-        return torch.cat(rows)[order].unflatten(0, (max(of) + 1, -1))
+        return torch.cat(rows)[torch.tensor(order, device=self._device)].unflatten(0, (max(of) + 1, -1))
 
     def settle(
         self,

@@ -58,6 +58,6 @@ def test_what_is_no_sample_stays() -> None:
     assert emptied(Frames(torch.zeros(4, 2), ["a"])).frames.shape == (0, 2)
 
 
-@pytest.mark.parametrize("batch", ["text", object(), 3, {"note": "text"}])
+@pytest.mark.parametrize("batch", ["text", object(), 3, {"note": "text"}, {"x": torch.zeros(0), "opaque": object()}])
 def test_of_what_cannot_be_emptied_there_is_nothing(batch: Any) -> None:
-    assert emptied(batch) is None
+    assert emptied(batch) is None and not is_empty(batch)
