@@ -33,10 +33,11 @@ class Results:
         checkout: of Lightning.
         strategy: ``"sentinel"``, or ``"auto"`` for a plain run.
         folder: of the files.
+        processes: how many tests run at a time, of different files.
     """
 
-    def __init__(self, checkout: Path, strategy: str, folder: Path) -> None:
-        self._checkout, self._strategy, self._folder = checkout, strategy, folder / strategy
+    def __init__(self, checkout: Path, strategy: str, folder: Path, processes: int) -> None:
+        self._checkout, self._strategy, self._folder, self._processes = checkout, strategy, folder / strategy, processes
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def of_part(self, part: str) -> dict[str, dict[str, Any]]:
@@ -65,7 +66,8 @@ class Results:
         }
         names = file.with_suffix(".tests")
         names.write_text("\n".join(tests))
-        command = [sys.executable, "-m", "pytest", *_OPTIONS, "--continue-on-collection-errors", f"@{names}"]
+        several = ["-n", str(self._processes), "--dist", "loadfile"] if self._processes > 1 else []
+        command = [sys.executable, "-m", "pytest", *_OPTIONS, *several, "--continue-on-collection-errors", f"@{names}"]
         with file.with_suffix(".log").open("w") as log:
             subprocess.run(
                 command, cwd=self._checkout / "tests", env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
@@ -90,9 +92,10 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=_PARTS)
     parser.add_argument("--output", type=Path, default=Path("runs/lightning-suite"))
     parser.add_argument("--tests", action="store_true", help="name the tests of each cause")
+    parser.add_argument("-n", type=int, default=1, help="tests at a time")
     arguments = parser.parse_args()
     checkout, output = arguments.checkout.resolve(), arguments.output.resolve()
-    with_ours, without = Results(checkout, "sentinel", output), Results(checkout, "auto", output)
+    with_ours, without = (Results(checkout, strategy, output, arguments.n) for strategy in ("sentinel", "auto"))
     passed, differs = [], []
     for part in arguments.parts:
         ours = with_ours.of_part(part)
