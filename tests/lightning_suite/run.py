@@ -3,7 +3,7 @@
 ``python -m tests.lightning_suite.run CHECKOUT [PART ...]``, where the checkout has ``tests/tests_pytorch``, of the version that is
 installed; nothing of it is copied. Tests that do not pass are run again without the strategy: those that do not pass then either
 are none of ours. ``--output`` keeps what was found, a file a part: a part that has run to its end, and a plain run of a test, are
-not run again. Remove a part's file to run it anew.
+not run again. Remove a part's file to run it anew, or run what failed ``--again``.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ class Results:
         self._checkout, self._strategy, self._folder, self._processes = checkout, strategy, folder / strategy, processes
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def of_part(self, part: str) -> dict[str, dict[str, Any]]:
-        """All tests of a part."""
+    def of_part(self, part: str, again: bool) -> dict[str, dict[str, Any]]:
+        """All tests of a part; those that failed in an earlier run are run ``again``."""
         file = self._folder / f"{part}.jsonl"
         if not file.exists():
             self._run([f"tests_pytorch/{part}"], file.with_suffix(".unfinished"))
             file.with_suffix(".unfinished").rename(file)
+        elif again and (failed := [test for test, row in _read(file).items() if row["outcome"] == "failed"]):
+            self._run(failed, file)
         return _read(file)
 
     def of(self, part: str, tests: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -92,13 +94,14 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=_PARTS)
     parser.add_argument("--output", type=Path, default=Path("runs/lightning-suite"))
     parser.add_argument("--tests", action="store_true", help="name the tests of each cause")
+    parser.add_argument("--again", action="store_true", help="run what failed with the strategy once more")
     parser.add_argument("-n", type=int, default=1, help="tests at a time")
     arguments = parser.parse_args()
     checkout, output = arguments.checkout.resolve(), arguments.output.resolve()
     with_ours, without = (Results(checkout, strategy, output, arguments.n) for strategy in ("sentinel", "auto"))
     passed, differs = [], []
     for part in arguments.parts:
-        ours = with_ours.of_part(part)
+        ours = with_ours.of_part(part, arguments.again)
         passed += [row for row in ours.values() if row["outcome"] == "passed"]
         failed = [test for test, row in ours.items() if row["outcome"] == "failed"]
         differs += [ours[test] for test, row in without.of(part, failed).items() if row["outcome"] == "passed"]
