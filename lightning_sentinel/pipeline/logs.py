@@ -18,18 +18,35 @@ from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.pipeline.batch_metrics import BatchMetrics, LoggedMetric
 
-__all__ = ["LogRecorder", "LogReplay", "LogSchema", "LoggingMicroBatch", "silence_misleading_warnings"]
+__all__ = [
+    "LogCallError",
+    "LogRecorder",
+    "LogReplay",
+    "LogSchema",
+    "LoggedValueError",
+    "LoggingMicroBatch",
+    "silence_misleading_warnings",
+]
 
 _BEHIND_REDUCE_FX = ("enable_graph", "sync_dist", "sync_dist_group", "add_dataloader_idx", "batch_size", "metric_attribute")
 _REDUCTIONS = ("mean", "sum", "max", "min")
 # Passed on to Lightning as they are; the others are either meaningless after the reduction or set by the replay.
 _PASSED_ON = ("prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx")
+
+
+class LogCallError(PipelineModelError, MisconfigurationException):
+    """``self.log`` was called in a way that Lightning refuses as well, under the name by which it calls it."""
+
+
+class LoggedValueError(PipelineModelError, ValueError):
+    """What was logged is no value; Lightning says ``ValueError``."""
 
 
 class _Logged(NamedTuple):
@@ -74,12 +91,17 @@ class LoggingMicroBatch:
         samples: of the micro-batch.
         counts: 0-dim bool, false if it is tainted; ``None`` as long as nobody knows, because the step has not come back from the
             pipeline. What such a step has logged weighs nothing.
-        training: whether the step trains.
+        step: which step logs.
     """
 
     samples: int = 1
     counts: Tensor | None = None
-    training: bool = False
+    step: str = "validation_step"
+
+    @property
+    def training(self) -> bool:
+        """Whether the step trains."""
+        return self.step == "training_step"
 
 
 class _OfMicroBatch(NamedTuple):
@@ -211,17 +233,28 @@ class LogRecorder:
         entry = {key: options[key] for key in _PASSED_ON if options.get(key) is not None}
         metric = self._attribute_of(name, value, options) if isinstance(value, Metric) else None
         by_batch = metric is not None and (self._logging.training if on_step is None else on_step)
+        if "/dataloader_idx_" in name:
+            raise LogCallError(
+                f"You called `self.log` with the key `{name}`, but it must not contain '/dataloader_idx_', which is added"
+                " where there are several loaders. Name it otherwise."
+            )
         how = _reduction(name, reduce_fx)
-        self._entries[name] = {"reduce_fx": how, "metric": metric, "by_batch": by_batch, "options": entry}
+        described = {"reduce_fx": how, "metric": metric, "by_batch": by_batch, "options": entry}
+        if self._entries.setdefault(name, described) != described:
+            raise LogCallError(
+                f"You called `self.log({name}, ...)` twice in `{self._logging.step}` with different arguments:"
+                f" {self._entries[name]}, then {described}. Log it under another name, or with the same arguments."
+            )
         if metric is not None:
             if by_batch and self._metrics is not None:
                 self._metrics.want(metric, value)
             self._note(name, torch.zeros(()), self._logging.samples)
             return
         if not isinstance(value, (Tensor, Number)) or (isinstance(value, Tensor) and value.numel() != 1):
-            raise PipelineModelError(
-                f"self.log({name!r}, {value!r}): in a pipeline a logged value is a number, a tensor with one element or a"
-                " torchmetrics Metric. Log its elements under names of their own, or use self.log_dict."
+            raise LoggedValueError(
+                f"`self.log({name}, {value})` was called, but {type(value).__name__} values cannot be logged: a tensor must have a"
+                " single element, and else it is a number or a torchmetrics Metric. Log its elements under names of their own, or"
+                " use self.log_dict."
             )
         # A copy, because the step may go on to work on the tensor itself.
         tensor = torch.as_tensor(value).detach().to(torch.float32, copy=True).reshape(())
@@ -269,9 +302,12 @@ class LogRecorder:
         for attribute, child in self._module.named_modules():
             if child is metric:
                 return attribute
-        raise PipelineModelError(
-            f"self.log({name!r}, <{type(metric).__name__}>): the metric is no attribute of {type(self._module).__name__}, so the"
-            " other ranks cannot find theirs. Assign it in __init__: self.my_metric = ..."
+        known = [attribute for attribute, child in self._module.named_modules() if isinstance(child, Metric)]
+        named = f" or say which is meant, with `self.log({name}, ..., metric_attribute=name)` where `name` is one of {known}"
+        raise LogCallError(
+            f"self.log({name!r}, <{type(metric).__name__}>): the metric is no attribute of {type(self._module).__name__}, so that"
+            " nobody else finds it. You can fix this by setting an attribute for the metric in your `LightningModule`:"
+            f" self.my_metric = ... in __init__;{named if known else ' log that one'}."
         )
 
 
@@ -283,9 +319,9 @@ def _reduction(name: str, reduce_fx: Any) -> str:
     how = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", repr(reduce_fx))
     how = {"avg": "mean", "amax": "max", "amin": "min"}.get(how.lower(), how.lower())
     if how not in _REDUCTIONS:
-        raise PipelineModelError(
+        raise LogCallError(
             f"self.log({name!r}, reduce_fx={reduce_fx!r}): values are reduced over micro-batches and replicas before Lightning"
-            f" sees them, which works for {', '.join(_REDUCTIONS)}."
+            f" sees them, and only `self.log({name}, ..., reduce_fx={{min,max,mean,sum}})` are supported. Choose one of them."
         )
     return how
 

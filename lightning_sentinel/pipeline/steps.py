@@ -74,7 +74,7 @@ class StepRun:
         self._runner, self._recorder, self._micro_batch = runner, recorder, micro_batch
         self._answered = False
         self._arithmetic, self._hooks, self._records_gradients = _arithmetic(), _saving_hooks(), torch.is_grad_enabled()
-        given = (_one_batch(arguments, runner.name_of(step)),) if fetches(runner.module, step) else arguments
+        given = (runner.batches_from(arguments, step),) if fetches(runner.module, step) else arguments
         self._suspended = Suspended(lambda: getattr(runner.module, step)(*given), draws_on)
         with self._running():
             self._suspended.start()
@@ -142,7 +142,9 @@ class StepRun:
             if recorder is not None:
                 recorder.begin(self._micro_batch)
                 stack.enter_context(recorder.listening())
-            stack.enter_context(self._runner.redirected(self._entered, _discard if recorder is None else recorder.log))
+            # Of what predict_step logs nothing would become, and Lightning says so.
+            log = None if self.step == "predict_step" else _discard if recorder is None else recorder.log
+            stack.enter_context(self._runner.redirected(self._entered, log))
             yield
 
     def _entered(self, *inputs: Any, **named: Any) -> Any:
@@ -196,6 +198,8 @@ class StepRunner:
         """Whether any micro-batch of a training step may not count."""
         self.states = MetricStates(module)
         """What metrics hold, without what does not count."""
+        self.more: Iterator[Any] | None = None
+        """Where a step that takes ``dataloader_iter`` finds more than its batch, if that is one micro-batch in this process."""
         self.gather: Callable[..., Any] | None = None
         """Takes the place of the module's ``all_gather`` in steps."""
         self.signals: Callable[[], Sequence[int]] = tuple
@@ -221,7 +225,7 @@ class StepRunner:
             samples: size of the micro-batch.
             draws_on: where the step's random numbers are to be what they are if nothing is drawn between its two halves.
         """
-        micro_batch = LoggingMicroBatch(samples, training=step == "training_step")
+        micro_batch = LoggingMicroBatch(samples, step=step)
         return StepRun(self, step, arguments, self.recorder, micro_batch, draws_on)
 
     def input_of(self, step: str, arguments: tuple[Any, ...]) -> Any:
@@ -255,6 +259,16 @@ class StepRunner:
             )
         return tuple(given) if several else given[0]
 
+    def batches_from(self, arguments: tuple[Any, ...], step: str) -> Iterator[tuple[Any, ...]]:
+        """A ``dataloader_iter`` whose first batch is a micro-batch."""
+        yield arguments
+        if self.more is None:
+            raise PipelineModelError(
+                f"{self.name_of(step)} has asked dataloader_iter for more than one batch. A pipeline runs it for each micro-batch"
+                " of one: call next() once; or use SentinelStrategy(replicas=1, micro_batches=1, engine='virtual')."
+            )
+        yield from self.more
+
     @property
     def own_backward(self) -> Callable[[Tensor], None] | None:
         """The module's ``backward``, if it has one of its own."""
@@ -265,8 +279,8 @@ class StepRunner:
         self.states.end_step()
 
     @contextmanager
-    def redirected(self, forward: Callable[..., Any], log: Callable[..., None]) -> Iterator[None]:
-        """While a step runs: calls of the entry and of ``self.log`` come to us."""
+    def redirected(self, forward: Callable[..., Any], log: Callable[..., None] | None) -> Iterator[None]:
+        """While a step runs: calls of the entry and of ``self.log`` come to us, or stay Lightning's."""
         # Attributes of the instances, not of the classes: what Lightning does to send a call through DDP's wrapper.
         with ExitStack() as stack:
             if self._entry is not None:
@@ -274,7 +288,8 @@ class StepRunner:
             if self._entry is not None and self._entry._compiled_call_impl is not None:
                 # A module that was compiled in place has its call compiled, around its forward.
                 stack.enter_context(_attribute(self._entry, "_compiled_call_impl", None))
-            stack.enter_context(_attribute(self.module, "log", log))
+            if log is not None:
+                stack.enter_context(_attribute(self.module, "log", log))
             trainer = self.module._trainer
             stack.enter_context(self.calls.redirected(() if trainer is None else trainer.loggers))
             if self.gather is not None:
@@ -327,15 +342,6 @@ class StepRunner:
                 vars(metric).update(state)
 
         return restore
-
-
-def _one_batch(arguments: tuple[Any, ...], step: str) -> Iterator[tuple[Any, ...]]:
-    """A ``dataloader_iter`` of one micro-batch."""
-    yield arguments
-    raise PipelineModelError(
-        f"{step} has asked dataloader_iter for more than one batch. A pipeline runs it for each micro-batch of one: call next()"
-        " once."
-    )
 
 
 def _discard(*_: Any, **__: Any) -> None:

@@ -138,7 +138,9 @@ class VirtualEngine(VirtualPasses):
         for index in range(sizes.micro_batches):
             parts = [(copied(replica[index]) if again else replica[index], *arguments[1:]) for replica in replicas]
             said += self._pass(MicroBatch(parts, replicas, index, step, scale, apart))
-        if self._results:
+        if len(self._results) == 1:
+            ((_, self._returned),) = self._results
+        elif self._results:
             rows, results = zip(*self._results)
             order = torch.tensor([row for one in rows for row in one])
             self._returned = reorder(join(results, [len(one) for one in rows], average=True), order)

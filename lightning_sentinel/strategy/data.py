@@ -30,7 +30,7 @@ from lightning_sentinel.pipeline.messages.trees import leaves_of
 from lightning_sentinel.pipeline.results.all_predictions import complete_predictions
 from lightning_sentinel.pipeline.results.metrics import SharedMetrics
 from lightning_sentinel.pipeline.results.step_state import SharedStepState
-from lightning_sentinel.pipeline.steps import fetches
+from lightning_sentinel.pipeline.steps import StepRunner, fetches
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
 from lightning_sentinel.strategy.listening import listened_to
 from lightning_sentinel.strategy.signals import DeferredSignals
@@ -54,6 +54,7 @@ class PipelineData(StageCheckpoints):
     _signals: DeferredSignals
     _shared_metrics: SharedMetrics | None = None
     _replay: LogReplay
+    _steps: StepRunner | None = None
     _micro_batches: int
     _verification: Verification | None
     _response: Response
@@ -182,7 +183,8 @@ class PipelineData(StageCheckpoints):
         waits = first and not self._comes_as_loaded
         loaded, self._loaded = self._loaded, None
         if self._virtual:
-            return self._dealer.whole(batch, source).dealt_to(self.mesh.replicas, self._micro_batches)
+            deal = self._dealer.undealt if self._is_undealt(step) else self._dealer.dealt_to
+            return deal(batch, source, self.mesh.replicas, self._micro_batches)
         # A batch of zeros in the place of one says how large that is, and nothing else.
         dealer = self._dealer if self._reads else Dealer(None)
         return deal_alike(
@@ -200,6 +202,10 @@ class PipelineData(StageCheckpoints):
             banned=self.ledger.banned,
         )
 
+    def _is_undealt(self, step: str) -> bool:
+        """Whether a step gets the whole batch, as each of an evaluation in one process does."""
+        return self._virtual and (step != "training_step" or self.mesh.replicas == self._micro_batches == 1)
+
     def _source_of(self, step: str, number: int | None) -> Source:
         """What is known of the loader that a step's batches come from: that of this number, where they come one after the other."""
         loaders = getattr(self._trainer, _LOADERS[step])
@@ -214,7 +220,11 @@ class PipelineData(StageCheckpoints):
         """Of a step, the batch first: one that takes ``dataloader_iter`` is given it anew, for each micro-batch of the batch."""
         assert self.lightning_module is not None
         arguments = (*args, *kwargs.values())
-        return tuple(next(arguments[0])) if fetches(self.lightning_module, step) else arguments
+        if not fetches(self.lightning_module, step):
+            return arguments
+        assert self._steps is not None
+        self._steps.more = arguments[0] if self._is_undealt(step) else None
+        return tuple(next(arguments[0]))
 
     # ------------------------------------------------------------------------------------------------- what came of the data
 

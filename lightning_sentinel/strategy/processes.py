@@ -86,9 +86,31 @@ class ProcessStrategy(ParallelStrategy):
     def num_processes(self) -> int:
         return len(self.parallel_devices) if self.parallel_devices is not None else 0
 
+    # What a virtual mesh is started in may say anything of ranks, or, in a job step of SLURM for one, nothing.
+
+    @property
+    @override
+    def global_rank(self) -> int:
+        return 0 if self._virtual else super().global_rank
+
+    @property
+    @override
+    def local_rank(self) -> int:
+        return 0 if self._virtual else super().local_rank
+
+    @property
+    @override
+    def node_rank(self) -> int:
+        return 0 if self._virtual else super().node_rank
+
+    @property
+    @override
+    def world_size(self) -> int:
+        return self.num_nodes * self.num_processes if self._virtual else super().world_size
+
     def set_world_ranks(self) -> None:
         """Tell the environment ranks and world size; called by Lightning as soon as it knows the devices."""
-        if self.cluster_environment is not None:
+        if self.cluster_environment is not None and not self._virtual:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         for guard in (rank_zero_only, fabric_rank_zero_only):

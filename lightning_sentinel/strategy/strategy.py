@@ -273,7 +273,7 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
 
     @override
     def teardown(self) -> None:
-        self._engine = None  # the module, which may live on, knows its last Trainer
+        self._engine = self._steps = None  # the module, which may live on, knows its last Trainer
         super().teardown()
 
     def _make_engine(self, model: StageModel, optimizer: Optimizer | None, seed: int) -> Engine:
@@ -281,7 +281,8 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         from lightning_sentinel.pipeline.engine import SentinelEngine
 
         assert self.lightning_module is not None
-        steps, guard = StepRunner(self.lightning_module, model.layers.entry, model.layers.names), self._kept_guard()
+        self._steps = steps = StepRunner(self.lightning_module, model.layers.entry, model.layers.names)
+        guard = self._kept_guard()
         steps.signals, self._make_held_calls = self._signals.counts, steps.make_calls
         if self._virtual:
             context = self.precision_plugin.forward_context

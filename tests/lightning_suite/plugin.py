@@ -52,7 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     @functools.wraps(make)
     def with_strategy(self: L.Trainer, *arguments: Any, **options: Any) -> None:
-        alone = options.get("strategy", "auto") == "auto" and options.get("devices", "auto") in _ALONE
+        devices = os.environ.get("PL_TRAINER_DEVICES", options.get("devices", "auto"))
+        alone = options.get("strategy", "auto") == "auto" and devices in _ALONE
         if alone and options.get("accelerator", "auto") in ("auto", "cpu") and options.get("num_nodes", 1) == 1:
             options["strategy"] = _Strategy(stages=1, replicas=1, micro_batches=1, engine="virtual", verification=None)
             options["accelerator"] = "cpu"

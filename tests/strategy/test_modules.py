@@ -166,6 +166,16 @@ def test_a_step_that_fetches_more_than_its_batch() -> None:
             next(dataloader_iter)
             return super().training_step(dataloader_iter)
 
+        def validation_step(self, dataloader_iter: Any) -> None:
+            next(dataloader_iter)
+            super().validation_step(dataloader_iter)
+
+    for stages in (1, 3):
+        expected, logged, plain = fitted(Two(), "auto")
+        found, also_logged, run = fitted(Two(), virtual(stages, 1, micro_batches=1))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(also_logged, logged)
+        assert run.global_step == plain.global_step
     with pytest.raises(PipelineModelError, match=r"Two\.training_step has asked dataloader_iter for more than one batch"):
         fitted(Two(), virtual(3, 2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -10,8 +11,10 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
-from lightning_sentinel.errors import PipelineModelError
+from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from tests.strategy.test_by_hand import ONE_STAGE
 from tests.strategy.test_modules import MESHES, fitted, trainer, virtual
 from tests.user_modules import Module, loader
@@ -124,3 +127,74 @@ def test_what_is_no_loss_is_lightnings_error_too(returned: Any, why: str) -> Non
     for strategy in (virtual(3, 1), "auto"):
         with pytest.raises(MisconfigurationException, match=why):
             trainer(strategy).fit(Odd(), loader())
+
+
+class LogsOddly(Module):
+    def __init__(self, log: Callable[[L.LightningModule], None]) -> None:
+        super().__init__()
+        self.bar, self.do = MeanMetric(), log
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+        self.do(self)
+        return super().training_step(batch, batch_idx)
+
+
+def twice(module: L.LightningModule) -> None:
+    module.log("foo", 1.0, prog_bar=False)
+    module.log("foo", 1.0, prog_bar=True)
+
+
+@pytest.mark.parametrize(
+    ("log", "kind", "why"),
+    [
+        (lambda m: m.log("foo", None), ValueError, r"`self\.log\(foo, None\)` was called"),
+        (lambda m: m.log("foo", [1, 2]), ValueError, r"`self\.log\(foo, \[1, 2\]\)` was called"),
+        (lambda m: m.log("foo", torch.ones(2)), ValueError, "tensor must have a single element"),
+        (lambda m: m.log("foo/dataloader_idx_0", 1.0), MisconfigurationException, "with the key `foo/dataloader_idx_0`"),
+        (lambda m: m.log("foo", MeanMetric()), MisconfigurationException, r"metric_attribute=name\)` where `name` is one of \["),
+        (lambda m: m.log("foo", 1.0, reduce_fx=torch.argmax), MisconfigurationException, "{min,max,mean,sum}"),
+        (twice, MisconfigurationException, r"self\.log\(foo, ...\)` twice in `training_step`"),
+    ],
+)
+def test_what_lightning_does_not_log_is_the_same_error(log: Any, kind: type[Exception], why: str) -> None:
+    for strategy in (virtual(3, 1), "auto"):
+        with pytest.raises(kind, match=why):
+            trainer(strategy).fit(LogsOddly(log), loader())
+
+
+def test_predictions_log_nothing() -> None:
+    class Predicts(Module):
+        def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            self.log("foo", 1.0)
+            return self.model(batch["x"])
+
+    for strategy in (virtual(3, 1), "auto"):
+        with pytest.raises(MisconfigurationException, match="result collection is not registered yet"):
+            trainer(strategy).predict(Predicts(), loader())
+
+
+class Odd(Module):
+    """Its batches agree on no number of samples."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        assert batch["names"] == ["a", "b", "c"]
+        loss = super().training_step(batch, batch_idx)
+        return {"loss": loss, "names": batch["names"], "found": self.model.inp.weight.detach()}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert outputs["names"] == batch["names"]
+        assert outputs["found"].shape == (6, 4)
+
+
+def test_a_batch_that_is_not_dealt_need_not_be_told_how() -> None:
+    def batches() -> DataLoader[Any]:
+        data = [{"x": torch.ones(8, 4) * number, "y": torch.ones(8, 2), "names": ["a", "b", "c"]} for number in range(3)]
+        return DataLoader(data, batch_size=None)
+
+    expected, found = Odd(), Odd()
+    trainer("auto").fit(expected, batches(), batches())
+    trainer(virtual(3, 1, micro_batches=1)).fit(found, batches(), batches())
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=1e-6)
+    trainer(virtual(3, 2)).validate(found, batches())
+    with pytest.raises(ConfigurationError, match="does not agree on a number of samples"):
+        trainer(virtual(3, 1)).fit(found, batches())

@@ -59,6 +59,26 @@ class Dealer:
             return Even.nothing(batch)
         return _ByModule(batch, self._split, self._count, self._name)
 
+    def dealt_to(self, batch: Any, source: Source | None, replicas: int, count: int) -> Deal:
+        """A batch of a whole mesh, dealt to its replicas."""
+        return self.whole(batch, source).dealt_to(replicas, count)
+
+    def undealt(self, batch: Any, source: Source | None, replicas: int, count: int) -> Deal:
+        """A batch that is not dealt, because one step gets all of it; so it need not be told how.
+
+        Args:
+            batch: what the loader gave.
+            source: what is known of the loader.
+            replicas: of the mesh.
+            count: micro-batches that each replica's would be dealt into, to say how large they are.
+        """
+        try:
+            return self.dealt_to(batch, source, replicas, count)
+        except ConfigurationError:
+            samples = next((shape[0] for shape in _shapes(batch) if shape[0]), 1)
+        parts = MicroBatches([batch], (samples,), batch)
+        return Deal(BatchSizes.of([samples] * replicas, 1), [parts] * replicas, samples, [[range(samples)]] * replicas)
+
     def samples(self, batch: Any, source: Source | None = None) -> int:
         """How many samples a batch has."""
         return self.whole(batch, source).samples
