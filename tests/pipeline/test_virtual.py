@@ -137,6 +137,16 @@ def test_more_than_one_process_is_refused() -> None:
         tasks.trainer(virtual(2, 2), 2, 1)
 
 
+def test_a_virtual_mesh_asks_no_cluster_for_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of SLURM in whose environment there are no ranks of tasks; a plain run on one device does not ask for them either."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    strategy = virtual(2, 2)
+    run = tasks.trainer(strategy, 1, 1)
+    run.fit(tasks.Classifier(), tasks.loader(32))
+    assert (run.global_rank, run.local_rank, run.node_rank, run.world_size) == (0, 0, 0, 1)
+
+
 def test_the_preset_trains() -> None:
     run = tasks.trainer("sentinel_virtual", 1, 2)
     run.fit(tasks.Classifier(), tasks.loader(32))
