@@ -6,17 +6,21 @@ Apart from the command, because ``jsonargparse`` is an extra.
 from __future__ import annotations
 
 import re
+import sys
 from argparse import Action
 from collections.abc import Iterator
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter, Namespace
 from jsonargparse.util import import_object
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 from lightning_sentinel.config import Response, Verification
-from lightning_sentinel.errors import SentinelError
+from lightning_sentinel.errors import ConfigurationError, SentinelError
+from lightning_sentinel.wrong_settings import in_our_words
 
 __all__ = ["SentinelCLI"]
 
@@ -30,7 +34,9 @@ class SentinelCLI(LightningCLI):
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(formatter_class=_Help, **kwargs)
+        parser = super().init_parser(formatter_class=_Help, **kwargs)
+        parser.error = _fail
+        return parser
 
     @override
     def instantiate_classes(self) -> None:
@@ -42,6 +48,7 @@ class SentinelCLI(LightningCLI):
             # jsonargparse puts what a class said between all that it tried, and the whole configuration behind it.
             for node in _nodes(self.config):
                 _make(node)
+            _require_known_strategy(self.config)
             raise
 
 
@@ -68,6 +75,25 @@ def _make(node: Namespace) -> None:
         raise
     except Exception:
         return  # of another kind, for which the configuration is needed
+
+
+def _fail(message: str, ex: Exception | None = None) -> NoReturn:
+    """What a parser does where it cannot go on, in place of all options, which are in the help, and all that it has tried."""
+    if (plain := in_our_words(message)) is not None:
+        raise ConfigurationError(plain) from None
+    print(f"error: {message}\nFor the options: lightning-sentinel fit --help", file=sys.stderr)
+    raise SystemExit(2) from ex
+
+
+def _require_known_strategy(config: Namespace) -> None:
+    """Raise ``ConfigurationError`` if the Trainer is to have a strategy by a name that none has."""
+    for trainer in (value for name, value in config.items() if name.split(".")[-1] == "strategy"):
+        if isinstance(trainer, str) and trainer != "auto" and trainer not in (known := StrategyRegistry.available_strategies()):
+            near = get_close_matches(trainer, known, 1)
+            names = ", ".join(name for name in known if name.startswith("sentinel"))
+            raise ConfigurationError(
+                f"There is no strategy {trainer!r}.{f' Did you mean {near[0]!r}?' if near else ''} This package's are {names}."
+            ) from None
 
 
 class _Help(DefaultHelpFormatter):  # type: ignore[misc]

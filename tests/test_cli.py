@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import lightning_sentinel as ls
 from lightning_sentinel import cli
+from lightning_sentinel.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -103,6 +104,65 @@ def test_a_setting_that_cannot_work_is_one_sentence(trainer: dict[str, Any], say
     with pytest.raises(SystemExit) as ended:
         cli.main(["fit", BORING, "--config", str(file)])
     assert str(ended.value) == f"ConfigurationError: {says}"
+
+
+def said_by(make: Callable[[], Any]) -> str:
+    with pytest.raises(ConfigurationError) as error:
+        make()
+    return str(error.value)
+
+
+WRONG: dict[str, tuple[dict[str, Any], Callable[[], Any] | str]] = {
+    "text for a number": ({"micro_batches": "abc"}, lambda: ls.SentinelStrategy(micro_batches="abc")),
+    "text for a group": ({"verification": "paper"}, lambda: ls.SentinelStrategy(verification="paper")),
+    "text for the other": ({"response": "strict"}, lambda: ls.SentinelStrategy(response="strict")),
+    "a list for a number": ({"response": {"ban_after": [1]}}, lambda: ls.Response(ban_after=[1])),
+    "part of a step": ({"verification": {"warmup_steps": 10.5}}, lambda: ls.Verification(warmup_steps=10.5)),
+    "none of the words": ({"verification": {"method": "papr"}}, lambda: ls.Verification(method="papr")),
+    "none of the engines": ({"engine": "proces"}, lambda: ls.SentinelStrategy(engine="proces")),
+    "text for a count": ({"stages": "two"}, lambda: ls.SentinelStrategy(stages="two")),
+    "seconds": ({"timeout": 60}, lambda: ls.SentinelStrategy(timeout=60)),
+    "a typing mistake": ({"stage": 2}, "SentinelStrategy has no setting 'stage'. Did you mean 'stages'?"),
+    "in a group": ({"verification": {"warmup": 2}}, "Verification has no setting 'warmup'. Did you mean 'warmup_steps'?"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_setting_of_the_wrong_type_is_told_as_in_a_script(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, says = WRONG[name]
+    file = tmp_path / "config.yaml"
+    strategy = {"class_path": "lightning_sentinel.SentinelStrategy", "init_args": settings}
+    file.write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", BORING, "--config", str(file)])
+    assert str(ended.value) == f"ConfigurationError: {says if isinstance(says, str) else said_by(says)}"
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "make"),
+    [
+        ("micro_batches=abc", lambda: ls.SentinelStrategy(micro_batches="abc")),
+        ("response.ban_after=[1]", lambda: ls.Response(ban_after=[1])),
+    ],
+)
+def test_so_is_one_on_the_command_line(given: str, make: Callable[[], Any]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", BORING, "--trainer.strategy=lightning_sentinel.SentinelStrategy", f"--trainer.strategy.{given}"])
+    assert str(ended.value) == f"ConfigurationError: {said_by(make)}"
+
+
+def test_a_mistake_elsewhere_is_shown_without_all_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", BORING, "--trainer.max_steps=abc"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "trainer.max_steps" in said and "abc" in said and len(said.splitlines()) < 6
+
+
+def test_a_strategy_that_there_is_not_is_told_by_name() -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", BORING, "--trainer.strategy=sentinell", "--trainer.accelerator=cpu"])
+    assert str(ended.value).startswith("ConfigurationError: There is no strategy 'sentinell'. Did you mean 'sentinel'?")
 
 
 def test_the_help_offers_no_internals(capsys: pytest.CaptureFixture[str]) -> None:
