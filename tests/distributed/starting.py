@@ -14,9 +14,13 @@ import runpy
 import signal
 import subprocess
 import sys
+from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
+from lightning.pytorch.strategies.launchers import subprocess_script
 from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
 
@@ -41,7 +45,7 @@ def start_anew(command: list[str], environment: dict[str, str], directory: Path,
 
 
 def start(command: list[str], environment: dict[str, str], directory: Path, said: Path) -> Process:
-    """Run a script, or ``torchrun`` with its options and a script; what is said goes to a file."""
+    """Run a script, or ``torchrun`` with its options and a script; what is said goes to a file. What they start is forked, too."""
     # Not as a daemon: those must not have children.
     process = world.CONTEXT.Process(target=_become, args=(command, environment, directory, said), daemon=False)
     process.start()
@@ -68,10 +72,13 @@ def stop(process: Process) -> None:
 
 def _become(command: list[str], environment: dict[str, str], directory: Path, said: Path) -> None:
     os.setsid()
+    # The server that this process is of starts more; left to itself multiprocessing would start another one.
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
+    subprocess_script.subprocess = SimpleNamespace(Popen=partial(_Child, said))  # type: ignore[assignment]
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
-    with said.open("w") as file:
+    with said.open("a") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     if command[0] == "torchrun":
@@ -82,6 +89,26 @@ def _become(command: list[str], environment: dict[str, str], directory: Path, sa
         elastic_launch(config, _worker)(arguments.training_script, *arguments.training_script_args)
     else:
         _script(*command)
+
+
+class _Child:
+    """What Lightning's launcher starts for the other devices of a machine: in place of a new interpreter one more fork."""
+
+    def __init__(self, said: Path, command: list[str], env: dict[str, str], cwd: str | None) -> None:
+        self._process = start(command[1:], env, Path(cwd or os.getcwd()), said)
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return wait(self._process, 0)
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
 
 
 def _script(*command: str) -> None:
