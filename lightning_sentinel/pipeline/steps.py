@@ -150,6 +150,8 @@ class StepRun:
     def _entered(self, *inputs: Any, **named: Any) -> Any:
         """In place of the entry's ``forward``."""
         where = self._runner.name_of(self.step)
+        if self._answered and self._runner.whole:
+            return self._runner.forward(*inputs, **named)
         if self._answered:
             raise PipelineModelError(
                 f"{where} called {self._runner.call} more than once. A pipeline runs once for each micro-batch: concatenate the"
@@ -181,10 +183,15 @@ class StepRunner:
         entry: the module whose ``forward`` is the whole pipeline: an ``nn.Sequential``, a network, or the LightningModule itself;
             ``None`` if steps run as they are.
         layers: names of the pipeline's layers in the module.
+        whole: whether one process has the only stage, so that what calls the entry once more is run there and then.
     """
 
-    def __init__(self, module: L.LightningModule, entry: nn.Module | None, layers: Collection[str] = ()) -> None:
-        self.module = module
+    def __init__(
+        self, module: L.LightningModule, entry: nn.Module | None, layers: Collection[str] = (), whole: bool = False
+    ) -> None:
+        self.module, self.whole = module, whole
+        self.forward: Callable[..., Any] = module if entry is None else entry.forward
+        """The entry's own."""
         self._entry = entry
         path = next((name for name, child in module.named_modules() if child is entry), "")
         self.call = f"self{'.' * bool(path)}{path.replace('._orig_mod', '')}(x)"
@@ -284,6 +291,7 @@ class StepRunner:
         # Attributes of the instances, not of the classes: what Lightning does to send a call through DDP's wrapper.
         with ExitStack() as stack:
             if self._entry is not None:
+                self.forward = self._entry.forward
                 stack.enter_context(_attribute(self._entry, "forward", forward))
             if self._entry is not None and self._entry._compiled_call_impl is not None:
                 # A module that was compiled in place has its call compiled, around its forward.

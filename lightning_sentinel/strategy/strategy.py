@@ -281,7 +281,7 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         from lightning_sentinel.pipeline.engine import SentinelEngine
 
         assert self.lightning_module is not None
-        self._steps = steps = StepRunner(self.lightning_module, model.layers.entry, model.layers.names)
+        self._steps = steps = StepRunner(self.lightning_module, model.layers.entry, model.layers.names, self._has_all)
         guard = self._kept_guard()
         steps.signals, self._make_held_calls = self._signals.counts, steps.make_calls
         if self._virtual:

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from tests.strategy.test_by_hand import ONE_STAGE
-from tests.strategy.test_modules import MESHES, fitted, trainer, virtual
+from tests.strategy.test_modules import MESHES, fitted, same_as_without, trainer, virtual
 from tests.user_modules import Module, loader
 
 
@@ -52,6 +52,20 @@ def test_a_module_that_does_not_say_what_its_layers_are(options: dict[str, Any])
     found, also_logged, _ = fitted(Unsaid(), virtual(1, 1, micro_batches=1), **options)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(also_logged, logged)
+
+
+class Siamese(Module):
+    """Says what its layers are, and calls them twice."""
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return super().loss(batch) + (self.model(2 * batch["x"]) ** 2).mean()
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (1, 2)])
+def test_one_stage_is_called_as_often_as_a_step_likes(mesh: tuple[int, int]) -> None:
+    same_as_without(Siamese, mesh)
+    with pytest.raises(PipelineModelError, match=r"called self\.model\(x\) more than once"):
+        trainer(virtual(2, 1)).fit(Siamese(), loader())
 
 
 def test_it_is_refused_where_it_would_be_cut() -> None:
