@@ -127,6 +127,25 @@ def test_who_lies_is_found_whatever_the_length(rate: float | None) -> None:
     assert strategy.ledger.banned == {guilty}
 
 
+class Tells(Trims):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        x = batch[0][:, : int(batch[1].max())]
+        return {"loss": self.net(x).square().mean(), "x": x}
+
+
+def test_hooks_get_one_entry_a_sample_of_what_has_different_lengths() -> None:
+    given: list[Any] = []
+
+    class Looks(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            given.append((outputs["x"], batch[0]))
+
+    fitted(Tells(), ls.SentinelStrategy(2, 4, micro_batches=2, engine="virtual", verification=None), [Looks()], steps=1)
+    ((rows, whole),) = given
+    assert len(rows) == len(whole) and len({len(row) for row in rows}) > 1
+    assert all(torch.equal(row, sample[: len(row)]) for row, sample in zip(rows, whole))
+
+
 def test_each_worker_has_its_row_in_the_table_of_a_step() -> None:
     """Groups of replicas are verified one after the other, and what was found is in the order of replicas again."""
     strategy = ls.SentinelStrategy(

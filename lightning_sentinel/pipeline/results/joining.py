@@ -20,7 +20,8 @@ def join(parts: Sequence[Any], sizes: Sequence[int], average: bool = False) -> A
     """Join results along the samples.
 
     Tensors and arrays are concatenated along their first axis, structures entry by entry. A list or tuple with one entry for each
-    sample is continued, any other is joined entry by entry.
+    sample is continued, any other is joined entry by entry. Tensors whose other axes differ, as those of sequences of different
+    lengths, become a list with one entry for each sample.
 
     Args:
         parts: of the same structure.
@@ -42,6 +43,9 @@ def join(parts: Sequence[Any], sizes: Sequence[int], average: bool = False) -> A
     if _alike(parts):
         columns = zip(*(_held(part) for part in parts))
         return rebuilt(first, [join(list(column), sizes, average) for column in columns])
+    if any(map(_has_rows, parts)) and not _fit(parts):
+        one_each = all(_has_rows(part) or is_sequence(part) for part in parts) and list(map(len, parts)) == list(sizes)
+        return [row for part in parts for row in part] if one_each else list(parts)
     if all(isinstance(part, np.ndarray) and part.ndim == first.ndim for part in parts):
         return np.concatenate(parts) if first.ndim else np.stack(parts)
     if all(isinstance(part, Tensor) and part.ndim == first.ndim for part in parts):
@@ -53,6 +57,15 @@ def join(parts: Sequence[Any], sizes: Sequence[int], average: bool = False) -> A
     if any(isinstance(part, (Tensor, np.ndarray)) for part in parts):
         return list(parts)
     return first if all(part == first for part in parts) else list(parts)
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0
+
+
+def _fit(parts: Sequence[Any]) -> bool:
+    """Whether tensors or arrays can be put behind each other."""
+    return all(_has_rows(part) and part.shape[1:] == parts[0].shape[1:] for part in parts)
 
 
 def _held(value: Any) -> list[Any]:

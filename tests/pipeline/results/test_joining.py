@@ -51,6 +51,21 @@ def test_lists_go_by_samples_or_by_entries() -> None:
     assert join([], []) is None
 
 
+def test_tensors_of_different_lengths_have_one_entry_a_sample() -> None:
+    """As sequences have that each micro-batch pads to its own longest, and images of different sizes."""
+    short, long, other = torch.randn(2, 3, 4), torch.randn(1, 5, 4), torch.randn(2, 5, 4)
+    joined = join([{"out": short}, {"out": long}], [2, 1])["out"]
+    assert [tuple(row.shape) for row in joined] == [(3, 4), (3, 4), (5, 4)] and torch.equal(joined[2], long[0])
+    arrays = join([short.numpy(), long.numpy()], [2, 1])
+    assert [row.shape for row in arrays] == [(3, 4), (3, 4), (5, 4)]
+    # Another replica's are all of one length, and a tensor.
+    merged = merge([([joined], [[0, 2, 4]]), ([other], [[1, 3]])])[0]
+    assert [tuple(row.shape) for row in merged] == [(3, 4), (5, 4), (3, 4), (5, 4), (5, 4)]
+    assert torch.equal(merged[1], other[0]) and torch.equal(merged[4], long[0])
+    # Of what does not go by samples, or nobody knows how many there are, the parts are left.
+    assert len(join([short, long], [-1, -1])) == len(join([short, long], [4, 5])) == 2
+
+
 def test_plain() -> None:
     weight = torch.nn.Parameter(torch.ones(1))
     found = plain({"loss": weight * 2, "module": torch.nn.Identity(), "pair": Pair(1, "a"), ("key",): 3})
