@@ -158,6 +158,8 @@ class StageCheckpoints(ResumedRuns):
         if self._stage_model is None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
+        # A copy, because what hooks were shown is theirs.
+        checkpoint = dict(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint[SECTION] = {
                 "step": self.step,
@@ -278,7 +280,15 @@ class StageCheckpoints(ResumedRuns):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, of a sharded one this stage's part; with ``weights_only=True`` unless Lightning says otherwise."""
+        """Read a checkpoint, of a sharded one this stage's part; with ``weights_only=True`` unless Lightning says otherwise.
+
+        What this strategy has added to it is put aside, and no hook sees it.
+        """
+        checkpoint = self._read_checkpoint(checkpoint_path, weights_only)
+        self._section = checkpoint.pop(SECTION, {})
+        return checkpoint
+
+    def _read_checkpoint(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
         path, self._saved_names = local_path(checkpoint_path), None
         weights_only = True if weights_only is None else weights_only
         if self._roster is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
@@ -15,7 +16,6 @@ from typing_extensions import override
 
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.checkpoints import full as stage_files
-from lightning_sentinel.pipeline.checkpoints.full import SECTION
 from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition, own_generators
 from lightning_sentinel.pipeline.face import Engine
 from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
@@ -39,6 +39,8 @@ class ResumedRuns(StepsByHand):
     _randomness: SeparateRandomness | None
     _position: DataPosition
     _seed: int
+    _section: Mapping[str, Any] = MappingProxyType({})
+    """What this strategy had saved with the checkpoint that was loaded."""
     _return_to: dict[str, Any] | None
     """Where in its data a resumed run has to go on, before it has begun."""
     _stepping: bool = False
@@ -59,7 +61,7 @@ class ResumedRuns(StepsByHand):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Continue a run: the optimizer, the place in the data, and what the verifiers and the ledger had learned."""
-        section = checkpoint.get(SECTION, {})
+        section = self._section
         self._return_to = {}
         if section:
             self._resume_run(section)

@@ -122,6 +122,32 @@ class TestResuming:
         with pytest.raises(Exception, match="weights_only"):
             make(max_steps=6).fit(Keeps(), loader(), ckpt_path=tmp_path / "at.ckpt")
 
+    @pytest.mark.parametrize("form", FORMS)
+    def test_hooks_see_the_checkpoint_of_a_plain_run(self, form: Form, tmp_path: Path) -> None:
+        seen: list[dict[str, Any]] = []
+
+        class Looks(Small):
+            def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                seen.append(checkpoint)
+
+            on_load_checkpoint = on_save_checkpoint
+
+        first = make(form)
+        first.fit(Looks(), loader())
+        first.save_checkpoint(tmp_path / "at.ckpt")
+        make(form, max_steps=6).fit(Looks(), loader(), ckpt_path=tmp_path / "at.ckpt")
+        keys = {
+            "epoch",
+            "global_step",
+            "pytorch-lightning_version",
+            "state_dict",
+            "loops",
+            "callbacks",
+            "optimizer_states",
+            "lr_schedulers",
+        }
+        assert [set(checkpoint) for checkpoint in seen] == [keys, keys]
+
     def test_other_settings_are_told_with_who_is_banned(self, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
         path = tmp_path / "at.ckpt"
         before = {"verification": ls.Verification(warmup_steps=2, window=64), "response": ls.Response(banned=[(1, 0)])}
