@@ -40,7 +40,6 @@ _ROOM_OF_TOKENS = 8
 
 _ALERT_STEPS = 30
 _ALERT_FACTOR = 3
-_ALERT_FACTOR_OF_A_STAGE = 10
 _FACTOR_AT_THE_ENDS = 4
 
 
@@ -120,8 +119,8 @@ class AuditSchedule:
 
     What the first stage makes of its samples and the last of its labels can be compared with nothing, so by features alone a liar
     there is seen least: these signals are drawn up to four times as often, as far as there are not more than twice as many audits
-    in all. And where one lies, others may: for 30 steps after a worker was found out the rate is three times as high, and in its
-    stage ten times.
+    in all. And where one lies, others may: for 30 steps after a worker was found out at least three times ``rate`` is drawn, and
+    three times what is drawn else in its stage.
 
     Args:
         mesh: the workers.
@@ -140,6 +139,7 @@ class AuditSchedule:
         self._mesh, self._seed = mesh, seed
         more = min(_FACTOR_AT_THE_ENDS, 1 + len(mesh.boundaries) / 2)
         self._rates = rate * torch.where(made_of_data(mesh), more, 1.0).double()
+        self._alert = _ALERT_FACTOR * rate
         self._stages = torch.tensor([boundary.sender for boundary in mesh.boundaries])
 
     def rates(self, step: int, found: Mapping[int, int]) -> Tensor:
@@ -150,10 +150,11 @@ class AuditSchedule:
             found: when a worker of a stage was last found out, by stage.
         """
         alert = [stage for stage, last in found.items() if step - last <= _ALERT_STEPS]
-        factor = torch.full_like(self._rates, _ALERT_FACTOR if alert else 1)
+        rates = self._rates.clamp(min=self._alert) if alert else self._rates.clone()
         for stage in alert:
-            factor[self._stages == stage] = _ALERT_FACTOR_OF_A_STAGE
-        return (self._rates * factor).clamp(max=1.0)
+            of_stage = self._stages == stage
+            rates[of_stage] = _ALERT_FACTOR * self._rates[of_stage]
+        return rates.clamp(max=1.0)
 
     def draw(self, step: int, micro_batches: int, found: Mapping[int, int]) -> Tensor:
         """The audits of a step, ``(boundaries, replicas, micro_batches)`` bool, by samples.
