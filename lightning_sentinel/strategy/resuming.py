@@ -69,8 +69,8 @@ class ResumedRuns(StepsByHand):
             # Of a run without this strategy: its steps are Lightning's batches, and there is nothing else to know.
             assert self.lightning_module is not None
             self.step = self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        assert self._engine is not None
-        others = self._engine.stepped_by_others
+        # Lightning's connector may be asked to restore what was saved where there is no run.
+        others = frozenset() if self._engine is None else self._engine.stepped_by_others
         if self._by_hand:
             super().load_optimizer_state_dict(checkpoint)
             return
@@ -114,15 +114,15 @@ class ResumedRuns(StepsByHand):
     def _resume_randomness(self, section: Mapping[str, Any], written_on: Mesh) -> None:
         if "seed" not in section:
             return
-        assert self._engine is not None and self._randomness is not None
         self._seed = section["seed"]
-        self._engine.reseed(self._seed)
+        if self._engine is not None:
+            self._engine.reseed(self._seed)
         saved, processes = section["generators"], section["processes"]
         states = own_generators(saved, written_on, processes, self.mesh, self.global_rank, self.world_size)
         if states is None:
             return
         computation = {name.split("/", 1)[1]: state for name, state in states.items() if name.startswith("computation/")}
-        if computation:
+        if computation and self._randomness is not None:
             self._randomness.load_states(computation, self.root_device)
         self._return_to = states
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -23,17 +24,15 @@ _ALONE = (None, "auto", 1, "1", -1)
 _ran = False
 
 
-def _pipeline(module: L.LightningModule) -> Callable[[], list[nn.Module]]:
+def _layers(module: L.LightningModule) -> list[nn.Module]:
     """Tests' modules do not say what their layers are: the layer that ``BoringModel`` calls, or the only child with parameters.
 
-    Others are left as they are, to be run whole.
+    Of others nothing is said, and they are run whole.
     """
     children = [child for child in module.children() if any(True for _ in child.parameters())]
     if type(module).forward is BoringModel.forward and isinstance(getattr(module, "layer", None), nn.Module):
         children = [module.layer]
-    if len(children) != 1:
-        raise AttributeError("configure_pipeline")
-    return lambda: children
+    return children if len(children) == 1 else []
 
 
 class _Strategy(ls.SentinelStrategy):
@@ -41,6 +40,15 @@ class _Strategy(ls.SentinelStrategy):
         global _ran
         _ran = True
         return super()._make_engine(*arguments)
+
+    def _cut(self) -> Any:
+        layers = _layers(self.lightning_module)
+        with ExitStack() as stack:
+            if layers:
+                # Of the instance, and no longer than it is asked for, because tests compile modules, and look at what they have.
+                vars(self.lightning_module)["configure_pipeline"] = lambda: layers
+                stack.callback(vars(self.lightning_module).pop, "configure_pipeline")
+            return super()._cut()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,7 +69,6 @@ def pytest_configure(config: pytest.Config) -> None:
         make(self, *arguments, **options)
 
     L.Trainer.__init__ = with_strategy  # type: ignore[method-assign]
-    L.LightningModule.configure_pipeline = property(_pipeline)  # type: ignore[attr-defined]
 
 
 @pytest.hookimpl(wrapper=True)

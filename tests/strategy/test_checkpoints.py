@@ -123,6 +123,19 @@ class TestResuming:
             make(max_steps=6).fit(Keeps(), loader(), ckpt_path=tmp_path / "at.ckpt")
 
     @pytest.mark.parametrize("form", FORMS)
+    def test_what_was_saved_is_restored_between_runs(self, form: Form, tmp_path: Path) -> None:
+        module, expected = Small(), Small()
+        run = make(form)
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "at.ckpt")
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.zero_()
+        run._checkpoint_connector.restore(tmp_path / "at.ckpt")
+        make(form).fit(expected, loader())
+        torch.testing.assert_close(module.state_dict(), expected.state_dict())
+
+    @pytest.mark.parametrize("form", FORMS)
     def test_hooks_see_the_checkpoint_of_a_plain_run(self, form: Form, tmp_path: Path) -> None:
         seen: list[dict[str, Any]] = []
 
