@@ -43,6 +43,8 @@ class SentinelMonitor(L.Callback):
     def __init__(self) -> None:
         self._file: Path | None = None
         self._banned = 0
+        self._totals: tuple[int, ...] | None = None
+        """Those that are logged: Lightning keeps a value until its epoch ends."""
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -52,6 +54,10 @@ class SentinelMonitor(L.Callback):
         # Without a logger it is the working directory, where nobody asked for files.
         writes = trainer.is_global_zero and bool(trainer.loggers) and directory is not None
         self._file = Path(str(directory)) / "sentinel" / "detections.jsonl" if writes else None
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._totals = None
 
     @override
     def on_train_batch_end(
@@ -67,14 +73,19 @@ class SentinelMonitor(L.Callback):
             of_boundary = scores[boundary.sender, :, list(Direction).index(boundary.direction)]
             values[f"sentinel/anomaly_score/{boundary.name}"] = nanmax(of_boundary)
         pl_module.log_dict({name: value for name, value in values.items() if not value.isnan()}, batch_size=1)
-        totals = {"sentinel/flags": strategy.ledger.total_flags, "sentinel/banned": len(strategy.ledger.banned)}
-        # Tensors of the host: of a number Lightning would make one of the device, and wait for it to show it.
-        pl_module.log_dict({name: torch.tensor(float(total)) for name, total in totals.items()}, prog_bar=True, batch_size=1)
-        pl_module.log("sentinel/audits", torch.tensor(float(strategy.ledger.audits)), batch_size=1)
-        if self._file is not None and len(strategy.ledger.banned) != self._banned:
-            self._banned = len(strategy.ledger.banned)
+        ledger = strategy.ledger
+        totals = (ledger.total_flags, len(ledger.banned), ledger.audits)
+        # To log costs more than to count, and most steps change nothing.
+        if totals != self._totals:
+            self._totals = totals
+            # Tensors of the host: of a number Lightning would make one of the device, and wait for it to show it.
+            flags, banned, audits = (torch.tensor(float(total)) for total in totals)
+            pl_module.log_dict({"sentinel/flags": flags, "sentinel/banned": banned}, prog_bar=True, batch_size=1)
+            pl_module.log("sentinel/audits", audits, batch_size=1)
+        if self._file is not None and len(ledger.banned) != self._banned:
+            self._banned = len(ledger.banned)
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            strategy.ledger.export(self._file.with_name("ledger.json"))
+            ledger.export(self._file.with_name("ledger.json"))
 
     def on_sentinel_detection(self, trainer: L.Trainer, pl_module: L.LightningModule, detection: Detection) -> None:
         """Append a detection to the file, at once: a run that dies keeps what it found."""
