@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -136,24 +137,36 @@ MALFORMED = {
 }
 
 
-def fit_malformed() -> dict[str, Any]:
-    found = {}
+def warmed_up(directory: Path) -> Path:
+    """A checkpoint of a clean run at the end of the warm-up, from which all cases go on."""
+    path = directory / "warm.ckpt"
+    run = tasks.trainer(strategy(verification=VERIFICATION, response=FLAGS), 4, WARMUP)
+    run.fit(tasks.Classifier(), tasks.loader(6, 2))
+    run.save_checkpoint(path)
+    return path
+
+
+def fit_on(warm: Path, *callbacks: L.Callback) -> tuple[dict[ls.Worker, int], set[str], bool]:
+    """Who was banned and when, what was found, and whether the weights are finite."""
+    ours, module = strategy(verification=VERIFICATION, response=FLAGS), tasks.Classifier()
+    tasks.trainer(ours, 4, WARMUP + 12, callbacks).fit(module, tasks.loader(6, 2), ckpt_path=warm)
+    finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
+    return dict(ours.ledger.banned_at), {one.feature for one in ours.detections}, finite
+
+
+def fit_malformed(directory: Path) -> dict[str, Any]:
+    found, warm = {}, warmed_up(directory)
     for what, (how, sender) in MALFORMED.items():
-        ours, module = (
-            strategy(verification=VERIFICATION, response=FLAGS),
-            tasks.Classifier(),
-        )
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            tasks.trainer(ours, 4, WARMUP + 12, [Sends(how, sender, BEGIN)]).fit(module, tasks.loader(6, 2))
+            result = fit_on(warm, Sends(how, sender, BEGIN))
         told = [str(one.message) for one in said if "counts as a signal that is not finite" in str(one.message)]
-        finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
-        found[what] = dict(ours.ledger.banned_at), {one.feature for one in ours.detections}, finite, told
+        found[what] = *result, told
     return found
 
 
-def test_a_malformed_message_is_what_its_sender_answers_for() -> None:
-    everyone = world.run(fit_malformed, 4, timeout=100)
+def test_a_malformed_message_is_what_its_sender_answers_for(tmp_path: Path) -> None:
+    everyone = world.run(fit_malformed, 4, tmp_path, timeout=100)
     for rank, found in enumerate(everyone):
         for what, (_, sender) in MALFORMED.items():
             banned, features, finite, told = found[what]
@@ -282,23 +295,18 @@ def zeros(signal: Tensor, context: Any) -> Tensor:
     return torch.zeros_like(signal)
 
 
-def fit_attacked() -> dict[str, Any]:
-    found = {}
+def fit_attacked(directory: Path) -> dict[str, Any]:
+    found, warm = {}, warmed_up(directory)
     for attack in (nan, infinite, zeros):
         for worker in (ls.Worker(0, 1), ls.Worker(1, 1)):
-            ours, module = (
-                strategy(verification=VERIFICATION, response=FLAGS),
-                tasks.Classifier(),
-            )
             injector = ls.AttackInjector(attack, workers=[worker], start_step=WARMUP + 2)
-            tasks.trainer(ours, 4, WARMUP + 12, [injector]).fit(module, tasks.loader(6, 2))
-            finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
-            found[f"{attack.__name__} by {worker}"] = worker, dict(ours.ledger.banned_at), finite
+            banned, _, finite = fit_on(warm, injector)
+            found[f"{attack.__name__} by {worker}"] = worker, banned, finite
     return found
 
 
-def test_bad_signals_do_not_reach_the_weights() -> None:
-    for found in world.run(fit_attacked, 4, timeout=80):
+def test_bad_signals_do_not_reach_the_weights(tmp_path: Path) -> None:
+    for found in world.run(fit_attacked, 4, tmp_path, timeout=80):
         for what, (worker, banned, finite) in found.items():
             assert set(banned) == {worker}, what
             assert banned[worker] <= WARMUP + 2 + 5, what
