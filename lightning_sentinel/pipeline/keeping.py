@@ -21,6 +21,8 @@ from torchmetrics import Metric, MetricCollection, MetricTracker
 
 __all__ = ["DEEPEST", "Holder", "keepers", "kept_by", "put", "remembered"]
 
+_ENTRY = 64
+"""So many elements of a tensor are copied in the time that one entry of a collection takes."""
 DEEPEST = 8
 """Collections inside collections that are looked into."""
 _OWN = frozenset(dir(L.LightningModule())) | {"_hparams", "_hparams_initial", "_hparams_name"}
@@ -101,7 +103,8 @@ def remembered(
     """Take note of what a module keeps. Returns what brings it back, but for what is done to single tensors in a list.
 
     Args:
-        most: entries and elements of one thing to copy; of what has more, only a list loses what is added to it. ``None``: all.
+        most: elements of a tensor to copy, and a 64th as many entries of a collection, which are looked at one by one; of what has
+            more, only a list loses what is added to it. ``None``: all.
 
     Example:
         >>> module = L.LightningModule()
@@ -135,7 +138,7 @@ def _restoring(value: Any, most: int | None, depth: int = 0) -> Callable[[], obj
         return partial(_exchanged, value, saved)
     if not isinstance(value, (list, dict, set, deque)) or depth > DEEPEST:
         return _nothing
-    if most is not None and len(value) > most:
+    if most is not None and len(value) > most // _ENTRY:
         return partial(_cut, value, len(value)) if isinstance(value, list) else _nothing
     inside = value.values() if isinstance(value, dict) else () if isinstance(value, set) else value
     looks_into = (list, dict, set, deque, *((Tensor, np.ndarray) if isinstance(value, dict) else ()))

@@ -33,7 +33,7 @@ __all__ = ["NeverCalledError", "StepOutputError", "StepRun", "StepRunner", "chec
 
 
 _MOST = 2**16
-"""Elements of one thing that are copied in every batch."""
+"""Elements of one tensor that are copied in every batch."""
 
 
 def fetches(module: L.LightningModule, step: str) -> bool:
@@ -320,7 +320,7 @@ class StepRunner:
         """Take note of what steps keep, and hold what they say to loggers. Returns what undoes what they do from here on.
 
         Args:
-            most: elements of one thing to copy, because this comes before every batch that may be done again.
+            most: elements of one tensor to copy, because this comes before every batch that may be done again.
         """
         self.calls.hold()
         trainer = self.module._trainer
