@@ -68,6 +68,24 @@ def test_one_stage_is_called_as_often_as_a_step_likes(mesh: tuple[int, int]) -> 
         trainer(virtual(2, 1)).fit(Siamese(), loader())
 
 
+class Scaled(Module):
+    """Says what its layers are, and trains more than them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.scale * super().loss(batch)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (1, 2)])
+def test_parameters_outside_of_the_layers(mesh: tuple[int, int]) -> None:
+    same_as_without(Scaled, mesh, gradient_clip_val=0.1)
+    with pytest.raises(PipelineModelError, match=r"trainable parameters outside its pipeline: scale"):
+        trainer(virtual(2, 1)).fit(Scaled(), loader())
+
+
 def test_it_is_refused_where_it_would_be_cut() -> None:
     with pytest.raises(PipelineModelError, match=r"Unsaid has no nn\.Sequential"):
         trainer(virtual(2, 1)).fit(Unsaid(), loader())

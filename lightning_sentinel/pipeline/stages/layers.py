@@ -89,7 +89,8 @@ def find_layers(
         module: the user's module.
         sequential: attribute that holds the layers, if it is not the only one; of what the hook returns, the entry.
         building: entered where layers are built from DeepSpeed's ``LayerSpec``.
-        whole: whether the only stage is in this process. Then the whole module is a layer if it does not say what its layers are.
+        whole: whether the only stage is in this process. Then the whole module is a layer if it does not say what its layers are,
+            or trains more than them.
 
     Raises:
         PipelineModelError: if there is none, or more than one, or the layers do not hold all trainable parameters.
@@ -108,6 +109,8 @@ def find_layers(
     if whole and not hooked and sequential is None and len(_sequentials(module)) != 1:
         return PipelineLayers(module, None, (module,), ("",))
     found = _from_hook(module, sequential, building or nullcontext()) if hooked else _from_sequential(module, sequential)
+    if whole and _outside(found):
+        return PipelineLayers(module, None, (module,), ("",))
     _check_parameters(found)
     return found
 
@@ -186,13 +189,17 @@ def _check_parameters(found: PipelineLayers) -> None:
             " processes and cannot: give each a module of its own and tie their weights (`head.weight = embedding.weight`), or make"
             " them one layer."
         )
-    inside = {id(parameter) for layer in found.layers for parameter in layer.parameters()}
-    outside = [name for name, p in found.module.named_parameters() if p.requires_grad and id(p) not in inside]
-    if outside:
+    if outside := _outside(found):
         raise PipelineModelError(
             f"{type(found.module).__name__} has trainable parameters outside its pipeline: {_some(outside)}. No stage would own"
             " them. Move them into the layers, or freeze them with requires_grad_(False)."
         )
+
+
+def _outside(found: PipelineLayers) -> list[str]:
+    """Names of trainable parameters of no layer."""
+    inside = {id(parameter) for layer in found.layers for parameter in layer.parameters()}
+    return [name for name, p in found.module.named_parameters() if p.requires_grad and id(p) not in inside]
 
 
 def _repeated(found: PipelineLayers) -> list[str]:
