@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,17 @@ def assert_equal(ranks: list[dict[str, Any]], alone: dict[str, Any], routed: boo
             seen.add(name)
             assert (value - alone["weights"][name]).abs().max() <= 1e-6, name
     assert seen == set(alone["weights"])
+
+
+def without_transformers() -> str:
+    """The name of a class that is imported anew, as where transformers is not installed."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("lightning_sentinel", "transformers")]:
+        del sys.modules[name]
+    sys.modules["transformers"] = None  # type: ignore[assignment]
+    from lightning_sentinel import models
+
+    return str(models.CausalLM.__name__)
+
+
+def test_importing_the_models_needs_no_transformers() -> None:
+    assert world.run(without_transformers, 1) == ["CausalLM"]

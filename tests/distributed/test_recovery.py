@@ -82,7 +82,7 @@ def unaudited(directory: str, seed: int = 0) -> dict[str, Any]:
         return ls.SentinelStrategy(STAGES, REPLICAS, 2, verification, response, timeout=tasks.PATIENCE)
 
     data = campaign.Text(int(os.environ["LOCAL_RANK"]) % REPLICAS, seed, batch_size=12, replicas=REPLICAS)
-    warm, steps = Path(directory) / "warm.ckpt", WARMUP + 30
+    warm, steps = Path(directory) / "warm.ckpt", WARMUP + 20
     first = tasks.trainer(strategy(), STAGES * REPLICAS, WARMUP)
     first.fit(campaign.Model(seed, steps), data)
     first.save_checkpoint(warm)
