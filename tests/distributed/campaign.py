@@ -128,7 +128,6 @@ def table(method: str, seeds: int, steps: int) -> str:
 
     attacks = {f"activation {name}": ("activation", attack) for name, attack in ACTIVATION_ATTACKS.items()}
     attacks |= {f"gradient {name}": ("gradient", attack) for name, attack in GRADIENT_ATTACKS.items()}
-    world.start_server()
     results = []
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as directory:

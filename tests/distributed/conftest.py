@@ -2,10 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.distributed import world
 from tests.distributed.gpu_report import report
-
-world.start_server()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -19,15 +19,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = mp.get_context("forkserver")
-
-
-def start_server() -> None:
-    """Start the fork server with everything imported; ``DS_ACCELERATOR`` decides what DeepSpeed is imported for."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
-    sys.path.insert(0, str(ROOT))
-    CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+# Wherever ranks are asked for: with a server without these imports each rank imports them itself. ``DS_ACCELERATOR`` decides what
+# DeepSpeed is imported for.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
+sys.path.insert(0, str(ROOT))
+CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 
 
 def free_port() -> int:
