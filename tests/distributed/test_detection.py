@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(400)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of the clean run and of each attack, all from the end of one warm-up."""
-    ranks = world.run(campaign.run, 9, str(tmp_path_factory.mktemp("campaign")), ATTACKS, "sentinel", 20, timeout=380)
+    ranks = world.run(campaign.run, 9, str(tmp_path_factory.mktemp("campaign")), ATTACKS, "sentinel", 12, timeout=380)
     assert all(rank == ranks[0] for rank in ranks), "ranks disagree"
     return dict(ranks[0])
 
