@@ -133,8 +133,10 @@ class StageCheckpoints(ResumedRuns):
         parts = self._from_stages(plain, tensors)
         if not parts:
             return {}
+        # What an optimizer keeps here is its own affair; LBFGS has lists of tensors.
+        believed = parts if self._virtual else self._own(parts)
         state, self._saved_groups = stage_files.merge_optimizer_states(
-            self._own(parts), _options(optimizer), self._running_stage_model.parameter_names
+            believed, _options(optimizer), self._running_stage_model.parameter_names
         )
         return state
 

@@ -111,6 +111,17 @@ def test_an_optimizer_that_evaluates_the_loss_itself(mesh: tuple[int, int], opti
     same_as_without(Newton, mesh, **options)
 
 
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_checkpoint_of_one_that_keeps_lists_of_tensors(tmp_path: Path, kind: Any) -> None:
+    whole, *_ = fitted(Newton(), virtual(3, 2), max_epochs=4)
+    half = trainer(virtual(3, 2, state_dict_type=kind))
+    half.fit(Newton(), loader(), loader())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    module = Newton()
+    trainer(virtual(3, 2, state_dict_type=kind), max_epochs=4).fit(module, loader(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    torch.testing.assert_close(module.state_dict(), whole, rtol=0, atol=1e-6)
+
+
 def test_each_evaluation_is_verified() -> None:
     attack = ls.AttackInjector(ls.attacks.get("scale", factor=50.0), workers=[ls.Worker(1, 0)], start_step=4)
     settings = ls.Verification(warmup_steps=4)
