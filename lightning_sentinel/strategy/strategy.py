@@ -283,7 +283,7 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         assert self.lightning_module is not None
         self._steps = steps = StepRunner(self.lightning_module, model.layers.entry, model.layers.names, self._has_all)
         guard = self._kept_guard()
-        steps.signals, self._make_held_calls = self._signals.counts, steps.make_calls
+        steps.signals = self._signals.counts
         if self._virtual:
             context = self.precision_plugin.forward_context
             return VirtualEngine(model, optimizer, steps, guard, self.root_device, seed, self._activation_checkpointing, context)
@@ -338,7 +338,8 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
             try:
                 outcome = self._train_until_settled(arguments, scale)
             finally:
-                self._make_held_calls()
+                assert self._steps is not None
+                self._steps.make_calls()
             returned = self._returned("training_step")
             if not outcome.skipped:
                 self._running_engine.hold_gradients()
