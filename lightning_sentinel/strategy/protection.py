@@ -15,7 +15,7 @@ def protection(mesh: Mesh, verification: Verification | None, response: Response
     Example:
         >>> protection(Mesh(stages=2, replicas=2), Verification(), Response(audit_rate=None))
         'Verified: what crosses a boundary. Flags decide: what is flagged stays out of the weights; a worker flagged in 5 steps in \
-a row is banned, at most 1 of 2 of a stage.'
+a row, and not only as others of its stage are, is banned, at most 1 of 2 of a stage.'
     """
     if verification is None:
         return "Nothing is verified."

@@ -177,7 +177,7 @@ def test_a_liar_behind_a_liar_is_found_in_the_same_step(clean: Run) -> None:
 
 
 def test_a_lower_rate_finds_liars_soon() -> None:
-    run = Run(ATTACKS["hardly noticeable"], LIARS, rate=0.2, steps=START + 10)
+    run = Run(ATTACKS["hardly noticeable"], LIARS, rate=0.05, steps=START + 10)
     assert run.ledger.banned == set(LIARS)
     assert run.ledger.audits < 0.7 * (START + 10) * SIGNALS
 
