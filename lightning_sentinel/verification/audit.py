@@ -6,6 +6,7 @@ decided by all ranks from the same data and a secret seed: the audited worker ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import IntEnum
 
@@ -41,6 +42,7 @@ _ROOM_OF_TOKENS = 8
 _ALERT_STEPS = 30
 _ALERT_FACTOR = 3
 _FACTOR_AT_THE_ENDS = 4
+_STEPS_OF_EVERYTHING = 3
 
 
 def tolerance(dtype: torch.dtype, computed_in: torch.dtype = torch.float32) -> float:
@@ -120,7 +122,8 @@ class AuditSchedule:
     What the first stage makes of its samples and the last of its labels can be compared with nothing, so by features alone a liar
     there is seen least: these signals are drawn up to four times as often, as far as there are not more than twice as many audits
     in all. And where one lies, others may: for 30 steps after a worker was found out at least three times ``rate`` is drawn, and
-    three times what is drawn else in its stage.
+    three times what is drawn else in its stage; and where that is the first or the last one, everything that can be compared with
+    nothing in the step in which it was found, which is done again, and the three after it.
 
     Args:
         mesh: the workers.
@@ -138,7 +141,8 @@ class AuditSchedule:
     def __init__(self, mesh: Mesh, rate: float, seed: int) -> None:
         self._mesh, self._seed = mesh, seed
         more = min(_FACTOR_AT_THE_ENDS, 1 + len(mesh.boundaries) / 2)
-        self._rates = rate * torch.where(made_of_data(mesh), more, 1.0).double()
+        self._of_data = made_of_data(mesh)
+        self._rates = rate * torch.where(self._of_data, more, 1.0).double()
         self._alert = _ALERT_FACTOR * rate
         self._stages = torch.tensor([boundary.sender for boundary in mesh.boundaries])
 
@@ -154,6 +158,8 @@ class AuditSchedule:
         for stage in alert:
             of_stage = self._stages == stage
             rates[of_stage] = _ALERT_FACTOR * self._rates[of_stage]
+        if any(step - found.get(stage, -math.inf) <= _STEPS_OF_EVERYTHING for stage in (0, self._mesh.stages - 1)):
+            rates[self._of_data] = 1.0
         return rates.clamp(max=1.0)
 
     def draw(self, step: int, micro_batches: int, found: Mapping[int, int]) -> Tensor:

@@ -70,9 +70,10 @@ def test_after_a_worker_was_found_out_the_rate_is_higher_for_thirty_steps_and_mo
     alert, ends = after[ban : ban + 31], made_of_data(mesh)
     of_stage = torch.tensor([boundary.sender == stage for boundary in mesh.boundaries])
     assert alert[:, ~ends].float().mean().item() == pytest.approx(3 * rate, rel=0.15)
-    assert alert[:, ends & ~of_stage].float().mean().item() == pytest.approx(4 * rate, rel=0.2)
+    assert alert[4:, ends & ~of_stage].float().mean().item() == pytest.approx(4 * rate, rel=0.25)
     if stage == 0:
-        assert alert[:, ends & of_stage].float().mean().item() == pytest.approx(12 * rate, rel=0.15)
+        assert alert[:4, ends].all(), "where nothing can be compared all of it, at both ends"
+        assert alert[4:, ends & of_stage].float().mean().item() == pytest.approx(12 * rate, rel=0.15)
     assert (alert | ~usual[ban : ban + 31]).all(), "what was drawn before the ban is drawn when the step is done again"
 
 
