@@ -136,9 +136,11 @@ def refusal(path: Path, another_model: bool = False) -> str:
     before = {file: file.read_bytes() for file in [path, *path.rglob("*")] if file.is_file()}
     results, failures = world.outcomes(loading, 4, path, int(another_model), timeout=40)
     assert not results
-    assert {failure.kind for failure in failures.values()} == {"ConfigurationError"}
+    # Each finds it out by itself. One that is slow may hear of the end of another first, and names that.
+    refused = {failure.message for failure in failures.values() if failure.kind == "ConfigurationError"}
+    assert {failure.kind for failure in failures.values()} <= {"ConfigurationError", "WorkerLostError"}
     assert {file: file.read_bytes() for file in before} == before
-    (message,) = {failure.message for failure in failures.values()}
+    (message,) = refused
     return message
 
 
