@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_sentinel.mesh import Direction
+from lightning_sentinel.mesh import Direction, Mesh
 from lightning_sentinel.metrics import AnomalyScore
 from lightning_sentinel.metrics.functional import nanmax
 
@@ -25,10 +27,12 @@ __all__ = ["SentinelMonitor"]
 class SentinelMonitor(L.Callback):
     """Logs anomaly scores, flags and bans, and writes detections to a file. :class:`SentinelStrategy` adds one by itself.
 
-    To every logger go ``sentinel/anomaly_score``, the highest score of the batch (1 is the fence), the same by sender and direction
-    as ``sentinel/anomaly_score/stage{s}/{activation|gradient}``, and the running totals ``sentinel/flags``, ``sentinel/banned`` and
-    ``sentinel/audits``. If the Trainer has a logger, detections go to ``<log_dir>/sentinel/detections.jsonl``, one JSON object a
-    line, and who is banned to ``<log_dir>/sentinel/ledger.json``, which a next run can start from.
+    To every logger go ``sentinel/anomaly_score``, the highest score since loggers were last told (1 is the fence), the same by
+    sender and direction as ``sentinel/anomaly_score/stage{s}/{activation|gradient}``, and the running totals ``sentinel/flags``,
+    ``sentinel/banned`` and ``sentinel/audits``: every ``Trainer(log_every_n_steps=...)`` batches, and for callbacks and the
+    progress bar in each batch in which somebody was flagged or banned. If the Trainer has a logger, detections go to
+    ``<log_dir>/sentinel/detections.jsonl``, one JSON object a line, and who is banned to ``<log_dir>/sentinel/ledger.json``, which
+    a next run can start from.
 
     Attributes:
         anomaly_score: mean scores of the run so far; ``anomaly_score.plot()`` draws them over the mesh.
@@ -43,8 +47,12 @@ class SentinelMonitor(L.Callback):
     def __init__(self) -> None:
         self._file: Path | None = None
         self._banned = 0
+        self._found = (0, 0)
+        """Flags and bans up to the batch before."""
         self._totals: tuple[int, ...] | None = None
         """Those that are logged: Lightning keeps a value until its epoch ends."""
+        self._highest: Tensor | None = None
+        """``(stages, directions)``, the highest scores since loggers were last told; NaN where there is none."""
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -68,24 +76,33 @@ class SentinelMonitor(L.Callback):
             return
         scores = strategy.table.worker_scores(strategy.mesh, strategy.wiring)
         self.anomaly_score.update(scores)
-        values = {"sentinel/anomaly_score": nanmax(scores.flatten())}
-        for boundary in strategy.mesh.boundaries:
-            of_boundary = scores[boundary.sender, :, list(Direction).index(boundary.direction)]
-            values[f"sentinel/anomaly_score/{boundary.name}"] = nanmax(of_boundary)
-        pl_module.log_dict({name: value for name, value in values.items() if not value.isnan()}, batch_size=1)
+        highest = nanmax(scores, dim=1)
+        self._highest = highest if self._highest is None else self._highest.fmax(highest)
         ledger = strategy.ledger
         totals = (ledger.total_flags, len(ledger.banned), ledger.audits)
-        # To log costs more than to count, and most steps change nothing.
-        if totals != self._totals:
-            self._totals = totals
-            # Tensors of the host: of a number Lightning would make one of the device, and wait for it to show it.
-            flags, banned, audits = (torch.tensor(float(total)) for total in totals)
-            pl_module.log_dict({"sentinel/flags": flags, "sentinel/banned": banned}, prog_bar=True, batch_size=1)
-            pl_module.log("sentinel/audits", audits, batch_size=1)
+        happened = totals[:2] != self._found
+        self._found = totals[:2]
+        # To log costs more than to verify a small batch, and between two of these batches no logger is listening.
+        loggers_listen = trainer._logger_connector.should_update_logs
+        if loggers_listen or happened:
+            self._log(pl_module, strategy.mesh, self._highest)
+            # Most batches change nothing.
+            if totals != self._totals:
+                self._totals = totals
+                _log_totals(pl_module, totals)
+        if loggers_listen:
+            self._highest = None
         if self._file is not None and len(ledger.banned) != self._banned:
             self._banned = len(ledger.banned)
             self._file.parent.mkdir(parents=True, exist_ok=True)
             ledger.export(self._file.with_name("ledger.json"))
+
+    @staticmethod
+    def _log(module: L.LightningModule, mesh: Mesh, highest: Tensor) -> None:
+        values = {"sentinel/anomaly_score": nanmax(highest.flatten())}
+        for boundary in mesh.boundaries:
+            values[f"sentinel/anomaly_score/{boundary.name}"] = highest[boundary.sender, list(Direction).index(boundary.direction)]
+        module.log_dict({name: value for name, value in values.items() if not value.isnan()}, batch_size=1)
 
     def on_sentinel_detection(self, trainer: L.Trainer, pl_module: L.LightningModule, detection: Detection) -> None:
         """Append a detection to the file, at once: a run that dies keeps what it found."""
@@ -94,6 +111,13 @@ class SentinelMonitor(L.Callback):
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a") as lines:
             lines.write(json.dumps(asdict(detection)) + "\n")
+
+
+def _log_totals(module: L.LightningModule, totals: Sequence[int]) -> None:
+    # Tensors of the host: of a number Lightning would make one of the device, and wait for it to show it.
+    flags, banned, audits = (torch.tensor(float(total)) for total in totals)
+    module.log_dict({"sentinel/flags": flags, "sentinel/banned": banned}, prog_bar=True, batch_size=1)
+    module.log("sentinel/audits", audits, batch_size=1)
 
 
 def _strategy(trainer: L.Trainer) -> SentinelStrategy:

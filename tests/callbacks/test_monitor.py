@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 import lightning_sentinel as ls
 from tests.distributed import tasks
 
+QUIET = ls.Response(on_flag="log", ban_after=None, audit_rate=None)
 TOTALS = ("sentinel/flags", "sentinel/banned", "sentinel/audits")
 
 
@@ -52,3 +54,48 @@ def test_totals_are_logged_at_every_step_of_every_epoch_and_not_entered_anew_whe
     # At the start of each epoch, and where one of them has changed.
     changes = sum(one != other for one, other in zip(reads.seen, reads.seen[1:]))
     assert entered.count("sentinel/flags") <= 4 + changes < 16
+
+
+class Notes(L.Callback):
+    """The highest score of each batch, and what callbacks see of it."""
+
+    def __init__(self) -> None:
+        self.scores: list[float] = []
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        strategy: Any = trainer.strategy
+        scores = strategy.table.worker_scores(strategy.mesh, strategy.wiring)
+        self.scores.append(float(scores[~scores.isnan()].max()) if (~scores.isnan()).any() else math.nan)
+        self.seen.append(float(trainer.callback_metrics.get("sentinel/anomaly_score", math.nan)))
+
+
+def test_loggers_are_told_the_highest_score_since_they_were_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[str] = []
+    log = L.LightningModule.log
+
+    def listening(self: L.LightningModule, name: str, *args: Any, **kwargs: Any) -> None:
+        entered.append(name)
+        log(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(L.LightningModule, "log", listening)
+    strategy = ls.SentinelStrategy(
+        2, 3, micro_batches=4, engine="virtual", verification=ls.Verification(warmup_steps=20, seed=0), response=QUIET
+    )
+    attack = ls.AttackInjector(lambda signal, context: signal * (50.0 if context.step == 32 else 1.0), workers=[ls.Worker(1, 1)])
+    notes = Notes()
+    run = tasks.trainer(strategy, 1, 60, [attack, notes], logger=CSVLogger(tmp_path), log_every_n_steps=10)
+    run.fit(tasks.Classifier(), tasks.loader(24))
+
+    with next(tmp_path.glob("**/metrics.csv")).open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("sentinel/anomaly_score")]
+    logged = {int(row["step"]): float(row["sentinel/anomaly_score"]) for row in rows}
+    assert max(notes.scores[30:40]) == notes.scores[32] > 1
+    for step, value in logged.items():
+        since = [score for score in notes.scores[step - 9 : step + 1] if not math.isnan(score)]
+        assert value == pytest.approx(max(since)), step
+    assert set(logged) == set(range(9, 60, 10))
+    # For callbacks at once; the next one after the monitor sees it in the batch itself.
+    assert notes.seen[33] == notes.scores[32]
+    flagged = sum(score > 1 for score in notes.scores[20:] if not math.isnan(score))
+    assert entered.count("sentinel/anomaly_score") <= len(logged) + flagged

@@ -21,7 +21,7 @@ import lightning_sentinel as ls
 from lightning_sentinel.models import llama
 from tests.distributed.tasks import PATIENCE, trainer
 
-STAGES, REPLICAS, MICRO_BATCHES, WARMUP = 3, 3, 4, 60
+STAGES, REPLICAS, MICRO_BATCHES, WARMUP = 3, 3, 2, 60
 X10 = {"name": "scale", "factor": 10.0}
 ACTIVATION_ATTACKS: dict[str, Any] = {"zeros": "zeros", "sign": "sign", "scale -1": "scale", "random": "random", "x10": X10}
 GRADIENT_ATTACKS: dict[str, Any] = {
@@ -46,6 +46,8 @@ def windows(start: int, stop: int) -> TensorDataset:
 
 
 class Text(L.LightningDataModule):
+    """What one replica reads; with one replica in all, what a virtual mesh deals to its own."""
+
     def __init__(self, replica: int, seed: int = 0, batch_size: int = 16, replicas: int = REPLICAS) -> None:
         super().__init__()
         self.replica, self.seed, self.batch_size, self.replicas = replica, seed, batch_size, replicas
@@ -80,8 +82,9 @@ class Model(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
 
-def strategy(method: str) -> ls.SentinelStrategy:
+def strategy(method: str, engine: str = "process") -> ls.SentinelStrategy:
     return ls.SentinelStrategy(
+        engine=engine,  # type: ignore[arg-type]
         stages=STAGES,
         replicas=REPLICAS,
         micro_batches=MICRO_BATCHES,
@@ -91,28 +94,37 @@ def strategy(method: str) -> ls.SentinelStrategy:
     )
 
 
-def run(directory: str, attacks: dict[str, tuple[str, Any]], method: str, steps: int, seed: int = 0) -> dict[str, Any]:
+def run(
+    directory: str, attacks: dict[str, tuple[str, Any]], method: str, steps: int, seed: int = 0, engine: str = "process"
+) -> dict[str, Any]:
     """Warm up, then attack.
 
     Args:
         directory: shared by all ranks, for the checkpoint after the warm-up.
         attacks: name to (direction, attack); the clean run is added as ``"clean"``.
         steps: after the warm-up.
+        engine: ``"virtual"`` has the whole mesh in this process.
     """
-    replica = int(os.environ["LOCAL_RANK"]) % REPLICAS
+    if engine == "virtual":
+        devices = 1
+        data = Text(0, seed, REPLICAS * 16, 1)
+    else:
+        devices = STAGES * REPLICAS
+        data = Text(int(os.environ["LOCAL_RANK"]) % REPLICAS, seed)
     warm = Path(directory) / "warm.ckpt"
-    first = trainer(strategy(method), STAGES * REPLICAS, WARMUP)
-    first.fit(Model(seed, WARMUP + steps), Text(replica, seed))
+    first = trainer(strategy(method, engine), devices, WARMUP)
+    first.fit(Model(seed, WARMUP + steps), data)
     first.save_checkpoint(warm)
     results = {}
     for name, (direction, attack) in {"clean": ("both", None), **attacks}.items():
         injector = [] if attack is None else [ls.AttackInjector(attack, workers=[GUILTY], direction=direction, start_step=WARMUP)]  # type: ignore[arg-type]
-        ours, module = strategy(method), Model(seed, WARMUP + steps)
-        second = trainer(ours, STAGES * REPLICAS, WARMUP + steps, injector)
-        second.fit(module, Text(replica, seed), ckpt_path=warm)
+        ours = strategy(method, engine)
+        module = Model(seed, WARMUP + steps)
+        second = trainer(ours, devices, WARMUP + steps, injector)
+        second.fit(module, data, ckpt_path=warm)
         # By a strategy that has banned nobody, so that all runs are judged on the same samples.
-        judge = trainer(strategy(method), STAGES * REPLICAS, 1, limit_val_batches=1.0)
-        loss = judge.validate(module, Text(replica, seed), verbose=False)[0]["val_loss"]
+        judge = trainer(strategy(method, engine), devices, 1, limit_val_batches=1.0)
+        loss = judge.validate(module, data, verbose=False)[0]["val_loss"]
         results[name] = {
             "banned": sorted(ours.ledger.banned_at.items()),
             "flags": dict(ours.ledger.flags),

@@ -149,7 +149,7 @@ def warmed_up(directory: Path) -> Path:
 def fit_on(warm: Path, *callbacks: L.Callback) -> tuple[dict[ls.Worker, int], set[str], bool]:
     """Who was banned and when, what was found, and whether the weights are finite."""
     ours, module = strategy(verification=VERIFICATION, response=FLAGS), tasks.Classifier()
-    tasks.trainer(ours, 4, WARMUP + 12, callbacks).fit(module, tasks.loader(6, 2), ckpt_path=warm)
+    tasks.trainer(ours, 4, WARMUP + 9, callbacks).fit(module, tasks.loader(6, 2), ckpt_path=warm)
     finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
     return dict(ours.ledger.banned_at), {one.feature for one in ours.detections}, finite
 

@@ -4,7 +4,6 @@ workers that nothing catches, because they corrupt gradients inside their stage.
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -73,35 +72,31 @@ MIXED = {ls.Worker(0, 1): "zeros", ls.Worker(1, 2): {"name": "scale", "factor": 
 WARMUP = 60
 
 
-def unaudited(directory: str, seed: int = 0) -> dict[str, Any]:
-    """A clean run and an attacked one, both from the end of one warm-up, on the same samples."""
-    verification = ls.Verification(warmup_steps=WARMUP, seed=0)
+def unaudited(directory: Path, callbacks: list[L.Callback]) -> dict[str, Any]:
+    """Goes on from the end of a warm-up, which is there after the first call."""
+    steps, warm = WARMUP + 20, directory / "warm.ckpt"
 
     def strategy() -> ls.SentinelStrategy:
-        response = ls.Response(audit_rate=None)
-        return ls.SentinelStrategy(STAGES, REPLICAS, 2, verification, response, timeout=tasks.PATIENCE)
+        verification, response = ls.Verification(warmup_steps=WARMUP, seed=0), ls.Response(audit_rate=None)
+        return ls.SentinelStrategy(STAGES, REPLICAS, 2, verification, response, engine="virtual")
 
-    data = campaign.Text(int(os.environ["LOCAL_RANK"]) % REPLICAS, seed, batch_size=12, replicas=REPLICAS)
-    warm, steps = Path(directory) / "warm.ckpt", WARMUP + 20
-    first = tasks.trainer(strategy(), STAGES * REPLICAS, WARMUP)
-    first.fit(campaign.Model(seed, steps), data)
-    first.save_checkpoint(warm)
-    found: dict[str, Any] = {}
-    injector = ls.AttackInjector(list(MIXED.values()), workers=list(MIXED), start_step=WARMUP)
-    for name, callbacks in {"clean": [], "attacked": [injector]}.items():
-        ours, module = strategy(), campaign.Model(seed, steps)
-        run = tasks.trainer(ours, STAGES * REPLICAS, steps, callbacks, limit_val_batches=1.0, check_val_every_n_epoch=None)
-        run.fit(module, data, ckpt_path=warm)
-        loss = run.validate(module, data, verbose=False)[0]["val_loss"]
-        assert ours.wiring is not None
-        found[name] = {"banned": dict(ours.ledger.banned_at), "lanes": ours.wiring.lanes, "loss": loss}
-    return found
+    data = campaign.Text(0, batch_size=12 * REPLICAS, replicas=1)
+    if not warm.exists():
+        first = tasks.trainer(strategy(), 1, WARMUP)
+        first.fit(campaign.Model(0, steps), data)
+        first.save_checkpoint(warm)
+    ours, module = strategy(), campaign.Model(0, steps)
+    run = tasks.trainer(ours, 1, steps, callbacks, limit_val_batches=1.0, check_val_every_n_epoch=None)
+    run.fit(module, data, ckpt_path=warm)
+    loss = run.validate(module, data, verbose=False)[0]["val_loss"]
+    assert ours.wiring is not None
+    return {"banned": dict(ours.ledger.banned_at), "lanes": ours.wiring.lanes, "loss": loss}
 
 
 def test_mixed_attacks_without_audits(tmp_path: Path) -> None:
-    ranks = world.run(unaudited, STAGES * REPLICAS, str(tmp_path), timeout=110)
-    assert all(rank == ranks[0] for rank in ranks)
-    clean, attacked = ranks[0]["clean"], ranks[0]["attacked"]
+    """On the virtual mesh, which bans whom the processes ban, as ``test_engines`` shows; on the same samples, from one warm-up."""
+    clean = unaudited(tmp_path, [])
+    attacked = unaudited(tmp_path, [ls.AttackInjector(list(MIXED.values()), workers=list(MIXED), start_step=WARMUP)])
     assert clean["banned"] == {}
     assert set(attacked["banned"]) == set(MIXED)
     assert len(attacked["lanes"]) == 3, "they share one pipeline"

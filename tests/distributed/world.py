@@ -98,6 +98,8 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
+    # As in an interpreter of its own. Workers of a loader would be asked of a fork server, and each rank would start one more.
+    mp.set_start_method("fork", force=True)
     try:
         answer: Any = function(*args)
         ok = True
