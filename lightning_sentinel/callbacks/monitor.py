@@ -97,6 +97,12 @@ class SentinelMonitor(L.Callback):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             ledger.export(self._file.with_name("ledger.json"))
 
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Whoever asks after the run is told of its last batches too.
+        ledger = _strategy(trainer).ledger
+        trainer.callback_metrics.update(_totals((ledger.total_flags, len(ledger.banned), ledger.audits)))
+
     @staticmethod
     def _log(module: L.LightningModule, mesh: Mesh, highest: Tensor) -> None:
         values = {"sentinel/anomaly_score": nanmax(highest.flatten())}
@@ -113,10 +119,15 @@ class SentinelMonitor(L.Callback):
             lines.write(json.dumps(asdict(detection)) + "\n")
 
 
-def _log_totals(module: L.LightningModule, totals: Sequence[int]) -> None:
+def _totals(totals: Sequence[int]) -> dict[str, Tensor]:
     # Tensors of the host: of a number Lightning would make one of the device, and wait for it to show it.
-    flags, banned, audits = (torch.tensor(float(total)) for total in totals)
-    module.log_dict({"sentinel/flags": flags, "sentinel/banned": banned}, prog_bar=True, batch_size=1)
+    return {f"sentinel/{name}": torch.tensor(float(total)) for name, total in zip(("flags", "banned", "audits"), totals)}
+
+
+def _log_totals(module: L.LightningModule, totals: Sequence[int]) -> None:
+    values = _totals(totals)
+    audits = values.pop("sentinel/audits")
+    module.log_dict(values, prog_bar=True, batch_size=1)
     module.log("sentinel/audits", audits, batch_size=1)
 
 
