@@ -20,10 +20,10 @@ from torch import Tensor
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.seeds import derive_seed
 
-__all__ = ["Part", "Wiring"]
+__all__ = ["MicroBatchId", "Wiring"]
 
 
-class Part(NamedTuple):
+class MicroBatchId(NamedTuple):
     """One micro-batch of a step: the replica to which its samples were dealt, and its number there."""
 
     replica: int
@@ -43,7 +43,7 @@ class Wiring:
 
     serving: tuple[tuple[int, ...], ...]
     live: tuple[bool, ...]
-    work: tuple[tuple[Part, ...], ...]
+    work: tuple[tuple[MicroBatchId, ...], ...]
 
     @classmethod
     def of(
@@ -75,9 +75,9 @@ class Wiring:
         left = [lane for lane in lanes if lane not in left_out]
         orphaned = {lane for lane in left_out if left and hits[lane] < mesh.stages}
         numbers = range(micro_batches)
-        work = [[Part(lane, number) for number in numbers if lane not in orphaned] for lane in lanes]
+        work = [[MicroBatchId(lane, number) for number in numbers if lane not in orphaned] for lane in lanes]
         # By number first: micro-batches of the same number are of the same size, and stay side by side.
-        for index, part in enumerate(Part(lane, number) for number in numbers for lane in sorted(orphaned)):
+        for index, part in enumerate(MicroBatchId(lane, number) for number in numbers for lane in sorted(orphaned)):
             work[left[index % len(left)]].append(part)
         serving = [_row(lanes, left_out, bad, turn) for bad in by_stage]
         if shuffled is not None:
@@ -99,7 +99,7 @@ class Wiring:
         return max(map(len, self.work))
 
     @cached_property
-    def places(self) -> dict[Part, tuple[int, int]]:
+    def places(self) -> dict[MicroBatchId, tuple[int, int]]:
         """The lane and the slot of each micro-batch."""
         return {part: (lane, slot) for lane, parts in enumerate(self.work) for slot, part in enumerate(parts)}
 

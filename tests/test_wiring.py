@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.wiring import Part, Wiring
+from lightning_sentinel.wiring import MicroBatchId, Wiring
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=300)
 
@@ -99,7 +99,7 @@ def test_every_micro_batch_is_worked_on_once_by_a_lane_that_is_used_unless_nobod
 ) -> None:
     mesh, banned = case
     wiring = Wiring.of(mesh, banned, micro_batches)
-    everything = {Part(replica, number) for replica in range(mesh.replicas) for number in range(micro_batches)}
+    everything = {MicroBatchId(replica, number) for replica in range(mesh.replicas) for number in range(micro_batches)}
     assert wiring.places.keys() == everything and sum(map(len, wiring.work)) == len(everything)
     lost = {r for r in range(mesh.replicas) if all(Worker(stage, r) in banned for stage in range(mesh.stages))}
     for (replica, _), (lane, _) in wiring.places.items():

@@ -12,11 +12,11 @@ from torch import Tensor
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline import schedule
-from lightning_sentinel.pipeline.data.supply import Work
-from lightning_sentinel.pipeline.messages.headers import NOTES, NOTHING, SIGNALS, Kind, Place
+from lightning_sentinel.pipeline.data.sample_exchange import AssignedMicroBatch
+from lightning_sentinel.pipeline.messages.headers import NOTES, NOTHING, SIGNALS, Kind, MessageId
 from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
-from lightning_sentinel.pipeline.recovery.auditing import Kept
+from lightning_sentinel.pipeline.recovery.auditing import SignalCache
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.steps import input_gradient
 from lightning_sentinel.wiring import Wiring
@@ -34,8 +34,8 @@ class StageBoundaries(PipelineEngine):  # type: ignore[misc]
     _wiring: Wiring
     _transport: Transport
     _inbox: Inbox
-    _kept: Kept
-    _work: list[Work]
+    _signal_cache: SignalCache
+    _work: list[AssignedMicroBatch]
     _step_name: str
     _step: int
     _runs: int
@@ -52,18 +52,18 @@ class StageBoundaries(PipelineEngine):  # type: ignore[misc]
         self.pipe_buffers["inputs"][buffer_id] = None
 
     def _exec_recv_activation(self, buffer_id: int, micro_batch: int) -> None:
-        sender, place = self._peer(self.stage_id - 1), self._place(Kind.ACTIVATION, micro_batch)
-        signal, tainted = self._inbox.activation(sender, place, self._work[micro_batch].samples)
+        sender, message_id = self._peer(self.stage_id - 1), self._message_id(Kind.ACTIVATION, micro_batch)
+        signal, tainted = self._inbox.activation(sender, message_id, self._work[micro_batch].samples)
         if signal is not None:
-            self._kept.keep(self._kept.received, Direction.ACTIVATION, micro_batch, signal)
+            self._signal_cache.keep(self._signal_cache.received, Direction.ACTIVATION, micro_batch, signal)
             signal.requires_grad_()
         self.pipe_buffers["inputs"][buffer_id] = signal
         self.pipe_buffers["taints"][buffer_id] = tainted
 
     def _exec_recv_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        output, place = self.pipe_buffers["outputs"][buffer_id], self._place(Kind.GRADIENT, micro_batch)
-        signal, tainted = self._inbox.gradient(self._peer(self.stage_id + 1), place, output)
-        self._kept.keep(self._kept.received, Direction.GRADIENT, micro_batch, signal)
+        output, message_id = self.pipe_buffers["outputs"][buffer_id], self._message_id(Kind.GRADIENT, micro_batch)
+        signal, tainted = self._inbox.gradient(self._peer(self.stage_id + 1), message_id, output)
+        self._signal_cache.keep(self._signal_cache.received, Direction.GRADIENT, micro_batch, signal)
         self.pipe_buffers["output_tensors"][buffer_id] = signal
         # What was left out on its way forward stays left out, whatever comes back says.
         self.pipe_buffers["taints"][buffer_id] = tainted | self.pipe_buffers["taints"][buffer_id]
@@ -88,8 +88,8 @@ class StageBoundaries(PipelineEngine):  # type: ignore[misc]
         assert lane is not None, "a worker without a lane has no peers"
         return self._mesh.rank(self._wiring.worker(stage, lane))
 
-    def _place(self, kind: Kind, micro_batch: int) -> Place:
-        return Place(self._runs, micro_batch, kind)
+    def _message_id(self, kind: Kind, micro_batch: int) -> MessageId:
+        return MessageId(self._runs, micro_batch, kind)
 
     def _verified(self, direction: Direction, signal: Tensor, buffer_id: int, micro_batch: int) -> Tensor:
         if self.guard is None:
@@ -98,7 +98,7 @@ class StageBoundaries(PipelineEngine):  # type: ignore[misc]
         tainted, before = self.pipe_buffers["taints"][buffer_id], self._mesh.before(boundary)
         received = None
         if before is not None and self.guard.compares_inputs:
-            received = self._inbox.note(self._peer(before.sender), self._place(NOTES[direction], micro_batch))
+            received = self._inbox.note(self._peer(before.sender), self._message_id(NOTES[direction], micro_batch))
         signal, tainted = self.guard.receive(boundary, signal, tainted.view(1), received)
         self.pipe_buffers["taints"][buffer_id] = tainted[0]
         return signal
@@ -115,25 +115,25 @@ class StageBoundaries(PipelineEngine):  # type: ignore[misc]
 
     def _send(self, direction: Direction, buffer_id: int, micro_batch: int) -> None:
         if direction is Direction.ACTIVATION and self.pipe_buffers["outputs"][buffer_id] is None:
-            taint, place = self.pipe_buffers["taints"][buffer_id], self._place(Kind.ACTIVATION, micro_batch)
-            self._transport.send(torch.empty(0), taint, self._peer(self.stage_id + 1), place, NOTHING)
+            taint, message_id = self.pipe_buffers["taints"][buffer_id], self._message_id(Kind.ACTIVATION, micro_batch)
+            self._transport.send(torch.empty(0), taint, self._peer(self.stage_id + 1), message_id, NOTHING)
             return
         # An altered copy: the tensor itself is what the backward pass of this stage starts from.
         signal, self._altered = (self._outgoing(buffer_id, direction) if self._altered is None else self._altered), None
-        self._kept.keep(self._kept.sent, direction, micro_batch, signal)
+        self._signal_cache.keep(self._signal_cache.sent, direction, micro_batch, signal)
         boundary = Boundary(self.stage_id - (direction is Direction.GRADIENT), direction)
-        taint, place = self.pipe_buffers["taints"][buffer_id], self._place(SIGNALS[direction], micro_batch)
-        news = direction is Direction.ACTIVATION and self._inbox.is_news(micro_batch)
-        self._transport.send(signal, taint, self._peer(boundary.receiver), place, news)
+        taint, message_id = self.pipe_buffers["taints"][buffer_id], self._message_id(SIGNALS[direction], micro_batch)
+        is_new_shape = direction is Direction.ACTIVATION and self._inbox.is_new_shape(micro_batch)
+        self._transport.send(signal, taint, self._peer(boundary.receiver), message_id, is_new_shape)
         after = self._mesh.after(boundary)
         if self.guard is not None and after is not None and self._step_name == "training_step":
             note = self.guard.project(after, signal)
             if note is not None:
-                place = self._place(NOTES[direction], micro_batch)
+                message_id = self._message_id(NOTES[direction], micro_batch)
                 values = note.values
                 if self.adversary is not None:
                     values = self.adversary.note(self.worker, values, self._step)
-                self._transport.send_note(values, note.channels, self._peer(after.receiver), place)
+                self._transport.send_note(values, note.channels, self._peer(after.receiver), message_id)
 
     _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
         ds_schedule.SendActivation: _exec_send_activation,

@@ -28,21 +28,21 @@ from lightning_sentinel.mesh import Direction, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
+from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.data.copies import copied
-from lightning_sentinel.pipeline.data.dealing import Deal
-from lightning_sentinel.pipeline.data.supply import Supply, Work
+from lightning_sentinel.pipeline.data.sample_exchange import AssignedMicroBatch, SampleExchange
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups, leave_module_alone
 from lightning_sentinel.pipeline.exchange import Aside, Exchange, StepOutcome
+from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractions
 from lightning_sentinel.pipeline.gradients.contributions import broken, changed, dropped
 from lightning_sentinel.pipeline.gradients.healthy import HealthyStage
-from lightning_sentinel.pipeline.gradients.held import HeldGradients
-from lightning_sentinel.pipeline.gradients.shares import Shares
+from lightning_sentinel.pipeline.gradients.stash import GradientStash
 from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.processes.collectives import wire
-from lightning_sentinel.pipeline.randomness import Draws
-from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence, Kept
+from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
+from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence, SignalCache
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
@@ -50,19 +50,19 @@ from lightning_sentinel.pipeline.results.gathering import Gathering
 from lightning_sentinel.pipeline.results.joining import plain
 from lightning_sentinel.pipeline.results.losses import refuse_sum
 from lightning_sentinel.pipeline.results.predictions import share_predictions
+from lightning_sentinel.pipeline.running_statistics import RunningStatistics
 from lightning_sentinel.pipeline.stages.partition import StageModel
-from lightning_sentinel.pipeline.statistics import MovingBuffers
 from lightning_sentinel.pipeline.steps import NeverCalledError, StepRun, StepRunner, checked_signal, loss_of
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
 from lightning_sentinel.verification.tolerance import Tolerances
-from lightning_sentinel.wiring import Part, Wiring
+from lightning_sentinel.wiring import MicroBatchId, Wiring
 
 __all__ = ["SentinelEngine"]
 
 
 class SentinelEngine(StageBoundaries):
-    """Runs one worker's part of the pipeline; see :class:`lightning_sentinel.pipeline.face.Engine` for what each method does.
+    """Runs one worker's part of the pipeline, as :class:`lightning_sentinel.pipeline.engine_protocol.Engine` says of each method.
 
     Args:
         stage_model: this process's stage.
@@ -117,29 +117,29 @@ class SentinelEngine(StageBoundaries):
         self._transport = transport
         self._arithmetic, self._forward_context = arithmetic, arithmetic.forward_context
         self._exchange = Exchange(mesh, self.device)
-        self._supply = Supply(mesh, self.worker, self.device)
+        self._sample_exchange = SampleExchange(mesh, self.worker, self.device)
         self._last_layer = stage_model.stage_layers(self.worker.stage)[-1]
         self._untainted = torch.tensor(False, device=self.device)
         self.pipe_buffers["taints"] = []
         self._stage = stage
         # Not `_parameters`, which is torch's: the engine is a module itself.
         self._stage_parameters = list(self.module.parameters())
-        self._held = HeldGradients(self._stage_parameters)
-        self._moving = MovingBuffers(self.module.buffers())
+        self._stash = GradientStash(self._stage_parameters)
+        self._moving = RunningStatistics(self.module.buffers())
         steps.leaves_out = guard is not None and guard.excludes
         tied = TiedStages(stage_model.ties, stage_model.layers.module, mesh, self.worker.stage)
         self._healthy = HealthyStage(stage, mesh, self.worker, response, timeout, self.device, tied, zero)
         self._healthy.make_equal(self._banned)
         self._rewind: Rewind | None = None
-        self._kept = Kept()
+        self._signal_cache = SignalCache()
         last, context = self.is_last_stage(), self._forward_context
         self._recompute = Recomputation(stage, last, mesh.replicas, steps, self.device, seed, context)
         tolerances = Tolerances(mesh, 0) if guard is None else guard.tolerances
         recompute = self._recomputed, tolerances, self._recompute.computed_in
-        self._audits = Audits(mesh, self.worker, self._kept, self._samples, *recompute, self.device)
+        self._audits = Audits(mesh, self.worker, self._signal_cache, self._samples, *recompute, self.device)
         self._inbox = Inbox(transport, self.device, self._try_out)
         self._wiring = Wiring.of(mesh)
-        self._work: list[Work] = []
+        self._work: list[AssignedMicroBatch] = []
         self._runs = 0
         self._altered: Tensor | None = None
         self._received_gradient: Tensor | None = None
@@ -149,7 +149,7 @@ class SentinelEngine(StageBoundaries):
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
-    def train(self, arguments: tuple[Any, ...], step: int, deal: Deal, scale: float) -> StepOutcome:
+    def train(self, arguments: tuple[Any, ...], step: int, deal: SplitBatch, scale: float) -> StepOutcome:
         self._step, self._scale = step, scale * self._arithmetic.factor()
         self._wiring = Wiring.of(self._mesh, micro_batches=deal.sizes.micro_batches)
         if self.guard is not None:
@@ -176,11 +176,11 @@ class SentinelEngine(StageBoundaries):
         aside = Aside(steps.stops, steps.signals(), refused)
         return self._exchange.run(kind, self._wiring, sizes, rows, self._loss, steps.recorder, useless, aside)
 
-    def evaluate(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> StepOutcome:
+    def evaluate(self, step: str, arguments: tuple[Any, ...], deal: SplitBatch) -> StepOutcome:
         self._forward_only(step, arguments, deal)
         return self._exchanged("/".join((step, *map(str, arguments[2:]))))
 
-    def predict(self, arguments: tuple[Any, ...], deal: Deal) -> Any:
+    def predict(self, arguments: tuple[Any, ...], deal: SplitBatch) -> Any:
         self._forward_only("predict_step", arguments, deal)
         return self.returned()
 
@@ -188,7 +188,7 @@ class SentinelEngine(StageBoundaries):
         group, average = self.grid.get_pipe_parallel_group(), self._step_name != "predict_step"
         return share_predictions(self._results, self._mesh, self._wiring, self.worker, group, self._sizes, average)
 
-    def _forward_only(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> None:
+    def _forward_only(self, step: str, arguments: tuple[Any, ...], deal: SplitBatch) -> None:
         self._wiring = Wiring.of(self._mesh, self._banned, deal.sizes.micro_batches)
         self._begin(step, arguments, deal)
         if self._work:
@@ -201,13 +201,13 @@ class SentinelEngine(StageBoundaries):
         self._steps.end_step()
         if outcome.skipped:
             self.guard.forget_step()
-            self._kept.clear()
+            self._signal_cache.clear()
             return None
         ask, useless = self._ask if self.guard.audits else None, outcome.broken
         stage = self._healthy
         ruling = self.guard.settle(outcome.table, step, stage.sum, ask, stage.apart, useless, outcome.refused)
         # Nothing of it is audited any more: the memory is the optimizer's, and that of a validation.
-        self._kept.clear()
+        self._signal_cache.clear()
         if useless is None or ruling.excluded:
             return ruling
         lost = frozenset(self._wiring.worker(stage, lane) for stage, lane in useless.any(dim=2).nonzero().tolist())
@@ -220,10 +220,10 @@ class SentinelEngine(StageBoundaries):
         self._audits.adversary = self.adversary
         return self._audits.ask(asked, self._wiring, self._absent)
 
-    def _samples(self, part: Part) -> Any:
-        return self._supply.packed(self._own, part)
+    def _samples(self, part: MicroBatchId) -> Any:
+        return self._sample_exchange.packed(self._own, part)
 
-    def _recomputed(self, direction: Direction, part: Part, evidence: Evidence) -> Tensor:
+    def _recomputed(self, direction: Direction, part: MicroBatchId, evidence: Evidence) -> Tensor:
         sizes = self._sizes.work(*part)
         return self._recompute(direction, part, evidence, self._arguments[1:], self._step, sizes, self._scale)
 
@@ -245,24 +245,24 @@ class SentinelEngine(StageBoundaries):
         """Who does nothing in this step; of these, who is not banned takes part in what the stage does together."""
         return frozenset() if self.guard is None else self.guard.absent(self._step)
 
-    def _begin(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> None:
+    def _begin(self, step: str, arguments: tuple[Any, ...], deal: SplitBatch) -> None:
         self._step_name, self._arguments, self._sizes = step, arguments, deal.sizes
         self._runs += 1
         (self._own,) = deal.replicas
         absent = self._absent if step == "training_step" else self._banned
-        self._work = self._supply.of_step(self._own, deal.sizes, self._wiring, absent)
-        self._kept.clear()
+        self._work = self._sample_exchange.of_step(self._own, deal.sizes, self._wiring, absent)
+        self._signal_cache.clear()
         training = step == "training_step"
-        self._kept.keeps = training and self.guard is not None and self.guard.audits
-        self._inbox.begin(training and self.guard is not None and self.guard.answers, lets_nothing_in=not training)
+        self._signal_cache.keeps = training and self.guard is not None and self.guard.audits
+        self._inbox.begin(training and self.guard is not None and self.guard.replaces_malformed, lets_nothing_in=not training)
         self._steps.new_records()
-        self._results: dict[Part, Any] = {}
+        self._results: dict[MicroBatchId, Any] = {}
         self._begun: dict[int, StepRun] = {}
         self._loss = torch.zeros(3, device=self.device)
 
     def _broken(self) -> Tensor | None:
         """Whether this worker's gradients are of no use. Those of a loss that is scaled may overflow, which all find out later."""
-        if self.guard is None or not self.guard.answers or self._arithmetic.scales:
+        if self.guard is None or not self.guard.replaces_malformed or self._arithmetic.scales:
             return None
         return broken((parameter.grad for parameter in self._stage_parameters), self.device)
 
@@ -283,16 +283,16 @@ class SentinelEngine(StageBoundaries):
         """DeepSpeed would let a banned worker tell the others its weights, which nobody has brought up to date."""
 
     def hold_gradients(self) -> None:
-        self._held.hold()
+        self._stash.hold()
 
     def release_gradients(self) -> None:
-        self._held.release()
+        self._stash.release()
 
     @property
     def left_out(self) -> frozenset[Worker]:
         return self._healthy.left_out
 
-    def reduce_gradients(self, shares: Shares) -> None:
+    def reduce_gradients(self, shares: CleanFractions) -> None:
         self._healthy.reduce(shares)
         self._arithmetic.unscale(self.optimizer)
 
@@ -358,9 +358,9 @@ class SentinelEngine(StageBoundaries):
         excludes = self.guard is not None and self.guard.excludes
         counts = ~(self.pipe_buffers["taints"][buffer_id] if excludes else self._untainted)
         work = self._work[micro_batch]
-        with self._computing(micro_batch) as draws:
+        with self._computing(micro_batch) as seeds:
             run = self._begun.pop(micro_batch, None) or self._start(micro_batch)
-            draws.seed_answer()
+            seeds.seed_answer()
             result = run.finish(outputs, counts)
         if self._step_name != "training_step" or self.keeps_results:
             self._results[work.part] = result if self._step_name == "predict_step" else plain(result)
@@ -394,17 +394,17 @@ class SentinelEngine(StageBoundaries):
     # ------------------------------------------------------------------------------------------- what the instructions share
 
     @contextmanager
-    def _computing(self, micro_batch: int) -> Iterator[Draws]:
+    def _computing(self, micro_batch: int) -> Iterator[MicroBatchSeeds]:
         """Where this stage's layers or the user's step run, on random numbers that are this micro-batch's."""
         training = self._step_name == "training_step"
         # Other numbers than any training step has: no two evaluations draw the same.
         number = self._step if training else -self._runs
-        draws = Draws.of(self._recompute.seed, number, self._work[micro_batch].part, self._mesh.replicas)
-        draws.seed_step(self.device)
-        self._stage.draws = draws if training else None
-        self._steps.gather = Gathering(partial(self._beside, micro_batch), self.global_rank, self.device, self._kept.keeps)
+        seeds = MicroBatchSeeds.of(self._recompute.seed, number, self._work[micro_batch].part, self._mesh.replicas)
+        seeds.seed_step(self.device)
+        self._stage.seeds = seeds if training else None
+        self._steps.gather = Gathering(partial(self._beside, micro_batch), self.global_rank, self.device, self._signal_cache.keeps)
         with self._forward_context():
-            yield draws
+            yield seeds
 
     def _beside(self, micro_batch: int) -> list[int]:
         """The ranks that run a step on a micro-batch of this number."""
@@ -436,7 +436,7 @@ class SentinelEngine(StageBoundaries):
     def _part(self, micro_batch: int) -> tuple[Any, ...]:
         batch = self._work[micro_batch].batch
         # What a step does to its batch in place must not be seen by those who do it again.
-        return (copied(batch) if self._kept.keeps else batch, *self._arguments[1:])
+        return (copied(batch) if self._signal_cache.keeps else batch, *self._arguments[1:])
 
     _INSTRUCTION_MAP = StageBoundaries._INSTRUCTION_MAP | {
         ds_schedule.LoadMicroBatch: _exec_load_micro_batch,

@@ -27,22 +27,22 @@ class LoggerCalls:
     """
 
     def __init__(self) -> None:
-        self._held: list[Callable[[], Any]] | None = None
+        self._stash: list[Callable[[], Any]] | None = None
 
     def hold(self) -> None:
         """From here on no call is made; forget those that are held."""
-        self._held = []
+        self._stash = []
 
     def make(self) -> None:
         """Make those that are held, and from here on each at once."""
-        held, self._held = self._held or (), None
+        held, self._stash = self._stash or (), None
         for call in held:
             call()
 
     @contextmanager
     def redirected(self, loggers: Iterable[Any]) -> Iterator[None]:
         """While a step runs: its calls come here, if they are to be held."""
-        if self._held is None:
+        if self._stash is None:
             yield
             return
         # One logger may be there twice, and one of a user's may have such an attribute of its own.
@@ -57,10 +57,10 @@ class LoggerCalls:
                 del vars(logger)[name]
 
     def _hold_one(self, call: Callable[..., Any], *args: Any, **options: Any) -> None:
-        if self._held is None:
+        if self._stash is None:
             call(*args, **options)
         else:
-            self._held.append(partial(call, *args, **options))
+            self._stash.append(partial(call, *args, **options))
 
 
 @cache

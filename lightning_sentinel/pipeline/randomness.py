@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sentinel.seeds import derive_seed
-from lightning_sentinel.wiring import Part
+from lightning_sentinel.wiring import MicroBatchId
 
 __all__ = [
-    "Draws",
     "HostProbe",
+    "MicroBatchSeeds",
     "SeparateRandomness",
     "generator_state",
     "may_draw_on_host",
@@ -64,7 +64,7 @@ def seed_data(seed: int, replica: int) -> None:
         seed_host(own)
 
 
-class Draws(NamedTuple):
+class MicroBatchSeeds(NamedTuple):
     """Decides the random numbers of one micro-batch's forward pass, whoever computes it, on whatever mesh.
 
     Args:
@@ -74,10 +74,10 @@ class Draws(NamedTuple):
 
     Example:
         >>> import torch
-        >>> draws = Draws(seed=1, step=5, micro_batch=0)
-        >>> _ = draws.seed_layer(2, torch.device("cpu"))
+        >>> seeds = MicroBatchSeeds(seed=1, step=5, micro_batch=0)
+        >>> _ = seeds.seed_layer(2, torch.device("cpu"))
         >>> first = torch.rand(1)
-        >>> _ = draws.seed_layer(2, torch.device("cpu"))
+        >>> _ = seeds.seed_layer(2, torch.device("cpu"))
         >>> bool(first == torch.rand(1))
         True
     """
@@ -87,7 +87,7 @@ class Draws(NamedTuple):
     micro_batch: int
 
     @classmethod
-    def of(cls, seed: int, step: int, part: Part, replicas: int) -> Draws:
+    def of(cls, seed: int, step: int, part: MicroBatchId, replicas: int) -> MicroBatchSeeds:
         """Of a replica's micro-batch.
 
         Replicas are dealt the samples of a batch in turn, so micro-batch ``k`` of replica ``r`` is number ``k * replicas + r``.

@@ -23,10 +23,10 @@ from torchmetrics import Metric
 
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.pipeline.batch_metrics import BatchMetrics
-from lightning_sentinel.pipeline.keeping import keepers, remembered
 from lightning_sentinel.pipeline.logger_calls import LoggerCalls
 from lightning_sentinel.pipeline.logs import LoggingMicroBatch, LogRecorder
-from lightning_sentinel.pipeline.statistics import MetricStates
+from lightning_sentinel.pipeline.running_statistics import MetricStates
+from lightning_sentinel.pipeline.step_attributes import keepers, remembered
 from lightning_sentinel.pipeline.suspension import Suspended
 
 __all__ = ["NeverCalledError", "StepOutputError", "StepRun", "StepRunner", "checked_signal", "fetches", "input_gradient", "loss_of"]

@@ -21,21 +21,21 @@ from torch.optim import Optimizer
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Worker
+from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.data.copies import copied
-from lightning_sentinel.pipeline.data.dealing import Deal
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.exchange import StepOutcome, is_skipped, mean_loss, part_weights
+from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractions
 from lightning_sentinel.pipeline.gradients.contributions import broken
-from lightning_sentinel.pipeline.gradients.held import HeldGradients, scale_gradients
-from lightning_sentinel.pipeline.gradients.shares import Shares
+from lightning_sentinel.pipeline.gradients.stash import GradientStash, scale_gradients
 from lightning_sentinel.pipeline.gradients.ties import Untied
-from lightning_sentinel.pipeline.randomness import Draws
+from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import join, plain, reorder
-from lightning_sentinel.pipeline.stages.lanes import SideBySide
+from lightning_sentinel.pipeline.running_statistics import RunningStatistics
+from lightning_sentinel.pipeline.stages.batched_replicas import BatchedReplicas
 from lightning_sentinel.pipeline.stages.partition import StageModel, refuse_frozen
-from lightning_sentinel.pipeline.statistics import MovingBuffers
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.virtual_boundaries import MicroBatch
 from lightning_sentinel.pipeline.virtual_passes import VirtualPasses
@@ -49,7 +49,7 @@ __all__ = ["VirtualEngine"]
 
 
 class VirtualEngine(VirtualPasses):
-    """Runs all workers of a mesh; see :class:`lightning_sentinel.pipeline.face.Engine` for what each method does.
+    """Runs all workers of a mesh; see :class:`lightning_sentinel.pipeline.engine_protocol.Engine` for what each method does.
 
     Args:
         stage_model: the module with all of its stages.
@@ -82,15 +82,15 @@ class VirtualEngine(VirtualPasses):
         self._steps = steps
         self._device = device
         self._seed = seed
-        self._side_by_side = SideBySide(device, activation_checkpointing, stage_model.places)
+        self._batched = BatchedReplicas(device, activation_checkpointing, stage_model.places)
         self._forward_context = forward_context
         layers, parts = stage_model.layers.layers, stage_model.parts
         self._stages = [layers[parts[stage] : parts[stage + 1]] for stage in range(self._mesh.stages)]
         self._untied = Untied(self._stages)
         self._parameters = [parameter for stage in self._untied.parameters for parameter in stage]
         self._buffers = [buffer for stage in self._stages for layer in stage for buffer in layer.buffers()]
-        self._held = HeldGradients(self._parameters)
-        self._moving = [MovingBuffers(b for layer in stage for b in layer.buffers()) for stage in self._stages]
+        self._stash = GradientStash(self._parameters)
+        self._moving = [RunningStatistics(b for layer in stage for b in layer.buffers()) for stage in self._stages]
         steps.leaves_out = guard is not None and guard.excludes
         self._wiring = Wiring.of(self._mesh)
         self._evaluations = 0
@@ -104,13 +104,13 @@ class VirtualEngine(VirtualPasses):
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
-    def train(self, arguments: tuple[Any, ...], step: int, deal: Deal, scale: float) -> StepOutcome:
+    def train(self, arguments: tuple[Any, ...], step: int, deal: SplitBatch, scale: float) -> StepOutcome:
         if self._mesh.stages > 1 and not any(parameter.requires_grad for parameter in self._parameters):
             refuse_frozen(self._model.layers.module)
         self._wiring = Wiring.of(self._mesh, micro_batches=deal.sizes.micro_batches)
         if self.guard is not None:
             self._wiring = self.guard.begin(step, deal.sizes.micro_batches)
-            if self.guard.answers:
+            if self.guard.replaces_malformed:
                 self._rewind = Rewind(self._parameters, self._buffers, self._device)
                 self._undo_steps = self._steps.remember()
         outcome, spoiled = self._attempt(arguments, step, deal, scale, apart=self._anybody_fails(step))
@@ -122,19 +122,21 @@ class VirtualEngine(VirtualPasses):
             outcome, _ = self._attempt(arguments, step, deal, scale, apart=True)
         return outcome
 
-    def _attempt(self, arguments: tuple[Any, ...], step: int, deal: Deal, scale: float, apart: bool) -> tuple[StepOutcome, bool]:
+    def _attempt(
+        self, arguments: tuple[Any, ...], step: int, deal: SplitBatch, scale: float, apart: bool
+    ) -> tuple[StepOutcome, bool]:
         """All micro-batches of a step; also whether gradients that were added up side by side are of no use."""
         replicas, sizes = deal.replicas, deal.sizes
         self._steps.new_records()
         self._measured.clear()
         self._told = None
         self._results = []
-        self._rows, self._side_by_side.apart = deal.rows, deal.by_module
+        self._rows, self._batched.apart = deal.rows, deal.by_module
         self._useless = torch.zeros(self._mesh.stages, self._mesh.replicas, sizes.micro_batches, dtype=torch.bool)
         self._called = 0
         said = torch.zeros(self._mesh.replicas, 3, device=self._device)
         # What a step does to its batch in place must not be seen where it is done again.
-        again = self.guard is not None and (self.guard.audits or self.guard.answers)
+        again = self.guard is not None and (self.guard.audits or self.guard.replaces_malformed)
         for index in range(sizes.micro_batches):
             parts = [(copied(replica[index]) if again else replica[index], *arguments[1:]) for replica in replicas]
             said += self._pass(MicroBatch(parts, replicas, index, step, scale, apart))
@@ -144,7 +146,7 @@ class VirtualEngine(VirtualPasses):
             rows, results = zip(*self._results)
             order = torch.tensor([row for one in rows for row in one])
             self._returned = reorder(join(results, [len(one) for one in rows], average=True), order)
-        looks = self.guard is not None and self.guard.answers
+        looks = self.guard is not None and self.guard.replaces_malformed
         useless = torch.zeros(1, device=self._device)
         if looks and not apart:
             useless = broken((parameter.grad for parameter in self._parameters), self._device).float().view(1)
@@ -200,13 +202,13 @@ class VirtualEngine(VirtualPasses):
         with self._forward_context():
             return arithmetic(self._device)
 
-    def evaluate(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> StepOutcome:
+    def evaluate(self, step: str, arguments: tuple[Any, ...], deal: SplitBatch) -> StepOutcome:
         self._steps.new_records()
         self._wiring = Wiring.of(self._mesh, micro_batches=deal.sizes.micro_batches)
         self._returned = plain(self._run_whole(step, arguments, deal.samples))
         return self._outcome(torch.zeros(1, 3, device=self._device), None, deal.sizes, None)[0]
 
-    def predict(self, arguments: tuple[Any, ...], deal: Deal) -> Any:
+    def predict(self, arguments: tuple[Any, ...], deal: SplitBatch) -> Any:
         return self._run_whole("predict_step", arguments, deal.samples)
 
     def returned(self) -> Any:
@@ -215,8 +217,8 @@ class VirtualEngine(VirtualPasses):
     def _run_whole(self, step: str, arguments: tuple[Any, ...], samples: int) -> Any:
         """A step without boundaries: the weights are those of all replicas, and nobody else's word is needed."""
         self._evaluations += 1
-        draws = Draws(self._seed, -self._evaluations, 0)
-        draws.seed_step(self._device)
+        seeds = MicroBatchSeeds(self._seed, -self._evaluations, 0)
+        seeds.seed_step(self._device)
         with self._forward_context():
             run = self._steps.start(step, arguments, samples, self._device)
         output = None
@@ -224,7 +226,7 @@ class VirtualEngine(VirtualPasses):
             output = run.inputs
             for stage in range(self._mesh.stages):
                 output = self._forward(stage, output)
-        draws.seed_answer()
+        seeds.seed_answer()
         with self._forward_context():
             return run.finish(output, torch.tensor(True, device=self._device))
 
@@ -262,12 +264,12 @@ class VirtualEngine(VirtualPasses):
     stepped_by_others: frozenset[int] = frozenset()
 
     def hold_gradients(self) -> None:
-        self._held.hold()
+        self._stash.hold()
 
     def release_gradients(self) -> None:
-        self._held.release()
+        self._stash.release()
 
-    def reduce_gradients(self, shares: Shares) -> None:
+    def reduce_gradients(self, shares: CleanFractions) -> None:
         for parameters, share in zip(self._untied.parameters, shares.stages):
             scale_gradients(parameters, 1.0 / (self._mesh.replicas * share))
         self._untied.add_up()

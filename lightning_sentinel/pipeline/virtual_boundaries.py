@@ -12,14 +12,14 @@ from torch import Tensor
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Worker
 from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
-from lightning_sentinel.pipeline.randomness import Draws
+from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.stages.groups import of_replicas, together
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.steps import StepRun
 from lightning_sentinel.verification.projection import Projection
 from lightning_sentinel.verification.tolerance import deviation
-from lightning_sentinel.wiring import Part, Wiring
+from lightning_sentinel.wiring import MicroBatchId, Wiring
 
 __all__ = ["MicroBatch", "VirtualBoundaries"]
 
@@ -44,7 +44,7 @@ class MicroBatch:
     step: int
     scale: float
     apart: bool
-    draws: list[Draws] = field(default_factory=list)
+    seeds: list[MicroBatchSeeds] = field(default_factory=list)
     runs: list[StepRun] = field(default_factory=list)
     """Of each replica, its step."""
     tainted: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -140,18 +140,18 @@ class VirtualBoundaries:
     def _note(self, boundary: Boundary, replica: int, batch: MicroBatch, sent: Tensor, honest: Tensor) -> None:
         """Remember for audits how far what was sent is from what an honest worker sends."""
         if self.guard is not None and self.guard.audits:
-            index, place = self._model.mesh.boundaries.index(boundary), self._wiring.places[Part(replica, batch.index)]
+            index, place = self._model.mesh.boundaries.index(boundary), self._wiring.places[MicroBatchId(replica, batch.index)]
             measured = deviation(sent, honest, self.guard.tolerances.seed_of(index))
             self._measured.setdefault(index, {})[place] = honest.dtype, measured
 
     def _worker(self, stage: int, replica: int, index: int) -> tuple[Worker, int]:
         """Who works on a replica's micro-batch at a stage, and in which slot."""
-        lane, slot = self._wiring.places[Part(replica, index)]
+        lane, slot = self._wiring.places[MicroBatchId(replica, index)]
         return self._wiring.worker(stage, lane), slot
 
     def _lanes(self, micro_batch: int) -> Tensor | None:
         """Which lane works on a micro-batch of each replica; ``None`` while each works on its own."""
         if all(self._wiring.live):
             return None
-        lanes = [self._wiring.places[Part(replica, micro_batch)][0] for replica in range(self._model.mesh.replicas)]
+        lanes = [self._wiring.places[MicroBatchId(replica, micro_batch)][0] for replica in range(self._model.mesh.replicas)]
         return torch.tensor(lanes, device=self._device)

@@ -20,16 +20,16 @@ from lightning_sentinel.mesh import Boundary, Direction
 from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.gradients.contributions import broken, gradients_of
 from lightning_sentinel.pipeline.gradients.ties import Untied
-from lightning_sentinel.pipeline.randomness import Draws
+from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import plain
 from lightning_sentinel.pipeline.results.losses import refuse_sum
+from lightning_sentinel.pipeline.running_statistics import RunningStatistics
+from lightning_sentinel.pipeline.stages.batched_replicas import BatchedReplicas
 from lightning_sentinel.pipeline.stages.groups import alike, of_replicas, side_by_side
-from lightning_sentinel.pipeline.stages.lanes import SideBySide
-from lightning_sentinel.pipeline.statistics import MovingBuffers
 from lightning_sentinel.pipeline.steps import StepRun, StepRunner, checked_signal, loss_of
 from lightning_sentinel.pipeline.virtual_boundaries import MicroBatch, VirtualBoundaries
-from lightning_sentinel.wiring import Part
+from lightning_sentinel.wiring import MicroBatchId
 
 __all__ = ["VirtualPasses"]
 
@@ -41,10 +41,10 @@ class VirtualPasses(VirtualBoundaries):
     _steps: StepRunner
     _seed: int
     _forward_context: Callable[[], AbstractContextManager[Any]]
-    _side_by_side: SideBySide
+    _batched: BatchedReplicas
     _stages: Sequence[Sequence[nn.Module]]
     _untied: Untied
-    _moving: Sequence[MovingBuffers]
+    _moving: Sequence[RunningStatistics]
     _rows: Sequence[Sequence[Sequence[int]]]
     _results: list[tuple[Sequence[int], Any]]
     _called: int
@@ -60,7 +60,9 @@ class VirtualPasses(VirtualBoundaries):
             ``None`` for.
         """
         count = len(batch.parts)
-        batch.draws = [Draws.of(self._seed, batch.step, Part(replica, batch.index), count) for replica in range(count)]
+        batch.seeds = [
+            MicroBatchSeeds.of(self._seed, batch.step, MicroBatchId(replica, batch.index), count) for replica in range(count)
+        ]
         dead = torch.zeros(count, dtype=torch.bool, device=self._device)
         if (lanes := self._lanes(batch.index)) is not None:
             dead = ~torch.tensor(self._wiring.live, device=self._device)[lanes]
@@ -85,19 +87,19 @@ class VirtualPasses(VirtualBoundaries):
 
     def _started(self, replica: int, batch: MicroBatch, part: tuple[Any, ...]) -> StepRun:
         """The user's step on a replica's micro-batch, up to its call of the pipeline."""
-        batch.draws[replica].seed_step(self._device)
+        batch.seeds[replica].seed_step(self._device)
         with self._forward_context():
             return self._steps.start("training_step", part, batch.replicas[replica].sizes[batch.index], self._device)
 
     def _forward_pass(self, batch: MicroBatch) -> None:
-        draws, last = batch.draws, self._model.mesh.stages - 1
+        seeds, last = batch.seeds, self._model.mesh.stages - 1
         batch.alike = alike([run.inputs for run in batch.runs])
         signals: list[Any] = [side_by_side([batch.runs[replica].inputs for replica in group]) for group in batch.groups]
         for stage in range(last + 1):
             leaves = [signal.detach().requires_grad_() for signal in signals] if stage else signals
             faults = [self._fault(stage, group[0], batch) if batch.apart else None for group in batch.groups]
             outputs = [
-                self._counted(stage, leaf, [draws[replica] for replica in group], fault, batch, group)
+                self._counted(stage, leaf, [seeds[replica] for replica in group], fault, batch, group)
                 for leaf, group, fault in zip(leaves, batch.groups, faults)
             ]
             batch.leaves.append(leaves)
@@ -163,7 +165,7 @@ class VirtualPasses(VirtualBoundaries):
 
     def _answered(self, replica: int, batch: MicroBatch, run: StepRun, output: Any, counts: Tensor) -> Any:
         """What the step returns for one replica."""
-        batch.draws[replica].seed_answer()
+        batch.seeds[replica].seed_answer()
         with self._forward_context():
             return run.finish(output, counts)
 
@@ -207,7 +209,7 @@ class VirtualPasses(VirtualBoundaries):
             if self.adversary is not None:
                 altered = partial(self.adversary.weight_gradient, worker=worker, step=batch.step, micro_batch=slot)
                 found = [None if one is None else altered(one) for one in found]
-            if guard is not None and guard.answers and bool(broken(found, self._device)):
+            if guard is not None and guard.replaces_malformed and bool(broken(found, self._device)):
                 self._useless[stage, replica, batch.index] = True
                 continue
             for parameter, one in zip(parameters, found):
@@ -242,12 +244,12 @@ class VirtualPasses(VirtualBoundaries):
 
     @torch.no_grad()
     def _honest(self, stage: int, replica: int, batch: MicroBatch) -> Tensor:
-        output: Tensor = self._forward(stage, batch.leaves[stage][replica], [batch.draws[replica]])
+        output: Tensor = self._forward(stage, batch.leaves[stage][replica], [batch.seeds[replica]])
         return output
 
     def _honest_gradient(self, stage: int, replica: int, batch: MicroBatch, gradient: Tensor | None) -> Tensor:
         leaf = batch.leaves[stage][replica].detach().requires_grad_()
-        end, own = self._forward(stage, leaf, [batch.draws[replica]]), None
+        end, own = self._forward(stage, leaf, [batch.seeds[replica]]), None
         if stage == self._model.mesh.stages - 1:
             dealt, own = batch.replicas[replica], self._steps.own_backward
             # A step of its own, on a copy: the other has done with its batch what it likes.
@@ -266,28 +268,32 @@ class VirtualPasses(VirtualBoundaries):
         self,
         stage: int,
         signals: Any,
-        draws: Sequence[Draws],
+        seeds: Sequence[MicroBatchSeeds],
         fault: Callable[[Tensor], Tensor] | None,
         batch: MicroBatch,
         group: Sequence[int],
     ) -> Any:
         """A forward pass that leaves the stage's buffers as they were if anything that goes through it is left out."""
         before = self._moving[stage].copies() if self._steps.leaves_out else []
-        output = self._forward(stage, signals, draws, fault)
+        output = self._forward(stage, signals, seeds, fault)
         if before and isinstance(output, Tensor):
             left_out = torch.stack([batch.tainted[replica] for replica in group]).any()
             self._moving[stage].put_back(before, left_out | ~output.isfinite().all())
         return output
 
     def _forward(
-        self, stage: int, signals: Any, draws: Sequence[Draws] | None = None, fault: Callable[[Tensor], Tensor] | None = None
+        self,
+        stage: int,
+        signals: Any,
+        seeds: Sequence[MicroBatchSeeds] | None = None,
+        fault: Callable[[Tensor], Tensor] | None = None,
     ) -> Any:
         # A copy, because a layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
         signals = signals.clone() if isinstance(signals, Tensor) and signals.requires_grad else signals
         first = self._model.parts[stage]
         with self._forward_context():
             for number, layer in enumerate(self._stages[stage], first):
-                signals = self._side_by_side.run(number, layer, partial(self._untied.call, layer), signals, draws)
+                signals = self._batched.run(number, layer, partial(self._untied.call, layer), signals, seeds)
                 if fault is not None and number == first:
                     signals = fault(signals)
         return signals

@@ -21,8 +21,8 @@ from lightning_sentinel.pipeline.checkpoints.full import SECTION
 from lightning_sentinel.pipeline.checkpoints.sharded import Destination, ShardedCheckpoint
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.strategy import averaging
+from lightning_sentinel.strategy.refusals import refuse_resumed_finetuning
 from lightning_sentinel.strategy.resuming import ResumedRuns
-from lightning_sentinel.strategy.support import refuse_resumed_finetuning
 
 __all__ = ["StageCheckpoints"]
 
@@ -140,7 +140,7 @@ class StageCheckpoints(ResumedRuns):
         )
         return state
 
-    def _whole_stage(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> stage_files.Part:
+    def _whole_stage(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> stage_files.StageState:
         """The optimizer state of the whole stage, on the rank that speaks for it; a collective."""
         if self._zero_stage == 0:
             return plain, tensors

@@ -18,15 +18,15 @@ from typing_extensions import override
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.checkpoints.resumption import data_generators, set_data_generators
-from lightning_sentinel.pipeline.data.agreeing import deal_alike
-from lightning_sentinel.pipeline.data.dealing import Deal, Dealer
+from lightning_sentinel.pipeline.data.agreeing import split_alike
+from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter, SplitBatch
 from lightning_sentinel.pipeline.data.feeding import Feed, is_even, refuse_other_replicas, seed_workers, source_of
 from lightning_sentinel.pipeline.data.reading import Source
+from lightning_sentinel.pipeline.engine_protocol import Engine
 from lightning_sentinel.pipeline.exchange import StepOutcome
-from lightning_sentinel.pipeline.face import Engine
 from lightning_sentinel.pipeline.logs import LogReplay
-from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
-from lightning_sentinel.pipeline.messages.trees import leaves_of
+from lightning_sentinel.pipeline.messages.containers import leaves_of
+from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
 from lightning_sentinel.pipeline.results.all_predictions import complete_predictions
 from lightning_sentinel.pipeline.results.metrics import SharedMetrics
 from lightning_sentinel.pipeline.results.step_state import SharedStepState
@@ -44,7 +44,7 @@ class PipelineData(StageCheckpoints):
     _uneven: bool = False
     """Whether replicas may have batches of different sizes; the same on all ranks."""
     _listened_to: frozenset[str] = frozenset()
-    _dealer: Dealer
+    _splitter: BatchSplitter
     _sources: dict[tuple[str, int], Source]
     """What is known of each step's loaders."""
     _compared: set[tuple[str, int]]
@@ -93,7 +93,7 @@ class PipelineData(StageCheckpoints):
         with self._watching():
             even, lengths = is_even(dataloader)
         reads = self._all_read
-        dealer = self._dealer
+        dealer = self._splitter
         even = even and not dealer.by_module
         self._uneven |= not even
         if even and reads:
@@ -125,7 +125,7 @@ class PipelineData(StageCheckpoints):
     def _learn_how_to_deal(self) -> None:
         """To be called when a run begins, before its data is asked for."""
         assert self.lightning_module is not None
-        self._dealer = Dealer(self.lightning_module)
+        self._splitter = BatchSplitter(self.lightning_module)
         self._uneven = False
         self._sources, self._compared = {}, set()
 
@@ -136,7 +136,7 @@ class PipelineData(StageCheckpoints):
         cuda = self.root_device.type == "cuda"
         mine = data_generators() | ({"cuda": torch.cuda.get_rng_state(self.root_device)} if cuda else {})
         with self._watching():
-            states = broadcast_parcel(mine, 0)
+            states = broadcast_tree(mine, 0)
         set_data_generators(states)
         if cuda:
             torch.cuda.set_rng_state(states["cuda"], self.root_device)
@@ -172,7 +172,7 @@ class PipelineData(StageCheckpoints):
         """The next batch of each loader is the first of an epoch."""
         self._compared = {key for key in self._compared if key[0] != step}
 
-    def _deal(self, step: str, arguments: tuple[Any, ...]) -> Deal:
+    def _deal(self, step: str, arguments: tuple[Any, ...]) -> SplitBatch:
         """This replica's batch in micro-batches, and how large those of all replicas are, which all ranks see alike."""
         key = (step, arguments[2] if len(arguments) > 2 else 0)
         if key not in self._sources:
@@ -183,11 +183,11 @@ class PipelineData(StageCheckpoints):
         waits = first and not self._comes_as_loaded
         loaded, self._loaded = self._loaded, None
         if self._virtual:
-            deal = self._dealer.undealt if self._is_undealt(step) else self._dealer.dealt_to
+            deal = self._splitter.undealt if self._is_undealt(step) else self._splitter.dealt_to
             return deal(batch, source, self.mesh.replicas, self._micro_batches)
         # A batch of zeros in the place of one says how large that is, and nothing else.
-        dealer = self._dealer if self._reads else Dealer(None)
-        return deal_alike(
+        dealer = self._splitter if self._reads else BatchSplitter(None)
+        return split_alike(
             batch,
             loaded,
             partial(dealer.whole, source=source),
@@ -198,7 +198,7 @@ class PipelineData(StageCheckpoints):
             asks=first or self._uneven,
             waits=waits,
             travels=first and self._samples_are_handed_out and self.mesh.replicas > 1,
-            by_module=self._dealer.by_module,
+            by_module=self._splitter.by_module,
             banned=self.ledger.banned,
         )
 

@@ -17,8 +17,8 @@ from typing_extensions import override
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.checkpoints import full as stage_files
 from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition, own_generators
-from lightning_sentinel.pipeline.face import Engine
-from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
+from lightning_sentinel.pipeline.engine_protocol import Engine
+from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
 from lightning_sentinel.pipeline.randomness import SeparateRandomness
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.stages.partition import StageModel
@@ -133,7 +133,7 @@ class ResumedRuns(StepsByHand):
         parts = [{"groups": part["groups"]} for part, _ in self._own(said)]
         if dist.is_initialized():
             with self._at_work():
-                parts = broadcast_parcel(parts, 0)
+                parts = broadcast_tree(parts, 0)
         return stage_files.group_names(saved, parts, self._running_stage_model.parameter_names)
 
     def _parameter_names(self) -> dict[int, str]:
@@ -163,11 +163,11 @@ class ResumedRuns(StepsByHand):
         with self._watching(), self._randomness.of_computation():
             yield
 
-    def _from_stages(self, plain: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[stage_files.Part]:
+    def _from_stages(self, plain: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[stage_files.StageState]:
         with self._at_work():
             return stage_files.collect(plain, tensors, stage_files.speakers(self.mesh, self.ledger.banned))
 
-    def _own(self, parts: Sequence[stage_files.Part]) -> list[stage_files.Part]:
+    def _own(self, parts: Sequence[stage_files.StageState]) -> list[stage_files.StageState]:
         """Of what each stage says of its optimizer what is for it to say."""
         model = self._running_stage_model
         speaking = stage_files.speakers(self.mesh, self.ledger.banned)

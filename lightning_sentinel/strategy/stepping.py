@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.pipeline.gradients.held import scale_gradients
-from lightning_sentinel.pipeline.gradients.shares import CleanShares
+from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractionTally
+from lightning_sentinel.pipeline.gradients.stash import scale_gradients
 from lightning_sentinel.strategy.data import PipelineData
 
 __all__ = ["OptimizerSteps"]
@@ -25,7 +25,7 @@ __all__ = ["OptimizerSteps"]
 class OptimizerSteps(PipelineData):
     """Reduces gradients, calls Lightning's hooks in their order, and steps."""
 
-    _shares: CleanShares
+    _clean_fractions: CleanFractionTally
     _has_gradients: bool = False
     """Whether any batch since the last step has made some; the same on all ranks."""
     _has_been_left: bool = False
@@ -76,7 +76,7 @@ class OptimizerSteps(PipelineData):
             whether there is anything to step with; else there are no gradients.
         """
         engine = self._running_engine
-        shares = self._shares.take(engine.left_out)
+        shares = self._clean_fractions.take(engine.left_out)
         if not self._has_gradients:
             # training_step has returned None for every batch. Torch's optimizers leave weights without gradients as they are.
             self._call_hooks(optimizer)

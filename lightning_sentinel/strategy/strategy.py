@@ -30,9 +30,9 @@ from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition, Unopened
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
+from lightning_sentinel.pipeline.engine_protocol import Engine
 from lightning_sentinel.pipeline.exchange import StepOutcome
-from lightning_sentinel.pipeline.face import Engine
-from lightning_sentinel.pipeline.gradients.shares import CleanShares
+from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractionTally
 from lightning_sentinel.pipeline.logs import LogReplay, silence_misleading_warnings
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.processes.liveness import Roster
@@ -47,11 +47,7 @@ from lightning_sentinel.strategy.announcements import Announcements, log_setting
 from lightning_sentinel.strategy.building import StageBuilding
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
 from lightning_sentinel.strategy.protection import protection
-from lightning_sentinel.strategy.settings import ReadableSettings
-from lightning_sentinel.strategy.signals import DeferredSignals
-from lightning_sentinel.strategy.stepping import OptimizerSteps
-from lightning_sentinel.strategy.summary import print_mesh
-from lightning_sentinel.strategy.support import (
+from lightning_sentinel.strategy.refusals import (
     check_precision,
     check_replicas,
     check_settings,
@@ -64,6 +60,10 @@ from lightning_sentinel.strategy.support import (
     warn_of_long_warmup,
     warn_of_short_warmup,
 )
+from lightning_sentinel.strategy.settings import ReadableSettings
+from lightning_sentinel.strategy.signals import DeferredSignals
+from lightning_sentinel.strategy.stepping import OptimizerSteps
+from lightning_sentinel.strategy.summary import print_mesh
 from lightning_sentinel.strategy.throughput import count_pipelines
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
 from lightning_sentinel.wiring import Wiring
@@ -264,7 +264,7 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         # Stages may have drawn the values of their own layers.
         self._share_generators()
         seed_data(self._seed, self.worker.replica)
-        self._shares = CleanShares(self.mesh)
+        self._clean_fractions = CleanFractionTally(self.mesh)
         silence_misleading_warnings()
         if fitting:
             log_settings(trainer, self.plain_settings)
@@ -362,19 +362,19 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
             ruling = engine.settle(outcome, self.step)
             if ruling is None:
                 self.table, self.wiring = outcome.table, outcome.wiring
-                self._shares.add(None, outcome.weights, outcome.wiring)
+                self._clean_fractions.add(None, outcome.weights, outcome.wiring)
                 return outcome
             if ruling.excluded:
                 # Before anybody is told: what listeners do about it stays.
                 engine.rewind()
             self._take_in_ruling(ruling)
             if not ruling.excluded:
-                self._shares.add(ruling.verdict.clean, outcome.weights, ruling.wiring)
-                self._shares.lose(ruling.lost)
+                self._clean_fractions.add(ruling.verdict.clean, outcome.weights, ruling.wiring)
+                self._clean_fractions.lose(ruling.lost)
                 return outcome
             if not ruling.redo:
                 # Nobody is left who could do it again: the batch is left out.
-                self._shares.add(torch.zeros_like(ruling.verdict.clean), outcome.weights, ruling.wiring)
+                self._clean_fractions.add(torch.zeros_like(ruling.verdict.clean), outcome.weights, ruling.wiring)
                 return outcome
 
     @override

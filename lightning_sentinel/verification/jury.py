@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
 from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.verification.audit import Outcome
-from lightning_sentinel.wiring import Part, Wiring
+from lightning_sentinel.wiring import MicroBatchId, Wiring
 
 __all__ = ["Ask", "Case", "Findings", "Judgement", "Jury", "most_bans", "strikes_to_ban", "weigh"]
 
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     boundary: Boundary
     lane: int
     slot: int
-    part: Part
+    part: MicroBatchId
     audited: Worker
 
 

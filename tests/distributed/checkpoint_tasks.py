@@ -62,16 +62,16 @@ class SavesAt(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.batch:
-            receive = stage_files.receive_parcel
+            receive = stage_files.receive_tree
 
             def counted(*arguments: Any) -> Any:
                 parcel = receive(*arguments)
                 self.received |= {name for name in parcel[1] if name.startswith("net.")}
                 return parcel
 
-            stage_files.receive_parcel = counted
+            stage_files.receive_tree = counted
             trainer.save_checkpoint(self.path)
-            stage_files.receive_parcel = receive
+            stage_files.receive_tree = receive
 
 
 def not_a_number(signal: Tensor, context: ls.AttackContext) -> Tensor:

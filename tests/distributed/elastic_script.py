@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lightning_sentinel as ls
-from lightning_sentinel.pipeline.messages.headers import Place, encode
+from lightning_sentinel.pipeline.messages.headers import MessageId, encode
 from tests.distributed.tasks import Classifier, tokens
 
 FAULT_STEP = 13
@@ -57,7 +57,7 @@ class Fails(L.Callback):
     def message(trainer: L.Trainer) -> None:
         """Its next message is a header that announces more than fits anywhere, with nothing behind it."""
 
-        def send(signal: Tensor, tainted: Tensor, rank: int, place: Place, *_: Any) -> None:
+        def send(signal: Tensor, tainted: Tensor, rank: int, place: MessageId, *_: Any) -> None:
             dist.send(encode(place, (2**31, 2**31), signal.dtype), rank)
 
         trainer.strategy._engine._transport.send = send

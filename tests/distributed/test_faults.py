@@ -21,7 +21,7 @@ from torch import Tensor
 
 import lightning_sentinel as ls
 from lightning_sentinel.mesh import Boundary, Direction, Mesh
-from lightning_sentinel.pipeline.messages.headers import Place, encode
+from lightning_sentinel.pipeline.messages.headers import MessageId, encode
 from tests.distributed import tasks, world
 
 MESH = Mesh(stages=2, replicas=2)
@@ -32,7 +32,7 @@ BATCH = 2
 STRAY: list[Any] = []
 """What must live until it was sent."""
 
-Send = Callable[[Tensor, Tensor, int, Place, int], None]
+Send = Callable[[Tensor, Tensor, int, MessageId, int], None]
 
 
 def strategy(**options: Any) -> ls.SentinelStrategy:
@@ -47,51 +47,51 @@ def as_messages(send: Send, *what: Any) -> list[Tensor]:
     return send.__self__._messages(*what)  # type: ignore[attr-defined]
 
 
-def send_other_shape(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
-    send(signal[..., :-1], tainted, rank, place, number)
+def send_other_shape(send: Send, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int) -> None:
+    send(signal[..., :-1], tainted, rank, message_id, number)
 
 
-def send_huge_shape(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
-    dist.send(encode(place, (2**31, 2**31), signal.dtype), rank)
+def send_huge_shape(send: Send, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int) -> None:
+    dist.send(encode(message_id, (2**31, 2**31), signal.dtype), rank)
 
 
-def send_other_dtype(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
-    send(signal.double(), tainted, rank, place, number)
+def send_other_dtype(send: Send, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int) -> None:
+    send(signal.double(), tainted, rank, message_id, number)
 
 
-def send_twice(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
+def send_twice(send: Send, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int) -> None:
     # Without waiting until it is taken: nobody takes the second of the last step that is listened to.
     for _ in range(2):
-        STRAY.extend((dist.isend(one, rank), one) for one in as_messages(send, signal, tainted, rank, place, number))
+        STRAY.extend((dist.isend(one, rank), one) for one in as_messages(send, signal, tainted, rank, message_id, number))
 
 
-def send_early(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
-    send(signal, tainted, rank, replace(place, slot=place.slot + 1), number)
+def send_early(send: Send, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int) -> None:
+    send(signal, tainted, rank, replace(message_id, slot=message_id.slot + 1), number)
 
 
-def send_late(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
-    send(signal, tainted, rank, replace(place, step=place.step - 1), number)
+def send_late(send: Send, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int) -> None:
+    send(signal, tainted, rank, replace(message_id, step=message_id.step - 1), number)
 
 
-def send_too_little(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
-    *header, elements = as_messages(send, signal, tainted, rank, place, number)
+def send_too_little(send: Send, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int) -> None:
+    *header, elements = as_messages(send, signal, tainted, rank, message_id, number)
     for one in (*header, elements[: -4 * signal.element_size() if elements.dtype == torch.uint8 else -4].clone()):
         dist.send(one, rank)
 
 
-def send_too_much(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
-    *header, elements = as_messages(send, signal, tainted, rank, place, number)
+def send_too_much(send: Send, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int) -> None:
+    *header, elements = as_messages(send, signal, tainted, rank, message_id, number)
     for one in (*header, torch.cat((elements, torch.zeros(10 * elements.numel(), dtype=elements.dtype)))):
         dist.send(one, rank)
 
 
-def send_slowly(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
+def send_slowly(send: Send, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int) -> None:
     threading.Event().wait(3 * PATIENCE.total_seconds())
-    send(signal, tainted, rank, place, number)
+    send(signal, tainted, rank, message_id, number)
 
 
-def send_untainted(send: Send, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int) -> None:
-    send(signal, torch.zeros_like(tainted), rank, place, number)
+def send_untainted(send: Send, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int) -> None:
+    send(signal, torch.zeros_like(tainted), rank, message_id, number)
 
 
 class Sends(L.Callback):

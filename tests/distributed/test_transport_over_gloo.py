@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from lightning_sentinel.errors import MalformedMessageError
-from lightning_sentinel.pipeline.messages.headers import Expected, Kind, Place, encode
+from lightning_sentinel.pipeline.messages.headers import Expected, Kind, MessageId, encode
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.processes.liveness import is_lost_connection
 from tests.distributed import starting
 
-DUE = Place(0, 0, Kind.GRADIENT)
+DUE = MessageId(0, 0, Kind.GRADIENT)
 
 
 def send(signal: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from lightning_sentinel.verification import Ledger, SignalTable, StepVerdict
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
 from lightning_sentinel.verification.projection import Projection
-from lightning_sentinel.wiring import Part
+from lightning_sentinel.wiring import MicroBatchId
 
 STAGES, REPLICAS, MICRO_BATCHES = 3, 3, 2
 SAMPLES, POSITIONS, CHANNELS = 4, 5, 6
@@ -130,7 +130,7 @@ class Pipelines:
     def run_micro_batch(self, group: int, micro_batch: int, tamper: Tamper) -> None:
         """One micro-batch of all replicas of a guard, forward and back."""
         guard, replicas, wiring = self.guards[group], self.groups[group], self.wiring
-        places = [wiring.places[Part(replica, micro_batch)] for replica in replicas]
+        places = [wiring.places[MicroBatchId(replica, micro_batch)] for replica in replicas]
         lanes = None if len(self.guards) > 1 else torch.tensor([lane for lane, _ in places])
 
         def noise() -> Tensor:

@@ -16,14 +16,14 @@ from lightning_sentinel.pipeline.exchange import Aside, Exchange, StepOutcome
 from lightning_sentinel.pipeline.logs import LoggingMicroBatch, LogRecorder
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.table import COLUMNS, no_rows
-from lightning_sentinel.wiring import Part, Wiring
+from lightning_sentinel.wiring import MicroBatchId, Wiring
 from tests.pipeline.ranks import Ranks, ranks
 
 CPU = torch.device("cpu")
 Log = Callable[[LogRecorder, Worker, int], None]
 
 
-def row(boundary: Boundary, part: Part) -> Tensor:
+def row(boundary: Boundary, part: MicroBatchId) -> Tensor:
     """Numbers that say which signal it is."""
     number = 1 + part.micro_batch + 10 * part.replica + 100 * boundary.index + 1000 * (boundary.direction is Direction.GRADIENT)
     return number + torch.arange(len(COLUMNS)) / 64
@@ -33,11 +33,11 @@ def sizes_of(wiring: Wiring) -> BatchSizes:
     return BatchSizes(1 + max(part.micro_batch for work in wiring.work for part in work), (7,) * len(wiring.work))
 
 
-def weight_of(wiring: Wiring, part: Part) -> float:
+def weight_of(wiring: Wiring, part: MicroBatchId) -> float:
     return sizes_of(wiring).work(*part)[1]
 
 
-def loss_of(part: Part) -> float:
+def loss_of(part: MicroBatchId) -> float:
     return 1.0 + part.replica - 0.25 * part.micro_batch
 
 

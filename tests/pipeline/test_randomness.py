@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from lightning_sentinel.pipeline.randomness import (
-    Draws,
     HostProbe,
+    MicroBatchSeeds,
     SeparateRandomness,
     may_draw_on_host,
     seed_data,
     seed_host,
     seed_of_state,
 )
-from lightning_sentinel.wiring import Part
+from lightning_sentinel.wiring import MicroBatchId
 
 Numbers = tuple[float, float, float]
 
@@ -147,7 +147,7 @@ PLACES = list(itertools.product((0, 9), (0, 1, 11), (0, 1, 2, 3), (0, 1, 11)))
 
 
 def draws_at(seed: int, step: int, micro_batch: int, layer: int) -> tuple[float, ...]:
-    Draws(seed, step, micro_batch).seed_layer(layer, CPU)
+    MicroBatchSeeds(seed, step, micro_batch).seed_layer(layer, CPU)
     mask = torch.nn.functional.dropout(torch.ones(20))
     return (*torch.rand(3).tolist(), *torch.randn(2).tolist(), *mask.tolist())
 
@@ -165,7 +165,7 @@ def test_forward_passes_in_different_places_draw_differently() -> None:
 def test_the_users_step_draws_like_no_layer() -> None:
     layers = {draws_at(*place)[0] for place in PLACES}
     for seed, step, micro_batch, _ in PLACES:
-        Draws(seed, step, micro_batch).seed_step(CPU)
+        MicroBatchSeeds(seed, step, micro_batch).seed_step(CPU)
         assert float(torch.rand(())) not in layers
 
 
@@ -174,11 +174,11 @@ def test_samples_of_any_mesh_have_the_same_numbers(replicas: int) -> None:
     """A sampler deals twelve samples in turn; in micro-batches of one sample each keeps its number."""
     for replica in range(replicas):
         for micro_batch, sample in enumerate(range(12)[replica::replicas]):
-            assert Draws.of(0, 0, Part(replica, micro_batch), replicas).micro_batch == sample
+            assert MicroBatchSeeds.of(0, 0, MicroBatchId(replica, micro_batch), replicas).micro_batch == sample
 
 
 def test_a_step_draws_the_same_at_both_ends_with_any_generator() -> None:
-    draws = Draws(1, 2, 3)
+    draws = MicroBatchSeeds(1, 2, 3)
     draws.seed_step(CPU)
     first = draw_data(2)
     draw_data(5)

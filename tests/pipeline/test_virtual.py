@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 import lightning_sentinel as ls
-from lightning_sentinel.pipeline.data.dealing import Dealer
+from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter
 from tests.distributed import tasks, trainer_data_tasks, trainer_tasks
 
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
@@ -126,7 +126,7 @@ def test_malicious_workers_are_banned_and_nobody_else(direction: Any, attack: An
 @pytest.mark.parametrize(("samples", "replicas"), [(8, 2), (9, 3), (10, 4), (3, 2)])
 def test_samples_are_dealt_as_a_distributed_sampler_deals_them(samples: int, replicas: int) -> None:
     data = torch.utils.data.TensorDataset(torch.arange(samples))
-    parts = Dealer(None).whole(torch.arange(samples)).dealt_to(replicas, 1).replicas
+    parts = BatchSplitter(None).whole(torch.arange(samples)).dealt_to(replicas, 1).replicas
     for replica, part in enumerate(parts):
         sampler = torch.utils.data.DistributedSampler(data, replicas, replica, shuffle=False)
         assert part[0].tolist() == list(sampler)

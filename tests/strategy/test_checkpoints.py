@@ -18,7 +18,7 @@ import lightning_sentinel as ls
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.checkpoints.sharded import consolidate
-from lightning_sentinel.strategy.support import refuse_pruning
+from lightning_sentinel.strategy.refusals import refuse_pruning
 
 Form = Any
 FORMS = ["full", "sharded"]
@@ -251,12 +251,12 @@ class TestExchangedParameters:
 
 class TestHooks:
     def test_a_hook_that_leaves_weights_out_has_its_way(self, tmp_path: Path) -> None:
-        class Part(Small):
+        class MicroBatchId(Small):
             def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
                 checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n.startswith("net.4")}
 
         run = make()
-        run.fit(Part(), loader())
+        run.fit(MicroBatchId(), loader())
         run.save_checkpoint(tmp_path / "at.ckpt")
         assert list(torch.load(tmp_path / "at.ckpt", weights_only=True)["state_dict"]) == ["net.4.weight", "net.4.bias"]
 

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.messages.parcels import receive_parcel, send_parcel
+from lightning_sentinel.pipeline.messages.tensor_trees import receive_tree, send_tree
 
 __all__ = [
     "SECTION",
-    "Part",
+    "StageState",
     "collect",
     "group_names",
     "in_order",
@@ -39,7 +39,7 @@ SECTION = "lightning_sentinel"
 _LIKE_THE_PARAMETER = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
 """What the optimizers of torch keep in the shape of the parameter."""
 
-Part = tuple[dict[str, Any], dict[str, Tensor]]
+StageState = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def speakers(mesh: Mesh, banned: Collection[Worker] = ()) -> list[int]:
@@ -59,7 +59,7 @@ def speakers(mesh: Mesh, banned: Collection[Worker] = ()) -> list[int]:
 
 def collect(
     plain: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Sequence[int], most_bytes: int | None = None, to: int = 0
-) -> list[Part]:
+) -> list[StageState]:
     """Bring parts to one rank; to be called by all of them. One process has all there is.
 
     Args:
@@ -81,13 +81,13 @@ def collect(
     rank = dist.get_rank()
     if rank != to:
         if rank in ranks:
-            send_parcel(mine, to)
+            send_tree(mine, to)
         return []
     return [mine if speaker == to else _part_from(speaker, most_bytes) for speaker in ranks]
 
 
-def _part_from(rank: int, most_bytes: int | None) -> Part:
-    found = receive_parcel(rank, most_bytes)
+def _part_from(rank: int, most_bytes: int | None) -> StageState:
+    found = receive_tree(rank, most_bytes)
     if isinstance(found, tuple) and len(found) == 2 and all(isinstance(one, dict) for one in found):
         plain, tensors = found
         names = all(isinstance(name, (str, int)) for name in (*plain, *tensors))
@@ -96,7 +96,7 @@ def _part_from(rank: int, most_bytes: int | None) -> Part:
     raise MalformedMessageError(f"Rank {rank} sent no part of a checkpoint: {str(found)[:80]}.", rank=rank)
 
 
-def own_part(part: Part, names: Collection[str], rank: int) -> Part:
+def own_part(part: StageState, names: Collection[str], rank: int) -> StageState:
     """What a stage may say of its optimizer: of its own parameters, and in the form that :func:`optimizer_part` gives.
 
     Raises:
@@ -177,7 +177,7 @@ def select_state(
     return {name: state[name] for name in module.state_dict() if name in state}
 
 
-def optimizer_part(optimizer: Optimizer, names: Mapping[int, str]) -> Part:
+def optimizer_part(optimizer: Optimizer, names: Mapping[int, str]) -> StageState:
     """This stage's optimizer state, by parameter name.
 
     Args:
@@ -208,7 +208,7 @@ def optimizer_part(optimizer: Optimizer, names: Mapping[int, str]) -> Part:
     return plain, tensors
 
 
-def join_optimizer_parts(parts: Sequence[Part]) -> Part:
+def join_optimizer_parts(parts: Sequence[StageState]) -> StageState:
     """One part of those that workers of a stage have, each of other parameters.
 
     Example:
@@ -229,7 +229,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def optimizer_of(part: Part, parameters: Collection[str]) -> Part:
+def optimizer_of(part: StageState, parameters: Collection[str]) -> StageState:
     """What a part says of some parameters.
 
     Example:
@@ -248,7 +248,7 @@ def optimizer_of(part: Part, parameters: Collection[str]) -> Part:
 
 
 def merge_optimizer_states(
-    parts: Sequence[Part], options: Sequence[Mapping[str, Any]], order: Sequence[str]
+    parts: Sequence[StageState], options: Sequence[Mapping[str, Any]], order: Sequence[str]
 ) -> tuple[dict[str, Any], list[list[str]]]:
     """One optimizer state in torch's format.
 

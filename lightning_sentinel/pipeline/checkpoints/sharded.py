@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.pipeline.checkpoints.files import INDEX, aside, clear, part_of, sync_folder, write_file
-from lightning_sentinel.pipeline.checkpoints.full import SECTION, Part, merge_optimizer_states, optimizer_of
+from lightning_sentinel.pipeline.checkpoints.full import SECTION, StageState, merge_optimizer_states, optimizer_of
 
 __all__ = ["Destination", "ShardedCheckpoint", "consolidate"]
 
@@ -52,7 +52,9 @@ class Destination(NamedTuple):
             folder.mkdir(parents=True)
         return cls(str(target), str(folder), uuid.uuid4().hex[:12])
 
-    def write_part(self, stage: int, states: Mapping[str, Mapping[str, Tensor]], optimizers: Sequence[Part]) -> dict[str, Any]:
+    def write_part(
+        self, stage: int, states: Mapping[str, Mapping[str, Tensor]], optimizers: Sequence[StageState]
+    ) -> dict[str, Any]:
         """Write what one stage has.
 
         Args:

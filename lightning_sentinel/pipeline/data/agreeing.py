@@ -7,18 +7,18 @@ from typing import Any
 
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.data.dealing import Deal, Whole
+from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch, Whole
 from lightning_sentinel.pipeline.data.feeding import gather_numbers
 from lightning_sentinel.pipeline.data.fingerprints import NOT_READ, compare_ends, fingerprint
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
-from lightning_sentinel.pipeline.messages.parcels import describe_parcel, learn_kinds
+from lightning_sentinel.pipeline.messages.tensor_trees import describe_tree, learn_kinds
 
-__all__ = ["deal_alike"]
+__all__ = ["split_alike"]
 
 _UNREADABLE = -3
 
 
-def deal_alike(
+def split_alike(
     batch: Any,
     loaded: Any,
     whole: Callable[[Any], Whole],
@@ -32,7 +32,7 @@ def deal_alike(
     travels: bool,
     by_module: bool,
     banned: Collection[Worker] = (),
-) -> Deal:
+) -> SplitBatch:
     """Deal a batch; a collective if it ``asks``, and then an error of one rank is one of all.
 
     Args:
@@ -70,7 +70,7 @@ def deal_alike(
         assert problem is not None
         raise problem
     if not asks:
-        return Deal(BatchSizes.of([mine[0]] * mesh.replicas, mine[1]), [own.dealt(mine[1])], mine[0])
+        return SplitBatch(BatchSizes.of([mine[0]] * mesh.replicas, mine[1]), [own.dealt(mine[1])], mine[0])
     compare_ends([(samples, printed) for samples, _, printed in everyone], mesh, banned)
     of_replicas = [everyone[mesh.rank(_spokesman(replica, mesh, banned))] for replica in range(mesh.replicas)]
     samples, most = [numbers[0] for numbers in of_replicas], [numbers[1] for numbers in of_replicas if numbers[0]]
@@ -80,13 +80,13 @@ def deal_alike(
         everyone = gather_numbers(list(dealt.sizes))
         by_replica = [everyone[mesh.rank(_spokesman(replica, mesh, banned))] for replica in range(mesh.replicas)]
         sizes = sizes._replace(dealt=tuple(map(tuple, by_replica)))
-    return Deal(sizes, [dealt], mine[0])
+    return SplitBatch(sizes, [dealt], mine[0])
 
 
 def _require_that_it_can_travel(batch: Any) -> None:
     learn_kinds(batch)
     try:
-        describe_parcel(batch)
+        describe_tree(batch)
     except PipelineModelError as error:
         raise ConfigurationError(
             f"When a worker is banned or audited, samples travel between processes, and those of this loader cannot. {error} Or let"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lightning_sentinel.pipeline.messages.trees import entries_of, is_sequence, rebuilt
+from lightning_sentinel.pipeline.messages.containers import entries_of, is_sequence, rebuilt
 
 __all__ = ["copied"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lightning_sentinel.pipeline.messages.trees import entries_of, is_sequence, leaves_of, rebuilt
+from lightning_sentinel.pipeline.messages.containers import entries_of, is_sequence, leaves_of, rebuilt
 
 __all__ = ["emptied", "is_empty"]
 

@@ -10,11 +10,11 @@ from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches, evenly
 from lightning_sentinel.pipeline.data.reading import Reading
 
-__all__ = ["Deal", "Even", "Whole", "split"]
+__all__ = ["Even", "SplitBatch", "Whole", "split"]
 
 
 @dataclass(frozen=True)
-class Deal:
+class SplitBatch:
     """What an engine works on in a step.
 
     Args:
@@ -44,7 +44,7 @@ class Whole(Protocol):
     def dealt(self, count: int) -> MicroBatches:
         """Into so many micro-batches."""
 
-    def dealt_to(self, replicas: int, count: int) -> Deal:
+    def dealt_to(self, replicas: int, count: int) -> SplitBatch:
         """To the replicas of a virtual mesh."""
 
 
@@ -76,7 +76,7 @@ class Even:
         sizes = evenly(self.samples, count)
         return MicroBatches(_Parts(self.reading, sizes), sizes, self.reading.batch)
 
-    def dealt_to(self, replicas: int, count: int) -> Deal:
+    def dealt_to(self, replicas: int, count: int) -> SplitBatch:
         """Replica ``r`` gets the samples ``r``, ``r + replicas`` and so on, which is what ``DistributedSampler`` gives it. A batch
         that cannot be divided evenly is filled up from its beginning, as the sampler fills up a data set."""
         each = -(-self.samples // replicas)
@@ -85,7 +85,7 @@ class Even:
         sizes = BatchSizes.of([each] * replicas, count)
         dealt = [Even(self.reading.picked(rows)).dealt(sizes.micro_batches) for rows in mine]
         parts = evenly(each, sizes.micro_batches)
-        return Deal(sizes, dealt, self.samples, [split(rows, parts) for rows in mine])
+        return SplitBatch(sizes, dealt, self.samples, [split(rows, parts) for rows in mine])
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch.utils.data import BatchSampler, default_collate
 
 from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.data.dealing import Dealer
+from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter
 from lightning_sentinel.pipeline.data.emptying import emptied
 from lightning_sentinel.pipeline.data.fingerprints import NONE_LEFT, NOT_READ, compare_ends, fingerprint
 from lightning_sentinel.pipeline.data.layout import describe, stand_in
@@ -140,7 +140,7 @@ class Feed:
         loader: Any,
         mesh: Mesh,
         worker: Worker,
-        dealer: Dealer,
+        dealer: BatchSplitter,
         reads: bool,
         even: bool,
         length: int | None,
@@ -153,7 +153,7 @@ class Feed:
             _loader=loader,
             _mesh=mesh,
             _worker=worker,
-            _dealer=dealer,
+            _splitter=dealer,
             _source=source_of(loader),
             _unread=() if reads else tuple(mesh.rank(Worker(stage, worker.replica)) for stage in middle),
             _reads=reads or worker.stage not in middle,
@@ -218,7 +218,7 @@ class Feed:
         return [everyone[self._mesh.rank(Worker(0, replica))][0] for replica in range(self._mesh.replicas)]
 
     def _samples(self, batch: Any) -> int:
-        return self._dealer.samples(batch, self._source)
+        return self._splitter.samples(batch, self._source)
 
     def _described(self, batch: Any) -> Any:
         """The first stage tells those in the middle what a batch looks like, and they make one up."""
@@ -247,7 +247,7 @@ class Feed:
         if sampler is not None:
             sampler.seen_batch_indices.append([])
         # How a module deals batches of its own kind says nothing of how to leave everything out.
-        return emptied(latest) if self._dealer.by_module else read(latest, self._source).part(slice(0))
+        return emptied(latest) if self._splitter.by_module else read(latest, self._source).part(slice(0))
 
 
 def _warn_of_leftovers(samples: list[int]) -> None:

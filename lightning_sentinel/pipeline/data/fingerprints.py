@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.messages.trees import leaves_of
+from lightning_sentinel.pipeline.messages.containers import leaves_of
 from lightning_sentinel.pipeline.waiting import on_host
 
 __all__ = ["NONE_LEFT", "NOT_READ", "compare_ends", "fingerprint"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lightning_sentinel.pipeline.messages.trees import leaves_of
+from lightning_sentinel.pipeline.messages.containers import leaves_of
 
 __all__ = ["BatchSizes", "MicroBatches", "evenly"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.pipeline.messages.trees import entries_of, has_attributes, is_sequence, leaves_of, rebuilt
+from lightning_sentinel.pipeline.messages.containers import entries_of, has_attributes, is_sequence, leaves_of, rebuilt
 
 __all__ = ["Reading", "Source", "goes_by_rows", "read"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.pipeline.data.even import Deal, Even, Whole
+from lightning_sentinel.pipeline.data.even import Even, SplitBatch, Whole
 from lightning_sentinel.pipeline.data.micro_batches import MicroBatches, evenly
 from lightning_sentinel.pipeline.data.reading import Source
-from lightning_sentinel.pipeline.messages.trees import rebuilt
+from lightning_sentinel.pipeline.messages.containers import rebuilt
 
 __all__ = ["Several", "belongs"]
 
@@ -72,7 +72,7 @@ class Several:
         of_each = [None if one is None else one.dealt(count) for one in self.wholes]
         return MicroBatches(_SideBySide(self.batch, of_each), evenly(self.samples, count), self.batch)
 
-    def dealt_to(self, replicas: int, count: int) -> Deal:
+    def dealt_to(self, replicas: int, count: int) -> SplitBatch:
         count = _most([-(-samples // replicas) for samples in self._samples], count)
         deals = [None if one is None else one.dealt_to(replicas, count) for one in self.wholes]
         first = next((deal for deal in deals if deal is not None and deal.samples), None)
@@ -82,7 +82,7 @@ class Several:
         for replica, counted in enumerate(first.replicas):
             of_each = [None if deal is None else deal.replicas[replica] for deal in deals]
             mine.append(MicroBatches(_SideBySide(self.batch, of_each), counted.sizes, self.batch))
-        return Deal(first.sizes, mine, first.samples, first.rows)
+        return SplitBatch(first.sizes, mine, first.samples, first.rows)
 
     @property
     def _samples(self) -> list[int]:

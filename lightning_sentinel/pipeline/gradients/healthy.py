@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sentinel.config import Response
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractions
 from lightning_sentinel.pipeline.gradients.reduction import (
     StageGroups,
     clip_by_global_norm,
@@ -19,7 +20,6 @@ from lightning_sentinel.pipeline.gradients.reduction import (
     reduce_mean,
     reduce_robustly,
 )
-from lightning_sentinel.pipeline.gradients.shares import Shares
 from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.gradients.zero import OptimizerShards
 from lightning_sentinel.pipeline.processes import collectives
@@ -96,7 +96,7 @@ class HealthyStage:
         workers = [worker for worker in workers if worker not in self.left_out]
         return collectives.all_gather(vector, self._group), workers
 
-    def reduce(self, shares: Shares) -> None:
+    def reduce(self, shares: CleanFractions) -> None:
         """The gradients of the stage become those of the step."""
         if self._group is None:
             # Nobody asks a banned worker for its weights again.

@@ -29,7 +29,7 @@ __all__ = [
     "Expected",
     "Header",
     "Kind",
-    "Place",
+    "MessageId",
     "decode",
     "encode",
     "extent",
@@ -68,7 +68,7 @@ NOTES = {Direction.ACTIVATION: Kind.NOTE_ACTIVATION, Direction.GRADIENT: Kind.NO
 
 
 @dataclass(frozen=True)
-class Place:
+class MessageId:
     """Which message it is.
 
     Args:
@@ -77,7 +77,7 @@ class Place:
         kind: what it carries.
 
     Example:
-        >>> str(Place(12, 3, Kind.GRADIENT))
+        >>> str(MessageId(12, 3, Kind.GRADIENT))
         'gradient of step 12, micro-batch 3'
     """
 
@@ -184,7 +184,7 @@ class Header:
     number: int
 
 
-def encode(place: Place, shape: Sequence[int], dtype: torch.dtype, number: int = 0) -> Tensor:
+def encode(message_id: MessageId, shape: Sequence[int], dtype: torch.dtype, number: int = 0) -> Tensor:
     """The header of a message.
 
     Returns:
@@ -194,7 +194,7 @@ def encode(place: Place, shape: Sequence[int], dtype: torch.dtype, number: int =
         PipelineModelError: if a tensor of this shape or dtype cannot cross a boundary.
 
     Example:
-        >>> encode(Place(12, 3, Kind.ACTIVATION), (2, 5), torch.float64)[1:]
+        >>> encode(MessageId(12, 3, Kind.ACTIVATION), (2, 5), torch.float64)[1:]
         tensor([12,  3,  1,  1,  0,  2,  2,  5,  0,  0,  0,  0,  0,  0])
     """
     if dtype not in DTYPES or len(shape) > _MOST_AXES:
@@ -203,11 +203,11 @@ def encode(place: Place, shape: Sequence[int], dtype: torch.dtype, number: int =
             f" with at most {_MOST_AXES} axes: end the stage at a layer that returns one."
         )
     padding = [0] * (_MOST_AXES - len(shape))
-    words = [_MAGIC, place.step, place.slot, place.kind, DTYPES.index(dtype), number, len(shape), *shape, *padding]
+    words = [_MAGIC, message_id.step, message_id.slot, message_id.kind, DTYPES.index(dtype), number, len(shape), *shape, *padding]
     return torch.tensor(words, dtype=torch.int64)
 
 
-def decode(header: Tensor, place: Place, expected: Expected) -> Header:
+def decode(header: Tensor, message_id: MessageId, expected: Expected) -> Header:
     """Read a header, and believe it only if it is the one that is expected.
 
     Args:
@@ -219,7 +219,7 @@ def decode(header: Tensor, place: Place, expected: Expected) -> Header:
         MalformedMessageError: if anything in it is not as it should be; nothing else is ever raised, nor anything allocated.
 
     Example:
-        >>> due = Place(12, 3, Kind.ACTIVATION)
+        >>> due = MessageId(12, 3, Kind.ACTIVATION)
         >>> header = encode(due, (2, 5), torch.float64)
         >>> decode(header, due, Expected((torch.float64,), most_elements=10))
         Header(shape=(2, 5), dtype=torch.float64, number=0)
@@ -229,16 +229,16 @@ def decode(header: Tensor, place: Place, expected: Expected) -> Header:
     """
     # Python's integers, because products of sizes need not fit into 64 bits.
     magic, step, slot, kind, dtype, number, axes, *sizes = header.tolist()
-    wrong = _wrong_place(magic, step, slot, kind, place) or _wrong_layout(dtype, number, axes, sizes, expected)
+    wrong = _wrong_place(magic, step, slot, kind, message_id) or _wrong_layout(dtype, number, axes, sizes, expected)
     if not wrong:
         shape = tuple(sizes[:axes])
         wrong = _wrong_shape(shape, expected)
         if not wrong:
             return Header(shape, DTYPES[dtype], number)
-    raise MalformedMessageError(f"Expected the {place}; what came {wrong}.")
+    raise MalformedMessageError(f"Expected the {message_id}; what came {wrong}.")
 
 
-def extent(header: Tensor, expected: Expected) -> tuple[Place, torch.dtype, int] | None:
+def extent(header: Tensor, expected: Expected) -> tuple[MessageId, torch.dtype, int] | None:
     """What a header that was refused says of the elements behind it, so that they can be taken off the wire.
 
     Args:
@@ -249,7 +249,7 @@ def extent(header: Tensor, expected: Expected) -> tuple[Place, torch.dtype, int]
         which message it says it is, dtype, and number of elements; ``None`` if that is no message of ours, or too large a one.
 
     Example:
-        >>> due = Place(12, 3, Kind.GRADIENT)
+        >>> due = MessageId(12, 3, Kind.GRADIENT)
         >>> extent(encode(due, (2, 5), torch.float64), Expected.like(torch.ones(2, 4)))
         (Place(step=12, slot=3, kind=<Kind.GRADIENT: 2>), torch.float64, 10)
         >>> extent(encode(due, (2**31, 2**31), torch.float32), Expected.like(torch.ones(2, 4)))
@@ -258,7 +258,7 @@ def extent(header: Tensor, expected: Expected) -> tuple[Place, torch.dtype, int]
     known = magic == _MAGIC and kind in tuple(Kind) and 0 <= dtype < len(DTYPES) and 0 <= axes <= _MOST_AXES
     if not known or min(sizes) < 0 or any(sizes[axes:]) or _elements(sizes[:axes], ignoring_zeros=True) > expected.most_elements:
         return None
-    return Place(step, slot, Kind(kind)), DTYPES[dtype], _elements(sizes[:axes])
+    return MessageId(step, slot, Kind(kind)), DTYPES[dtype], _elements(sizes[:axes])
 
 
 def _elements(shape: Sequence[int], ignoring_zeros: bool = False) -> int:
@@ -266,17 +266,17 @@ def _elements(shape: Sequence[int], ignoring_zeros: bool = False) -> int:
     return math.prod(size for size in shape if size or not ignoring_zeros)
 
 
-def _wrong_place(magic: int, step: int, slot: int, kind: int, place: Place) -> str:
+def _wrong_place(magic: int, step: int, slot: int, kind: int, message_id: MessageId) -> str:
     if magic != _MAGIC:
         return f"does not begin as a header of this version does: word {magic}, not {_MAGIC}"
     if kind not in tuple(Kind):
         return f"is of the unknown kind {kind}"
-    if (step, slot, kind) == (place.step, place.slot, place.kind):
+    if (step, slot, kind) == (message_id.step, message_id.slot, message_id.kind):
         return ""
-    came = Place(step, slot, Kind(kind))
-    if kind != place.kind:
+    came = MessageId(step, slot, Kind(kind))
+    if kind != message_id.kind:
         return f"is of another kind: the {came}"
-    if (step, slot) < (place.step, place.slot):
+    if (step, slot) < (message_id.step, message_id.slot):
         return f"is a duplicate or late: the {came}"
     return f"is early, or one before it was left out: the {came}"
 

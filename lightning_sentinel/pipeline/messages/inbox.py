@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError
-from lightning_sentinel.pipeline.messages.headers import DTYPES, NOTHING, Allowance, Expected, Kind, Place
+from lightning_sentinel.pipeline.messages.headers import DTYPES, NOTHING, Allowance, Expected, Kind, MessageId
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.verification.projection import Projection
 
@@ -53,7 +53,7 @@ class Inbox:
         self._replaces, self._lets_nothing_in = replaces, lets_nothing_in
         self._news.clear()
 
-    def is_news(self, slot: int) -> bool:
+    def is_new_shape(self, slot: int) -> bool:
         """Whether a micro-batch's input is of a shape that is new to this stage, or is made of one that was to a stage before."""
         return self._news[slot]
 
@@ -64,7 +64,7 @@ class Inbox:
         if shape is not None:
             self._shapes.add(shape)
 
-    def activation(self, rank: int, place: Place, samples: int) -> tuple[Tensor | None, Tensor]:
+    def activation(self, rank: int, message_id: MessageId, samples: int) -> tuple[Tensor | None, Tensor]:
         """Receive an activation, ``None`` if there is none, and its taint, as :meth:`Transport.receive`.
 
         Args:
@@ -82,50 +82,50 @@ class Inbox:
         if self._lets_nothing_in:
             expected = replace(expected, numbers=range(NOTHING + 1), dtypes=DTYPES)
         try:
-            signal, tainted, news = self._transport.receive(rank, place, expected)
-            if news == NOTHING:
+            signal, tainted, is_new_shape = self._transport.receive(rank, message_id, expected)
+            if is_new_shape == NOTHING:
                 return None, tainted
             shape = tuple(signal.shape)
-            if usual is not None and not news and shape not in self._shapes:
-                self._require_workable(signal, usual, rank, place)
+            if usual is not None and not is_new_shape and shape not in self._shapes:
+                self._require_workable(signal, usual, rank, message_id)
         except MalformedMessageError as error:
             if usual is None or not error.taken:
                 raise
-            self._news[place.slot] = False
+            self._news[message_id.slot] = False
             return self._nothing(usual, allowance.dtypes[0], error)
-        self._news[place.slot] = bool(news) or shape not in self._shapes
+        self._news[message_id.slot] = bool(is_new_shape) or shape not in self._shapes
         self._shapes.add(shape)
         allowance.saw(signal, samples)
         return signal, tainted
 
-    def gradient(self, rank: int, place: Place, output: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, rank: int, message_id: MessageId, output: Tensor) -> tuple[Tensor, Tensor]:
         """Receive the gradient of ``output``, otherwise as :meth:`activation`."""
         try:
-            signal, tainted, _ = self._transport.receive(rank, place, Expected.like(output))
+            signal, tainted, _ = self._transport.receive(rank, message_id, Expected.like(output))
         except MalformedMessageError as error:
             if not self._replaces or not error.taken:
                 raise
             return self._nothing(output.shape, output.dtype, error)
         return signal, tainted
 
-    def note(self, rank: int, place: Place) -> Projection:
+    def note(self, rank: int, message_id: MessageId) -> Projection:
         """Receive what the worker before the sender says of what it had sent it. A malformed note ends the run.
 
         Raises:
             MalformedMessageError: if something else came.
             WorkerLostError: if ``rank`` does not answer.
         """
-        allowance = self._allowances[place.kind]
-        note, channels = self._transport.receive_note(rank, place, allowance.expected(numbers=range(1, 2**31)))
+        allowance = self._allowances[message_id.kind]
+        note, channels = self._transport.receive_note(rank, message_id, allowance.expected(numbers=range(1, 2**31)))
         allowance.saw(note)
         return Projection(note, channels)
 
-    def _require_workable(self, signal: Tensor, usual: Sequence[int], rank: int, place: Place) -> None:
+    def _require_workable(self, signal: Tensor, usual: Sequence[int], rank: int, message_id: MessageId) -> None:
         try:
-            self._try_out(signal, place.slot)
+            self._try_out(signal, message_id.slot)
         except Exception as error:
             raise MalformedMessageError(
-                f"Rank {rank} sent the {place} in shape {tuple(signal.shape)}, on which this stage's layers fail with"
+                f"Rank {rank} sent the {message_id} in shape {tuple(signal.shape)}, on which this stage's layers fail with"
                 f" {type(error).__name__}: {error}; they have worked on {tuple(usual)}.",
                 rank=rank,
                 taken=True,

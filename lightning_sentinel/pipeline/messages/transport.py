@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, WorkerLostError
-from lightning_sentinel.pipeline.messages.headers import HEADER_WORDS, Expected, Header, Kind, Place, decode, encode, extent
+from lightning_sentinel.pipeline.messages.headers import HEADER_WORDS, Expected, Header, Kind, MessageId, decode, encode, extent
 from lightning_sentinel.pipeline.processes.collectives import wire
 from lightning_sentinel.pipeline.processes.liveness import sounds_lost
 
@@ -47,7 +47,7 @@ _HEADER_BYTES = 8 * HEADER_WORDS
 _ELEMENTS_AT = -(-_HEADER_BYTES // 64) * 64
 
 
-class _Size(NamedTuple):
+class _MessageSize(NamedTuple):
     """A size that sender and receiver know of."""
 
     elements: int
@@ -76,22 +76,22 @@ class Transport:
         self._wire = {"auto": wire(device), "device": device, "host": torch.device("cpu")}[mode]
         self._under_way: list[tuple[int, dist.Work, Tensor]] = []
         self._broken: dict[int, str] = {}
-        self._sent: dict[tuple[int, Kind], _Size] = {}
-        self._received: dict[tuple[int, Kind], _Size] = {}
-        self._latest: dict[tuple[int, Kind], Place] = {}
+        self._sent: dict[tuple[int, Kind], _MessageSize] = {}
+        self._received: dict[tuple[int, Kind], _MessageSize] = {}
+        self._latest: dict[tuple[int, Kind], MessageId] = {}
 
-    def send(self, signal: Tensor, tainted: Tensor, rank: int, place: Place, number: int = 0) -> None:
+    def send(self, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int = 0) -> None:
         """Send a signal of any shape, its taint (0-dim bool), and a number with its header.
 
         Raises:
             PipelineModelError: if the signal is no tensor that can cross a boundary.
             WorkerLostError: if ``rank`` does not answer.
         """
-        for message in self._messages(signal, tainted, rank, place, number):
+        for message in self._messages(signal, tainted, rank, message_id, number):
             with _naming(rank):
                 dist.send(message, rank)
 
-    def receive(self, rank: int, place: Place, expected: Expected) -> tuple[Tensor, Tensor, int]:
+    def receive(self, rank: int, message_id: MessageId, expected: Expected) -> tuple[Tensor, Tensor, int]:
         """Receive a signal, its taint, and its number.
 
         Args:
@@ -108,17 +108,17 @@ class Transport:
         """
         if rank in self._broken:
             raise MalformedMessageError(
-                f"Rank {rank} is not listened to, not for the {place} either, since it sent a malformed message."
+                f"Rank {rank} is not listened to, not for the {message_id} either, since it sent a malformed message."
                 f" {self._broken[rank]} Leave it out of the pipeline, or start the run again.",
                 rank=rank,
             )
         try:
-            header, message = self._message(rank, place, expected)
+            header, message = self._message(rank, message_id, expected)
             # A device would have to be waited for. There the mark is not zero, and makes the signal a tainted one.
             if self._wire.type == "cpu" and message[-1] == _UNTOUCHED:
                 raise MalformedMessageError(
-                    f"Expected the {place}; what came has fewer elements than the {len(message)} of shape {header.shape} and flag"
-                    " that its header announces.",
+                    f"Expected the {message_id}; what came has fewer elements than the {len(message)} of shape {header.shape} and"
+                    " flag that its header announces.",
                     taken=True,
                 )
         except MalformedMessageError as error:
@@ -131,31 +131,31 @@ class Transport:
                 taken=error.taken,
             ) from error
         finally:
-            self._latest[rank, place.kind] = place
+            self._latest[rank, message_id.kind] = message_id
         message = message.to(self._device)
         return message[:-1].view(header.shape), message[-1].bool(), header.number
 
-    def send_note(self, note: Tensor, number: int, rank: int, place: Place) -> None:
+    def send_note(self, note: Tensor, number: int, rank: int, message_id: MessageId) -> None:
         """Send a tensor, and a number with its header, without waiting; :meth:`finish_notes` does.
 
         Raises:
             PipelineModelError: if the note is no tensor that can cross a boundary.
             WorkerLostError: if ``rank`` does not answer.
         """
-        for message in self._messages(note, torch.zeros((), dtype=torch.bool, device=note.device), rank, place, number):
+        for message in self._messages(note, torch.zeros((), dtype=torch.bool, device=note.device), rank, message_id, number):
             with _naming(rank):
                 work = dist.isend(message, rank)
             assert work is not None, "the default group has all ranks"
             self._under_way.append((rank, work, message))
 
-    def receive_note(self, rank: int, place: Place, expected: Expected) -> tuple[Tensor, int]:
+    def receive_note(self, rank: int, message_id: MessageId, expected: Expected) -> tuple[Tensor, int]:
         """Receive what :meth:`send_note` sent: the tensor, in memory of its own, and the number.
 
         Raises:
             MalformedMessageError: if something else came, now or before.
             WorkerLostError: if ``rank`` does not answer.
         """
-        note, _, number = self.receive(rank, place, expected)
+        note, _, number = self.receive(rank, message_id, expected)
         return note, number
 
     def finish_notes(self) -> None:
@@ -169,10 +169,10 @@ class Transport:
                 work.wait()
         self._under_way.clear()
 
-    def _messages(self, tensor: Tensor, last: Tensor, rank: int, place: Place, number: int) -> list[Tensor]:
+    def _messages(self, tensor: Tensor, last: Tensor, rank: int, message_id: MessageId, number: int) -> list[Tensor]:
         """Header and elements, in memory that nobody else writes to: one message, or two."""
-        header, size = encode(place, tensor.shape, tensor.dtype, number), _Size(tensor.numel() + 1, tensor.dtype)
-        as_before, self._sent[rank, place.kind] = self._sent.get((rank, place.kind)) == size, size
+        header, size = encode(message_id, tensor.shape, tensor.dtype, number), _MessageSize(tensor.numel() + 1, tensor.dtype)
+        as_before, self._sent[rank, message_id.kind] = self._sent.get((rank, message_id.kind)) == size, size
         tensor = tensor.detach()
         if self._wire.type != "cpu" or not as_before:
             return [header, torch.cat((tensor.reshape(-1), last.to(tensor.dtype).reshape(1))).to(self._wire)]
@@ -187,32 +187,32 @@ class Transport:
             elements.copy_(torch.cat((tensor.reshape(-1), last.to(tensor.dtype).reshape(1))))
         return [message]
 
-    def _message(self, rank: int, place: Place, expected: Expected) -> tuple[Header, Tensor]:
+    def _message(self, rank: int, message_id: MessageId, expected: Expected) -> tuple[Header, Tensor]:
         """The one that is due. What comes in its place is taken off the wire, and so is one that came before, once."""
-        words, elements = self._next(rank, place.kind)
+        words, elements = self._next(rank, message_id.kind)
         try:
-            header = decode(words, place, expected)
+            header = decode(words, message_id, expected)
         except MalformedMessageError as error:
-            came = self._take(words, rank, place.kind, expected)
+            came = self._take(words, rank, message_id.kind, expected)
             error.taken = came is not None
             if came is not None and came == self._latest.get((rank, came.kind)):
                 # The one that is due is behind it, unless the sender goes on like this.
-                words, _ = self._next(rank, place.kind)
-                error.taken = self._take(words, rank, place.kind, expected) == place
+                words, _ = self._next(rank, message_id.kind)
+                error.taken = self._take(words, rank, message_id.kind, expected) == message_id
             raise
-        size = _Size(math.prod(header.shape) + 1, header.dtype)
-        return header, elements if self._comes_with_its_header(size, rank, place.kind) else self._elements(rank, size)
+        size = _MessageSize(math.prod(header.shape) + 1, header.dtype)
+        return header, elements if self._comes_with_its_header(size, rank, message_id.kind) else self._elements(rank, size)
 
-    def _take(self, words: Tensor, rank: int, kind: Kind, expected: Expected) -> Place | None:
+    def _take(self, words: Tensor, rank: int, kind: Kind, expected: Expected) -> MessageId | None:
         """Take the elements behind a header off the wire. ``None`` if nobody can tell how many they are, or they are too many."""
         found = extent(words, expected)
         if found is None:
             return None
-        place, dtype, elements = found
-        size = _Size(elements + 1, dtype)
+        message_id, dtype, elements = found
+        size = _MessageSize(elements + 1, dtype)
         if not self._comes_with_its_header(size, rank, kind):
             self._elements(rank, size)
-        return place
+        return message_id
 
     def _next(self, rank: int, kind: Kind) -> tuple[Tensor, Tensor]:
         """The next header, and the elements if they are of the same size as before; else they come by themselves."""
@@ -225,12 +225,12 @@ class Transport:
             dist.recv(message, rank)
         return words, elements
 
-    def _comes_with_its_header(self, size: _Size, rank: int, kind: Kind) -> bool:
+    def _comes_with_its_header(self, size: _MessageSize, rank: int, kind: Kind) -> bool:
         """Whether the elements of a message came with its header, and from now on those of this size do."""
         before, self._received[rank, kind] = self._received.get((rank, kind)), size
         return self._wire.type == "cpu" and before == size
 
-    def _elements(self, rank: int, size: _Size) -> Tensor:
+    def _elements(self, rank: int, size: _MessageSize) -> Tensor:
         """``(elements,)``, on the wire's device, with a mark at the end that tells whether so many came."""
         message = torch.empty(size.elements, dtype=size.dtype, device=self._wire)
         message[-1] = _UNTOUCHED

@@ -26,15 +26,15 @@ from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Direction, Mesh, Worker
-from lightning_sentinel.pipeline.data.supply import supplier, unpacked
-from lightning_sentinel.pipeline.messages.parcels import Packed, pack, pack_all, receive_parcel, send_packed
+from lightning_sentinel.pipeline.data.sample_exchange import supplier, unpacked
+from lightning_sentinel.pipeline.messages.tensor_trees import Packed, pack, pack_all, receive_tree, send_packed
 from lightning_sentinel.pipeline.waiting import on_host
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
 from lightning_sentinel.verification.tolerance import MEASURED, Tolerances, deviation
-from lightning_sentinel.wiring import Part, Wiring
+from lightning_sentinel.wiring import MicroBatchId, Wiring
 
-__all__ = ["Audits", "Evidence", "Kept", "digest"]
+__all__ = ["Audits", "Evidence", "SignalCache", "digest"]
 
 _WORDS = tuple(word for word in Outcome if word is not Outcome.DISPUTED)
 """What one worker can say."""
@@ -55,7 +55,7 @@ class Evidence(NamedTuple):
 
 
 @dataclass
-class Kept:
+class SignalCache:
     """What a worker sent and received in a step, by direction and slot, until the step is settled."""
 
     sent: dict[tuple[Direction, int], Tensor] = field(default_factory=dict)
@@ -143,14 +143,14 @@ class Audits:
         self,
         mesh: Mesh,
         worker: Worker,
-        kept: Kept,
-        samples: Callable[[Part], Any],
-        recompute: Callable[[Direction, Part, Evidence], Tensor],
+        kept: SignalCache,
+        samples: Callable[[MicroBatchId], Any],
+        recompute: Callable[[Direction, MicroBatchId, Evidence], Tensor],
         tolerances: Tolerances,
         computed_in: Callable[[], torch.dtype],
         device: torch.device,
     ) -> None:
-        self._mesh, self._worker, self._kept = mesh, worker, kept
+        self._mesh, self._worker, self._signal_cache = mesh, worker, kept
         self._samples, self._recompute = samples, recompute
         self._tolerances, self._computed_in = tolerances, computed_in
         self._device = device
@@ -217,12 +217,12 @@ class Audits:
             elif giver == auditor == self._worker:
                 items[item] = self._item(item, case)
             elif auditor == self._worker:
-                items[item] = receive_parcel(self._mesh.rank(giver), self._room)
+                items[item] = receive_tree(self._mesh.rank(giver), self._room)
         return items
 
     @property
     def _room(self) -> int:
-        return 64 * max(self._kept.bytes, 2**20)
+        return 64 * max(self._signal_cache.bytes, 2**20)
 
     def _needs(self, case: Case, wiring: Wiring, absent: Collection[Worker]) -> list[_Need]:
         """What an auditor needs."""
@@ -239,7 +239,7 @@ class Audits:
         return [*needs, (_Item.CLAIMED, wiring.worker(boundary.receiver, case.lane)), (_Item.RECEIVED, case.audited)]
 
     def _item(self, item: _Item, case: Case) -> Any:
-        kept, slot = self._kept, case.slot
+        kept, slot = self._signal_cache, case.slot
         if item is _Item.BATCH:
             return self._samples(case.part)
         if item is _Item.ACTIVATION:

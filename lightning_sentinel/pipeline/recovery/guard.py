@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
-from lightning_sentinel.pipeline.recovery.lessons import Apart, Lessons
+from lightning_sentinel.pipeline.recovery.reference_updates import Apart, ReferenceUpdates
 from lightning_sentinel.seeds import derive_seed, secret_seed
 from lightning_sentinel.verification import (
     BoundaryVerifier,
@@ -107,7 +107,7 @@ class Guard:
         self._excluded: tuple[int, frozenset[Worker]] = (-1, frozenset())
         self._wiring, self._micro_batches = Wiring.of(mesh), 1
         self._rows: dict[Boundary, list[tuple[Sequence[int], Tensor]]] = {boundary: [] for boundary in self.verifiers}
-        self._lessons = Lessons()
+        self._updates = ReferenceUpdates()
         self._refusals = Refusals(mesh)
 
     def _keep_secret(self, verification: Verification) -> None:
@@ -143,7 +143,7 @@ class Guard:
         return self._response.on_flag == "exclude" and not self.audits
 
     @property
-    def answers(self) -> bool:
+    def replaces_malformed(self) -> bool:
         """Whether a sender answers for a signal that says nothing, and the signal does not reach the weights."""
         return self._response.on_flag == "exclude"
 
@@ -152,7 +152,7 @@ class Guard:
         """How often each worker of this stage has added what is not finite to what that learns, which other stages do not see."""
         if self._worker is None:
             return ()
-        return tuple(self._lessons.refused[Worker(self._worker.stage, replica)] for replica in range(self._mesh.replicas))
+        return tuple(self._updates.refused[Worker(self._worker.stage, replica)] for replica in range(self._mesh.replicas))
 
     def absent(self, step: int) -> frozenset[Worker]:
         """Who serves nothing in a step: who is banned, and who was found out in it."""
@@ -386,7 +386,7 @@ class Guard:
                 contributions[boundary] = mine.resized(int(positions))
         references = [self.verifiers[boundary].references for boundary in contributions]
         sizes = [self.verifiers[boundary].sizes for boundary in contributions]
-        summed = self._lessons.of_step(list(contributions.values()), references, sizes, sum_over_replicas, apart)
+        summed = self._updates.of_step(list(contributions.values()), references, sizes, sum_over_replicas, apart)
         learned = dict(zip(contributions, summed))
         for boundary, verifier in self.verifiers.items():
             verifier.learn(learned.get(boundary))

@@ -13,13 +13,13 @@ from torch import Tensor
 from lightning_sentinel.mesh import Direction
 from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.gradients.contributions import gradients_of
-from lightning_sentinel.pipeline.randomness import Draws
+from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
 from lightning_sentinel.pipeline.recovery.auditing import Evidence
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.stages.stage import StageLayers
 from lightning_sentinel.pipeline.steps import StepRunner, loss_of
 from lightning_sentinel.verification.audit import arithmetic
-from lightning_sentinel.wiring import Part
+from lightning_sentinel.wiring import MicroBatchId
 
 __all__ = ["Recomputation"]
 
@@ -54,7 +54,7 @@ class Recomputation:
     def __call__(
         self,
         direction: Direction,
-        part: Part,
+        part: MicroBatchId,
         evidence: Evidence,
         rest: tuple[Any, ...],
         step: int,
@@ -77,12 +77,12 @@ class Recomputation:
         # Copies, because a step may work on its batch in place.
         arguments = (copied(evidence.batch), *rest)
         backward = direction is Direction.GRADIENT
-        self.stage.draws = draws = Draws.of(self.seed, step, part, self.replicas)
+        self.stage.seeds = seeds = MicroBatchSeeds.of(self.seed, step, part, self.replicas)
         with ExitStack() as stack:
             stack.callback(restore)
             for context in (torch.set_grad_enabled(backward), self.steps.unheard(), self.forward_context()):
                 stack.enter_context(context)
-            draws.seed_step(self.device)
+            seeds.seed_step(self.device)
             if evidence.activation is None:
                 inputs = leaf = self.steps.input_of("training_step", arguments)
             else:
@@ -93,9 +93,9 @@ class Recomputation:
                 own = None
                 if self.last:
                     own = self.steps.own_backward
-                    draws.seed_step(self.device)
+                    seeds.seed_step(self.device)
                     run = self.steps.start("training_step", arguments, samples)
-                    draws.seed_answer()
+                    seeds.seed_answer()
                     result = run.finish(signal, torch.tensor(True, device=self.device))
                     if result is None:
                         return torch.zeros_like(leaf)

@@ -10,7 +10,7 @@ import torch
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.feeding import gather_numbers, index_sampler
-from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel, list_from
+from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree, list_from
 from lightning_sentinel.pipeline.results.joining import join, reorder
 
 __all__ = ["complete_predictions", "merge"]
@@ -36,7 +36,7 @@ def complete_predictions(trainer: L.Trainer, mesh: Mesh, banned: Collection[Work
             ranks = [mesh.rank(Worker(stage, replica)) for stage in range(mesh.stages)]
             source = next((rank for rank in ranks if givers[rank] and mesh.worker(rank) not in banned), None)
             if source is not None:
-                theirs = [list_from(source, one) for one in list_from(source, broadcast_parcel(mine, source), 2)]
+                theirs = [list_from(source, one) for one in list_from(source, broadcast_tree(mine, source), 2)]
                 found.append(mine if replica == worker.replica and mine else theirs)
         if asks:
             # In place, because the list itself is what the user gets.

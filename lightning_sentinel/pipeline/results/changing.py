@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_sentinel.pipeline.keeping import DEEPEST
+from lightning_sentinel.pipeline.step_attributes import DEEPEST
 
 __all__ = ["Change", "Picture", "changes", "picture"]
 

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.apply_func import apply_to_collection, convert_t
 from torch import Tensor
 
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
-from lightning_sentinel.pipeline.messages.parcels import receive_parcel, send_parcel
+from lightning_sentinel.pipeline.messages.tensor_trees import receive_tree, send_tree
 
 __all__ = ["Gathering"]
 
@@ -99,10 +99,10 @@ def _exchanged(pieces: Sequence[Tensor], ranks: tuple[int, ...], rank: int) -> l
         if number == me:
             continue
         if me < number:
-            send_parcel(piece, peer)
-        came = receive_parcel(peer, room)
+            send_tree(piece, peer)
+        came = receive_tree(peer, room)
         if me > number:
-            send_parcel(piece, peer)
+            send_tree(piece, peer)
         if not isinstance(came, Tensor):
             raise PipelineModelError(
                 f"self.all_gather in a step: rank {peer} has no tensor here. Let all replicas gather the same."

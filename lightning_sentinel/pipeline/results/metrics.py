@@ -22,7 +22,7 @@ from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.batch_metrics import alone
 from lightning_sentinel.pipeline.data.feeding import gather_numbers
 from lightning_sentinel.pipeline.gradients.reduction import group_of
-from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel
+from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
 from lightning_sentinel.pipeline.results.absent_metrics import NothingHere
 from lightning_sentinel.pipeline.results.telling import NoData, decoded, encoded
 from lightning_sentinel.pipeline.stages.partition import layer_names
@@ -115,7 +115,7 @@ class SharedMetrics(L.Callback):
                     said[name] = _computed(metrics[name], group)
             told: dict[str, list[Any]] = {}
             for source in sorted({ranks[0] for ranks in ran.values() if ranks}):
-                told |= broadcast_parcel({name: one for name, one in said.items() if ran[name][0] == source}, source)
+                told |= broadcast_tree({name: one for name, one in said.items() if ran[name][0] == source}, source)
         for name, (value, failure) in told.items():
             if not failure and rank not in ran[name]:
                 metric = metrics[name]

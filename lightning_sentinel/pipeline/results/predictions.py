@@ -9,15 +9,15 @@ import torch.distributed as dist
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-from lightning_sentinel.pipeline.messages.parcels import broadcast_parcel, list_from
+from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree, list_from
 from lightning_sentinel.pipeline.results.joining import join
-from lightning_sentinel.wiring import Part, Wiring
+from lightning_sentinel.wiring import MicroBatchId, Wiring
 
 __all__ = ["share_predictions"]
 
 
 def share_predictions(
-    results: Mapping[Part, Any],
+    results: Mapping[MicroBatchId, Any],
     mesh: Mesh,
     wiring: Wiring,
     worker: Worker,
@@ -44,12 +44,12 @@ def share_predictions(
     last, mine = mesh.stages - 1, {}
     if all(wiring.live):
         source = mesh.rank(Worker(last, worker.replica))
-        found = list_from(source, broadcast_parcel(list(results.values()), source, pipeline))
+        found = list_from(source, broadcast_tree(list(results.values()), source, pipeline))
         mine = dict(zip(wiring.work[worker.replica], found))
     else:
         for part, (lane, _) in wiring.places.items():
             if wiring.live[lane]:
-                found = broadcast_parcel(results.get(part), mesh.rank(wiring.worker(last, lane)))
+                found = broadcast_tree(results.get(part), mesh.rank(wiring.worker(last, lane)))
                 if part.replica == worker.replica and (sizes is None or sizes.samples[part.replica]):
                     mine[part] = found
     parts = sorted(mine)

@@ -18,11 +18,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.keeping import Holder, kept_by, put
-from lightning_sentinel.pipeline.messages.parcels import receive_parcel, send_parcel
+from lightning_sentinel.pipeline.messages.tensor_trees import receive_tree, send_tree
 from lightning_sentinel.pipeline.results.changing import Change, Picture, changes, picture
 from lightning_sentinel.pipeline.results.telling import NoData, decoded, encoded
 from lightning_sentinel.pipeline.stages.partition import layer_names
+from lightning_sentinel.pipeline.step_attributes import Holder, kept_by, put
 
 __all__ = ["SharedStepState"]
 
@@ -30,7 +30,7 @@ __all__ = ["SharedStepState"]
 class SharedStepState(L.Callback):
     """Brings what changed on the last stage in an epoch to the other ranks of its pipeline, before the epoch's end is told.
 
-    That is data (:mod:`~lightning_sentinel.pipeline.keeping`) in attributes and buffers that the module has on those ranks,
+    That is data (:mod:`~lightning_sentinel.pipeline.step_attributes`) in attributes and buffers that the module has on those ranks,
     too. What has changed on such a rank by itself, in a hook or in the beginning of a step, is left alone there.
 
     Args:
@@ -56,10 +56,10 @@ class SharedStepState(L.Callback):
         """Before the first batch: hooks at the beginning of an epoch, which run on all ranks, have done their part."""
         stage = str(trainer.state.stage)
         if stage not in self._before:
-            self._before[stage] = {name: picture(holder.value) for name, holder in _kept(pl_module).items()}
+            self._before[stage] = {name: picture(holder.value) for name, holder in _signal_cache(pl_module).items()}
 
     def _share(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        before, kept = self._before.pop(str(trainer.state.stage), None), _kept(pl_module)
+        before, kept = self._before.pop(str(trainer.state.stage), None), _signal_cache(pl_module)
         changed: list[Change] = []
         if before is not None:
             for name, holder in kept.items():
@@ -70,7 +70,7 @@ class SharedStepState(L.Callback):
         with self._waiting():
             for replica in range(self._mesh.replicas):
                 self._send(self._source(replica), replica, trainer.global_rank, changed)
-            told = _read(receive_parcel(source), source, pl_module.device) if trainer.global_rank != source else []
+            told = _read(receive_tree(source), source, pl_module.device) if trainer.global_rank != source else []
         touched = {change.name for change in told} & kept.keys()
         # In an epoch around this one, such as that of training around a validation, what is put here is no change of this rank's.
         for stage, around in self._before.items():
@@ -103,7 +103,7 @@ class SharedStepState(L.Callback):
             except NoData as error:
                 self._say(name, f"it holds {error}", rank_zero_warn)
         for other in others:
-            send_parcel(parcel, other)
+            send_tree(parcel, other)
 
     def _say(self, name: str, why: str, warn: Callable[[str], Any]) -> None:
         if name not in self._said:
@@ -129,5 +129,5 @@ def _read(parcel: Any, source: int, device: torch.device) -> list[Change]:
     return told
 
 
-def _kept(module: L.LightningModule) -> dict[str, Holder]:
+def _signal_cache(module: L.LightningModule) -> dict[str, Holder]:
     return kept_by(module, layer_names(module))

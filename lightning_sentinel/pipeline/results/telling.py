@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError
-from lightning_sentinel.pipeline.keeping import DEEPEST
+from lightning_sentinel.pipeline.step_attributes import DEEPEST
 
 __all__ = ["NoData", "decoded", "encoded"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_sentinel.errors import add_place
-from lightning_sentinel.pipeline.randomness import Draws, may_draw_on_host, seed_host
+from lightning_sentinel.pipeline.randomness import MicroBatchSeeds, may_draw_on_host, seed_host
 
 __all__ = ["StageLayers", "run_layer", "seeded"]
 
@@ -67,14 +67,14 @@ class StageLayers(nn.Module):
 
     Example:
         >>> import torch
-        >>> from lightning_sentinel.pipeline.randomness import Draws
+        >>> from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
         >>> layers = [torch.nn.Dropout(0.5), torch.nn.Dropout(0.5)]
         >>> cpu = torch.device("cpu")
         >>> whole = StageLayers(layers, 0, False, cpu, ["layer 0", "layer 1"])
         >>> second = StageLayers(layers[1:], 1, False, cpu, ["layer 1"])
-        >>> whole.draws = second.draws = Draws(seed=0, step=3, micro_batch=1)
+        >>> whole.seeds = second.seeds = MicroBatchSeeds(seed=0, step=3, micro_batch=1)
         >>> signal = torch.ones(4, 8)
-        >>> _ = whole.draws.seed_layer(0, cpu)
+        >>> _ = whole.seeds.seed_layer(0, cpu)
         >>> bool((second(layers[0](signal)) == whole(signal)).all())
         True
     """
@@ -84,7 +84,7 @@ class StageLayers(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.draws: Draws | None = None
+        self.seeds: MicroBatchSeeds | None = None
         """What decides the random numbers of the next forward pass; ``None`` takes them as they come."""
         self._fault: Callable[[Any], Any] | None = None
         self._first, self._checkpointing, self._device, self._places = first, checkpointing, device, tuple(places)
@@ -92,8 +92,8 @@ class StageLayers(nn.Module):
     def forward(self, signal: Any) -> Any:
         for index, (layer, place) in enumerate(zip(self.layers, self._places)):
             call: Callable[[Any], Any] = layer
-            if self.draws is not None:
-                seed = self.draws.seed_layer(self._first + index, self._device)
+            if self.seeds is not None:
+                seed = self.seeds.seed_layer(self._first + index, self._device)
                 call = seeded(layer, seed) if may_draw_on_host(layer) else layer
             signal = run_layer(call, signal, self._checkpointing, place)
             if self._fault is not None and index == 0:

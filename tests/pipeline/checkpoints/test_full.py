@@ -23,7 +23,7 @@ from lightning_sentinel.pipeline.checkpoints.full import (
     select_state,
     speakers,
 )
-from lightning_sentinel.pipeline.messages.parcels import send_parcel
+from lightning_sentinel.pipeline.messages.tensor_trees import send_tree
 from tests.pipeline.ranks import ranks
 
 STAGES = (("0", "1"), ("2",), ("3", "4"))
@@ -324,7 +324,7 @@ class TestCollect:
     @pytest.mark.parametrize("sent", [None, [{}, {}], ({},), ({"a": 1}, {"b": 2})], ids=str)
     def test_what_is_no_part_names_its_sender(self, sent: object, monkeypatch: pytest.MonkeyPatch) -> None:
         def work(rank: int) -> object:
-            return send_parcel(sent, 0) if rank else collect({}, {}, [0, 1])
+            return send_tree(sent, 0) if rank else collect({}, {}, [0, 1])
 
         with ranks(2) as world, pytest.raises(MalformedMessageError, match="Rank 1 sent no part of a checkpoint") as error:
             world.run(work)

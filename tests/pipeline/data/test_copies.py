@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from lightning_sentinel.pipeline.data.copies import copied
-from lightning_sentinel.pipeline.messages.trees import leaves_of
+from lightning_sentinel.pipeline.messages.containers import leaves_of
 
 
 class Pair(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_sentinel.pipeline.data.dealing import Dealer
+from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter
 from lightning_sentinel.pipeline.data.emptying import emptied, is_empty
 
 
@@ -48,7 +48,7 @@ def test_the_structure_stays_and_nothing_is_dealt(batch: Any) -> None:
     assert not is_empty(batch)
     made = emptied(batch)
     assert type(made) is type(batch) and is_empty(made)
-    whole = Dealer(Deals()).whole(made)
+    whole = BatchSplitter(Deals()).whole(made)
     assert (whole.samples, whole.most(3), whole.dealt(3).sizes) == (0, 3, (0, 0, 0))
 
 

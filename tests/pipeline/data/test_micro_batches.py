@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.pipeline.data.dealing import Dealer
+from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter
 from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
 
 Pair = namedtuple("Pair", ["inputs", "labels"])
@@ -26,7 +26,7 @@ def rows(samples: int, seed: int = 0) -> Tensor:
 
 
 def dealt(batch: Any, count: int) -> MicroBatches:
-    return Dealer(object()).whole(batch).dealt(count)
+    return BatchSplitter(object()).whole(batch).dealt(count)
 
 
 class TestMicroBatches:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.pipeline.data.dealing import Dealer
+from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter
 from lightning_sentinel.pipeline.data.reading import Source, read
 from lightning_sentinel.pipeline.results.joining import join
 from tests.pipeline.ranks import same_tree
@@ -95,7 +95,7 @@ def test_dealing_and_joining_is_the_identity(samples: int, count: int, one: str,
     everything = by_samples(samples)
     # A tensor beside them says how many samples there are, whatever else could be read in two ways.
     batch = {"rows": torch.arange(samples), "it": containers([everything[one], everything[other]])[kind], "note": "text", "n": 3}
-    whole = Dealer(None).whole(batch)
+    whole = BatchSplitter(None).whole(batch)
     assert whole.samples == samples
     if samples < count:
         with pytest.raises(ConfigurationError, match="cannot be dealt"):
@@ -112,7 +112,7 @@ def test_dealing_and_joining_is_the_identity(samples: int, count: int, one: str,
 @given(samples=st.integers(1, 11), replicas=st.integers(1, 4), count=st.integers(1, 3))
 def test_every_sample_goes_to_one_replica_or_fills_up(samples: int, replicas: int, count: int) -> None:
     batch = {"x": torch.arange(samples), "names": [f"{row}" for row in range(samples)]}
-    deal = Dealer(None).whole(batch).dealt_to(replicas, count)
+    deal = BatchSplitter(None).whole(batch).dealt_to(replicas, count)
     found = [deal.replicas[r][k] for r in range(replicas) for k in range(deal.sizes.micro_batches)]
     rows = [row for one in deal.rows for part in one for row in part]
     assert [int(row) for part in found for row in part["x"]] == rows
@@ -207,18 +207,18 @@ class TestByTheModule:
             return len(batch["y"])
 
     def test_sizes_are_those_that_add_up_in_every_tensor(self) -> None:
-        whole = Dealer(self.Timely()).whole((torch.zeros(7, 10, 2), torch.zeros(10)))
+        whole = BatchSplitter(self.Timely()).whole((torch.zeros(7, 10, 2), torch.zeros(10)))
         assert whole.most(4) == 4
         dealt = whole.dealt(4)
         assert dealt.sizes == (3, 3, 2, 2) and dealt[1][0].shape == (7, 3, 2) and whole.samples == 10
 
     def test_or_what_the_module_counts(self) -> None:
-        whole = Dealer(self.Graphs()).whole({"nodes": torch.zeros(15, 2), "y": torch.arange(5)})
+        whole = BatchSplitter(self.Graphs()).whole({"nodes": torch.zeros(15, 2), "y": torch.arange(5)})
         assert (whole.samples, whole.dealt(2).sizes, whole.most(9)) == (5, (3, 2), 5)
 
     @pytest.mark.parametrize(("replicas", "count"), [(1, 3), (2, 2), (3, 1), (2, 4)])
     def test_a_virtual_mesh_is_dealt_pieces_in_turn(self, replicas: int, count: int) -> None:
-        deal = Dealer(self.Graphs()).whole({"nodes": torch.zeros(15, 2), "y": torch.arange(5)}).dealt_to(replicas, count)
+        deal = BatchSplitter(self.Graphs()).whole({"nodes": torch.zeros(15, 2), "y": torch.arange(5)}).dealt_to(replicas, count)
         parts = [deal.replicas[r][k]["y"].tolist() for r in range(replicas) for k in range(deal.sizes.micro_batches)]
         assert parts == [list(rows) for one in deal.rows for rows in one]
         assert {row for rows in parts for row in rows} == set(range(5))
@@ -231,11 +231,11 @@ class TestByTheModule:
                 return given_
 
         with pytest.raises(ConfigurationError, match=r"Wrong.split_batch\(batch, 2\) returned"):
-            Dealer(Wrong()).whole(torch.zeros(4)).most(2)
+            BatchSplitter(Wrong()).whole(torch.zeros(4)).most(2)
 
     def test_where_nothing_tells_the_sizes_pieces_weigh_alike(self) -> None:
         class Opaque:
             def split_batch(self, batch: Any, count: int) -> Any:
                 return [object() for _ in range(count)]
 
-        assert Dealer(Opaque()).whole(object()).dealt(4).weights == (0.25,) * 4
+        assert BatchSplitter(Opaque()).whole(object()).dealt(4).weights == (0.25,) * 4

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.pipeline.data.dealing import Dealer
+from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter
 from lightning_sentinel.pipeline.data.feeding import source_of
 from lightning_sentinel.pipeline.data.reading import Source
 
@@ -24,7 +24,7 @@ def numbers(samples: int, start: int = 0) -> torch.Tensor:
 
 
 TWO = Source(parts={"one": Source(), "two": Source()})
-WHOLE = Dealer(object())
+WHOLE = BatchSplitter(object())
 
 
 def test_every_micro_batch_has_its_share_of_each() -> None:

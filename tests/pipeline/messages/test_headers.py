@@ -17,24 +17,24 @@ from lightning_sentinel.pipeline.messages.headers import (
     Expected,
     Header,
     Kind,
-    Place,
+    MessageId,
     decode,
     encode,
     extent,
 )
 
-DUE = Place(step=7, slot=2, kind=Kind.ACTIVATION)
+DUE = MessageId(step=7, slot=2, kind=Kind.ACTIVATION)
 ANY = Expected(DTYPES, most_elements=100)
 INT64 = st.integers(-(2**63), 2**63 - 1)
 MAGIC, STEP, SLOT, KIND, DTYPE, NUMBER, AXES, SIZES = range(8)
 
 
-def refusal(header: Tensor, expected: Expected = ANY, place: Place = DUE) -> str:
+def refusal(header: Tensor, expected: Expected = ANY, message_id: MessageId = DUE) -> str:
     with pytest.raises(MalformedMessageError) as raised:
-        decode(header, place, expected)
+        decode(header, message_id, expected)
     assert raised.value.rank is None
     message = str(raised.value)
-    assert message.startswith(f"Expected the {place}; what came ")
+    assert message.startswith(f"Expected the {message_id}; what came ")
     return message
 
 
@@ -48,12 +48,12 @@ def changed(word: int, value: int, shape: tuple[int, ...] = (2, 5)) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (100,), (2, 5), (0, 4), (4, 0), (1,) * 8])
 def test_what_was_encoded_is_decoded(shape: tuple[int, ...], dtype: torch.dtype, kind: Kind) -> None:
-    place = Place(3, 0, kind)
-    header = encode(place, shape, dtype, number=64)
+    message_id = MessageId(3, 0, kind)
+    header = encode(message_id, shape, dtype, number=64)
     assert (header.shape, header.dtype, header.device.type) == ((HEADER_WORDS,), torch.int64, "cpu")
     allowed = dataclasses.replace(ANY, numbers=range(64, 65))
-    assert decode(header, place, allowed) == Header(shape, dtype, 64)
-    assert decode(header, place, dataclasses.replace(allowed, shape=shape, most_elements=0)) == Header(shape, dtype, 64)
+    assert decode(header, message_id, allowed) == Header(shape, dtype, 64)
+    assert decode(header, message_id, dataclasses.replace(allowed, shape=shape, most_elements=0)) == Header(shape, dtype, 64)
 
 
 @pytest.mark.parametrize("expected", [Expected(DTYPES, 10, samples=2), Expected.like(torch.ones(2, 5))])
@@ -131,24 +131,28 @@ class TestMalformed:
 
 
 class TestPlace:
-    @pytest.mark.parametrize("place", [Place(7, 1, Kind.ACTIVATION), Place(6, 2, Kind.ACTIVATION), Place(6, 9, Kind.ACTIVATION)])
-    def test_duplicate_or_late(self, place: Place) -> None:
-        message = refusal(encode(place, (2, 5), torch.float32))
-        assert f"is a duplicate or late: the activation of step {place.step}, micro-batch {place.slot}." in message
+    @pytest.mark.parametrize(
+        "place", [MessageId(7, 1, Kind.ACTIVATION), MessageId(6, 2, Kind.ACTIVATION), MessageId(6, 9, Kind.ACTIVATION)]
+    )
+    def test_duplicate_or_late(self, message_id: MessageId) -> None:
+        message = refusal(encode(message_id, (2, 5), torch.float32))
+        assert f"is a duplicate or late: the activation of step {message_id.step}, micro-batch {message_id.slot}." in message
 
-    @pytest.mark.parametrize("place", [Place(7, 3, Kind.ACTIVATION), Place(8, 2, Kind.ACTIVATION), Place(8, 0, Kind.ACTIVATION)])
-    def test_early(self, place: Place) -> None:
-        message = refusal(encode(place, (2, 5), torch.float32))
-        assert f"is early, or one before it was left out: the activation of step {place.step}" in message
+    @pytest.mark.parametrize(
+        "place", [MessageId(7, 3, Kind.ACTIVATION), MessageId(8, 2, Kind.ACTIVATION), MessageId(8, 0, Kind.ACTIVATION)]
+    )
+    def test_early(self, message_id: MessageId) -> None:
+        message = refusal(encode(message_id, (2, 5), torch.float32))
+        assert f"is early, or one before it was left out: the activation of step {message_id.step}" in message
 
     @pytest.mark.parametrize("kind", [Kind.GRADIENT, Kind.NOTE_ACTIVATION, Kind.NOTE_GRADIENT])
     def test_of_another_kind(self, kind: Kind) -> None:
-        place = Place(7, 2, kind)
-        assert f"is of another kind: the {place}." in refusal(encode(place, (2, 5), torch.float32))
-        assert "is of another kind: the activation" in refusal(encode(DUE, (2, 5), torch.float32), place=place)
+        message_id = MessageId(7, 2, kind)
+        assert f"is of another kind: the {message_id}." in refusal(encode(message_id, (2, 5), torch.float32))
+        assert "is of another kind: the activation" in refusal(encode(DUE, (2, 5), torch.float32), message_id=message_id)
 
     def test_which_message_matters_more_than_what_is_in_it(self) -> None:
-        assert "duplicate" in refusal(encode(Place(1, 1, Kind.ACTIVATION), (2**62,), torch.float32))
+        assert "duplicate" in refusal(encode(MessageId(1, 1, Kind.ACTIVATION), (2**62,), torch.float32))
 
 
 def test_the_error_is_one_of_ours_and_no_lost_connection() -> None:
@@ -175,8 +179,8 @@ def believed_or_refused(words: Tensor, expected: Expected) -> None:
     except MalformedMessageError:
         behind = extent(words, expected)
         if behind is not None:
-            place, dtype, elements = behind
-            assert 0 <= elements <= expected.most_elements and dtype in DTYPES and place.kind in Kind
+            message_id, dtype, elements = behind
+            assert 0 <= elements <= expected.most_elements and dtype in DTYPES and message_id.kind in Kind
         return
     assert torch.equal(encode(DUE, header.shape, header.dtype, header.number), words)
     assert header.dtype in expected.dtypes and header.number in expected.numbers

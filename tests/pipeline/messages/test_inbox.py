@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError
-from lightning_sentinel.pipeline.messages.headers import NOTHING, Expected, Kind, Place
+from lightning_sentinel.pipeline.messages.headers import NOTHING, Expected, Kind, MessageId
 from lightning_sentinel.pipeline.messages.inbox import Inbox
 
 NO = torch.tensor(False)
@@ -15,8 +15,8 @@ SENDER = 5
 CHANNELS = 4
 
 
-def at(slot: int, kind: Kind = Kind.ACTIVATION) -> Place:
-    return Place(7, slot, kind)
+def at(slot: int, kind: Kind = Kind.ACTIVATION) -> MessageId:
+    return MessageId(7, slot, kind)
 
 
 class Sender:
@@ -24,16 +24,16 @@ class Sender:
 
     def __init__(self) -> None:
         self.next: list[Tensor | MalformedMessageError] = []
-        self.news = 0
+        self.is_new_shape = 0
         self.expected: list[Expected] = []
 
-    def receive(self, rank: int, place: Place, expected: Expected) -> tuple[Tensor, Tensor, int]:
+    def receive(self, rank: int, message_id: MessageId, expected: Expected) -> tuple[Tensor, Tensor, int]:
         assert rank == SENDER
         self.expected.append(expected)
         message = self.next.pop(0)
         if isinstance(message, MalformedMessageError):
             raise message
-        return message, NO, self.news
+        return message, NO, self.is_new_shape
 
 
 def work_on(activation: Tensor, slot: int) -> Tensor:
@@ -123,18 +123,18 @@ class TestShapes:
     def test_samples_of_other_lengths_are_ordinary(self, inbox: Inbox, sender: Sender) -> None:
         """Whoever loaded them says that they are new; and of the next stages each knows that it is new to itself."""
         received(inbox, sender, USUAL)
-        sender.news = 1
+        sender.is_new_shape = 1
         (longer,) = received(inbox, sender, torch.ones(2, 8, CHANNELS))
-        assert longer.shape == (2, 8, CHANNELS) and inbox.is_news(0)
+        assert longer.shape == (2, 8, CHANNELS) and inbox.is_new_shape(0)
 
     def test_news_travels_on(self, inbox: Inbox, sender: Sender) -> None:
         received(inbox, sender, USUAL)
-        assert inbox.is_news(0), "the first shape of all"
+        assert inbox.is_new_shape(0), "the first shape of all"
         received(inbox, sender, USUAL)
-        assert not inbox.is_news(0)
-        sender.news = 1
+        assert not inbox.is_new_shape(0)
+        sender.is_new_shape = 1
         received(inbox, sender, USUAL)
-        assert inbox.is_news(0), "to the sender, if not to this stage"
+        assert inbox.is_new_shape(0), "to the sender, if not to this stage"
 
     def test_a_shape_that_is_new_and_works_is_believed(self, inbox: Inbox, sender: Sender) -> None:
         """A worker that has just taken over a lane has not seen all that its neighbours have."""
@@ -150,16 +150,16 @@ class TestShapes:
     def test_if_it_is_news_to_the_sender_too_the_model_is_to_speak(self, inbox: Inbox, sender: Sender) -> None:
         """Samples that the model cannot work on are nobody's lie: the layers' own error is to end the run."""
         received(inbox, sender, USUAL)
-        sender.news = 1
+        sender.is_new_shape = 1
         (signal,) = received(inbox, sender, torch.ones(2, 3, CHANNELS - 1))
         assert signal.shape == (2, 3, CHANNELS - 1)
 
     def test_the_first_stage_knows_what_it_loaded(self, inbox: Inbox) -> None:
-        news = []
+        is_new_shape = []
         for slot, inputs in enumerate((USUAL, USUAL, torch.ones(2, 8, CHANNELS), [USUAL], USUAL)):
             inbox.loaded(inputs, slot)
-            news.append(inbox.is_news(slot))
-        assert news == [True, False, True, True, False]
+            is_new_shape.append(inbox.is_new_shape(slot))
+        assert is_new_shape == [True, False, True, True, False]
 
     def test_the_number_of_samples_is_checked(self, inbox: Inbox, sender: Sender) -> None:
         received(inbox, sender, USUAL, USUAL)
@@ -175,7 +175,7 @@ def test_nothing_comes_in_an_evaluation_only(inbox: Inbox, sender: Sender, evalu
     inbox.begin(replaces=False, lets_nothing_in=evaluation)
     sender.next = [torch.ones(2, CHANNELS, dtype=torch.bfloat16), torch.empty(0)]
     inbox.activation(SENDER, at(0), 2)
-    sender.news = NOTHING
+    sender.is_new_shape = NOTHING
     if not evaluation:
         inbox.activation(SENDER, at(1), 2)
         assert NOTHING not in sender.expected[-1].numbers and sender.expected[-1].dtypes == (torch.bfloat16,)
@@ -183,6 +183,6 @@ def test_nothing_comes_in_an_evaluation_only(inbox: Inbox, sender: Sender, evalu
     assert inbox.activation(SENDER, at(1), 2)[0] is None
     assert NOTHING in sender.expected[-1].numbers and torch.float32 in sender.expected[-1].dtypes
     inbox.begin(replaces=True)
-    sender.next, sender.news = [torch.ones(2, CHANNELS, dtype=torch.bfloat16)], 0
+    sender.next, sender.is_new_shape = [torch.ones(2, CHANNELS, dtype=torch.bfloat16)], 0
     inbox.activation(SENDER, at(0), 2)
     assert sender.expected[-1].dtypes == (torch.bfloat16,)

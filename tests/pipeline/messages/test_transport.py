@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError, WorkerLostError
-from lightning_sentinel.pipeline.messages.headers import DTYPES, HEADER_WORDS, Expected, Kind, Place, encode
+from lightning_sentinel.pipeline.messages.headers import DTYPES, HEADER_WORDS, Expected, Kind, MessageId, encode
 from lightning_sentinel.pipeline.messages.transport import Transport
 
 CPU = torch.device("cpu")
@@ -20,8 +20,8 @@ ANY = Expected(DTYPES, most_elements=100)
 NOTE = Expected(DTYPES, most_elements=100, numbers=range(2**40 + 1))
 
 
-def at(slot: int, kind: Kind = Kind.ACTIVATION) -> Place:
-    return Place(5, slot, kind)
+def at(slot: int, kind: Kind = Kind.ACTIVATION) -> MessageId:
+    return MessageId(5, slot, kind)
 
 
 DUE, NOTE_DUE = at(0), at(0, Kind.NOTE_ACTIVATION)
@@ -130,10 +130,10 @@ def test_messages_of_one_size_are_one_each(wire: Wire) -> None:
 def test_sizes_of_peers_and_kinds_are_their_own(wire: Wire, dtype: torch.dtype) -> None:
     transport, gradient = Transport(CPU), at(0, Kind.GRADIENT)
     for _ in range(2):
-        for rank, place, length in ((1, at(0), 2), (2, at(0), 3), (1, gradient, 4)):
+        for rank, message_id, length in ((1, at(0), 2), (2, at(0), 3), (1, gradient, 4)):
             signal = torch.arange(length).to(dtype)
-            transport.send(signal, NO, rank, place)
-            assert torch.equal(transport.receive(rank, place, ANY)[0], signal)
+            transport.send(signal, NO, rank, message_id)
+            assert torch.equal(transport.receive(rank, message_id, ANY)[0], signal)
     signal = torch.ones(2, dtype=torch.float64 if dtype != torch.float64 else torch.float32)
     transport.send(signal, NO, 1, at(0))
     assert torch.equal(transport.receive(1, at(0), ANY)[0], signal)
@@ -258,7 +258,7 @@ class TestLostPeers:
 class TestMalformed:
     MALFORMED = {
         "a duplicate": ((encode(at(0), (2,), torch.float32), torch.zeros(3)), "is a duplicate or late"),
-        "late": ((encode(Place(4, 3, Kind.ACTIVATION), (2,), torch.float32), torch.zeros(3)), "is a duplicate or late"),
+        "late": ((encode(MessageId(4, 3, Kind.ACTIVATION), (2,), torch.float32), torch.zeros(3)), "is a duplicate or late"),
         "early": ((encode(at(2), (2,), torch.float32), torch.zeros(3)), "is early"),
         "of another kind": ((encode(at(1, Kind.GRADIENT), (2,), torch.float32), torch.zeros(3)), "is of another kind"),
         "huge": ((encode(at(1), (2**40, 2**40), torch.float32), torch.zeros(3)), "memory for 100 elements"),
@@ -286,15 +286,15 @@ class TestMalformed:
     @pytest.mark.parametrize("before", [0, 1], ids=["in two messages", "in one"])
     @pytest.mark.parametrize(
         ("place", "cut"),
-        [(Place(4, 1, Kind.ACTIVATION), 0), (at(3), 0), (at(1), 4), (at(1), 12)],
+        [(MessageId(4, 1, Kind.ACTIVATION), 0), (at(3), 0), (at(1), 4), (at(1), 12)],
         ids=["late", "early", "no flag", "no elements"],
     )
-    def test_the_next_message_is_received(self, wire: Wire, before: int, place: Place, cut: int) -> None:
+    def test_the_next_message_is_received(self, wire: Wire, before: int, message_id: MessageId, cut: int) -> None:
         transport = Transport(CPU)
         for _ in range(before):
             transport.send(torch.ones(2), NO, 3, at(0))
             transport.receive(3, at(0), ANY)
-        transport.send(torch.ones(2), NO, 3, place)
+        transport.send(torch.ones(2), NO, 3, message_id)
         whole = wire.messages.pop().view(torch.uint8)
         wire.messages.append(whole[: len(whole) - cut])
         with pytest.raises(MalformedMessageError) as raised:

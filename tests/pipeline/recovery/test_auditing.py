@@ -12,19 +12,19 @@ from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence, Kept, digest
+from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence, SignalCache, digest
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case, Jury
 from lightning_sentinel.verification.tolerance import Tolerances
-from lightning_sentinel.wiring import Part, Wiring
+from lightning_sentinel.wiring import MicroBatchId, Wiring
 from tests.pipeline.ranks import ranks
 
 A, G = Direction.ACTIVATION, Direction.GRADIENT
 CPU = torch.device("cpu")
 MATCHES, LIED = Outcome.MATCHES, Outcome.LIED
-Place = tuple[Boundary, int, int]
+MessageId = tuple[Boundary, int, int]
 """A signal: its boundary, lane and slot."""
-Recompute = Callable[[Direction, Part, Evidence], Tensor]
+Recompute = Callable[[Direction, MicroBatchId, Evidence], Tensor]
 
 SAMPLES, CHANNELS = 3, 4
 
@@ -49,7 +49,7 @@ def test_a_fingerprint_does_not_depend_on_where_the_signal_lies(dtype: torch.dty
 
 
 def test_there_is_room_for_the_largest_signal_so_far_in_a_step_without_any() -> None:
-    kept = Kept()
+    kept = SignalCache()
     assert kept.bytes == 0
     kept.received[A, 0], kept.sent[A, 0], kept.sent[G, 1] = torch.ones(5), torch.ones(3, dtype=torch.float64), torch.ones(2)
     assert kept.bytes == 24
@@ -76,14 +76,14 @@ class Toy:
     """
 
     def __init__(
-        self, mesh: Mesh, lies: Collection[Place] = (), banned: Collection[Worker] = (), micro_batches: int = 2, turn: int = 0
+        self, mesh: Mesh, lies: Collection[MessageId] = (), banned: Collection[Worker] = (), micro_batches: int = 2, turn: int = 0
     ) -> None:
         self.mesh, self.banned = mesh, set(banned)
         self.wiring = Wiring.of(mesh, banned, micro_batches, turn)
         generator = torch.Generator().manual_seed(0)
         self.weights = torch.randn(mesh.stages, CHANNELS, CHANNELS, generator=generator)
         self.batches = torch.randn(mesh.replicas, micro_batches, 2, SAMPLES, CHANNELS, generator=generator)
-        self.kept = [Kept() for _ in mesh.workers]
+        self.kept = [SignalCache() for _ in mesh.workers]
         self.outvoted: frozenset[Worker] = frozenset()
         self.adversary: Adversary | None = None
         self.recompute: dict[int, Recompute] = {}
@@ -95,7 +95,7 @@ class Toy:
             for slot, part in enumerate(self.wiring.work[lane]):
                 self._run(lane, slot, part, set(lies))
 
-    def _run(self, lane: int, slot: int, part: Part, lies: set[Place]) -> None:
+    def _run(self, lane: int, slot: int, part: MicroBatchId, lies: set[MessageId]) -> None:
         inputs, received, last = self.batches[part][0], [], self.mesh.stages - 1
         for stage in range(last):
             received.append(inputs)
@@ -104,22 +104,22 @@ class Toy:
         for stage in range(last, 0, -1):
             gradient = self._cross(Boundary(stage - 1, G), lane, slot, gradient @ self.weights[stage].T, lies)
 
-    def _cross(self, boundary: Boundary, lane: int, slot: int, signal: Tensor, lies: set[Place]) -> Tensor:
+    def _cross(self, boundary: Boundary, lane: int, slot: int, signal: Tensor, lies: set[MessageId]) -> Tensor:
         signal = signal + 1.0 if (boundary, lane, slot) in lies else signal
         self.of(boundary.sender, lane).sent[boundary.direction, slot] = signal
         self.of(boundary.receiver, lane).received[boundary.direction, slot] = signal
         return signal
 
-    def _loss_gradient(self, output: Tensor, part: Part) -> Tensor:
+    def _loss_gradient(self, output: Tensor, part: MicroBatchId) -> Tensor:
         return 0.5 * (output - self.batches[part][1])
 
-    def of(self, stage: int, lane: int) -> Kept:
+    def of(self, stage: int, lane: int) -> SignalCache:
         return self.kept[self.mesh.rank(self.wiring.worker(stage, lane))]
 
     def honest(self, stage: int) -> Recompute:
         """What a worker of a stage makes of the evidence, and of nothing else."""
 
-        def recompute(direction: Direction, part: Part, evidence: Evidence) -> Tensor:
+        def recompute(direction: Direction, part: MicroBatchId, evidence: Evidence) -> Tensor:
             inputs = evidence.batch[0] if stage == 0 else evidence.activation
             output = inputs @ self.weights[stage]
             if direction is A:
@@ -149,7 +149,7 @@ class Toy:
         def work(rank: int) -> Tensor:
             worker = self.mesh.worker(rank)
 
-            def samples(part: Part) -> Any:
+            def samples(part: MicroBatchId) -> Any:
                 assert part.replica == worker.replica and worker not in self.banned
                 return [list(self.batches[part]), SAMPLES, 0.5] if self.handed is _HONEST else self.handed
 
@@ -186,7 +186,7 @@ def expected(toy: Toy, found: dict[tuple[int, int], Outcome]) -> Tensor:
 
 
 @st.composite
-def toys(draw: st.DrawFn) -> tuple[Toy, set[Place]]:
+def toys(draw: st.DrawFn) -> tuple[Toy, set[MessageId]]:
     mesh = Mesh(draw(st.integers(2, 4)), draw(st.integers(2, 4)))
     banned = draw(st.sets(st.sampled_from(mesh.workers), max_size=mesh.replicas - 1))
     wiring = Wiring.of(mesh, banned, 2)
@@ -199,7 +199,7 @@ def toys(draw: st.DrawFn) -> tuple[Toy, set[Place]]:
 
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(case=toys())
-def test_lies_are_found_where_they_were_told_and_nowhere_else(case: tuple[Toy, set[Place]]) -> None:
+def test_lies_are_found_where_they_were_told_and_nowhere_else(case: tuple[Toy, set[MessageId]]) -> None:
     toy, lies = case
     everything = toy.audit(None)
     for index, boundary in enumerate(toy.mesh.boundaries):

@@ -14,7 +14,7 @@ from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.verification import Ledger
 from lightning_sentinel.verification.features import FEATURES
-from lightning_sentinel.wiring import Part
+from lightning_sentinel.wiring import MicroBatchId
 from tests.pipeline.pipelines import (
     CHANNELS,
     MESH,
@@ -147,7 +147,7 @@ def test_a_ban_follows_and_the_run_goes_on_without_it(ban_after: int) -> None:
     assert pipelines.guard.wiring(0).live == (True, True, False)
     # The others of its stage go on, two at a time; of its pipeline's data nothing is lost.
     verdict, _ = outcomes[-1]
-    assert pipelines.wiring.places.keys() == {Part(replica, m) for replica in range(REPLICAS) for m in range(MICRO_BATCHES)}
+    assert pipelines.wiring.places.keys() == {MicroBatchId(replica, m) for replica in range(REPLICAS) for m in range(MICRO_BATCHES)}
     assert all(verdict.clean[:, :2, k].all() for k in range(MICRO_BATCHES)) and verdict.clean.shape == (
         STAGES,
         REPLICAS,

@@ -56,7 +56,7 @@ def test_what_was_tampered_with_is_not_learned(attack: Callable[[Collection[Work
 def test_who_spoils_what_its_stage_learns_is_in_the_ledgers_of_all_and_in_the_detections() -> None:
     pipelines, liar = Pipelines(apart=True).run(2), Worker(1, 1)
     assert all(not any(guard.refused) for guard in pipelines.guards)
-    pipelines.guard._lessons.refused[Worker(0, 2)] += 3
+    pipelines.guard._updates.refused[Worker(0, 2)] += 3
     assert pipelines.guard.refused == (0, 0, 3), "of its own stage a worker tells"
     refused = torch.zeros(STAGES, REPLICAS, REPLICAS)
     refused[1, [0, 2], 1] = 2.0

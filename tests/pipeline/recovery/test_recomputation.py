@@ -19,7 +19,7 @@ from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.stages.stage import StageLayers
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.verification.audit import relative_error, tolerance
-from lightning_sentinel.wiring import Part
+from lightning_sentinel.wiring import MicroBatchId
 from tests.distributed.tasks import Classifier
 
 WIDTH = 128
@@ -52,7 +52,7 @@ def recomputed(
     layers = StageLayers(list(copy.deepcopy(stage).to(dtype)), 0, False, CPU, ["layer"] * len(stage))
     recompute = Recomputation(layers, False, 1, StepRunner(module, module.net), CPU, 0, context)
     evidence = Evidence(None, activation.to(dtype), gradient.to(dtype))
-    return recompute, [recompute(direction, Part(0, 0), evidence, (), 0, (2, 1.0), 1.0) for direction in Direction]
+    return recompute, [recompute(direction, MicroBatchId(0, 0), evidence, (), 0, (2, 1.0), 1.0) for direction in Direction]
 
 
 @pytest.mark.parametrize(("dtype", "context"), CASES.values(), ids=CASES)
@@ -100,10 +100,10 @@ def test_samples_stay_as_they_are_and_a_step_without_a_loss_has_a_gradient_of_ze
     layers = StageLayers([module.net], 0, False, CPU, ["layer"])
     recompute = Recomputation(layers, True, 1, StepRunner(module, module.net), CPU, 0, nullcontext)
     first = Evidence(batch, None, None)
-    forward = [recompute(Direction.ACTIVATION, Part(0, 0), first, (), 0, (2, 1.0), 1.0) for _ in range(2)]
+    forward = [recompute(Direction.ACTIVATION, MicroBatchId(0, 0), first, (), 0, (2, 1.0), 1.0) for _ in range(2)]
     assert torch.equal(*forward) and torch.equal(forward[0], module.net(2 * torch.ones(2, 3)))
     last = Evidence(batch, torch.ones(2, 3), None)
-    backward = [recompute(Direction.GRADIENT, Part(0, 0), last, (), 0, (2, 1.0), 1.0) for _ in range(2)]
+    backward = [recompute(Direction.GRADIENT, MicroBatchId(0, 0), last, (), 0, (2, 1.0), 1.0) for _ in range(2)]
     assert torch.equal(*backward) and torch.equal(backward[0], loss * module.net.weight.detach().expand(2, 3))
     assert all(parameter.grad is None for parameter in module.parameters())
     assert batch.keys() == {"x", "y"} and torch.equal(batch["x"], torch.ones(2, 3))

@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.results.predictions import share_predictions
-from lightning_sentinel.wiring import Part, Wiring
+from lightning_sentinel.wiring import MicroBatchId, Wiring
 from tests.pipeline.ranks import Ranks, ranks, same_tree
 
 
-def prediction(part: Part) -> Any:
+def prediction(part: MicroBatchId) -> Any:
     """As many rows as no other part has, and values that say whose they are."""
     rows = torch.full((1 + part.micro_batch, 2), 10.0 * part.replica + part.micro_batch)
     return {"rows": rows, "loss": rows.sum(), "more": (rows.long(), f"{part.replica}/{part.micro_batch}")}
 
 
 def joined(replica: int, micro_batches: int) -> Any:
-    parts = [prediction(Part(replica, number)) for number in range(micro_batches)]
+    parts = [prediction(MicroBatchId(replica, number)) for number in range(micro_batches)]
     names = [part["more"][1] for part in parts]
     return {
         "rows": torch.cat([part["rows"] for part in parts]),
@@ -30,7 +30,7 @@ def joined(replica: int, micro_batches: int) -> Any:
     }
 
 
-def shared(world: Ranks, mesh: Mesh, wiring: Wiring, predict: Callable[[Part], Any] = prediction) -> list[Any]:
+def shared(world: Ranks, mesh: Mesh, wiring: Wiring, predict: Callable[[MicroBatchId], Any] = prediction) -> list[Any]:
     def work(rank: int) -> Any:
         worker, lane = mesh.worker(rank), wiring.lane(mesh.worker(rank))
         ends = lane is not None and worker.stage == mesh.stages - 1

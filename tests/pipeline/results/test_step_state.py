@@ -13,7 +13,7 @@ import torch
 
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.messages.parcels import send_parcel
+from lightning_sentinel.pipeline.messages.tensor_trees import send_tree
 from lightning_sentinel.pipeline.results.step_state import SharedStepState
 from tests.pipeline.ranks import ranks
 
@@ -90,7 +90,7 @@ def test_a_parcel_that_is_none_names_its_sender(parcel: Any) -> None:
 
     def work(rank: int) -> None:
         if rank == 0:
-            return send_parcel(parcel, 1)
+            return send_tree(parcel, 1)
         shared, module = SharedStepState(mesh, lambda: (), nullcontext), Keeping()
         return shared.on_validation_epoch_end(trainer(rank, "validate"), module)
 

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Worker
-from lightning_sentinel.pipeline.data.dealing import Deal
+from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.exchange import StepOutcome
-from lightning_sentinel.pipeline.gradients.shares import Shares
+from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractions
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
 
 __all__ = ["Engine"]
@@ -39,7 +39,7 @@ class Engine(Protocol):
     def reseed(self, seed: int) -> None:
         """Let forward passes draw what they would have drawn in a run of this seed."""
 
-    def train(self, arguments: tuple[Any, ...], step: int, deal: Deal, scale: float) -> StepOutcome:
+    def train(self, arguments: tuple[Any, ...], step: int, deal: SplitBatch, scale: float) -> StepOutcome:
         """Forward and backward of one batch, and the exchange of what came of it.
 
         Args:
@@ -49,10 +49,10 @@ class Engine(Protocol):
             scale: factor of the gradients, for accumulation over batches.
         """
 
-    def evaluate(self, step: str, arguments: tuple[Any, ...], deal: Deal) -> StepOutcome:
+    def evaluate(self, step: str, arguments: tuple[Any, ...], deal: SplitBatch) -> StepOutcome:
         """Forward of one batch through ``step`` (``"validation_step"`` or ``"test_step"``), and the exchange of what it logged."""
 
-    def predict(self, arguments: tuple[Any, ...], deal: Deal) -> Any:
+    def predict(self, arguments: tuple[Any, ...], deal: SplitBatch) -> Any:
         """Forward of one batch through ``predict_step``, without waiting for other replicas."""
 
     def returned(self) -> Any:
@@ -70,7 +70,7 @@ class Engine(Protocol):
     def release_gradients(self) -> None:
         """Give them back, to where Lightning expects the result of ``backward``."""
 
-    def reduce_gradients(self, shares: Shares) -> None:
+    def reduce_gradients(self, shares: CleanFractions) -> None:
         """Mean over replicas of the gradients that count.
 
         Args:

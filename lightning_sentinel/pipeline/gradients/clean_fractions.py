@@ -11,12 +11,12 @@ from torch import Tensor
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["CleanShares", "Shares"]
+__all__ = ["CleanFractionTally", "CleanFractions"]
 
 _NOTHING = 1e-6
 
 
-class Shares(NamedTuple):
+class CleanFractions(NamedTuple):
     """What counts of a step.
 
     Args:
@@ -34,7 +34,7 @@ class Shares(NamedTuple):
         return float(self.workers[worker.stage, worker.replica])
 
 
-class CleanShares:
+class CleanFractionTally:
     """Counts what was excluded.
 
     Args:
@@ -43,7 +43,7 @@ class CleanShares:
     Example:
         >>> import torch
         >>> mesh = Mesh(stages=2, replicas=1)
-        >>> shares = CleanShares(mesh)
+        >>> shares = CleanFractionTally(mesh)
         >>> clean = torch.tensor([[[False, True]], [[True, True]]])  # stages x lanes x micro-batches
         >>> shares.add(clean, weights=torch.tensor([[0.5, 0.5]]), wiring=Wiring.of(mesh, micro_batches=2))
         >>> shares.take().stages
@@ -80,7 +80,7 @@ class CleanShares:
             self._excluded[worker.stage] += self._served[worker.stage, worker.replica] / self._mesh.replicas
             self._served[worker.stage, worker.replica] = 0
 
-    def take(self, left_out: Collection[Worker] = ()) -> Shares | None:
+    def take(self, left_out: Collection[Worker] = ()) -> CleanFractions | None:
         """The shares since the last call; exactly 1 for a stage where nothing was excluded.
 
         Args:
@@ -91,6 +91,6 @@ class CleanShares:
         """
         self.lose(left_out)
         stages = 1.0 - self._excluded / max(1, self._batches)
-        shares = Shares(stages.tolist(), self._served)
+        shares = CleanFractions(stages.tolist(), self._served)
         self._forget()
         return shares if float(stages.min()) > _NOTHING else None

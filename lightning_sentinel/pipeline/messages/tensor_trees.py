@@ -20,22 +20,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
-from lightning_sentinel.pipeline.messages.trees import entries_of, has_attributes, is_sequence
+from lightning_sentinel.pipeline.messages.containers import entries_of, has_attributes, is_sequence
 from lightning_sentinel.pipeline.waiting import on_host
 
 __all__ = [
     "Packed",
-    "broadcast_parcel",
-    "describe_parcel",
+    "broadcast_tree",
+    "describe_tree",
     "free_bytes",
     "learn_kinds",
     "list_from",
     "pack",
     "pack_all",
-    "receive_parcel",
+    "receive_tree",
     "reserve",
     "send_packed",
-    "send_parcel",
+    "send_tree",
     "unpack",
 ]
 
@@ -88,12 +88,12 @@ def pack(tree: Any) -> Packed:
 
 def pack_all(trees: Iterable[Any]) -> list[Packed]:
     """As :func:`pack`, of several: a device that holds any of their tensors is waited for once."""
-    described = [describe_parcel(tree) for tree in trees]
+    described = [describe_tree(tree) for tree in trees]
     tensors = iter(on_host(tensor for _, held in described for tensor in held))
     return [(description, [next(tensors).contiguous() for _ in held]) for description, held in described]
 
 
-def describe_parcel(tree: Any) -> Packed:
+def describe_tree(tree: Any) -> Packed:
     """As :func:`pack`, with the tensors where and as they are: to see whether a collection can travel.
 
     Raises:
@@ -268,13 +268,13 @@ def _decoded_texts(texts: list[str], shape: list[int], kind: str) -> np.ndarray[
     return np.array(texts, dtype=kind).reshape(shape)
 
 
-def send_parcel(tree: Any, rank: int) -> None:
-    """Send a collection to a rank that calls :func:`receive_parcel`."""
+def send_tree(tree: Any, rank: int) -> None:
+    """Send a collection to a rank that calls :func:`receive_tree`."""
     send_packed(pack(tree), rank)
 
 
 def send_packed(packed: Packed, rank: int) -> None:
-    """As :func:`send_parcel`, of what :func:`pack` made of a collection."""
+    """As :func:`send_tree`, of what :func:`pack` made of a collection."""
     description, tensors = packed
     dist.send(torch.tensor([len(description)]), rank)
     dist.send(torch.frombuffer(bytearray(description), dtype=torch.uint8), rank)
@@ -282,7 +282,7 @@ def send_packed(packed: Packed, rank: int) -> None:
         dist.send(tensor, rank)
 
 
-def receive_parcel(rank: int, most_bytes: int | None = None) -> Any:
+def receive_tree(rank: int, most_bytes: int | None = None) -> Any:
     """Receive a collection, on the host.
 
     Args:
@@ -306,7 +306,7 @@ def receive_parcel(rank: int, most_bytes: int | None = None) -> Any:
         raise MalformedMessageError(f"Rank {rank} sent a malformed message. {error}", rank=rank) from error
 
 
-def broadcast_parcel(tree: Any, source: int, group: dist.ProcessGroup | None = None) -> Any:
+def broadcast_tree(tree: Any, source: int, group: dist.ProcessGroup | None = None) -> Any:
     """Bring a collection from one rank to all of a group.
 
     Args:

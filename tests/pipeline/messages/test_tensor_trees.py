@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
-from lightning_sentinel.pipeline.messages.parcels import (
-    broadcast_parcel,
+from lightning_sentinel.pipeline.messages.containers import leaves_of
+from lightning_sentinel.pipeline.messages.tensor_trees import (
+    broadcast_tree,
     learn_kinds,
     pack,
-    receive_parcel,
+    receive_tree,
     reserve,
-    send_parcel,
+    send_tree,
     unpack,
 )
-from lightning_sentinel.pipeline.messages.trees import leaves_of
 from tests.pipeline.ranks import ranks, same_tree
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
@@ -57,8 +57,8 @@ def test_what_was_packed_is_unpacked_as_it_was(tree: Any) -> None:
     assert all(part.is_contiguous() and not part.requires_grad for part in parts)
     reserved = reserve(description, sum(part.numel() * part.element_size() for part in parts))
     assert [(t.shape, t.dtype) for t in reserved] == [(t.shape, t.dtype) for t in parts]
-    for place, part in zip(reserved, parts):
-        place.copy_(part)
+    for message_id, part in zip(reserved, parts):
+        message_id.copy_(part)
     assert same_tree(unpack(description, reserved), tree)
 
 
@@ -67,8 +67,8 @@ def test_what_was_packed_is_unpacked_as_it_was(tree: Any) -> None:
 def test_parcels_arrive_one_after_the_other_as_they_were_sent(trees: list[Any]) -> None:
     def work(rank: int) -> list[Any]:
         if rank == 0:
-            return [send_parcel(tree, 1) for tree in trees]
-        return [receive_parcel(0) for _ in trees]
+            return [send_tree(tree, 1) for tree in trees]
+        return [receive_tree(0) for _ in trees]
 
     with ranks(2) as world:
         assert same_tree(world.run(work)[1], trees)
@@ -81,7 +81,7 @@ def test_all_ranks_of_a_group_get_what_one_has(source: int, group: tuple[int, ..
     members = group or range(4)
 
     def work(rank: int) -> Any:
-        return broadcast_parcel(tree if rank == source else "of no interest", source, group) if rank in members else None
+        return broadcast_tree(tree if rank == source else "of no interest", source, group) if rank in members else None
 
     with ranks(4) as world:
         for rank, found in enumerate(world.run(work)):
@@ -90,7 +90,7 @@ def test_all_ranks_of_a_group_get_what_one_has(source: int, group: tuple[int, ..
 
 def test_a_parcel_without_tensors_is_broadcast() -> None:
     with ranks(2) as world:
-        assert world.run(lambda rank: broadcast_parcel(None if rank else [1, "a"], 0)) == [[1, "a"], [1, "a"]]
+        assert world.run(lambda rank: broadcast_tree(None if rank else [1, "a"], 0)) == [[1, "a"], [1, "a"]]
 
 
 def test_gradients_and_graphs_stay_behind() -> None:
@@ -257,7 +257,7 @@ class Record:
     ids=lambda tree: type(tree).__name__,
 )
 def test_containers_arrive_as_what_they_are_where_their_kind_is_known(tree: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sentinel.pipeline.messages.parcels._KINDS", {})
+    monkeypatch.setattr("lightning_sentinel.pipeline.messages.tensor_trees._KINDS", {})
     parcel = pack(tree)
     plain = unpack(*parcel)
     learn_kinds(tree)
@@ -292,7 +292,7 @@ def sent_by_hand(*letters: Tensor, most_bytes: int = 2**20) -> MalformedMessageE
             for letter in letters:
                 torch.distributed.send(letter, 0)
         else:
-            receive_parcel(1, most_bytes)
+            receive_tree(1, most_bytes)
 
     with ranks(2) as world, pytest.raises(MalformedMessageError) as raised:
         world.run(work)

@@ -14,16 +14,16 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
-from lightning_sentinel.pipeline.messages.parcels import list_from, receive_parcel, send_parcel
-from lightning_sentinel.wiring import Part, Wiring
+from lightning_sentinel.pipeline.messages.tensor_trees import list_from, receive_tree, send_tree
+from lightning_sentinel.wiring import MicroBatchId, Wiring
 
-__all__ = ["Delivery", "Supply", "Work", "deliveries", "supplier", "unpacked"]
+__all__ = ["AssignedMicroBatch", "Delivery", "SampleExchange", "deliveries", "supplier", "unpacked"]
 
 _ROOM = 16
 """A micro-batch of another replica may be so many times as large as the batch of this one."""
 
 
-class Work(NamedTuple):
+class AssignedMicroBatch(NamedTuple):
     """One micro-batch of a lane.
 
     Args:
@@ -33,7 +33,7 @@ class Work(NamedTuple):
         weight: the share of its replica's batch.
     """
 
-    part: Part
+    part: MicroBatchId
     batch: Any
     samples: int
     weight: float
@@ -42,12 +42,12 @@ class Work(NamedTuple):
 class Delivery(NamedTuple):
     """A micro-batch on its way: from one rank to another."""
 
-    part: Part
+    part: MicroBatchId
     sender: int
     receiver: int
 
 
-def supplier(part: Part, stage: int, mesh: Mesh, banned: Collection[Worker], last_resort: Worker | None = None) -> Worker:
+def supplier(part: MicroBatchId, stage: int, mesh: Mesh, banned: Collection[Worker], last_resort: Worker | None = None) -> Worker:
     """Who hands out the samples of a replica: of its workers that are not banned the one of this stage, else of the ends, else any.
 
     Args:
@@ -58,7 +58,7 @@ def supplier(part: Part, stage: int, mesh: Mesh, banned: Collection[Worker], las
         last_resort: who is asked only if nobody else has them.
 
     Example:
-        >>> supplier(Part(1, 0), 0, Mesh(stages=3, replicas=2), {Worker(0, 1)})
+        >>> supplier(MicroBatchId(1, 0), 0, Mesh(stages=3, replicas=2), {Worker(0, 1)})
         Worker(stage=2, replica=1)
     """
     order = sorted(range(mesh.stages), key=lambda s: (s != stage, s not in (0, mesh.stages - 1), s))
@@ -82,7 +82,7 @@ def deliveries(wiring: Wiring, mesh: Mesh, banned: Collection[Worker]) -> Iterat
                     yield Delivery(part, mesh.rank(supplier(part, stage, mesh, banned)), mesh.rank(worker))
 
 
-class Supply:
+class SampleExchange:
     """What a rank works on in a step.
 
     Args:
@@ -95,7 +95,7 @@ class Supply:
         self._mesh, self._worker, self._device = mesh, worker, device
         self._largest = 0
 
-    def of_step(self, own: MicroBatches, sizes: BatchSizes, wiring: Wiring, banned: Collection[Worker]) -> list[Work]:
+    def of_step(self, own: MicroBatches, sizes: BatchSizes, wiring: Wiring, banned: Collection[Worker]) -> list[AssignedMicroBatch]:
         """The micro-batches of this rank's lane, but for empty ones; to be called by all ranks.
 
         Args:
@@ -104,7 +104,7 @@ class Supply:
             wiring: who works on what.
             banned: workers that hand out nothing.
         """
-        received: dict[Part, Work] = {}
+        received: dict[MicroBatchId, AssignedMicroBatch] = {}
         rank = self._mesh.rank(self._worker)
         # A replica that has run out of samples still gets those of others.
         self._largest = max(self._largest, own.bytes)
@@ -112,29 +112,29 @@ class Supply:
             if not sizes.samples[part.replica]:
                 continue
             if rank == sender:
-                send_parcel(self.packed(own, part), receiver)
+                send_tree(self.packed(own, part), receiver)
             elif rank == receiver:
-                found = unpacked(receive_parcel(sender, _ROOM * self._largest), sender)
-                received[part] = Work(part, move_data_to_device(found, self._device), *sizes.work(*part))
+                found = unpacked(receive_tree(sender, _ROOM * self._largest), sender)
+                received[part] = AssignedMicroBatch(part, move_data_to_device(found, self._device), *sizes.work(*part))
         lane = wiring.lane(self._worker)
         if lane is None:
             return []
         parts = [part for part in wiring.work[lane] if sizes.samples[part.replica]]
         return [received[part] if part in received else self._own(own, sizes, part) for part in parts]
 
-    def _own(self, own: MicroBatches, sizes: BatchSizes, part: Part) -> Work:
+    def _own(self, own: MicroBatches, sizes: BatchSizes, part: MicroBatchId) -> AssignedMicroBatch:
         # In the middle of a pipeline nobody looks at samples.
         looks = self._worker.stage in (0, self._mesh.stages - 1)
-        return Work(part, own[part.micro_batch] if looks else None, *sizes.work(*part))
+        return AssignedMicroBatch(part, own[part.micro_batch] if looks else None, *sizes.work(*part))
 
-    def packed(self, own: MicroBatches, part: Part) -> Any:
+    def packed(self, own: MicroBatches, part: MicroBatchId) -> Any:
         """One of this replica's micro-batches as it is sent: samples, how many, and their share of the batch."""
         number = part.micro_batch
         return [own[number], own.sizes[number], own.weights[number]]
 
 
 def unpacked(parcel: Any, sender: int) -> Any:
-    """The samples in what :meth:`Supply.packed` gave; how many there are all ranks know, and nobody's word is needed for it.
+    """The samples in what :meth:`SampleExchange.packed` gave. All ranks know how many there are without the sender's word.
 
     Raises:
         MalformedMessageError: if it is something else.

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.data.dealing import Dealer
+from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-from lightning_sentinel.pipeline.data.supply import Supply, Work, deliveries, supplier
-from lightning_sentinel.wiring import Part, Wiring
+from lightning_sentinel.pipeline.data.sample_exchange import AssignedMicroBatch, SampleExchange, deliveries, supplier
+from lightning_sentinel.wiring import MicroBatchId, Wiring
 from tests.pipeline.ranks import ranks
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def cases(draw: st.DrawFn) -> Case:
 @given(case=cases())
 def test_the_ends_of_every_lane_are_sent_what_they_did_not_load_and_nothing_else(case: Case) -> None:
     mesh, banned, wiring, _ = case
-    expected: Counter[tuple[Part, int]] = Counter()
+    expected: Counter[tuple[MicroBatchId, int]] = Counter()
     for rank, worker in enumerate(mesh.workers):
         lane = wiring.lane(worker)
         if lane is not None and worker.stage in (0, mesh.stages - 1):
@@ -51,7 +51,7 @@ def test_samples_come_from_the_nearest_worker_that_loaded_them(case: Case, numbe
     healthy = [s for s in range(mesh.stages) if Worker(s, worker.replica) not in banned]
     if not healthy:
         return
-    part = Part(worker.replica, 0)
+    part = MicroBatchId(worker.replica, 0)
     ends = [s for s in healthy if s in (0, mesh.stages - 1)]
     expected = worker.stage if worker.stage in healthy else min(ends or healthy)
     assert supplier(part, worker.stage, mesh, banned) == Worker(expected, worker.replica)
@@ -74,11 +74,11 @@ def test_every_lane_gets_its_micro_batches_and_nobody_banned_hands_any_out(case:
         # Batches need not be of the same size.
         return 5 + replica
 
-    def work(rank: int) -> list[Work]:
+    def work(rank: int) -> list[AssignedMicroBatch]:
         worker = mesh.worker(rank)
-        own = Dealer(None).whole(batch_of(worker.replica, samples(worker.replica))).dealt(micro_batches)
+        own = BatchSplitter(None).whole(batch_of(worker.replica, samples(worker.replica))).dealt(micro_batches)
         sizes = BatchSizes(micro_batches, tuple(map(samples, range(mesh.replicas))))
-        return Supply(mesh, worker, CPU).of_step(own, sizes, wiring, banned)
+        return SampleExchange(mesh, worker, CPU).of_step(own, sizes, wiring, banned)
 
     with ranks(mesh.size) as world:
         found = world.run(work)
@@ -106,10 +106,10 @@ def test_there_is_room_for_sixteen_times_the_own_batch(size: int, fits: bool) ->
     mesh, banned = Mesh(2, 2), {Worker(0, 1)}
     wiring = Wiring.of(mesh, banned)
 
-    def work(rank: int) -> list[Work]:
+    def work(rank: int) -> list[AssignedMicroBatch]:
         worker = mesh.worker(rank)
-        own = Dealer(None).whole(torch.zeros(size if worker.replica else 1, 3)).dealt(1)
-        return Supply(mesh, worker, CPU).of_step(own, BatchSizes(1, (1, size)), wiring, banned)
+        own = BatchSplitter(None).whole(torch.zeros(size if worker.replica else 1, 3)).dealt(1)
+        return SampleExchange(mesh, worker, CPU).of_step(own, BatchSizes(1, (1, size)), wiring, banned)
 
     with ranks(mesh.size) as world:
         if fits:
@@ -126,15 +126,15 @@ def test_what_is_no_micro_batch_names_its_sender_and_sizes_are_nobodys_word(
     mesh, banned = Mesh(2, 2), {Worker(0, 1)}
     wiring = Wiring.of(mesh, banned)
 
-    def work(rank: int) -> list[Work]:
-        own = Dealer(None).whole(torch.zeros(3, 3)).dealt(1)
-        return Supply(mesh, mesh.worker(rank), CPU).of_step(own, BatchSizes(1, (3, 3)), wiring, banned)
+    def work(rank: int) -> list[AssignedMicroBatch]:
+        own = BatchSplitter(None).whole(torch.zeros(3, 3)).dealt(1)
+        return SampleExchange(mesh, mesh.worker(rank), CPU).of_step(own, BatchSizes(1, (3, 3)), wiring, banned)
 
-    monkeypatch.setattr(Supply, "packed", lambda self, own, part: [own[0], 10**9, float("nan")])
+    monkeypatch.setattr(SampleExchange, "packed", lambda self, own, part: [own[0], 10**9, float("nan")])
     with ranks(mesh.size) as world:
         found = world.run(work)[mesh.rank(Worker(0, 0))]
     assert [(one.samples, one.weight) for one in found] == [(3, 1.0), (3, 1.0)]
-    monkeypatch.setattr(Supply, "packed", lambda *_: handed)
+    monkeypatch.setattr(SampleExchange, "packed", lambda *_: handed)
     with ranks(mesh.size) as world, pytest.raises(MalformedMessageError, match=r"Rank 1 sent .* where a list of 3 is due") as error:
         world.run(work)
     assert error.value.rank == 1
@@ -145,12 +145,12 @@ def test_replicas_without_samples_have_no_work_and_lanes_work_on_those_of_others
     mesh, banned = Mesh(2, 3), {Worker(0, 1)}
     wiring, sizes = Wiring.of(mesh, banned, micro_batches=2), BatchSizes(2, (0, 4, 4))
 
-    def work(rank: int) -> list[Work]:
+    def work(rank: int) -> list[AssignedMicroBatch]:
         worker = mesh.worker(rank)
-        supply, whole = Supply(mesh, worker, CPU), torch.full((4, 3), float(worker.replica))
+        supply, whole = SampleExchange(mesh, worker, CPU), torch.full((4, 3), float(worker.replica))
         everything = BatchSizes(2, (4, 4, 4))
-        supply.of_step(Dealer(None).whole(whole).dealt(2), everything, wiring, banned)
-        return supply.of_step(Dealer(None).whole(whole[: sizes.samples[worker.replica]]).dealt(2), sizes, wiring, banned)
+        supply.of_step(BatchSplitter(None).whole(whole).dealt(2), everything, wiring, banned)
+        return supply.of_step(BatchSplitter(None).whole(whole[: sizes.samples[worker.replica]]).dealt(2), sizes, wiring, banned)
 
     with ranks(mesh.size) as world:
         found = world.run(work)

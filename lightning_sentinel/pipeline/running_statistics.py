@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-__all__ = ["MetricStates", "MovingBuffers"]
+__all__ = ["MetricStates", "RunningStatistics"]
 
 
-class MovingBuffers:
+class RunningStatistics:
     """Buffers that forward passes change in place.
 
     Args:
@@ -25,7 +25,7 @@ class MovingBuffers:
 
     Example:
         >>> norm = nn.BatchNorm1d(1)
-        >>> moving = MovingBuffers(norm.buffers())
+        >>> moving = RunningStatistics(norm.buffers())
         >>> for left_out in (True, False):
         ...     before = moving.copies()
         ...     _ = norm(torch.tensor([[1.0], [3.0]]))

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.data.dealing import Dealer
-from lightning_sentinel.pipeline.gradients.shares import CleanShares
+from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter
+from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractionTally
 from lightning_sentinel.wiring import Wiring
 
 
@@ -15,7 +15,7 @@ class Counting:
 
     def __init__(self, stages: int, replicas: int) -> None:
         self.mesh = Mesh(stages, replicas)
-        self.shares = CleanShares(self.mesh)
+        self.shares = CleanFractionTally(self.mesh)
 
     def add(self, clean: Tensor | None, weights: Tensor) -> None:
         self.shares.add(clean, weights, Wiring.of(self.mesh, micro_batches=weights.shape[1]))
@@ -27,7 +27,7 @@ class Counting:
 
 def uneven_weights(replicas: int, micro_batches: int, seed: int = 0) -> Tensor:
     sizes = torch.randint(micro_batches, 40, (replicas,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return torch.tensor([Dealer(None).whole(torch.zeros(size)).dealt(micro_batches).weights for size in sizes])
+    return torch.tensor([BatchSplitter(None).whole(torch.zeros(size)).dealt(micro_batches).weights for size in sizes])
 
 
 def formula(clean: Tensor, weights: Tensor) -> list[float]:
@@ -118,7 +118,7 @@ def test_taking_starts_afresh() -> None:
 
 def test_workers_have_what_their_lanes_were_given_and_who_is_left_out_is_missing() -> None:
     mesh, liar = Mesh(2, 3), Worker(1, 2)
-    shares, weights = CleanShares(mesh), torch.full((3, 2), 0.5)
+    shares, weights = CleanFractionTally(mesh), torch.full((3, 2), 0.5)
     shares.add(torch.ones(2, 3, 2, dtype=torch.bool), weights, Wiring.of(mesh, micro_batches=2))
     wiring = Wiring.of(mesh, {liar}, micro_batches=2)
     clean = torch.ones(2, 3, 3, dtype=torch.bool)

@@ -19,7 +19,7 @@ from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.strategy.protection import protection
-from lightning_sentinel.strategy.support import (
+from lightning_sentinel.strategy.refusals import (
     check_precision,
     check_replicas,
     refuse_resumed_finetuning,

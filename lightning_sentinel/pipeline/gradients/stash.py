@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HeldGradients", "scale_gradients"]
+__all__ = ["GradientStash", "scale_gradients"]
 
 
-class HeldGradients:
+class GradientStash:
     """Puts the gradients of parameters aside and gives them back.
 
     Lightning zeroes gradients after ``training_step``, in which the schedule runs its backward passes, and looks for them after
@@ -23,7 +23,7 @@ class HeldGradients:
         >>> import torch
         >>> parameter = torch.nn.Parameter(torch.ones(1))
         >>> parameter.grad = torch.ones(1)
-        >>> held = HeldGradients([parameter])
+        >>> held = GradientStash([parameter])
         >>> held.hold()
         >>> parameter.grad is None
         True
@@ -34,18 +34,18 @@ class HeldGradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = list(parameters)
-        self._held: list[Tensor | None] | None = None
+        self._stash: list[Tensor | None] | None = None
 
     def hold(self) -> None:
-        self._held = [parameter.grad for parameter in self._parameters]
+        self._stash = [parameter.grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
 
     def release(self) -> None:
-        if self._held is not None:
-            for parameter, gradient in zip(self._parameters, self._held):
+        if self._stash is not None:
+            for parameter, gradient in zip(self._parameters, self._stash):
                 parameter.grad = gradient
-            self._held = None
+            self._stash = None
 
 
 def scale_gradients(parameters: Sequence[nn.Parameter], factor: float) -> None:

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.pipeline.data.emptying import is_empty
-from lightning_sentinel.pipeline.data.even import Deal, Even, Whole, split
+from lightning_sentinel.pipeline.data.even import Even, SplitBatch, Whole, split
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
 from lightning_sentinel.pipeline.data.reading import Source, read
 from lightning_sentinel.pipeline.data.several import Several, belongs
-from lightning_sentinel.pipeline.messages.trees import leaves_of
+from lightning_sentinel.pipeline.messages.containers import leaves_of
 
-__all__ = ["Deal", "Dealer", "Whole"]
+__all__ = ["BatchSplitter", "SplitBatch", "Whole"]
 
 
-class Dealer:
+class BatchSplitter:
     """Knows how batches of a module are dealt.
 
     Args:
@@ -28,7 +28,7 @@ class Dealer:
 
     Example:
         >>> import torch
-        >>> dealt = Dealer(object()).whole((torch.arange(5), "name")).dealt(2)
+        >>> dealt = BatchSplitter(object()).whole((torch.arange(5), "name")).dealt(2)
         >>> dealt[1], dealt.sizes
         ((tensor([3, 4]), 'name'), (3, 2))
     """
@@ -59,11 +59,11 @@ class Dealer:
             return Even.nothing(batch)
         return _ByModule(batch, self._split, self._count, self._name)
 
-    def dealt_to(self, batch: Any, source: Source | None, replicas: int, count: int) -> Deal:
+    def dealt_to(self, batch: Any, source: Source | None, replicas: int, count: int) -> SplitBatch:
         """A batch of a whole mesh, dealt to its replicas."""
         return self.whole(batch, source).dealt_to(replicas, count)
 
-    def undealt(self, batch: Any, source: Source | None, replicas: int, count: int) -> Deal:
+    def undealt(self, batch: Any, source: Source | None, replicas: int, count: int) -> SplitBatch:
         """A batch that is not dealt, because one step gets all of it; so it need not be told how.
 
         Args:
@@ -77,7 +77,7 @@ class Dealer:
         except ConfigurationError:
             samples = next((shape[0] for shape in _shapes(batch) if shape[0]), 1)
         parts = MicroBatches([batch], (samples,), batch)
-        return Deal(BatchSizes.of([samples] * replicas, 1), [parts] * replicas, samples, [[range(samples)]] * replicas)
+        return SplitBatch(BatchSizes.of([samples] * replicas, 1), [parts] * replicas, samples, [[range(samples)]] * replicas)
 
     def samples(self, batch: Any, source: Source | None = None) -> int:
         """How many samples a batch has."""
@@ -115,7 +115,7 @@ class _ByModule:
             )
         return MicroBatches(pieces, self._sizes(pieces), self._batch)
 
-    def dealt_to(self, replicas: int, count: int) -> Deal:
+    def dealt_to(self, replicas: int, count: int) -> SplitBatch:
         """Micro-batch ``k`` of replica ``r`` is piece ``k * replicas + r`` of all; where there are fewer, again from the first."""
         pieces = self._pieces(replicas * count)
         each = -(-len(pieces) // replicas)
@@ -124,7 +124,7 @@ class _ByModule:
         mine = [[(number * replicas + replica) % len(pieces) for number in range(each)] for replica in range(replicas)]
         dealt = [MicroBatches([pieces[one] for one in order], [sizes[one] for one in order], self._batch) for order in mine]
         known = BatchSizes(each, tuple(sum(one.sizes) for one in dealt), tuple(one.sizes for one in dealt))
-        return Deal(known, dealt, sum(sizes), [[rows[one] for one in order] for order in mine], by_module=True)
+        return SplitBatch(known, dealt, sum(sizes), [[rows[one] for one in order] for order in mine], by_module=True)
 
     def _pieces(self, count: int) -> list[Any]:
         if self._latest[0] != count:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_sentinel.pipeline.randomness import Draws, HostProbe, generator_state, may_draw_on_host
+from lightning_sentinel.pipeline.randomness import HostProbe, MicroBatchSeeds, generator_state, may_draw_on_host
 from lightning_sentinel.pipeline.stages.stage import run_layer, seeded
 
-__all__ = ["SideBySide"]
+__all__ = ["BatchedReplicas"]
 
 
-class SideBySide:
+class BatchedReplicas:
     """Runs layers on the micro-batches of all replicas side by side along the batch axis.
 
     A layer that draws random numbers runs for each replica by itself. Which ones do is seen from the generators, because dropout
@@ -33,7 +33,9 @@ class SideBySide:
         self.apart = False
         """Whether every layer runs for each replica by itself, because it may mix what is along the first axis."""
 
-    def run(self, number: int, layer: nn.Module, call: Callable[[Any], Any], signals: Any, draws: Sequence[Draws] | None) -> Any:
+    def run(
+        self, number: int, layer: nn.Module, call: Callable[[Any], Any], signals: Any, seeds: Sequence[MicroBatchSeeds] | None
+    ) -> Any:
         """Run one layer.
 
         Args:
@@ -44,14 +46,14 @@ class SideBySide:
             draws: of each replica's micro-batch; ``None`` takes random numbers as they come.
         """
         place = self._places[number]
-        if not draws:
+        if not seeds:
             return run_layer(call, signals, self._checkpointing, place)
         on_host = may_draw_on_host(layer)
-        if len(draws) == 1:
-            return self._run_one(number, call, signals, draws[0], on_host)
+        if len(seeds) == 1:
+            return self._run_one(number, call, signals, seeds[0], on_host)
         if number not in self._drawing and not self.apart:
             buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()]
-            draws[0].seed_layer(number, self._device)
+            seeds[0].seed_layer(number, self._device)
             before = generator_state(self._device)
             if on_host:
                 self._probe.set()
@@ -63,12 +65,12 @@ class SideBySide:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-        signals = _of_each(signals, len(draws))
-        return torch.cat([self._run_one(number, call, signal, draw, on_host) for draw, signal in zip(draws, signals)])
+        signals = _of_each(signals, len(seeds))
+        return torch.cat([self._run_one(number, call, signal, draw, on_host) for draw, signal in zip(seeds, signals)])
 
-    def _run_one(self, number: int, call: Callable[[Any], Any], signal: Any, draws: Draws, on_host: bool) -> Any:
+    def _run_one(self, number: int, call: Callable[[Any], Any], signal: Any, seeds: MicroBatchSeeds, on_host: bool) -> Any:
         """Run one layer for one replica."""
-        seed = draws.seed_layer(number, self._device)
+        seed = seeds.seed_layer(number, self._device)
         call = seeded(call, seed) if on_host else call
         return run_layer(call, signal, self._checkpointing, self._places[number])
 

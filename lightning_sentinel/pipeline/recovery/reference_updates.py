@@ -22,7 +22,7 @@ from lightning_sentinel.pipeline.waiting import on_its_way
 from lightning_sentinel.verification.medians import median
 from lightning_sentinel.verification.references import Contribution, References
 
-__all__ = ["Apart", "Lessons"]
+__all__ = ["Apart", "ReferenceUpdates"]
 
 Apart = Callable[[Tensor], tuple[Tensor, list[Worker]]]
 """Gathers a vector from the replicas of a stage: ``(workers, len(vector))``, and who they are."""
@@ -49,7 +49,7 @@ class _Added(NamedTuple):
     expected: Tensor
 
 
-class Lessons:
+class ReferenceUpdates:
     """Remembers how far sums were from what had been learned.
 
     Attributes:

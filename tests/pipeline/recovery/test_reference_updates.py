@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Worker
-from lightning_sentinel.pipeline.recovery.lessons import Lessons
+from lightning_sentinel.pipeline.recovery.reference_updates import ReferenceUpdates
 from lightning_sentinel.verification.references import Contribution, References
 
 POSITIONS, CHANNELS, SIZES = 6, 16, {"log_spread": 16, "gram": 9}
@@ -19,7 +19,7 @@ class Stage:
     """Replicas of a stage that each say something of honest signals; the same lessons on all ranks, so that one will do."""
 
     def __init__(self, workers: int = 5) -> None:
-        self.lessons, self.references = Lessons(), References(beta=0.9)
+        self.lessons, self.references = ReferenceUpdates(), References(beta=0.9)
         self.workers = [Worker(1, replica) for replica in range(workers)]
         self.generator = torch.Generator().manual_seed(0)
         self.mean = 3 * torch.randn(POSITIONS, CHANNELS, generator=torch.Generator().manual_seed(1))

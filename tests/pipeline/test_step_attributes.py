@@ -13,10 +13,10 @@ import torchmetrics
 from torch import Tensor, nn
 
 from lightning_sentinel.errors import MalformedMessageError
-from lightning_sentinel.pipeline.keeping import kept_by, put, remembered
-from lightning_sentinel.pipeline.messages.parcels import pack, unpack
+from lightning_sentinel.pipeline.messages.tensor_trees import pack, unpack
 from lightning_sentinel.pipeline.results.changing import changes, picture
 from lightning_sentinel.pipeline.results.telling import NoData, decoded, encoded
+from lightning_sentinel.pipeline.step_attributes import kept_by, put, remembered
 from tests.pipeline.ranks import same_tree
 
 
