@@ -8,6 +8,7 @@ __all__ = [
     "MeshExhaustedError",
     "MissingExtraError",
     "PipelineModelError",
+    "PlanMismatchError",
     "SentinelError",
     "UnsupportedVersionError",
     "WorkerLostError",
@@ -78,6 +79,10 @@ class MalformedMessageError(SentinelError, ValueError):
 
 class MeshExhaustedError(SentinelError, RuntimeError):
     """So many workers are banned that no complete pipeline is left."""
+
+
+class PlanMismatchError(SentinelError, RuntimeError):
+    """Ranks have decided differently on who does what in a step."""
 
 
 def add_place(error: BaseException, place: str) -> None:

@@ -30,7 +30,8 @@ class Arithmetic:
     """
 
     def __init__(self, precision: Precision, device: torch.device) -> None:
-        self._precision, self._device = precision, device
+        self._precision = precision
+        self.device = device
         self._scaler: ShardedGradScaler | None = None
         if isinstance(precision, MixedPrecision) and precision.scaler is not None:
             if not isinstance(precision.scaler, ShardedGradScaler):
@@ -48,7 +49,7 @@ class Arithmetic:
 
     def factor(self) -> Tensor | float:
         """What losses are multiplied by; on the device, where nobody waits for it."""
-        return 1.0 if self._scaler is None else self._scaler.scale(torch.ones((), device=self._device))
+        return 1.0 if self._scaler is None else self._scaler.scale(torch.ones((), device=self.device))
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide gradients by the factor, and find out whether any stage's overflowed; then it is a collective."""

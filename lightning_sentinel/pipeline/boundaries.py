@@ -1,147 +1,136 @@
-"""What crosses the boundaries of the process engine's stage: the instructions that send, receive, tamper and verify."""
+"""What crosses the boundaries of one worker's stage: how signals are sent and received, tampered with and verified."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from deepspeed.runtime.pipe import schedule as ds_schedule
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from lightning_sentinel.attacks import Adversary
-from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.pipeline import schedule
-from lightning_sentinel.pipeline.data.sample_exchange import AssignedMicroBatch
+from lightning_sentinel.mesh import Boundary, Direction
+from lightning_sentinel.pipeline.local_worker import LocalWorker
 from lightning_sentinel.pipeline.messages.headers import NOTES, NOTHING, SIGNALS, Kind, MessageId
 from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
-from lightning_sentinel.pipeline.recovery.auditing import SignalCache
-from lightning_sentinel.pipeline.recovery.guard import Guard
+from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
+from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.steps import input_gradient
-from lightning_sentinel.wiring import Wiring
 
-__all__ = ["StageBoundaries"]
+__all__ = ["Buffers", "StageBoundaries"]
+
+Buffers = dict[str, list[Any]]
+"""What a schedule has in hand, by kind and number of the buffer: ``inputs`` and ``outputs`` of the stage, ``output_tensors`` (the
+gradients of its outputs), and ``taints``, 0-dim bools of what is left out."""
 
 
-class StageBoundaries(PipelineEngine):  # type: ignore[misc]
-    """The part of the process engine that works on signals; what the layers do with them is the other."""
+class StageBoundaries:
+    """The instructions of a schedule that are about signals; what layers make of them is :class:`StageComputation`.
 
-    worker: Worker
-    adversary: Adversary | None
-    guard: Guard | None
-    _mesh: Mesh
-    _wiring: Wiring
-    _transport: Transport
-    _inbox: Inbox
-    _signal_cache: SignalCache
-    _work: list[AssignedMicroBatch]
-    _step_name: str
-    _step: int
-    _runs: int
-    _altered: Tensor | None
-    """What the simulated attacker made of the signal that is sent next."""
-    _received_gradient: Tensor | None
-    pipe_buffers: dict[str, list[Any]]
+    Args:
+        local: the worker.
+        transport: sends signals and notes.
+        inbox: receives them.
+        cache: keeps them until the step is settled.
+        buffers: of the schedule.
+    """
 
-    def _exec_send_activation(self, buffer_id: int, micro_batch: int) -> None:
-        self._send(Direction.ACTIVATION, buffer_id, micro_batch)
+    def __init__(self, local: LocalWorker, transport: Transport, inbox: Inbox, cache: SignalCache, buffers: Buffers) -> None:
+        self._local = local
+        self._transport = transport
+        self._inbox = inbox
+        self._cache = cache
+        self._buffers = buffers
+        self._altered: Tensor | None = None
+        """What a simulated attacker has made of the signal that is sent next."""
 
-    def _exec_send_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        self._send(Direction.GRADIENT, buffer_id, micro_batch)
-        self.pipe_buffers["inputs"][buffer_id] = None
-
-    def _exec_recv_activation(self, buffer_id: int, micro_batch: int) -> None:
-        sender, message_id = self._peer(self.stage_id - 1), self._message_id(Kind.ACTIVATION, micro_batch)
-        signal, tainted = self._inbox.activation(sender, message_id, self._work[micro_batch].samples)
+    def receive_activation(self, running: RunningStep, buffer_id: int, slot: int) -> None:
+        sender = self._peer(running, self._local.stage - 1)
+        message_id = MessageId(running.plan.run, slot, Kind.ACTIVATION)
+        signal, tainted = self._inbox.activation(sender, message_id, running.work[slot].samples)
         if signal is not None:
-            self._signal_cache.keep(self._signal_cache.received, Direction.ACTIVATION, micro_batch, signal)
+            self._cache.keep_received(Direction.ACTIVATION, slot, signal)
             signal.requires_grad_()
-        self.pipe_buffers["inputs"][buffer_id] = signal
-        self.pipe_buffers["taints"][buffer_id] = tainted
+        self._buffers["inputs"][buffer_id] = signal
+        self._buffers["taints"][buffer_id] = tainted
 
-    def _exec_recv_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        output, message_id = self.pipe_buffers["outputs"][buffer_id], self._message_id(Kind.GRADIENT, micro_batch)
-        signal, tainted = self._inbox.gradient(self._peer(self.stage_id + 1), message_id, output)
-        self._signal_cache.keep(self._signal_cache.received, Direction.GRADIENT, micro_batch, signal)
-        self.pipe_buffers["output_tensors"][buffer_id] = signal
+    def receive_gradient(self, running: RunningStep, buffer_id: int, slot: int) -> None:
+        output = self._buffers["outputs"][buffer_id]
+        sender = self._peer(running, self._local.stage + 1)
+        signal, tainted = self._inbox.gradient(sender, MessageId(running.plan.run, slot, Kind.GRADIENT), output)
+        self._cache.keep_received(Direction.GRADIENT, slot, signal)
+        self._buffers["output_tensors"][buffer_id] = signal
         # What was left out on its way forward stays left out, whatever comes back says.
-        self.pipe_buffers["taints"][buffer_id] = tainted | self.pipe_buffers["taints"][buffer_id]
+        self._buffers["taints"][buffer_id] = tainted | self._buffers["taints"][buffer_id]
 
-    def _exec_verify_activation(self, buffer_id: int, micro_batch: int) -> None:
-        signal = self._verified(Direction.ACTIVATION, self.pipe_buffers["inputs"][buffer_id].detach(), buffer_id, micro_batch)
-        self.pipe_buffers["inputs"][buffer_id] = signal.requires_grad_()
+    def verify_activation(self, running: RunningStep, buffer_id: int, slot: int) -> None:
+        signal = self._buffers["inputs"][buffer_id].detach()
+        self._buffers["inputs"][buffer_id] = self._verified(running, Direction.ACTIVATION, signal, buffer_id, slot).requires_grad_()
 
-    def _exec_verify_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        signal = self.pipe_buffers["output_tensors"][buffer_id]
-        self.pipe_buffers["output_tensors"][buffer_id] = self._verified(Direction.GRADIENT, signal, buffer_id, micro_batch)
+    def verify_gradient(self, running: RunningStep, buffer_id: int, slot: int) -> None:
+        signal = self._buffers["output_tensors"][buffer_id]
+        self._buffers["output_tensors"][buffer_id] = self._verified(running, Direction.GRADIENT, signal, buffer_id, slot)
 
-    def _exec_tamper_activation(self, buffer_id: int, micro_batch: int) -> None:
-        self._tamper(Direction.ACTIVATION, self.pipe_buffers["inputs"][buffer_id], buffer_id, micro_batch)
-
-    def _exec_tamper_gradient(self, buffer_id: int, micro_batch: int) -> None:
-        self._tamper(Direction.GRADIENT, self._received_gradient, buffer_id, micro_batch)
-
-    def _peer(self, stage: int) -> int:
-        """The rank that serves another stage of this lane."""
-        lane = self._wiring.lane(self.worker)
-        assert lane is not None, "a worker without a lane has no peers"
-        return self._mesh.rank(self._wiring.worker(stage, lane))
-
-    def _message_id(self, kind: Kind, micro_batch: int) -> MessageId:
-        return MessageId(self._runs, micro_batch, kind)
-
-    def _verified(self, direction: Direction, signal: Tensor, buffer_id: int, micro_batch: int) -> Tensor:
-        if self.guard is None:
+    def _verified(self, running: RunningStep, direction: Direction, signal: Tensor, buffer_id: int, slot: int) -> Tensor:
+        guard = self._local.guard
+        if guard is None:
             return signal
-        boundary = Boundary(self.stage_id - (direction is Direction.ACTIVATION), direction)
-        tainted, before = self.pipe_buffers["taints"][buffer_id], self._mesh.before(boundary)
-        received = None
-        if before is not None and self.guard.compares_inputs:
-            received = self._inbox.note(self._peer(before.sender), self._message_id(NOTES[direction], micro_batch))
-        signal, tainted = self.guard.receive(boundary, signal, tainted.view(1), received)
-        self.pipe_buffers["taints"][buffer_id] = tainted[0]
+        boundary = Boundary(self._local.stage - (direction is Direction.ACTIVATION), direction)
+        before = self._local.mesh.before(boundary)
+        note = None
+        if before is not None and guard.compares_inputs:
+            note = self._inbox.note(self._peer(running, before.sender), MessageId(running.plan.run, slot, NOTES[direction]))
+        signal, tainted = guard.receive(boundary, signal, self._buffers["taints"][buffer_id].view(1), note)
+        self._buffers["taints"][buffer_id] = tainted[0]
         return signal
 
-    def _tamper(self, direction: Direction, received: Tensor | None, buffer_id: int, micro_batch: int) -> None:
-        if self.adversary is not None and self.worker in self.adversary.workers:
-            signal = self._outgoing(buffer_id, direction)
-            self._altered = self.adversary.tamper(signal, self.worker, direction, self._step, micro_batch, received)
+    def tamper(self, running: RunningStep, direction: Direction, received: Tensor | None, buffer_id: int, slot: int) -> None:
+        """Let a simulated attacker alter what is sent next.
 
-    def _outgoing(self, buffer_id: int, direction: Direction) -> Tensor:
-        if direction is Direction.ACTIVATION:
-            return self.pipe_buffers["outputs"][buffer_id].detach()
-        return input_gradient(self.pipe_buffers["inputs"][buffer_id], self.stage_id)
+        Args:
+            received: what the signal was made from, the same way.
+        """
+        adversary, worker = self._local.adversary, self._local.worker
+        if adversary is not None and worker in adversary.workers:
+            signal = self._outgoing(direction, buffer_id)
+            self._altered = adversary.tamper(signal, worker, direction, running.plan.number, slot, received)
 
-    def _send(self, direction: Direction, buffer_id: int, micro_batch: int) -> None:
-        if direction is Direction.ACTIVATION and self.pipe_buffers["outputs"][buffer_id] is None:
-            taint, message_id = self.pipe_buffers["taints"][buffer_id], self._message_id(Kind.ACTIVATION, micro_batch)
-            self._transport.send(torch.empty(0), taint, self._peer(self.stage_id + 1), message_id, NOTHING)
+    def send(self, running: RunningStep, direction: Direction, buffer_id: int, slot: int) -> None:
+        """Send a signal to the neighbour, and a note on it to the worker behind the neighbour."""
+        local, taint = self._local, self._buffers["taints"][buffer_id]
+        message_id = MessageId(running.plan.run, slot, SIGNALS[direction])
+        if direction is Direction.ACTIVATION and self._buffers["outputs"][buffer_id] is None:
+            self._transport.send(torch.empty(0), taint, self._peer(running, local.stage + 1), message_id, NOTHING)
             return
         # An altered copy: the tensor itself is what the backward pass of this stage starts from.
-        signal, self._altered = (self._outgoing(buffer_id, direction) if self._altered is None else self._altered), None
-        self._signal_cache.keep(self._signal_cache.sent, direction, micro_batch, signal)
-        boundary = Boundary(self.stage_id - (direction is Direction.GRADIENT), direction)
-        taint, message_id = self.pipe_buffers["taints"][buffer_id], self._message_id(SIGNALS[direction], micro_batch)
-        is_new_shape = direction is Direction.ACTIVATION and self._inbox.is_new_shape(micro_batch)
-        self._transport.send(signal, taint, self._peer(boundary.receiver), message_id, is_new_shape)
-        after = self._mesh.after(boundary)
-        if self.guard is not None and after is not None and self._step_name == "training_step":
-            note = self.guard.project(after, signal)
-            if note is not None:
-                message_id = self._message_id(NOTES[direction], micro_batch)
-                values = note.values
-                if self.adversary is not None:
-                    values = self.adversary.note(self.worker, values, self._step)
-                self._transport.send_note(values, note.channels, self._peer(after.receiver), message_id)
+        signal = self._outgoing(direction, buffer_id) if self._altered is None else self._altered
+        self._altered = None
+        self._cache.keep_sent(direction, slot, signal)
+        boundary = Boundary(local.stage - (direction is Direction.GRADIENT), direction)
+        is_new_shape = direction is Direction.ACTIVATION and self._inbox.is_new_shape(slot)
+        self._transport.send(signal, taint, self._peer(running, boundary.receiver), message_id, is_new_shape)
+        if running.plan.trains:
+            self._send_note(running, boundary, signal, slot)
 
-    _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
-        ds_schedule.SendActivation: _exec_send_activation,
-        ds_schedule.RecvActivation: _exec_recv_activation,
-        ds_schedule.SendGrad: _exec_send_gradient,
-        ds_schedule.RecvGrad: _exec_recv_gradient,
-        schedule.TamperActivation: _exec_tamper_activation,
-        schedule.TamperGradient: _exec_tamper_gradient,
-        schedule.VerifyActivation: _exec_verify_activation,
-        schedule.VerifyGradient: _exec_verify_gradient,
-    }
+    def _send_note(self, running: RunningStep, boundary: Boundary, signal: Tensor, slot: int) -> None:
+        local, after = self._local, self._local.mesh.after(boundary)
+        note = None if local.guard is None or after is None else local.guard.project(after, signal)
+        if note is None or after is None:
+            return
+        values = note.values
+        if local.adversary is not None:
+            values = local.adversary.note(local.worker, values, running.plan.number)
+        message_id = MessageId(running.plan.run, slot, NOTES[boundary.direction])
+        self._transport.send_note(values, note.channels, self._peer(running, after.receiver), message_id)
+
+    def _outgoing(self, direction: Direction, buffer_id: int) -> Tensor:
+        if direction is Direction.ACTIVATION:
+            output: Tensor = self._buffers["outputs"][buffer_id]
+            return output.detach()
+        return input_gradient(self._buffers["inputs"][buffer_id], self._local.stage)
+
+    def _peer(self, running: RunningStep, stage: int) -> int:
+        """The rank that serves another stage of this worker's lane."""
+        wiring = running.plan.wiring
+        lane = wiring.lane(self._local.worker)
+        assert lane is not None, "a worker without a lane has no peers"
+        return self._local.mesh.rank(wiring.worker(stage, lane))

@@ -1,4 +1,4 @@
-"""What the strategy asks of an engine, whatever runs behind it."""
+"""Interface that SentinelEngine and VirtualEngine implement."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, Protocol
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
-from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractions
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
+from lightning_sentinel.pipeline.step_plan import StepPlan
+from lightning_sentinel.pipeline.step_results import StepOutcome, StepResult
 
 __all__ = ["Engine"]
 
@@ -36,33 +37,26 @@ class Engine(Protocol):
     def stepped_by_others(self) -> frozenset[int]:
         """Parameters, by ``id``, of which another rank keeps the optimizer's state."""
 
-    def reseed(self, seed: int) -> None:
-        """Let forward passes draw what they would have drawn in a run of this seed."""
-
-    def train(self, arguments: tuple[Any, ...], step: int, deal: SplitBatch, scale: float) -> StepOutcome:
-        """Forward and backward of one batch, and the exchange of what came of it.
+    def run(self, plan: StepPlan, arguments: tuple[Any, ...], batch: SplitBatch) -> StepResult:
+        """Forward of one batch, and backward of a training batch.
 
         Args:
-            arguments: of ``training_step``; the first is the batch.
-            step: number of the training batch.
-            deal: the batch in micro-batches, and how large those of all replicas are.
-            scale: factor of the gradients, for accumulation over batches.
+            plan: of the step.
+            arguments: of the user's step function; the first is the batch.
+            batch: the batch in micro-batches.
         """
 
-    def evaluate(self, step: str, arguments: tuple[Any, ...], deal: SplitBatch) -> StepOutcome:
-        """Forward of one batch through ``step`` (``"validation_step"`` or ``"test_step"``), and the exchange of what it logged."""
+    def exchange(self, plan: StepPlan, result: StepResult) -> StepOutcome:
+        """Tell all ranks what came of the step; a collective."""
 
-    def predict(self, arguments: tuple[Any, ...], deal: SplitBatch) -> Any:
-        """Forward of one batch through ``predict_step``, without waiting for other replicas."""
-
-    def returned(self) -> Any:
-        """What the step of the last :meth:`train` or :meth:`evaluate` returned for this replica's batch; for all ranks to call."""
-
-    def settle(self, outcome: StepOutcome, step: int) -> Ruling | None:
+    def settle(self, plan: StepPlan, outcome: StepOutcome) -> Ruling | None:
         """Let the guard judge the batch and learn from it; ``None`` if nothing is verified."""
 
+    def returned(self) -> Any:
+        """What the user's step returned for this replica's batch in the last :meth:`run`; for all ranks to call."""
+
     def rewind(self) -> None:
-        """Undo the last :meth:`train`, so that the batch can be done again."""
+        """Undo the last :meth:`run`, so that the batch can be done again."""
 
     def hold_gradients(self) -> None:
         """Put the gradients aside: Lightning zeroes them after ``training_step``, in which the backward pass runs."""
@@ -70,11 +64,11 @@ class Engine(Protocol):
     def release_gradients(self) -> None:
         """Give them back, to where Lightning expects the result of ``backward``."""
 
-    def reduce_gradients(self, shares: CleanFractions) -> None:
+    def reduce_gradients(self, fractions: CleanFractions) -> None:
         """Mean over replicas of the gradients that count.
 
         Args:
-            shares: which part of the data was not excluded.
+            fractions: which part of the data was not excluded.
         """
 
     def clip_gradients(self, limit: float, by_value: bool) -> None:

@@ -2,115 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
-from lightning_sentinel.mesh import Direction, Mesh, Worker
-from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
+from lightning_sentinel.errors import MalformedMessageError, PipelineModelError, PlanMismatchError
+from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.logs import LogRecorder, LogSchema
+from lightning_sentinel.pipeline.step_plan import StepPlan
+from lightning_sentinel.pipeline.step_results import StepOutcome, StepResult, is_skipped, mean_loss
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.table import no_rows
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["Aside", "Exchange", "StepOutcome", "is_skipped", "mean_loss", "part_weights"]
+__all__ = ["Exchange"]
 
 _LONGEST_SCHEMA = 2**24
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What all ranks know of a step.
-
-    Args:
-        loss: mean over the samples that count, or ``None`` if none does.
-        table: all signals, or ``None`` if nothing is verified.
-        weights: ``(lanes, micro_batches)``, the share of its replica's batch that a micro-batch has.
-        broken: ``(stages, lanes, micro_batches)`` bool, whose weight gradients are of no use at a stage, because they are not
-            finite; ``None`` where nobody looks.
-        wiring: who served which lane.
-        schema: what the step logs.
-        logged: value and weight of each logged name.
-        stops: whether a step asks for the end of training.
-        skipped: whether ``training_step`` returned ``None`` for all that count.
-        signals: how many of each kind of signal any process has had, of those that a run acts upon; empty if nobody asks.
-        refused: ``(stages, replicas, replicas)``, how often each worker has seen each of its stage add what is not finite to what
-            that learns; ``None`` if nobody looks.
-    """
-
-    loss: float | None
-    table: SignalTable | None
-    weights: Tensor
-    broken: Tensor | None
-    wiring: Wiring
-    schema: LogSchema
-    logged: dict[str, tuple[float, float]]
-    stops: bool = False
-    skipped: bool = False
-    signals: tuple[int, ...] = ()
-    refused: Tensor | None = None
-
-
-class Aside(NamedTuple):
-    """What a rank knows besides, on the host.
-
-    Args:
-        stops: whether a step on this rank asks for the end of training; asked of those that serve the last stage.
-        signals: how many of each kind this process has had; as many kinds on all ranks.
-        refused: how often each worker of its stage has added what is not finite to what that learns; empty if nobody looks, on all
-            ranks.
-    """
-
-    stops: bool = False
-    signals: Sequence[int] = ()
-    refused: Sequence[int] = ()
-
-
-def part_weights(wiring: Wiring, sizes: BatchSizes) -> Tensor:
-    """``(lanes, micro_batches)``, the share of its replica's batch that each micro-batch has: all ranks know it by themselves.
-
-    Example:
-        >>> from lightning_sentinel.mesh import Mesh
-        >>> part_weights(Wiring.of(Mesh(2, 2), micro_batches=2), BatchSizes(2, (4, 3)))
-        tensor([[0.5000, 0.5000],
-                [0.6667, 0.3333]])
-    """
-    shares = [[sizes.work(replica, part)[1] for part in range(sizes.micro_batches)] for replica in range(len(sizes.samples))]
-    return wiring.arrange(torch.tensor(shares))
-
-
-def mean_loss(losses: Tensor, believed: bool) -> float | None:
-    """The loss of a step, or ``None`` if nothing counts.
-
-    Args:
-        losses: ``(lanes, 3)``, the sum of each lane's weighted losses, of their weights, and of those of what has no loss.
-        believed: whatever they are. Else one that is not finite is passed over, as are its gradients, unless all are like that.
-
-    Example:
-        >>> losses = torch.tensor([[3.0, 1.0, 0.0], [torch.nan, 1.0, 0.0]])
-        >>> mean_loss(losses, believed=False), mean_loss(losses, believed=True)
-        (3.0, nan)
-    """
-    finite = losses.isfinite().all(dim=1)
-    if not believed and finite.any():
-        losses = losses[finite]
-    total, weight, _ = losses.sum(dim=0).tolist()
-    return total / weight if weight > 0 else None
-
-
-def is_skipped(losses: Tensor) -> bool:
-    """Whether ``training_step`` returned ``None`` for all that counts, of what :func:`mean_loss` takes.
-
-    Example:
-        >>> is_skipped(torch.tensor([[0.0, 0.0, 1.0]])), is_skipped(torch.tensor([[0.3, 0.5, 0.5]]))
-        (True, False)
-    """
-    return bool((losses[:, 2] > 0).any() and not (losses[:, 1] > 0).any())
 
 
 class Exchange:
@@ -132,69 +41,67 @@ class Exchange:
         self._device = device
         self._schemas: dict[str, LogSchema] = {}
 
-    def run(
-        self,
-        kind: str,
-        wiring: Wiring,
-        sizes: BatchSizes,
-        rows: Mapping[Direction, Tensor] | None,
-        loss: Tensor,
-        recorder: LogRecorder,
-        broken: Tensor | None = None,
-        aside: Aside = Aside(),  # noqa: B008 - a tuple
-    ) -> StepOutcome:
+    def run(self, plan: StepPlan, result: StepResult) -> StepOutcome:
         """Exchange a step.
 
         Args:
-            kind: steps of one kind log the same names: the name of the step function, and the data loader.
-            wiring: who served which lane.
-            sizes: of all replicas' batches. A lane that has no samples to work on logs nothing.
-            rows: ``(micro_batches, len(COLUMNS))`` of each direction that this rank received; ``None`` if nothing is verified.
-            loss: ``(3,)``, sum of weighted losses, sum of their weights, and of the weights of what ``training_step`` returned
-                ``None`` for; zero except on the last stage.
-            recorder: what was logged; empty except on the last stage.
-            broken: 0-dim bool, whether this rank's weight gradients are of no use; ``None`` if that is not asked, on all ranks.
-            aside: what this rank knows besides.
-        """
-        schema = self._schemas.get(kind, LogSchema())
-        mine = recorder.schema
-        values = self._log_vector(recorder, schema)
-        known = torch.tensor([float(mine.fingerprint), float(aside.stops), *map(float, (*aside.signals, *aside.refused))])
-        table = torch.empty(0, device=self._device) if rows is None else self._padded_rows(rows, wiring.slots)
-        of_no_use = torch.empty(0, device=self._device) if broken is None else broken.float().view(1)
-        everyone = self._gather(torch.cat((table.flatten(), of_no_use, loss, values)), known)
-        parts = everyone.split([table.numel(), len(of_no_use), 3, len(values), 2, len(aside.signals), len(aside.refused)], dim=1)
+            plan: of the step. A lane that has no samples to work on logs nothing.
+            result: of this rank.
 
-        lanes = [lane for lane in wiring.lanes if any(sizes.samples[part.replica] for part in wiring.work[lane])]
-        last = [self._mesh.rank(wiring.worker(self._mesh.stages - 1, lane)) for lane in lanes]
-        fingerprints = parts[4][last, 0]
-        log_values = parts[3][last]
+        Raises:
+            PlanMismatchError: on all ranks, if some have made another plan.
+        """
+        recorder = result.recorder
+        schema = self._schemas.get(plan.log_key, LogSchema())
+        values = self._log_vector(recorder, schema)
+        counts = (*result.signals, *result.refused)
+        known = torch.tensor([float(plan.digest), float(recorder.schema.fingerprint), float(result.stops), *map(float, counts)])
+        rows = torch.empty(0, device=self._device) if result.rows is None else self._padded_rows(result.rows, plan.wiring.slots)
+        broken = torch.empty(0, device=self._device) if result.broken is None else result.broken.float().view(1)
+        everyone = self._gather(torch.cat((rows.flatten(), broken, result.losses[0], values)), known)
+        sizes = [rows.numel(), len(broken), 3, len(values), 1, 2, len(result.signals), len(result.refused)]
+        all_rows, all_broken, all_losses, all_values, digests, steps, signals, refused = everyone.split(sizes, dim=1)
+        self._require_the_same_plan(digests[:, 0], plan)
+
+        last = [self._mesh.rank(plan.wiring.worker(self._mesh.stages - 1, lane)) for lane in plan.working_lanes]
+        fingerprints = steps[last, 0]
+        log_values = all_values[last]
         if (fingerprints != schema.fingerprint).any():
-            schema = self._schemas[kind] = self._agree(kind, mine, fingerprints, last[0])
+            schema = self._schemas[plan.log_key] = self._agree(plan.log_key, recorder.schema, fingerprints, last[0])
             log_values = self._gather(self._log_vector(recorder, schema))[last]
 
-        # Of those that serve the last stage: what others say of the loss is not asked for.
-        losses = parts[2][last]
+        # Of workers of the last stage: what others say of the loss is not asked for.
+        losses = all_losses[last]
         return StepOutcome(
-            loss=mean_loss(losses, believed=broken is None),
-            table=None if rows is None else self._table(parts[0].view(self._mesh.size, *table.shape), wiring),
-            weights=part_weights(wiring, sizes),
-            broken=None if broken is None else self._broken(parts[1], wiring),
-            wiring=wiring,
+            loss=mean_loss(losses, believed=result.broken is None),
+            table=None if result.rows is None else self._table(all_rows.view(self._mesh.size, *rows.shape), plan.wiring),
+            broken=None if result.broken is None else self._broken(all_broken, plan.wiring),
             schema=schema,
             logged=schema.reduce(log_values),
-            stops=bool((parts[4][last, 1] > 0).any()),
+            stops=bool((steps[last, 1] > 0).any()),
             skipped=is_skipped(losses),
-            signals=tuple(int(count) for count in parts[5].nan_to_num(0, 0, 0).amax(dim=0).tolist()),
-            refused=self._by_stage(parts[6].nan_to_num(0, 0, 0)) if aside.refused else None,
+            signals=tuple(int(count) for count in signals.nan_to_num(0, 0, 0).amax(dim=0).tolist()),
+            refused=self._by_stage(refused.nan_to_num(0, 0, 0)) if result.refused else None,
         )
 
-    def _padded_rows(self, rows: Mapping[Direction, Tensor], slots: int) -> Tensor:
-        """``(2, slots, columns)``."""
+    def _require_the_same_plan(self, digests: Tensor, plan: StepPlan) -> None:
+        # What is no number says nothing of a plan, and is not to end the run.
+        digests = digests.where(digests.isfinite(), float(plan.digest))
+        if (digests == plan.digest).all():
+            return
+        usual = digests.mode().values
+        others = ", ".join(f"rank {rank} ({self._mesh.worker(rank)})" for rank in (digests != usual).nonzero().flatten().tolist())
+        raise PlanMismatchError(
+            f"Ranks disagree on who does what in {plan.log_key} {plan.number}: another plan than most have {others}. What the plan"
+            " follows from, such as bans, batch sizes and seeds, must be the same everywhere. Look for a callback that acts on one"
+            " rank only."
+        )
+
+    def _padded_rows(self, rows: Mapping[Boundary, Tensor], slots: int) -> Tensor:
+        """``(2, slots, columns)``, a worker's own rows by direction."""
         padded = no_rows(len(Direction), slots).to(self._device)
-        for place, direction in enumerate(Direction):
-            if direction in rows:
-                padded[place, : len(rows[direction])] = rows[direction]
+        for boundary, (own,) in rows.items():
+            padded[list(Direction).index(boundary.direction), : len(own)] = own
         return padded
 
     def _broken(self, everyone: Tensor, wiring: Wiring) -> Tensor:

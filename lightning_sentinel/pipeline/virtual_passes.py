@@ -27,6 +27,7 @@ from lightning_sentinel.pipeline.results.losses import refuse_sum
 from lightning_sentinel.pipeline.running_statistics import RunningStatistics
 from lightning_sentinel.pipeline.stages.batched_replicas import BatchedReplicas
 from lightning_sentinel.pipeline.stages.groups import alike, of_replicas, side_by_side
+from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.steps import StepRun, StepRunner, checked_signal, loss_of
 from lightning_sentinel.pipeline.virtual_boundaries import MicroBatch, VirtualBoundaries
 from lightning_sentinel.wiring import MicroBatchId
@@ -39,18 +40,11 @@ class VirtualPasses(VirtualBoundaries):
 
     keeps_results: bool
     _steps: StepRunner
-    _seed: int
     _forward_context: Callable[[], AbstractContextManager[Any]]
     _batched: BatchedReplicas
     _stages: Sequence[Sequence[nn.Module]]
     _untied: Untied
     _moving: Sequence[RunningStatistics]
-    _rows: Sequence[Sequence[Sequence[int]]]
-    _results: list[tuple[Sequence[int], Any]]
-    _called: int
-    """Micro-batches for which the step has called the pipeline."""
-    _useless: Tensor
-    """``(stages, replicas, micro_batches)`` bool, whose weight gradients were left out because they are not finite."""
 
     def _pass(self, batch: MicroBatch) -> Tensor:
         """Forward and backward of one micro-batch of all replicas.
@@ -60,19 +54,17 @@ class VirtualPasses(VirtualBoundaries):
             ``None`` for.
         """
         count = len(batch.parts)
-        batch.seeds = [
-            MicroBatchSeeds.of(self._seed, batch.step, MicroBatchId(replica, batch.index), count) for replica in range(count)
-        ]
+        batch.seeds = [batch.running.plan.seeds(MicroBatchId(replica, batch.index)) for replica in range(count)]
         dead = torch.zeros(count, dtype=torch.bool, device=self._device)
-        if (lanes := self._lanes(batch.index)) is not None:
-            dead = ~torch.tensor(self._wiring.live, device=self._device)[lanes]
+        if (lanes := self._lanes(batch)) is not None:
+            dead = ~torch.tensor(batch.wiring.live, device=self._device)[lanes]
         batch.tainted = dead
         batch.runs = [self._started(replica, batch, part) for replica, part in enumerate(batch.parts)]
         # A step may return before the call, in all of a batch's micro-batches alike; without boundaries it may have any loss.
         pipelined = self._model.mesh.stages > 1
         batch.alike = [list(range(count))]
         if any(run.waits or (pipelined and run.result is not None) for run in batch.runs):
-            self._called += 1
+            batch.running.called += 1
             self._forward_pass(batch)
         counts = ~batch.tainted if self.guard is not None and self.guard.excludes else ~dead
         losses, said = self._finish(batch, counts)
@@ -153,7 +145,7 @@ class VirtualPasses(VirtualBoundaries):
             counting, weight = counts[replica], batch.replicas[replica].weights[batch.index]
             result = self._answered(replica, batch, batch.runs[replica], output, counting)
             if self.keeps_results:
-                self._results.append((self._rows[replica][batch.index], plain(result)))
+                batch.running.results.append((batch.running.batch.rows[replica][batch.index], plain(result)))
             if result is None:
                 losses.append(None)
                 said.append(torch.stack((nothing, nothing, counting * weight)))
@@ -205,12 +197,12 @@ class VirtualPasses(VirtualBoundaries):
                 leaf.grad = found.pop()
             if left_out[replica]:
                 continue
-            worker, slot = self._worker(stage, replica, batch.index)
+            worker, slot = batch.worker(stage, replica)
             if self.adversary is not None:
                 altered = partial(self.adversary.weight_gradient, worker=worker, step=batch.step, micro_batch=slot)
                 found = [None if one is None else altered(one) for one in found]
             if guard is not None and guard.replaces_malformed and bool(broken(found, self._device)):
-                self._useless[stage, replica, batch.index] = True
+                batch.running.broken[stage, replica, batch.index] = True
                 continue
             for parameter, one in zip(parameters, found):
                 if one is not None:
@@ -218,16 +210,16 @@ class VirtualPasses(VirtualBoundaries):
 
     # ------------------------------------------------------------------------------------------------------- simulated faults
 
-    def _anybody_fails(self, step: int) -> bool:
+    def _anybody_fails(self, plan: StepPlan) -> bool:
         """Whether a worker that serves in this step computes something else than an honest one."""
-        adversary, mesh = self.adversary, self._model.mesh
-        if adversary is None or not any(adversary.fails(worker, step) for worker in adversary.workers):
+        adversary, wiring = self.adversary, plan.wiring
+        if adversary is None or not any(adversary.fails(worker, plan.number) for worker in adversary.workers):
             return False
-        serving = {self._wiring.worker(stage, lane) for stage in range(mesh.stages) for lane in self._wiring.lanes}
-        return any(adversary.fails(worker, step) for worker in serving)
+        serving = {wiring.worker(stage, lane) for stage in range(plan.mesh.stages) for lane in wiring.lanes}
+        return any(adversary.fails(worker, plan.number) for worker in serving)
 
     def _fault(self, stage: int, replica: int, batch: MicroBatch) -> Callable[[Tensor], Tensor] | None:
-        worker, slot = self._worker(stage, replica, batch.index)
+        worker, slot = batch.worker(stage, replica)
         if self.adversary is None or self.adversary.fails(worker, batch.step) is not Site.LAYER:
             return None
         return partial(self.adversary.layer_output, worker=worker, step=batch.step, micro_batch=slot)

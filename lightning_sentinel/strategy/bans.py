@@ -121,12 +121,12 @@ class LastingBans(ProcessStrategy):
 
     def _take_in_ruling(self, ruling: Ruling) -> None:
         """Keep what was found in a step, and tell whoever listens."""
-        self.table, self.wiring = ruling.verdict.table, ruling.wiring
+        self.table, self.wiring = ruling.verdict.table, ruling.plan.wiring
         keep_latest(self.detections, ruling.verdict.detections)
         self._keep_bans(ruling.banned)
         announce_detections(self._trainer, ruling.verdict.detections)
-        assert self._guard is not None, "it is what judges"
-        self._announcements.tell(self._trainer, ruling, self.ledger, len(self._guard.wiring(self.step).lanes))
+        absent = ruling.plan.absent.union(ruling.banned, ruling.excluded)
+        self._announcements.tell(self._trainer, ruling, self.ledger, len(Wiring.of(self.mesh, absent).lanes))
 
     def _keep_bans(self, workers: Collection[Worker]) -> None:
         """Enter bans in the file, from the first rank whose machine has none; the others know of them, too."""

@@ -23,13 +23,13 @@ from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter, Spli
 from lightning_sentinel.pipeline.data.feeding import Feed, is_even, refuse_other_replicas, seed_workers, source_of
 from lightning_sentinel.pipeline.data.reading import Source
 from lightning_sentinel.pipeline.engine_protocol import Engine
-from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.logs import LogReplay
 from lightning_sentinel.pipeline.messages.containers import leaves_of
 from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
 from lightning_sentinel.pipeline.results.all_predictions import complete_predictions
 from lightning_sentinel.pipeline.results.metrics import SharedMetrics
 from lightning_sentinel.pipeline.results.step_state import SharedStepState
+from lightning_sentinel.pipeline.step_results import StepOutcome
 from lightning_sentinel.pipeline.steps import StepRunner, fetches
 from lightning_sentinel.strategy.checkpoints import StageCheckpoints
 from lightning_sentinel.strategy.listening import listened_to
@@ -172,7 +172,7 @@ class PipelineData(StageCheckpoints):
         """The next batch of each loader is the first of an epoch."""
         self._compared = {key for key in self._compared if key[0] != step}
 
-    def _deal(self, step: str, arguments: tuple[Any, ...]) -> SplitBatch:
+    def _split(self, step: str, arguments: tuple[Any, ...]) -> SplitBatch:
         """This replica's batch in micro-batches, and how large those of all replicas are, which all ranks see alike."""
         key = (step, arguments[2] if len(arguments) > 2 else 0)
         if key not in self._sources:
@@ -183,8 +183,8 @@ class PipelineData(StageCheckpoints):
         waits = first and not self._comes_as_loaded
         loaded, self._loaded = self._loaded, None
         if self._virtual:
-            deal = self._splitter.undealt if self._is_undealt(step) else self._splitter.dealt_to
-            return deal(batch, source, self.mesh.replicas, self._micro_batches)
+            split = self._splitter.undealt if self._is_undealt(step) else self._splitter.dealt_to
+            return split(batch, source, self.mesh.replicas, self._micro_batches)
         # A batch of zeros in the place of one says how large that is, and nothing else.
         dealer = self._splitter if self._reads else BatchSplitter(None)
         return split_alike(

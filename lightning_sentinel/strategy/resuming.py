@@ -19,6 +19,7 @@ from lightning_sentinel.pipeline.checkpoints import full as stage_files
 from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition, own_generators
 from lightning_sentinel.pipeline.engine_protocol import Engine
 from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
+from lightning_sentinel.pipeline.planner import StepPlanner
 from lightning_sentinel.pipeline.randomness import SeparateRandomness
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.stages.partition import StageModel
@@ -33,6 +34,7 @@ class ResumedRuns(StepsByHand):
 
     _guard: Guard | None
     _engine: Engine | None
+    _planner: StepPlanner | None = None
     _stage_model: StageModel | None
     _cut_parameters: dict[str, nn.Parameter]
     """Of this stage, by name, when the module was cut."""
@@ -115,8 +117,8 @@ class ResumedRuns(StepsByHand):
         if "seed" not in section:
             return
         self._seed = section["seed"]
-        if self._engine is not None:
-            self._engine.reseed(self._seed)
+        if self._planner is not None:
+            self._planner.seed = self._seed
         saved, processes = section["generators"], section["processes"]
         states = own_generators(saved, written_on, processes, self.mesh, self.global_rank, self.world_size)
         if states is None:

@@ -7,6 +7,7 @@ hooks run in their usual order around the reduction of gradients, clipping and t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal
@@ -31,15 +32,16 @@ from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition, Unopened
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
 from lightning_sentinel.pipeline.engine_protocol import Engine
-from lightning_sentinel.pipeline.exchange import StepOutcome
 from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractionTally
 from lightning_sentinel.pipeline.logs import LogReplay, silence_misleading_warnings
 from lightning_sentinel.pipeline.messages.transport import Transport
+from lightning_sentinel.pipeline.planner import StepPlanner
 from lightning_sentinel.pipeline.processes.liveness import Roster
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
 from lightning_sentinel.pipeline.randomness import SeparateRandomness, seed_data, seed_of_state
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.stages.partition import StageModel
+from lightning_sentinel.pipeline.step_results import StepOutcome
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.virtual import VirtualEngine
 from lightning_sentinel.seeds import secret_seed
@@ -255,8 +257,9 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
                 if not self._virtual:
                     require_optimizer(module, self.optimizers)
             self.setup_precision_plugin()
-            self._engine = self._make_engine(model, self.optimizers[0] if fitting else None, self._seed)
+            self._engine = self._make_engine(model, self.optimizers[0] if fitting else None)
             self._engine.adversary = self.adversary
+            self._planner = StepPlanner(self.mesh, self._engine.guard, self._seed)
             self._randomness = SeparateRandomness(self._seed, self.global_rank, self.root_device)
             self._agree_on_listeners()
         self._learn_how_to_deal()
@@ -273,10 +276,10 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
 
     @override
     def teardown(self) -> None:
-        self._engine = self._steps = None  # the module, which may live on, knows its last Trainer
+        self._engine = self._planner = self._steps = None  # the module, which may live on, knows its last Trainer
         super().teardown()
 
-    def _make_engine(self, model: StageModel, optimizer: Optimizer | None, seed: int) -> Engine:
+    def _make_engine(self, model: StageModel, optimizer: Optimizer | None) -> Engine:
         # Imported here, because DeepSpeed must not be imported before its accelerator is known.
         from lightning_sentinel.pipeline.engine import SentinelEngine
 
@@ -286,14 +289,12 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         steps.signals = self._signals.counts
         if self._virtual:
             context = self.precision_plugin.forward_context
-            return VirtualEngine(model, optimizer, steps, guard, self.root_device, seed, self._activation_checkpointing, context)
+            return VirtualEngine(model, optimizer, steps, guard, self.root_device, self._activation_checkpointing, context)
         arithmetic = Arithmetic(self.precision_plugin, self.root_device)
         transport = Transport(self.root_device, self._transport)
         response, timeout = self._response, self._timeout
         zero = self._zero_stage == 1
-        return SentinelEngine(
-            model, optimizer, steps, transport, guard, response, timeout, seed, self.root_device, arithmetic, zero
-        )
+        return SentinelEngine(model, optimizer, steps, transport, guard, response, timeout, arithmetic, zero)
 
     def _kept_guard(self) -> Guard | None:
         """Made once: what the verifiers have learned outlives a ``validate`` after ``fit``, and goes into later checkpoints."""
@@ -333,10 +334,10 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         if self._by_hand:
             self.step += 1
             return super().training_step(*args, **kwargs)
-        arguments, scale = self._arguments("training_step", args, kwargs), 1.0 / self._trainer.accumulate_grad_batches
+        arguments = self._arguments("training_step", args, kwargs)
         with self._in_step():
             try:
-                outcome = self._train_until_settled(arguments, scale)
+                outcome = self._train_until_settled(arguments)
             finally:
                 assert self._steps is not None
                 self._steps.make_calls()
@@ -354,28 +355,34 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         loss = torch.tensor(self._last_loss, device=self.root_device)
         return returned | {"loss": loss} if isinstance(returned, dict) else loss
 
-    def _train_until_settled(self, arguments: tuple[Any, ...], scale: float) -> StepOutcome:
-        """Run a batch and judge it; if audits find liars, run it again without them, so that no weight has seen what they sent."""
-        engine, deal = self._running_engine, self._deal("training_step", arguments)
+    def _train_until_settled(self, arguments: tuple[Any, ...]) -> StepOutcome:
+        """Plan, run, exchange and settle a batch; again if audits find liars, so that no weight sees what they sent."""
+        engine, tally = self._running_engine, self._clean_fractions
+        batch = self._split("training_step", arguments)
+        excluded: set[Worker] = set()
         while True:
-            outcome = engine.train(arguments, self.step, deal, scale)
-            ruling = engine.settle(outcome, self.step)
+            scale = 1.0 / self._trainer.accumulate_grad_batches
+            plan = self._running_planner.training(self.step, batch.sizes, scale, excluded)
+            result = engine.run(plan, arguments, batch)
+            outcome = engine.exchange(plan, result)
+            ruling = engine.settle(plan, outcome)
             if ruling is None:
-                self.table, self.wiring = outcome.table, outcome.wiring
-                self._clean_fractions.add(None, outcome.weights, outcome.wiring)
+                self.table, self.wiring = outcome.table, plan.wiring
+                tally.add(None, plan)
                 return outcome
             if ruling.excluded:
                 # Before anybody is told: what listeners do about it stays.
                 engine.rewind()
             self._take_in_ruling(ruling)
             if not ruling.excluded:
-                self._clean_fractions.add(ruling.verdict.clean, outcome.weights, ruling.wiring)
-                self._clean_fractions.lose(ruling.lost)
+                tally.add(ruling.verdict.clean, plan)
+                tally.lose(ruling.lost)
                 return outcome
             if not ruling.redo:
                 # Nobody is left who could do it again: the batch is left out.
-                self._clean_fractions.add(torch.zeros_like(ruling.verdict.clean), outcome.weights, ruling.wiring)
+                tally.add(torch.zeros_like(ruling.verdict.clean), plan)
                 return outcome
+            excluded.update(ruling.excluded)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -407,11 +414,16 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
             return super().predict_step(*args, **kwargs)
         arguments = self._arguments("predict_step", args, kwargs)
         with self._in_step():
-            return self._running_engine.predict(arguments, self._deal("predict_step", arguments))
+            batch = self._split("predict_step", arguments)
+            plan = self._running_planner.evaluation("predict_step", _loader(arguments), batch.sizes)
+            self._running_engine.run(plan, arguments, batch)
+            return self._running_engine.returned()
 
     def _evaluate(self, step: str, arguments: tuple[Any, ...]) -> Any:
         with self._in_step():
-            outcome = self._running_engine.evaluate(step, arguments, self._deal(step, arguments))
+            batch = self._split(step, arguments)
+            plan = self._running_planner.evaluation(step, _loader(arguments), batch.sizes)
+            outcome = self._running_engine.exchange(plan, self._running_engine.run(plan, arguments, batch))
             returned = self._returned(step)
         self._take_in(outcome)
         return returned
@@ -425,3 +437,13 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
     def _running_engine(self) -> Engine:
         assert self._engine is not None, "the engine exists from setup on"
         return self._engine
+
+    @property
+    def _running_planner(self) -> StepPlanner:
+        assert self._planner is not None, "it is made with the engine"
+        return self._planner
+
+
+def _loader(arguments: Sequence[Any]) -> int | None:
+    """The number of the data loader in the arguments of an evaluation step, where there are several."""
+    return arguments[2] if len(arguments) > 2 else None

@@ -29,9 +29,9 @@ POINTS: dict[str, tuple[str, int, bool]] = {
     "after the last message": ("_engine._transport.finish_notes", 1, True),
     "before scores are exchanged": ("_engine._exchange.run", 1, False),
     "after scores were exchanged": ("_engine._exchange.run", 1, True),
-    "before gradients are reduced": ("_engine._healthy.reduce", 1, False),
-    "after gradients were reduced": ("_engine._healthy.reduce", 1, True),
-    "after gradients were clipped": ("_engine._healthy.clip", 1, True),
+    "before gradients are reduced": ("_engine._gradients.reduce", 1, False),
+    "after gradients were reduced": ("_engine._gradients.reduce", 1, True),
+    "after gradients were clipped": ("_engine._gradients.clip", 1, True),
     "after the optimizer's step": ("_engine.apply_gradients", 1, True),
     "while the checkpoint is collected": ("lightning_module_state_dict", 1, False),
 }

@@ -110,15 +110,15 @@ class CorruptsGradients(L.Callback):
         strategy = trainer.strategy
         assert isinstance(strategy, ls.SentinelStrategy)
         if strategy.worker == ls.Worker(1, 2):
-            healthy = strategy._engine._healthy  # type: ignore[union-attr]
-            reduce, parameters = healthy.reduce, healthy._parameters
+            gradients = strategy._engine._gradients  # type: ignore[union-attr]
+            reduce, parameters = gradients.reduce, gradients._parameters
 
-            def corrupted(shares: Any) -> None:
+            def corrupted(*arguments: Any) -> None:
                 for parameter in parameters:
                     parameter.grad = -1e3 * parameter.grad
-                reduce(shares)
+                reduce(*arguments)
 
-            healthy.reduce = corrupted
+            gradients.reduce = corrupted
 
 
 def corrupted(rules: list[str]) -> dict[str, Any]:

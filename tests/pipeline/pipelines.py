@@ -11,7 +11,10 @@ from torch import Tensor
 
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
+from lightning_sentinel.pipeline.planner import StepPlanner
 from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
+from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.verification import Ledger, SignalTable, StepVerdict
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
@@ -48,6 +51,12 @@ def shouting(workers: Collection[Worker]) -> Tamper:
         return 1000 * signal if worker in workers else signal
 
     return tamper
+
+
+def planned(guard: Guard, step: int, excluded_in: int = -1, excluded: frozenset[Worker] = frozenset()) -> StepPlan:
+    """What a planner makes of what a guard knows."""
+    sizes = BatchSizes(MICRO_BATCHES, (MICRO_BATCHES * SAMPLES,) * REPLICAS)
+    return StepPlanner(MESH, guard, seed=0).training(step, sizes, 1.0, excluded if step == excluded_in else ())
 
 
 class Pipelines:
@@ -89,6 +98,8 @@ class Pipelines:
             for group, ledger in zip(self.groups, self.ledgers)
         ]
         self.step_number = 0
+        self.excluded: tuple[int, frozenset[Worker]] = (-1, frozenset())
+        """A step, and the workers that were found out in it."""
         self.received: list[tuple[Tensor, Tensor]] = []
         """What each receipt of the latest step was given, and what came of it."""
         self.lies: dict[tuple[int, int, int], bool] = {}
@@ -124,8 +135,15 @@ class Pipelines:
             for micro_batch in range(MICRO_BATCHES)
         }
 
+    def planned(self, step: int | None = None) -> StepPlan:
+        """The plan of a step, by what is known of it now."""
+        return planned(self.guard, self.step_number if step is None else step, *self.excluded)
+
     def begin(self) -> None:
-        self.wiring = next(iter([guard.begin(self.step_number, MICRO_BATCHES) for guard in self.guards]))
+        self.plan = self.planned()
+        self.wiring = self.plan.wiring
+        for guard in self.guards:
+            guard.begin(self.plan)
 
     def run_micro_batch(self, group: int, micro_batch: int, tamper: Tamper) -> None:
         """One micro-batch of all replicas of a guard, forward and back."""
@@ -176,9 +194,10 @@ class Pipelines:
         total = self.sum_over_guards()
         ask = self.ask if self.guard.audits else None
         rulings = [
-            guard.settle(self.table, self.step_number, (lambda vector: vector) if total is None else (lambda vector: total), ask)
+            guard.settle(self.table, self.plan, (lambda vector: vector) if total is None else (lambda vector: total), ask)
             for guard in self.guards
         ]
+        self.excluded = self.step_number, self.plan.absent.union(rulings[0].excluded)
         return rulings[0]
 
     def ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
@@ -212,7 +231,7 @@ class Pipelines:
             return vector
 
         for guard in self.guards:
-            copy.deepcopy(guard).settle(self.table, self.step_number, listen)
+            copy.deepcopy(guard).settle(self.table, self.plan, listen)
         assert len(vectors) in (0, len(self.guards)) and len({vector.shape for vector in vectors}) <= 1
         return torch.stack(vectors).sum(dim=0) if vectors else None
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
 
 import lightning as L
 import pytest
@@ -9,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
+from lightning_sentinel.errors import MalformedMessageError, PipelineModelError, PlanMismatchError
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-from lightning_sentinel.pipeline.exchange import Aside, Exchange, StepOutcome
+from lightning_sentinel.pipeline.exchange import Exchange
 from lightning_sentinel.pipeline.logs import LoggingMicroBatch, LogRecorder
+from lightning_sentinel.pipeline.step_plan import StepPlan, plan_step
+from lightning_sentinel.pipeline.step_results import StepOutcome, StepResult
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.table import COLUMNS, no_rows
 from lightning_sentinel.wiring import MicroBatchId, Wiring
@@ -31,6 +35,15 @@ def row(boundary: Boundary, part: MicroBatchId) -> Tensor:
 
 def sizes_of(wiring: Wiring) -> BatchSizes:
     return BatchSizes(1 + max(part.micro_batch for work in wiring.work for part in work), (7,) * len(wiring.work))
+
+
+def plan_of(mesh: Mesh, wiring: Wiring) -> StepPlan:
+    return replace(plan_step("training_step", mesh, sizes_of(wiring)), wiring=wiring)
+
+
+def nothing(**said: Any) -> StepResult:
+    """Of a rank that has run no step."""
+    return StepResult(torch.zeros(1, 3), **{"recorder": LogRecorder(L.LightningModule())} | said)
 
 
 def weight_of(wiring: Wiring, part: MicroBatchId) -> float:
@@ -57,7 +70,7 @@ def exchanged(
     broken: Collection[Worker] | None = None,
 ) -> list[list[StepOutcome]]:
     """Steps of which each rank says what it knows; ranks that have nothing to do claim a loss if one is given."""
-    sizes = sizes_of(wiring)
+    plan = plan_of(mesh, wiring)
 
     def work(rank: int) -> list[StepOutcome]:
         worker, exchange = mesh.worker(rank), Exchange(mesh, CPU)
@@ -73,14 +86,14 @@ def exchanged(
                 loss = torch.tensor([sum(w * loss_of(part) for w, part in zip(weights, parts)), sum(weights), 0.0])
             elif claimed is not None:
                 loss = claimed
-            rows: dict[Direction, Tensor] | None = None
+            rows: dict[Boundary, Tensor] | None = None
             if verified:
                 received = [boundary for boundary in mesh.boundaries if boundary.receiver == worker.stage and parts]
-                rows = {boundary.direction: torch.stack([row(boundary, part) for part in parts]) for boundary in received}
+                rows = {boundary: torch.stack([row(boundary, part) for part in parts])[None] for boundary in received}
             useless = None if broken is None else torch.tensor(worker in broken)
             if broken and worker in broken:
                 loss = loss * torch.nan
-            outcomes.append(exchange.run("training_step", wiring, sizes, rows, loss, recorder, useless))
+            outcomes.append(exchange.run(plan, StepResult(loss[None], recorder, rows, useless)))
         return outcomes
 
     return world.run(work)
@@ -110,14 +123,15 @@ def test_all_ranks_know_of_every_slot_what_those_that_served_it_say(
         found = exchanged(world, mesh, wiring, claimed=torch.tensor([1e6, 1.0, 1.0]))
     rows, weights = by_hand(mesh, wiring)
     rows = SignalTable.believed(rows).rows
+    assert torch.equal(plan_of(mesh, wiring).weights, weights)
     parts = [part for lane in wiring.lanes for part in wiring.work[lane]]
     shares = [weight_of(wiring, part) for part in parts]
     loss = sum(share * loss_of(part) for share, part in zip(shares, parts)) / sum(shares)
     serving = [wiring.worker(stages - 1, lane).replica for lane in wiring.lanes]
     samples = [2 + replica for replica in serving]
     for (outcome,) in found:
-        assert torch.equal(outcome.table.rows, rows) and torch.equal(outcome.weights, weights)
-        assert outcome.loss == pytest.approx(loss, rel=1e-5) and outcome.wiring is wiring
+        assert torch.equal(outcome.table.rows, rows)
+        assert outcome.loss == pytest.approx(loss, rel=1e-5)
         mean = sum(replica * n for replica, n in zip(serving, samples)) / sum(samples)
         assert outcome.logged == {"loss": (pytest.approx(mean, rel=1e-5), float(sum(samples)))}
 
@@ -134,8 +148,7 @@ def test_a_step_in_which_no_sample_counts_has_no_loss() -> None:
     with ranks(mesh.size) as world:
 
         def work(rank: int) -> StepOutcome:
-            recorder = LogRecorder(L.LightningModule())
-            return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, torch.zeros(3), recorder)
+            return Exchange(mesh, CPU).run(plan_of(mesh, wiring), nothing())
 
         assert [outcome.loss for outcome in world.run(work)] == [None, None]
 
@@ -168,7 +181,7 @@ def test_replicas_that_log_different_names_are_refused_on_all_ranks() -> None:
         if worker.stage:
             recorder.log(f"loss of {worker.replica}", 1.0)
         with pytest.raises(PipelineModelError, match=r"log different names in training_step; this rank logs .*Log the same"):
-            Exchange(mesh, CPU).run("training_step", Wiring.of(mesh), BatchSizes(1, (1, 1)), None, torch.zeros(3), recorder)
+            Exchange(mesh, CPU).run(plan_of(mesh, Wiring.of(mesh)), nothing(recorder=recorder))
         refused.append(rank)
 
     with ranks(mesh.size) as world:
@@ -183,7 +196,7 @@ def test_what_a_worker_without_a_lane_logs_is_not_asked_for() -> None:
         worker, recorder = mesh.worker(rank), LogRecorder(L.LightningModule())
         if worker.stage:
             recorder.log("loss" if worker.replica else "nonsense", 5.0 + worker.replica)
-        return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, torch.zeros(3), recorder)
+        return Exchange(mesh, CPU).run(plan_of(mesh, wiring), nothing(recorder=recorder))
 
     with ranks(mesh.size) as world:
         assert [outcome.logged for outcome in world.run(work)] == [{"loss": (6.0, 1.0)}] * 4
@@ -195,13 +208,7 @@ def test_one_step_that_asks_for_the_end_is_heard_by_all_and_nobody_else_is() -> 
     for asks, heard in [({Worker(1, 1)}, True), ({Worker(0, 0), Worker(0, 1)}, False), (set[Worker](), False)]:
 
         def work(rank: int, asks: set[Worker] = asks) -> bool:
-            nothing, recorder = torch.zeros(3), LogRecorder(L.LightningModule())
-            stops = mesh.worker(rank) in asks
-            return (
-                Exchange(mesh, CPU)
-                .run("training_step", wiring, sizes_of(wiring), None, nothing, recorder, aside=Aside(stops))
-                .stops
-            )
+            return Exchange(mesh, CPU).run(plan_of(mesh, wiring), nothing(stops=mesh.worker(rank) in asks)).stops
 
         with ranks(mesh.size) as world:
             assert world.run(work) == [heard] * mesh.size
@@ -213,11 +220,7 @@ def test_a_signal_that_one_process_has_had_is_known_to_all() -> None:
     had = [(0, 2), (1, 0), (0, 0), (0, 1)]
 
     def work(rank: int) -> tuple[int, ...]:
-        nothing, recorder = torch.zeros(3), LogRecorder(L.LightningModule())
-        exchange = Exchange(mesh, CPU)
-        return exchange.run(
-            "training_step", wiring, sizes_of(wiring), None, nothing, recorder, aside=Aside(signals=had[rank])
-        ).signals
+        return Exchange(mesh, CPU).run(plan_of(mesh, wiring), nothing(signals=had[rank])).signals
 
     for says in ({}, {3: lambda said: torch.full_like(said, torch.nan)}):
         with ranks(mesh.size) as world:
@@ -230,9 +233,8 @@ def test_what_each_worker_has_seen_of_its_stage_is_known_to_all() -> None:
     wiring = Wiring.of(mesh)
 
     def work(rank: int) -> Tensor | None:
-        nothing, recorder, worker = torch.zeros(3), LogRecorder(L.LightningModule()), mesh.worker(rank)
-        aside = Aside(refused=(10 * worker.stage + worker.replica, 7))
-        return Exchange(mesh, CPU).run("training_step", wiring, sizes_of(wiring), None, nothing, recorder, aside=aside).refused
+        worker = mesh.worker(rank)
+        return Exchange(mesh, CPU).run(plan_of(mesh, wiring), nothing(refused=(10 * worker.stage + worker.replica, 7))).refused
 
     with ranks(mesh.size) as world:
         for refused in world.run(work):
@@ -275,7 +277,7 @@ def test_names_of_another_rank_are_bounded_and_typed(said: int | bytes, message:
         if mesh.worker(rank).stage == 1:
             log_loss(recorder, Worker(1, 0), 0)
         with pytest.raises(MalformedMessageError, match=message) as error:
-            Exchange(mesh, CPU).run("training_step", Wiring.of(mesh), BatchSizes(1, (1,)), None, torch.zeros(3), recorder)
+            Exchange(mesh, CPU).run(plan_of(mesh, Wiring.of(mesh)), nothing(recorder=recorder))
         refused.append(error.value.rank)
 
     with ranks(mesh.size) as world:
@@ -291,3 +293,21 @@ def test_names_of_another_rank_are_bounded_and_typed(said: int | bytes, message:
         monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
         world.run(work)
     assert refused == [mesh.rank(Worker(1, 0))] * 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"scale": 0.5}, {"number": 8}, {"run": 3}, {"absent": frozenset({Worker(0, 1)})}, {"audited": True}]
+)
+def test_ranks_with_another_plan_are_named_on_all_ranks(change: dict[str, Any]) -> None:
+    mesh, told = Mesh(2, 2), []
+    plan = plan_of(mesh, Wiring.of(mesh))
+
+    def work(rank: int) -> None:
+        mine = replace(plan, **change) if rank == 2 else plan
+        with pytest.raises(PlanMismatchError, match=r"another plan than most have rank 2 \(worker \(stage 0, replica 0\)\)"):
+            Exchange(mesh, CPU).run(mine, nothing())
+        told.append(rank)
+
+    with ranks(mesh.size) as world:
+        world.run(work)
+    assert sorted(told) == [0, 1, 2, 3]

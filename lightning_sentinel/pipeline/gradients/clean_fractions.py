@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.wiring import Wiring
+from lightning_sentinel.pipeline.step_plan import StepPlan
 
 __all__ = ["CleanFractionTally", "CleanFractions"]
 
@@ -41,12 +41,13 @@ class CleanFractionTally:
         mesh: the workers.
 
     Example:
-        >>> import torch
+        >>> from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
+        >>> from lightning_sentinel.pipeline.step_plan import plan_step
         >>> mesh = Mesh(stages=2, replicas=1)
-        >>> shares = CleanFractionTally(mesh)
+        >>> tally = CleanFractionTally(mesh)
         >>> clean = torch.tensor([[[False, True]], [[True, True]]])  # stages x lanes x micro-batches
-        >>> shares.add(clean, weights=torch.tensor([[0.5, 0.5]]), wiring=Wiring.of(mesh, micro_batches=2))
-        >>> shares.take().stages
+        >>> tally.add(clean, plan_step("training_step", mesh, BatchSizes(2, (4,))))
+        >>> tally.take().stages
         [0.5, 1.0]
     """
 
@@ -59,20 +60,20 @@ class CleanFractionTally:
         self._served = torch.zeros(self._mesh.stages, self._mesh.replicas, dtype=torch.float64)
         self._batches = 0
 
-    def add(self, clean: Tensor | None, weights: Tensor, wiring: Wiring) -> None:
+    def add(self, clean: Tensor | None, plan: StepPlan) -> None:
         """Enter a batch.
 
         Args:
-            clean: ``(stages, lanes, micro_batches)`` bool, which gradients count at which stage; ``None`` if all do.
-            weights: ``(lanes, micro_batches)``, each micro-batch's share of its replica's batch.
-            wiring: who served which lane.
+            clean: ``(stages, lanes, slots)`` bool, which gradients count at which stage; ``None`` if all do.
+            plan: of its step.
         """
+        weights, serving = plan.weights, torch.tensor(plan.wiring.serving)
         self._batches += 1
         if clean is None:
             clean = torch.ones(self._mesh.stages, *weights.shape, dtype=torch.bool)
         counted = weights.double() * clean
         self._excluded += (weights.double() * ~clean).sum(dim=(1, 2)) / self._mesh.replicas
-        self._served.scatter_add_(1, torch.tensor(wiring.serving), counted.sum(dim=2))
+        self._served.scatter_add_(1, serving, counted.sum(dim=2))
 
     def lose(self, workers: Collection[Worker]) -> None:
         """All that these workers have added up so far is gone, which is the same on all ranks."""

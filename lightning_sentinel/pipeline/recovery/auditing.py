@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -28,13 +27,15 @@ from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.pipeline.data.sample_exchange import supplier, unpacked
 from lightning_sentinel.pipeline.messages.tensor_trees import Packed, pack, pack_all, receive_tree, send_packed
+from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
+from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.waiting import on_host
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
 from lightning_sentinel.verification.tolerance import MEASURED, Tolerances, deviation
-from lightning_sentinel.wiring import MicroBatchId, Wiring
+from lightning_sentinel.wiring import MicroBatchId
 
-__all__ = ["Audits", "Evidence", "SignalCache", "digest"]
+__all__ = ["Audits", "Evidence", "digest"]
 
 _WORDS = tuple(word for word in Outcome if word is not Outcome.DISPUTED)
 """What one worker can say."""
@@ -52,32 +53,6 @@ class Evidence(NamedTuple):
     batch: Any
     activation: Tensor | None
     gradient: Tensor | None
-
-
-@dataclass
-class SignalCache:
-    """What a worker sent and received in a step, by direction and slot, until the step is settled."""
-
-    sent: dict[tuple[Direction, int], Tensor] = field(default_factory=dict)
-    received: dict[tuple[Direction, int], Tensor] = field(default_factory=dict)
-    _largest: int = 0
-    keeps: bool = False
-    """Whether anything may be audited."""
-
-    def keep(self, where: dict[tuple[Direction, int], Tensor], direction: Direction, slot: int, signal: Tensor) -> None:
-        if self.keeps:
-            where[direction, slot] = signal.detach()
-
-    def clear(self) -> None:
-        self._largest = self.bytes
-        self.sent.clear()
-        self.received.clear()
-
-    @property
-    def bytes(self) -> int:
-        """Of the largest signal so far: who has nothing to do in a step may be asked to recompute the signals of others."""
-        kept = (*self.sent.values(), *self.received.values())
-        return max([self._largest, *(signal.numel() * signal.element_size() for signal in kept)])
 
 
 def digest(signal: Tensor) -> str:
@@ -131,7 +106,7 @@ class Audits:
     Args:
         mesh: all workers.
         worker: that this rank is.
-        kept: what this rank sent and received.
+        cache: what this rank sent and received.
         samples: gives ``[batch, samples, weight]`` of one of this replica's micro-batches.
         recompute: what an honest worker of this stage sends: direction, part and evidence to a signal.
         tolerances: the errors up to which signals count as recomputed.
@@ -143,21 +118,21 @@ class Audits:
         self,
         mesh: Mesh,
         worker: Worker,
-        kept: SignalCache,
+        cache: SignalCache,
         samples: Callable[[MicroBatchId], Any],
         recompute: Callable[[Direction, MicroBatchId, Evidence], Tensor],
         tolerances: Tolerances,
         computed_in: Callable[[], torch.dtype],
         device: torch.device,
     ) -> None:
-        self._mesh, self._worker, self._signal_cache = mesh, worker, kept
+        self._mesh, self._worker, self._cache = mesh, worker, cache
         self._samples, self._recompute = samples, recompute
         self._tolerances, self._computed_in = tolerances, computed_in
         self._device = device
         self.adversary: Adversary | None = None
         """A simulated attacker, who may also lie about what it recomputed."""
 
-    def ask(self, asked: Sequence[tuple[Case, Worker]], wiring: Wiring, absent: Collection[Worker]) -> list[Outcome]:
+    def ask(self, asked: Sequence[tuple[Case, Worker]], plan: StepPlan) -> list[Outcome]:
         """Have workers recompute signals; to be called by all ranks.
 
         A device is waited for twice: for all that this rank hands over, and for how far all that it recomputes is from what was
@@ -165,15 +140,14 @@ class Audits:
 
         Args:
             asked: which signals, those of a boundary together, and who recomputes each.
-            wiring: who served which lane.
-            absent: workers that hand out no samples.
+            plan: of the step.
 
         Returns:
             what each of them says.
         """
         if not asked:
             return []
-        needed = [self._needs(case, wiring, absent) for case, _ in asked]
+        needed = [self._needs(case, plan) for case, _ in asked]
         handed = self._handed(asked, needed)
         answers: list[_Answer | None] = []
         # Nobody keeps more of what others give than the evidence of one boundary.
@@ -222,16 +196,16 @@ class Audits:
 
     @property
     def _room(self) -> int:
-        return 64 * max(self._signal_cache.bytes, 2**20)
+        return 64 * max(self._cache.largest, 2**20)
 
-    def _needs(self, case: Case, wiring: Wiring, absent: Collection[Worker]) -> list[_Need]:
+    def _needs(self, case: Case, plan: StepPlan) -> list[_Need]:
         """What an auditor needs."""
-        boundary = case.boundary
+        boundary, wiring = case.boundary, plan.wiring
         stage, last = boundary.sender, self._mesh.stages - 1
         backward = boundary.direction is Direction.GRADIENT
         needs: list[_Need] = []
         if stage == 0 or (backward and stage == last):
-            needs.append((_Item.BATCH, supplier(case.part, stage, self._mesh, absent, case.audited)))
+            needs.append((_Item.BATCH, supplier(case.part, stage, self._mesh, plan.absent, case.audited)))
         if stage > 0:
             needs.append((_Item.ACTIVATION, wiring.worker(stage - 1, case.lane)))
         if backward and stage < last:
@@ -239,16 +213,16 @@ class Audits:
         return [*needs, (_Item.CLAIMED, wiring.worker(boundary.receiver, case.lane)), (_Item.RECEIVED, case.audited)]
 
     def _item(self, item: _Item, case: Case) -> Any:
-        kept, slot = self._signal_cache, case.slot
+        cache, slot = self._cache, case.slot
         if item is _Item.BATCH:
             return self._samples(case.part)
         if item is _Item.ACTIVATION:
-            return kept.sent[Direction.ACTIVATION, slot]
+            return cache.sent[Direction.ACTIVATION, slot]
         if item is _Item.GRADIENT:
-            return kept.sent[Direction.GRADIENT, slot]
+            return cache.sent[Direction.GRADIENT, slot]
         if item is _Item.CLAIMED:
-            return kept.received[case.boundary.direction, slot]
-        found = {direction: kept.received.get((direction, slot)) for direction in Direction}
+            return cache.received[case.boundary.direction, slot]
+        found = {direction: cache.received.get((direction, slot)) for direction in Direction}
         return {direction.value: signal for direction, signal in found.items() if signal is not None}
 
     def _judge(self, case: Case, items: dict[_Item, Any]) -> _Answer:

@@ -19,6 +19,7 @@ from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
 from lightning_sentinel.pipeline.recovery.reference_updates import Apart, ReferenceUpdates
+from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.seeds import derive_seed, secret_seed
 from lightning_sentinel.verification import (
     BoundaryVerifier,
@@ -43,10 +44,6 @@ from lightning_sentinel.wiring import Wiring
 
 __all__ = ["Guard", "Ruling"]
 
-_STEPS_A_TURN = 16
-"""For how long a worker serves when there are more workers than lanes: long enough to be a suspect in consecutive steps."""
-
-
 _SECRET = "secret/seed"
 
 
@@ -57,8 +54,8 @@ class Ruling(NamedTuple):
         verdict: what its table means.
         banned: the workers that it bans.
         excluded: the workers whose signals do not match, without whom the step is to be undone: its gradients hold what they sent.
-        redo: whether it is to be done again without them; it cannot be if nobody is left who could.
-        wiring: who served which lane.
+        redo: whether the step is to be done again without them; it cannot be if nobody is left who could.
+        plan: of the step that was judged.
         lost: workers whose gradients are gone, with those of earlier batches of the same step.
     """
 
@@ -66,7 +63,7 @@ class Ruling(NamedTuple):
     banned: list[Worker]
     excluded: list[Worker]
     redo: bool
-    wiring: Wiring
+    plan: StepPlan
     lost: frozenset[Worker] = frozenset()
 
 
@@ -104,8 +101,6 @@ class Guard:
         self._indices = {boundary: mesh.boundaries.index(boundary) for boundary in self.verifiers}
         self.tolerances = Tolerances(mesh, 0)
         self._keep_secret(verification)
-        self._excluded: tuple[int, frozenset[Worker]] = (-1, frozenset())
-        self._wiring, self._micro_batches = Wiring.of(mesh), 1
         self._rows: dict[Boundary, list[tuple[Sequence[int], Tensor]]] = {boundary: [] for boundary in self.verifiers}
         self._updates = ReferenceUpdates()
         self._refusals = Refusals(mesh)
@@ -154,47 +149,41 @@ class Guard:
             return ()
         return tuple(self._updates.refused[Worker(self._worker.stage, replica)] for replica in range(self._mesh.replicas))
 
-    def absent(self, step: int) -> frozenset[Worker]:
-        """Who serves nothing in a step: who is banned, and who was found out in it."""
-        return self.ledger.banned | (self._excluded[1] if self._excluded[0] == step else frozenset())
+    def lane_seed(self, step: int) -> int | None:
+        """The seed by which workers are dealt to lanes while one of them is a suspect; ``None`` while none is.
 
-    def wiring(self, step: int, micro_batches: int = 1) -> Wiring:
-        """Who would serve which lane in a step, by what is known of it now.
-
-        Args:
-            step: number of the training batch.
-            micro_batches: of each replica.
+        A worker that is the reason for what others look like is told by being out of line in any company.
         """
-        # Who is the reason for what others look like is told by who is out of line in any company.
         order = self.ledger.order(step) if self.excludes else None
-        shuffled = None if order is None else derive_seed(self.secret, "lanes", order)
-        return Wiring.of(self._mesh, self.absent(step), micro_batches, step // _STEPS_A_TURN, shuffled)
+        return None if order is None else derive_seed(self.secret, "lanes", order)
 
-    def begin(self, step: int, micro_batches: int) -> Wiring:
-        """Begin a step. Returns who serves which lane in it, and with which micro-batches."""
-        self._wiring, self._micro_batches = self.wiring(step, micro_batches), micro_batches
+    def begin(self, plan: StepPlan) -> None:
+        """Begin a training step.
+
+        Raises:
+            MeshExhaustedError: if nobody could do it.
+        """
         self.tolerances.learning = self.calibration.steps < self._secret.warmup_steps
-        self._require_a_pipeline(self._wiring, step)
+        self._require_a_pipeline(plan)
         if self.excludes and self.compares_inputs:
+            lanes = self._lanes(plan.wiring) or [0]
             for boundary, verifier in self.verifiers.items():
-                limits = [self._limit(self._wiring.worker(boundary.sender, lane)) for lane in self._lanes or [0]]
+                limits = [self._limit(plan.wiring.worker(boundary.sender, lane)) for lane in lanes]
                 verifier.limits = torch.tensor(limits, device=self._device)
-        return self._wiring
 
     def _limit(self, sender: Worker) -> float:
-        """The score above which what a worker sends is left out at receipt, where nobody looks again at what is left out.
+        """The score above which a signal is left out at receipt, where nobody looks again at what is left out.
 
         An honest signal is a little out of line every now and then, and it is to count; a worker that was out of line for most of
         the step before is given no such benefit.
         """
         return 1.0 if sender in self.ledger.streaks else MUCH_FURTHER
 
-    @property
-    def _lanes(self) -> list[int]:
-        """The lanes that this process receives from in this step."""
+    def _lanes(self, wiring: Wiring) -> list[int]:
+        """The lanes that this process receives from."""
         if self._worker is None:
             return list(range(self._mesh.replicas))
-        lane = self._wiring.lane(self._worker)
+        lane = wiring.lane(self._worker)
         return [] if lane is None else [lane]
 
     def project(self, boundary: Boundary, signal: Tensor) -> Projection | None:
@@ -256,7 +245,7 @@ class Guard:
     def settle(
         self,
         table: SignalTable,
-        step: int,
+        plan: StepPlan,
         sum_over_replicas: Callable[[Tensor], Tensor],
         ask: Ask | None = None,
         apart: Apart | None = None,
@@ -267,17 +256,19 @@ class Guard:
 
         Args:
             table: of the step, the same on all ranks.
-            step: number of the training batch.
+            plan: of the step.
             sum_over_replicas: adds a vector over the replicas of this stage.
             ask: has workers recompute signals, where audits are asked for.
             apart: what the replicas of this stage would add, each by itself, where they are not all in this process.
             broken: ``(stages, lanes, micro_batches)`` bool, whose weight gradients are of no use; ``None`` where nobody looks.
             refused: ``(stages, replicas, replicas)``, what all ranks say of :attr:`refused`; ``None`` where nobody looks.
         """
-        wiring, excludes = self._wiring, self._response.on_flag == "exclude"
-        assessment, heights = self._assess(table, wiring), self.calibration.heights(wiring)
+        wiring, step = plan.wiring, plan.number
+        excludes = self._response.on_flag == "exclude"
+        assessment = self._assess(table, wiring)
+        heights = self.calibration.heights(wiring)
         if ask is not None:
-            verdict = self._judge_with_audits(table, assessment, heights, step, ask)
+            verdict = self._judge_with_audits(table, assessment, heights, plan, ask)
             exonerated = Counter(detection.worker for detection in verdict.detections if detection.confirmed is False)
             banned = self.ledger.record_audits(
                 step, verdict.audits, verdict.flagged, exonerated, verdict.guilty, verdict.outvoted, self._mesh
@@ -305,23 +296,24 @@ class Guard:
             # What those behind a liar looked like was not their doing.
             self.calibration.forget_sums(behind(self._sent_by({*banned, *excluded}, wiring), self._mesh), wiring)
         if excluded:
-            self._excluded = step, self.absent(step).union(excluded)
             self.forget_step()
         else:
-            self._learn(table, verdict, assessment, sum_over_replicas, apart)
+            self._learn(table, verdict, assessment, wiring, sum_over_replicas, apart)
             self.calibration.learn(verdict.table, verdict.honest, verdict.heard, verdict.explained, assessment, wiring)
             self._put_fences()
-        redo = bool(excluded) and any(self.wiring(step).live)
-        return Ruling(verdict, banned, excluded, redo, wiring)
+        left = Wiring.of(self._mesh, plan.absent.union(banned, excluded))
+        return Ruling(verdict, banned, excluded, redo=bool(excluded) and any(left.live), plan=plan)
 
     def _as_far_as_known(self, assessment: Assessment) -> Assessment:
         """Where fences have not seen enough, nothing but what is not finite is out of line: nobody looks at flags again."""
         open_to_all = ~self.calibration.knows_enough(assessment.by_peers)[:, None, None] & (assessment.worst >= 0)
         return assessment._replace(score=torch.where(open_to_all, assessment.score.clamp(max=1.0), assessment.score))
 
-    def _judge_with_audits(self, table: SignalTable, assessment: Assessment, heights: Tensor, step: int, ask: Ask) -> StepVerdict:
+    def _judge_with_audits(
+        self, table: SignalTable, assessment: Assessment, heights: Tensor, plan: StepPlan, ask: Ask
+    ) -> StepVerdict:
         assert self._schedule is not None
-        wiring, ledger = self._wiring, self.ledger
+        wiring, step, ledger = plan.wiring, plan.number, self.ledger
 
         def audit(signals: Tensor) -> Findings:
             return self._jury.hear(signals, wiring, ledger.banned, ledger.muted, step, ask)
@@ -329,7 +321,7 @@ class Guard:
         found: dict[int, int] = {}
         for worker, when in (*ledger.banned_at.items(), *ledger.muted.items()):
             found[worker.stage] = max(when, found.get(worker.stage, when))
-        drawn = wiring.arrange(self._schedule.draw(step, self._micro_batches, found))
+        drawn = wiring.arrange(self._schedule.draw(step, plan.sizes.micro_batches, found))
         one_each = self._schedule.one_each(step, assessment.valid)
         return judge_with_audits(table, assessment, heights, drawn, one_each, audit, self._mesh, wiring, step)
 
@@ -351,10 +343,10 @@ class Guard:
             banned[worker.stage, worker.replica] = True
         return self.calibration.assess(table, wiring, banned[[boundary.sender for boundary in self._mesh.boundaries]])
 
-    def _require_a_pipeline(self, wiring: Wiring, step: int) -> None:
-        if not any(wiring.live):
+    def _require_a_pipeline(self, plan: StepPlan) -> None:
+        if not any(plan.wiring.live):
             raise MeshExhaustedError(
-                f"No complete pipeline is left at step {step}; banned are"
+                f"No complete pipeline is left at step {plan.number}; banned are"
                 f" {', '.join(map(str, sorted(self.ledger.banned)))}, by Response(banned=...), a ledger or a checkpoint. The run"
                 f" cannot go on with {self._mesh.replicas} replica(s). Use more replicas, or take some of the bans back."
             )
@@ -364,6 +356,7 @@ class Guard:
         table: SignalTable,
         verdict: StepVerdict,
         assessment: Assessment,
+        wiring: Wiring,
         sum_over_replicas: Callable[[Tensor], Tensor],
         apart: Apart | None,
     ) -> None:
@@ -375,7 +368,7 @@ class Guard:
             # Sums of a sender's signals cannot be taken apart again: it counts if all of it is honest.
             unflagged_ones = ~(known & ~honest).any(dim=1)
             flagged_ones = (flagged & honest).any(dim=1) & ~(flagged & ~honest).any(dim=1)
-            lanes = self._lanes
+            lanes = self._lanes(wiring)
             if not lanes:
                 self._stand_by(boundary, table)
                 lanes = [0]

@@ -13,9 +13,9 @@ from torch import Tensor
 from lightning_sentinel.mesh import Direction
 from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.gradients.contributions import gradients_of
-from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
 from lightning_sentinel.pipeline.recovery.auditing import Evidence
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
+from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.stages.stage import StageLayers
 from lightning_sentinel.pipeline.steps import StepRunner, loss_of
 from lightning_sentinel.verification.audit import arithmetic
@@ -31,19 +31,15 @@ class Recomputation:
     Args:
         stage: its layers.
         last: whether it is the last.
-        replicas: of the mesh.
         steps: runs the user's step functions.
         device: where the stage is.
-        seed: of the random numbers in forward passes.
         forward_context: entered around every forward pass.
     """
 
     stage: StageLayers
     last: bool
-    replicas: int
     steps: StepRunner
     device: torch.device
-    seed: int
     forward_context: Callable[[], AbstractContextManager[Any]]
 
     def computed_in(self) -> torch.dtype:
@@ -51,33 +47,21 @@ class Recomputation:
         with self.forward_context():
             return arithmetic(self.device)
 
-    def __call__(
-        self,
-        direction: Direction,
-        part: MicroBatchId,
-        evidence: Evidence,
-        rest: tuple[Any, ...],
-        step: int,
-        sizes: tuple[int, float],
-        scale: float | Tensor,
-    ) -> Tensor:
+    def __call__(self, direction: Direction, part: MicroBatchId, evidence: Evidence, running: RunningStep) -> Tensor:
         """A signal.
 
         Args:
             direction: an activation, or the gradient for the stage before.
             part: the micro-batch.
             evidence: what the worker had been sent.
-            rest: arguments of ``training_step`` behind the batch.
-            step: number of the training batch.
-            sizes: samples of the micro-batch, and its share of the replica's batch.
-            scale: factor of the loss.
+            running: the step.
         """
-        samples, weight = sizes
+        samples, weight = running.plan.sizes.work(*part)
         restore = Rewind((), list(self.stage.buffers()), self.device)
         # Copies, because a step may work on its batch in place.
-        arguments = (copied(evidence.batch), *rest)
+        arguments = (copied(evidence.batch), *running.arguments[1:])
         backward = direction is Direction.GRADIENT
-        self.stage.seeds = seeds = MicroBatchSeeds.of(self.seed, step, part, self.replicas)
+        self.stage.seeds = seeds = running.plan.seeds(part)
         with ExitStack() as stack:
             stack.callback(restore)
             for context in (torch.set_grad_enabled(backward), self.steps.unheard(), self.forward_context()):
@@ -99,7 +83,7 @@ class Recomputation:
                     result = run.finish(signal, torch.tensor(True, device=self.device))
                     if result is None:
                         return torch.zeros_like(leaf)
-                    signal = loss_of(result, "training_step") * (weight * scale)
+                    signal = loss_of(result, "training_step") * (weight * running.scale)
                 (found,) = gradients_of(signal, [leaf], evidence.gradient, own, self.stage.parameters())
                 assert found is not None, "what a stage was given reaches its end"
                 signal = found

@@ -18,13 +18,13 @@ from torch import nn
 from lightning_sentinel.errors import ConfigurationError, PipelineModelError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.deepspeed_setup import local_rank_of
-from lightning_sentinel.pipeline.gradients.ties import Tie, find_ties
 from lightning_sentinel.pipeline.stages.deferred import DeferredBuild
 from lightning_sentinel.pipeline.stages.elsewhere import Elsewhere
 from lightning_sentinel.pipeline.stages.layers import PipelineLayers, find_layers
 from lightning_sentinel.pipeline.stages.materialise import materialise, reset_meta_layers, without_values
 from lightning_sentinel.pipeline.stages.skeleton import Skeleton
 from lightning_sentinel.pipeline.stages.stage import StageLayers
+from lightning_sentinel.pipeline.stages.ties import Tie, find_ties
 
 __all__ = ["StageModel", "cut", "is_cut", "layer_names", "refuse_frozen"]
 

@@ -1,13 +1,24 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractionTally
+from lightning_sentinel.pipeline.step_plan import StepPlan, plan_step
 from lightning_sentinel.wiring import Wiring
+
+
+def weighing(mesh: Mesh, weights: Tensor, wiring: Wiring) -> StepPlan:
+    """A plan in which micro-batches have these weights, whatever their sizes are."""
+    plan = replace(plan_step("training_step", mesh, BatchSizes(1, (1,) * mesh.replicas)), wiring=wiring)
+    vars(plan)["weights"] = weights
+    return plan
 
 
 class Counting:
@@ -18,7 +29,7 @@ class Counting:
         self.shares = CleanFractionTally(self.mesh)
 
     def add(self, clean: Tensor | None, weights: Tensor) -> None:
-        self.shares.add(clean, weights, Wiring.of(self.mesh, micro_batches=weights.shape[1]))
+        self.shares.add(clean, weighing(self.mesh, weights, Wiring.of(self.mesh, micro_batches=weights.shape[1])))
 
     def take(self, *left_out: Worker) -> list[float] | None:
         taken = self.shares.take(left_out)
@@ -119,11 +130,11 @@ def test_taking_starts_afresh() -> None:
 def test_workers_have_what_their_lanes_were_given_and_who_is_left_out_is_missing() -> None:
     mesh, liar = Mesh(2, 3), Worker(1, 2)
     shares, weights = CleanFractionTally(mesh), torch.full((3, 2), 0.5)
-    shares.add(torch.ones(2, 3, 2, dtype=torch.bool), weights, Wiring.of(mesh, micro_batches=2))
+    shares.add(torch.ones(2, 3, 2, dtype=torch.bool), weighing(mesh, weights, Wiring.of(mesh, micro_batches=2)))
     wiring = Wiring.of(mesh, {liar}, micro_batches=2)
     clean = torch.ones(2, 3, 3, dtype=torch.bool)
     clean[0, 0, 1] = False
-    shares.add(clean, wiring.arrange(weights), wiring)
+    shares.add(clean, weighing(mesh, wiring.arrange(weights), wiring))
     taken = shares.take({liar})
     assert taken is not None
     # Of six halves a stage and batch: stage 0 lacks one of the second batch, stage 1 what the liar did in the first.

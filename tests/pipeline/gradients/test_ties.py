@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_sentinel as ls
-from lightning_sentinel.pipeline.gradients.ties import Untied, find_ties
+from lightning_sentinel.pipeline.gradients.ties import Untied
+from lightning_sentinel.pipeline.stages.ties import find_ties
 
 
 def tied_layers(seed: int = 0) -> nn.Sequential:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lightning_sentinel as ls
 from lightning_sentinel.attacks import AttackContext
+from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.wiring import Wiring
 from tests.distributed import tasks
 
@@ -38,19 +39,19 @@ class Attempts(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         engine = trainer.strategy._engine  # type: ignore[attr-defined]
-        train, ask = engine.train, engine._ask
+        run, ask = engine.run, engine._ask
 
-        def counted(arguments: Any, step: int, *rest: Any) -> Any:
-            self.steps.append(step)
+        def counted(plan: StepPlan, *rest: Any) -> Any:
+            self.steps.append(plan.number)
             self.audited.append(torch.zeros(BOUNDARIES, REPLICAS, MICRO_BATCHES, dtype=torch.bool))
-            return train(arguments, step, *rest)
+            return run(plan, *rest)
 
         def listened(asked: Any) -> Any:
             for case, _ in asked:
                 self.audited[-1][(engine._mesh.boundaries.index(case.boundary), *case.part)] = True
             return ask(asked)
 
-        engine.train, engine._ask = counted, listened
+        engine.run, engine._ask = counted, listened
 
 
 class Run:

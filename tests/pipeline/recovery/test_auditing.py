@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence, SignalCache, digest
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
+from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence, digest
+from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
+from lightning_sentinel.pipeline.step_plan import plan_step
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case, Jury
 from lightning_sentinel.verification.tolerance import Tolerances
@@ -22,7 +26,7 @@ from tests.pipeline.ranks import ranks
 A, G = Direction.ACTIVATION, Direction.GRADIENT
 CPU = torch.device("cpu")
 MATCHES, LIED = Outcome.MATCHES, Outcome.LIED
-MessageId = tuple[Boundary, int, int]
+Place = tuple[Boundary, int, int]
 """A signal: its boundary, lane and slot."""
 Recompute = Callable[[Direction, MicroBatchId, Evidence], Tensor]
 
@@ -49,16 +53,27 @@ def test_a_fingerprint_does_not_depend_on_where_the_signal_lies(dtype: torch.dty
 
 
 def test_there_is_room_for_the_largest_signal_so_far_in_a_step_without_any() -> None:
-    kept = SignalCache()
-    assert kept.bytes == 0
-    kept.received[A, 0], kept.sent[A, 0], kept.sent[G, 1] = torch.ones(5), torch.ones(3, dtype=torch.float64), torch.ones(2)
-    assert kept.bytes == 24
-    kept.clear()
-    assert (kept.sent, kept.received, kept.bytes) == ({}, {}, 24)
-    kept.sent[A, 0] = torch.ones(2)
-    assert kept.bytes == 24
-    kept.sent[A, 1] = torch.ones(9)
-    assert kept.bytes == 36
+    cache = SignalCache()
+    assert cache.largest == 0
+    cache.begin(keeps=True)
+    cache.keep_received(A, 0, torch.ones(5))
+    cache.keep_sent(A, 0, torch.ones(3, dtype=torch.float64))
+    cache.keep_sent(G, 1, torch.ones(2))
+    assert cache.largest == 24
+    cache.clear()
+    assert (cache.sent, cache.received, cache.largest) == ({}, {}, 24)
+    cache.keep_sent(A, 0, torch.ones(2))
+    assert cache.largest == 24
+    cache.keep_sent(A, 1, torch.ones(9))
+    assert cache.largest == 36
+
+
+def test_nothing_is_kept_of_a_step_that_nobody_audits() -> None:
+    cache = SignalCache()
+    cache.begin(keeps=False)
+    cache.keep_sent(A, 0, torch.ones(2))
+    cache.keep_received(G, 0, torch.ones(2))
+    assert (cache.sent, cache.received, cache.largest) == ({}, {}, 0)
 
 
 # --- Whole audits
@@ -76,7 +91,7 @@ class Toy:
     """
 
     def __init__(
-        self, mesh: Mesh, lies: Collection[MessageId] = (), banned: Collection[Worker] = (), micro_batches: int = 2, turn: int = 0
+        self, mesh: Mesh, lies: Collection[Place] = (), banned: Collection[Worker] = (), micro_batches: int = 2, turn: int = 0
     ) -> None:
         self.mesh, self.banned = mesh, set(banned)
         self.wiring = Wiring.of(mesh, banned, micro_batches, turn)
@@ -95,7 +110,7 @@ class Toy:
             for slot, part in enumerate(self.wiring.work[lane]):
                 self._run(lane, slot, part, set(lies))
 
-    def _run(self, lane: int, slot: int, part: MicroBatchId, lies: set[MessageId]) -> None:
+    def _run(self, lane: int, slot: int, part: MicroBatchId, lies: set[Place]) -> None:
         inputs, received, last = self.batches[part][0], [], self.mesh.stages - 1
         for stage in range(last):
             received.append(inputs)
@@ -104,7 +119,7 @@ class Toy:
         for stage in range(last, 0, -1):
             gradient = self._cross(Boundary(stage - 1, G), lane, slot, gradient @ self.weights[stage].T, lies)
 
-    def _cross(self, boundary: Boundary, lane: int, slot: int, signal: Tensor, lies: set[MessageId]) -> Tensor:
+    def _cross(self, boundary: Boundary, lane: int, slot: int, signal: Tensor, lies: set[Place]) -> Tensor:
         signal = signal + 1.0 if (boundary, lane, slot) in lies else signal
         self.of(boundary.sender, lane).sent[boundary.direction, slot] = signal
         self.of(boundary.receiver, lane).received[boundary.direction, slot] = signal
@@ -146,6 +161,9 @@ class Toy:
         of_step = torch.zeros(len(self.mesh.boundaries), *signals.shape, dtype=torch.bool)
         of_step[list(places)] = signals
 
+        plan = plan_step("training_step", self.mesh, BatchSizes(2, (2 * SAMPLES,) * self.mesh.replicas), number=step)
+        plan = replace(plan, wiring=self.wiring, banned=frozenset(self.banned), absent=frozenset(self.banned))
+
         def work(rank: int) -> Tensor:
             worker = self.mesh.worker(rank)
 
@@ -158,7 +176,7 @@ class Toy:
             audits = Audits(self.mesh, worker, self.kept[rank], samples, recompute, *common, CPU)
 
             def ask(asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
-                return audits.ask(asked, self.wiring, self.banned)
+                return audits.ask(asked, plan)
 
             audits.adversary = self.adversary
             found = Jury(self.mesh, 11).hear(of_step, self.wiring, self.banned, (), step, ask)
@@ -186,7 +204,7 @@ def expected(toy: Toy, found: dict[tuple[int, int], Outcome]) -> Tensor:
 
 
 @st.composite
-def toys(draw: st.DrawFn) -> tuple[Toy, set[MessageId]]:
+def toys(draw: st.DrawFn) -> tuple[Toy, set[Place]]:
     mesh = Mesh(draw(st.integers(2, 4)), draw(st.integers(2, 4)))
     banned = draw(st.sets(st.sampled_from(mesh.workers), max_size=mesh.replicas - 1))
     wiring = Wiring.of(mesh, banned, 2)
@@ -199,7 +217,7 @@ def toys(draw: st.DrawFn) -> tuple[Toy, set[MessageId]]:
 
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(case=toys())
-def test_lies_are_found_where_they_were_told_and_nowhere_else(case: tuple[Toy, set[MessageId]]) -> None:
+def test_lies_are_found_where_they_were_told_and_nowhere_else(case: tuple[Toy, set[Place]]) -> None:
     toy, lies = case
     everything = toy.audit(None)
     for index, boundary in enumerate(toy.mesh.boundaries):

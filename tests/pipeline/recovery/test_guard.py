@@ -144,7 +144,7 @@ def test_a_ban_follows_and_the_run_goes_on_without_it(ban_after: int) -> None:
     ledger = pipelines.guard.ledger
     assert ledger.banned_at == {culprit: ban_after - 1}
     assert ledger.flags == {culprit: MICRO_BATCHES * ban_after}
-    assert pipelines.guard.wiring(0).live == (True, True, False)
+    assert pipelines.planned(0).wiring.live == (True, True, False)
     # The others of its stage go on, two at a time; of its pipeline's data nothing is lost.
     verdict, _ = outcomes[-1]
     assert pipelines.wiring.places.keys() == {MicroBatchId(replica, m) for replica in range(REPLICAS) for m in range(MICRO_BATCHES)}

@@ -60,9 +60,13 @@ def test_one_lie_has_the_step_done_again_without_the_liar_and_a_second_one_bans(
         assert {boundary for boundary, _ in asked} <= {Boundary(0, A), Boundary(1, A)}
         if not banned:
             assert same(before, pipelines.guard.state_dict()), "nothing is learned of a step that is done again"
-        wiring = pipelines.guard.wiring(pipelines.step_number)
-        assert wiring == Wiring.of(MESH, {culprit}, turn=pipelines.step_number // 16) and wiring.live == (True, True, False)
-        assert pipelines.guard.wiring(pipelines.step_number + 1).live == ((True, True, False) if banned else (True, True, True))
+        wiring = pipelines.planned().wiring
+        assert wiring == Wiring.of(MESH, {culprit}, MICRO_BATCHES, turn=pipelines.step_number // 16) and wiring.live == (
+            True,
+            True,
+            False,
+        )
+        assert pipelines.planned(pipelines.step_number + 1).wiring.live == ((True, True, False) if banned else (True, True, True))
         pipelines.draw()
         again = pipelines.attempt(tamper)
         assert not again.excluded and again.banned == [] and again.verdict.clean[:, wiring.lanes].all()
@@ -159,11 +163,11 @@ def test_a_stage_that_all_lies_costs_the_batch_and_not_the_run() -> None:
 
 @pytest.mark.parametrize("response", [Response(audit_rate=None), audited()], ids=["flags", "audits"])
 def test_the_wiring_follows_from_the_bans(response: Response) -> None:
-    guard = Pipelines(response).guard
+    pipelines = Pipelines(response)
     for banned in (set(), {Worker(1, 0)}, {Worker(1, 0), Worker(2, 1)}):
-        guard.ledger.banned_at = dict.fromkeys(banned, 0)
-        assert guard.wiring(5) == Wiring.of(MESH, banned)
-        assert guard.begin(20, 4) == Wiring.of(MESH, banned, micro_batches=4, turn=1)
+        pipelines.guard.ledger.banned_at = dict.fromkeys(banned, 0)
+        assert pipelines.planned(5).wiring == Wiring.of(MESH, banned, MICRO_BATCHES)
+        assert pipelines.planned(20).wiring == Wiring.of(MESH, banned, MICRO_BATCHES, turn=1)
 
 
 def test_a_step_of_which_every_sender_is_mixed_leaves_the_momentum_where_it_was() -> None:
@@ -198,7 +202,7 @@ def test_a_worker_that_takes_over_a_lane_does_not_take_over_its_drift() -> None:
     guard = pipelines.guard
     guard.ledger.ban(0, [Worker(0, 0), Worker(1, 1)])
     guard.ledger.shuffled_at = None
-    wiring = guard.wiring(pipelines.step_number)
+    wiring = pipelines.planned().wiring
     assert wiring.serving[1] == (1, 0, 2) and wiring.live == (False, True, True)
     # The sum that had Worker(1, 1) banned; Worker(1, 0) serves its lane now.
     guard.calibration.drift.sums[0, MESH.boundaries.index(Boundary(1, A)), 1, 0] = 20.0
@@ -269,8 +273,8 @@ def test_what_the_senders_had_received_is_projected_by_the_method_that_uses_it()
 def test_idle_workers_take_turns_of_sixteen_steps() -> None:
     pipelines = Pipelines(Response(ban_after=1, audit_rate=None))
     pipelines.guard.ledger.ban(0, [Worker(0, 0)])
-    wirings = [pipelines.guard.wiring(step) for step in range(3 * 16 + 1)]
-    assert wirings == [Wiring.of(MESH, {Worker(0, 0)}, turn=step // 16) for step in range(3 * 16 + 1)]
+    wirings = [pipelines.planned(step).wiring for step in range(3 * 16 + 1)]
+    assert wirings == [Wiring.of(MESH, {Worker(0, 0)}, MICRO_BATCHES, turn=step // 16) for step in range(3 * 16 + 1)]
     assert len(set(wirings)) == 3 and wirings[0] == wirings[-1]
 
 
@@ -279,10 +283,10 @@ def test_a_ruling_says_who_served() -> None:
     pipelines.draw()
     ruling = pipelines.attempt(broken({culprit}))
     # The worker that the step bans still served in it.
-    assert ruling.banned == [culprit] and ruling.wiring == Wiring.of(MESH, (), MICRO_BATCHES)
+    assert ruling.banned == [culprit] and ruling.plan.wiring == Wiring.of(MESH, (), MICRO_BATCHES)
     pipelines.step_number += 1
     pipelines.draw()
-    assert pipelines.attempt().wiring == Wiring.of(MESH, {culprit}, MICRO_BATCHES)
+    assert pipelines.attempt().plan.wiring == Wiring.of(MESH, {culprit}, MICRO_BATCHES)
 
 
 def test_who_drifts_is_asked_about_one_signal_a_step_and_stays_suspected_although_it_matches() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lightning_sentinel.config import Response
 from lightning_sentinel.verification import COLUMNS, SignalTable
 from lightning_sentinel.verification.audit import Outcome
-from tests.pipeline.pipelines import MICRO_BATCHES, WARMUP, Pipelines, honest
+from tests.pipeline.pipelines import MICRO_BATCHES, WARMUP, Pipelines, honest, planned
 
 NUMBERS = st.one_of(
     st.floats(width=32, allow_nan=True, allow_infinity=True),
@@ -57,8 +57,8 @@ def test_no_table_crashes_a_guard(
     outcomes = []
     for guard in (copy.deepcopy(pipelines.guard), copy.deepcopy(pipelines.guard)):
         ask = (lambda asked: [Outcome.MATCHES] * len(asked)) if guard.audits else None
-        ruling = guard.settle(table, pipelines.step_number, lambda vector: vector, ask)
-        assert any(guard.wiring(pipelines.step_number + 1).live), "whatever a table says, it never ends a run"
+        ruling = guard.settle(table, pipelines.plan, lambda vector: vector, ask)
+        assert any(planned(guard, pipelines.step_number + 1).wiring.live), "whatever a table says, it never ends a run"
         outcomes.append((ruling.banned, ruling.redo, ruling.verdict.flagged, guard.ledger.state_dict()))
         learned = [value for name, value in guard.state_dict().items() if name.endswith(("momentum.value", "trend"))]
         assert all(not value.isinf().any() for value in learned)

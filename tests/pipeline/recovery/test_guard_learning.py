@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.recovery.guard import Guard
+from lightning_sentinel.pipeline.step_plan import StepPlan, plan_step
 from lightning_sentinel.verification import COLUMNS, Ledger, SignalTable
 from lightning_sentinel.verification.contributions import LESSON
 from lightning_sentinel.verification.table import no_rows
-from lightning_sentinel.wiring import Wiring
 from tests.pipeline.pipelines import (
     CHANNELS,
     MESH,
@@ -29,6 +30,7 @@ from tests.pipeline.pipelines import (
     Tamper,
     broken,
     honest,
+    planned,
     same,
     shouting,
 )
@@ -69,7 +71,7 @@ def test_who_spoils_what_its_stage_learns_is_in_the_ledgers_of_all_and_in_the_de
         total = pipelines.sum_over_guards()
         add = partial(torch.where, torch.tensor(True), total)
         for guard, ledger in zip(pipelines.guards, pipelines.ledgers):
-            ruling = guard.settle(pipelines.table, pipelines.step_number, add, refused=refused)
+            ruling = guard.settle(pipelines.table, pipelines.plan, add, refused=refused)
             told = [(d.step, d.worker, d.feature) for d in ruling.verdict.detections if d.feature == LESSON]
             assert told == [(pipelines.step_number, liar, LESSON)] * (pipelines.step_number == 2)
             assert ledger.flags == {liar: 2} and not ledger.banned, "said again it is no news"
@@ -185,7 +187,10 @@ class Receivers:
 
     def step(self, number: int) -> set[Worker]:
         """One step; returns who had nothing to do in it."""
-        (wiring,) = {guard.begin(number, MICRO_BATCHES) for guard in self.guards.values()}
+        plan = planned(next(iter(self.guards.values())), number)
+        wiring = plan.wiring
+        for guard in self.guards.values():
+            guard.begin(plan)
         rows = no_rows(len(MESH.boundaries), REPLICAS, wiring.slots)
         for lane in wiring.lanes:
             for slot in range(len(wiring.work[lane])):
@@ -203,16 +208,16 @@ class Receivers:
                 boundary = Boundary(worker.stage - 1, A)
                 rows[MESH.boundaries.index(boundary), lane, : len(wiring.work[lane])] = guard.take_rows(boundary)[0]
         for stage in (1, 2):
-            self._settle([guard for worker, guard in self.guards.items() if worker.stage == stage], SignalTable(rows), number)
+            self._settle([guard for worker, guard in self.guards.items() if worker.stage == stage], SignalTable(rows), plan)
         return {worker for worker in self.guards if wiring.lane(worker) is None}
 
-    def _settle(self, guards: list[Guard], table: SignalTable, number: int) -> None:
+    def _settle(self, guards: list[Guard], table: SignalTable, plan: StepPlan) -> None:
         vectors: list[Tensor] = []
         for guard in guards:
-            copy.deepcopy(guard).settle(table, number, lambda vector: vectors.append(vector) or vector)
+            copy.deepcopy(guard).settle(table, plan, lambda vector: vectors.append(vector) or vector)
         total = torch.stack(vectors).sum(dim=0)
         for guard in guards:
-            guard.settle(table, number, lambda _: total)
+            guard.settle(table, plan, lambda _: total)
 
 
 @pytest.mark.parametrize("method", ["sentinel", "paper"])
@@ -234,15 +239,16 @@ def test_workers_that_have_nothing_to_do_learn_what_their_stage_learns(method: s
 
 
 def test_a_process_without_boundaries_has_nothing_to_add() -> None:
+    plan = plan_step("training_step", Mesh(1, 2), BatchSizes(MICRO_BATCHES, (4, 4)))
     guard = Guard(Mesh(1, 2), (), Worker(0, 0), Verification(), Response(), Ledger(), torch.device("cpu"))
     table = SignalTable(torch.empty(0, 2, MICRO_BATCHES, len(COLUMNS)))
 
     def never(vector: Tensor) -> Tensor:
         raise AssertionError("a collective that other ranks do not take part in")
 
-    ruling = guard.settle(table, 0, never)
+    ruling = guard.settle(table, plan, never)
     assert ruling.banned == [] and not ruling.redo and ruling.verdict.clean.all() and guard.state_dict() == {}
-    assert ruling.wiring == Wiring.of(Mesh(1, 2))
+    assert ruling.plan is plan
 
 
 def test_rows_are_in_the_order_of_replicas_and_micro_batches_and_handed_out_once() -> None:

@@ -12,17 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_sentinel.mesh import Direction
+from lightning_sentinel.mesh import Direction, Mesh
 from lightning_sentinel.models import llama
+from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
 from lightning_sentinel.pipeline.recovery.auditing import Evidence
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
+from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.stages.stage import StageLayers
+from lightning_sentinel.pipeline.step_plan import plan_step
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.verification.audit import relative_error, tolerance
 from lightning_sentinel.wiring import MicroBatchId
 from tests.distributed.tasks import Classifier
 
 WIDTH = 128
+BATCH = MicroBatches([None], (2,), None)
+RUNNING = RunningStep(plan_step("training_step", Mesh(1, 1), BatchSizes(1, (2,))), (None,), BATCH, [], torch.zeros(3), 1.0, False)
 CPU = torch.device("cpu")
 CASES: dict[str, tuple[torch.dtype, Callable[[], AbstractContextManager[Any]]]] = {
     "float64": (torch.float64, nullcontext),
@@ -50,9 +55,9 @@ def recomputed(
 ) -> tuple[Recomputation, Any]:
     module = Classifier()
     layers = StageLayers(list(copy.deepcopy(stage).to(dtype)), 0, False, CPU, ["layer"] * len(stage))
-    recompute = Recomputation(layers, False, 1, StepRunner(module, module.net), CPU, 0, context)
+    recompute = Recomputation(layers, False, StepRunner(module, module.net), CPU, context)
     evidence = Evidence(None, activation.to(dtype), gradient.to(dtype))
-    return recompute, [recompute(direction, MicroBatchId(0, 0), evidence, (), 0, (2, 1.0), 1.0) for direction in Direction]
+    return recompute, [recompute(direction, MicroBatchId(0, 0), evidence, RUNNING) for direction in Direction]
 
 
 @pytest.mark.parametrize(("dtype", "context"), CASES.values(), ids=CASES)
@@ -73,7 +78,7 @@ def test_float64_is_not_multiplied_in_anything_else() -> None:
     module = Classifier()
     context = CASES["float32, multiplied in bfloat16"][1]
     layers = StageLayers(list(module.net), 0, False, CPU, ["layer"] * len(module.net))
-    recompute = Recomputation(layers, False, 1, StepRunner(module, module.net), CPU, 0, context)
+    recompute = Recomputation(layers, False, StepRunner(module, module.net), CPU, context)
     assert recompute.computed_in() == torch.bfloat16
     assert tolerance(torch.float64, recompute.computed_in()) == 1e-6
     assert tolerance(torch.float32, recompute.computed_in()) == tolerance(torch.bfloat16) == 5e-2
@@ -98,12 +103,12 @@ class Works(L.LightningModule):
 def test_samples_stay_as_they_are_and_a_step_without_a_loss_has_a_gradient_of_zeros(loss: bool) -> None:
     module, batch = Works(loss), {"x": torch.ones(2, 3), "y": torch.ones(2, 1)}
     layers = StageLayers([module.net], 0, False, CPU, ["layer"])
-    recompute = Recomputation(layers, True, 1, StepRunner(module, module.net), CPU, 0, nullcontext)
+    recompute = Recomputation(layers, True, StepRunner(module, module.net), CPU, nullcontext)
     first = Evidence(batch, None, None)
-    forward = [recompute(Direction.ACTIVATION, MicroBatchId(0, 0), first, (), 0, (2, 1.0), 1.0) for _ in range(2)]
+    forward = [recompute(Direction.ACTIVATION, MicroBatchId(0, 0), first, RUNNING) for _ in range(2)]
     assert torch.equal(*forward) and torch.equal(forward[0], module.net(2 * torch.ones(2, 3)))
     last = Evidence(batch, torch.ones(2, 3), None)
-    backward = [recompute(Direction.GRADIENT, MicroBatchId(0, 0), last, (), 0, (2, 1.0), 1.0) for _ in range(2)]
+    backward = [recompute(Direction.GRADIENT, MicroBatchId(0, 0), last, RUNNING) for _ in range(2)]
     assert torch.equal(*backward) and torch.equal(backward[0], loss * module.net.weight.detach().expand(2, 3))
     assert all(parameter.grad is None for parameter in module.parameters())
     assert batch.keys() == {"x", "y"} and torch.equal(batch["x"], torch.ones(2, 3))

@@ -1,18 +1,21 @@
-"""What the workers of a stage add up, among those that are not banned."""
+"""The gradients of a stage, from the schedule that makes them to the step of the optimizer, over workers that are not banned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_sentinel.config import Response
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractions
+from lightning_sentinel.pipeline.gradients.contributions import broken
 from lightning_sentinel.pipeline.gradients.reduction import (
     StageGroups,
     clip_by_global_norm,
@@ -20,24 +23,28 @@ from lightning_sentinel.pipeline.gradients.reduction import (
     reduce_mean,
     reduce_robustly,
 )
+from lightning_sentinel.pipeline.gradients.stash import GradientStash
 from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.gradients.zero import OptimizerShards
 from lightning_sentinel.pipeline.processes import collectives
 
-__all__ = ["HealthyStage"]
+__all__ = ["StageGradients"]
 
 
-class HealthyStage:
-    """This rank's stage without its banned workers.
+class StageGradients:
+    """The gradients of this rank's stage.
+
+    A schedule adds them up, Lightning's loop takes them with :meth:`hold` and :meth:`release`, then the workers of the stage
+    :meth:`reduce`, :meth:`clip` and :meth:`step`.
 
     Args:
         stage: its layers.
         mesh: all workers.
-        worker: that this rank is.
+        worker: the worker that this rank is.
         response: how gradients are aggregated.
         timeout: how long ranks of a stage wait for each other.
-        device: of the stage.
-        tied: what the stage shares with others.
+        arithmetic: the precision of the stage, which may scale losses.
+        tied: the parameters that the stage shares with others.
         zero: whether each worker keeps only a part of the optimizer's state.
     """
 
@@ -48,22 +55,26 @@ class HealthyStage:
         worker: Worker,
         response: Response,
         timeout: timedelta,
-        device: torch.device,
+        arithmetic: Arithmetic,
         tied: TiedStages,
         zero: bool,
     ) -> None:
-        self._stage, self._parameters = stage, list(stage.parameters())
+        self._stage = stage
+        self._parameters = list(stage.parameters())
         self._mesh, self._worker = mesh, worker
-        self._response, self._device = response, device
+        self._response = response
+        self._arithmetic = arithmetic
         self._tied = tied
         self._groups = StageGroups(mesh, mesh.rank(worker), timeout, tied.sets)
         self._group: dist.ProcessGroup | None = None
         self._zero = zero
         self._shards: OptimizerShards | None = None
+        self._stash = GradientStash(self._parameters)
         self.left_out: frozenset[Worker] = frozenset()
+        """Workers whose gradients are not asked for."""
 
     def begin(self, banned: frozenset[Worker]) -> None:
-        """Leave these out from now on; to be called by all ranks, before they do any other thing together."""
+        """Leave banned workers out from now on; to be called by all ranks, before they do any other thing together."""
         if self._shards is None or banned != self.left_out:
             self._shards = self._sharded_among_all_but(banned)
         self.left_out, self._group = banned, self._groups.healthy(banned)
@@ -96,21 +107,46 @@ class HealthyStage:
         workers = [worker for worker in workers if worker not in self.left_out]
         return collectives.all_gather(vector, self._group), workers
 
-    def reduce(self, shares: CleanFractions) -> None:
-        """The gradients of the stage become those of the step."""
+    def hold(self) -> None:
+        """Put the gradients aside: Lightning zeroes them after ``training_step``, in which the backward pass runs."""
+        self._stash.hold()
+
+    def release(self) -> None:
+        """Give them back, to where Lightning expects the result of ``backward``."""
+        self._stash.release()
+
+    def broken(self) -> Tensor | None:
+        """0-dim bool, whether any gradient is not finite; ``None`` of a loss that is scaled, whose gradients may overflow."""
+        if self._arithmetic.scales:
+            return None
+        return broken((parameter.grad for parameter in self._parameters), self._arithmetic.device)
+
+    def discard(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def reduce(self, fractions: CleanFractions, optimizer: Optimizer) -> None:
+        """The gradients of the stage become those of the step.
+
+        Args:
+            fractions: which part of the data was not excluded.
+            optimizer: whose gradients they are.
+        """
         if self._group is None:
             # Nobody asks a banned worker for its weights again.
-            for parameter in self._parameters:
-                parameter.grad = None
-            return
-        divisor, rule = self._mesh.replicas * shares.of_stage(self._worker.stage), self._response.aggregation
+            self.discard()
+        else:
+            self._reduce_over(self._group, fractions)
+        self._arithmetic.unscale(optimizer)
+
+    def _reduce_over(self, group: dist.ProcessGroup, fractions: CleanFractions) -> None:
+        divisor, rule = self._mesh.replicas * fractions.of_stage(self._worker.stage), self._response.aggregation
         if rule == "mean":
-            reduce_mean(self._parameters, self._group, divisor)
-            self._tied.add_up(self._groups, self.left_out)
-            return
-        workers = [self._mesh.worker(rank) for rank in self._mesh.stage_ranks(self._worker.stage)]
-        weights = [shares.of_worker(worker) for worker in workers if worker not in self.left_out]
-        reduce_robustly(self._parameters, self._group, divisor, weights, rule, tolerated=self._response.tolerated)
+            reduce_mean(self._parameters, group, divisor)
+        else:
+            workers = [self._mesh.worker(rank) for rank in self._mesh.stage_ranks(self._worker.stage)]
+            weights = [fractions.of_worker(worker) for worker in workers if worker not in self.left_out]
+            reduce_robustly(self._parameters, group, divisor, weights, rule, tolerated=self._response.tolerated)
         self._tied.add_up(self._groups, self.left_out)
 
     def clip(self, limit: float, by_value: bool) -> None:
@@ -119,7 +155,18 @@ class HealthyStage:
             nn.utils.clip_grad_value_(self._parameters, limit)
         else:
             elsewhere = self._tied.counted_elsewhere
-            clip_by_global_norm(self._parameters, limit, self._mesh, self.left_out, self._device, elsewhere)
+            clip_by_global_norm(self._parameters, limit, self._mesh, self.left_out, self._arithmetic.device, elsewhere)
+
+    def step(self, optimizer: Optimizer, plainly: Callable[[], object]) -> None:
+        """Let the optimizer step, and forget the gradients.
+
+        Args:
+            optimizer: of this stage.
+            plainly: steps with it where losses are not scaled.
+        """
+        with nullcontext() if self._shards is None or self._group is None else self._shards.stepping(self._group):
+            if not self._arithmetic.step(optimizer):
+                plainly()
 
     def stepped_by_others(self, banned: frozenset[Worker]) -> frozenset[int]:
         """Parameters, by ``id``, of which this rank keeps no optimizer state."""
@@ -131,12 +178,3 @@ class HealthyStage:
             return None
         ranks = [rank for rank in self._mesh.stage_ranks(self._worker.stage) if self._mesh.worker(rank) not in banned]
         return OptimizerShards(self._parameters, ranks, self._mesh.rank(self._worker))
-
-    @contextmanager
-    def stepping(self) -> Iterator[None]:
-        """Around the optimizer's step."""
-        if self._shards is None or self._group is None:
-            yield
-            return
-        with self._shards.stepping(self._group):
-            yield

@@ -1,0 +1,187 @@
+"""What one worker computes of a micro-batch: its stage's layers forward and backward, and the user's step at the ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sentinel.pipeline.arithmetic import Arithmetic
+from lightning_sentinel.pipeline.boundaries import Buffers
+from lightning_sentinel.pipeline.gradients.contributions import changed, dropped
+from lightning_sentinel.pipeline.local_worker import LocalWorker
+from lightning_sentinel.pipeline.messages.inbox import Inbox
+from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
+from lightning_sentinel.pipeline.results.gathering import Gathering
+from lightning_sentinel.pipeline.results.joining import plain
+from lightning_sentinel.pipeline.results.losses import refuse_sum
+from lightning_sentinel.pipeline.running_statistics import RunningStatistics
+from lightning_sentinel.pipeline.running_step import RunningStep
+from lightning_sentinel.pipeline.stages.stage import StageLayers
+from lightning_sentinel.pipeline.steps import NeverCalledError, StepRun, StepRunner, checked_signal, loss_of
+
+__all__ = ["StageComputation"]
+
+
+class StageComputation:
+    """The instructions of a schedule that compute.
+
+    Forward passes run in the precision of the Trainer and on its device, whatever DeepSpeed would do around them.
+
+    Args:
+        local: the worker.
+        stage: its layers.
+        last_layer: name of the last of them.
+        steps: runs the user's step functions.
+        arithmetic: the precision that the stage computes in.
+        inbox: is told what the first stage loads.
+        buffers: of the schedule.
+        device: of the stage.
+    """
+
+    def __init__(
+        self,
+        local: LocalWorker,
+        stage: StageLayers,
+        last_layer: str,
+        steps: StepRunner,
+        arithmetic: Arithmetic,
+        inbox: Inbox,
+        buffers: Buffers,
+        device: torch.device,
+    ) -> None:
+        self._local = local
+        self._stage, self._last_layer = stage, last_layer
+        self._steps = steps
+        self._arithmetic = arithmetic
+        self._inbox = inbox
+        self._buffers = buffers
+        self._device = device
+        self._parameters: list[nn.Parameter] = list(stage.parameters())
+        self._statistics = RunningStatistics(stage.buffers())
+        self._untainted = torch.tensor(False, device=device)
+        self.received_gradient: Tensor | None = None
+        """What the latest backward pass started from; ``None`` at the last stage."""
+
+    def load(self, running: RunningStep, buffer_id: int, slot: int) -> None:
+        """Let the user's step say what goes into the pipeline; nothing to do but at the first stage."""
+        if not self._local.is_first:
+            return
+        with self._computing(running, slot):
+            inputs = self._input_of(running, slot)
+        self._inbox.loaded(inputs, slot)
+        self._buffers["inputs"][buffer_id] = inputs
+        self._buffers["taints"][buffer_id] = self._untainted
+
+    def _input_of(self, running: RunningStep, slot: int) -> Any:
+        """What goes into the pipeline; ``None`` if the step does not call it, which the stages behind are told."""
+        if self._local.is_last:
+            run = running.begun[slot] = self._start(running, slot)
+            return run.inputs if run.waits else None
+        try:
+            return self._steps.input_of(running.plan.kind, running.step_arguments(slot))
+        except NeverCalledError:
+            if running.plan.trains:
+                raise
+            return None
+
+    def forward(self, running: RunningStep, buffer_id: int, slot: int) -> None:
+        inputs = self._buffers["inputs"][buffer_id]
+        if isinstance(inputs, Tensor) and inputs.requires_grad:
+            # A layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
+            inputs = inputs.clone()
+        before = self._statistics.copies() if self._steps.leaves_out and running.plan.trains else []
+        outputs = None
+        if inputs is not None:
+            with self._computing(running, slot), self._stage.failing(self._fault(running, slot)):
+                outputs = self._stage(inputs)
+        if before and isinstance(outputs, Tensor):
+            self._statistics.put_back(before, self._buffers["taints"][buffer_id] | ~outputs.isfinite().all())
+        if self._local.is_last:
+            outputs = self._finish(running, outputs, buffer_id, slot)
+        elif inputs is not None:
+            outputs = checked_signal(outputs, self._last_layer, self._local.stage)
+        self._buffers["outputs"][buffer_id] = outputs
+
+    def _finish(self, running: RunningStep, outputs: Any, buffer_id: int, slot: int) -> Tensor | None:
+        """Let the user's step go on with what came out. Returns what to differentiate; ``None`` if there is nothing."""
+        plan, assigned = running.plan, running.work[slot]
+        counts = ~(self._buffers["taints"][buffer_id] if self._local.excludes else self._untainted)
+        with self._computing(running, slot) as seeds:
+            run = running.begun.pop(slot, None) or self._start(running, slot)
+            seeds.seed_answer()
+            result = run.finish(outputs, counts)
+        if not plan.trains or running.keeps_results:
+            running.results[assigned.part] = result if plan.kind == "predict_step" else plain(result)
+        if not plan.trains:
+            return None
+        nothing = torch.zeros((), device=self._device)
+        if result is None:
+            running.losses += torch.stack((nothing, nothing, counts * assigned.weight))
+            # The stages before are sent a gradient of zeros, which nobody is to judge.
+            self._buffers["taints"][buffer_id] = ~self._untainted
+            return None
+        loss = loss_of(result, plan.kind)
+        if plan.sizes.micro_batches > 1:
+            refuse_sum(loss, assigned.samples, plan.kind)
+        weighted = torch.where(counts, loss.detach().float() * assigned.weight, 0.0)
+        running.losses += torch.stack((weighted, counts * assigned.weight, nothing))
+        return torch.where(counts, loss * (assigned.weight * running.scale), 0.0)
+
+    def backward(self, running: RunningStep, buffer_id: int, slot: int) -> None:
+        outputs, inputs = self._buffers["outputs"][buffer_id], self._buffers["inputs"][buffer_id]
+        with changed(self._parameters, self._changes(running, buffer_id, slot)):
+            if outputs is None:
+                if isinstance(inputs, Tensor) and inputs.requires_grad:
+                    inputs.grad = torch.zeros_like(inputs)
+            elif self._local.is_last:
+                (self._steps.own_backward or Tensor.backward)(outputs)
+            elif outputs.requires_grad:  # not if all layers up to here are frozen
+                self.received_gradient = self._buffers["output_tensors"][buffer_id]
+                outputs.backward(gradient=self.received_gradient)
+        self._buffers["outputs"][buffer_id] = None
+        self._buffers["output_tensors"][buffer_id] = None
+
+    @contextmanager
+    def _computing(self, running: RunningStep, slot: int) -> Iterator[MicroBatchSeeds]:
+        """Where this stage's layers or the user's step run, on random numbers that are this micro-batch's."""
+        plan = running.plan
+        seeds = plan.seeds(running.work[slot].part)
+        seeds.seed_step(self._device)
+        self._stage.seeds = seeds if plan.trains else None
+        self._steps.gather = Gathering(
+            partial(self._running_beside, running, slot), self._local.mesh.rank(self._local.worker), self._device, plan.audited
+        )
+        with self._arithmetic.forward_context():
+            yield seeds
+
+    def _running_beside(self, running: RunningStep, slot: int) -> list[int]:
+        """The ranks of this stage that run a step on the micro-batch in the same slot."""
+        wiring, samples = running.plan.wiring, running.plan.sizes.samples
+        work = {lane: [part for part in wiring.work[lane] if samples[part.replica]] for lane in wiring.lanes}
+        return [self._local.mesh.rank(wiring.worker(self._local.stage, lane)) for lane, parts in work.items() if len(parts) > slot]
+
+    def _start(self, running: RunningStep, slot: int) -> StepRun:
+        arguments, samples = running.step_arguments(slot), running.work[slot].samples
+        return self._steps.start(running.plan.kind, arguments, samples, self._device)
+
+    def _changes(self, running: RunningStep, buffer_id: int, slot: int) -> list[Callable[[Tensor], Tensor]]:
+        """What becomes of the weight gradients of a micro-batch on their way into the sum."""
+        local, number = self._local, running.plan.number
+        changes: list[Callable[[Tensor], Tensor]] = []
+        if local.adversary is not None and local.adversary.fails(local.worker, number):
+            changes.append(partial(local.adversary.weight_gradient, worker=local.worker, step=number, micro_batch=slot))
+        if local.excludes:
+            changes.append(dropped(self._buffers["taints"][buffer_id]))
+        return changes
+
+    def _fault(self, running: RunningStep, slot: int) -> Callable[[Tensor], Tensor] | None:
+        """What a simulated fault makes of the result of this worker's first layer."""
+        local, number = self._local, running.plan.number
+        if local.adversary is None or not running.plan.trains or not local.adversary.fails(local.worker, number):
+            return None
+        return partial(local.adversary.layer_output, worker=local.worker, step=number, micro_batch=slot)

@@ -1,0 +1,45 @@
+"""The worker that a process is, as all parts of its engine know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_sentinel.attacks import Adversary
+from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.recovery.guard import Guard
+
+__all__ = ["LocalWorker"]
+
+
+@dataclass
+class LocalWorker:
+    """The worker that a process is.
+
+    Args:
+        worker: its place.
+        mesh: all workers.
+        guard: verifies what it receives; ``None`` in a plain pipeline.
+        adversary: a simulated attacker, who may speak for it; ``None`` if there is none.
+    """
+
+    worker: Worker
+    mesh: Mesh
+    guard: Guard | None
+    adversary: Adversary | None = None
+
+    @property
+    def stage(self) -> int:
+        return self.worker.stage
+
+    @property
+    def is_first(self) -> bool:
+        return self.worker.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.worker.stage == self.mesh.stages - 1
+
+    @property
+    def excludes(self) -> bool:
+        """Whether flagged micro-batches are kept out of the weights at receipt."""
+        return self.guard is not None and self.guard.excludes

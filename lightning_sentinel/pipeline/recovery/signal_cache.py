@@ -1,0 +1,52 @@
+"""What a worker sent and received in a step, kept for those who may recompute it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_sentinel.mesh import Direction
+
+__all__ = ["SignalCache"]
+
+
+class SignalCache:
+    """Keeps the signals of a step by direction and slot, until the step is settled.
+
+    Attributes:
+        sent: what this worker sent.
+        received: what it was sent.
+    """
+
+    def __init__(self) -> None:
+        self.sent: dict[tuple[Direction, int], Tensor] = {}
+        self.received: dict[tuple[Direction, int], Tensor] = {}
+        self._keeps = False
+        self._largest = 0
+
+    def begin(self, keeps: bool) -> None:
+        """Begin a step.
+
+        Args:
+            keeps: whether any of its signals may be recomputed.
+        """
+        self.clear()
+        self._keeps = keeps
+
+    def keep_sent(self, direction: Direction, slot: int, signal: Tensor) -> None:
+        if self._keeps:
+            self.sent[direction, slot] = signal.detach()
+
+    def keep_received(self, direction: Direction, slot: int, signal: Tensor) -> None:
+        if self._keeps:
+            self.received[direction, slot] = signal.detach()
+
+    def clear(self) -> None:
+        self._largest = self.largest
+        self.sent.clear()
+        self.received.clear()
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest signal so far: a worker without a lane may be asked to recompute the signals of others."""
+        kept = (*self.sent.values(), *self.received.values())
+        return max([self._largest, *(signal.numel() * signal.element_size() for signal in kept)])
