@@ -251,7 +251,7 @@ def extent(header: Tensor, expected: Expected) -> tuple[MessageId, torch.dtype, 
     Example:
         >>> due = MessageId(12, 3, Kind.GRADIENT)
         >>> extent(encode(due, (2, 5), torch.float64), Expected.like(torch.ones(2, 4)))
-        (Place(step=12, slot=3, kind=<Kind.GRADIENT: 2>), torch.float64, 10)
+        (MessageId(step=12, slot=3, kind=<Kind.GRADIENT: 2>), torch.float64, 10)
         >>> extent(encode(due, (2**31, 2**31), torch.float32), Expected.like(torch.ones(2, 4)))
     """
     magic, step, slot, kind, dtype, _, axes, *sizes = header.tolist()

@@ -130,16 +130,16 @@ class TestMalformed:
         assert "carries the number 64, and allowed are 0 to 0" in refusal(changed(NUMBER, 64))
 
 
-class TestPlace:
+class TestMessageId:
     @pytest.mark.parametrize(
-        "place", [MessageId(7, 1, Kind.ACTIVATION), MessageId(6, 2, Kind.ACTIVATION), MessageId(6, 9, Kind.ACTIVATION)]
+        "message_id", [MessageId(7, 1, Kind.ACTIVATION), MessageId(6, 2, Kind.ACTIVATION), MessageId(6, 9, Kind.ACTIVATION)]
     )
     def test_duplicate_or_late(self, message_id: MessageId) -> None:
         message = refusal(encode(message_id, (2, 5), torch.float32))
         assert f"is a duplicate or late: the activation of step {message_id.step}, micro-batch {message_id.slot}." in message
 
     @pytest.mark.parametrize(
-        "place", [MessageId(7, 3, Kind.ACTIVATION), MessageId(8, 2, Kind.ACTIVATION), MessageId(8, 0, Kind.ACTIVATION)]
+        "message_id", [MessageId(7, 3, Kind.ACTIVATION), MessageId(8, 2, Kind.ACTIVATION), MessageId(8, 0, Kind.ACTIVATION)]
     )
     def test_early(self, message_id: MessageId) -> None:
         message = refusal(encode(message_id, (2, 5), torch.float32))

@@ -285,7 +285,7 @@ class TestMalformed:
 
     @pytest.mark.parametrize("before", [0, 1], ids=["in two messages", "in one"])
     @pytest.mark.parametrize(
-        ("place", "cut"),
+        ("message_id", "cut"),
         [(MessageId(4, 1, Kind.ACTIVATION), 0), (at(3), 0), (at(1), 4), (at(1), 12)],
         ids=["late", "early", "no flag", "no elements"],
     )
