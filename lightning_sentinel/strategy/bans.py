@@ -14,7 +14,6 @@ import lightning as L
 from torch.distributed import Store
 from typing_extensions import override
 
-from lightning_sentinel.config import Response
 from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.processes.admission import agree_on_admission
@@ -39,9 +38,6 @@ class LastingBans(ProcessStrategy):
 
     step: int
     ledger: Ledger
-    _response: Response
-    _stages: int | None
-    _replicas: int | None
     _filed: list[Ban] | None
     detections: list[Detection]
     table: SignalTable | None
@@ -61,10 +57,10 @@ class LastingBans(ProcessStrategy):
 
     @override
     def _admit(self, store: Store) -> tuple[int, ...]:
-        path = self._response.ledger
+        path = self.response.ledger
         if path is None:
             return super()._admit(store)
-        return agree_on_admission(store, self.global_rank, self.world_size, path, self._stages, self._replicas)
+        return agree_on_admission(store, self.global_rank, self.world_size, path, self.stages, self.replicas)
 
     @property
     def _hosts(self) -> Sequence[str]:
@@ -74,9 +70,9 @@ class LastingBans(ProcessStrategy):
 
     def _read_bans(self) -> None:
         """Read the file, if there is one. All do, so that all say what is wrong with it; what rank zero read counts."""
-        if self._response.ledger is None:
+        if self.response.ledger is None:
             return
-        path = Path(self._response.ledger)
+        path = Path(self.response.ledger)
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ConfigurationError(
@@ -90,7 +86,7 @@ class LastingBans(ProcessStrategy):
 
     def _take_over_bans(self) -> None:
         """Those that the user names, and those in the file."""
-        self.ledger.ban(0, [Worker.of(worker, "Response.banned") for worker in self._response.banned])
+        self.ledger.ban(0, [Worker.of(worker, "Response.banned") for worker in self.response.banned])
         self.ledger.ban(0, bans_here(self._filed or [], self.mesh, self._hosts))
 
     def _resume_bans(self, state: Mapping[str, Any], written_on: Mesh) -> list[str]:
@@ -136,14 +132,14 @@ class LastingBans(ProcessStrategy):
             self._enter([ban for ban in self.ledger.bans(self.mesh) if ban.worker in workers])
 
     def _enter(self, bans: Sequence[Ban]) -> None:
-        if self._response.ledger is None:
+        if self.response.ledger is None:
             return
         try:
-            enter_bans(self._response.ledger, bans)
+            enter_bans(self.response.ledger, bans)
         except OSError as error:
             # The ban is in force all the same, and the run is not worse for it.
             warnings.warn(
-                f"{', '.join(str(ban.worker) for ban in bans)} could not be entered in {self._response.ledger}"
+                f"{', '.join(str(ban.worker) for ban in bans)} could not be entered in {self.response.ledger}"
                 f" ({type(error).__name__}: {error}), so a restart will not leave its machine out. Make the file writable.",
                 stacklevel=2,
             )

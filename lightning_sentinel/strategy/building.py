@@ -23,9 +23,6 @@ __all__ = ["StageBuilding"]
 class StageBuilding(ProcessStrategy):
     """Lets ``configure_model`` describe the whole module, of which a process gets its own stage."""
 
-    _partition: str
-    _sequential: str | None
-    _activation_checkpointing: bool
     _build: DeferredBuild | None = None
     _stage_model: StageModel | None
     _cut_parameters: dict[str, nn.Parameter]
@@ -55,9 +52,9 @@ class StageBuilding(ProcessStrategy):
         model = cut(
             self.lightning_module,
             self.mesh,
-            self._partition,
-            self._sequential,
-            self._activation_checkpointing,
+            self.partition,
+            self.sequential,
+            self.activation_checkpointing,
             None if self._virtual else self.worker,
             self.root_device,
             self._build,

@@ -14,8 +14,6 @@ class StepsByHand(LastingBans):
     Then steps are Lightning's own, on the whole batch, and checkpoints have the optimizers' states as torch gives them.
     """
 
-    _sharded: bool
-
     @property
     def _has_all(self) -> bool:
         """Whether this process has the only stage."""

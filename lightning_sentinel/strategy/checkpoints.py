@@ -35,8 +35,6 @@ class StageCheckpoints(ResumedRuns):
     _gathered: dict[str, Any] | None = None
     """The module's state while it is saved, as the strategy gathered it."""
     _saved_groups: list[list[str]]
-    _sharded: bool
-    _zero_stage: int
     _saved_names: list[str] | None
     """Keys of the module in the checkpoint of which this stage's part was read; ``None`` if all of it was."""
 
@@ -142,7 +140,7 @@ class StageCheckpoints(ResumedRuns):
 
     def _whole_stage(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> stage_files.StageState:
         """The optimizer state of the whole stage, on the rank that speaks for it; a collective."""
-        if self._zero_stage == 0:
+        if self.zero_stage == 0:
             return plain, tensors
         stage, banned = self.mesh.worker(self.global_rank).stage, self.ledger.banned
         ranks = [rank for rank in self.mesh.stage_ranks(stage) if self.mesh.worker(rank) not in banned]
@@ -173,7 +171,7 @@ class StageCheckpoints(ResumedRuns):
                 "seed": self._seed,
                 "processes": self.world_size,
                 "generators": self._generators(),
-                "settings": self.plain_settings,
+                "settings": self._settings.plain,
             }
         if self._sharded:
             self._save_parts(checkpoint, filepath)

@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.checkpoints.resumption import data_generators, set_data_generators
 from lightning_sentinel.pipeline.data.agreeing import split_alike
@@ -55,9 +54,6 @@ class PipelineData(StageCheckpoints):
     _shared_metrics: SharedMetrics | None = None
     _replay: LogReplay
     _steps: StepRunner | None = None
-    _micro_batches: int
-    _verification: Verification | None
-    _response: Response
 
     @property
     @abstractmethod
@@ -108,9 +104,9 @@ class PipelineData(StageCheckpoints):
     @property
     def _samples_are_handed_out(self) -> bool:
         """Whether any worker may be asked for samples: by who takes over after a ban, or by an auditor."""
-        response, mesh = self._response, self.mesh
+        response, mesh = self.response, self.mesh
         found = mesh.replicas > 1 and (response.ban_after is not None or response.audit_rate_of(mesh) is not None)
-        return self._verification is not None and (found or bool(response.banned) or response.ledger is not None)
+        return self.verification is not None and (found or bool(response.banned) or response.ledger is not None)
 
     @property
     def _all_read(self) -> bool:
@@ -184,14 +180,14 @@ class PipelineData(StageCheckpoints):
         loaded, self._loaded = self._loaded, None
         if self._virtual:
             split = self._splitter.undealt if self._is_undealt(step) else self._splitter.dealt_to
-            return split(batch, source, self.mesh.replicas, self._micro_batches)
+            return split(batch, source, self.mesh.replicas, self.micro_batches)
         # A batch of zeros in the place of one says how large that is, and nothing else.
         dealer = self._splitter if self._reads else BatchSplitter(None)
         return split_alike(
             batch,
             loaded,
             partial(dealer.whole, source=source),
-            self._micro_batches,
+            self.micro_batches,
             self.mesh,
             self.worker,
             reads=self._reads,
@@ -204,7 +200,7 @@ class PipelineData(StageCheckpoints):
 
     def _is_undealt(self, step: str) -> bool:
         """Whether a step gets the whole batch, as each of an evaluation in one process does."""
-        return self._virtual and (step != "training_step" or self.mesh.replicas == self._micro_batches == 1)
+        return self._virtual and (step != "training_step" or self.mesh.replicas == self.micro_batches == 1)
 
     def _source_of(self, step: str, number: int | None) -> Source:
         """What is known of the loader that a step's batches come from: that of this number, where they come one after the other."""
@@ -247,7 +243,7 @@ class PipelineData(StageCheckpoints):
         callbacks: list[L.Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         shared = next((callback for callback in callbacks if isinstance(callback, SharedMetrics)), None)
         if shared is None:
-            shared = SharedMetrics(self.mesh, lambda: self.ledger.banned, self._watching, self._timeout)
+            shared = SharedMetrics(self.mesh, lambda: self.ledger.banned, self._watching, self.timeout)
             # First, so that the hooks of all others see it.
             callbacks[:0] = [SharedStepState(self.mesh, lambda: self.ledger.banned, self._watching), shared]
         self._shared_metrics = shared

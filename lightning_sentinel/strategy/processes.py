@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,6 @@ from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -29,24 +27,20 @@ from lightning_sentinel.pipeline.processes.admission import announce_end, stand_
 from lightning_sentinel.pipeline.processes.collectives import backend_for, wire
 from lightning_sentinel.pipeline.processes.liveness import Roster, Start, connect
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
+from lightning_sentinel.strategy.settings import ReadableSettings
 
 __all__ = ["ProcessStrategy"]
 
 
-class ProcessStrategy(ParallelStrategy):
+class ProcessStrategy(ReadableSettings):
     """One process a device, launched by Lightning or from outside (torchrun, SLURM).
 
     Args:
-        timeout: how long any process waits for another.
-        virtual: whether the whole mesh is in this process.
-        transport: how tensors get from device to device.
         arguments: of ``ParallelStrategy``.
     """
 
-    def __init__(self, timeout: timedelta, virtual: bool, transport: Literal["auto", "device", "host"], **arguments: Any) -> None:
+    def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._virtual, self._transport = virtual, transport
-        self._timeout = timeout
         self._num_nodes = 1
         self._has_trainer = False
         self._chosen_accelerator = self._accelerator
@@ -148,7 +142,7 @@ class ProcessStrategy(ParallelStrategy):
             port=self.cluster_environment.main_port,
             rank=self.global_rank,
             world_size=self.world_size,
-            timeout=self._timeout,
+            timeout=self.timeout,
             admit=self._admit,
         )
         if start is not None:
@@ -168,13 +162,13 @@ class ProcessStrategy(ParallelStrategy):
         self.cluster_environment = RenumberedEnvironment(environment, start.ranks)
         self.set_world_ranks()
         if self.global_rank >= self.world_size:
-            stand_by(start.store, self._timeout)
+            stand_by(start.store, self.timeout)
         if self.is_global_zero:
             announce_end(start.store)
 
     def _backend(self) -> str:
         assert self.parallel_devices is not None
-        return backend_for(self.root_device, self.parallel_devices, self._transport)
+        return backend_for(self.root_device, self.parallel_devices, self.transport)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -47,11 +46,6 @@ class ResumedRuns(StepsByHand):
     """Where in its data a resumed run has to go on, before it has begun."""
     _stepping: bool = False
     """Whether a batch is worked on."""
-
-    @property
-    @abstractmethod
-    def plain_settings(self) -> dict[str, Any]:
-        """What a checkpoint says of the strategy's arguments."""
 
     @override
     def on_train_start(self) -> None:
@@ -99,7 +93,7 @@ class ResumedRuns(StepsByHand):
 
     def _tell_of_settings(self, before: Mapping[str, Any]) -> None:
         """Warn if the run goes on with other verification than it was started with: what it learned and whom it banned stays."""
-        now = self.plain_settings
+        now = self._settings.plain
         changed = [
             f"{name.capitalize()}: {', '.join(changes)}."
             for name in ("verification", "response")

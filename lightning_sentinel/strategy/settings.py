@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -13,104 +13,54 @@ from lightning.pytorch.strategies import ParallelStrategy
 
 from lightning_sentinel.config import Response, Verification, is_whole
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.strategy.refusals import check_settings
 
-__all__ = ["ReadableSettings", "differences"]
+__all__ = ["ReadableSettings", "StrategySettings", "differences"]
 
 _OTHER = "pytorch_lightning"
-_NAMES = (
-    "stages",
-    "replicas",
-    "micro_batches",
-    "verification",
-    "response",
-    "partition",
-    "engine",
-    "sequential",
-    "zero_stage",
-    "activation_checkpointing",
-    "transport",
-    "state_dict_type",
-    "timeout",
-)
 
 
-class ReadableSettings(ParallelStrategy):
-    """The arguments of a strategy as attributes that cannot be set: what was decided by them has been decided."""
+@dataclass(frozen=True)
+class StrategySettings:
+    """What a strategy is made with; :class:`SentinelStrategy` says what each argument means.
 
-    _stages: int | None
-    _replicas: int | None
-    _micro_batches: int
-    _verification: Verification | None
-    _response: Response
-    _partition: str
-    _virtual: bool
-    _sequential: str | None
-    _zero_stage: int
-    _activation_checkpointing: bool
-    _transport: Literal["auto", "device", "host"]
-    _sharded: bool
-    _timeout: timedelta
+    Raises:
+        ConfigurationError: if settings cannot work.
+    """
 
-    @property
-    def stages(self) -> int | None:
-        """As they were given; ``strategy.mesh.stages`` is what follows if they were not."""
-        return self._stages
+    stages: int | None
+    replicas: int | None
+    micro_batches: int
+    verification: Verification | None
+    response: Response
+    partition: str
+    engine: Literal["process", "virtual"]
+    sequential: str | None
+    zero_stage: int
+    activation_checkpointing: bool
+    transport: Literal["auto", "device", "host"]
+    state_dict_type: Literal["full", "sharded"]
+    timeout: timedelta
+
+    def __post_init__(self) -> None:
+        self._check_kinds()
+        check_settings(
+            self.engine,
+            self.micro_batches,
+            self.partition,
+            self.transport,
+            self.zero_stage,
+            self.verification,
+            self.response,
+            self.state_dict_type,
+        )
 
     @property
-    def replicas(self) -> int | None:
-        """As they were given; ``strategy.mesh.replicas`` is what follows if they were not."""
-        return self._replicas
-
-    @property
-    def micro_batches(self) -> int:
-        return self._micro_batches
-
-    @property
-    def verification(self) -> Verification | None:
-        return self._verification
-
-    @property
-    def response(self) -> Response:
-        return self._response
-
-    @property
-    def partition(self) -> str:
-        return self._partition
-
-    @property
-    def engine(self) -> Literal["process", "virtual"]:
-        return "virtual" if self._virtual else "process"
-
-    @property
-    def sequential(self) -> str | None:
-        return self._sequential
-
-    @property
-    def zero_stage(self) -> int:
-        return self._zero_stage
-
-    @property
-    def activation_checkpointing(self) -> bool:
-        return self._activation_checkpointing
-
-    @property
-    def transport(self) -> Literal["auto", "device", "host"]:
-        return self._transport
-
-    @property
-    def state_dict_type(self) -> Literal["full", "sharded"]:
-        return "sharded" if self._sharded else "full"
-
-    @property
-    def timeout(self) -> timedelta:
-        return self._timeout
-
-    @property
-    def plain_settings(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, Any]:
         """The settings as a checkpoint keeps them, without the seed of the directions that no worker may know."""
-        return {name: _plain(getattr(self, name)) for name in _NAMES}
+        return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
 
-    def check_kinds(self) -> None:
+    def _check_kinds(self) -> None:
         """Raise ``ConfigurationError`` for an argument of another kind than it has to be."""
         for name, kind in (("verification", Verification), ("response", Response)):
             value = getattr(self, name)
@@ -131,8 +81,77 @@ class ReadableSettings(ParallelStrategy):
         named = self.sequential is None or isinstance(self.sequential, str)
         _require(named, "sequential", self.sequential, "None or the name of an attribute")
 
+
+class ReadableSettings(ParallelStrategy):
+    """The settings of a strategy as attributes that cannot be set: what was decided by them has been decided."""
+
+    _settings: StrategySettings
+
+    @property
+    def stages(self) -> int | None:
+        """As they were given; ``strategy.mesh.stages`` is what follows if they were not."""
+        return self._settings.stages
+
+    @property
+    def replicas(self) -> int | None:
+        """As they were given; ``strategy.mesh.replicas`` is what follows if they were not."""
+        return self._settings.replicas
+
+    @property
+    def micro_batches(self) -> int:
+        return self._settings.micro_batches
+
+    @property
+    def verification(self) -> Verification | None:
+        return self._settings.verification
+
+    @property
+    def response(self) -> Response:
+        return self._settings.response
+
+    @property
+    def partition(self) -> str:
+        return self._settings.partition
+
+    @property
+    def engine(self) -> Literal["process", "virtual"]:
+        return self._settings.engine
+
+    @property
+    def sequential(self) -> str | None:
+        return self._settings.sequential
+
+    @property
+    def zero_stage(self) -> int:
+        return self._settings.zero_stage
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        return self._settings.activation_checkpointing
+
+    @property
+    def transport(self) -> Literal["auto", "device", "host"]:
+        return self._settings.transport
+
+    @property
+    def state_dict_type(self) -> Literal["full", "sharded"]:
+        return self._settings.state_dict_type
+
+    @property
+    def timeout(self) -> timedelta:
+        return self._settings.timeout
+
+    @property
+    def _virtual(self) -> bool:
+        return self._settings.engine == "virtual"
+
+    @property
+    def _sharded(self) -> bool:
+        return self._settings.state_dict_type == "sharded"
+
     def __repr__(self) -> str:
-        shown = f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in _NAMES)})"
+        settings = ", ".join(f"{one.name}={getattr(self._settings, one.name)!r}" for one in fields(self._settings))
+        shown = f"{type(self).__name__}({settings})"
         # `pytorch_lightning` shows this where it refuses a strategy that is not its own.
         return f"{shown}, for the package `lightning` and not for `pytorch_lightning`" if _OTHER in sys.modules else shown
 

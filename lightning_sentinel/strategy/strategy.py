@@ -52,7 +52,6 @@ from lightning_sentinel.strategy.protection import protection
 from lightning_sentinel.strategy.refusals import (
     check_precision,
     check_replicas,
-    check_settings,
     refuse_exchanged_parameters,
     refuse_pruning,
     refuse_synchronised_layers,
@@ -62,7 +61,7 @@ from lightning_sentinel.strategy.refusals import (
     warn_of_long_warmup,
     warn_of_short_warmup,
 )
-from lightning_sentinel.strategy.settings import ReadableSettings
+from lightning_sentinel.strategy.settings import StrategySettings
 from lightning_sentinel.strategy.signals import DeferredSignals
 from lightning_sentinel.strategy.stepping import OptimizerSteps
 from lightning_sentinel.strategy.summary import print_mesh
@@ -76,7 +75,7 @@ _VIRTUAL_MESH = Mesh(stages=2, replicas=4)
 """Where neither stages nor replicas are given."""
 
 
-class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageCheckpoints):
+class SentinelStrategy(OptimizerSteps, StageBuilding, StageCheckpoints):
     """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
 
     ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages. Rank zero serves the last stage, where
@@ -141,23 +140,28 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(
-            timeout=timeout,
-            virtual=engine == "virtual",
+        self._settings = StrategySettings(
+            stages=stages,
+            replicas=replicas,
+            micro_batches=micro_batches,
+            verification=verification,
+            response=response,
+            partition=partition,
+            engine=engine,
+            sequential=sequential,
+            zero_stage=zero_stage,
+            activation_checkpointing=activation_checkpointing,
             transport=transport,
+            state_dict_type=state_dict_type,
+            timeout=timeout,
+        )
+        super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        self._stages, self._replicas, self._micro_batches = stages, replicas, micro_batches
-        self._verification, self._response = verification, response
-        self._partition, self._sequential = partition, sequential
-        self._activation_checkpointing = activation_checkpointing
-        self._zero_stage, self._sharded = zero_stage, state_dict_type == "sharded"
-        self.check_kinds()
-        check_settings(engine, micro_batches, partition, transport, zero_stage, verification, response, state_dict_type)
         self.ledger = Ledger(response.ban_after)
         """Flags and bans; the same on all ranks."""
         self.detections: list[Detection] = []
@@ -188,12 +192,12 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         """Who serves what; known once the Trainer has been made."""
         if self._virtual:
             return Mesh(
-                _VIRTUAL_MESH.stages if self._stages is None else self._stages,
-                _VIRTUAL_MESH.replicas if self._replicas is None else self._replicas,
+                _VIRTUAL_MESH.stages if self.stages is None else self.stages,
+                _VIRTUAL_MESH.replicas if self.replicas is None else self.replicas,
             )
         # With a ledger, some of those that are started may be left out.
-        mesh = Mesh.for_world if self._response.ledger is None else Mesh.largest
-        return mesh(self.world_size, self._stages, self._replicas)
+        mesh = Mesh.for_world if self.response.ledger is None else Mesh.largest
+        return mesh(self.world_size, self.stages, self.replicas)
 
     @property
     def worker(self) -> Worker:
@@ -203,7 +207,7 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
     @override
     def _configure_launcher(self) -> None:
         # An impossible mesh is reported here, before any process is started.
-        check_replicas(self.mesh, self._verification, self._response)
+        check_replicas(self.mesh, self.verification, self.response)
         if self._virtual and self.world_size > 1:
             raise ConfigurationError(
                 f"A virtual mesh is in one process, but the Trainer has {self.world_size}. Use Trainer(devices=1), or"
@@ -221,24 +225,24 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         self._refuse_shards()
         refuse_pruning(trainer, self.mesh, self._virtual)
         refuse_synchronised_layers(self._layer_sync is not None, self._virtual)
-        check_precision(self.precision_plugin, self._verification, self._virtual)
+        check_precision(self.precision_plugin, self.verification, self._virtual)
         self._stage_model = None
         super().setup_environment()
         if isinstance(self.cluster_environment, RenumberedEnvironment):
-            check_replicas(self.mesh, self._verification, self._response)
-        self._roster = Roster(self.mesh, self.global_rank, self._store, self._timeout)
+            check_replicas(self.mesh, self.verification, self.response)
+        self._roster = Roster(self.mesh, self.global_rank, self._store, self.timeout)
         self._share_step_state()
         with self._watching():
             self._roster.meet()
             self.ledger.hosts = dict(zip(self.mesh.workers, self._hosts))
-            prepare(self.root_device, None if self._virtual else self._timeout, self.local_rank)
+            prepare(self.root_device, None if self._virtual else self.timeout, self.local_rank)
             self._read_bans()
         # Before data is prepared and split, so that all ranks split it alike.
         self._share_generators()
         self._seed = seed_of_state()
         if self._position not in trainer.callbacks:  # type: ignore[attr-defined]
             trainer.callbacks += [self._position, self._signals]  # type: ignore[attr-defined]
-        if self._verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if self.verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
             # What was found is logged without being asked for, as Lightning adds a progress bar without being asked for one.
             trainer.callbacks.append(SentinelMonitor())  # type: ignore[attr-defined]
 
@@ -270,9 +274,9 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         self._clean_fractions = CleanFractionTally(self.mesh)
         silence_misleading_warnings()
         if fitting:
-            log_settings(trainer, self.plain_settings)
+            log_settings(trainer, self._settings.plain)
         if fitting and self.is_global_zero:
-            print_mesh(model, protection(self.mesh, self._verification, self._response))
+            print_mesh(model, protection(self.mesh, self.verification, self.response))
 
     @override
     def teardown(self) -> None:
@@ -289,26 +293,26 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
         steps.signals = self._signals.counts
         if self._virtual:
             context = self.precision_plugin.forward_context
-            return VirtualEngine(model, optimizer, steps, guard, self.root_device, self._activation_checkpointing, context)
+            return VirtualEngine(model, optimizer, steps, guard, self.root_device, self.activation_checkpointing, context)
         arithmetic = Arithmetic(self.precision_plugin, self.root_device)
-        transport = Transport(self.root_device, self._transport)
-        response, timeout = self._response, self._timeout
-        zero = self._zero_stage == 1
+        transport = Transport(self.root_device, self.transport)
+        response, timeout = self.response, self.timeout
+        zero = self.zero_stage == 1
         return SentinelEngine(model, optimizer, steps, transport, guard, response, timeout, arithmetic, zero)
 
     def _kept_guard(self) -> Guard | None:
         """Made once: what the verifiers have learned outlives a ``validate`` after ``fit``, and goes into later checkpoints."""
-        if self._verification is None or self._guard is not None:
+        if self.verification is None or self._guard is not None:
             return self._guard
         mesh, worker = self.mesh, None if self._virtual else self.worker
         self._take_over_bans()
         received = [boundary for boundary in mesh.boundaries if worker is None or boundary.receiver == worker.stage]
-        verification = self._verification
+        verification = self.verification
         if verification.seed is None:
             # Neither in the settings, which loggers and files show, nor from the seed of the run, which everybody knows.
             verification = replace(verification, seed=self.broadcast(secret_seed()))
-        self._guard = Guard(mesh, received, worker, verification, self._response, self.ledger, self.root_device)
-        self._announcements = Announcements(mesh, self._response.ban_after)
+        self._guard = Guard(mesh, received, worker, verification, self.response, self.ledger, self.root_device)
+        self._announcements = Announcements(mesh, self.response.ban_after)
         return self._guard
 
     @override
@@ -322,9 +326,9 @@ class SentinelStrategy(ReadableSettings, OptimizerSteps, StageBuilding, StageChe
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self._verification is not None:
-            warn_of_long_warmup(self._trainer, self._verification)
-            warn_of_short_warmup(self.mesh, self._micro_batches, self._verification, self._response)
+        if self.verification is not None:
+            warn_of_long_warmup(self._trainer, self.verification)
+            warn_of_short_warmup(self.mesh, self.micro_batches, self.verification, self.response)
         assert self.lightning_module is not None
         for optimizer in self.optimizers:
             refuse_exchanged_parameters(self.lightning_module, self._cut_parameters, optimizer)

@@ -46,7 +46,7 @@ def test_settings_are_read_and_shown() -> None:
 
 
 def test_what_goes_into_a_checkpoint_is_plain_and_has_no_secret() -> None:
-    plain = ls.SentinelStrategy(**GIVEN).plain_settings
+    plain = ls.SentinelStrategy(**GIVEN)._settings.plain
     assert plain["timeout"] == 90 and plain["response"]["ban_after"] == 7 and plain["verification"]["window"] == 64
     assert "seed" not in plain["verification"]
 
@@ -70,7 +70,7 @@ def test_loggers_are_given_them_beside_the_modules(kind: Any, wanted: bool, tmp_
     logger.save()
     file = Path(logger.log_dir) / "hparams.yaml"
     logged = (yaml.safe_load(file.read_text()) if file.exists() else None) or {}
-    assert logged == ({"width": 32, "sentinel": strategy.plain_settings} if wanted else {})
+    assert logged == ({"width": 32, "sentinel": strategy._settings.plain} if wanted else {})
 
 
 WRONG = [

@@ -65,12 +65,12 @@ class TestArguments:
 
     @pytest.mark.parametrize("engine", ["process", "virtual"])
     def test_both_engines_audit(self, engine: Any) -> None:
-        assert ls.SentinelStrategy(engine=engine, response=ls.Response(audit_rate=0.02))._response.audit_rate == 0.02
+        assert ls.SentinelStrategy(engine=engine, response=ls.Response(audit_rate=0.02)).response.audit_rate == 0.02
 
     def test_a_virtual_mesh_has_nothing_to_aggregate(self) -> None:
         with pytest.raises(ConfigurationError, match=r"aggregation='krum'\) needs engine='process'"):
             ls.SentinelStrategy(engine="virtual", response=ls.Response(aggregation="krum"))
-        assert ls.SentinelStrategy(response=ls.Response(aggregation="krum"))._response.aggregation == "krum"
+        assert ls.SentinelStrategy(response=ls.Response(aggregation="krum")).response.aggregation == "krum"
 
     def test_nothing_has_happened_yet(self) -> None:
         strategy = ls.SentinelStrategy()
@@ -148,7 +148,7 @@ class TestPresets:
         assert strategy.verification == ls.Verification()
 
     def test_what_they_do_about_a_flag(self) -> None:
-        responses = {name: StrategyRegistry.get(name)._response for name in ("sentinel", "sentinel_monitor")}
+        responses = {name: StrategyRegistry.get(name).response for name in ("sentinel", "sentinel_monitor")}
         assert responses == {
             "sentinel": ls.Response(on_flag="exclude"),
             "sentinel_monitor": ls.Response(on_flag="log", ban_after=None),
