@@ -1,78 +1,78 @@
-"""The part of the strategy that is about bans: those of a step, and those which outlive a run, in a file or a checkpoint."""
+"""Bans that outlive a run: taken over from a file, a checkpoint or the user, and kept for later runs."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from torch.distributed import Store
-from typing_extensions import override
 
-from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
+from lightning_sentinel.config import Response
+from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.processes.admission import agree_on_admission
-from lightning_sentinel.pipeline.processes.hosts import host_name
-from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
-from lightning_sentinel.strategy.announcements import Announcements, announce_detections, keep_latest
-from lightning_sentinel.strategy.processes import ProcessStrategy
-from lightning_sentinel.verification import Detection, Ledger, SignalTable
+from lightning_sentinel.verification import Ledger
 from lightning_sentinel.verification.bans import Ban, bans_here, enter_bans, read_bans
-from lightning_sentinel.wiring import Wiring
 
-__all__ = ["LastingBans"]
+__all__ = ["BanKeeper"]
 
 
-class LastingBans(ProcessStrategy):
+class BanKeeper:
     """Takes bans over from earlier runs, and keeps them for later ones.
 
-    Attributes:
-        step: training batches so far.
-        ledger: flags and bans.
+    Args:
+        response: which workers are banned from the start, and in which file bans are kept.
+        ledger: flags and bans of this run.
     """
 
-    step: int
-    ledger: Ledger
-    _filed: list[Ban] | None
-    detections: list[Detection]
-    table: SignalTable | None
-    wiring: Wiring | None
-    _guard: Guard | None
-    _announcements: Announcements
-
-    @property
-    @abstractmethod
-    def _trainer(self) -> L.Trainer:
-        """Of the run."""
-
-    @property
-    @abstractmethod
-    def mesh(self) -> Mesh:
-        """Who serves what."""
-
-    @override
-    def _admit(self, store: Store) -> tuple[int, ...]:
-        path = self.response.ledger
-        if path is None:
-            return super()._admit(store)
-        return agree_on_admission(store, self.global_rank, self.world_size, path, self.stages, self.replicas)
-
-    @property
-    def _hosts(self) -> Sequence[str]:
+    def __init__(self, response: Response, ledger: Ledger) -> None:
+        self._response = response
+        self._ledger = ledger
+        self._mesh = Mesh(1, 1)
+        self._rank = 0
+        self._hosts: Sequence[str] = ()
         """The machine of each rank; empty if they are not known."""
-        assert self._roster is not None
-        return (host_name(),) * self.mesh.size if self._virtual else self._roster.hosts
+        self._filed: list[Ban] | None = None
+        """Bans in the file at the start of the run; ``None`` without a file."""
 
-    def _read_bans(self) -> None:
-        """Read the file, if there is one. All do, so that all say what is wrong with it; what rank zero read counts."""
-        if self.response.ledger is None:
+    def admit(self, store: Store, rank: int, world_size: int, stages: int | None, replicas: int | None) -> tuple[int, ...]:
+        """The started ranks that form the mesh, in order; the same on all ranks.
+
+        Args:
+            store: that all ranks have.
+            rank: this one.
+            world_size: how many were started.
+            stages: as the user gave them.
+            replicas: as the user gave them.
+        """
+        path = self._response.ledger
+        if path is None:
+            return tuple(range(world_size))
+        return agree_on_admission(store, rank, world_size, path, stages, replicas)
+
+    def read(self, mesh: Mesh, rank: int, hosts: Sequence[str], broadcast: Callable[[Any], Any]) -> None:
+        """Read the file, if there is one. All ranks do, so that all say what is wrong with it; what rank zero read counts.
+
+        Args:
+            mesh: all workers.
+            rank: this process's.
+            hosts: the machine of each rank; empty if they are not known.
+            broadcast: gives all ranks the value of rank zero.
+
+        Raises:
+            ConfigurationError: if the file could not be written later.
+        """
+        self._mesh = mesh
+        self._rank = rank
+        self._hosts = hosts
+        self._ledger.hosts = dict(zip(mesh.workers, hosts))
+        if self._response.ledger is None:
             return
-        path = Path(self.response.ledger)
+        path = Path(self._response.ledger)
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ConfigurationError(
@@ -81,80 +81,70 @@ class LastingBans(ProcessStrategy):
                 + " Choose a path that all machines can read and write, such as one beside the checkpoints."
             )
         entries = [ban.entry() for ban in read_bans(path)] if path.exists() else None
-        entries = self.broadcast(entries)
+        entries = broadcast(entries)
         self._filed = None if entries is None else [Ban.from_entry(entry) for entry in entries]
 
-    def _take_over_bans(self) -> None:
-        """Those that the user names, and those in the file."""
-        self.ledger.ban(0, [Worker.of(worker, "Response.banned") for worker in self.response.banned])
-        self.ledger.ban(0, bans_here(self._filed or [], self.mesh, self._hosts))
+    def take_over(self) -> None:
+        """Enter the bans that the user names and those in the file into the ledger."""
+        self._ledger.ban(0, [Worker.of(worker, "Response.banned") for worker in self._response.banned])
+        self._ledger.ban(0, bans_here(self._filed or [], self._mesh, self._hosts))
 
-    def _resume_bans(self, state: Mapping[str, Any], written_on: Mesh) -> list[str]:
+    def resume(self, state: Mapping[str, Any], written_on: Mesh, step: int) -> list[str]:
         """Take over flags and bans from a checkpoint.
 
         Args:
             state: of its ledger.
             written_on: the mesh that it was written on.
+            step: training batches so far.
 
         Returns:
-            sentences on what is another now.
+            sentences on what differs now.
         """
-        before, now, told = Ledger(), self.ledger, []
+        before, now = Ledger(), self._ledger
         before.load_state_dict(state)
         imported, hosts = now.banned, now.hosts
+        told = []
         # The file has later bans than the checkpoint; and those that are no longer in it were taken out by somebody.
-        here = bans_here(before.bans(written_on), self.mesh, self._hosts) if self._filed is None else []
+        here = bans_here(before.bans(written_on), self._mesh, self._hosts) if self._filed is None else []
         one_machine = len(set(before.hosts.values())) == len(set(hosts.values())) == 1
-        if written_on == self.mesh and (not before.hosts or not hosts or before.hosts == hosts or one_machine):
+        if written_on == self._mesh and (not before.hosts or not hosts or before.hosts == hosts or one_machine):
             now.load_state_dict(state)
             now.hosts = hosts
-            now.banned_at = {worker: step for worker, step in before.banned_at.items() if worker in imported or worker in here}
+            now.banned_at = {worker: at for worker, at in before.banned_at.items() if worker in imported or worker in here}
         elif before.banned:
             told.append(_told(before, here, sorted(imported)))
-        now.ban(self.step, {*imported, *here})
-        self._keep_bans(here)
+        now.ban(step, {*imported, *here})
+        self.keep(here)
         return told
 
-    def _take_in_ruling(self, ruling: Ruling) -> None:
-        """Keep what was found in a step, and tell whoever listens."""
-        self.table, self.wiring = ruling.verdict.table, ruling.plan.wiring
-        keep_latest(self.detections, ruling.verdict.detections)
-        self._keep_bans(ruling.banned)
-        announce_detections(self._trainer, ruling.verdict.detections)
-        absent = ruling.plan.absent.union(ruling.banned, ruling.excluded)
-        self._announcements.tell(self._trainer, ruling, self.ledger, len(Wiring.of(self.mesh, absent).lanes))
-
-    def _keep_bans(self, workers: Collection[Worker]) -> None:
-        """Enter bans in the file, from the first rank whose machine has none; the others know of them, too."""
-        banned = {self.ledger.hosts.get(worker) for worker in self.ledger.banned}
+    def keep(self, workers: Collection[Worker]) -> None:
+        """Enter bans of these workers in the file, from the first rank whose machine has no banned worker."""
+        banned = {self._ledger.hosts.get(worker) for worker in self._ledger.banned}
         writer = next((rank for rank, host in enumerate(self._hosts) if host not in banned), 0)
-        if workers and self.global_rank == writer:
-            self._enter([ban for ban in self.ledger.bans(self.mesh) if ban.worker in workers])
+        if workers and self._rank == writer:
+            self._enter([ban for ban in self._ledger.bans(self._mesh) if ban.worker in workers])
+
+    def keep_malformed(self, worker: Worker, step: int) -> None:
+        """Ban the sender of a malformed message that ends the run.
+
+        The rank that received the message enters the ban: torchrun may end rank zero before it hears of it.
+        """
+        self._ledger.ban(step, [worker])
+        (ban,) = (ban for ban in self._ledger.bans(self._mesh) if ban.worker == worker)
+        self._enter([replace(ban, reason="malformed message")])
 
     def _enter(self, bans: Sequence[Ban]) -> None:
-        if self.response.ledger is None:
+        if self._response.ledger is None:
             return
         try:
-            enter_bans(self.response.ledger, bans)
+            enter_bans(self._response.ledger, bans)
         except OSError as error:
             # The ban is in force all the same, and the run is not worse for it.
             warnings.warn(
-                f"{', '.join(str(ban.worker) for ban in bans)} could not be entered in {self.response.ledger}"
+                f"{', '.join(str(ban.worker) for ban in bans)} could not be entered in {self._response.ledger}"
                 f" ({type(error).__name__}: {error}), so a restart will not leave its machine out. Make the file writable.",
                 stacklevel=2,
             )
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        if self._roster is None:
-            return
-        self._roster.report_failure(exception)
-        if isinstance(exception, MalformedMessageError) and exception.rank is not None:
-            # Entered by who received it: torchrun may end rank zero before it hears of it.
-            worker = self.mesh.worker(exception.rank)
-            self.ledger.ban(self.step, [worker])
-            (ban,) = (ban for ban in self.ledger.bans(self.mesh) if ban.worker == worker)
-            self._enter([replace(ban, reason="malformed message")])
 
 
 def _told(before: Ledger, here: Sequence[Worker], imported: Sequence[Worker]) -> str:

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 from typing_extensions import override
 
-from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.stages.deferred import DeferredBuild
 from lightning_sentinel.pipeline.stages.partition import StageModel, cut
 from lightning_sentinel.strategy.averaging import copy_again
-from lightning_sentinel.strategy.processes import ProcessStrategy
+from lightning_sentinel.strategy.run_state import RunState
 from lightning_sentinel.strategy.whole_summary import show_whole_module
 
 __all__ = ["StageBuilding"]
 
 
-class StageBuilding(ProcessStrategy):
+class StageBuilding(RunState):
     """Lets ``configure_model`` describe the whole module, of which a process gets its own stage."""
 
     _build: DeferredBuild | None = None
-    _stage_model: StageModel | None
-    _cut_parameters: dict[str, nn.Parameter]
-    """Of this stage, by name, when the module was cut."""
-
-    @property
-    @abstractmethod
-    def mesh(self) -> Mesh:
-        """Who serves what."""
-
-    @property
-    @abstractmethod
-    def worker(self) -> Worker:
-        """The worker that this process is."""
+    """What ``configure_model`` has built and not yet given values."""
 
     @override
     @contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.strategy.bans import LastingBans
+from lightning_sentinel.strategy.building import StageBuilding
 
 __all__ = ["StepsByHand"]
 
 
-class StepsByHand(LastingBans):
+class StepsByHand(StageBuilding):
     """Manual optimization: between processes a schedule runs the backward pass; with the only stage in this process a step does.
 
     Then steps are Lightning's own, on the whole batch, and checkpoints have the optimizers' states as torch gives them.

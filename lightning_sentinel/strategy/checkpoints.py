@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from lightning_sentinel.pipeline.checkpoints import full as stage_files
 from lightning_sentinel.pipeline.checkpoints.files import AtomicCheckpointIO, local_path, require_checkpoint
 from lightning_sentinel.pipeline.checkpoints.full import SECTION
 from lightning_sentinel.pipeline.checkpoints.sharded import Destination, ShardedCheckpoint
-from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.strategy import averaging
 from lightning_sentinel.strategy.refusals import refuse_resumed_finetuning
 from lightning_sentinel.strategy.resuming import ResumedRuns
@@ -34,13 +32,10 @@ class StageCheckpoints(ResumedRuns):
 
     _gathered: dict[str, Any] | None = None
     """The module's state while it is saved, as the strategy gathered it."""
-    _saved_groups: list[list[str]]
-    _saved_names: list[str] | None
+    _saved_groups: list[list[str]] = []
+    """Names of the parameters in each group of the optimizer that was saved last."""
+    _saved_names: list[str] | None = None
     """Keys of the module in the checkpoint of which this stage's part was read; ``None`` if all of it was."""
-
-    @abstractmethod
-    def _take_stage(self) -> StageModel:
-        """Cut the module and bring this process's stage to its device, unless that was done in this run."""
 
     @property
     @override

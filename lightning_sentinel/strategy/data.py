@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from functools import partial
 from typing import Any
 
@@ -15,13 +14,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.checkpoints.resumption import data_generators, set_data_generators
 from lightning_sentinel.pipeline.data.agreeing import split_alike
 from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter, SplitBatch
 from lightning_sentinel.pipeline.data.feeding import Feed, is_even, refuse_other_replicas, seed_workers, source_of
 from lightning_sentinel.pipeline.data.reading import Source
-from lightning_sentinel.pipeline.engine_protocol import Engine
 from lightning_sentinel.pipeline.logs import LogReplay
 from lightning_sentinel.pipeline.messages.containers import leaves_of
 from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
@@ -54,19 +51,6 @@ class PipelineData(StageCheckpoints):
     _shared_metrics: SharedMetrics | None = None
     _replay: LogReplay
     _steps: StepRunner | None = None
-
-    @property
-    @abstractmethod
-    def worker(self) -> Worker:
-        """The worker that this process is."""
-
-    @property
-    @abstractmethod
-    def _trainer(self) -> L.Trainer: ...
-
-    @property
-    @abstractmethod
-    def _running_engine(self) -> Engine: ...
 
     @property
     @override

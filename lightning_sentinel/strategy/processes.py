@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
@@ -23,6 +24,7 @@ from torch.distributed import Store
 from typing_extensions import override
 
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.processes.admission import announce_end, stand_by
 from lightning_sentinel.pipeline.processes.collectives import backend_for, wire
 from lightning_sentinel.pipeline.processes.liveness import Roster, Start, connect
@@ -30,6 +32,10 @@ from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironm
 from lightning_sentinel.strategy.settings import ReadableSettings
 
 __all__ = ["ProcessStrategy"]
+
+
+_VIRTUAL_MESH = Mesh(stages=2, replicas=4)
+"""Where neither stages nor replicas are given."""
 
 
 class ProcessStrategy(ReadableSettings):
@@ -46,6 +52,28 @@ class ProcessStrategy(ReadableSettings):
         self._chosen_accelerator = self._accelerator
         self._store: Store | None = None
         self._roster: Roster | None = None
+
+    @property
+    def mesh(self) -> Mesh:
+        """Who serves what; known once the Trainer has been made."""
+        if self._virtual:
+            return Mesh(
+                _VIRTUAL_MESH.stages if self.stages is None else self.stages,
+                _VIRTUAL_MESH.replicas if self.replicas is None else self.replicas,
+            )
+        # With a ledger, some of the started ranks may be left out.
+        mesh = Mesh.for_world if self.response.ledger is None else Mesh.largest
+        return mesh(self.world_size, self.stages, self.replicas)
+
+    @property
+    def worker(self) -> Worker:
+        """The worker that this process is."""
+        return self.mesh.worker(self.global_rank)
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
 
     @property
     @override

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.checkpoints import full as stage_files
-from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition, own_generators
-from lightning_sentinel.pipeline.engine_protocol import Engine
+from lightning_sentinel.pipeline.checkpoints.resumption import own_generators
 from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
-from lightning_sentinel.pipeline.planner import StepPlanner
-from lightning_sentinel.pipeline.randomness import SeparateRandomness
-from lightning_sentinel.pipeline.recovery.guard import Guard
-from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.strategy.by_hand import StepsByHand
 from lightning_sentinel.strategy.settings import differences
 
@@ -31,21 +24,10 @@ __all__ = ["ResumedRuns"]
 class ResumedRuns(StepsByHand):
     """Takes a run up where a checkpoint left it."""
 
-    _guard: Guard | None
-    _engine: Engine | None
-    _planner: StepPlanner | None = None
-    _stage_model: StageModel | None
-    _cut_parameters: dict[str, nn.Parameter]
-    """Of this stage, by name, when the module was cut."""
-    _randomness: SeparateRandomness | None
-    _position: DataPosition
-    _seed: int
     _section: Mapping[str, Any] = MappingProxyType({})
     """What this strategy had saved with the checkpoint that was loaded."""
-    _return_to: dict[str, Any] | None
+    _return_to: dict[str, Any] | None = None
     """Where in its data a resumed run has to go on, before it has begun."""
-    _stepping: bool = False
-    """Whether a batch is worked on."""
 
     @override
     def on_train_start(self) -> None:
@@ -79,7 +61,7 @@ class ResumedRuns(StepsByHand):
         self.step = section["step"]
         written_on = Mesh(*section.get("mesh", (self.mesh.stages, self.mesh.replicas)))
         self._resume_randomness(section, written_on)
-        told = self._resume_bans(section["ledger"], written_on)
+        told = self._bans.resume(section["ledger"], written_on, self.step)
         self._tell_of_settings(section.get("settings", {}))
         if self._guard is not None and written_on.stages != self.mesh.stages:
             told.append("Verifiers start afresh: until their warm-up is over nobody is flagged.")
@@ -136,28 +118,6 @@ class ResumedRuns(StepsByHand):
         """Of this stage's parameters, as they were called when the module was cut; one that is pruned is called otherwise since."""
         first_name = self._running_stage_model.first_name
         return {id(parameter): first_name(name) for name, parameter in self._cut_parameters.items()}
-
-    @property
-    def _running_stage_model(self) -> StageModel:
-        assert self._stage_model is not None, "the module is cut in setup"
-        return self._stage_model
-
-    @contextmanager
-    def _in_step(self) -> Iterator[None]:
-        """At work on a batch, when nothing else may be sent between ranks."""
-        self._stepping = True
-        try:
-            with self._at_work():
-                yield
-        finally:
-            self._stepping = False
-
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """Computation draws its own random numbers, and the loss of a peer is reported by name."""
-        assert self._randomness is not None
-        with self._watching(), self._randomness.of_computation():
-            yield
 
     def _from_stages(self, plain: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[stage_files.StageState]:
         with self._at_work():

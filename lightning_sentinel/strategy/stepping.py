@@ -30,7 +30,6 @@ class OptimizerSteps(PipelineData):
     """Whether any batch since the last step has made some; the same on all ranks."""
     _has_been_left: bool = False
     """Whether it was said that weights were left as they are."""
-    step: int
 
     @override
     def optimizer_step(

@@ -20,34 +20,33 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed import Store
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.callbacks.monitor import SentinelMonitor
 from lightning_sentinel.config import Response, Verification
-from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
+from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
-from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition, Unopened
+from lightning_sentinel.pipeline.checkpoints.resumption import Unopened
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
 from lightning_sentinel.pipeline.engine_protocol import Engine
 from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractionTally
 from lightning_sentinel.pipeline.logs import LogReplay, silence_misleading_warnings
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.planner import StepPlanner
+from lightning_sentinel.pipeline.processes.hosts import host_name
 from lightning_sentinel.pipeline.processes.liveness import Roster
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
 from lightning_sentinel.pipeline.randomness import SeparateRandomness, seed_data, seed_of_state
-from lightning_sentinel.pipeline.recovery.guard import Guard
+from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.step_results import StepOutcome
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.virtual import VirtualEngine
 from lightning_sentinel.seeds import secret_seed
-from lightning_sentinel.strategy.announcements import Announcements, log_settings
-from lightning_sentinel.strategy.building import StageBuilding
-from lightning_sentinel.strategy.checkpoints import StageCheckpoints
+from lightning_sentinel.strategy.announcements import Announcements, announce_detections, keep_latest, log_settings
 from lightning_sentinel.strategy.protection import protection
 from lightning_sentinel.strategy.refusals import (
     check_precision,
@@ -66,16 +65,12 @@ from lightning_sentinel.strategy.signals import DeferredSignals
 from lightning_sentinel.strategy.stepping import OptimizerSteps
 from lightning_sentinel.strategy.summary import print_mesh
 from lightning_sentinel.strategy.throughput import count_pipelines
-from lightning_sentinel.verification import Detection, Ledger, SignalTable
 from lightning_sentinel.wiring import Wiring
 
 __all__ = ["SentinelStrategy"]
 
-_VIRTUAL_MESH = Mesh(stages=2, replicas=4)
-"""Where neither stages nor replicas are given."""
 
-
-class SentinelStrategy(OptimizerSteps, StageBuilding, StageCheckpoints):
+class SentinelStrategy(OptimizerSteps):
     """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
 
     ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages. Rank zero serves the last stage, where
@@ -162,47 +157,15 @@ class SentinelStrategy(OptimizerSteps, StageBuilding, StageCheckpoints):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        self.ledger = Ledger(response.ban_after)
-        """Flags and bans; the same on all ranks."""
-        self.detections: list[Detection] = []
-        """What was flagged and not cleared, in order: the latest 100,000, whereas ``detections.jsonl`` has all of a run."""
-        self.table: SignalTable | None = None
-        """All signals of the last training batch with their scores."""
-        self.wiring: Wiring | None = None
-        """Who served which lane of the last training batch."""
-        self.adversary: Adversary | None = None
-        """A simulated attacker, set by :class:`AttackInjector`."""
-        self.step = 0
-        """Training batches so far: the number that detections and attacks go by."""
-        self._engine: Engine | None = None
-        self._guard: Guard | None = None
-        self._stage_model: StageModel | None = None
-        self._randomness: SeparateRandomness | None = None
         # Not NaN, by which callbacks tell that a training has diverged, should nothing count in the first batch.
         self._last_loss = 0.0
-        self._saved_groups, self._filed = [], None
-        self._saved_names, self._return_to = None, None
-        self._position = DataPosition()
         self._signals = DeferredSignals(self._watching)
 
     # ------------------------------------------------------------------------------------------------------------ the mesh
 
-    @property
-    def mesh(self) -> Mesh:
-        """Who serves what; known once the Trainer has been made."""
-        if self._virtual:
-            return Mesh(
-                _VIRTUAL_MESH.stages if self.stages is None else self.stages,
-                _VIRTUAL_MESH.replicas if self.replicas is None else self.replicas,
-            )
-        # With a ledger, some of those that are started may be left out.
-        mesh = Mesh.for_world if self.response.ledger is None else Mesh.largest
-        return mesh(self.world_size, self.stages, self.replicas)
-
-    @property
-    def worker(self) -> Worker:
-        """The worker that this process is."""
-        return self.mesh.worker(self.global_rank)
+    @override
+    def _admit(self, store: Store) -> tuple[int, ...]:
+        return self._bans.admit(store, self.global_rank, self.world_size, self.stages, self.replicas)
 
     @override
     def _configure_launcher(self) -> None:
@@ -234,9 +197,9 @@ class SentinelStrategy(OptimizerSteps, StageBuilding, StageCheckpoints):
         self._share_step_state()
         with self._watching():
             self._roster.meet()
-            self.ledger.hosts = dict(zip(self.mesh.workers, self._hosts))
             prepare(self.root_device, None if self._virtual else self.timeout, self.local_rank)
-            self._read_bans()
+            hosts = (host_name(),) * self.mesh.size if self._virtual else self._roster.hosts
+            self._bans.read(self.mesh, self.global_rank, hosts, self.broadcast)
         # Before data is prepared and split, so that all ranks split it alike.
         self._share_generators()
         self._seed = seed_of_state()
@@ -279,6 +242,14 @@ class SentinelStrategy(OptimizerSteps, StageBuilding, StageCheckpoints):
             print_mesh(model, protection(self.mesh, self.verification, self.response))
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self._roster is None:
+            return
+        self._roster.report_failure(exception)
+        if isinstance(exception, MalformedMessageError) and exception.rank is not None:
+            self._bans.keep_malformed(self.mesh.worker(exception.rank), self.step)
+
+    @override
     def teardown(self) -> None:
         self._engine = self._planner = self._steps = None  # the module, which may live on, knows its last Trainer
         super().teardown()
@@ -305,7 +276,7 @@ class SentinelStrategy(OptimizerSteps, StageBuilding, StageCheckpoints):
         if self.verification is None or self._guard is not None:
             return self._guard
         mesh, worker = self.mesh, None if self._virtual else self.worker
-        self._take_over_bans()
+        self._bans.take_over()
         received = [boundary for boundary in mesh.boundaries if worker is None or boundary.receiver == worker.stage]
         verification = self.verification
         if verification.seed is None:
@@ -388,6 +359,15 @@ class SentinelStrategy(OptimizerSteps, StageBuilding, StageCheckpoints):
                 return outcome
             excluded.update(ruling.excluded)
 
+    def _take_in_ruling(self, ruling: Ruling) -> None:
+        """Keep what was found in a step, and tell the callbacks and the user."""
+        self.table, self.wiring = ruling.verdict.table, ruling.plan.wiring
+        keep_latest(self.detections, ruling.verdict.detections)
+        self._bans.keep(ruling.banned)
+        announce_detections(self._trainer, ruling.verdict.detections)
+        absent = ruling.plan.absent.union(ruling.banned, ruling.excluded)
+        self._announcements.tell(self._trainer, ruling, self.ledger, len(Wiring.of(self.mesh, absent).lanes))
+
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """The schedule has run the backward pass already; here Lightning's hooks around it see its gradients."""
@@ -431,21 +411,6 @@ class SentinelStrategy(OptimizerSteps, StageBuilding, StageCheckpoints):
             returned = self._returned(step)
         self._take_in(outcome)
         return returned
-
-    @property
-    def _trainer(self) -> L.Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
-
-    @property
-    def _running_engine(self) -> Engine:
-        assert self._engine is not None, "the engine exists from setup on"
-        return self._engine
-
-    @property
-    def _running_planner(self) -> StepPlanner:
-        assert self._planner is not None, "it is made with the engine"
-        return self._planner
 
 
 def _loader(arguments: Sequence[Any]) -> int | None:

@@ -14,7 +14,6 @@ import lightning_sentinel as ls
 from lightning_sentinel.errors import ConfigurationError, MalformedMessageError, WorkerLostError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.processes.liveness import Roster
-from lightning_sentinel.strategy.bans import LastingBans
 from lightning_sentinel.verification import Ledger
 from lightning_sentinel.verification.bans import Ban, enter_bans, read_bans
 from tests.distributed import tasks
@@ -88,15 +87,12 @@ def served_by(hosts: str, mesh: Mesh) -> dict[Worker, str]:
     return dict(zip(sorted(mesh.workers), hosts))
 
 
-def strategy_on(hosts: str, monkeypatch: pytest.MonkeyPatch, rank: int = 0, **response: Any) -> ls.SentinelStrategy:
+def strategy_on(hosts: str, rank: int = 0, **response: Any) -> ls.SentinelStrategy:
     """Of a mesh that these machines serve, as it is once ranks have met."""
     strategy = ls.SentinelStrategy(2, len(hosts) // 2, response=ls.Response(**response), engine="virtual")
     served = served_by(hosts, strategy.mesh)
-    monkeypatch.setattr(LastingBans, "_hosts", property(lambda self: tuple(served[worker] for worker in self.mesh.workers)))
-    monkeypatch.setattr(ls.SentinelStrategy, "global_rank", property(lambda self: rank))
-    strategy._read_bans()
-    strategy.ledger.hosts = dict(served)
-    strategy._take_over_bans()
+    strategy._bans.read(strategy.mesh, rank, [served[worker] for worker in strategy.mesh.workers], lambda entries: entries)
+    strategy._bans.take_over()
     strategy.step = 20
     return strategy
 
@@ -128,8 +124,8 @@ def saved(hosts: str) -> dict[str, Any]:
 def test_on_resume_machines_decide(
     then: str, now: str, banned: dict[Worker, int], flags: int, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strategy = strategy_on(now, monkeypatch)
-    sentences = strategy._resume_bans(saved(then), MESH)
+    strategy = strategy_on(now)
+    sentences = strategy._bans.resume(saved(then), MESH, strategy.step)
     assert strategy.ledger.banned_at == banned
     assert strategy.ledger.total_flags == flags
     assert strategy.ledger.hosts == served_by(now, strategy.mesh)
@@ -142,22 +138,22 @@ def test_on_resume_machines_decide(
 def test_a_machine_that_is_banned_does_not_write_the_file(
     rank: int, writes: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strategy = strategy_on("aabb", monkeypatch, rank, ledger=path)
+    strategy = strategy_on("aabb", rank, ledger=path)
     strategy.ledger.ban(7, [Worker(1, 1)])
-    strategy._keep_bans([Worker(1, 1)])
+    strategy._bans.keep([Worker(1, 1)])
     assert path.exists() == writes
     if writes:
         assert read_bans(path) == [Ban(Worker(1, 1), 7, 0, "b", 2, MESH)]
 
 
 def test_a_ban_that_cannot_be_written_is_in_force_all_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    strategy = strategy_on("abcd", monkeypatch, 1, ledger=path)
+    strategy = strategy_on("abcd", 1, ledger=path)
     path.parent.write_text("in the way")
     strategy.ledger.ban(7, [W])
     with pytest.warns(
         UserWarning, match=r"worker \(stage 1, replica 0\) could not be entered in .*ledger.json .*Make the file writable"
     ):
-        strategy._keep_bans([W])
+        strategy._bans.keep([W])
     assert strategy.ledger.banned == {W}
 
 
@@ -175,7 +171,7 @@ def test_a_ban_that_cannot_be_written_is_in_force_all_the_same(path: Path, monke
 def test_only_a_malformed_message_is_a_verdict(
     error: BaseException, entered: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strategy, earlier = strategy_on("abcd", monkeypatch, 1, ledger=path), Ban(W, 3, host="x", hosts=2)
+    strategy, earlier = strategy_on("abcd", 1, ledger=path), Ban(W, 3, host="x", hosts=2)
     enter_bans(path, [earlier])
     strategy._roster = Roster(MESH, 1, HashStore(), timedelta(seconds=5))
     strategy.on_exception(error)
@@ -185,7 +181,7 @@ def test_only_a_malformed_message_is_a_verdict(
 
 def test_nothing_is_written_where_no_file_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    strategy = strategy_on("abcd", monkeypatch)
+    strategy = strategy_on("abcd")
     strategy.ledger.ban(7, [W])
-    strategy._keep_bans([W])
+    strategy._bans.keep([W])
     assert not list(tmp_path.iterdir())
