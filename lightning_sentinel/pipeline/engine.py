@@ -38,9 +38,10 @@ from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.processes.collectives import wire
 from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence
-from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
+from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
+from lightning_sentinel.pipeline.recovery.ruling import Ruling
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.results.predictions import share_predictions
 from lightning_sentinel.pipeline.running_step import RunningStep

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.recovery.guard import Guard
@@ -37,9 +38,12 @@ class StepPlanner:
             sizes: samples of every replica's batch.
             scale: factor of the gradients, for accumulation over batches.
             excluded: workers that were found out in this very step, which is done again without them.
+
+        Raises:
+            MeshExhaustedError: if no complete pipeline is left.
         """
         guard = self.guard
-        return plan_step(
+        plan = plan_step(
             TRAINING,
             self.mesh,
             sizes,
@@ -52,6 +56,13 @@ class StepPlanner:
             scale=scale,
             audited=guard is not None and guard.audits,
         )
+        if not any(plan.wiring.live):
+            raise MeshExhaustedError(
+                f"No complete pipeline is left at step {number}; banned are {', '.join(map(str, sorted(self._banned)))}, by"
+                f" Response(banned=...), a ledger or a checkpoint. The run cannot go on with {self.mesh.replicas} replica(s). Use"
+                " more replicas, or take some of the bans back."
+            )
+        return plan
 
     def evaluation(self, kind: str, loader: int | None, sizes: BatchSizes) -> StepPlan:
         """A step without gradients.

@@ -27,8 +27,9 @@ from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractions
 from lightning_sentinel.pipeline.gradients.contributions import broken
 from lightning_sentinel.pipeline.gradients.stash import GradientStash, scale_gradients
 from lightning_sentinel.pipeline.gradients.ties import Untied
-from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
+from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
+from lightning_sentinel.pipeline.recovery.ruling import Ruling
 from lightning_sentinel.pipeline.results.joining import join, plain, reorder
 from lightning_sentinel.pipeline.running_statistics import RunningStatistics
 from lightning_sentinel.pipeline.stages.batched_replicas import BatchedReplicas

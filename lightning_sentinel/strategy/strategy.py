@@ -40,7 +40,8 @@ from lightning_sentinel.pipeline.processes.hosts import host_name
 from lightning_sentinel.pipeline.processes.liveness import Roster
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
 from lightning_sentinel.pipeline.randomness import SeparateRandomness, seed_data, seed_of_state
-from lightning_sentinel.pipeline.recovery.guard import Guard, Ruling
+from lightning_sentinel.pipeline.recovery.guard import Guard
+from lightning_sentinel.pipeline.recovery.ruling import Ruling
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.step_results import StepOutcome
 from lightning_sentinel.pipeline.steps import StepRunner

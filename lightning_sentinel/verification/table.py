@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from lightning_sentinel.mesh import Direction, Mesh
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["COLUMNS", "MAX_SCORE", "SignalTable", "no_rows", "signal_rows"]
+__all__ = ["COLUMNS", "MAX_SCORE", "SignalTable", "no_rows", "rows_by_sender", "signal_rows"]
 
 MAX_SCORE = 1e6
 """Scores end here, so that they stay finite in logs and files; a signal that is not finite has this score."""
@@ -141,3 +142,25 @@ class SignalTable:
             of_boundary = result[boundary.sender, :, list(Direction).index(boundary.direction)]
             of_boundary.scatter_reduce_(0, workers, values, "amax")
         return torch.where(result.isinf(), torch.nan, result)
+
+
+def rows_by_sender(receipts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """The rows of one boundary in a step, ``(senders, receipts, len(COLUMNS))``.
+
+    Args:
+        receipts: of each receipt the senders and their rows, ``(senders, len(COLUMNS))``; senders whose signals differ in shape are
+            verified in groups, each a receipt of its own.
+
+    Example:
+        >>> first, second = torch.zeros(1, len(COLUMNS)), torch.ones(1, len(COLUMNS))
+        >>> rows_by_sender([((1,), second), ((0,), first)])[:, 0, 0].tolist()
+        [0.0, 1.0]
+    """
+    senders, rows = zip(*receipts)
+    if len(set(map(tuple, senders))) == 1:
+        return torch.stack(rows, dim=1)
+    # In the order of the senders, and of each sender in the order of its receipts.
+    of = [sender for some in senders for sender in some]
+    order = sorted(range(len(of)), key=of.__getitem__)
+    joined = torch.cat(rows)
+    return joined[torch.tensor(order, device=joined.device)].unflatten(0, (max(of) + 1, -1))

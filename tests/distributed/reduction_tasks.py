@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lightning_sentinel.aggregation.rules import WEIGHING
 from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.gradients.reduction import StageGroups, _Buckets, clip_by_global_norm, reduce_mean, reduce_robustly
+from lightning_sentinel.pipeline.gradients.groups import StageGroups
+from lightning_sentinel.pipeline.gradients.reduction import _Buckets, clip_by_global_norm, reduce_mean, reduce_robustly
 from lightning_sentinel.pipeline.processes.liveness import connect
 
 MESH = Mesh(stages=2, replicas=3)

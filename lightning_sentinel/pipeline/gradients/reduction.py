@@ -13,101 +13,22 @@ import functools
 import math
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_sentinel.aggregation.rules import COORDINATE_WISE, WEIGHING, combine, tolerable
-from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError
+from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.gradients.groups import require_healthy
 from lightning_sentinel.pipeline.processes import collectives
 
-__all__ = ["StageGroups", "clip_by_global_norm", "first_healthy", "group_of", "reduce_mean", "reduce_robustly", "sum_over_stages"]
+__all__ = ["clip_by_global_norm", "reduce_mean", "reduce_robustly", "sum_over_stages"]
 
 _MEGABYTE = 2**20
 _LARGE = 1 / 8
 """From this part of a message on, a gradient has one for itself: two copies cost more than another message."""
-
-
-_made: dict[tuple[tuple[int, ...], timedelta], dist.ProcessGroup] = {}
-"""Groups of earlier runs in this process: each has connections of its own, which a run that made new ones would add to."""
-_made_in: dist.ProcessGroup | None = None
-
-
-def group_of(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
-    """A group of these ranks; for all ranks to call, which have all made the same ones before."""
-    global _made_in
-    if _made_in is not dist.group.WORLD:
-        _made.clear()
-        _made_in = dist.group.WORLD
-    if (ranks, timeout) not in _made:
-        _made[ranks, timeout] = dist.new_group(list(ranks), timeout=timeout)
-    return _made[ranks, timeout]
-
-
-class StageGroups:
-    """Process groups of the healthy ranks of each stage, and of several stages together.
-
-    Args:
-        mesh: all workers, one a rank.
-        rank: this process's.
-        timeout: how long the members of a group wait for each other.
-        across: sets of stages that are to have a group.
-    """
-
-    def __init__(self, mesh: Mesh, rank: int, timeout: timedelta, across: Sequence[tuple[int, ...]] = ()) -> None:
-        self._mesh, self._rank, self._timeout = mesh, rank, timeout
-        self._sets = [*((stage,) for stage in range(mesh.stages)), *across]
-        self._members: list[tuple[int, ...]] = [()] * len(self._sets)
-        self._mine: dict[tuple[int, ...], dist.ProcessGroup] = {}
-
-    def healthy(self, banned: Collection[Worker]) -> dist.ProcessGroup | None:
-        """The workers of this rank's stage that are not banned.
-
-        The first call makes the groups, and so does a call with other banned workers than the one before, where a stage changes.
-        Such a call is a collective of *all* ranks, banned ones included, which must all name the same workers. A group is not to be
-        used once a later call has replaced it.
-
-        Returns:
-            ``None`` if this rank is banned.
-
-        Raises:
-            MeshExhaustedError: on all ranks, if a stage has no healthy worker.
-        """
-        members = [
-            tuple(rank for stage in stages for rank in self._mesh.stage_ranks(stage) if self._mesh.worker(rank) not in banned)
-            for stages in self._sets
-        ]
-        _require_healthy(members[: self._mesh.stages])
-        replaces = any(before not in ((), now) for before, now in zip(self._members, members))
-        outdated: list[dist.ProcessGroup] = []
-        for stages, before, ranks in zip(self._sets, self._members, members):
-            if ranks == before:
-                continue
-            _made.pop((before, self._timeout), None)
-            group = group_of(ranks, self._timeout)
-            if stages in self._mine:
-                outdated.append(self._mine.pop(stages))
-            if self._rank in ranks:
-                self._mine[stages] = group
-        self._members = members
-        if replaces:
-            # A rank that is still busy in an old group would find its connections closed, and making a group waits for nobody else.
-            dist.barrier()
-        for old in outdated:
-            dist.destroy_process_group(old)
-        return self._mine.get((self._mesh.worker(self._rank).stage,))
-
-    def across(self, stages: tuple[int, ...]) -> dist.ProcessGroup:
-        """The group of these stages, of which this rank is a healthy member."""
-        return self._mine[stages]
-
-
-def first_healthy(mesh: Mesh, stage: int, banned: Collection[object]) -> int:
-    """The rank that speaks for a stage."""
-    return next(rank for rank in mesh.stage_ranks(stage) if mesh.worker(rank) not in banned)
 
 
 @torch.no_grad()
@@ -256,7 +177,7 @@ def clip_by_global_norm(
         MeshExhaustedError: on all ranks, if a stage has no healthy worker.
     """
     healthy = [[rank for rank in mesh.stage_ranks(stage) if mesh.worker(rank) not in banned] for stage in range(mesh.stages)]
-    _require_healthy(healthy)
+    require_healthy(healthy)
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     counted = [p.grad for p in parameters if p.grad is not None and id(p) not in counted_elsewhere]
@@ -270,15 +191,6 @@ def clip_by_global_norm(
     if gradients:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(dtype))
     return norm
-
-
-def _require_healthy(members: Sequence[Sequence[int]]) -> None:
-    for stage, ranks in enumerate(members):
-        if not ranks:
-            raise MeshExhaustedError(
-                f"All workers of stage {stage} are banned: nobody is left who could reduce its gradients. Start again from a"
-                " checkpoint with other machines for this stage."
-            )
 
 
 class _Votes:

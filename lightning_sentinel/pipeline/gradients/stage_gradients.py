@@ -16,13 +16,8 @@ from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractions
 from lightning_sentinel.pipeline.gradients.contributions import broken
-from lightning_sentinel.pipeline.gradients.reduction import (
-    StageGroups,
-    clip_by_global_norm,
-    first_healthy,
-    reduce_mean,
-    reduce_robustly,
-)
+from lightning_sentinel.pipeline.gradients.groups import StageGroups, first_healthy
+from lightning_sentinel.pipeline.gradients.reduction import clip_by_global_norm, reduce_mean, reduce_robustly
 from lightning_sentinel.pipeline.gradients.stash import GradientStash
 from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.gradients.zero import OptimizerShards

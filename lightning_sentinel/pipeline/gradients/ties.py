@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sentinel.mesh import Mesh
-from lightning_sentinel.pipeline.gradients.reduction import StageGroups, first_healthy, sum_over_stages
+from lightning_sentinel.pipeline.gradients.groups import StageGroups, first_healthy
+from lightning_sentinel.pipeline.gradients.reduction import sum_over_stages
 from lightning_sentinel.pipeline.processes import collectives
 from lightning_sentinel.pipeline.stages.ties import Tie
 

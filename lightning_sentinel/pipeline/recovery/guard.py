@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_sentinel.config import Response, Verification
-from lightning_sentinel.errors import ConfigurationError, MeshExhaustedError
+from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
 from lightning_sentinel.pipeline.recovery.reference_updates import Apart, ReferenceUpdates
+from lightning_sentinel.pipeline.recovery.ruling import Ruling
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.seeds import derive_seed, secret_seed
 from lightning_sentinel.verification import (
@@ -38,33 +38,14 @@ from lightning_sentinel.verification.fences import Fences
 from lightning_sentinel.verification.jury import Ask, Findings, Jury
 from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.references import Contribution
+from lightning_sentinel.verification.table import rows_by_sender
 from lightning_sentinel.verification.tolerance import Tolerances
 from lightning_sentinel.verification.verdicts import MUCH_FURTHER, behind
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["Guard", "Ruling"]
+__all__ = ["Guard"]
 
 _SECRET = "secret/seed"
-
-
-class Ruling(NamedTuple):
-    """What was decided about a step.
-
-    Args:
-        verdict: what its table means.
-        banned: the workers that it bans.
-        excluded: the workers whose signals do not match, without whom the step is to be undone: its gradients hold what they sent.
-        redo: whether the step is to be done again without them; it cannot be if nobody is left who could.
-        plan: of the step that was judged.
-        lost: workers whose gradients are gone, with those of earlier batches of the same step.
-    """
-
-    verdict: StepVerdict
-    banned: list[Worker]
-    excluded: list[Worker]
-    redo: bool
-    plan: StepPlan
-    lost: frozenset[Worker] = frozenset()
 
 
 class Guard:
@@ -158,13 +139,8 @@ class Guard:
         return None if order is None else derive_seed(self.secret, "lanes", order)
 
     def begin(self, plan: StepPlan) -> None:
-        """Begin a training step.
-
-        Raises:
-            MeshExhaustedError: if nobody could do it.
-        """
+        """Begin a training step."""
         self.tolerances.learning = self.calibration.steps < self._secret.warmup_steps
-        self._require_a_pipeline(plan)
         if self.excludes and self.compares_inputs:
             lanes = self._lanes(plan.wiring) or [0]
             for boundary, verifier in self.verifiers.items():
@@ -233,14 +209,9 @@ class Guard:
 
     def take_rows(self, boundary: Boundary) -> Tensor:
         """This step's rows of one boundary, ``(senders, receipts, len(COLUMNS))``, and forget them."""
-        receipts, self._rows[boundary] = self._rows[boundary], []
-        senders, rows = zip(*receipts)
-        if len(set(map(tuple, senders))) == 1:
-            return torch.stack(rows, dim=1)
-        # Some came in groups: put in order by sender, and of each sender as they came.
-        of = [sender for some in senders for sender in some]
-        order = sorted(range(len(of)), key=of.__getitem__)
-        return torch.cat(rows)[torch.tensor(order, device=self._device)].unflatten(0, (max(of) + 1, -1))
+        receipts = self._rows[boundary]
+        self._rows[boundary] = []
+        return rows_by_sender(receipts)
 
     def settle(
         self,
@@ -342,14 +313,6 @@ class Guard:
         for worker in self.ledger.banned:
             banned[worker.stage, worker.replica] = True
         return self.calibration.assess(table, wiring, banned[[boundary.sender for boundary in self._mesh.boundaries]])
-
-    def _require_a_pipeline(self, plan: StepPlan) -> None:
-        if not any(plan.wiring.live):
-            raise MeshExhaustedError(
-                f"No complete pipeline is left at step {plan.number}; banned are"
-                f" {', '.join(map(str, sorted(self.ledger.banned)))}, by Response(banned=...), a ledger or a checkpoint. The run"
-                f" cannot go on with {self._mesh.replicas} replica(s). Use more replicas, or take some of the bans back."
-            )
 
     def _learn(
         self,

@@ -21,7 +21,7 @@ from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.batch_metrics import alone
 from lightning_sentinel.pipeline.data.feeding import gather_numbers
-from lightning_sentinel.pipeline.gradients.reduction import group_of
+from lightning_sentinel.pipeline.gradients.groups import group_of
 from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
 from lightning_sentinel.pipeline.results.absent_metrics import NothingHere
 from lightning_sentinel.pipeline.results.telling import NoData, decoded, encoded

@@ -1,0 +1,100 @@
+"""The process groups of a run: the healthy ranks of each stage, and of stages that share parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from lightning_sentinel.errors import MeshExhaustedError
+from lightning_sentinel.mesh import Mesh, Worker
+
+__all__ = ["StageGroups", "first_healthy", "group_of", "require_healthy"]
+
+_made: dict[tuple[tuple[int, ...], timedelta], dist.ProcessGroup] = {}
+"""Groups of earlier runs in this process: each has connections of its own, which a run that made new ones would add to."""
+_made_in: dist.ProcessGroup | None = None
+
+
+def group_of(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
+    """A group of these ranks; for all ranks to call, which have all made the same ones before."""
+    global _made_in
+    if _made_in is not dist.group.WORLD:
+        _made.clear()
+        _made_in = dist.group.WORLD
+    if (ranks, timeout) not in _made:
+        _made[ranks, timeout] = dist.new_group(list(ranks), timeout=timeout)
+    return _made[ranks, timeout]
+
+
+class StageGroups:
+    """Process groups of the healthy ranks of each stage, and of several stages together.
+
+    Args:
+        mesh: all workers, one a rank.
+        rank: this process's.
+        timeout: how long the members of a group wait for each other.
+        across: sets of stages that are to have a group.
+    """
+
+    def __init__(self, mesh: Mesh, rank: int, timeout: timedelta, across: Sequence[tuple[int, ...]] = ()) -> None:
+        self._mesh, self._rank, self._timeout = mesh, rank, timeout
+        self._sets = [*((stage,) for stage in range(mesh.stages)), *across]
+        self._members: list[tuple[int, ...]] = [()] * len(self._sets)
+        self._mine: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def healthy(self, banned: Collection[Worker]) -> dist.ProcessGroup | None:
+        """The workers of this rank's stage that are not banned.
+
+        The first call makes the groups, and so does a call with other banned workers than the one before, where a stage changes.
+        Such a call is a collective of *all* ranks, banned ones included, which must all name the same workers. A group is not to be
+        used once a later call has replaced it.
+
+        Returns:
+            ``None`` if this rank is banned.
+
+        Raises:
+            MeshExhaustedError: on all ranks, if a stage has no healthy worker.
+        """
+        members = [
+            tuple(rank for stage in stages for rank in self._mesh.stage_ranks(stage) if self._mesh.worker(rank) not in banned)
+            for stages in self._sets
+        ]
+        require_healthy(members[: self._mesh.stages])
+        replaces = any(before not in ((), now) for before, now in zip(self._members, members))
+        outdated: list[dist.ProcessGroup] = []
+        for stages, before, ranks in zip(self._sets, self._members, members):
+            if ranks == before:
+                continue
+            _made.pop((before, self._timeout), None)
+            group = group_of(ranks, self._timeout)
+            if stages in self._mine:
+                outdated.append(self._mine.pop(stages))
+            if self._rank in ranks:
+                self._mine[stages] = group
+        self._members = members
+        if replaces:
+            # A rank that is still busy in an old group would find its connections closed, and making a group waits for nobody else.
+            dist.barrier()
+        for old in outdated:
+            dist.destroy_process_group(old)
+        return self._mine.get((self._mesh.worker(self._rank).stage,))
+
+    def across(self, stages: tuple[int, ...]) -> dist.ProcessGroup:
+        """The group of these stages, of which this rank is a healthy member."""
+        return self._mine[stages]
+
+
+def first_healthy(mesh: Mesh, stage: int, banned: Collection[object]) -> int:
+    """The rank that speaks for a stage."""
+    return next(rank for rank in mesh.stage_ranks(stage) if mesh.worker(rank) not in banned)
+
+
+def require_healthy(members: Sequence[Sequence[int]]) -> None:
+    for stage, ranks in enumerate(members):
+        if not ranks:
+            raise MeshExhaustedError(
+                f"All workers of stage {stage} are banned: nobody is left who could reduce its gradients. Start again from a"
+                " checkpoint with other machines for this stage."
+            )
