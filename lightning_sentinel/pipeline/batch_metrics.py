@@ -138,7 +138,8 @@ class LoggedMetric(Metric):
         super().__init__(sync_on_compute=False, compute_with_cache=False)
         # In a function, because a module would take a metric for a part of itself, and move it to where it is itself.
         self._of = lambda: metric
-        self._name, self._ask = name, compute
+        self._name = name
+        self._ask = compute
 
     def is_of(self, metric: Metric) -> bool:
         """Whether it stands for this one."""

@@ -76,7 +76,8 @@ class _Logged(NamedTuple):
         constant = bool(said.any()) and self.least[said].amin() == self.most[said].amax()
         if not said.any() or constant:
             # A batch size that is always the same is that of the batch, of which the step has seen a micro-batch at a time.
-            mean, samples = (self.value * self.samples).sum() / self.samples.sum(), self.samples.sum()
+            mean = (self.value * self.samples).sum() / self.samples.sum()
+            samples = self.samples.sum()
             return mean.item(), (self.most[said].amax() if constant else samples).item()
         weight = torch.where(said, self.said, self.samples)
         mean = (torch.where(said, self.by_said, self.value) * weight).sum() / weight.sum()
@@ -195,7 +196,8 @@ class LogRecorder:
     """
 
     def __init__(self, module: L.LightningModule, metrics: BatchMetrics | None = None) -> None:
-        self._module, self._metrics = module, metrics
+        self._module = module
+        self._metrics = metrics
         self._entries: dict[str, dict[str, Any]] = {}
         self._values: dict[str, list[_OfMicroBatch]] = {}
         self._logging = LoggingMicroBatch(counts=torch.tensor(True))
@@ -273,12 +275,15 @@ class LogRecorder:
         return torch.cat(parts) if parts else torch.empty(0, device=_counts(self._logging).device)
 
     def _reduced(self, name: str, entry: Mapping[str, Any]) -> _Logged:
-        logged, how = self._values[name], entry["reduce_fx"]
+        logged = self._values[name]
+        how = entry["reduce_fx"]
         included = torch.stack([_counts(one.micro_batch) for one in logged])
         values = torch.where(included, torch.stack([one.value.to(included.device) for one in logged]), 0.0)
         counts = included.float()
-        samples, said = ([one.micro_batch.samples for one in logged], [one.said for one in logged])
-        weights, nothing = counts * counts.new_tensor(samples), counts.new_zeros(())
+        samples = [one.micro_batch.samples for one in logged]
+        said = [one.said for one in logged]
+        weights = counts * counts.new_tensor(samples)
+        nothing = counts.new_zeros(())
         total = weights.sum()
         if entry["metric"] is not None:
             value = None if self._metrics is None else self._metrics.value(entry["metric"])
@@ -335,7 +340,8 @@ class LogReplay:
     """
 
     def __init__(self, module: L.LightningModule, compute: Callable[[str, Metric], Any]) -> None:
-        self._module, self._compute = module, compute
+        self._module = module
+        self._compute = compute
         self._metrics: dict[str, LoggedMetric] = {}
 
     def __call__(self, schema: LogSchema, reduced: Mapping[str, tuple[float, float]]) -> None:
@@ -346,9 +352,11 @@ class LogReplay:
             reduced: the values, as :meth:`LogSchema.reduce` gives them.
         """
         for name, entry in schema.entries.items():
-            path, options = entry["metric"], dict(entry["options"])
+            path = entry["metric"]
+            options = dict(entry["options"])
             if path is not None:
-                real, metric = cast(Metric, self._module.get_submodule(path)), self._metrics.get(path)
+                real = cast(Metric, self._module.get_submodule(path))
+                metric = self._metrics.get(path)
                 if metric is None or not metric.is_of(real):
                     metric = self._metrics[path] = LoggedMetric(path, real, self._compute)
                 metric.of_batch(reduced[name][0] if name in reduced else None)

@@ -146,7 +146,8 @@ class HostProbe:
     """
 
     def __init__(self) -> None:
-        self._python, self._next = random.Random(0).getstate(), random.Random(0).getrandbits(64)
+        self._python = random.Random(0).getstate()
+        self._next = random.Random(0).getrandbits(64)
         self._next_of_numpy = np.random.RandomState(0).random_sample()
 
     def set(self) -> None:
@@ -230,7 +231,8 @@ class SeparateRandomness:
     @contextmanager
     def of_computation(self) -> Iterator[None]:
         """Draw from the computation's generators inside, and from the data's again outside."""
-        data, python = _torch_states(self._device), random.getstate()
+        data = _torch_states(self._device)
+        python = random.getstate()
         numpy_gauss: Any = np.random.get_state(legacy=False)
         # Another generator in its place, because to copy NumPy's state out and in takes a hundred times as long.
         numpy_data = _NUMPY.get_bit_generator()
@@ -240,7 +242,8 @@ class SeparateRandomness:
         try:
             yield
         finally:
-            self._torch, self._python = _torch_states(self._device), random.getstate()
+            self._torch = _torch_states(self._device)
+            self._python = random.getstate()
             _set_torch_states(data, self._device)
             random.setstate(python)
             _NUMPY.set_bit_generator(numpy_data)

@@ -71,9 +71,13 @@ class StepRun:
         draws_on: torch.device | None,
     ) -> None:
         self.step = step
-        self._runner, self._recorder, self._micro_batch = runner, recorder, micro_batch
+        self._runner = runner
+        self._recorder = recorder
+        self._micro_batch = micro_batch
         self._answered = False
-        self._arithmetic, self._hooks, self._records_gradients = _arithmetic(), _saving_hooks(), torch.is_grad_enabled()
+        self._arithmetic = _arithmetic()
+        self._hooks = _saving_hooks()
+        self._records_gradients = torch.is_grad_enabled()
         given = (runner.batches_from(arguments, step),) if fetches(runner.module, step) else arguments
         self._suspended = Suspended(lambda: getattr(runner.module, step)(*given), draws_on)
         with self._running():
@@ -189,7 +193,8 @@ class StepRunner:
     def __init__(
         self, module: L.LightningModule, entry: nn.Module | None, layers: Collection[str] = (), whole: bool = False
     ) -> None:
-        self.module, self.whole = module, whole
+        self.module = module
+        self.whole = whole
         self.forward: Callable[..., Any] = module if entry is None else entry.forward
         """The entry's own."""
         self._entry = entry
@@ -325,7 +330,8 @@ class StepRunner:
         self.calls.hold()
         trainer = self.module._trainer
         stops = trainer is not None and trainer.should_stop
-        restore, restore_metrics = remembered(self.module, keeping=self._keepers, most=most), self._remember_metrics()
+        restore = remembered(self.module, keeping=self._keepers, most=most)
+        restore_metrics = self._remember_metrics()
 
         def undo() -> None:
             restore_metrics()

@@ -309,7 +309,9 @@ def own_optimizer_state(
             f" {len(optimizer.param_groups)}. Resume with the optimizer that was saved, or load the weights only."
         )
     number = {name: index for index, name in enumerate(name for group in groups for name in group)}
-    state, param_groups, mine = {}, [], 0
+    state = {}
+    param_groups = []
+    mine = 0
     for saved_group, group in zip(saved["param_groups"], optimizer.param_groups):
         indices = range(mine, mine + len(group["params"]))
         mine += len(indices)

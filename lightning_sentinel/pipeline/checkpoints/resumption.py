@@ -100,7 +100,8 @@ class DataPosition(L.Callback):
 
     def begin(self) -> None:
         """A loader is about to be asked for its iterator for the first time."""
-        self.epoch_began, self.unused = data_generators(), None
+        self.epoch_began = data_generators()
+        self.unused = None
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -182,7 +183,10 @@ class _Returning(Iterator[Any]):
     """An iterator over batches that goes to its place when it is first asked: only then the loop knows how many were seen."""
 
     def __init__(self, position: DataPosition, trainer: L.Trainer, loader: CombinedLoader, states: States | None) -> None:
-        self._position, self._trainer, self._loader, self._states = position, trainer, loader, states
+        self._position = position
+        self._trainer = trainer
+        self._loader = loader
+        self._states = states
         self._batches: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
@@ -196,7 +200,8 @@ class _Returning(Iterator[Any]):
     def _return(self) -> Iterator[Any]:
         """The batches from the one after the last that was seen."""
         fit_loop: Any = self._trainer.fit_loop
-        seen, states = fit_loop.epoch_loop.batch_progress.current.ready, self._states
+        seen = fit_loop.epoch_loop.batch_progress.current.ready
+        states = self._states
         ahead = 0 if states is None else int(states["ahead"])
         if fit_loop.epoch_loop.batch_progress.is_last_batch and not ahead:
             return  # the loop asks before it ends an epoch that has no batches left; the next one opens its data by itself

@@ -116,7 +116,8 @@ class Destination(NamedTuple):
             ConfigurationError: if a part is not to be seen from here.
             OSError: if the index could not be written.
         """
-        folder, target = Path(self.folder), Path(self.target)
+        folder = Path(self.folder)
+        target = Path(self.target)
         for part in parts:
             file = folder / part["file"]
             if not file.is_file() or file.stat().st_size != part["bytes"]:
@@ -177,7 +178,8 @@ class ShardedCheckpoint:
         self.state_names: list[str] = described["state_names"]
         self._parameter_names: list[str] = described["parameter_names"]
         self._options: list[list[dict[str, Any]]] = described["options"]
-        self._parts, self._save = described["parts"], described["save"]
+        self._parts = described["parts"]
+        self._save = described["save"]
         for part in self._parts:
             if Path(part["file"]).name != part["file"]:
                 raise ConfigurationError(f"{self.path / INDEX} names {part['file']!r} as a part, which is not in its directory.")

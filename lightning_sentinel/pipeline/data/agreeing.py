@@ -53,14 +53,16 @@ def split_alike(
         ConfigurationError: if the batch, or that of another rank, cannot be dealt.
         PipelineModelError: if two ends of a pipeline have read different batches.
     """
-    problem, own = None, None
+    problem = None
+    own = None
     try:
         own = whole(batch)
         mine = [own.samples, own.most(at_most), fingerprint([loaded, batch], waits) if asks and reads else 0]
         if travels and reads:
             _require_that_it_can_travel(batch)
     except ConfigurationError as error:
-        mine, problem = [_UNREADABLE, 0, 0], error
+        mine = [_UNREADABLE, 0, 0]
+        problem = error
     if asks:
         everyone = gather_numbers(mine if reads else [NOT_READ, 0, 0])
         troubled = [rank for rank, (samples, *_) in enumerate(everyone) if samples == _UNREADABLE]
@@ -73,7 +75,8 @@ def split_alike(
         return SplitBatch(BatchSizes.of([mine[0]] * mesh.replicas, mine[1]), [own.dealt(mine[1])], mine[0])
     compare_ends([(samples, printed) for samples, _, printed in everyone], mesh, banned)
     of_replicas = [everyone[mesh.rank(_spokesman(replica, mesh, banned))] for replica in range(mesh.replicas)]
-    samples, most = [numbers[0] for numbers in of_replicas], [numbers[1] for numbers in of_replicas if numbers[0]]
+    samples = [numbers[0] for numbers in of_replicas]
+    most = [numbers[1] for numbers in of_replicas if numbers[0]]
     sizes = BatchSizes.of(samples, min([*most, at_most]))
     dealt = own.dealt(sizes.micro_batches) if reads or not by_module else MicroBatches((), (0,) * sizes.micro_batches, None)
     if by_module:

@@ -94,7 +94,10 @@ class _ByModule:
     """Dealt by the module."""
 
     def __init__(self, batch: Any, split: Callable[[Any, int], Any], count: Callable[[Any], int] | None, name: str) -> None:
-        self._batch, self._split, self._count, self._name = batch, split, count, name
+        self._batch = batch
+        self._split = split
+        self._count = count
+        self._name = name
         self._latest: tuple[int, list[Any]] = (0, [])
 
     @property
@@ -154,7 +157,8 @@ class _ByModule:
 
 def _told(batch: Any, pieces: Sequence[Any]) -> tuple[int, ...] | None:
     """Samples of each piece, by the only sizes that add up to those of the whole in all tensors that were cut."""
-    wholes, parts = _shapes(batch), [_shapes(piece) for piece in pieces]
+    wholes = _shapes(batch)
+    parts = [_shapes(piece) for piece in pieces]
     if any(len(shapes) != len(wholes) for shapes in parts):
         return None
     possible: list[dict[tuple[int, ...], None]] = []

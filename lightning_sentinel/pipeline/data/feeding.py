@@ -63,7 +63,8 @@ def refuse_other_replicas(loader: Any, num_replicas: int, rank: int, gathers: bo
     sampler = getattr(loader, "sampler", None)
     if not hasattr(sampler, "num_replicas"):
         sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    right, said = [num_replicas, rank], [getattr(sampler, "num_replicas", None), getattr(sampler, "rank", None)]
+    right = [num_replicas, rank]
+    said = [getattr(sampler, "num_replicas", None), getattr(sampler, "rank", None)]
     found = [number for number in said if isinstance(number, int)]
     # Who is the only one reads all samples, and so does everybody else who is.
     found = found if len(found) == len(right) and found != [1, 0] else right
@@ -101,7 +102,8 @@ def is_even(loader: Any) -> tuple[bool, list[int]]:
         lengths are -1 where a loader does not know its own.
     """
     everyone = gather_numbers(_facts(loader))
-    known, lengths = everyone[0][0], [facts[1] for facts in everyone]
+    known = everyone[0][0]
+    lengths = [facts[1] for facts in everyone]
     return bool(known) and all(facts == everyone[0] for facts in everyone), lengths
 
 

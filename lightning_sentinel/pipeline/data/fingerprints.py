@@ -17,7 +17,8 @@ from lightning_sentinel.pipeline.waiting import on_host
 
 __all__ = ["NONE_LEFT", "NOT_READ", "compare_ends", "fingerprint"]
 
-_ELEMENTS, _LEAVES = 512, 64
+_ELEMENTS = 512
+_LEAVES = 64
 """So many of each tensor, and of each batch."""
 NONE_LEFT, NOT_READ = -1, -2
 """In place of a number of samples."""

@@ -47,7 +47,8 @@ def stand_in(description: bytes, device: torch.device) -> Any:
     """
     try:
         described = json.loads(description)
-        batch, samples = _built(described["batch"], device), described["samples"]
+        batch = _built(described["batch"], device)
+        samples = described["samples"]
         rows = torch.zeros((), device=device).expand(samples)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
         raise MalformedMessageError(f"What should describe a batch does not: {description[:80]!r} ({error}).") from error

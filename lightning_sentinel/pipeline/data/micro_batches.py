@@ -63,7 +63,8 @@ class MicroBatches:
     """
 
     def __init__(self, parts: Sequence[Any], sizes: Sequence[int], batch: Any) -> None:
-        self._parts, self._batch = parts, batch
+        self._parts = parts
+        self._batch = batch
         self.sizes = tuple(sizes)
 
     @property

@@ -92,7 +92,9 @@ class SampleExchange:
     """
 
     def __init__(self, mesh: Mesh, worker: Worker, device: torch.device) -> None:
-        self._mesh, self._worker, self._device = mesh, worker, device
+        self._mesh = mesh
+        self._worker = worker
+        self._device = device
         self._largest = 0
 
     def of_step(self, own: MicroBatches, sizes: BatchSizes, wiring: Wiring, banned: Collection[Worker]) -> list[AssignedMicroBatch]:

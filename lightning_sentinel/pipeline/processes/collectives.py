@@ -80,7 +80,8 @@ def broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup | None = Non
 
 def broadcast_each(sources: Iterable[tuple[Tensor, int]], group: dist.ProcessGroup | None = None) -> None:
     """Several broadcasts that are under way at once: tensors, each with the rank of the world that it comes from."""
-    rank, under_way = dist.get_rank(), []
+    rank = dist.get_rank()
+    under_way = []
     for tensor, source in sources:
         message = tensor
         if (place := wire(tensor.device)) != tensor.device:

@@ -38,7 +38,8 @@ __all__ = ["Roster", "Start", "agree_on_round", "connect", "is_lost_connection",
 _LOST = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset|refused)|timed? ?out|socket|broken pipe", re.IGNORECASE)
 _WAITING = ("torch.distributed.", "lightning_sentinel.")
 _MOMENT = timedelta(seconds=2)
-_MOST_FRAMES, _MOST_OF_A_NOTE = 8, 4000
+_MOST_FRAMES = 8
+_MOST_OF_A_NOTE = 4000
 _PACKAGE = str(Path(__file__).resolve().parents[2])
 _start: Start | None = None
 
@@ -108,7 +109,8 @@ def connect(
         store = PrefixStore(agree_on_round(shared, rank, world_size, timeout), shared)
         ranks = tuple(range(world_size)) if admit is None else admit(store)
         if rank in ranks:
-            default, place = PrefixStore("default", store), ranks.index(rank)
+            default = PrefixStore("default", store)
+            place = ranks.index(rank)
             dist.init_process_group(backend, store=default, rank=place, world_size=len(ranks), timeout=timeout)
         _start = Start(store, ranks)
     return _start
@@ -130,7 +132,9 @@ def agree_on_round(store: Store, rank: int, world_size: int, timeout: timedelta)
     Raises:
         WorkerLostError: if somebody does not turn up.
     """
-    me, deadline, others = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds(), range(1, world_size)
+    me = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout.total_seconds()
+    others = range(1, world_size)
     store.set(f"hello/{rank}", me)
     while time.monotonic() < deadline:
         if rank == 0:
@@ -177,7 +181,9 @@ class Roster:
     """
 
     def __init__(self, mesh: Mesh, rank: int, store: Store | None, timeout: timedelta) -> None:
-        self._mesh, self._rank, self._timeout = mesh, rank, timeout
+        self._mesh = mesh
+        self._rank = rank
+        self._timeout = timeout
         self._store = None if store is None else notes(store)
         self.hosts: tuple[str, ...] = ()
         if self._store is not None:
@@ -227,13 +233,15 @@ class Roster:
             self._note(self._rank, f"{said[:_MOST_OF_A_NOTE]}{trace[:_MOST_OF_A_NOTE]}")
 
     def _named(self, suspect: int | None) -> WorkerLostError:
-        gone, note = self._gone(), None
+        gone = self._gone()
+        note = None
         # A process that ends closes its connections first. And who waited for the lost rank itself knows which it is, and may be
         # about to write that down.
         deadline = time.monotonic() + _MOMENT.total_seconds()
         while not gone and suspect is None and note is None and time.monotonic() < deadline:
             time.sleep(0.02)
-            gone, note = self._gone(), self._read()
+            gone = self._gone()
+            note = self._read()
         gone = gone or ([suspect] if suspect is not None else [])
         silence = (
             f"did not answer within {self._timeout}, or its process ended; if it was only slow, a larger"

@@ -29,7 +29,8 @@ class RenumberedEnvironment(ClusterEnvironment):
 
     def __init__(self, environment: ClusterEnvironment, ranks: tuple[int, ...]) -> None:
         super().__init__()
-        self._environment, self._ranks = environment, ranks
+        self._environment = environment
+        self._ranks = ranks
 
     @property
     def original(self) -> ClusterEnvironment:

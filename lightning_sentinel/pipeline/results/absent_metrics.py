@@ -28,7 +28,10 @@ class NothingHere:
     """
 
     def __init__(self, name: str, metric: Metric, stage: int, under_way: Collection[str], said: set[str]) -> None:
-        self._name, self._stage, self._under_way, self._said = name, stage, under_way, said
+        self._name = name
+        self._stage = stage
+        self._under_way = under_way
+        self._said = said
         self._metric = weakref.ref(metric)
 
     def __call__(self) -> bool:

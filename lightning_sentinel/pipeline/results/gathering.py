@@ -33,7 +33,10 @@ class Gathering:
     """
 
     def __init__(self, ranks: Callable[[], Sequence[int]], rank: int, device: torch.device, audited: bool) -> None:
-        self._ranks, self._rank, self._device, self._audited = ranks, rank, device, audited
+        self._ranks = ranks
+        self._rank = rank
+        self._device = device
+        self._audited = audited
 
     def __call__(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """The signature of ``LightningModule.all_gather``.

@@ -47,7 +47,10 @@ class SharedMetrics(L.Callback):
         waiting: Callable[[], AbstractContextManager[Any]],
         timeout: timedelta,
     ) -> None:
-        self._mesh, self._banned, self._waiting, self._timeout = mesh, banned, waiting, timeout
+        self._mesh = mesh
+        self._banned = banned
+        self._waiting = waiting
+        self._timeout = timeout
         self._before: dict[str, dict[str, int]] = {}
         self._known: set[str] = set()
         """Those that all ranks have the values of, until the next batch."""
@@ -101,7 +104,9 @@ class SharedMetrics(L.Callback):
         """Give all ranks the values of metrics that steps have updated. Returns why those that could not be computed could not."""
         if not metrics:
             return {}
-        rank, last, banned = dist.get_rank(), self._mesh.stages - 1, self._banned()
+        rank = dist.get_rank()
+        last = self._mesh.stages - 1
+        banned = self._banned()
         with self._waiting():
             everyone = gather_numbers([int(one) for one in updated])
             healthy = [other for other in self._mesh.stage_ranks(last) if self._mesh.worker(other) not in banned]

@@ -41,7 +41,8 @@ def share_predictions(
     Returns:
         tensors, or nested collections of them, with the samples along the first axis, on the host; ``None`` without samples.
     """
-    last, mine = mesh.stages - 1, {}
+    last = mesh.stages - 1
+    mine = {}
     if all(wiring.live):
         source = mesh.rank(Worker(last, worker.replica))
         found = list_from(source, broadcast_tree(list(results.values()), source, pipeline))

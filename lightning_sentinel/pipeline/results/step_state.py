@@ -42,7 +42,9 @@ class SharedStepState(L.Callback):
     def __init__(
         self, mesh: Mesh, banned: Callable[[], Collection[Worker]], waiting: Callable[[], AbstractContextManager[Any]]
     ) -> None:
-        self._mesh, self._banned, self._waiting = mesh, banned, waiting
+        self._mesh = mesh
+        self._banned = banned
+        self._waiting = waiting
         self._before: dict[str, dict[str, Picture]] = {}
         self._own: dict[str, list[Change]] = {}
         """What this rank has changed by itself in an epoch that is not over, as far as its pictures do not show it any more."""
@@ -59,7 +61,8 @@ class SharedStepState(L.Callback):
             self._before[stage] = {name: picture(holder.value) for name, holder in _signal_cache(pl_module).items()}
 
     def _share(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        before, kept = self._before.pop(str(trainer.state.stage), None), _signal_cache(pl_module)
+        before = self._before.pop(str(trainer.state.stage), None)
+        kept = _signal_cache(pl_module)
         changed: list[Change] = []
         if before is not None:
             for name, holder in kept.items():
@@ -87,7 +90,8 @@ class SharedStepState(L.Callback):
 
     def _source(self, replica: int) -> int:
         """The rank whose steps tell the others of a pipeline."""
-        last, banned = self._mesh.stages - 1, self._banned()
+        last = self._mesh.stages - 1
+        banned = self._banned()
         honest = [worker for worker in self._mesh.workers if worker.stage == last and worker not in banned]
         own = Worker(last, replica)
         return self._mesh.rank(own if own in honest else honest[0])

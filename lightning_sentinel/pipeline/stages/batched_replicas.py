@@ -27,7 +27,9 @@ class BatchedReplicas:
     """
 
     def __init__(self, device: torch.device, checkpointing: bool, places: Sequence[str]) -> None:
-        self._device, self._checkpointing, self._places = device, checkpointing, tuple(places)
+        self._device = device
+        self._checkpointing = checkpointing
+        self._places = tuple(places)
         self._drawing: set[int] = set()
         self._probe = HostProbe()
         self.apart = False

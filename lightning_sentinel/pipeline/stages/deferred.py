@@ -170,7 +170,8 @@ class DeferredBuild(TorchDispatchMode):
             wanted: tensors of this build.
         """
         views = [self._stash(tensor) for tensor in wanted]
-        kept, memory = {view.storage for view in views}, dict[int, torch.UntypedStorage]()
+        kept = {view.storage for view in views}
+        memory = dict[int, torch.UntypedStorage]()
         needed = self._needed(kept)
         last = {place: index for index, operation in needed for place in (*operation.reads, *operation.makes) if place is not None}
         for index, operation in needed:
@@ -186,7 +187,8 @@ class DeferredBuild(TorchDispatchMode):
 
     def _needed(self, wanted: set[int]) -> list[tuple[int, _Operation]]:
         """What has to be done for the values of these storages, in order."""
-        live, needed = set(wanted), []
+        live = set(wanted)
+        needed = []
         for index, operation in reversed(list(enumerate(self._operations))):
             if live & operation.writes or live.intersection(operation.makes):
                 live |= operation.reads

@@ -25,7 +25,9 @@ class Elsewhere:
     """
 
     def __init__(self, name: str, stage: int, stages: int) -> None:
-        self._name, self._stage, self._stages = name, stage, stages
+        self._name = name
+        self._stage = stage
+        self._stages = stages
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise PipelineModelError(

@@ -207,7 +207,8 @@ def refuse_frozen(module: nn.Module) -> NoReturn:
 
 
 def _check_stages(model: StageModel, method: str, worker: Worker | None) -> None:
-    stages, name = range(model.mesh.stages), type(model.layers.module).__name__
+    stages = range(model.mesh.stages)
+    name = type(model.layers.module).__name__
     without = [stage for stage in stages if not model.stage_layers(stage)]
     if without:
         raise PipelineModelError(

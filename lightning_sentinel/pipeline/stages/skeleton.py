@@ -81,7 +81,8 @@ class Skeleton:
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._module, self._device = module, device
+        self._module = module
+        self._device = device
         self._places: list[_Place] = []
         self._stand_ins: dict[int, nn.Parameter | Tensor] = {}
 

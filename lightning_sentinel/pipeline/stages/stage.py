@@ -87,7 +87,10 @@ class StageLayers(nn.Module):
         self.seeds: MicroBatchSeeds | None = None
         """What decides the random numbers of the next forward pass; ``None`` takes them as they come."""
         self._fault: Callable[[Any], Any] | None = None
-        self._first, self._checkpointing, self._device, self._places = first, checkpointing, device, tuple(places)
+        self._first = first
+        self._checkpointing = checkpointing
+        self._device = device
+        self._places = tuple(places)
 
     def forward(self, signal: Any) -> Any:
         for index, (layer, place) in enumerate(zip(self.layers, self._places)):
