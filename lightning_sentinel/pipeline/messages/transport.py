@@ -236,7 +236,7 @@ class Transport:
         return self._wire.type == "cpu" and before == size
 
     def _elements(self, rank: int, size: _MessageSize) -> Tensor:
-        """Receive elements that follow their header: ``(elements,)``, on the wire's device. A mark left at the end: too few came."""
+        """Receive elements sent after their header: ``(elements,)``, on the wire's device. A mark left at the end means too few."""
         message = torch.empty(size.elements, dtype=size.dtype, device=self._wire)
         message[-1] = _UNTOUCHED
         with _naming(rank):
