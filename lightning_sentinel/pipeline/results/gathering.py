@@ -1,7 +1,7 @@
 """Implements ``self.all_gather`` inside a step: over the replicas, as under DDP.
 
-Lightning gathers over all ranks. Inside a step only the ranks that run it at the same time take part: the workers of one stage, each
-for its own pipeline. They exchange tensors in pairs, so that they need no process group, which would change with every ban.
+Lightning gathers over all ranks. Inside a step only the ranks that run it at the same time take part: the workers of one stage,
+each for its own pipeline. They exchange tensors in pairs, so that they need no process group, which would change with every ban.
 """
 
 from __future__ import annotations
