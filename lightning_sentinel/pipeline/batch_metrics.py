@@ -1,8 +1,8 @@
-"""Metric objects of torchmetrics where a step sees a micro-batch at a time, and on one stage only.
+"""Computes the values of torchmetrics objects on a whole batch, though a step sees one micro-batch at a time, on one stage only.
 
-Lightning asks a metric that was logged with ``on_step`` for what its ``forward`` gave on the batch, and one that was logged with
-``on_epoch`` for what it computes. The first is worked out here, by a copy of the metric that is given all of a batch's
-micro-batches; the second is a matter between ranks.
+For a metric logged with ``on_step`` Lightning reads the result of its ``forward`` on the batch; for one logged with ``on_epoch`` it
+calls ``compute``. The first value is computed here, by a copy of the metric that gets all micro-batches of a batch; the second is
+computed across ranks (``results.metrics``).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ __all__ = ["BatchMetrics", "LoggedMetric", "alone"]
 
 
 def alone() -> bool:
-    """Nobody to gather states from: ``distributed_available_fn`` of metrics that are not to wait for other ranks."""
+    """The ``distributed_available_fn`` of metrics that must not gather states from other ranks."""
     return False
 
 
 class BatchMetrics:
-    """What metrics are on a batch, from what a step gives to their ``forward``.
+    """Computes metrics on a batch, from the arguments that a step passes to their ``forward``.
 
     Args:
-        module: the user's module, which has them.
+        module: the user's module, which holds the metrics.
 
     Example:
         >>> from torchmetrics import MaxMetric
@@ -54,18 +54,18 @@ class BatchMetrics:
         self._has: set[str] = set()
 
     def begin(self) -> None:
-        """Forget the batch before."""
+        """Begin a batch: forget the previous one."""
         self._has.clear()
 
     def want(self, name: str, metric: Metric) -> None:
-        """The step logs a metric, whose value on the batch somebody will look at."""
+        """Record that the step logs a metric whose value on the batch is needed."""
         self._wanted[name] = metric
         if not any(metric is known for known in self._metrics or ()):
-            self._metrics = None  # made since, and heard from the next micro-batch on
+            self._metrics = None  # a new metric, which is recorded from the next micro-batch on
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Around a step on a micro-batch."""
+        """A context around a step on a micro-batch that records the inputs of metrics."""
         if self._metrics is None:
             self._metrics = [part for part in self._module.modules() if isinstance(part, Metric)]
         self._heard.clear()
@@ -97,7 +97,7 @@ class BatchMetrics:
             copy.update(*args, **kwargs)
 
     def value(self, name: str) -> Tensor | None:
-        """What a metric is on the micro-batches since the beginning of the batch; ``None`` if that is no number."""
+        """A metric's value on the micro-batches since :meth:`begin`; ``None`` if it is no number."""
         if name not in self._has:
             return None
         value = self._copies[name].compute()
@@ -105,7 +105,7 @@ class BatchMetrics:
 
 
 def _fresh(metric: Metric) -> Metric:
-    """A copy without what the metric has been given, which may belong to a graph and could not be copied."""
+    """Copy a metric with empty states: its present states may belong to an autograd graph, and could not be copied."""
     parts = [part for part in metric.modules() if isinstance(part, Metric)]
     before = [dict(vars(part)) for part in parts]
     for part in parts:
@@ -124,44 +124,45 @@ def _fresh(metric: Metric) -> Metric:
 
 
 class LoggedMetric(Metric):
-    """Stands for a metric where Lightning is told that it was logged.
+    """Stand-in for a metric, which is passed to Lightning's ``self.log`` in its place.
 
     Args:
         name: of the metric in the module.
-        metric: itself.
-        compute: what it is over an epoch, given name and metric.
+        metric: the metric.
+        compute: returns the metric's value over an epoch, given its name and itself.
     """
 
     full_state_update = False
 
     def __init__(self, name: str, metric: Metric, compute: Callable[[str, Metric], Any]) -> None:
         super().__init__(sync_on_compute=False, compute_with_cache=False)
-        # In a function, because a module would take a metric for a part of itself, and move it to where it is itself.
+        # In a function, because as an attribute the metric would become a submodule, and would be moved with this one.
         self._of = lambda: metric
-        self._name, self._ask = name, compute
+        self._name = name
+        self._ask = compute
 
     def is_of(self, metric: Metric) -> bool:
-        """Whether it stands for this one."""
+        """Whether this stands for ``metric``."""
         return self._of() is metric
 
     @property
     def device(self) -> torch.device:
-        """Where the metric is."""
+        """Device of the metric."""
         return self._of().device
 
     def of_batch(self, value: float | None) -> None:
-        """What the metric is on the batch that is being logged, which Lightning looks for where ``forward`` leaves it."""
+        """Set the metric's value on the logged batch, where Lightning reads it: in the cache of ``forward``."""
         self.update()
         vars(self)["_forward_cache"] = None if value is None else torch.tensor(value, device=self.device)
 
     def update(self) -> None:
-        """Nothing: the steps do."""
+        """Does nothing: steps update the metric itself."""
 
     def compute(self) -> Any:
         """The value over the epoch."""
         return self._ask(self._name, self._of())
 
     def reset(self) -> None:
-        """Of the metric as well."""
+        """Reset this and the metric."""
         super().reset()
         self._of().reset()

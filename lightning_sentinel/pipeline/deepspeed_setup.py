@@ -1,7 +1,7 @@
-"""DeepSpeed made ready: its environment, and a check of the private names that the engine builds on.
+"""Sets up DeepSpeed: its environment, and a check of the private names that the engine uses.
 
-Everything private that this package touches in DeepSpeed is named here, so that a release that changes one of them fails at once
-and says so, instead of training wrongly.
+All private names of DeepSpeed that this package uses are listed here, so that a release that changes one fails at once with a clear
+error, instead of training wrongly.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 
 _HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
 _ENGINE_ATTRIBUTES = _HOOKS
-"""Set by DeepSpeed's constructor, so that only an instance can tell."""
+"""Set by DeepSpeed's constructor, so that only an instance can be checked for them."""
 
 
 def prepare(device: torch.device, timeout: timedelta | None, local_rank: int = 0) -> None:
     """Import DeepSpeed for a device and connect it to the running ``torch.distributed``.
 
     Args:
-        device: what the Trainer uses.
-        timeout: of DeepSpeed's own waits; ``None`` if there is nobody to wait for.
+        device: of the Trainer.
+        timeout: of DeepSpeed's own waits; ``None`` in a single process, which waits for no other.
         local_rank: of this process on its machine.
 
     Raises:
@@ -77,7 +77,7 @@ def prepare(device: torch.device, timeout: timedelta | None, local_rank: int = 0
     check_private_names()
     if timeout is None:
         return
-    # DeepSpeed asks the environment, which torchrun and Lightning's launcher fill, and others, such as SLURM's, do not.
+    # DeepSpeed reads LOCAL_RANK, which torchrun and Lightning's launcher set, but others, such as SLURM's, do not.
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     with _no_ops():
         deepspeed.init_distributed(
@@ -87,10 +87,10 @@ def prepare(device: torch.device, timeout: timedelta | None, local_rank: int = 0
 
 @contextmanager
 def _no_ops() -> Iterator[None]:
-    """Let DeepSpeed believe that none of its ops can be built; who asks afterwards is told the truth.
+    """A context in which DeepSpeed believes that none of its ops can be built; afterwards it gets the true answer.
 
     On CPU it would compile a shared-memory op at start-up: a minute, a compiler, and a lock file that outlives a killed run and
-    blocks all later ones. Even the question which of them can be built runs compilers. The pipeline uses none.
+    blocks all later ones. Even checking which ops can be built runs compilers. The pipeline uses none of them.
     """
     import deepspeed
 
@@ -106,19 +106,19 @@ def _no_ops() -> Iterator[None]:
 
 
 def engine_config() -> dict[str, Any]:
-    """What DeepSpeed's engine is told of a run whose batches, gradients and clipping are ours."""
+    """DeepSpeed's configuration for a run in which this package handles batches, gradients and clipping."""
     return {
-        # Batches are dealt by us, so that gradients are scaled in one place; DeepSpeed sees one micro-batch a step.
+        # We split batches, so that gradients are scaled in one place; DeepSpeed sees one micro-batch per step.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # DeepSpeed's norm asks banned workers too; and left out it is not zero.
+        # DeepSpeed's gradient norm would include banned workers. Explicit, because the default is not zero.
         "gradient_clipping": 0.0,
         "steps_per_print": None,
     }
 
 
 def check_private_names() -> None:
-    """Raise ``UnsupportedVersionError`` if the installed DeepSpeed lacks a private name that the engine builds on."""
+    """Raise ``UnsupportedVersionError`` if the installed DeepSpeed lacks a private name that the engine uses."""
     from importlib import import_module
 
     missing = []
@@ -134,14 +134,14 @@ def check_private_names() -> None:
 
 
 def check_engine(engine: object) -> None:
-    """Raise ``UnsupportedVersionError`` if an engine lacks a private attribute that ours sets."""
+    """Raise ``UnsupportedVersionError`` if an engine lacks a private attribute that we use."""
     _refuse_without([f"{type(engine).__name__}.{name}" for name in _ENGINE_ATTRIBUTES if not hasattr(engine, name)])
 
 
 def leave_module_alone(engine: object) -> None:
-    """Remove the hooks that DeepSpeed's constructor leaves on the module: they hold the engine, and its optimizer's state with it.
+    """Remove the hooks that DeepSpeed's constructor leaves on the module: they keep the engine and its optimizer state alive.
 
-    They time forward passes that go through DeepSpeed, which ours do not; and a module may outlive many engines.
+    The hooks time forward passes that go through DeepSpeed, which ours do not, and a module may outlive many engines.
     """
     for name in _HOOKS:
         getattr(engine, name).remove()
@@ -149,7 +149,7 @@ def leave_module_alone(engine: object) -> None:
 
 @contextmanager
 def local_rank_of(device: torch.device) -> Iterator[None]:
-    """Around DeepSpeed's ``PipelineModule``, which goes to the device ``LOCAL_RANK``; a Trainer may have chosen another."""
+    """A context for constructing ``PipelineModule``, which moves to device ``LOCAL_RANK``: sets it to the Trainer's device."""
     before = os.environ.get("LOCAL_RANK")
     if device.index is not None:
         os.environ["LOCAL_RANK"] = str(device.index)
@@ -164,9 +164,9 @@ def local_rank_of(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def keeping_groups(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Around DeepSpeed's constructor, which drops parameter groups that are empty on this stage.
+    """A context around DeepSpeed's constructor that restores the parameter groups which it drops: those empty on this stage.
 
-    A learning-rate scheduler would then pair its rates with the wrong groups.
+    Without them a learning-rate scheduler would pair its rates with the wrong groups.
     """
     groups = [] if optimizer is None else list(optimizer.param_groups)
     yield

@@ -1,4 +1,4 @@
-"""What steps say to loggers by themselves: in a batch that may be done again it is held until the batch counts."""
+"""Holds back direct logger calls of steps, in a batch that may be repeated, until the batch counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["LoggerCalls"]
 
 
 class LoggerCalls:
-    """Calls of the ``log_*`` methods of loggers; what is said to a logger's ``experiment`` goes its own way.
+    """Holds back calls of loggers' ``log_*`` methods; calls of a logger's ``experiment`` are not held back.
 
     Example:
         >>> class Logger:
@@ -30,22 +30,22 @@ class LoggerCalls:
         self._stash: list[Callable[[], Any]] | None = None
 
     def hold(self) -> None:
-        """From here on no call is made; forget those that are held."""
+        """Hold back calls from here on; drop those held back so far."""
         self._stash = []
 
     def make(self) -> None:
-        """Make those that are held, and from here on each at once."""
+        """Make the calls held back so far, and later calls immediately."""
         held, self._stash = self._stash or (), None
         for call in held:
             call()
 
     @contextmanager
     def redirected(self, loggers: Iterable[Any]) -> Iterator[None]:
-        """While a step runs: its calls come here, if they are to be held."""
+        """A context around a step in which its logger calls come here, if they are to be held back."""
         if self._stash is None:
             yield
             return
-        # One logger may be there twice, and one of a user's may have such an attribute of its own.
+        # A logger may be listed twice, and a user's logger may have an instance attribute of that name.
         places = {(id(logger), name): (logger, name) for logger in loggers for name in _methods(cast(Any, type(logger)))}
         mine = [(logger, name) for logger, name in places.values() if name not in vars(logger)]
         for logger, name in mine:

@@ -1,7 +1,7 @@
-"""What the user's step logs on the last stage, brought to every rank.
+"""Records what the user's step logs on the last stage, and replays it on every rank.
 
-A step runs once for each micro-batch, and only on the last stage, while every rank takes part in what Lightning makes of logged
-values. So ``self.log`` is recorded there, reduced over the micro-batches and replicas that count, and replayed on every rank as if
+A step runs once per micro-batch, and only on the last stage, but every rank takes part in Lightning's handling of logged values. So
+calls of ``self.log`` are recorded there, reduced over the micro-batches and replicas that count, and replayed on every rank as if
 the step had run once on the whole batch.
 """
 
@@ -37,28 +37,28 @@ __all__ = [
 
 _BEHIND_REDUCE_FX = ("enable_graph", "sync_dist", "sync_dist_group", "add_dataloader_idx", "batch_size", "metric_attribute")
 _REDUCTIONS = ("mean", "sum", "max", "min")
-# Passed on to Lightning as they are; the others are either meaningless after the reduction or set by the replay.
+# Options passed on to Lightning unchanged; the others are either meaningless after the reduction or set by the replay.
 _PASSED_ON = ("prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx")
 
 
 class LogCallError(PipelineModelError, MisconfigurationException):
-    """``self.log`` was called in a way that Lightning refuses as well, under the name by which it calls it."""
+    """``self.log`` was called in a way that Lightning refuses too; a subclass of Lightning's own exception for it."""
 
 
 class LoggedValueError(PipelineModelError, ValueError):
-    """What was logged is no value; Lightning says ``ValueError``."""
+    """The step logged an object that is no value; a subclass of ``ValueError``, which Lightning raises."""
 
 
 class _Logged(NamedTuple):
-    """One name over the micro-batches of a rank, of which those that are left out weigh nothing.
+    """The values logged under one name, reduced over a rank's micro-batches; those that are left out have weight 0.
 
     Args:
-        value: weighted by samples, if it is a mean.
-        samples: how many.
-        by_said: the mean as it is weighted by the batch sizes that the step gave.
-        said: their sum; 0 if it gave none, or those of the micro-batches.
-        least: of them.
-        most: of them.
+        value: the reduced value; a mean is weighted by samples.
+        samples: number of samples.
+        by_said: the mean weighted by the batch sizes that the step passed to ``self.log``.
+        said: sum of these batch sizes; 0 if the step passed none, or those of the micro-batches.
+        least: smallest of these batch sizes.
+        most: largest of these batch sizes.
     """
 
     value: Tensor
@@ -69,14 +69,15 @@ class _Logged(NamedTuple):
     most: Tensor
 
     def over_ranks(self, how: str) -> tuple[float, float]:
-        """The value and its weight in the epoch, of ``(ranks,)`` each."""
+        """Reduce over ranks, with fields of shape ``(ranks,)``, to the value and its weight in the epoch."""
         if how != "mean":
             return getattr(self.value, how)().item(), self.samples.sum().item()
         said = self.said > 0
         constant = bool(said.any()) and self.least[said].amin() == self.most[said].amax()
         if not said.any() or constant:
-            # A batch size that is always the same is that of the batch, of which the step has seen a micro-batch at a time.
-            mean, samples = (self.value * self.samples).sum() / self.samples.sum(), self.samples.sum()
+            # A constant batch size is that of the whole batch, of which the step sees one micro-batch at a time.
+            mean = (self.value * self.samples).sum() / self.samples.sum()
+            samples = self.samples.sum()
             return mean.item(), (self.most[said].amax() if constant else samples).item()
         weight = torch.where(said, self.said, self.samples)
         mean = (torch.where(said, self.by_said, self.value) * weight).sum() / weight.sum()
@@ -85,13 +86,13 @@ class _Logged(NamedTuple):
 
 @dataclass(eq=False)
 class LoggingMicroBatch:
-    """Whose values are logged.
+    """The micro-batch whose values a step logs.
 
     Args:
-        samples: of the micro-batch.
-        counts: 0-dim bool, false if it is tainted; ``None`` as long as nobody knows, because the step has not come back from the
-            pipeline. What such a step has logged weighs nothing.
-        step: which step logs.
+        samples: number of samples in the micro-batch.
+        counts: 0-dim bool, false if the micro-batch is tainted; ``None`` while that is unknown, because the pipeline has not
+            returned its output. Until then, logged values have weight 0.
+        step: name of the step.
     """
 
     samples: int = 1
@@ -100,7 +101,7 @@ class LoggingMicroBatch:
 
     @property
     def training(self) -> bool:
-        """Whether the step trains."""
+        """Whether the step is a training step."""
         return self.step == "training_step"
 
 
@@ -109,8 +110,8 @@ class _OfMicroBatch(NamedTuple):
 
     Args:
         value: 0-dim.
-        micro_batch: on which.
-        said: the batch size that the step gave, or as many samples as the micro-batch has.
+        micro_batch: on which the step logged it.
+        said: the batch size that the step passed, or else the number of samples in the micro-batch.
     """
 
     value: Tensor
@@ -120,11 +121,11 @@ class _OfMicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class LogSchema:
-    """Names and options of what a step logs, without the values: the same on every rank.
+    """Names and options of the values that a step logs, without the values: the same on every rank.
 
     Args:
         entries: for each name its reduction, the options for ``self.log``, the attribute path of a torchmetrics object, and whether
-            that has a value for the batch.
+            the metric has a value for the batch.
     """
 
     entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -134,10 +135,10 @@ class LogSchema:
 
     @classmethod
     def decode(cls, data: bytes) -> LogSchema:
-        """The inverse of :meth:`encode`, of bytes that another rank sent.
+        """The inverse of :meth:`encode`, for bytes that another rank sent.
 
         Raises:
-            MalformedMessageError: if they say anything but how names are to be logged.
+            MalformedMessageError: if the bytes are no valid schema.
         """
         try:
             entries = json.loads(data)
@@ -149,27 +150,27 @@ class LogSchema:
 
     @property
     def fingerprint(self) -> int:
-        """24 bits, so that it survives a float32 column of a collective; 0 for an empty schema."""
+        """A checksum of 24 bits, so that it survives a float32 column of a collective; 0 for an empty schema."""
         return zlib.crc32(self.encode()) & 0xFFFFFF if self.entries else 0
 
     @property
     def names(self) -> list[str]:
-        """Names that have values for a batch; what a torchmetrics object is over an epoch is worked out at its end."""
+        """Names that have values for a batch. A torchmetrics object logged per epoch only has none: it is computed at the end."""
         return sorted(name for name, entry in self.entries.items() if entry["metric"] is None or entry["by_batch"])
 
     @property
     def width(self) -> int:
-        """Numbers that a rank's values take."""
+        """Length of the vector of a rank's values."""
         return len(_Logged._fields) * len(self.names)
 
     def reduce(self, vectors: Tensor) -> dict[str, tuple[float, float]]:
-        """Values over ranks.
+        """Reduce logged values over ranks.
 
         Args:
-            vectors: ``(ranks, width)``, as :meth:`LogRecorder.vector` gives them, on the host.
+            vectors: ``(ranks, width)``, the result of :meth:`LogRecorder.vector` on each rank, on the host.
 
         Returns:
-            for each name that was logged somewhere its value and its weight in the epoch.
+            for each name that some rank logged, its value and its weight in the epoch.
         """
         columns = vectors.unflatten(1, (-1, len(_Logged._fields)))
         reduced = {}
@@ -187,15 +188,16 @@ def _is_entry(entry: Any) -> bool:
 
 
 class LogRecorder:
-    """Takes the place of ``LightningModule.log`` while a step runs on a micro-batch.
+    """Replaces ``LightningModule.log`` while a step runs on a micro-batch.
 
     Args:
         module: the user's module, to find the attribute of a logged metric.
-        metrics: the values of metrics on a batch; ``None`` if nobody wants to know them.
+        metrics: computes the values of metrics on a batch; ``None`` if they are not needed.
     """
 
     def __init__(self, module: L.LightningModule, metrics: BatchMetrics | None = None) -> None:
-        self._module, self._metrics = module, metrics
+        self._module = module
+        self._metrics = metrics
         self._entries: dict[str, dict[str, Any]] = {}
         self._values: dict[str, list[_OfMicroBatch]] = {}
         self._logging = LoggingMicroBatch(counts=torch.tensor(True))
@@ -203,12 +205,12 @@ class LogRecorder:
             metrics.begin()
 
     def begin(self, micro_batch: LoggingMicroBatch) -> None:
-        """The next calls come from this micro-batch, for the first time or again."""
+        """Attribute the next calls to this micro-batch, also when its step is resumed."""
         self._logging = micro_batch
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Around a step: what it gives to its metrics is their value on the batch."""
+        """A context around a step that records the inputs of its metrics, for their values on the batch."""
         if self._metrics is None:
             yield
             return
@@ -256,7 +258,7 @@ class LogRecorder:
                 " single element, and else it is a number or a torchmetrics Metric. Log its elements under names of their own, or"
                 " use self.log_dict."
             )
-        # A copy, because the step may go on to work on the tensor itself.
+        # Copy, because the step may modify the tensor later.
         tensor = torch.as_tensor(value).detach().to(torch.float32, copy=True).reshape(())
         self._note(name, tensor, int(options.get("batch_size") or self._logging.samples))
 
@@ -268,17 +270,20 @@ class LogRecorder:
         return LogSchema(self._entries)
 
     def vector(self) -> Tensor:
-        """What :class:`LogSchema` reduces of each name, over this rank's micro-batches: ``(width,)`` on their device."""
+        """The values of all names, reduced over this rank's micro-batches, for :meth:`LogSchema.reduce`: ``(width,)``."""
         parts = [torch.stack(self._reduced(name, self._entries[name])) for name in self.schema.names]
         return torch.cat(parts) if parts else torch.empty(0, device=_counts(self._logging).device)
 
     def _reduced(self, name: str, entry: Mapping[str, Any]) -> _Logged:
-        logged, how = self._values[name], entry["reduce_fx"]
+        logged = self._values[name]
+        how = entry["reduce_fx"]
         included = torch.stack([_counts(one.micro_batch) for one in logged])
         values = torch.where(included, torch.stack([one.value.to(included.device) for one in logged]), 0.0)
         counts = included.float()
-        samples, said = ([one.micro_batch.samples for one in logged], [one.said for one in logged])
-        weights, nothing = counts * counts.new_tensor(samples), counts.new_zeros(())
+        samples = [one.micro_batch.samples for one in logged]
+        said = [one.said for one in logged]
+        weights = counts * counts.new_tensor(samples)
+        nothing = counts.new_zeros(())
         total = weights.sum()
         if entry["metric"] is not None:
             value = None if self._metrics is None else self._metrics.value(entry["metric"])
@@ -331,39 +336,42 @@ class LogReplay:
 
     Args:
         module: the user's module.
-        compute: what a metric, given with its name, is over an epoch; all ranks ask together.
+        compute: returns the value over an epoch of a metric, given its name and itself; all ranks call it together.
     """
 
     def __init__(self, module: L.LightningModule, compute: Callable[[str, Metric], Any]) -> None:
-        self._module, self._compute = module, compute
+        self._module = module
+        self._compute = compute
         self._metrics: dict[str, LoggedMetric] = {}
 
     def __call__(self, schema: LogSchema, reduced: Mapping[str, tuple[float, float]]) -> None:
         """Log a batch.
 
         Args:
-            schema: what was logged.
-            reduced: the values, as :meth:`LogSchema.reduce` gives them.
+            schema: names and options of the logged values.
+            reduced: the values, from :meth:`LogSchema.reduce`.
         """
         for name, entry in schema.entries.items():
-            path, options = entry["metric"], dict(entry["options"])
+            path = entry["metric"]
+            options = dict(entry["options"])
             if path is not None:
-                real, metric = cast(Metric, self._module.get_submodule(path)), self._metrics.get(path)
+                real = cast(Metric, self._module.get_submodule(path))
+                metric = self._metrics.get(path)
                 if metric is None or not metric.is_of(real):
                     metric = self._metrics[path] = LoggedMetric(path, real, self._compute)
                 metric.of_batch(reduced[name][0] if name in reduced else None)
                 self._module.log(name, metric, metric_attribute=path, **options)
             elif name in reduced:
                 value, samples = reduced[name]
-                # A tensor of the host, where whoever shows it wants it: of a number Lightning would make one of the device.
+                # A tensor on the host, where loggers and progress bars need it: Lightning would put a number on the device.
                 size = max(1, round(samples))
                 self._module.log(name, torch.tensor(value), reduce_fx=entry["reduce_fx"], batch_size=size, **options)
 
 
 def silence_misleading_warnings() -> None:
-    """Warnings that are right elsewhere.
+    """Filter warnings that do not apply here.
 
-    Replayed values are reduced already, and a run that is resumed finds its place in the data
+    Replayed values are reduced already, and a resumed run restores its position in the data
     (:mod:`lightning_sentinel.pipeline.checkpoints.resumption`).
     """
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True")

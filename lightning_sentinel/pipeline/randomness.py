@@ -1,12 +1,12 @@
-"""Two streams of random numbers, one for the data and one for the computation.
+"""Separates the random numbers of data loading from those of the computation.
 
 The first and the last stage of a pipeline load the same batches in different processes. If dropout on one of them drew from the
-generator that a random augmentation or a masking collate function draws from, inputs and labels would no longer belong together.
-So the global generators (torch's, Python's and NumPy's) serve the data, alike on all ranks of a replica, and computation has
-generators of its own, which are lent to it while it runs.
+generator that a random augmentation or a masking collate function uses, inputs and labels would no longer match. So the global
+generators (torch's, Python's and NumPy's) serve data loading, with the same states on all ranks of a replica. The computation has
+its own generator states, which are swapped in while it runs.
 
-The user's generators are not seeded anew: the data of the first replica goes on drawing from them, and what is built after a run
-draws what it would have drawn after one in a single process.
+The user's generators are not reseeded: data loading of the first replica continues with them, and code after a run draws the same
+random numbers as after a run in a single process.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = [
 
 
 _NUMPY: Any = np.random
-"""As NumPy documents it; its annotations leave out how generators are exchanged."""
+"""Typed as Any, because NumPy's annotations lack ``get_bit_generator`` and ``set_bit_generator``."""
 
 
 def seed_of_state() -> int:
-    """A seed that follows from where torch's global generator is, without drawing from it.
+    """A seed derived from the state of torch's global generator, without drawing from it.
 
     Example:
         >>> first, again = seed_of_state(), seed_of_state()
@@ -57,7 +57,7 @@ def seed_of_state() -> int:
 
 
 def seed_data(seed: int, replica: int) -> None:
-    """Let the data of a replica but the first, which goes on from where the generators are, draw random numbers of its own."""
+    """Seed data loading of each replica differently, except the first, which continues with the present generator states."""
     if replica:
         own = derive_seed(seed, "data", replica)
         seed_generators(torch.device("cpu"), own)
@@ -65,12 +65,12 @@ def seed_data(seed: int, replica: int) -> None:
 
 
 class MicroBatchSeeds(NamedTuple):
-    """Decides the random numbers of one micro-batch's forward pass, whoever computes it, on whatever mesh.
+    """Seeds of one micro-batch's forward pass: independent of the worker that computes it, and of the mesh.
 
     Args:
         seed: of the run.
         step: number of the training batch.
-        micro_batch: number in the batch of the whole mesh; see :meth:`of`.
+        micro_batch: number of the micro-batch in the batch of the whole mesh; see :meth:`of`.
 
     Example:
         >>> import torch
@@ -88,35 +88,35 @@ class MicroBatchSeeds(NamedTuple):
 
     @classmethod
     def of(cls, seed: int, step: int, part: MicroBatchId, replicas: int) -> MicroBatchSeeds:
-        """Of a replica's micro-batch.
+        """The seeds of a replica's micro-batch.
 
-        Replicas are dealt the samples of a batch in turn, so micro-batch ``k`` of replica ``r`` is number ``k * replicas + r``.
+        Samples of a batch go to the replicas in turn, so micro-batch ``k`` of replica ``r`` is number ``k * replicas + r``.
         """
         return cls(seed, step, part.micro_batch * replicas + part.replica)
 
     def seed_layer(self, layer: int, device: torch.device) -> int:
-        """To be called in front of a layer, by its number in the whole module. Returns the seed, for :func:`seed_host`."""
+        """Seed torch before a layer, given by its number in the whole module. Returns the seed, for :func:`seed_host`."""
         seed = derive_seed("layer", *self, layer)
         seed_generators(device, seed)
         return seed
 
     def seed_step(self, device: torch.device) -> None:
-        """To be called in front of the user's step, which runs at both ends of the pipeline and has to draw the same there."""
+        """Seed before the user's step, which runs at both ends of the pipeline and has to draw the same random numbers there."""
         seed = derive_seed("step", *self)
         seed_generators(device, seed)
         seed_host(seed)
 
     def seed_answer(self) -> None:
-        """To be called where a step goes on with what the pipeline answers, for one that draws with Python or NumPy.
+        """Seed Python and NumPy when a step resumes with the pipeline's output.
 
-        Torch's generators go on where they stood when the step called the pipeline. To remember where NumPy's stands, and to bring
-        it back, would take a hundred times as long as to seed it.
+        Torch's generators resume with the states they had when the step called the pipeline. Saving and restoring NumPy's state
+        would take a hundred times as long as seeding it.
         """
         seed_host(derive_seed("answer", *self))
 
 
 def may_draw_on_host(layer: nn.Module) -> bool:
-    """Whether a layer may draw with Python or NumPy: torch's own modules do not, others and their hooks may.
+    """Whether a layer may draw with Python or NumPy: torch's own modules do not, other modules and hooks may.
 
     Example:
         >>> may_draw_on_host(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
@@ -132,7 +132,7 @@ def may_draw_on_host(layer: nn.Module) -> bool:
 
 
 class HostProbe:
-    """Tells whether something draws with Python or NumPy, for less than it takes to seed those.
+    """Detects whether code draws with Python or NumPy, in less time than seeding them takes.
 
     Example:
         >>> probe = HostProbe()
@@ -146,16 +146,17 @@ class HostProbe:
     """
 
     def __init__(self) -> None:
-        self._python, self._next = random.Random(0).getstate(), random.Random(0).getrandbits(64)
+        self._python = random.Random(0).getstate()
+        self._next = random.Random(0).getrandbits(64)
         self._next_of_numpy = np.random.RandomState(0).random_sample()
 
     def set(self) -> None:
-        """Put both where what comes next is known."""
+        """Set both generators to states whose next number is known."""
         random.setstate(self._python)
         np.random.seed(0)
 
     def moved(self) -> bool:
-        """Whether something else comes next; asked once."""
+        """Whether the next number is another one; valid once after :meth:`set`, because it draws."""
         return random.getrandbits(64) != self._next or np.random.random_sample() != self._next_of_numpy
 
 
@@ -166,28 +167,28 @@ def seed_host(seed: int) -> None:
 
 
 def seed_generators(device: torch.device, seed: int) -> None:
-    """Seed what a computation on ``device`` draws from."""
-    # Not torch.manual_seed, which keeps a traceback of every call for each kind of device that was not used yet: milliseconds.
+    """Seed torch's generators of the host and of ``device``."""
+    # Not torch.manual_seed, which keeps a traceback of every call for each device type not yet initialized: milliseconds.
     torch.default_generator.manual_seed(seed)
     if (own := _own_generator(device)) is not None:
         own.manual_seed(seed)
 
 
 def generator_state(device: torch.device) -> torch.Tensor:
-    """The state of what a computation on ``device`` draws from."""
+    """The state of the generator that a computation on ``device`` draws from."""
     own = _own_generator(device)
     state: Tensor = torch.get_rng_state() if own is None else own.get_rng_state()
     return state
 
 
 def _own_generator(device: torch.device) -> Any:
-    """What seeds the current device, if it is of a kind that draws its own random numbers; ``None`` if the host does."""
+    """The torch module of a device type with its own generators, such as ``torch.cuda``; ``None`` if the host's is used."""
     module = None if device.type == "cpu" else torch.get_device_module(device.type)
     return module if hasattr(module, "get_rng_state") else None
 
 
 def remember_generators(device: torch.device) -> Callable[[], None]:
-    """Take note of where torch's generators are that a computation on ``device`` may draw from. Returns what brings them back.
+    """Save the states of torch's generators for computations on ``device``. Returns a function that restores them.
 
     Example:
         >>> go_back = remember_generators(torch.device("cpu"))
@@ -200,11 +201,11 @@ def remember_generators(device: torch.device) -> Callable[[], None]:
 
 
 class SeparateRandomness:
-    """Lends the computation generators of its own.
+    """Gives the computation its own generator states.
 
     Args:
         seed: the same on all ranks.
-        rank: gives each rank others.
+        rank: of this process; each rank draws other random numbers.
         device: that computes.
 
     Example:
@@ -229,10 +230,11 @@ class SeparateRandomness:
 
     @contextmanager
     def of_computation(self) -> Iterator[None]:
-        """Draw from the computation's generators inside, and from the data's again outside."""
-        data, python = _torch_states(self._device), random.getstate()
+        """A context in which the global generators have the computation's states; afterwards data loading's are restored."""
+        data = _torch_states(self._device)
+        python = random.getstate()
         numpy_gauss: Any = np.random.get_state(legacy=False)
-        # Another generator in its place, because to copy NumPy's state out and in takes a hundred times as long.
+        # Swap NumPy's generator, because copying its state out and in takes a hundred times as long.
         numpy_data = _NUMPY.get_bit_generator()
         _set_torch_states(self._torch, self._device)
         random.setstate(self._python)
@@ -240,20 +242,21 @@ class SeparateRandomness:
         try:
             yield
         finally:
-            self._torch, self._python = _torch_states(self._device), random.getstate()
+            self._torch = _torch_states(self._device)
+            self._python = random.getstate()
             _set_torch_states(data, self._device)
             random.setstate(python)
             _NUMPY.set_bit_generator(numpy_data)
             if numpy_gauss["has_gauss"]:
-                # The second of a pair that was drawn, which is not kept by the generator that was exchanged.
+                # NumPy draws normal numbers in pairs; the cached second one is not part of the swapped generator.
                 np.random.set_state(numpy_gauss)
 
     def states(self, device: torch.device) -> dict[str, Tensor]:
-        """Of the computation's generators, for a checkpoint; Python's and NumPy's are seeded in every step."""
+        """States of the computation's torch generators, for a checkpoint; Python's and NumPy's are seeded in every step."""
         return dict(self._torch)
 
     def load_states(self, states: Mapping[str, Tensor], device: torch.device) -> None:
-        """Go on from what :meth:`states` gave."""
+        """Restore the result of :meth:`states`."""
         self._torch |= {name: states[name].to(torch.uint8).cpu() for name in self._torch if name in states}
 
 

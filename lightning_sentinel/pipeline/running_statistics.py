@@ -1,8 +1,8 @@
-"""Statistics that a step updates in passing, without the micro-batches that are left out.
+"""Removes micro-batches that are left out from statistics that steps update: BatchNorm buffers and metric states.
 
-A BatchNorm moves its running mean in every forward pass, and a metric adds up what it sees. Whether a micro-batch counts is known
-on the device only, where nobody waits for it, so both are put back by value; what was appended to a list is taken out at the end
-of the step.
+A BatchNorm moves its running mean in every forward pass, and a metric accumulates its inputs. Whether a micro-batch counts is known
+only on the device, for which we do not wait. So buffers and tensor states are restored by ``torch.where``; entries appended to list
+states are removed at the end of the step.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["MetricStates", "RunningStatistics"]
 
 
 class RunningStatistics:
-    """Buffers that forward passes change in place.
+    """Buffers that forward passes change in place, such as BatchNorm's running mean.
 
     Args:
-        buffers: all that there are.
+        buffers: all buffers of the stage.
 
     Example:
         >>> norm = nn.BatchNorm1d(1)
@@ -39,13 +39,13 @@ class RunningStatistics:
         self._buffers = list(buffers)
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
-        """The buffers, and what they hold now."""
+        """The buffers, with copies of their present values."""
         return [(buffer, buffer.clone()) for buffer in self._buffers]
 
     def put_back(self, before: Sequence[tuple[Tensor, Tensor]], left_out: Tensor) -> None:
-        """Bring back what they held if ``left_out``, a 0-dim bool that is not waited for."""
+        """Restore the copies if ``left_out``, a 0-dim bool, without waiting for it."""
         for buffer, copy in before:
-            # Not in place for autograd, which counts versions of what a backward pass may look at.
+            # Through .data, so that autograd's version counter of the buffer, which a backward pass may check, stays.
             buffer.data.copy_(torch.where(left_out, copy, buffer))
 
 
@@ -69,12 +69,12 @@ class MetricStates:
         self._appended: list[_Appended] = []
 
     def copies(self) -> list[tuple[Metric, dict[str, Any]]]:
-        """The metrics, and their states now: of lists how long they are."""
+        """The metrics, with copies of their present states; of list states only the length."""
         metrics = [metric for metric in self._module.modules() if isinstance(metric, Metric)]
         return [(metric, {name: _noted(state) for name, state in metric.metric_state.items()}) for metric in metrics]
 
     def put_back(self, before: Sequence[tuple[Metric, dict[str, Any]]], counts: Tensor) -> None:
-        """Bring back what they were unless the micro-batch ``counts``, a 0-dim bool that is not waited for."""
+        """Restore the copies unless the micro-batch ``counts``, a 0-dim bool, without waiting for it."""
         for metric, states in before:
             for name, old in states.items():
                 now = getattr(metric, name)
@@ -85,15 +85,15 @@ class MetricStates:
                     setattr(metric, name, torch.where(counts, now, old))
 
     def forget(self) -> None:
-        """Begin a step, or begin it again: what was appended in the last attempt is gone already."""
+        """Begin a step, or repeat it: entries appended in the last attempt are gone already."""
         self._appended = []
 
     def end_step(self) -> None:
-        """Take out of lists what did not count; waits for the device where there are any."""
+        """Remove list entries of micro-batches that were left out; waits for the device if entries were appended."""
         appended, self._appended = self._appended, []
         if appended:
             counted = torch.stack([one.counts for one in appended]).tolist()
-            # From behind, so that places stay what they are.
+            # In reverse, so that earlier indices stay valid.
             for one, counts in reversed(list(zip(appended, counted))):
                 if not counts:
                     del getattr(one.metric, one.name)[one.start : one.stop]

@@ -1,7 +1,7 @@
 """DeepSpeed's 1F1B schedules with instructions for simulated attacks and for verification.
 
-An attack happens just before a signal is sent, verification just after it was received. DeepSpeed's instructions carry a buffer
-id only; ours carry the micro-batch as well, because table rows and attacks are about micro-batches.
+An attack happens just before a signal is sent, verification just after it was received. DeepSpeed's instructions carry only a
+buffer id; ours carry the micro-batch as well, because table rows and attacks refer to micro-batches.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class VerifyGradient(ds.BufferOpInstruction):  # type: ignore[misc]
 
 _BEFORE = {ds.SendActivation: TamperActivation, ds.SendGrad: TamperGradient}
 _AFTER = {ds.RecvActivation: VerifyActivation, ds.RecvGrad: VerifyGradient}
-# The strategy reduces and steps itself, between Lightning's hooks.
+# The strategy reduces gradients and steps the optimizer itself, between Lightning's hooks.
 _LEFT_TO_THE_STRATEGY = (ds.ReduceTiedGrads, ds.ReduceGrads, ds.OptimizerStep)
 
 
 def _extended(command: ds.PipeInstruction, current: int, previous: int) -> Iterator[ds.PipeInstruction]:
-    """An instruction of DeepSpeed's with ours around it. What is sent belongs to the previous micro-batch."""
+    """Yield a DeepSpeed instruction with ours around it. A sent signal belongs to the previous micro-batch."""
     kind = type(command)
     if kind in _LEFT_TO_THE_STRATEGY:
         return

@@ -1,8 +1,8 @@
-"""What a user's steps keep in a module, and what another rank may set of it.
+"""Finds, saves, restores and sets the values that a user's steps keep in a module.
 
-A module keeps things in attributes and buffers of its own and of its parts. Two kinds of parts do not count: the layers of the
-pipeline, which each stage has for itself, and torchmetrics, whose values are shared (``results.metrics``). Names are dotted, as in
-a ``state_dict``. *Data* are numbers, text, tensors and NumPy arrays, in lists, tuples, dicts, sets and deques.
+A module keeps values in attributes and buffers of itself and its submodules. Two kinds of submodules do not count: the layers of
+the pipeline, which each stage has for itself, and torchmetrics, whose values are shared (``results.metrics``). Names are dotted, as
+in a ``state_dict``. *Data* are numbers, text, tensors and NumPy arrays, in lists, tuples, dicts, sets and deques.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torchmetrics import Metric, MetricCollection, MetricTracker
 __all__ = ["DEEPEST", "Holder", "keepers", "kept_by", "put", "remembered"]
 
 _ENTRY = 64
-"""So many elements of a tensor are copied in the time that one entry of a collection takes."""
+"""Number of tensor elements that are copied in the time of one entry of a collection."""
 DEEPEST = 8
-"""Collections inside collections that are looked into."""
+"""Maximal nesting depth of collections."""
 _OWN = frozenset(dir(L.LightningModule())) | {"_hparams", "_hparams_initial", "_hparams_name"}
-"""What every module has: no steps of the user's keep anything there, and nobody may set it."""
+"""Attributes of every LightningModule: the user's steps keep nothing there, and other ranks must not set them."""
 
 
 class Holder(NamedTuple):
-    """Where a module keeps something.
+    """An attribute or buffer in which a module keeps a value.
 
     Args:
-        owner: the module, or a part of it.
-        name: of the attribute or buffer there.
+        owner: the module, or a submodule of it.
+        name: of the attribute or buffer in ``owner``.
     """
 
     owner: nn.Module
@@ -46,20 +46,20 @@ class Holder(NamedTuple):
 
     @property
     def value(self) -> Any:
-        """What is there now."""
+        """The present value."""
         return self._place[self.name]
 
     def set(self, value: Any) -> None:
-        """Put something else there."""
+        """Replace the value."""
         self._place[self.name] = value
 
     def remove(self) -> None:
-        """Let there be nothing."""
+        """Delete the attribute or buffer."""
         del self._place[self.name]
 
 
 def keepers(module: L.LightningModule, layers: Collection[str] = ()) -> dict[str, nn.Module]:
-    """Who keeps things: a module and its parts, by their dotted names, but for layers of the pipeline and torchmetrics."""
+    """The module and its submodules, by dotted name, except layers of the pipeline and torchmetrics."""
     kinds = (Metric, MetricCollection, MetricTracker)
     apart = {*layers, *(name for name, part in module.named_modules() if isinstance(part, kinds))}
     found = {}
@@ -73,11 +73,12 @@ def keepers(module: L.LightningModule, layers: Collection[str] = ()) -> dict[str
 def kept_by(
     module: L.LightningModule, layers: Collection[str] = (), keeping: Mapping[str, nn.Module] | None = None
 ) -> dict[str, Holder]:
-    """Everything that a module keeps, by its dotted name.
+    """The attributes and buffers in which a module keeps values, by dotted name.
 
     Args:
+        module: the user's module.
         layers: names of the pipeline's layers, which are left out.
-        keeping: of :func:`keepers`, if it is known.
+        keeping: the result of :func:`keepers`, if it is known.
 
     Example:
         >>> module = L.LightningModule()
@@ -100,11 +101,14 @@ def remembered(
     keeping: Mapping[str, nn.Module] | None = None,
     most: int | None = None,
 ) -> Callable[[], None]:
-    """Take note of what a module keeps. Returns what brings it back, but for what is done to single tensors in a list.
+    """Save the values that a module keeps. Returns a function that restores them, except in-place changes of tensors in a list.
 
     Args:
-        most: elements of a tensor to copy, and a 64th as many entries of a collection, which are looked at one by one; of what has
-            more, only a list loses what is added to it. ``None``: all.
+        module: the user's module.
+        layers: names of the pipeline's layers, which are left out.
+        keeping: the result of :func:`keepers`, if it is known.
+        most: largest tensor to copy, in elements; collections are limited to a 64th as many entries. Larger values are not
+            restored, except that entries appended to a list are removed. ``None``: no limit.
 
     Example:
         >>> module = L.LightningModule()
@@ -130,7 +134,7 @@ def remembered(
 
 
 def _restoring(value: Any, most: int | None, depth: int = 0) -> Callable[[], object]:
-    """What brings the content of a value back."""
+    """Save the content of a value, and return a function that restores it."""
     if isinstance(value, (Tensor, np.ndarray)):
         if most is not None and (value.numel() if isinstance(value, Tensor) else value.size) > most:
             return _nothing
@@ -158,19 +162,19 @@ def _cut(value: list[Any], length: int) -> None:
 
 
 def _nothing() -> None:
-    """There is nothing to bring back."""
+    """Restores nothing."""
 
 
 def put(holder: Holder, keys: tuple[Any, ...], value: Any) -> bool:
-    """Set what another rank has, where this rank keeps something of that kind.
+    """Set a value that another rank sent, if this rank keeps a value of the same kind there.
 
     Args:
-        holder: where this rank keeps it.
-        keys: of the part; none for the whole.
+        holder: where this rank keeps the value.
+        keys: path to the part to set; empty for the whole.
         value: data.
 
     Returns:
-        whether it could be: a number can take the place of a number, a list that of a list, and anything that of ``None``.
+        whether the value was set: a number can replace a number, a list a list, and anything can replace ``None``.
     """
     if not keys:
         there = holder.value
@@ -200,7 +204,7 @@ def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
     if isinstance(value, (Number, np.generic, Tensor)):
-        # A sum that begins as 0.0 becomes a tensor with its first addition.
+        # A running sum that starts as 0.0 becomes a tensor with its first addition.
         return "number"
     kinds: dict[Any, str] = {(str, bytes): "text", np.ndarray: "array", dict: "dict", list: "list", tuple: "tuple"}
     kinds |= {deque: "deque", (set, frozenset): "set"}
@@ -213,7 +217,7 @@ def _fits(there: Any, value: Any) -> bool:
 
 
 def _exchanged(there: Any, value: Any) -> bool:
-    """Whether the new content is in the old collection, tensor or array, which others may hold too."""
+    """Copy new content into the old collection, tensor or array, which other code may refer to. Returns whether it was possible."""
     if isinstance(there, list) and isinstance(value, list):
         there[:] = value
     elif (isinstance(there, dict) and isinstance(value, dict)) or (isinstance(there, set) and isinstance(value, set)):
@@ -237,7 +241,7 @@ def _exchanged(there: Any, value: Any) -> bool:
 
 
 def _owned(value: Any) -> Any:
-    """A tensor that can be worked on in place wherever it is used; one that was made in evaluation cannot be in training."""
+    """Clone a tensor outside of inference mode: an inference tensor could not be modified in place during training."""
     if not isinstance(value, Tensor):
         return value
     with torch.inference_mode(False):

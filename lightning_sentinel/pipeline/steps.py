@@ -1,9 +1,9 @@
-"""The user's own step functions, run around a pipeline.
+"""Runs the user's step functions around a pipeline.
 
-Inside a step ``self(x)`` (or ``self.net(x)``) calls the *entry* of the pipeline. The call tells what goes into the pipeline, and
-the step waits there. On the first stage it is left at that point; on the last stage it is answered with what came out, and goes on
-to its loss. A process that has both ends runs a step once. The step itself, its preprocessing and its logging stay as the user
-wrote them.
+Inside a step ``self(x)`` (or ``self.net(x)``) calls the *entry* of the pipeline. The step is suspended at this call, whose argument
+is the pipeline's input. On the first stage the step is abandoned there; on the last stage the call returns the pipeline's output,
+and the step goes on to its loss. A process that has both ends runs a step once. The step itself, its preprocessing and its logging
+stay as the user wrote them.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ __all__ = ["NeverCalledError", "StepOutputError", "StepRun", "StepRunner", "chec
 
 
 _MOST = 2**16
-"""Elements of one tensor that are copied in every batch."""
+"""Largest tensor, in elements, that is copied in every batch."""
 
 
 def fetches(module: L.LightningModule, step: str) -> bool:
-    """Whether a step takes ``dataloader_iter``, and gets its batch from there."""
+    """Whether a step takes ``dataloader_iter`` and fetches its batch itself."""
     return bool(is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True))
 
 
 class NeverCalledError(PipelineModelError):
-    """A step has ended without a call of the pipeline."""
+    """A step ended without calling the pipeline."""
 
 
 class StepOutputError(PipelineModelError, MisconfigurationException):
-    """``training_step`` has returned what is no loss; under the name, too, by which Lightning calls it."""
+    """``training_step`` returned no loss; a subclass of Lightning's own exception for it."""
 
 
 class StepRun:
-    """A step on one micro-batch, which has run up to its call of the pipeline, or to its end if there is none.
+    """A step on one micro-batch, which has run up to its call of the pipeline, or to its end without one.
 
     Args:
-        runner: of the step.
+        runner: of the module's steps.
         step: ``"training_step"`` and the like.
         arguments: of the step; the first is the micro-batch.
-        recorder: of what it logs; ``None`` hears nothing.
+        recorder: records what the step logs; ``None`` records nothing.
         micro_batch: whose values it logs.
-        draws_on: whose random numbers the step goes on with where it stood when it called the pipeline.
+        draws_on: a device whose random number generators the step resumes with the states they had at its call of the pipeline.
     """
 
     def __init__(
@@ -71,9 +71,13 @@ class StepRun:
         draws_on: torch.device | None,
     ) -> None:
         self.step = step
-        self._runner, self._recorder, self._micro_batch = runner, recorder, micro_batch
+        self._runner = runner
+        self._recorder = recorder
+        self._micro_batch = micro_batch
         self._answered = False
-        self._arithmetic, self._hooks, self._records_gradients = _arithmetic(), _saving_hooks(), torch.is_grad_enabled()
+        self._arithmetic = _arithmetic()
+        self._hooks = _saving_hooks()
+        self._records_gradients = torch.is_grad_enabled()
         given = (runner.batches_from(arguments, step),) if fetches(runner.module, step) else arguments
         self._suspended = Suspended(lambda: getattr(runner.module, step)(*given), draws_on)
         with self._running():
@@ -81,15 +85,15 @@ class StepRun:
 
     @property
     def waits(self) -> bool:
-        """Whether the step has called the pipeline, and waits for what comes out."""
+        """Whether the step has called the pipeline and waits for its output."""
         return self._suspended.waits
 
     @property
     def inputs(self) -> Any:
-        """What goes into the pipeline: the argument of the call; of ``self(x, y)`` the tuple ``(x, y)``, for the first layer.
+        """The pipeline's input: the argument of the call; for ``self(x, y)`` the tuple ``(x, y)``, for the first layer.
 
         Raises:
-            NeverCalledError: if the step has not called it.
+            NeverCalledError: if the step has not called the pipeline.
         """
         if self.waits:
             return self._suspended.value
@@ -101,19 +105,19 @@ class StepRun:
 
     @property
     def result(self) -> Any:
-        """What a step has returned that did not call the pipeline, or was finished."""
+        """The return value of a step that was finished or did not call the pipeline."""
         assert not self.waits, "a step that waits has not returned"
         return self._suspended.value
 
     def finish(self, output: Any, counts: Tensor) -> Any:
-        """Go on with the pipeline's output, if the step waits for it.
+        """Resume the step with the pipeline's output, if it waits for one.
 
         Args:
-            output: what came out of the last stage for this micro-batch; ``None`` if nothing went in.
-            counts: 0-dim bool, whether what it logs counts.
+            output: of the last stage for this micro-batch; ``None`` if the pipeline had no input.
+            counts: 0-dim bool, whether the values that the step logs count.
 
         Returns:
-            what the step returns.
+            the step's return value.
         """
         self._micro_batch.counts = counts
         if self.waits:
@@ -131,7 +135,7 @@ class StepRun:
         return self.result
 
     def abandon(self) -> None:
-        """Leave the step at its call; its ``finally`` clauses run."""
+        """End the step at its call of the pipeline; its ``finally`` clauses run."""
         with self._running():
             self._suspended.abandon()
 
@@ -142,13 +146,13 @@ class StepRun:
             if recorder is not None:
                 recorder.begin(self._micro_batch)
                 stack.enter_context(recorder.listening())
-            # Of what predict_step logs nothing would become, and Lightning says so.
+            # predict_step must not log, and Lightning's own log says so.
             log = None if self.step == "predict_step" else _discard if recorder is None else recorder.log
             stack.enter_context(self._runner.redirected(self._entered, log))
             yield
 
     def _entered(self, *inputs: Any, **named: Any) -> Any:
-        """In place of the entry's ``forward``."""
+        """Replaces the entry's ``forward``: suspends the step and returns the pipeline's output."""
         where = self._runner.name_of(self.step)
         if self._answered and self._runner.whole:
             return self._runner.forward(*inputs, **named)
@@ -176,22 +180,23 @@ class StepRun:
 
 
 class StepRunner:
-    """Runs a LightningModule's steps on either end of its pipeline.
+    """Runs a LightningModule's steps on the first or last stage of its pipeline.
 
     Args:
         module: the user's module.
         entry: the module whose ``forward`` is the whole pipeline: an ``nn.Sequential``, a network, or the LightningModule itself;
-            ``None`` if steps run as they are.
+            ``None`` if steps run unchanged.
         layers: names of the pipeline's layers in the module.
-        whole: whether one process has the only stage, so that what calls the entry once more is run there and then.
+        whole: whether one process has the only stage, so that further calls of the entry run directly.
     """
 
     def __init__(
         self, module: L.LightningModule, entry: nn.Module | None, layers: Collection[str] = (), whole: bool = False
     ) -> None:
-        self.module, self.whole = module, whole
+        self.module = module
+        self.whole = whole
         self.forward: Callable[..., Any] = module if entry is None else entry.forward
-        """The entry's own."""
+        """The entry's own ``forward``."""
         self._entry = entry
         path = next((name for name, child in module.named_modules() if child is entry), "")
         self.call = f"self{'.' * bool(path)}{path.replace('._orig_mod', '')}(x)"
@@ -199,21 +204,21 @@ class StepRunner:
         self._metrics = BatchMetrics(module)
         self.recorder = LogRecorder(module, self._metrics)
         self.calls = LoggerCalls()
-        """What steps say to loggers by themselves."""
+        """Direct calls of loggers by steps."""
         self._keepers = keepers(module, layers)
         self.leaves_out = False
-        """Whether any micro-batch of a training step may not count."""
+        """Whether micro-batches of a training step may be left out."""
         self.states = MetricStates(module)
-        """What metrics hold, without what does not count."""
+        """The states of metrics, without micro-batches that are left out."""
         self.more: Iterator[Any] | None = None
-        """Where a step that takes ``dataloader_iter`` finds more than its batch, if that is one micro-batch in this process."""
+        """Further batches for a step that takes ``dataloader_iter``, if its batch is one micro-batch in this process."""
         self.gather: Callable[..., Any] | None = None
-        """Takes the place of the module's ``all_gather`` in steps."""
+        """Replaces the module's ``all_gather`` in steps."""
         self.signals: Callable[[], Sequence[int]] = tuple
-        """How many signals of each kind this process has had."""
+        """Returns how many process signals (such as SIGTERM) of each kind this process has received."""
 
     def new_records(self) -> None:
-        """Forget what the previous batch logged."""
+        """Drop the log records and metric records of the previous batch."""
         self.recorder = LogRecorder(self.module, self._metrics)
         self.states.forget()
 
@@ -224,19 +229,19 @@ class StepRunner:
         return trainer is not None and bool(trainer.should_stop)
 
     def start(self, step: str, arguments: tuple[Any, ...], samples: int, draws_on: torch.device | None = None) -> StepRun:
-        """Run a step up to its call of the pipeline, to be finished.
+        """Run a step up to its call of the pipeline; :meth:`StepRun.finish` resumes it.
 
         Args:
             step: ``"training_step"`` and the like.
             arguments: of the step; the first is the micro-batch.
-            samples: size of the micro-batch.
-            draws_on: where the step's random numbers are to be what they are if nothing is drawn between its two halves.
+            samples: number of samples in the micro-batch.
+            draws_on: a device whose random numbers in the step are as if none were drawn while it is suspended.
         """
         micro_batch = LoggingMicroBatch(samples, step=step)
         return StepRun(self, step, arguments, self.recorder, micro_batch, draws_on)
 
     def input_of(self, step: str, arguments: tuple[Any, ...]) -> Any:
-        """What a step puts into the pipeline; the step is left there, and finished where the output is.
+        """Run a step up to its call of the pipeline and return the input. The step is abandoned here; the last stage finishes it.
 
         Raises:
             NeverCalledError: if the step never calls the pipeline.
@@ -247,14 +252,14 @@ class StepRunner:
         return inputs
 
     def name_of(self, step: str) -> str:
-        """How errors call a step."""
+        """Name of a step for errors."""
         return f"{type(self.module).__name__}.{step}"
 
     def given(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        """What goes into the pipeline, of what its entry was called with."""
+        """The pipeline's input, from the arguments of the call of its entry."""
         given = list(inputs)
         if named and self._entry is not None and not isinstance(self._entry, nn.Sequential):
-            # By name, but in the order of the entry's own arguments, because layers are handed them in order.
+            # Sort named arguments into the order of the entry's signature, because layers get them by position.
             order = list(inspect.signature(type(self._entry).forward).parameters)[1:]
             while len(given) < len(order) and order[len(given)] in named:
                 given.append(named[order[len(given)]])
@@ -267,7 +272,7 @@ class StepRunner:
         return tuple(given) if several else given[0]
 
     def batches_from(self, arguments: tuple[Any, ...], step: str) -> Iterator[tuple[Any, ...]]:
-        """A ``dataloader_iter`` whose first batch is a micro-batch."""
+        """A ``dataloader_iter`` that yields the micro-batch first."""
         yield arguments
         if self.more is None:
             raise PipelineModelError(
@@ -282,19 +287,19 @@ class StepRunner:
         return self.module.backward if is_overridden("backward", self.module, L.LightningModule) else None
 
     def end_step(self) -> None:
-        """Let metrics forget what did not count."""
+        """Remove micro-batches that were left out from the states of metrics."""
         self.states.end_step()
 
     @contextmanager
     def redirected(self, forward: Callable[..., Any], log: Callable[..., None] | None) -> Iterator[None]:
-        """While a step runs: calls of the entry and of ``self.log`` come to us, or stay Lightning's."""
-        # Attributes of the instances, not of the classes: what Lightning does to send a call through DDP's wrapper.
+        """A context around a step that redirects the entry's ``forward`` and ``self.log``; ``log=None`` keeps Lightning's."""
+        # Set on the instances, not on the classes, as Lightning does to send a call through DDP's wrapper.
         with ExitStack() as stack:
             if self._entry is not None:
                 self.forward = self._entry.forward
                 stack.enter_context(_attribute(self._entry, "forward", forward))
             if self._entry is not None and self._entry._compiled_call_impl is not None:
-                # A module that was compiled in place has its call compiled, around its forward.
+                # A module compiled in place would call its compiled function instead of forward.
                 stack.enter_context(_attribute(self._entry, "_compiled_call_impl", None))
             if log is not None:
                 stack.enter_context(_attribute(self.module, "log", log))
@@ -306,7 +311,7 @@ class StepRunner:
 
     @contextmanager
     def unheard(self) -> Iterator[None]:
-        """Run steps inside without a trace: in what is logged, in the states of torchmetrics, and in what steps keep."""
+        """A context that undoes the side effects of steps: logged values, torchmetrics states, and values kept in the module."""
         recorder, self.recorder = self.recorder, LogRecorder(self.module)
         calls, self.calls = self.calls, LoggerCalls()
         restore = self.remember(most=None)
@@ -317,15 +322,16 @@ class StepRunner:
             self.recorder, self.calls = recorder, calls
 
     def remember(self, most: int | None = _MOST) -> Callable[[], None]:
-        """Take note of what steps keep, and hold what they say to loggers. Returns what undoes what they do from here on.
+        """Save what steps keep, and hold back their logger calls. Returns a function that undoes their effects from here on.
 
         Args:
-            most: elements of one tensor to copy, because this comes before every batch that may be done again.
+            most: largest tensor to copy, in elements; limited because this runs before every batch that may be repeated.
         """
         self.calls.hold()
         trainer = self.module._trainer
         stops = trainer is not None and trainer.should_stop
-        restore, restore_metrics = remembered(self.module, keeping=self._keepers, most=most), self._remember_metrics()
+        restore = remembered(self.module, keeping=self._keepers, most=most)
+        restore_metrics = self._remember_metrics()
 
         def undo() -> None:
             restore_metrics()
@@ -337,11 +343,11 @@ class StepRunner:
         return undo
 
     def make_calls(self) -> None:
-        """Let loggers hear what steps have said to them: what they did counts."""
+        """Make the logger calls that were held back, because the batch counts."""
         self.calls.make()
 
     def _remember_metrics(self) -> Callable[[], None]:
-        """Take note of the states of the module's torchmetrics. Returns what brings them back."""
+        """Save the states of the module's torchmetrics objects. Returns a function that restores them."""
         metrics = [metric for metric in self.module.modules() if isinstance(metric, Metric)]
         before = [{name: _copied(value) for name, value in vars(metric).items()} for metric in metrics]
 
@@ -353,25 +359,26 @@ class StepRunner:
 
 
 def _discard(*_: Any, **__: Any) -> None:
-    """The first stage sees a step only up to the pipeline; what it logs there is logged again on the last."""
+    """Ignore ``self.log`` on the first stage, which runs a step only up to the pipeline: the last stage logs it again."""
 
 
 def _arithmetic() -> tuple[Any, ...]:
-    """What the thread computes in."""
+    """The thread's autocast settings."""
     kinds = ("cpu", "cuda")
     return tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
 def _saving_hooks() -> Any:
-    """What the thread does with tensors that it saves for a backward pass."""
+    """The thread's hooks on tensors saved for the backward pass."""
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return None if hooks is None else hooks(False)
 
 
 def _copied(value: Any) -> Any:
-    """What a metric holds may belong to a graph, which cannot be copied; what it was made of stays itself.
+    """Copy a metric's attribute. Tensors are detached, because tensors in an autograd graph cannot be deep-copied.
 
-    So does what it has in a list, all that it has seen: it adds to that, and does not write over it.
+    Parameters and modules are shared with the original. So are the entries of lists: a metric appends to a list state, but does not
+    overwrite its entries.
     """
     if isinstance(value, dict):
         copy = value.copy()
@@ -394,10 +401,10 @@ def _attribute(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 def loss_of(result: Any, step: str) -> Tensor:
-    """The loss in what a training step returned.
+    """The loss in the return value of a training step.
 
     Raises:
-        PipelineModelError: if there is none.
+        PipelineModelError: if there is no scalar loss.
     """
     loss = result.get("loss") if isinstance(result, Mapping) else result
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.is_floating_point(loss):
@@ -409,15 +416,15 @@ def loss_of(result: Any, step: str) -> Tensor:
 
 
 def checked_signal(output: Any, layer: str, stage: int) -> Tensor:
-    """What a stage returned, if it can cross a boundary.
+    """Return a stage's output if it can be sent to the next stage.
 
     Args:
         output: of the stage.
-        layer: name of its last layer.
-        stage: its number.
+        layer: name of the stage's last layer.
+        stage: number of the stage.
 
     Raises:
-        PipelineModelError: if it is no floating-point tensor.
+        PipelineModelError: if the output is no floating-point tensor.
     """
     if isinstance(output, Tensor) and output.is_floating_point():
         return output
@@ -429,10 +436,10 @@ def checked_signal(output: Any, layer: str, stage: int) -> Tensor:
 
 
 def input_gradient(inputs: Tensor, stage: int) -> Tensor:
-    """The gradient of what a stage was given, after its backward pass.
+    """The gradient of a stage's input, after its backward pass.
 
     Raises:
-        PipelineModelError: if there is none.
+        PipelineModelError: if the input has no gradient.
     """
     if inputs.grad is None:
         raise PipelineModelError(

@@ -1,7 +1,7 @@
-"""A function that is left in the middle and gone on with later, in one thread.
+"""Suspends a function in the middle and resumes it later, in one thread.
 
-The user's step is one function, and the pipeline belongs into the middle of it. As a greenlet it waits there, with its variables,
-its open ``with`` blocks and its exceptions, until the output is there; nothing in it happens twice.
+The user's step is one function, and the pipeline runs in the middle of it. As a greenlet the step is suspended there, with its
+variables, open ``with`` blocks and exceptions, until the pipeline's output is available; no part of the step runs twice.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ __all__ = ["Suspended"]
 
 
 class _Abandoned(BaseException):
-    """Ends a function that nobody goes on with; no ``Exception``, so that its own handlers let it pass."""
+    """Raised in an abandoned function to end it. Not an ``Exception``, so that the function's own handlers let it pass."""
 
 
 class Suspended:
-    """Runs a function up to the place where it asks for something, and goes on from there with the answer.
+    """Runs a function up to its call of :meth:`ask`, and later resumes it with the answer.
 
-    What the thread has only once is the function's own while it runs, and the caller's in between: whether gradients are recorded,
-    and, with ``draws_on``, the random numbers. Context variables are a copy of the caller's.
+    The gradient mode is the function's own while it runs, and the caller's while it is suspended. With ``draws_on`` the function
+    also resumes with its own random number states. Context variables are a copy of the caller's.
 
     Args:
-        function: to run. It calls :meth:`ask` for what it waits for.
-        draws_on: whose generator the function goes on with where it stood; ``None`` lets numbers be drawn in the order of time.
+        function: to run. It calls :meth:`ask` to wait for an answer.
+        draws_on: a device whose generators the function resumes with the states they had when it was suspended; ``None`` leaves
+            the generators alone.
 
     Example:
         >>> def double() -> int:
@@ -51,9 +52,9 @@ class Suspended:
         self._draw_on: Callable[[], None] | None = None
         self._records_gradients = torch.is_grad_enabled()
         self.waits = False
-        """Whether the function has asked for something, and waits for it."""
+        """Whether the function has called :meth:`ask` and waits for an answer."""
         self.value: Any = None
-        """What it asked, or, if it waits for nothing, what it returned."""
+        """The function's question while it waits, else its return value."""
 
     def start(self) -> None:
         """Run up to the first :meth:`ask`, or to the end. Raises what the function raises, with its traceback."""
@@ -64,7 +65,7 @@ class Suspended:
         self._switch(self._greenlet.switch, answer)
 
     def abandon(self) -> None:
-        """Leave the function where it waits; its ``finally`` clauses run, and what they raise is raised."""
+        """End the function where it waits; its ``finally`` clauses run, and their exceptions propagate."""
         try:
             while not self._greenlet.dead:
                 self._switch(self._greenlet.throw, _Abandoned)
@@ -83,7 +84,7 @@ class Suspended:
             self.waits = False
 
     def _switch(self, switch: Callable[..., Any], *values: Any) -> None:
-        # Whoever goes on with it need not be who began, and is where it is to come back to.
+        # The greenlet that resumes the function may not be the one that started it; the function must switch back to it.
         self._greenlet.parent = getcurrent()
         callers = torch.is_grad_enabled()
         torch.set_grad_enabled(self._records_gradients)

@@ -1,4 +1,4 @@
-"""Copies on the host of what a device computes: any number of them, for which it is waited once."""
+"""Copies tensors from a device to the host, and waits for the device only once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ __all__ = ["on_host", "on_its_way"]
 
 
 def on_its_way(value: Tensor) -> Tensor:
-    """A copy on the host, for which nobody waits: it is there once the device has been waited for.
+    """Start a copy to the host without waiting: it is complete after the next wait for the device.
 
-    Of a tensor of the host, itself.
+    A tensor on the host is returned itself.
     """
     if value.device.type == "cpu":
         return value
-    # Memory that may be paged out would be copied to while the host waits.
+    # Pinned, because a copy into pageable memory makes the host wait.
     there = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
     return there.copy_(value, non_blocking=True)
 
 
 def on_host(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Tensors on the host; a device is waited for once, and each tensor is copied once, however often it is asked for.
+    """Copy tensors to the host: waits once per device, and copies each tensor once, even if it is listed several times.
 
     Example:
         >>> one = torch.ones(2)
@@ -33,6 +33,6 @@ def on_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     asked = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
     copies = {id(tensor): on_its_way(tensor) for tensor in asked}
     for device in {tensor.device for tensor in asked if tensor.device.type != "cpu"}:
-        # Copies are done in the order in which they were asked for, and for this one the host waits.
+        # Copies run in the order in which they were started, and for this last one the host waits.
         torch.zeros((), device=device).cpu()
     return [copies[id(tensor)] for tensor in asked]

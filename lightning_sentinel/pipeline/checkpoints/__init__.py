@@ -1,1 +1,1 @@
-"""What a run leaves on disk: in one file or in a part for each stage, and where another run goes on."""
+"""Checkpoints: one file or one part per stage, atomic writes, and the position in the data from which a run resumes."""

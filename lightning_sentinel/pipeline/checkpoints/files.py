@@ -1,7 +1,7 @@
-"""Checkpoint files that are whole or not there.
+"""Writes checkpoint files atomically: a file is complete or not there.
 
-Lightning's own plugin collects a file in the directory of temporary files and moves it. Where that is another file system the move
-is a copy, and a process that is killed meanwhile, or a disk that is full, leaves half a file where the previous checkpoint was.
+Lightning's own plugin writes to the directory of temporary files and moves the file. If that is another file system the move is a
+copy, and a killed process or a full disk leaves half a file where the previous checkpoint was.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ INDEX = "checkpoint.pt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Replaces a checkpoint in one go, and says so if a file is only part of one.
+    """Replaces a checkpoint atomically, and reports incomplete files.
 
-    Files are written beside their target as ``.<name>.part``; what a killed process leaves there is written over by the next save.
+    Files are written beside their target as ``.<name>.part``; the next save overwrites a part that a killed process left behind.
     Remote paths (``s3://`` and the like) are left to Lightning.
 
     Example:
@@ -56,7 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            OSError: if it could not be written, with the target's path; whatever was there before is untouched.
+            OSError: if the file could not be written, with the target's path; the previous file is untouched.
             TypeError: if there are ``storage_options``, as in Lightning.
         """
         target = local_path(path)
@@ -74,8 +74,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            ConfigurationError: if the file is not a whole checkpoint.
-            FileNotFoundError: if there is none.
+            ConfigurationError: if the file is incomplete, or no checkpoint.
+            FileNotFoundError: if there is no file.
         """
         try:
             return super().load_checkpoint(path, *args, **kwargs)
@@ -83,7 +83,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
         except Exception as error:
             with get_filesystem(path).open(path, "rb") as file:
-                # The directory of an archive is at its end, so a part of one has none.
+                # A zip archive's directory is at its end, so a truncated file is no zip file.
                 if zipfile.is_zipfile(file):
                     raise
             raise ConfigurationError(
@@ -93,7 +93,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a file, or a sharded checkpoint; a kill in the middle leaves nothing that looks like a checkpoint."""
+        """Remove a file or a sharded checkpoint; if the process is killed meanwhile, nothing left looks like a checkpoint."""
         target = local_path(path)
         if target is None or target.is_symlink() or not target.is_dir():
             super().remove_checkpoint(path)
@@ -105,13 +105,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def local_path(path: str | Path) -> Path | None:
-    """The path on this machine's disks; ``None`` if it is a remote one."""
+    """The path in the local file system; ``None`` for a remote path."""
     name = str(path).removeprefix("file://")
     return None if "://" in name else Path(name)
 
 
 def part_of(target: Path) -> Path:
-    """Where a checkpoint is collected before it takes its place."""
+    """The temporary path at which a checkpoint is written before it is moved to its target."""
     return target.with_name(f".{target.name}.part")
 
 
@@ -156,14 +156,14 @@ def write_file(content: Any, target: Path) -> int:
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """What the system said; torch's archive may put an error of its own over it."""
+    """The operating system's error behind an error, if there is one; torch's archive writer may raise its own on top."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk know the names in a folder, where the system can do that."""
+    """Flush a folder's entries to disk, if the operating system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -174,10 +174,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def aside(target: Path) -> Iterator[None]:
-    """Put a checkpoint aside for one of another kind, which cannot replace it in one go; back, if that fails.
+    """Move a checkpoint aside while one of another kind, which cannot replace it atomically, is written; on failure move it back.
 
     Raises:
-        ConfigurationError: if it is no checkpoint, but a directory of the user's.
+        ConfigurationError: if the target is a directory but no checkpoint.
     """
     if target.is_dir() and not (target / INDEX).is_file():
         raise ConfigurationError(
@@ -195,7 +195,7 @@ def aside(target: Path) -> Iterator[None]:
 
 
 def require_checkpoint(content: Any, path: str | Path) -> None:
-    """Raise ``ConfigurationError`` unless a file's content is a Lightning checkpoint."""
+    """Raise ``ConfigurationError`` if a file's content is no Lightning checkpoint."""
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict) and "pytorch-lightning_version" in content:
         return
     what = type(content).__name__

@@ -1,7 +1,7 @@
-"""One ordinary Lightning checkpoint from many stages, and back.
+"""Merges the state dicts and optimizer states of all stages into one ordinary Lightning checkpoint, and splits one again.
 
 The file has the keys of the unsplit module and an optimizer state in torch's own format, so that ``load_from_checkpoint`` and a run
-on one process can read it. Stages hand their part to rank zero as JSON and tensors, never as pickled objects.
+on one process can read it. Stages send their part to rank zero as JSON and tensors, never as pickled objects.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ __all__ = [
 ]
 
 SECTION = "lightning_sentinel"
-"""Our section of a checkpoint."""
+"""Key of our section in a checkpoint."""
 
 _LIKE_THE_PARAMETER = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
-"""What the optimizers of torch keep in the shape of the parameter."""
+"""Optimizer states of torch that have the shape of their parameter."""
 
 StageState = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def speakers(mesh: Mesh, banned: Collection[Worker] = ()) -> list[int]:
-    """The rank that speaks for each stage.
+    """The rank that saves the state of each stage.
 
     Args:
         mesh: all workers.
-        banned: workers that are not asked, because nobody brings them up to date.
+        banned: workers that are avoided, because their weights are not kept up to date.
 
     Example:
         >>> speakers(Mesh(stages=3, replicas=2), {Worker(1, 0)})
@@ -60,20 +60,20 @@ def speakers(mesh: Mesh, banned: Collection[Worker] = ()) -> list[int]:
 def collect(
     plain: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Sequence[int], most_bytes: int | None = None, to: int = 0
 ) -> list[StageState]:
-    """Bring parts to one rank; to be called by all of them. One process has all there is.
+    """Gather the parts of a checkpoint on one rank; to be called by all ranks. A single process returns its own part.
 
     Args:
-        plain: what JSON can say.
-        tensors: the rest.
-        ranks: that have a part.
-        most_bytes: that a part may have; ``None`` is what the machine has free.
-        to: the rank that gets them, whether it is one of them or not.
+        plain: the entries of this rank's part that JSON can represent.
+        tensors: the tensors of this rank's part.
+        ranks: ranks that have a part.
+        most_bytes: limit on the size of a part; ``None`` is the machine's free memory.
+        to: the rank that receives the parts; it need not be one of ``ranks``.
 
     Returns:
-        there the parts, in the order of ``ranks``, on the host; elsewhere nothing.
+        on rank ``to`` the parts, in the order of ``ranks``, on the host; elsewhere an empty list.
 
     Raises:
-        MalformedMessageError: if a rank sends something else than a part.
+        MalformedMessageError: if a rank sends no valid part.
     """
     mine = (dict(plain), {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     if not dist.is_initialized():
@@ -97,10 +97,10 @@ def _part_from(rank: int, most_bytes: int | None) -> StageState:
 
 
 def own_part(part: StageState, names: Collection[str], rank: int) -> StageState:
-    """What a stage may say of its optimizer: of its own parameters, and in the form that :func:`optimizer_part` gives.
+    """Restrict a received optimizer part to the sender's own parameters, and check that it has the form of :func:`optimizer_part`.
 
     Raises:
-        MalformedMessageError: if it has another form.
+        MalformedMessageError: if the part has another form.
 
     Example:
         >>> import torch
@@ -122,12 +122,12 @@ def own_part(part: StageState, names: Collection[str], rank: int) -> StageState:
 
 
 def in_order(names: Collection[str], known: Sequence[str]) -> list[str]:
-    """Put the keys of a module as it is now into the order of the unsplit one.
+    """Sort the present keys of a module into the order of the unsplit module.
 
     Args:
-        names: the keys that there are.
-        known: all keys that there were when the module was cut, in its order. One that is new, because a parameter was exchanged
-            for others, comes behind those of the module that it is in.
+        names: the present keys.
+        known: all keys of the unsplit module when it was split, in order. A new key, as pruning makes when it replaces a parameter,
+            is sorted behind the known keys of its submodule.
 
     Example:
         >>> in_order(["b.weight", "a.weight_mask", "a.weight_orig", "a.bias"], ["a.weight", "a.bias", "b.weight"])
@@ -147,7 +147,7 @@ def in_order(names: Collection[str], known: Sequence[str]) -> list[str]:
 
 
 def _owners(name: str) -> list[str]:
-    """The modules that something is in, the nearest first."""
+    """The names of the modules that contain an entry, the innermost first."""
     parts = name.split(".")
     return [".".join(parts[:length]) for length in range(len(parts) - 1, -1, -1)]
 
@@ -155,17 +155,17 @@ def _owners(name: str) -> list[str]:
 def select_state(
     state: Mapping[str, Any], module: nn.Module, known: Sequence[str], strict: bool, saved: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """The entries of an unsplit ``state_dict`` that belong to this stage.
+    """Select the entries of an unsplit ``state_dict`` that belong to this stage.
 
     Args:
-        state: of the unsplit module, or of the part of it that was read.
-        module: this stage's part of it.
+        state: of the unsplit module, or the entries of it that were read.
+        module: this stage's part of the module.
         known: all keys of the unsplit module.
+        strict: whether the keys must match exactly; checked for the whole module, so that all ranks agree.
         saved: all keys of the checkpoint, if ``state`` has only some.
-        strict: whether every key must be there and none more; judged over the whole module, so that all ranks agree.
 
     Raises:
-        ConfigurationError: if strict and the keys differ.
+        ConfigurationError: if ``strict`` and the keys differ.
     """
     saved = set(state if saved is None else saved)
     missing, unexpected = sorted(set(known) - saved), sorted(saved - set(known))
@@ -185,7 +185,7 @@ def optimizer_part(optimizer: Optimizer, names: Mapping[int, str]) -> StageState
         names: ``id`` of a parameter to its name in the unsplit module.
 
     Raises:
-        ConfigurationError: if it has a parameter without a name.
+        ConfigurationError: if the optimizer has a parameter without a name.
     """
     unknown = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
     if unknown:
@@ -209,7 +209,7 @@ def optimizer_part(optimizer: Optimizer, names: Mapping[int, str]) -> StageState
 
 
 def join_optimizer_parts(parts: Sequence[StageState]) -> StageState:
-    """One part of those that workers of a stage have, each of other parameters.
+    """Join the optimizer parts of one stage's workers, which hold the state of different parameters.
 
     Example:
         >>> import torch
@@ -230,7 +230,7 @@ def _is_plain(value: object) -> bool:
 
 
 def optimizer_of(part: StageState, parameters: Collection[str]) -> StageState:
-    """What a part says of some parameters.
+    """Restrict an optimizer part to some parameters.
 
     Example:
         >>> import torch
@@ -250,16 +250,16 @@ def optimizer_of(part: StageState, parameters: Collection[str]) -> StageState:
 def merge_optimizer_states(
     parts: Sequence[StageState], options: Sequence[Mapping[str, Any]], order: Sequence[str]
 ) -> tuple[dict[str, Any], list[list[str]]]:
-    """One optimizer state in torch's format.
+    """Merge the optimizer states of all stages into one in torch's format.
 
     Args:
-        parts: what :func:`optimizer_part` gave on each stage.
-        options: of each parameter group of one stage, without its parameters. Another may have more, made by a callback that adds
-            the parameters of a layer; of those its part says what is plain.
+        parts: the result of :func:`optimizer_part` on each stage.
+        options: of each parameter group of one stage, without its parameters. Another stage may have more groups, if a callback
+            added a layer's parameters; their options come from that stage's part, which has only the plain ones.
         order: parameter names of the unsplit module.
 
     Returns:
-        the state, with parameters numbered group by group in ``order``, and their names by group.
+        the state, with parameters numbered group by group in ``order``, and the parameter names of each group.
     """
     position = {name: index for index, name in enumerate(order)}
     most: list[dict[str, Any]] = max((plain["options"] for plain, _ in parts), key=len, default=[])
@@ -278,7 +278,7 @@ def merge_optimizer_states(
             state.setdefault(number[name], {})[key] = value
     param_groups = []
     for option, group in zip(options, groups):
-        # Made from named_parameters() a group lists the names of its parameters, and each stage's only its own.
+        # If made from named_parameters(), a group lists parameter names, on each stage only that stage's.
         named = {"param_names": group} if "param_names" in option else {}
         param_groups.append({**option, **named, "params": [number[name] for name in group]})
     return {"state": dict(sorted(state.items())), "param_groups": param_groups}, groups
@@ -291,17 +291,17 @@ def own_optimizer_state(
     names: Mapping[int, str],
     others: Collection[int] = (),
 ) -> dict[str, Any]:
-    """The part of a merged optimizer state that belongs to this stage's optimizer, ready for its ``load_state_dict``.
+    """Select this stage's part of a merged optimizer state, ready for its optimizer's ``load_state_dict``.
 
     Args:
-        saved: what :func:`merge_optimizer_states` gave.
+        saved: the merged state, from :func:`merge_optimizer_states`.
         groups: parameter names of each group.
         optimizer: over this stage's parameters.
         names: ``id`` of a parameter to its name.
-        others: parameters, by ``id``, of which another rank keeps the state.
+        others: parameters, by ``id``, whose state another rank keeps.
 
     Raises:
-        ConfigurationError: if the number of parameter groups differs, or the state is that of other parameters.
+        ConfigurationError: if the number of parameter groups differs, or a state has not the shape of its parameter.
     """
     if len(saved["param_groups"]) != len(optimizer.param_groups):
         raise ConfigurationError(
@@ -309,7 +309,9 @@ def own_optimizer_state(
             f" {len(optimizer.param_groups)}. Resume with the optimizer that was saved, or load the weights only."
         )
     number = {name: index for index, name in enumerate(name for group in groups for name in group)}
-    state, param_groups, mine = {}, [], 0
+    state = {}
+    param_groups = []
+    mine = 0
     for saved_group, group in zip(saved["param_groups"], optimizer.param_groups):
         indices = range(mine, mine + len(group["params"]))
         mine += len(indices)
@@ -318,7 +320,7 @@ def own_optimizer_state(
             if entry is not None:
                 _require_shape(entry, parameter, names[id(parameter)])
             if entry is not None and id(parameter) not in others:
-                # Copies: what was read may be a mapped file.
+                # Copy: the tensors may be a memory-mapped file.
                 state[index] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
         named = {"param_names": group["param_names"]} if "param_names" in group else {}
         param_groups.append({**saved_group, **named, "params": list(indices)})
@@ -337,18 +339,18 @@ def _require_shape(entry: Mapping[str, Any], parameter: nn.Parameter, name: str)
 
 
 def group_names(saved: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], order: Sequence[str]) -> list[list[str]]:
-    """Names for the numbered parameters of an optimizer state that an unsplit module wrote.
+    """Find the names of the numbered parameters in an optimizer state that was saved from an unsplit module.
 
     Args:
-        saved: in torch's format.
-        parts: of each stage the ``"groups"`` of its optimizer: names, in its order.
+        saved: the optimizer state, in torch's format.
+        parts: of each stage, the ``"groups"`` of its optimizer: parameter names, in the optimizer's order.
         order: parameter names of the unsplit module.
 
     Returns:
         the names in each group, in the order of the numbers.
 
     Raises:
-        ConfigurationError: if the groups are not the same, or nothing says in which order a group has its parameters.
+        ConfigurationError: if the groups differ, or the order of a group's parameters is unknown.
     """
     groups = saved["param_groups"]
     here = [{name for part in parts for name in part["groups"][index]} for index in range(len(parts[0]["groups"]))]

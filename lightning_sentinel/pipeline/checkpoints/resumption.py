@@ -1,8 +1,8 @@
-"""Where a run was in its data, and in its random numbers, so that another can go on from there.
+"""Saves and restores a run's position in its data and the states of its random number generators.
 
-Lightning counts the batches of an epoch that are done, and in the middle of one begins its data anew. Here what was seen is drawn
-again and dropped, with the random numbers from which the epoch had begun: so the order of samples, and what a loader's workers
-draw, are those of the run that was stopped.
+Lightning counts the batches of an epoch that are done, but a run resumed in the middle of an epoch starts its data anew. Here the
+resumed run restores the generator states from the start of the epoch, then draws the batches already seen and drops them. So the
+order of samples, and the random numbers of loader workers, are those of the run that was stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ States = dict[str, Tensor]
 
 
 def data_generators() -> States:
-    """The states of the generators that data is drawn with: torch's, Python's and NumPy's, on the host.
+    """The states of the random number generators that data loading uses: torch's, Python's and NumPy's, on the host.
 
     Example:
         >>> import random
@@ -53,7 +53,7 @@ def data_generators() -> States:
 
 
 def set_data_generators(states: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`data_generators` gave."""
+    """Restore the generator states that :func:`data_generators` returned."""
     torch.set_rng_state(states["torch"].to(torch.uint8).cpu())
     version, *words = states["python"].tolist()
     gauss = states["python_gauss"].tolist()
@@ -65,19 +65,19 @@ def set_data_generators(states: Mapping[str, Tensor]) -> None:
 def own_generators(
     saved: Mapping[int, Mapping[str, Tensor]], written_on: Mesh, processes: int, mesh: Mesh, rank: int, world_size: int
 ) -> States | None:
-    """What is for this rank among the states of those that were asked.
+    """Select this rank's generator states from a checkpoint.
 
     Args:
-        saved: by rank; banned ones are not asked.
-        written_on: the mesh that they are of.
-        processes: that it was written by; a virtual mesh has one.
-        mesh: the present one.
-        rank: this process's.
-        world_size: processes.
+        saved: generator states by rank; the checkpoint has none of banned workers.
+        written_on: the mesh of the run that wrote the checkpoint.
+        processes: number of processes of that run; a virtual mesh has one.
+        mesh: the present mesh.
+        rank: this process's rank.
+        world_size: present number of processes.
 
     Returns:
-        on the same mesh the states of this rank; on another with as many replicas, and for those who were not asked, those that
-        this replica's data is drawn with; else ``None``, and what is drawn from here on is another draw.
+        on the same mesh this rank's states. On a mesh with as many replicas, or if this rank has none, the data generators' states
+        of another rank of its replica. Otherwise ``None``: the run then draws other random numbers than the stopped run.
     """
     if processes == world_size and written_on == mesh and rank in saved:
         return dict(saved[rank])
@@ -90,32 +90,33 @@ def own_generators(
 
 
 class DataPosition(L.Callback):
-    """Keeps the random numbers that an epoch began with, and takes a run that is resumed back to its place in the data."""
+    """Keeps the generator states from the start of the epoch, and moves a resumed run back to its position in the data."""
 
     def __init__(self) -> None:
         self.epoch_began = data_generators()
-        """States of the data's generators when the iterator over the present epoch was made."""
+        """States of the data generators when the iterator over the present epoch was made."""
         self.unused: States | None = None
-        """What a resumed run has to go on from, until it asks for a batch."""
+        """Generator states that a resumed run still has to restore; ``None`` once it has asked for a batch."""
 
     def begin(self) -> None:
-        """A loader is about to be asked for its iterator for the first time."""
-        self.epoch_began, self.unused = data_generators(), None
+        """Record the generator states just before the epoch's iterator is made."""
+        self.epoch_began = data_generators()
+        self.unused = None
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Lightning makes the iterator of the first epoch earlier, and those of others right after this.
+        # Lightning makes the iterator of the first epoch earlier, and those of later epochs right after this hook.
         if trainer.current_epoch > 0 and not trainer.fit_loop.is_resuming and not trainer.fit_loop.restarting:
             if self.unused is not None:
-                # The epoch that was resumed had no batches left.
+                # The resumed epoch had no batches left.
                 set_data_generators(_named(self.unused, "now"))
                 self.unused = None
             self.epoch_began = data_generators()
 
     def states(self, trainer: L.Trainer, randomness: SeparateRandomness, device: torch.device) -> States:
-        """All that this rank draws from, and has drawn the present epoch's data from."""
+        """The generator states to save: the present ones, those from the start of the epoch, and those of forward passes."""
         loop: Any = trainer.fit_loop
-        # A batch that has not been trained on: where the length is not known Lightning draws one ahead.
+        # Batches fetched but not trained on: if the loader has no length, Lightning fetches one ahead.
         fetched = 0 if loop._data_fetcher is None else loop._data_fetcher.fetched
         ahead = torch.tensor(max(fetched - loop.epoch_loop.batch_progress.current.processed, 0))
         now = {f"now/{name}": state for name, state in data_generators().items()}
@@ -128,7 +129,7 @@ class DataPosition(L.Callback):
         }
 
     def return_to(self, trainer: L.Trainer, states: States | None) -> None:
-        """Let the first batch be the one after the last that was seen; before the loop asks for it."""
+        """Make the resumed run's first batch the one after the last batch seen; to be called before the loop asks for it."""
         loop = trainer.fit_loop
         fetcher: Any = loop._data_fetcher
         loader = loop._combined_loader
@@ -138,7 +139,7 @@ class DataPosition(L.Callback):
         loader.flattened = [one.loader if isinstance(one, Unopened) else one for one in loader.flattened]
         fetcher.done = False
         if any(isinstance(one, _Stateful) for one in loader.flattened):
-            # The loader knows its place by itself, and has been told.
+            # A stateful loader has restored its position by itself.
             if states is not None:
                 set_data_generators(_named(states, "now"))
             if waiting:
@@ -146,7 +147,7 @@ class DataPosition(L.Callback):
             return
         self.unused = states
         fetcher.iterator = _Returning(self, trainer, loader, states)
-        # One batch ahead, where the length is not known: of the beginning, not of this place.
+        # If the loader has no length, Lightning has fetched one batch ahead, from the start of the data: drop it.
         ahead = len(getattr(fetcher, "batches", ()))
         if ahead:
             fetcher.batches.clear()
@@ -154,13 +155,13 @@ class DataPosition(L.Callback):
 
 
 class Unopened:
-    """A loader in whose place nothing is drawn, until a resumed run knows where it goes on.
+    """Wraps a loader and yields no batches, until a resumed run knows its position.
 
-    Lightning opens its loaders when a run starts, and what workers have fetched by then, or a stream has given out, would be lost
-    with the iterator that is not used.
+    Lightning makes the iterators of its loaders when a run starts. The batches that loader workers have prefetched by then, or a
+    stream has given out, would be lost, because a resumed run does not use that iterator.
 
     Args:
-        loader: what is to be opened later. Of everything but its batches it is asked.
+        loader: the loader to open later. Its other attributes are available.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -179,10 +180,13 @@ class Unopened:
 
 
 class _Returning(Iterator[Any]):
-    """An iterator over batches that goes to its place when it is first asked: only then the loop knows how many were seen."""
+    """An iterator that skips the batches already seen when first asked for one: only then the loop knows how many they are."""
 
     def __init__(self, position: DataPosition, trainer: L.Trainer, loader: CombinedLoader, states: States | None) -> None:
-        self._position, self._trainer, self._loader, self._states = position, trainer, loader, states
+        self._position = position
+        self._trainer = trainer
+        self._loader = loader
+        self._states = states
         self._batches: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
@@ -194,16 +198,17 @@ class _Returning(Iterator[Any]):
         return next(self._batches)
 
     def _return(self) -> Iterator[Any]:
-        """The batches from the one after the last that was seen."""
+        """Yield the batches after the last one seen."""
         fit_loop: Any = self._trainer.fit_loop
-        seen, states = fit_loop.epoch_loop.batch_progress.current.ready, self._states
+        seen = fit_loop.epoch_loop.batch_progress.current.ready
+        states = self._states
         ahead = 0 if states is None else int(states["ahead"])
         if fit_loop.epoch_loop.batch_progress.is_last_batch and not ahead:
-            return  # the loop asks before it ends an epoch that has no batches left; the next one opens its data by itself
+            return  # the loop also asks at the end of an epoch without batches left; the next epoch opens its data by itself
         if states is not None:
             set_data_generators(_named(states, "epoch" if seen or ahead else "now"))
         for loader in self._loader.flattened:
-            # Workers begin to fetch as soon as there is an iterator.
+            # Before iter(), because loader workers start to fetch as soon as there is an iterator.
             _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
         self._position.begin()
         batches = iter(self._loader)
@@ -211,16 +216,16 @@ class _Returning(Iterator[Any]):
             next(batches)
         drawn = [next(batches) for _ in range(ahead)]
         if states is not None and (seen or ahead):
-            # Others may have drawn as well: callbacks, a validation in the middle of the epoch.
+            # Callbacks, or a validation in the middle of the epoch, may have drawn random numbers too.
             set_data_generators(_named(states, "now"))
         yield from drawn
-        # Not `yield from`: to ask it for its iterator is to begin anew.
+        # Not `yield from`, which calls iter() on the combined loader and starts anew.
         with contextlib.suppress(StopIteration):
             while True:
                 yield next(batches)
 
     def _look_ahead(self) -> None:
-        """As Lightning does where the length is not known, to recognise the last batch."""
+        """Fetch one batch ahead, as Lightning does for a loader without a length, to recognise the last batch."""
         fetcher: Any = self._trainer.fit_loop._data_fetcher
         if fetcher.length is not None or not hasattr(fetcher, "batches"):
             return

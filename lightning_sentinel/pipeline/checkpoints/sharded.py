@@ -1,11 +1,12 @@
-"""Checkpoints in which every stage writes its own part.
+"""Sharded checkpoints: every stage writes its own part.
 
-``name.ckpt`` is a directory. ``stage-S-ID.pt`` has the weights, buffers and optimizer state of stage ``S``; ``checkpoint.pt``,
-written last, has the rest, and says which parts belong to it. All are in torch's format and read with ``weights_only=True``. A save
-that replaces another puts its parts beside those that are there; replacing ``checkpoint.pt`` is what makes it count.
+``name.ckpt`` is a directory. ``stage-S-ID.pt`` has the weights, buffers and optimizer state of stage ``S``; ``checkpoint.pt``, the
+index, is written last, has the rest, and lists the parts that belong to it. All files are in torch's format and read with
+``weights_only=True``. A save that replaces another writes its parts beside the old ones; it takes effect when it replaces
+``checkpoint.pt``.
 
-``torch.distributed.checkpoint`` would do the same, but for two things: its metadata is unpickled without a check, and a save into a
-directory overwrites what is there piece by piece.
+``torch.distributed.checkpoint`` would do the same, but for two things: it unpickles its metadata without a check, and a save into
+an existing directory overwrites the old files one by one.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ __all__ = ["Destination", "ShardedCheckpoint", "consolidate"]
 
 _FORMAT = 1
 _PARTS = "sharded"
-"""Key of our section under which the parts are described."""
+"""Key, in our section of the checkpoint, of the description of the parts."""
 
 
 class Destination(NamedTuple):
-    """Where a save goes.
+    """Where a save is written.
 
     Args:
-        target: the checkpoint.
-        folder: in which it is collected: the target, if that is a sharded checkpoint already, else beside it.
-        save: a name for this save, which its parts have in common.
+        target: path of the checkpoint.
+        folder: where its files are written: the target, if that is a sharded checkpoint already, else a directory beside it.
+        save: id of this save, in the names of all its parts.
     """
 
     target: str
@@ -45,7 +46,7 @@ class Destination(NamedTuple):
 
     @classmethod
     def prepare(cls, target: Path) -> Destination:
-        """Choose a folder and make it, without what a killed process may have left there; for one rank."""
+        """Choose the folder and make it, without files that a killed process left there; to be called on one rank."""
         folder = target if (target / INDEX).is_file() else part_of(target)
         if folder != target:
             clear(folder)
@@ -55,18 +56,18 @@ class Destination(NamedTuple):
     def write_part(
         self, stage: int, states: Mapping[str, Mapping[str, Tensor]], optimizers: Sequence[StageState]
     ) -> dict[str, Any]:
-        """Write what one stage has.
+        """Write the part of one stage.
 
         Args:
-            stage: its number.
-            states: its entries of the module's ``state_dict``, and of what else a checkpoint has with the same keys.
-            optimizers: of each optimizer its part; see :func:`lightning_sentinel.pipeline.checkpoints.full.optimizer_part`.
+            stage: number of the stage.
+            states: the stage's entries of the module's ``state_dict``, and of other dicts in the checkpoint with the same keys.
+            optimizers: the stage's part of each optimizer; see :func:`lightning_sentinel.pipeline.checkpoints.full.optimizer_part`.
 
         Returns:
-            a description for the index.
+            a description of the part for the index.
 
         Raises:
-            OSError: if it could not be written.
+            OSError: if the part could not be written.
         """
         name = self._file(stage)
         content = {
@@ -79,15 +80,15 @@ class Destination(NamedTuple):
         return {"file": name, "bytes": size, "state_names": list(states["state_dict"]), "parameter_names": parameters}
 
     def believed(self, stage: int, described: Mapping[str, Any], speaks_for: Callable[[str], bool]) -> dict[str, Any]:
-        """What a stage says of its part, as far as that is for it to say.
+        """Check a stage's description of its part, and drop names that are not the stage's own.
 
         Args:
-            stage: its number.
-            described: what it says that :meth:`write_part` gave.
+            stage: number of the stage.
+            described: the description that the stage sent, which should be the result of :meth:`write_part`.
             speaks_for: whether an entry of the module's ``state_dict`` is this stage's.
 
         Raises:
-            ConfigurationError: if it says something else.
+            ConfigurationError: if the description is invalid.
         """
         names = [described.get("state_names"), described.get("parameter_names")]
         listed = all(isinstance(found, list) and all(isinstance(name, str) for name in found) for found in names)
@@ -104,19 +105,20 @@ class Destination(NamedTuple):
         return f"stage-{stage}-{self.save}.pt"
 
     def publish(self, checkpoint: dict[str, Any], parts: Sequence[Mapping[str, Any]], index: Mapping[str, Any]) -> None:
-        """Let the save count, and remove what it replaces; for one rank, once all parts are written.
+        """Write the index and remove the save that this one replaces; to be called on one rank, once all parts are written.
 
         Args:
-            checkpoint: Lightning's, without what the parts have.
-            parts: what :meth:`write_part` gave on each stage.
-            index: what consolidation has to know: ``state_names`` and ``parameter_names`` of the unsplit module, in order, and of
-                each optimizer the ``options`` of its groups.
+            checkpoint: Lightning's checkpoint, without the entries that are in the parts.
+            parts: the description of each stage's part, from :meth:`write_part`.
+            index: data for consolidation: ``state_names`` and ``parameter_names`` of the unsplit module, in order, and the
+                ``options`` of each optimizer's groups.
 
         Raises:
-            ConfigurationError: if a part is not to be seen from here.
+            ConfigurationError: if this rank cannot see a part.
             OSError: if the index could not be written.
         """
-        folder, target = Path(self.folder), Path(self.target)
+        folder = Path(self.folder)
+        target = Path(self.target)
         for part in parts:
             file = folder / part["file"]
             if not file.is_file() or file.stat().st_size != part["bytes"]:
@@ -145,7 +147,7 @@ class Destination(NamedTuple):
         sync_folder(target.parent)
 
     def abandon(self) -> None:
-        """Remove what was written of a save that failed; what was there before stays."""
+        """Remove the files of a save that failed; the previous checkpoint stays."""
         if self.folder != self.target:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
@@ -155,19 +157,19 @@ class Destination(NamedTuple):
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     on_host = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    # Of a view torch would write all that it is a view of.
+    # torch.save writes the whole storage of a view, so views are cloned.
     return {name: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for name, t in on_host.items()}
 
 
 class ShardedCheckpoint:
-    """A sharded checkpoint to read from. Tensors are mapped, so that only what is asked for is read.
+    """Reads a sharded checkpoint. Tensors are memory-mapped, so that only those asked for are read.
 
     Args:
         path: the directory.
-        weights_only: whether nothing but tensors and plain values is read; of the parts nothing else ever is.
+        weights_only: whether only tensors and plain values are read from the index; from the parts only these are ever read.
 
     Raises:
-        ConfigurationError: if it is none, or not whole.
+        ConfigurationError: if the directory is no sharded checkpoint, or incomplete.
     """
 
     def __init__(self, path: str | Path, weights_only: bool = True) -> None:
@@ -177,7 +179,8 @@ class ShardedCheckpoint:
         self.state_names: list[str] = described["state_names"]
         self._parameter_names: list[str] = described["parameter_names"]
         self._options: list[list[dict[str, Any]]] = described["options"]
-        self._parts, self._save = described["parts"], described["save"]
+        self._parts = described["parts"]
+        self._save = described["save"]
         for part in self._parts:
             if Path(part["file"]).name != part["file"]:
                 raise ConfigurationError(f"{self.path / INDEX} names {part['file']!r} as a part, which is not in its directory.")
@@ -192,11 +195,11 @@ class ShardedCheckpoint:
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether it is more than weights."""
+        """Whether the checkpoint has optimizer states."""
         return bool(self._options)
 
     def states(self, names: Collection[str]) -> dict[str, dict[str, Tensor]]:
-        """``state_dict``, and what else has its keys: those entries that are there, in the order of the unsplit module."""
+        """The named entries of ``state_dict`` and of other dicts with its keys, in the order of the unsplit module."""
         found: dict[str, dict[str, Tensor]] = {"state_dict": {}}
         for part in self._parts:
             if wanted := [name for name in part["state_names"] if name in names]:
@@ -205,7 +208,7 @@ class ShardedCheckpoint:
         return {key: {name: state[name] for name in self.state_names if name in state} for key, state in found.items()}
 
     def optimizer_states(self, parameters: Collection[str]) -> tuple[list[dict[str, Any]], list[list[str]]]:
-        """Of each optimizer the state of those parameters, in torch's format, and the names of the last one's groups."""
+        """Each optimizer's state of these parameters, in torch's format, and the last optimizer's parameter names by group."""
         parts = [part for part in self._parts if not set(part["parameter_names"]).isdisjoint(parameters)]
         read = [self._read(part)["optimizers"] for part in parts]
         states: list[dict[str, Any]] = []
@@ -217,7 +220,7 @@ class ShardedCheckpoint:
         return states, groups
 
     def whole(self) -> dict[str, Any]:
-        """The ordinary checkpoint that this one is in parts."""
+        """Merge the parts into an ordinary checkpoint."""
         checkpoint = {**self.checkpoint, **self.states(set(self.state_names))}
         if self.has_optimizer:
             names = frozenset(self._parameter_names)
@@ -258,14 +261,14 @@ class ShardedCheckpoint:
 
 
 def consolidate(directory: str | Path, output: str | Path) -> None:
-    """Make one ordinary Lightning checkpoint of a sharded one, in this process.
+    """Convert a sharded checkpoint into one ordinary Lightning checkpoint, in this process.
 
     Args:
         directory: the sharded checkpoint.
-        output: the file to write, which must not be there yet.
+        output: the file to write, which must not exist.
 
     Raises:
-        ConfigurationError: if there is no whole sharded checkpoint, or ``output`` exists.
+        ConfigurationError: if ``directory`` is no complete sharded checkpoint, or ``output`` exists.
         OSError: if ``output`` could not be written.
     """
     directory, output = Path(directory), Path(output)

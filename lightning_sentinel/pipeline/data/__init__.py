@@ -1,1 +1,1 @@
-"""What the stages of a pipeline read, and whose samples they work on."""
+"""Data loading for pipeline stages: reading batches, splitting them into micro-batches, and exchanging samples between lanes."""

@@ -1,4 +1,4 @@
-"""One replica's batch, dealt as all ranks know that all replicas deal theirs."""
+"""Splits one replica's batch into micro-batches, and tells all ranks how every replica's batch is split."""
 
 from __future__ import annotations
 
@@ -33,34 +33,36 @@ def split_alike(
     by_module: bool,
     banned: Collection[Worker] = (),
 ) -> SplitBatch:
-    """Deal a batch; a collective if it ``asks``, and then an error of one rank is one of all.
+    """Split this replica's batch. If ``asks``, it is a collective, and an error on one rank is raised on all.
 
     Args:
         batch: of this rank's replica.
-        loaded: what it was before it went to a device; ``None`` if nobody knows, or it did not go to one.
-        whole: makes it ready to be dealt.
-        at_most: so many micro-batches, or as many as the shortest batch has samples.
+        loaded: the batch before it was moved to a device; ``None`` if that is unknown, or it was not moved.
+        whole: prepares a batch for splitting.
+        at_most: the number of micro-batches, unless the shortest batch has fewer samples.
         mesh: all workers.
-        worker: that this rank is.
-        reads: whether the batch is what a loader gave.
-        asks: whether replicas may have batches of different sizes, or it is to be seen whether both ends have the same.
-        waits: whether to wait for what a device holds to compare it; what was loaded is compared in any case.
-        travels: whether to see that it can travel between processes, before anybody depends on that.
+        worker: this rank's worker.
+        reads: whether the batch comes from a loader; if not, it is a placeholder.
+        asks: whether to gather sizes and fingerprints: replicas may have batches of different sizes, or both ends are compared.
+        waits: whether to wait for tensors on a device to compare them; ``loaded`` is compared in any case.
+        travels: whether to check now that the batch can be sent between processes.
         by_module: whether the module decides how large micro-batches are.
-        banned: those whose word does not count.
+        banned: workers whose sizes and fingerprints are ignored where possible.
 
     Raises:
-        ConfigurationError: if the batch, or that of another rank, cannot be dealt.
-        PipelineModelError: if two ends of a pipeline have read different batches.
+        ConfigurationError: if this rank's batch, or another rank's, cannot be split.
+        PipelineModelError: if the two ends of a pipeline have read different batches.
     """
-    problem, own = None, None
+    problem = None
+    own = None
     try:
         own = whole(batch)
         mine = [own.samples, own.most(at_most), fingerprint([loaded, batch], waits) if asks and reads else 0]
         if travels and reads:
             _require_that_it_can_travel(batch)
     except ConfigurationError as error:
-        mine, problem = [_UNREADABLE, 0, 0], error
+        mine = [_UNREADABLE, 0, 0]
+        problem = error
     if asks:
         everyone = gather_numbers(mine if reads else [NOT_READ, 0, 0])
         troubled = [rank for rank, (samples, *_) in enumerate(everyone) if samples == _UNREADABLE]
@@ -73,7 +75,8 @@ def split_alike(
         return SplitBatch(BatchSizes.of([mine[0]] * mesh.replicas, mine[1]), [own.dealt(mine[1])], mine[0])
     compare_ends([(samples, printed) for samples, _, printed in everyone], mesh, banned)
     of_replicas = [everyone[mesh.rank(_spokesman(replica, mesh, banned))] for replica in range(mesh.replicas)]
-    samples, most = [numbers[0] for numbers in of_replicas], [numbers[1] for numbers in of_replicas if numbers[0]]
+    samples = [numbers[0] for numbers in of_replicas]
+    most = [numbers[1] for numbers in of_replicas if numbers[0]]
     sizes = BatchSizes.of(samples, min([*most, at_most]))
     dealt = own.dealt(sizes.micro_batches) if reads or not by_module else MicroBatches((), (0,) * sizes.micro_batches, None)
     if by_module:
@@ -95,6 +98,6 @@ def _require_that_it_can_travel(batch: Any) -> None:
 
 
 def _spokesman(replica: int, mesh: Mesh, banned: Collection[Worker]) -> Worker:
-    """Who says how large a replica's batch is: an end of its pipeline, and if possible one that is not banned."""
+    """The worker whose size of a replica's batch counts: the first or last stage, if possible one that is not banned."""
     ends = [Worker(stage, replica) for stage in (0, mesh.stages - 1)]
     return min(ends, key=lambda end: end in banned)

@@ -1,4 +1,4 @@
-"""Batches dealt to replicas and micro-batches: evenly by samples, or as the module's own ``split_batch`` says."""
+"""Splits batches over replicas and micro-batches: evenly by samples, or with the module's own ``split_batch``."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["BatchSplitter", "SplitBatch", "Whole"]
 
 
 class BatchSplitter:
-    """Knows how batches of a module are dealt.
+    """Splits the batches of a module.
 
     Args:
-        module: the user's. If it has a method ``split_batch(batch, count)``, that deals its batches, and ``count_samples(batch)``
-            counts what is in them.
+        module: the user's. Its methods ``split_batch(batch, count)`` and ``count_samples(batch)``, if it has them, split its
+            batches and count their samples.
 
     Example:
         >>> import torch
@@ -40,18 +40,18 @@ class BatchSplitter:
 
     @property
     def by_module(self) -> bool:
-        """Whether the module deals its batches itself, so that nobody knows their sizes beforehand."""
+        """Whether the module splits its batches itself, so that the sizes of micro-batches are not known beforehand."""
         return self._split is not None
 
     def whole(self, batch: Any, source: Source | None = None) -> Whole:
-        """A batch, ready to be dealt.
+        """Prepare a batch for splitting.
 
         Args:
-            batch: what the loader gave.
+            batch: from the loader.
             source: what is known of the loader.
 
         Raises:
-            ConfigurationError: if it cannot be told how to deal it.
+            ConfigurationError: if the batch does not tell how to split it.
         """
         if self._split is None:
             return _by_samples(batch, source)
@@ -60,17 +60,17 @@ class BatchSplitter:
         return _ByModule(batch, self._split, self._count, self._name)
 
     def dealt_to(self, batch: Any, source: Source | None, replicas: int, count: int) -> SplitBatch:
-        """A batch of a whole mesh, dealt to its replicas."""
+        """Split a whole mesh's batch over its replicas."""
         return self.whole(batch, source).dealt_to(replicas, count)
 
     def undealt(self, batch: Any, source: Source | None, replicas: int, count: int) -> SplitBatch:
-        """A batch that is not dealt, because one step gets all of it; so it need not be told how.
+        """Leave a batch whole, because one step gets all of it. So a batch that cannot be split is allowed.
 
         Args:
-            batch: what the loader gave.
+            batch: from the loader.
             source: what is known of the loader.
-            replicas: of the mesh.
-            count: micro-batches that each replica's would be dealt into, to say how large they are.
+            replicas: number of replicas of the mesh.
+            count: number of micro-batches to split each replica's batch into, where that is possible.
         """
         try:
             return self.dealt_to(batch, source, replicas, count)
@@ -80,7 +80,7 @@ class BatchSplitter:
         return SplitBatch(BatchSizes.of([samples] * replicas, 1), [parts] * replicas, samples, [[range(samples)]] * replicas)
 
     def samples(self, batch: Any, source: Source | None = None) -> int:
-        """How many samples a batch has."""
+        """Number of samples in a batch."""
         return self.whole(batch, source).samples
 
 
@@ -91,10 +91,13 @@ def _by_samples(batch: Any, source: Source | None) -> Whole:
 
 
 class _ByModule:
-    """Dealt by the module."""
+    """A batch that the module splits."""
 
     def __init__(self, batch: Any, split: Callable[[Any, int], Any], count: Callable[[Any], int] | None, name: str) -> None:
-        self._batch, self._split, self._count, self._name = batch, split, count, name
+        self._batch = batch
+        self._split = split
+        self._count = count
+        self._name = name
         self._latest: tuple[int, list[Any]] = (0, [])
 
     @property
@@ -116,7 +119,7 @@ class _ByModule:
         return MicroBatches(pieces, self._sizes(pieces), self._batch)
 
     def dealt_to(self, replicas: int, count: int) -> SplitBatch:
-        """Micro-batch ``k`` of replica ``r`` is piece ``k * replicas + r`` of all; where there are fewer, again from the first."""
+        """Micro-batch ``k`` of replica ``r`` is piece ``k * replicas + r``; if there are fewer pieces, start over at the first."""
         pieces = self._pieces(replicas * count)
         each = -(-len(pieces) // replicas)
         sizes = self._sizes(pieces)
@@ -139,7 +142,7 @@ class _ByModule:
         return self._latest[1]
 
     def _sizes(self, pieces: Sequence[Any]) -> tuple[int, ...]:
-        """Samples of each piece; alike where that cannot be told."""
+        """Number of samples in each piece; 1 for each if the sizes cannot be inferred."""
         if self._count is not None:
             return tuple(map(self._counted, pieces))
         return _told(self._batch, pieces) or (1,) * len(pieces)
@@ -153,8 +156,9 @@ class _ByModule:
 
 
 def _told(batch: Any, pieces: Sequence[Any]) -> tuple[int, ...] | None:
-    """Samples of each piece, by the only sizes that add up to those of the whole in all tensors that were cut."""
-    wholes, parts = _shapes(batch), [_shapes(piece) for piece in pieces]
+    """Infer each piece's number of samples: the sizes that add up to the whole's along some axis of every tensor that was cut."""
+    wholes = _shapes(batch)
+    parts = [_shapes(piece) for piece in pieces]
     if any(len(shapes) != len(wholes) for shapes in parts):
         return None
     possible: list[dict[tuple[int, ...], None]] = []

@@ -1,4 +1,4 @@
-"""Batches that a step may do with as it likes."""
+"""Copies batches, so that a step may modify its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["copied"]
 
 
 def copied(batch: Any) -> Any:
-    """The same batch in containers and tensors of its own; what only its own library understands stays itself.
+    """Copy a batch's containers, tensors and arrays; objects of other classes are shared with the original.
 
     Example:
         >>> import torch

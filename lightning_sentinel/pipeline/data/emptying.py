@@ -1,4 +1,4 @@
-"""Batches without samples, for hooks of a replica that has none left while others have."""
+"""Makes batches without samples, for the hooks of a replica that has no batches left while others have."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["emptied", "is_empty"]
 
 
 def emptied(batch: Any) -> Any:
-    """A batch of one's own kind without its samples: nothing is left in its tensors, arrays and lists; its structure stays.
+    """Empty a batch's tensors, arrays and lists, and keep its structure.
 
-    For batches that nobody but the module can deal, of which it is not known along which axis samples are.
+    For batches that only the module can split, where the axis of samples is unknown.
 
     Returns:
-        ``None`` if there is nothing that could be emptied.
+        ``None`` if the batch cannot be emptied.
 
     Example:
         >>> import torch
@@ -29,13 +29,13 @@ def emptied(batch: Any) -> Any:
     try:
         made = _emptied(batch)
     except (TypeError, ValueError, AttributeError, RuntimeError):
-        # Of a container that is made in a way of its own.
+        # The batch has a container whose constructor takes other arguments.
         return None
     return made if is_empty(made) else None
 
 
 def is_empty(batch: Any) -> bool:
-    """Whether there is nothing in a batch that could be a sample.
+    """Whether a batch holds nothing that could be a sample.
 
     Example:
         >>> import torch
@@ -44,7 +44,7 @@ def is_empty(batch: Any) -> bool:
     """
     leaves = list(leaves_of(batch))
     if not all(leaf is None or isinstance(leaf, (Tensor, np.ndarray, np.generic, str, bytes, Number)) for leaf in leaves):
-        # Nobody can look into the rest.
+        # Other leaves are opaque, and may hold samples.
         return False
     sizes = [leaf.numel() if isinstance(leaf, Tensor) else leaf.size for leaf in leaves if _has_rows(leaf)]
     return not any(sizes) if sizes else not leaves
@@ -60,7 +60,7 @@ def _emptied(value: Any) -> Any:
 
 
 def _holds(value: Any) -> bool:
-    """Whether something in it can be emptied."""
+    """Whether a value can be emptied, or holds entries."""
     return _has_rows(value) or is_sequence(value) or any(True for _ in entries_of(value, ""))
 
 

@@ -1,4 +1,4 @@
-"""A batch dealt evenly by samples; and what is asked of every batch that is to be dealt."""
+"""Splits a batch evenly by samples, and defines the interface of every batch that can be split."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Even", "SplitBatch", "Whole", "split"]
 
 @dataclass(frozen=True)
 class SplitBatch:
-    """What an engine works on in a step.
+    """The micro-batches that an engine works on in a step.
 
     Args:
-        sizes: what all ranks know.
-        replicas: the micro-batches of each replica that this process loads the samples of: one, or on a virtual mesh all.
-        samples: of all of these together.
-        rows: which rows of the batch each micro-batch has.
-        by_module: whether the module has dealt it, so that the first axis of a tensor need not be that of samples.
+        sizes: of every replica's batch, the same on all ranks.
+        replicas: the micro-batches of each replica whose samples this process loads: one replica, or on a virtual mesh all.
+        samples: number of samples of all these replicas.
+        rows: of each replica and micro-batch, its rows of the batch.
+        by_module: whether the module has split the batch, so that the first axis of a tensor need not be that of samples.
     """
 
     sizes: BatchSizes
@@ -33,30 +33,30 @@ class SplitBatch:
 
 
 class Whole(Protocol):
-    """A batch that is to be dealt."""
+    """A batch that can be split."""
 
     @property
     def samples(self) -> int: ...
 
     def most(self, count: int) -> int:
-        """Into how many of ``count`` micro-batches it can be dealt."""
+        """The number of micro-batches, at most ``count``, that it can be split into."""
 
     def dealt(self, count: int) -> MicroBatches:
-        """Into so many micro-batches."""
+        """Split it into ``count`` micro-batches."""
 
     def dealt_to(self, replicas: int, count: int) -> SplitBatch:
-        """To the replicas of a virtual mesh."""
+        """Split it over the replicas of a virtual mesh, and each share into ``count`` micro-batches."""
 
 
 @dataclass(frozen=True)
 class Even:
-    """Dealt by samples, as evenly as possible."""
+    """A batch that is split by samples, as evenly as possible."""
 
     reading: Reading
 
     @classmethod
     def nothing(cls, batch: Any, samples: int = 0) -> Even:
-        """A batch in which nothing goes by samples."""
+        """A batch in which nothing is per sample."""
         return cls(Reading(batch, samples, None))
 
     @property
@@ -77,8 +77,8 @@ class Even:
         return MicroBatches(_Parts(self.reading, sizes), sizes, self.reading.batch)
 
     def dealt_to(self, replicas: int, count: int) -> SplitBatch:
-        """Replica ``r`` gets the samples ``r``, ``r + replicas`` and so on, which is what ``DistributedSampler`` gives it. A batch
-        that cannot be divided evenly is filled up from its beginning, as the sampler fills up a data set."""
+        """Give replica ``r`` the samples ``r``, ``r + replicas`` and so on, as ``DistributedSampler`` does. A batch that cannot be
+        divided evenly is padded from its beginning, as the sampler pads a data set."""
         each = -(-self.samples // replicas)
         order = [row % max(1, self.samples) for row in range(each * replicas)]
         mine = [order[replica::replicas] for replica in range(replicas)]
@@ -90,7 +90,7 @@ class Even:
 
 @dataclass(frozen=True)
 class _Parts(Sequence[Any]):
-    """Micro-batches, cut when they are asked for: in the middle of a pipeline nobody asks."""
+    """Micro-batches that are cut on access: middle stages of a pipeline never access them."""
 
     reading: Reading
     sizes: Sequence[int]

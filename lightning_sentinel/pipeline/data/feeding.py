@@ -1,11 +1,11 @@
-"""Data for the stages of a pipeline: its two ends read it, and all replicas stop together.
+"""Feeds data to the stages of a pipeline: the first and last stage read it, and all replicas stop together.
 
-In the middle of a pipeline nobody looks at samples, so a worker there does not read any. From the first stage of its replica it is
-told what each batch looks like, and gets one of zeros in its place, for hooks that ask a batch for its size.
+Middle stages do not need samples, so their workers read none. The first stage of their replica describes each batch to them, and
+they make a placeholder batch of zeros, for hooks that ask a batch for its size.
 
-Every step is a collective of all replicas. Where Lightning deals the samples of a data set, replicas have batches of the same
-number and sizes. Where that is not certain, for an iterable data set or a sampler of the user's own, all ranks tell each other
-before each batch whether they have one. Training ends with the first replica that has none; evaluation goes on with the others.
+Every step is a collective of all replicas. Where Lightning's sampler splits a data set, all replicas have batches of the same
+number and sizes. Where that is not certain, for an iterable data set or the user's own sampler, all ranks tell each other before
+each batch whether they have one. Training ends with the first replica that has none; evaluation goes on with the others.
 """
 
 from __future__ import annotations
@@ -34,38 +34,39 @@ from lightning_sentinel.pipeline.data.reading import Source, read
 __all__ = ["Feed", "gather_numbers", "index_sampler", "is_even", "refuse_other_replicas", "seed_workers", "source_of"]
 
 _TAG = 71
-"""Batches are fetched ahead of the signals of a step, with which they share a connection."""
+"""Tag of batch descriptions, which are fetched ahead of a step's signals and share a connection with them."""
 _LONGEST_DESCRIPTION = 2**26
 _END = b"end"
 
 
 def gather_numbers(numbers: list[int]) -> list[list[int]]:
-    """Integers of all ranks, on all ranks; through the host."""
+    """All-gather integers of every rank, through the host."""
     gathered = torch.empty(dist.get_world_size(), len(numbers), dtype=torch.int64)
     dist.all_gather(list(gathered.unbind()), torch.tensor(numbers, dtype=torch.int64))
     return gathered.tolist()
 
 
 def seed_workers(loader: Any, replica: int) -> None:
-    """Let ``seed_everything(workers=True)`` seed a loader's processes by replica, so that its two ends draw the same numbers."""
+    """Make ``seed_everything(workers=True)`` seed loader processes by replica, so that both ends draw the same random numbers."""
     if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(loader, "worker_init_fn", 0) is None:
         loader.worker_init_fn = partial(pl_worker_init_function, rank=replica)
 
 
 def index_sampler(loader: Any) -> _IndexBatchSamplerWrapper | None:
-    """What Lightning remembers the indices of predicted samples with; ``None`` where it does not."""
+    """The wrapper in which Lightning records the indices of predicted samples; ``None`` where it records none."""
     sampler = getattr(loader, "batch_sampler", None)
     return sampler if isinstance(sampler, _IndexBatchSamplerWrapper) else None
 
 
 def refuse_other_replicas(loader: Any, num_replicas: int, rank: int, gathers: bool) -> None:
-    """Raise ``ConfigurationError`` if a sampler deals to others than the replicas of this mesh; a collective if it gathers."""
+    """Raise ``ConfigurationError`` if a sampler's replicas are not those of this mesh; a collective if ``gathers``."""
     sampler = getattr(loader, "sampler", None)
     if not hasattr(sampler, "num_replicas"):
         sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    right, said = [num_replicas, rank], [getattr(sampler, "num_replicas", None), getattr(sampler, "rank", None)]
+    right = [num_replicas, rank]
+    said = [getattr(sampler, "num_replicas", None), getattr(sampler, "rank", None)]
     found = [number for number in said if isinstance(number, int)]
-    # Who is the only one reads all samples, and so does everybody else who is.
+    # num_replicas=1, rank=0 is allowed: such a sampler reads all samples on every rank.
     found = found if len(found) == len(right) and found != [1, 0] else right
     mine = [int(found != right), *found, *right]
     everyone = gather_numbers(mine) if gathers else [mine]
@@ -79,7 +80,7 @@ def refuse_other_replicas(loader: Any, num_replicas: int, rank: int, gathers: bo
 
 
 def source_of(loader: Any) -> Source:
-    """What a loader says of the batches that it gives, or each of several in a dict, a list or a tuple."""
+    """What a loader tells of its batches, or each of several loaders in a dict, list or tuple."""
     if isinstance(loader, Mapping):
         return Source(parts={key: source_of(one) for key, one in loader.items()})
     if isinstance(loader, (list, tuple)):
@@ -87,7 +88,7 @@ def source_of(loader: Any) -> Source:
     sampler = getattr(loader, "batch_sampler", None)
     size = getattr(sampler, "batch_size", None)
     try:
-        # A data set of less than a batch has only a short one.
+        # A data set smaller than a batch gives only a short batch.
         known = isinstance(size, int) and len(sampler.sampler) >= size  # type: ignore[union-attr]
     except (AttributeError, TypeError, NotImplementedError):
         known = False
@@ -95,18 +96,19 @@ def source_of(loader: Any) -> Source:
 
 
 def is_even(loader: Any) -> tuple[bool, list[int]]:
-    """Whether all replicas are certain to get batches of the same number and sizes, and the length on each rank; a collective.
+    """Whether all replicas are certain to get batches of the same number and sizes, and each rank's length; a collective.
 
     Returns:
-        lengths are -1 where a loader does not know its own.
+        the lengths are -1 for loaders without a length.
     """
     everyone = gather_numbers(_facts(loader))
-    known, lengths = everyone[0][0], [facts[1] for facts in everyone]
+    known = everyone[0][0]
+    lengths = [facts[1] for facts in everyone]
     return bool(known) and all(facts == everyone[0] for facts in everyone), lengths
 
 
 def _facts(loader: Any) -> list[int]:
-    """Whether batches follow from the rest, their number, samples, batch size, and whether the last one may be short."""
+    """Whether the rest determines the batches; their number; the samples; the batch size; whether the last batch is dropped."""
     try:
         length = len(loader)
     except (TypeError, NotImplementedError):
@@ -120,19 +122,19 @@ def _facts(loader: Any) -> list[int]:
 
 
 class Feed:
-    """Stands in the place of a loader.
+    """Wraps the user's loader: keeps replicas in step and feeds placeholder batches to middle stages.
 
     Args:
-        loader: the user's. What is asked of it otherwise, it answers itself.
+        loader: the user's. Other attributes are read from it and set on it.
         mesh: all workers.
-        worker: that this rank is.
-        dealer: knows how many samples a batch has.
-        reads: whether workers in the middle of a pipeline read data too.
-        even: as :func:`is_even` says.
-        length: how many batches all ranks will go through; ``None`` if nobody knows.
-        training: whether what is iterated now is for training.
-        device: where stand-ins are.
-        waiting: entered around waits for others.
+        worker: this rank's worker.
+        dealer: counts the samples of a batch.
+        reads: whether workers of middle stages read data too.
+        even: the first result of :func:`is_even`.
+        length: how many batches all ranks iterate over; ``None`` if unknown.
+        training: whether the present iteration is for training.
+        device: where placeholder batches are.
+        waiting: a context entered around waits for other ranks.
     """
 
     def __init__(
@@ -202,14 +204,14 @@ class Feed:
         if self._reads:
             yield from self._loader
             return
-        # Without the data set, but indices of predictions are asked of the sampler.
+        # Iterate over the sampler without the data set, because Lightning reads the indices of predictions from it.
         for _ in index_sampler(self._loader) or ():
             yield None
         while True:
             yield None
 
     def _agreed(self, batch: Any) -> list[int]:
-        """Samples of each replica's batch, ``NONE_LEFT`` for none."""
+        """Number of samples in each replica's batch; ``NONE_LEFT`` for a replica without a batch."""
         mine = [NOT_READ, 0]
         if self._reads:
             mine = [NONE_LEFT, 0] if batch is _END else [self._samples(batch), fingerprint(batch, waits=False)]
@@ -221,7 +223,7 @@ class Feed:
         return self._splitter.samples(batch, self._source)
 
     def _described(self, batch: Any) -> Any:
-        """The first stage tells those in the middle what a batch looks like, and they make one up."""
+        """Send a batch's description from the first stage to the middle stages, which make a placeholder batch from it."""
         first = self._mesh.rank(Worker(0, self._worker.replica))
         if self._worker.stage == 0:
             for work, *_ in self._under_way:
@@ -242,11 +244,11 @@ class Feed:
         return _END if message == _END else stand_in(message, self._device)
 
     def _empty(self, latest: Any) -> Any:
-        """A batch without samples, in the structure of the one before."""
+        """A batch without samples, in the structure of the latest one."""
         sampler = index_sampler(self._loader)
         if sampler is not None:
             sampler.seen_batch_indices.append([])
-        # How a module deals batches of its own kind says nothing of how to leave everything out.
+        # A module's split_batch cannot make a batch without samples.
         return emptied(latest) if self._splitter.by_module else read(latest, self._source).part(slice(0))
 
 

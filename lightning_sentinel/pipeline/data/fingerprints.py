@@ -1,4 +1,4 @@
-"""Whether both ends of a pipeline have read the same: wrong pairs of inputs and labels look like any others."""
+"""Checks that both ends of a pipeline read the same batch: mismatched inputs and labels raise no error of their own."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from lightning_sentinel.pipeline.waiting import on_host
 
 __all__ = ["NONE_LEFT", "NOT_READ", "compare_ends", "fingerprint"]
 
-_ELEMENTS, _LEAVES = 512, 64
-"""So many of each tensor, and of each batch."""
+_ELEMENTS = 512
+"""Elements of a tensor that its fingerprint covers."""
+_LEAVES = 64
+"""Leaves of a batch that its fingerprint covers."""
 NONE_LEFT, NOT_READ = -1, -2
-"""In place of a number of samples."""
+"""Sent in place of a number of samples: the replica has no batch left; the rank does not read data."""
 _REMEDY = (
     "Both ends of a pipeline read the same data. What is drawn before fit() has to be drawn alike in all processes: call"
     " L.seed_everything(...) first, or give random_split, shuffling and samplers a generator with a seed. What a data set or a"
@@ -29,11 +31,11 @@ _REMEDY = (
 
 
 def fingerprint(batch: Any, waits: bool = True) -> int:
-    """A number that tells one batch from another: of shapes, dtypes and some elements of every tensor.
+    """A checksum of a batch: of the shapes, dtypes and some elements of its tensors.
 
     Args:
-        batch: what the loader gave.
-        waits: whether to wait for elements that are on a device, once for all; else such tensors tell their shapes only.
+        batch: from the loader.
+        waits: whether to wait, once, for elements on a device; if not, only the shapes and dtypes of such tensors count.
 
     Example:
         >>> one, same, other = torch.arange(4), torch.arange(4), torch.arange(1, 5)
@@ -50,7 +52,7 @@ def fingerprint(batch: Any, waits: bool = True) -> int:
 
 
 def _some(leaf: Any, waits: bool) -> Tensor | None:
-    """Some elements of a tensor, where it is; ``None`` if they cannot be had."""
+    """Some elements of a tensor, on its device; ``None`` if they are not available."""
     if not isinstance(leaf, Tensor) or leaf.layout != torch.strided or leaf.is_nested:
         return None
     return leaf.detach().reshape(-1)[:: max(1, leaf.numel() // _ELEMENTS)] if waits or leaf.device.type == "cpu" else None
@@ -62,19 +64,19 @@ def _bytes_of(leaf: Any, some: Tensor | None) -> bytes:
         few = leaf.reshape(-1)[:: max(1, leaf.size // _ELEMENTS)]
         return head + (b"" if leaf.dtype.hasobject else few.tobytes())
     if not isinstance(leaf, Tensor):
-        # Of other things the text may have an address in it.
+        # The repr of other objects may contain a memory address.
         return repr(leaf).encode() if isinstance(leaf, (str, bytes, bool, int, float, complex)) else type(leaf).__name__.encode()
     head = f"{leaf.dtype} {tuple(leaf.shape)} ".encode()
     return head if some is None else head + some.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def compare_ends(said: Sequence[Sequence[int]], mesh: Mesh, banned: Collection[Worker] = ()) -> None:
-    """Raise ``PipelineModelError``, on all ranks, if two ends of a pipeline have read different batches.
+    """Raise ``PipelineModelError``, on all ranks, if the two ends of a pipeline have read different batches.
 
     Args:
-        said: of each rank, how many samples its batch has, and its fingerprint.
+        said: of each rank, its batch's number of samples and fingerprint.
         mesh: all workers.
-        banned: those whose word does not count.
+        banned: workers whose pipelines are not compared.
     """
     for replica in range(mesh.replicas):
         ends = [Worker(stage, replica) for stage in (0, mesh.stages - 1)]

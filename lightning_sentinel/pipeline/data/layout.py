@@ -1,4 +1,4 @@
-"""What a batch looks like, without its values: for those who do not read it."""
+"""Describes a batch without the values of its tensors, and makes placeholder batches for stages that do not read data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["describe", "stand_in"]
 
 
 def describe(batch: Any, samples: int) -> bytes:
-    """Structure, shapes and dtypes, numbers and text of a batch, in JSON.
+    """A batch's structure, shapes, dtypes, numbers and text, in JSON.
 
     Example:
         >>> batch = stand_in(describe({"tokens": torch.ones(2, 3), "name": "cat"}, samples=2), torch.device("cpu"))
@@ -40,14 +40,15 @@ def _described(value: Any) -> Any:
 
 
 def stand_in(description: bytes, device: torch.device) -> Any:
-    """A batch of zeros that looks like the one that was described, in the memory of one element a tensor.
+    """Make a placeholder batch of zeros from a description; each tensor takes the memory of one element.
 
     Raises:
-        MalformedMessageError: if the description is not one.
+        MalformedMessageError: if the description is invalid.
     """
     try:
         described = json.loads(description)
-        batch, samples = _built(described["batch"], device), described["samples"]
+        batch = _built(described["batch"], device)
+        samples = described["samples"]
         rows = torch.zeros((), device=device).expand(samples)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
         raise MalformedMessageError(f"What should describe a batch does not: {description[:80]!r} ({error}).") from error
@@ -55,7 +56,7 @@ def stand_in(description: bytes, device: torch.device) -> Any:
         shows = read(batch).samples == samples
     except ConfigurationError:
         shows = False
-    # Of a container that only its own library or module understands the size is left.
+    # Of a container that we cannot describe, only the number of samples is known.
     return batch if shows else rows
 
 

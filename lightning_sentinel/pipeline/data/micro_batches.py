@@ -1,4 +1,4 @@
-"""A replica's batch, dealt into micro-batches."""
+"""A replica's micro-batches, and the sizes of all replicas' batches."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["BatchSizes", "MicroBatches", "evenly"]
 
 
 class BatchSizes(NamedTuple):
-    """How many samples there are in a step: the same on all ranks, which decide by it what they do next.
+    """The sizes of a step's batches: the same on all ranks, which plan the step by them.
 
     Args:
-        micro_batches: into how many each replica's batch is dealt.
-        samples: of each replica's batch; 0 for a replica that has none left while others have.
-        dealt: samples of each replica's micro-batches, where the module deals its batches itself; else as equal as possible.
+        micro_batches: number of micro-batches of each replica.
+        samples: number of samples in each replica's batch; 0 for a replica that has no batch left while others have.
+        dealt: of each replica, the samples in each micro-batch, if the module splits its batches itself; ``None`` splits evenly.
     """
 
     micro_batches: int
@@ -28,7 +28,7 @@ class BatchSizes(NamedTuple):
 
     @classmethod
     def of(cls, samples: Sequence[int], at_most: int) -> BatchSizes:
-        """As many micro-batches as asked for, or as the shortest batch has samples.
+        """``at_most`` micro-batches, or as many as the shortest batch has samples.
 
         Example:
             >>> BatchSizes.of([6, 3, 0], at_most=4).micro_batches
@@ -37,7 +37,7 @@ class BatchSizes(NamedTuple):
         return cls(min(at_most, *(number for number in samples if number), at_most), tuple(samples))
 
     def work(self, replica: int, micro_batch: int) -> tuple[int, float]:
-        """Samples of a micro-batch, and its share of the replica's batch."""
+        """A micro-batch's number of samples, and its share of the replica's batch."""
         sizes = self.dealt[replica] if self.dealt else evenly(self.samples[replica], self.micro_batches)
         return sizes[micro_batch], sizes[micro_batch] / max(1, sum(sizes))
 
@@ -57,23 +57,24 @@ class MicroBatches:
     """A replica's micro-batches.
 
     Args:
-        parts: one behind the other; they are made when they are asked for.
-        sizes: samples of each.
-        batch: that they are of.
+        parts: the micro-batches in order; they may be cut on access.
+        sizes: number of samples in each.
+        batch: the whole batch.
     """
 
     def __init__(self, parts: Sequence[Any], sizes: Sequence[int], batch: Any) -> None:
-        self._parts, self._batch = parts, batch
+        self._parts = parts
+        self._batch = batch
         self.sizes = tuple(sizes)
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Share of the batch that each micro-batch has; a mean over samples is their mean with these weights."""
+        """Each micro-batch's share of the batch. The mean over all samples is the mean of micro-batches with these weights."""
         return tuple(size / max(1, sum(self.sizes)) for size in self.sizes)
 
     @property
     def bytes(self) -> int:
-        """Of all tensors and arrays of the batch."""
+        """Size of all tensors and arrays of the batch."""
         leaves = [leaf for leaf in leaves_of(self._batch) if isinstance(leaf, (Tensor, np.ndarray))]
         return sum(leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else leaf.nbytes for leaf in leaves)
 

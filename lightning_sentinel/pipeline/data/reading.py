@@ -1,9 +1,9 @@
-"""What in a batch goes by samples, told from nothing but the batch.
+"""Infers which parts of a batch are per sample, from the batch alone.
 
-A batch is a tree of what torch's collation makes: mappings, lists, tuples, named tuples, dataclasses, objects that have a ``to``,
-and in them tensors, NumPy arrays, text and numbers. Of how many samples it is everything in it has to agree: a tensor and an array
-by the first axis, a list or tuple of text and numbers by its length. A list or tuple of anything else is a structure if what it
-holds agrees, and else has one entry a sample. Where that leaves a choice there is no guess, but an error.
+A batch is a tree of what torch's collate functions make: mappings, lists, tuples, named tuples, dataclasses, objects with a ``to``
+method, and in them tensors, NumPy arrays, text and numbers. All parts have to agree on the number of samples: tensors and arrays by
+their first axis, lists or tuples of text and numbers by their length. A list or tuple of anything else is a structure if its
+entries agree on the number, and otherwise has one entry per sample. If both are possible, we raise an error rather than guess.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ _REMEDY = (
 
 @dataclass
 class Source:
-    """Where batches come from, as far as that helps to read them.
+    """What is known of a loader, as far as it helps to read its batches.
 
     Args:
-        batch_size: of all batches but the last; ``None`` if nobody knows.
-        by_torch: whether torch's own collation makes the batches, in which a list that holds tensors is always a structure.
+        batch_size: of all batches but the last; ``None`` if unknown.
+        by_torch: whether torch's default collate function makes the batches; then a list that holds tensors is a structure.
     """
 
     batch_size: int | None = None
     by_torch: bool = False
     entries: dict[str, bool] = field(default_factory=dict)
-    """Of sequences that could be read in one way only, whether they had one entry a sample: later batches are read alike."""
+    """By path of an unambiguous sequence, whether it had one entry per sample: later batches are read in the same way."""
     was_full: bool = False
     """Whether a batch of ``batch_size`` samples has been read."""
     parts: Mapping[Any, Source] | list[Source] | None = None
-    """The same of each of several loaders whose batches come as one, in the structure that they come in."""
+    """The source of each of several combined loaders, in the structure of their combined batch."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A batch of which it is known what goes by samples.
+    """A batch, and the knowledge which of its parts are per sample.
 
     Args:
-        batch: what the loader gave.
-        samples: how many; 1 if there is nothing to tell by.
+        batch: from the loader.
+        samples: number of samples; 1 if nothing in the batch tells it.
 
     Example:
         >>> import torch
@@ -73,7 +73,7 @@ class Reading:
 
     @property
     def goes_by_samples(self) -> bool:
-        """Whether anything in the batch does."""
+        """Whether anything in the batch is per sample."""
         return self._plan is not _WHOLE
 
     def part(self, rows: Rows) -> Any:
@@ -81,22 +81,22 @@ class Reading:
         return _cut(self.batch, self._plan, rows)
 
     def picked(self, rows: list[int]) -> Reading:
-        """The same of these rows only."""
+        """The reading of the batch with these rows only."""
         return Reading(self.part(rows), len(rows), self._plan)
 
 
 def read(batch: Any, source: Source | None = None) -> Reading:
-    """Find out what in a batch goes by samples.
+    """Infer which parts of a batch are per sample.
 
     Args:
-        batch: what the loader gave.
+        batch: from the loader.
         source: what is known of the loader.
 
     Raises:
-        ConfigurationError: if not all of it agrees on a number of samples, or if it can be read in several ways.
+        ConfigurationError: if the parts do not agree on a number of samples, or if the batch can be read in several ways.
     """
     source = Source() if source is None else source
-    # As earlier batches of this loader: what was certain once stays so for a short batch whose sizes happen to be alike.
+    # First as earlier batches of this loader were read: a short batch may be ambiguous because its sizes happen to be equal.
     node = _look(batch, _ROOT, source)
     samples = _samples(node, source) if node.sizes is None or len(node.sizes) == 1 else None
     if samples is None:
@@ -109,14 +109,14 @@ def read(batch: Any, source: Source | None = None) -> Reading:
 
 @dataclass
 class _Node:
-    """A part of a batch.
+    """A node of the batch's tree.
 
     Args:
-        path: how it is reached.
-        value: itself.
-        sizes: numbers of samples that would explain it; ``None`` where nothing depends on them.
-        inner: the same for what it holds, where it is a list or tuple.
-        children: what it holds; empty where that does not matter.
+        path: of the node, for messages.
+        value: the node's part of the batch.
+        sizes: possible numbers of samples; ``None`` if nothing in the node is per sample.
+        inner: for a list or tuple, the numbers of samples that its entries agree on.
+        children: nodes of the entries; empty if they need not be looked at.
     """
 
     path: str
@@ -152,25 +152,25 @@ def _look_at_sequence(value: Sequence[Any], path: str, source: Source) -> _Node:
 
 
 def _may_be_samples(entries: Sequence[Any], path: str, source: Source) -> bool:
-    """Whether a list may have one entry a sample: they are alike, which inputs and labels seldom are.
+    """Whether a list may have one entry per sample: its entries have one type, dtype and rank, as inputs and labels seldom have.
 
-    A batch itself is a structure, such as a pair, unless it is as long as the loader says.
+    The batch itself is a structure, such as a pair, unless its length is the loader's batch size.
     """
     kinds = {(type(one), getattr(one, "dtype", None), getattr(one, "ndim", None)) for one in entries if one is not None}
     return len(kinds) <= 1 and (path != _ROOT or len(entries) == source.batch_size)
 
 
 def _agreed(nodes: Sequence[_Node]) -> frozenset[int] | None:
-    """Numbers of samples that explain all of these."""
+    """Numbers of samples that are possible for all of these nodes."""
     sizes = [node.sizes for node in nodes if node.sizes is not None]
     return frozenset.intersection(*sizes) if sizes else None
 
 
 def _samples(root: _Node, source: Source) -> int:
-    """How many samples there are.
+    """Number of samples in a batch.
 
     Raises:
-        ConfigurationError: if that cannot be told.
+        ConfigurationError: if the parts disagree, or several numbers are possible.
     """
     sizes = root.sizes
     if sizes is None:
@@ -180,7 +180,7 @@ def _samples(root: _Node, source: Source) -> int:
     if len(sizes) > 1 and source.batch_size is not None and source.batch_size in sizes:
         return source.batch_size
     if len(sizes) > 1 and root.inner:
-        # A batch is itself a structure, as a pair of inputs and labels, before it is a list of samples.
+        # The batch itself is read as a structure, such as a pair of inputs and labels, rather than as a list of samples.
         sizes = root.inner
     if len(sizes) > 1:
         raise ConfigurationError(
@@ -190,7 +190,7 @@ def _samples(root: _Node, source: Source) -> int:
 
 
 def _refuse_time_first(root: _Node, samples: int, source: Source) -> None:
-    """Tensors whose second axis is as long as the first should be."""
+    """Raise if the second axis of all tensors has the length of the loader's batch size, and the first has not."""
     expected = source.batch_size
     if expected is None or samples == expected or source.was_full:
         return
@@ -206,7 +206,7 @@ _WHOLE, _BY_ROWS = None, "rows"
 
 
 def _planned(node: _Node, samples: int, source: Source, root: bool = False) -> Any:
-    """Where in the tree it goes by rows: nowhere, here, or by place in what it holds."""
+    """How to cut a node: not at all, by its own rows, or with a plan for each entry."""
     if node.sizes is None:
         return _WHOLE if not (root and samples == 0) else _BY_ROWS
     if not node.children:
@@ -228,7 +228,7 @@ def _planned(node: _Node, samples: int, source: Source, root: bool = False) -> A
 
 
 def goes_by_rows(entries: Sequence[Any], samples: int) -> bool:
-    """Whether everything in a list has so many rows, which makes it a structure and not a list of samples.
+    """Whether everything in a list has ``samples`` rows, which makes it a structure and not a list of samples.
 
     Example:
         >>> import torch
@@ -243,7 +243,7 @@ def goes_by_rows(entries: Sequence[Any], samples: int) -> bool:
 
 
 def _rows_of(value: Any, path: str) -> int | None:
-    """Length of the first axis; ``None`` of what has none."""
+    """Length of the first axis; ``None`` for values without axes."""
     if isinstance(value, PackedSequence) or (isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided)):
         kind = "PackedSequence" if isinstance(value, PackedSequence) else "nested or sparse tensor"
         raise ConfigurationError(f"{path} is a {kind}, of which nobody can take the rows of some samples. {_REMEDY}")
@@ -253,7 +253,7 @@ def _rows_of(value: Any, path: str) -> int | None:
 
 
 def _is_atom(value: Any) -> bool:
-    """What has no size: text, numbers, tensors without axes, and things that nobody can look into."""
+    """Whether a value has no size: text, numbers, tensors without axes, and objects of unknown classes."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim == 0
     return not (is_sequence(value) or isinstance(value, (Mapping, tuple)) or has_attributes(value))
@@ -273,7 +273,7 @@ def _cut(value: Any, plan: Any, rows: Rows) -> Any:
 
 
 def _named(root: _Node) -> str:
-    """What has a size, with its size."""
+    """The parts of a batch that have a size, with their sizes, for messages."""
     lines = list(_sizes_named(root))
     more = f" and {len(lines) - _MOST_NAMED} more" if len(lines) > _MOST_NAMED else ""
     return ", ".join(lines[:_MOST_NAMED]) + more

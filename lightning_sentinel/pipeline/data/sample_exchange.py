@@ -1,7 +1,8 @@
-"""Samples for lanes that work on those of other replicas.
+"""Sends samples to lanes that work on micro-batches of other replicas.
 
-Every replica loads its own samples, as under a distributed sampler. Once workers are banned, the first and the last stage of a lane
-also work on micro-batches of replicas that have no lane any more, and get them from a worker of that replica that is not banned.
+Every replica loads its own samples, as under a distributed sampler. Once workers are banned, a lane (a pipeline: one worker of each
+stage) also works on micro-batches of replicas that have no lane any more. Its first and last stage get these micro-batches from a
+worker of that replica that is not banned.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from lightning_sentinel.wiring import MicroBatchId, Wiring
 __all__ = ["AssignedMicroBatch", "Delivery", "SampleExchange", "deliveries", "supplier", "unpacked"]
 
 _ROOM = 16
-"""A micro-batch of another replica may be so many times as large as the batch of this one."""
+"""Limit on the size of a received micro-batch, as a multiple of this replica's largest batch so far."""
 
 
 class AssignedMicroBatch(NamedTuple):
     """One micro-batch of a lane.
 
     Args:
-        part: whose samples they are.
-        batch: what the loader gave, for these samples; ``None`` in the middle of a pipeline, where nobody looks at it.
-        samples: how many.
-        weight: the share of its replica's batch.
+        part: its id.
+        batch: its samples, as the loader gave them; ``None`` on middle stages, which do not need them.
+        samples: number of samples.
+        weight: its share of its replica's batch.
     """
 
     part: MicroBatchId
@@ -40,7 +41,7 @@ class AssignedMicroBatch(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """A micro-batch on its way: from one rank to another."""
+    """A micro-batch that one rank sends to another."""
 
     part: MicroBatchId
     sender: int
@@ -48,14 +49,14 @@ class Delivery(NamedTuple):
 
 
 def supplier(part: MicroBatchId, stage: int, mesh: Mesh, banned: Collection[Worker], last_resort: Worker | None = None) -> Worker:
-    """Who hands out the samples of a replica: of its workers that are not banned the one of this stage, else of the ends, else any.
+    """The worker that sends a replica's samples. It is not banned, and serves ``stage`` if possible, else an end, else any stage.
 
     Args:
-        part: whose samples.
-        stage: that needs them.
+        part: the micro-batch to send.
+        stage: of the worker that needs the samples.
         mesh: all workers.
-        banned: workers that hand out nothing.
-        last_resort: who is asked only if nobody else has them.
+        banned: workers that send no samples.
+        last_resort: a worker to choose only if it is the only one.
 
     Example:
         >>> supplier(MicroBatchId(1, 0), 0, Mesh(stages=3, replicas=2), {Worker(0, 1)})
@@ -67,7 +68,7 @@ def supplier(part: MicroBatchId, stage: int, mesh: Mesh, banned: Collection[Work
 
 
 def deliveries(wiring: Wiring, mesh: Mesh, banned: Collection[Worker]) -> Iterator[Delivery]:
-    """All that is to be sent before a step, in the order in which all ranks go through it.
+    """Yield all micro-batches to send before a step, in the same order on all ranks.
 
     Example:
         >>> mesh, banned = Mesh(stages=2, replicas=2), {Worker(0, 1)}
@@ -83,30 +84,32 @@ def deliveries(wiring: Wiring, mesh: Mesh, banned: Collection[Worker]) -> Iterat
 
 
 class SampleExchange:
-    """What a rank works on in a step.
+    """Exchanges samples between replicas before a step.
 
     Args:
         mesh: all workers.
-        worker: that this rank is.
+        worker: this rank's worker.
         device: where batches are.
     """
 
     def __init__(self, mesh: Mesh, worker: Worker, device: torch.device) -> None:
-        self._mesh, self._worker, self._device = mesh, worker, device
+        self._mesh = mesh
+        self._worker = worker
+        self._device = device
         self._largest = 0
 
     def of_step(self, own: MicroBatches, sizes: BatchSizes, wiring: Wiring, banned: Collection[Worker]) -> list[AssignedMicroBatch]:
-        """The micro-batches of this rank's lane, but for empty ones; to be called by all ranks.
+        """The micro-batches of this rank's lane, except empty ones; to be called by all ranks.
 
         Args:
             own: the micro-batches of this replica.
-            sizes: of all replicas.
-            wiring: who works on what.
-            banned: workers that hand out nothing.
+            sizes: of all replicas' batches.
+            wiring: which worker serves which lane, with which micro-batches.
+            banned: workers that send no samples.
         """
         received: dict[MicroBatchId, AssignedMicroBatch] = {}
         rank = self._mesh.rank(self._worker)
-        # A replica that has run out of samples still gets those of others.
+        # The maximum, because a replica that has run out of samples still receives those of others.
         self._largest = max(self._largest, own.bytes)
         for part, sender, receiver in deliveries(wiring, self._mesh, banned):
             if not sizes.samples[part.replica]:
@@ -123,21 +126,21 @@ class SampleExchange:
         return [received[part] if part in received else self._own(own, sizes, part) for part in parts]
 
     def _own(self, own: MicroBatches, sizes: BatchSizes, part: MicroBatchId) -> AssignedMicroBatch:
-        # In the middle of a pipeline nobody looks at samples.
+        # Only the first and last stage look at samples.
         looks = self._worker.stage in (0, self._mesh.stages - 1)
         return AssignedMicroBatch(part, own[part.micro_batch] if looks else None, *sizes.work(*part))
 
     def packed(self, own: MicroBatches, part: MicroBatchId) -> Any:
-        """One of this replica's micro-batches as it is sent: samples, how many, and their share of the batch."""
+        """One of this replica's micro-batches, ready to send: the samples, their number, and their share of the batch."""
         number = part.micro_batch
         return [own[number], own.sizes[number], own.weights[number]]
 
 
 def unpacked(parcel: Any, sender: int) -> Any:
-    """The samples in what :meth:`SampleExchange.packed` gave. All ranks know how many there are without the sender's word.
+    """The samples in a tree from :meth:`SampleExchange.packed`. Number and share are ignored: all ranks know them already.
 
     Raises:
-        MalformedMessageError: if it is something else.
+        MalformedMessageError: if the tree has another form.
 
     Example:
         >>> unpacked([{"x": 1}, 4, 0.5], sender=2)

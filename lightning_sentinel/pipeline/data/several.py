@@ -1,4 +1,4 @@
-"""The batches of several loaders that come as one, each dealt by its own number of samples."""
+"""Splits the combined batch of several loaders, each loader's batch by its own number of samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Parts = Mapping[Any, Source] | list[Source]
 
 
 def belongs(batch: Any, parts: Parts) -> bool:
-    """Whether a batch has the structure of the loaders still, which a hook may have changed.
+    """Whether a batch still has the structure of its loaders, which a hook may have changed.
 
     Example:
         >>> belongs({"a": 1, "b": 2}, {"b": Source(), "a": Source()}), belongs([1, 2, 3], [Source(), Source()])
@@ -31,15 +31,15 @@ def belongs(batch: Any, parts: Parts) -> bool:
 
 @dataclass(frozen=True)
 class Several:
-    """Dealt side by side: every micro-batch has its share of the batch of each loader.
+    """A combined batch of several loaders: every micro-batch has its share of each loader's batch.
 
-    Where batches differ in size, the number of micro-batches divides all sizes: a mean over each loader's samples is the mean
-    over micro-batches only if all of these have the same share of all batches. The samples that are counted are those of the first
-    loader that has any, by which Lightning goes, too.
+    If the loaders' batches differ in size, the number of micro-batches divides all sizes: the mean over micro-batches is the mean
+    over each loader's samples only if every micro-batch has the same share of all batches. The number of samples is that of the
+    first loader that has any, as in Lightning.
 
     Args:
         batch: of all loaders.
-        wholes: of each; ``None`` where nothing goes by samples, such as of a loader that has none left.
+        wholes: each loader's batch; ``None`` if nothing in it is per sample, as for a loader that has no batch left.
     """
 
     batch: Any
@@ -47,10 +47,10 @@ class Several:
 
     @classmethod
     def of(cls, batch: Any, parts: Parts, whole: Callable[[Any, Source], Whole]) -> Several:
-        """Of a batch that :func:`belongs` to its loaders.
+        """Make one from a batch that :func:`belongs` to its loaders.
 
         Raises:
-            ConfigurationError: if that of one loader cannot be read.
+            ConfigurationError: if the batch of one loader cannot be read.
         """
         wholes: list[Whole | None] = []
         for key in batch if isinstance(parts, Mapping) else range(len(parts)):
@@ -90,7 +90,7 @@ class Several:
 
 
 def _most(samples: Sequence[int], count: int) -> int:
-    """Into how many of ``count`` micro-batches batches of so many samples can be dealt.
+    """The number of micro-batches, at most ``count``, that batches of these numbers of samples can be split into.
 
     Example:
         >>> _most([8, 8], 3), _most([8, 12], 3), _most([8, 5], 4)
@@ -106,7 +106,7 @@ def _most(samples: Sequence[int], count: int) -> int:
 
 @dataclass(frozen=True)
 class _SideBySide(Sequence[Any]):
-    """Micro-batches that are put together when they are asked for."""
+    """Micro-batches of several loaders, combined on access."""
 
     batch: Any
     of_each: Sequence[MicroBatches | None]

@@ -1,4 +1,4 @@
-"""The containers that batches and results are made of."""
+"""Walks and rebuilds the containers that batches and results are made of."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["entries_of", "has_attributes", "is_sequence", "leaves_of", "rebuilt"
 
 
 def is_sequence(value: Any) -> bool:
-    """A list, a tuple or the like; a named tuple is a structure, and a shape or text is one thing."""
+    """Whether a value is a list, a tuple or the like. Named tuples count as structures; shapes and text count as single values."""
     if isinstance(value, (str, bytes, bytearray, memoryview, torch.Size)) or hasattr(value, "_fields"):
         return False
     return isinstance(value, Sequence)
 
 
 def entries_of(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What a structure holds; nothing of what is none."""
+    """Yield ``(path, entry)`` for each entry of a mapping, named tuple or object with attributes; nothing for other values."""
     if isinstance(value, Mapping):
         yield from ((f"{path}[{key!r}]", entry) for key, entry in value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -31,14 +31,14 @@ def entries_of(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def has_attributes(value: Any) -> bool:
-    """A dataclass, or an object that can be moved to a device, as Lightning asks of the batches of one's own classes."""
+    """Whether a value is a dataclass or has a ``to`` method, which Lightning requires of custom batch classes."""
     if isinstance(value, (Tensor, type, torch.nn.Module)) or not hasattr(value, "__dict__"):
         return False
     return dataclasses.is_dataclass(value) or callable(getattr(value, "to", None))
 
 
 def rebuilt(value: Any, entries: Sequence[Any]) -> Any:
-    """The same structure with other entries.
+    """Return the same structure with other entries.
 
     Example:
         >>> rebuilt({"a": 1, "b": 2}, [3, 4])
@@ -59,7 +59,7 @@ def rebuilt(value: Any, entries: Sequence[Any]) -> Any:
         return tuple(entries) if type(value) is tuple else _like(value, list(entries))
     clone = copy.copy(value)
     for name, entry in zip(vars(value), entries):
-        # Also of what is frozen.
+        # Works on frozen dataclasses too.
         object.__setattr__(clone, name, entry)
     return clone
 
@@ -74,7 +74,7 @@ def _like(value: Sequence[Any], entries: list[Any]) -> Any:
 
 
 def leaves_of(value: Any) -> Iterator[Any]:
-    """Everything in a batch that holds nothing else.
+    """Yield the leaves of a batch: the values that hold no others.
 
     Example:
         >>> list(leaves_of({"a": [1, 2], "b": "text"}))

@@ -212,7 +212,7 @@ def decode(header: Tensor, message_id: MessageId, expected: Expected) -> Header:
 
     Args:
         header: ``(HEADER_WORDS,)``, int64, on the host: any integers at all.
-        place: the message that is due.
+        message_id: the message that is due.
         expected: what is allowed of it.
 
     Raises:

@@ -1,8 +1,8 @@
-"""What a rank receives in a step, whatever its neighbours send.
+"""Receives a step's signals and notes, and replaces malformed messages so that the step can go on.
 
-A message that is not what is due carries nothing that could be used, so the receiver goes on with a signal of the right shape that
-is not finite. From there on it is what a worker that sends NaN sends: it is kept out of the weights, and its sender answers for it.
-That takes a verifier; where there is none, or nobody may be blamed, a malformed message ends the run.
+A malformed message holds nothing usable, so the receiver goes on with a signal of the right shape filled with NaN. From there on
+it is handled as if the sender had sent NaN: the signal is kept out of the weights, and the sender is blamed. That takes a verifier.
+Without one, or where no worker may be blamed, a malformed message ends the run.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ __all__ = ["Inbox"]
 class Inbox:
     """Receives signals and notes.
 
-    The shape of a gradient is known from the forward pass. That of an activation is not, because samples may differ in length. So
-    workers tell each other whether what they were sent was of a shape that is new to them. If it was not, neither can be what they
-    make of it; if that is new to the receiver all the same, and its layers cannot work on it, the sender has changed it.
+    The shape of a gradient is known from the forward pass, that of an activation is not, because samples may differ in length. So
+    each activation carries an ``is_new_shape`` bit. If the sender's input shape was known but its output shape is new to us and our
+    layers reject it, the sender altered it.
 
     Args:
-        transport: what signals come through.
-        device: where they are.
-        try_out: runs this stage's layers on an activation of a micro-batch, without a trace, and raises what they raise.
+        transport: receives the messages.
+        device: where signals are.
+        try_out: runs this stage's layers on an activation of a micro-batch, without side effects, and raises what they raise.
     """
 
     def __init__(self, transport: Transport, device: torch.device, try_out: Callable[[Tensor, int], object]) -> None:
-        self._transport, self._device, self._try_out = transport, device, try_out
+        self._transport = transport
+        self._device = device
+        self._try_out = try_out
         self._allowances = {kind: Allowance() for kind in Kind}
         self._shapes: set[tuple[int, ...]] = set()
         self._news: dict[int, bool] = {}
@@ -47,33 +49,34 @@ class Inbox:
         """Begin a step.
 
         Args:
-            replaces: whether a signal that is not finite takes the place of one that is malformed; else the run ends.
-            lets_nothing_in: whether there may be no activation, because the step does not call the pipeline.
+            replaces: whether a signal of NaN replaces a malformed message; if not, a malformed message ends the run.
+            lets_nothing_in: whether an activation may be absent, because the step does not call the pipeline.
         """
-        self._replaces, self._lets_nothing_in = replaces, lets_nothing_in
+        self._replaces = replaces
+        self._lets_nothing_in = lets_nothing_in
         self._news.clear()
 
     def is_new_shape(self, slot: int) -> bool:
-        """Whether a micro-batch's input is of a shape that is new to this stage, or is made of one that was to a stage before."""
+        """Whether a micro-batch's input has a shape that is new to this stage, or an earlier stage's input had a new one."""
         return self._news[slot]
 
     def loaded(self, inputs: object, slot: int) -> None:
-        """Take note of what the first stage works on."""
+        """Record the shape of a micro-batch that the first stage loaded."""
         shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else None
         self._news[slot] = shape is None or shape not in self._shapes
         if shape is not None:
             self._shapes.add(shape)
 
     def activation(self, rank: int, message_id: MessageId, samples: int) -> tuple[Tensor | None, Tensor]:
-        """Receive an activation, ``None`` if there is none, and its taint, as :meth:`Transport.receive`.
+        """Receive an activation, ``None`` if there is none, and its taint flag, as :meth:`Transport.receive` does.
 
         Args:
             rank: the sender.
-            place: the message that is due.
-            samples: of the micro-batch.
+            message_id: the message that is due.
+            samples: number of samples in the micro-batch.
 
         Raises:
-            MalformedMessageError: if something else came that is not to be, or cannot be, replaced.
+            MalformedMessageError: if the message is malformed, and must not or cannot be replaced.
             WorkerLostError: if ``rank`` does not answer.
         """
         allowance = self._allowances[Kind.ACTIVATION]
@@ -99,7 +102,7 @@ class Inbox:
         return signal, tainted
 
     def gradient(self, rank: int, message_id: MessageId, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Receive the gradient of ``output``, otherwise as :meth:`activation`."""
+        """Receive the gradient of ``output`` and its taint flag; otherwise like :meth:`activation`."""
         try:
             signal, tainted, _ = self._transport.receive(rank, message_id, Expected.like(output))
         except MalformedMessageError as error:
@@ -109,10 +112,10 @@ class Inbox:
         return signal, tainted
 
     def note(self, rank: int, message_id: MessageId) -> Projection:
-        """Receive what the worker before the sender says of what it had sent it. A malformed note ends the run.
+        """Receive a worker's note: the projection of the signal that it sent our neighbour. A malformed note ends the run.
 
         Raises:
-            MalformedMessageError: if something else came.
+            MalformedMessageError: if the note is malformed.
             WorkerLostError: if ``rank`` does not answer.
         """
         allowance = self._allowances[message_id.kind]
@@ -132,7 +135,7 @@ class Inbox:
             ) from error
 
     def _nothing(self, shape: Sequence[int], dtype: torch.dtype, error: MalformedMessageError) -> tuple[Tensor, Tensor]:
-        """A signal that says nothing, which its sender answers for. Somebody is to know why, once."""
+        """A signal of NaN in place of a malformed message, for which the sender is blamed. Warns once per sender."""
         if error.rank not in self._told_of:
             self._told_of.add(error.rank)
             warnings.warn(f"{error} It counts as a signal that is not finite.", RuntimeWarning, stacklevel=2)

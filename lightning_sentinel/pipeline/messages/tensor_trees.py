@@ -1,8 +1,8 @@
-"""Collections between ranks: a description in JSON, then the tensors. Nothing is ever unpickled.
+"""Sends tensor trees (nested collections of tensors) between ranks: a description in JSON, then the tensors. Nothing is unpickled.
 
-What a description announces is compared with what there is room for before anything is allocated. A container that is no list,
-tuple or dict arrives as what it is where this process has seen one of its kind in its own batches, and else as the plainest one
-that holds the same: the sender does not choose what the receiver makes.
+The receiver compares the sizes that a description announces with its free memory before it allocates. A container that is no list,
+tuple or dict keeps its class only if this process has seen that class in its own batches; otherwise it arrives as a plain dict or
+tuple. So the sender cannot choose which class the receiver instantiates.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ __all__ = [
 ]
 
 Packed = tuple[bytes, list[Tensor]]
-"""A description, and the tensors that it leaves out."""
+"""A tree's description in JSON, and its tensors."""
 
 _LONGEST_DESCRIPTION = 2**26
 _KINDS: dict[str, type] = {}
-"""Containers that may be made here, by name."""
+"""Container classes that this process may instantiate, by name."""
 _NUMBERS = "biufc"
-"""Kinds of arrays that are sent as tensors."""
+"""NumPy dtype kinds whose arrays are sent as tensors."""
 
 
 def free_bytes() -> int:
-    """What a parcel may hold where the receiver has no reason to expect less, such as a stage's part of a checkpoint."""
+    """Default limit on a tensor tree's size, where the receiver cannot expect less, as for a stage's part of a checkpoint."""
     return int(psutil.virtual_memory().available)
 
 
 def learn_kinds(tree: Any) -> None:
-    """Let parcels arrive here in containers of the kinds that are in ``tree``."""
+    """Allow received tensor trees to instantiate the container classes that are in ``tree``."""
     if isinstance(tree, (Tensor, np.ndarray)):
         return
     held = list(tree) if is_sequence(tree) else [entry for _, entry in entries_of(tree, "")]
@@ -70,13 +70,13 @@ def _name(value: Any) -> str:
 
 
 def pack(tree: Any) -> Packed:
-    """A description, and the tensors that it leaves out, on the host.
+    """Split a tensor tree into its description and its tensors, on the host.
 
     Args:
         tree: nested collections of tensors, arrays, numbers and text.
 
     Raises:
-        PipelineModelError: if there is something else in it.
+        PipelineModelError: if it holds anything else.
 
     Example:
         >>> description, tensors = pack({"image": torch.ones(2, 3), "name": "cat"})
@@ -87,14 +87,14 @@ def pack(tree: Any) -> Packed:
 
 
 def pack_all(trees: Iterable[Any]) -> list[Packed]:
-    """As :func:`pack`, of several: a device that holds any of their tensors is waited for once."""
+    """Like :func:`pack`, for several trees: waits only once for each device that holds tensors."""
     described = [describe_tree(tree) for tree in trees]
     tensors = iter(on_host(tensor for _, held in described for tensor in held))
     return [(description, [next(tensors).contiguous() for _ in held]) for description, held in described]
 
 
 def describe_tree(tree: Any) -> Packed:
-    """As :func:`pack`, with the tensors where and as they are: to see whether a collection can travel.
+    """Like :func:`pack`, but leaves the tensors as and where they are: checks whether a tree can be sent.
 
     Raises:
         PipelineModelError: if it cannot.
@@ -111,7 +111,7 @@ def describe_tree(tree: Any) -> Packed:
 
 
 def _encoded(value: Any, tensors: list[Tensor]) -> Any:
-    """What JSON can say as it is; everything else as a dict of its kind and what it holds."""
+    """A tree as JSON: plain values and lists as they are, everything else as a dict of its kind and its entries."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, np.str_):
@@ -151,7 +151,7 @@ def _encoded_array(array: np.ndarray[Any, Any], scalar: bool, tensors: list[Tens
         return {"texts": array.astype("U").ravel().tolist(), "shape": list(array.shape), "kind": array.dtype.kind}
     if array.dtype.kind not in _NUMBERS:
         raise TypeError(f"an array of {array.dtype}")
-    # In this machine's order of bytes, and writable, as torch wants it.
+    # In native byte order and writable, as torch requires.
     tensors.append(torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="))))
     return {"scalar" if scalar else "array": len(tensors) - 1}
 
@@ -161,14 +161,14 @@ def _layout(tensor: Tensor) -> dict[str, Any]:
 
 
 def reserve(description: bytes, most_bytes: int | None = None) -> list[Tensor]:
-    """Memory for the tensors of a parcel.
+    """Allocate memory for the tensors of a received tree.
 
     Args:
-        description: of the parcel.
-        most_bytes: that there is room for; ``None`` is what the machine has free.
+        description: of the tree, as received.
+        most_bytes: limit on the size of all tensors; ``None`` is the machine's free memory.
 
     Raises:
-        MalformedMessageError: if the description is not one, or there is no room for so much.
+        MalformedMessageError: if the description is invalid, or announces more than ``most_bytes``.
 
     Example:
         >>> description, _ = pack([torch.ones(2, 3)])
@@ -192,7 +192,7 @@ def reserve(description: bytes, most_bytes: int | None = None) -> list[Tensor]:
     try:
         return [torch.empty(shape, dtype=dtype) for dtype, shape in layouts]
     except (RuntimeError, TypeError, OverflowError) as error:
-        # Sizes beside a zero can be any, and a machine can have less memory than a checkpoint may need.
+        # A tensor with one size of 0 may have any other sizes, and a checkpoint may need more memory than the machine has.
         raise MalformedMessageError(f"A parcel announces tensors that cannot be allocated ({error}).") from error
 
 
@@ -200,7 +200,7 @@ def unpack(description: bytes, tensors: list[Tensor]) -> Any:
     """The inverse of :func:`pack`.
 
     Raises:
-        MalformedMessageError: if the description is not one.
+        MalformedMessageError: if the description is invalid.
     """
     try:
         node, layouts = json.loads(description)
@@ -210,7 +210,7 @@ def unpack(description: bytes, tensors: list[Tensor]) -> Any:
             raise ValueError("not every tensor has one place")
         return tree
     except Exception as error:
-        # What constructors raise of what somebody made up can be anything.
+        # Constructors may raise anything when given forged values.
         raise MalformedMessageError(f"What should describe a parcel does not: {description[:80]!r} ({error}).") from error
 
 
@@ -235,7 +235,8 @@ def _decoded(node: Any, tensors: list[Tensor], used: list[int]) -> Any:
     if "tuple" in node:
         return tuple(_decoded(entry, tensors, used) for entry in node["tuple"])
     if "fields" in node:
-        fields, known = [_decoded(entry, tensors, used) for entry in node["fields"]], _KINDS.get(node["of"])
+        fields = [_decoded(entry, tensors, used) for entry in node["fields"]]
+        known = _KINDS.get(node["of"])
         return known(*fields) if known is not None and issubclass(known, tuple) else tuple(fields)
     pairs = next(node[name] for name in ("dict", "mapping", "attributes") if name in node)
     held = {key: _decoded(entry, tensors, used) for key, entry in pairs}
@@ -256,25 +257,25 @@ def _of_known_kind(node: dict[str, Any], held: dict[Any, Any]) -> Any:
     for name, entry in held.items():
         if name.startswith("__"):
             raise ValueError(f"{name} is no attribute of a batch")
-        # Also of what is frozen.
+        # Works on frozen dataclasses too.
         object.__setattr__(made, name, entry)
     return made
 
 
 def _decoded_texts(texts: list[str], shape: list[int], kind: str) -> np.ndarray[Any, Any]:
-    # An array has room for its longest text in every place.
+    # NumPy allocates the length of the longest text for every element.
     if max(map(len, texts), default=0) * len(texts) > _LONGEST_DESCRIPTION or kind not in ("U", "S"):
         raise ValueError("there is no room for such an array of texts")
     return np.array(texts, dtype=kind).reshape(shape)
 
 
 def send_tree(tree: Any, rank: int) -> None:
-    """Send a collection to a rank that calls :func:`receive_tree`."""
+    """Send a tensor tree to a rank that calls :func:`receive_tree`."""
     send_packed(pack(tree), rank)
 
 
 def send_packed(packed: Packed, rank: int) -> None:
-    """As :func:`send_tree`, of what :func:`pack` made of a collection."""
+    """Like :func:`send_tree`, for a tree that :func:`pack` has split already."""
     description, tensors = packed
     dist.send(torch.tensor([len(description)]), rank)
     dist.send(torch.frombuffer(bytearray(description), dtype=torch.uint8), rank)
@@ -283,14 +284,14 @@ def send_packed(packed: Packed, rank: int) -> None:
 
 
 def receive_tree(rank: int, most_bytes: int | None = None) -> Any:
-    """Receive a collection, on the host.
+    """Receive a tensor tree, on the host.
 
     Args:
         rank: of the sender.
-        most_bytes: that there is room for; ``None`` is what the machine has free.
+        most_bytes: limit on the size of all tensors; ``None`` is the machine's free memory.
 
     Raises:
-        MalformedMessageError: if what comes is no parcel, or too large.
+        MalformedMessageError: if the message is no tensor tree, or too large.
     """
     length = torch.full((1,), -1)
     dist.recv(length, rank)
@@ -307,15 +308,15 @@ def receive_tree(rank: int, most_bytes: int | None = None) -> Any:
 
 
 def broadcast_tree(tree: Any, source: int, group: dist.ProcessGroup | None = None) -> Any:
-    """Bring a collection from one rank to all of a group.
+    """Broadcast a tensor tree from one rank to all ranks of a group.
 
     Args:
-        tree: looked at on the source only.
-        source: rank in the world.
+        tree: read on the source only.
+        source: global rank of the sender.
         group: ``None`` is the world.
 
     Returns:
-        the collection, on the host, on all ranks.
+        the tree, on the host, on all ranks.
     """
     description, tensors = pack(tree) if dist.get_rank() == source else (b"", [])
     length = torch.tensor([len(description)])
@@ -335,10 +336,10 @@ def broadcast_tree(tree: Any, source: int, group: dist.ProcessGroup | None = Non
 
 
 def list_from(rank: int, found: Any, length: int | None = None) -> list[Any]:
-    """A collection that a rank sent, if it is a list, and as long as it should be.
+    """Return a received tree if it is a list, of ``length`` entries if that is given.
 
     Raises:
-        MalformedMessageError: if it is anything else.
+        MalformedMessageError: if it is not.
 
     Example:
         >>> list_from(3, [1, 2], length=2)

@@ -1,25 +1,27 @@
 """Point-to-point messages between neighbouring stages.
 
-A signal travels as a header of integers (see :mod:`~lightning_sentinel.pipeline.messages.headers`), on the host, so that no device
-is waited for, and the elements, then one more that carries the taint flag, so that the flag costs no message of its own. Each
-message has its receiver waited for, so header and elements go as one through host memory, if they are of the same shape and dtype
-as the last ones to that receiver: then it knows how much is coming. If they are not, the header goes first, alone.
+A signal (activation or gradient) travels as a header of integers (:mod:`~lightning_sentinel.pipeline.messages.headers`), then its
+elements, then one more element with the taint flag, so that the flag costs no message of its own. The header is on the host, so
+that reading it waits for no device. Each message makes the sender wait for the receiver. So through host memory header and elements
+go as one message if their number and dtype are those of the last signal to that receiver, which then knows the size. Otherwise the
+header goes first, alone.
 
-Besides, a worker sends small notes past its neighbour to the stage behind it: what the neighbour was sent, along secret directions.
-Nobody waits for a note to arrive before going on, because its receiver asks for it only when the neighbour's own signal is there.
+A worker also sends small notes past its neighbour to the stage behind it: projections, along secret directions, of the signal that
+it sent the neighbour. The sender does not wait for a note to arrive, because its receiver asks for it only after the neighbour's
+own signal.
 
 ``device`` sends tensors from where they are. ``host`` copies them through host memory: between sites, and where the backend cannot
 send from the device (several ranks on one GPU). Collectives go the same way
 (:mod:`~lightning_sentinel.pipeline.processes.collectives`).
 
-Nothing in a message is believed before it was compared with what is due. What gloo itself does with a message whose size is not
-that of the receiver's buffer (test_transport_over_gloo.py has it in writing):
+The receiver compares every message with the expected one before it uses anything of it. What gloo itself does with a message whose
+size is not that of the receiver's buffer (test_transport_over_gloo.py tests it):
 
-- A shorter one is taken without a word, and the end of the buffer stays what it was. So the end is marked before, and looked at
-  afterwards. The next message is not affected, because gloo knows where each ends.
-- A longer one ends the receiver's *process*: gloo aborts in a thread of its own (``Received data size doesn't match expected
-  size``), which no Python code can catch. A worker that sends fewer elements than it announced is refused; one that sends more
-  takes its receiver down. Only another transport could help.
+- gloo accepts a shorter message silently, and the end of the buffer keeps its old bytes. So the receiver marks the end beforehand
+  and checks the mark afterwards. The next message is not affected, because gloo knows where each ends.
+- A longer message ends the receiver's *process*: gloo aborts in a thread of its own (``Received data size doesn't match expected
+  size``), which no Python code can catch. So a worker that sends fewer elements than it announced is refused, but one that sends
+  more takes its receiver down. Only another transport could help.
 """
 
 from __future__ import annotations
@@ -40,15 +42,15 @@ from lightning_sentinel.pipeline.processes.liveness import sounds_lost
 
 __all__ = ["Transport"]
 
-# What a buffer holds where nothing arrived: no word of a header is negative, no taint is, and all dtypes have the number.
+# Sentinel for bytes not yet received. -1 is safe: header words and taint flags are never negative, every dtype can represent it.
 _UNTOUCHED = -1
 _HEADER_BYTES = 8 * HEADER_WORDS
-# Where elements begin that are in one message with their header, so that they are aligned as tensors of their own would be.
+# Byte offset of the elements in a message that also has the header: aligned as separate tensors would be.
 _ELEMENTS_AT = -(-_HEADER_BYTES // 64) * 64
 
 
 class _MessageSize(NamedTuple):
-    """A size that sender and receiver know of."""
+    """Size of the last signal on a connection, which sender and receiver both remember."""
 
     elements: int
     dtype: torch.dtype
@@ -59,12 +61,12 @@ class _MessageSize(NamedTuple):
 
 
 class Transport:
-    """Sends signals to, and receives them from, other ranks.
+    """Sends signals to other ranks and receives signals from them.
 
-    A malformed message is taken off the wire if its header tells how much that is, and there is memory for it; then the sender's
-    next message can be received. Else the rank is not listened to again: what it sent after that header is still under way, and
-    would be taken for the next message. With gloo that rank waits, until the group's timeout, for somebody to take it. Sending to
-    it goes on, because others wait for what it makes of that.
+    If a malformed message's header gives its size and there is memory for it, the receiver drains it, and can receive the sender's
+    next message. Otherwise it receives nothing more from that rank: the elements behind that header are still under way, and would
+    be taken for the next message. With gloo the sender then waits, until the group's timeout, for a receiver. Signals are still
+    sent to that rank, because other workers wait for what it computes from them.
 
     Args:
         device: where signals live.
@@ -81,7 +83,7 @@ class Transport:
         self._latest: dict[tuple[int, Kind], MessageId] = {}
 
     def send(self, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int = 0) -> None:
-        """Send a signal of any shape, its taint (0-dim bool), and a number with its header.
+        """Send a signal of any shape, its taint flag (0-dim bool), and a number in its header.
 
         Raises:
             PipelineModelError: if the signal is no tensor that can cross a boundary.
@@ -92,18 +94,18 @@ class Transport:
                 dist.send(message, rank)
 
     def receive(self, rank: int, message_id: MessageId, expected: Expected) -> tuple[Tensor, Tensor, int]:
-        """Receive a signal, its taint, and its number.
+        """Receive a signal, its taint flag, and its number.
 
         Args:
             rank: the sender.
-            place: the message that is due.
-            expected: what is allowed of it.
+            message_id: the message that is due.
+            expected: which headers are allowed.
 
         Returns:
             the signal, in memory of its own; the 0-dim bool taint, true unless the sender wrote exactly 0; the number.
 
         Raises:
-            MalformedMessageError: if something else came, now or before. A message that came twice spoils the one behind it.
+            MalformedMessageError: if ``rank`` sent another message, now or before. A duplicate makes the next message fail too.
             WorkerLostError: if ``rank`` does not answer.
         """
         if rank in self._broken:
@@ -114,7 +116,7 @@ class Transport:
             )
         try:
             header, message = self._message(rank, message_id, expected)
-            # A device would have to be waited for. There the mark is not zero, and makes the signal a tainted one.
+            # Not checked on a device, which would have to be waited for. There the mark, which is not zero, taints the signal.
             if self._wire.type == "cpu" and message[-1] == _UNTOUCHED:
                 raise MalformedMessageError(
                     f"Expected the {message_id}; what came has fewer elements than the {len(message)} of shape {header.shape} and"
@@ -136,7 +138,7 @@ class Transport:
         return message[:-1].view(header.shape), message[-1].bool(), header.number
 
     def send_note(self, note: Tensor, number: int, rank: int, message_id: MessageId) -> None:
-        """Send a tensor, and a number with its header, without waiting; :meth:`finish_notes` does.
+        """Send a tensor, and a number in its header, without waiting for the receiver; :meth:`finish_notes` waits.
 
         Raises:
             PipelineModelError: if the note is no tensor that can cross a boundary.
@@ -152,17 +154,17 @@ class Transport:
         """Receive what :meth:`send_note` sent: the tensor, in memory of its own, and the number.
 
         Raises:
-            MalformedMessageError: if something else came, now or before.
+            MalformedMessageError: if ``rank`` sent another message, now or before.
             WorkerLostError: if ``rank`` does not answer.
         """
         note, _, number = self.receive(rank, message_id, expected)
         return note, number
 
     def finish_notes(self) -> None:
-        """Wait until all notes were taken; at the end of a schedule, when their receivers have asked for them.
+        """Wait until all notes are received. Called at the end of a schedule, when their receivers have asked for them.
 
         Raises:
-            WorkerLostError: if one of the receivers does not answer.
+            WorkerLostError: if a receiver does not answer.
         """
         for rank, work, _ in self._under_way:
             with _naming(rank):
@@ -170,9 +172,11 @@ class Transport:
         self._under_way.clear()
 
     def _messages(self, tensor: Tensor, last: Tensor, rank: int, message_id: MessageId, number: int) -> list[Tensor]:
-        """Header and elements, in memory that nobody else writes to: one message, or two."""
-        header, size = encode(message_id, tensor.shape, tensor.dtype, number), _MessageSize(tensor.numel() + 1, tensor.dtype)
-        as_before, self._sent[rank, message_id.kind] = self._sent.get((rank, message_id.kind)) == size, size
+        """Header and elements as one message or two, in memory that no other code writes to."""
+        header = encode(message_id, tensor.shape, tensor.dtype, number)
+        size = _MessageSize(tensor.numel() + 1, tensor.dtype)
+        as_before = self._sent.get((rank, message_id.kind)) == size
+        self._sent[rank, message_id.kind] = size
         tensor = tensor.detach()
         if self._wire.type != "cpu" or not as_before:
             return [header, torch.cat((tensor.reshape(-1), last.to(tensor.dtype).reshape(1))).to(self._wire)]
@@ -183,12 +187,12 @@ class Transport:
             elements[:-1].view(tensor.shape).copy_(tensor)
             elements[-1] = last
         else:
-            # Put together there, because the device is waited for with each copy.
+            # Concatenated on the device, because each copy to the host waits for it.
             elements.copy_(torch.cat((tensor.reshape(-1), last.to(tensor.dtype).reshape(1))))
         return [message]
 
     def _message(self, rank: int, message_id: MessageId, expected: Expected) -> tuple[Header, Tensor]:
-        """The one that is due. What comes in its place is taken off the wire, and so is one that came before, once."""
+        """Receive the message that is due. If another arrives instead, drain it; if it is a duplicate, drain the next one too."""
         words, elements = self._next(rank, message_id.kind)
         try:
             header = decode(words, message_id, expected)
@@ -196,7 +200,7 @@ class Transport:
             came = self._take(words, rank, message_id.kind, expected)
             error.taken = came is not None
             if came is not None and came == self._latest.get((rank, came.kind)):
-                # The one that is due is behind it, unless the sender goes on like this.
+                # A duplicate: the message that is due comes next, unless the sender repeats more.
                 words, _ = self._next(rank, message_id.kind)
                 error.taken = self._take(words, rank, message_id.kind, expected) == message_id
             raise
@@ -204,7 +208,7 @@ class Transport:
         return header, elements if self._comes_with_its_header(size, rank, message_id.kind) else self._elements(rank, size)
 
     def _take(self, words: Tensor, rank: int, kind: Kind, expected: Expected) -> MessageId | None:
-        """Take the elements behind a header off the wire. ``None`` if nobody can tell how many they are, or they are too many."""
+        """Drain the elements behind a refused header. ``None`` if the header does not give their number, or it is too large."""
         found = extent(words, expected)
         if found is None:
             return None
@@ -215,7 +219,7 @@ class Transport:
         return message_id
 
     def _next(self, rank: int, kind: Kind) -> tuple[Tensor, Tensor]:
-        """The next header, and the elements if they are of the same size as before; else they come by themselves."""
+        """Receive the next header, with the elements if their size is that of the last message; else they follow separately."""
         size = self._received.get((rank, kind)) if self._wire.type == "cpu" else None
         message = torch.empty(_HEADER_BYTES if size is None else size.bytes, dtype=torch.uint8)
         words = message[:_HEADER_BYTES].view(torch.int64).fill_(_UNTOUCHED)
@@ -226,12 +230,13 @@ class Transport:
         return words, elements
 
     def _comes_with_its_header(self, size: _MessageSize, rank: int, kind: Kind) -> bool:
-        """Whether the elements of a message came with its header, and from now on those of this size do."""
-        before, self._received[rank, kind] = self._received.get((rank, kind)), size
+        """Whether a message's elements came with its header. From now on elements of this size do."""
+        before = self._received.get((rank, kind))
+        self._received[rank, kind] = size
         return self._wire.type == "cpu" and before == size
 
     def _elements(self, rank: int, size: _MessageSize) -> Tensor:
-        """``(elements,)``, on the wire's device, with a mark at the end that tells whether so many came."""
+        """Receive elements sent after their header: ``(elements,)``, on the wire's device. A mark left at the end means too few."""
         message = torch.empty(size.elements, dtype=size.dtype, device=self._wire)
         message[-1] = _UNTOUCHED
         with _naming(rank):
@@ -241,7 +246,7 @@ class Transport:
 
 @contextmanager
 def _naming(rank: int) -> Iterator[None]:
-    """Say which peer it was when a connection is lost."""
+    """Turn a lost connection into a ``WorkerLostError`` that names the peer."""
     try:
         yield
     except RuntimeError as error:

@@ -1,1 +1,1 @@
-"""Processes: which machines may take part, which ranks they get, and who is named when one stops answering."""
+"""Processes: which machines may join the mesh, which ranks they get, and which rank is reported when one stops answering."""

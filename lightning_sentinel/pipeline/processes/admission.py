@@ -1,10 +1,10 @@
-"""Who of those that were started forms the mesh.
+"""Decides which of the started processes form the mesh.
 
-Under torchrun a run that has ended is started again on all machines that are left, those of banned workers among them. So before
-the process group is formed every process says on which machine it is and whom its ledger bans, and all of them decide from the same
-data. Who is left out stays, for two reasons. A restart may need it: then torchrun starts it anew with the others. And an agent of
-torchrun whose processes have all ended closes the rendezvous for everybody five minutes later (torch 2.13), so that nobody could be
-started again.
+When a run has ended, torchrun restarts it on all machines that are left, also those of banned workers. So before the process group
+is formed, every process tells its machine and the machines that its ledger (the file of bans) bans, and all decide from the same
+data. A process that is left out keeps running, for two reasons. A restart may need it: torchrun then restarts it with the others.
+And a torchrun agent whose processes have all ended closes the rendezvous for all machines five minutes later (torch 2.13), which
+would make a restart impossible.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ __all__ = ["Admission", "Candidate", "admit", "agree_on_admission", "announce_en
 
 _OVER = "over"
 _BETWEEN_LOOKS = 0.5
-"""Seconds."""
+"""Seconds between looks into the store."""
 
 
 class Candidate(NamedTuple):
     """A process that was started.
 
     Args:
-        host: its machine.
+        host: name of its machine.
         banned: the machines that its ledger bans.
     """
 
@@ -50,11 +50,11 @@ class Candidate(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """Who forms the mesh.
+    """The processes that form the mesh.
 
     Args:
-        mesh: that they form.
-        ranks: of those who are in it, in order; of all that were started.
+        mesh: the mesh.
+        ranks: the original ranks of its processes, in order.
         banned: machines that are left out.
     """
 
@@ -64,10 +64,10 @@ class Admission(NamedTuple):
 
 
 def outvoted(candidates: Sequence[Candidate]) -> frozenset[str]:
-    """The machines that most others ban; where all read the same file, those in the file.
+    """The machines that a majority of the other machines bans; if all machines read the same ledger, those that it bans.
 
-    Each machine has one vote, by its lowest rank, and none on itself, unless it is alone: a banned one cannot let itself in, nor
-    put others out.
+    Each machine has one vote, that of its lowest rank, and none about itself unless it is alone. So a banned machine can neither
+    admit itself nor exclude others.
 
     Example:
         >>> outvoted([Candidate("a", ("b",)), Candidate("b", ("a", "c")), Candidate("c", ("b",))])
@@ -84,17 +84,17 @@ def outvoted(candidates: Sequence[Candidate]) -> frozenset[str]:
 
 
 def admit(candidates: Sequence[Candidate], ledger: Path | str, stages: int | None, replicas: int | None) -> Admission:
-    """Decide who forms the mesh: the first that are not banned, as many as fill the largest mesh.
+    """Choose the processes of the mesh: the first ones that are not banned, as many as fill the largest mesh.
 
     Args:
-        candidates: all that were started, by rank.
-        ledger: path of the file, for messages.
-        stages: of the mesh, if they are given.
-        replicas: of the mesh, if they are given.
+        candidates: all started processes, by rank.
+        ledger: path of the ledger, for messages.
+        stages: number of stages, if given.
+        replicas: number of replicas, if given.
 
     Raises:
-        MeshExhaustedError: if those that are not banned cannot fill any mesh.
-        ConfigurationError: if nobody is banned, and they cannot either.
+        MeshExhaustedError: if, without the banned ones, there are too few processes for any mesh.
+        ConfigurationError: if none is banned, and there are too few for any mesh.
 
     Example:
         >>> started = [Candidate(host, ("b",)) for host in "aabbccd"]
@@ -123,23 +123,23 @@ def admit(candidates: Sequence[Candidate], ledger: Path | str, stages: int | Non
 def agree_on_admission(
     store: Store, rank: int, world_size: int, ledger: Path | str, stages: int | None, replicas: int | None
 ) -> tuple[int, ...]:
-    """Who forms the mesh, the same on all; who does not is told so.
+    """Choose the processes of the mesh, the same on all ranks; print a message on a rank that is left out.
 
     Args:
-        store: of this start alone; waits as long as its timeout.
-        rank: that this process was started with.
-        world_size: how many were started.
-        ledger: path of the file.
-        stages: of the mesh, if they are given.
-        replicas: of the mesh, if they are given.
+        store: of this start alone; its timeout limits the wait for other processes.
+        rank: with which this process was started.
+        world_size: number of started processes.
+        ledger: path of the ledger.
+        stages: number of stages, if given.
+        replicas: number of replicas, if given.
 
     Returns:
-        the ranks of those in the mesh, in order.
+        the original ranks of the mesh's processes, in order.
 
     Raises:
-        MeshExhaustedError: if there are too few.
-        ConfigurationError: if ``ledger`` is not a ledger; or if rank zero is banned, and the others meet at its process.
-        MalformedMessageError: if a process says something else than where it is and whom it bans.
+        MeshExhaustedError: if too few processes are left.
+        ConfigurationError: if ``ledger`` is not a ledger, or if rank zero is banned and its process hosts the store.
+        MalformedMessageError: if a process's entry is not its machine and a list of banned machines.
     """
     own = banned_hosts(read_bans(ledger))
     store.set(f"started/{rank}", json.dumps([host_name(), sorted(own)]))
@@ -187,10 +187,10 @@ def _why_left_out(host: str, rank: int, started: int, admission: Admission, ledg
 
 
 def announce_end(store: Store) -> None:
-    """Let those that stand by go when this process ends, unless it fails: then they may be needed. For rank zero of the mesh."""
+    """When this process ends without failure, release the processes that stand by. To be called on rank zero of the mesh."""
 
     def announce() -> None:
-        with suppress(RuntimeError):  # the store is gone, which says as much
+        with suppress(RuntimeError):  # the store is gone, which releases them as well
             if getattr(sys, "last_value", None) is None and not notes(store).check(["failure"]):
                 store.set(_OVER, "")
 
@@ -198,15 +198,15 @@ def announce_end(store: Store) -> None:
 
 
 def stand_by(store: Store, timeout: timedelta) -> None:
-    """Wait for the end of a run that one has no part in, however long it takes; torchrun ends the wait if it starts all anew.
+    """Wait, in a process that was left out, for the end of the run, however long it takes. A torchrun restart ends the wait.
 
     Args:
         store: of this start alone.
-        timeout: for how long nothing may happen after the run has failed.
+        timeout: how long to wait for a restart after the run has failed.
 
     Raises:
         SystemExit: with code 0, when the run has ended or the store is gone.
-        WorkerLostError: if the run has failed, and nobody starts it again.
+        WorkerLostError: if the run has failed and was not restarted.
     """
     failed: float | None = None
     try:

@@ -1,7 +1,7 @@
-"""Which backend ranks talk through, and collectives that work with any: on the device where its backend can, else through the host.
+"""Chooses the process group's backend, and runs collectives with any backend: on the device if possible, else through the host.
 
-A device's own backend, such as NCCL, is fast and needs a device for every rank. gloo takes tensors of the host, and several ranks
-may share a device then. Which one it is follows from ``transport``, for collectives as for signals.
+A device's own backend, such as NCCL, is fast and needs one device per rank. gloo sends tensors on the host, so several ranks may
+share a device. ``transport`` decides between them, for collectives as for signals.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _HOST = torch.device("cpu")
 def backend_for(device: torch.device, devices: Sequence[torch.device], transport: str) -> str:
     """The backend of the process group.
 
-    Host tensors go through gloo in any case, for headers and checkpoints.
+    Tensors on the host, such as headers and checkpoints, always go through gloo.
 
     Args:
         device: of this process.
-        devices: of all processes of this machine; where one is named twice, two of them share it.
-        transport: of the strategy: ``"auto"``, ``"device"`` or ``"host"``.
+        devices: of all processes of this machine; a device that two processes share is listed twice.
+        transport: the strategy's setting: ``"auto"``, ``"device"`` or ``"host"``.
 
     Raises:
-        ConfigurationError: if signals are to be sent from the device, and cannot be.
+        ConfigurationError: if ``transport`` is ``"device"`` and the backend cannot send from the device.
 
     Example:
         >>> one, other = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -49,7 +49,7 @@ def backend_for(device: torch.device, devices: Sequence[torch.device], transport
 
 
 def wire(device: torch.device) -> torch.device:
-    """Where the running process group sends tensors of a device from: the device itself, or the host."""
+    """The device from which the process group sends a device's tensors: that device, or the host."""
     if device.type == "cpu":
         return device
     backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
@@ -57,7 +57,7 @@ def wire(device: torch.device) -> torch.device:
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """A tensor of each rank, ``(ranks, ...)``, where this rank's own is."""
+    """All-gather a tensor: ``(ranks, ...)``, on the tensor's device."""
     message = tensor.to(wire(tensor.device))
     everyone = message.new_empty(dist.get_world_size(group), *message.shape)
     if message.numel():
@@ -66,7 +66,7 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """The sum over the ranks, in place."""
+    """All-reduce (sum) a tensor over the ranks, in place."""
     message = tensor.to(wire(tensor.device))
     dist.all_reduce(message, group=group)
     if message is not tensor:
@@ -74,13 +74,14 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
 
 
 def broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup | None = None) -> None:
-    """The values of the rank ``source`` of the world, in place."""
+    """Broadcast a tensor from the global rank ``source``, in place."""
     broadcast_each([(tensor, source)], group)
 
 
 def broadcast_each(sources: Iterable[tuple[Tensor, int]], group: dist.ProcessGroup | None = None) -> None:
-    """Several broadcasts that are under way at once: tensors, each with the rank of the world that it comes from."""
-    rank, under_way = dist.get_rank(), []
+    """Run several broadcasts concurrently: of each tensor, from the global rank that is given with it, in place."""
+    rank = dist.get_rank()
+    under_way = []
     for tensor, source in sources:
         message = tensor
         if (place := wire(tensor.device)) != tensor.device:

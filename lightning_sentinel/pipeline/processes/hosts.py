@@ -1,4 +1,4 @@
-"""What a machine is called."""
+"""The name of this machine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["host_name"]
 
 
 def host_name() -> str:
-    """The name under which this machine is known to the run, and under which it is banned.
+    """The name by which the run identifies this machine, and bans it.
 
-    ``LIGHTNING_SENTINEL_HOST``, if it is set: the name of a container changes with every start, that of its machine does not.
+    ``LIGHTNING_SENTINEL_HOST`` if it is set, because a container's own name changes with every start; else the host name.
 
     Example:
         >>> os.environ["LIGHTNING_SENTINEL_HOST"] = "rack 3"

@@ -1,12 +1,12 @@
-"""Processes that stop answering: how it is noticed, and who is named.
+"""Detects processes that stop answering, and reports the rank that caused the failure.
 
-A rank that dies shows on its peers as a closed connection, and on *their* peers as theirs; a rank that hangs shows as a timeout.
-So the first rank to notice writes down in the rendezvous store whom it lost, and those that fail in its wake read the name there. A
-rank that ends with an error of its own writes that down as well.
+When a rank dies, its peers see a closed connection and fail; then *their* peers see one too. A rank that hangs shows as a timeout.
+So the first rank to notice writes a note into the rendezvous store that names the lost rank, and the ranks that fail after it read
+the note. A rank that ends with an error of its own writes a note as well.
 
-The store goes with rank zero, which may be the one that failed, or the first to leave. So the note is also a file on each host
-where somebody has written or read it. It stays there, a line in the directory of temporary files, because nobody knows who leaves
-last.
+The store ends with rank zero, which may be the rank that failed, or the first to exit. So each host on which a rank has written or
+read the note keeps it as a file too. This one line in the directory of temporary files is never removed, because no process knows
+whether it is the last.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ __all__ = ["Roster", "Start", "agree_on_round", "connect", "is_lost_connection",
 _LOST = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset|refused)|timed? ?out|socket|broken pipe", re.IGNORECASE)
 _WAITING = ("torch.distributed.", "lightning_sentinel.")
 _MOMENT = timedelta(seconds=2)
-_MOST_FRAMES, _MOST_OF_A_NOTE = 8, 4000
+_MOST_FRAMES = 8
+_MOST_OF_A_NOTE = 4000
 _PACKAGE = str(Path(__file__).resolve().parents[2])
 _start: Start | None = None
 
 
 class Start(NamedTuple):
-    """What the processes of a start have in common.
+    """The data that all processes of one start share.
 
     Args:
         store: of this start alone.
-        ranks: who forms the mesh, in its order, by the ranks that they were started with.
+        ranks: the original ranks of the mesh's processes, in the mesh's order.
     """
 
     store: Store
@@ -61,10 +62,10 @@ def sounds_lost(error: BaseException) -> bool:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error, wherever it comes from, means that a peer is gone.
+    """Whether an error, from any code, means that a peer is gone.
 
-    Words do not tell by themselves, because a user's own code may say that something "timed out". So its last line in Python has to
-    be in ``torch.distributed``, or in this package, which waits for peers.
+    The message alone is not enough, because a user's own code may say that something "timed out". So the innermost Python frame
+    must also be in ``torch.distributed``, or in this package, which waits for peers.
     """
     return sounds_lost(error) and _raised_by(error).startswith(_WAITING)
 
@@ -87,19 +88,19 @@ def connect(
     timeout: timedelta,
     admit: Callable[[Store], tuple[int, ...]] | None = None,
 ) -> Start | None:
-    """Start ``torch.distributed``, unless it runs already.
+    """Initialize ``torch.distributed``, unless it is initialized already.
 
     Args:
         backend: of the process group.
         address: of the rendezvous.
         port: of the rendezvous.
-        rank: that this process was started with.
-        world_size: how many were started.
-        timeout: how long they wait for each other.
-        admit: decides who of them forms the mesh, the same on all; ``None`` if all do. Who is not in it stays out of the group.
+        rank: with which this process was started.
+        world_size: number of started processes.
+        timeout: how long processes wait for each other.
+        admit: returns the ranks that form the mesh, the same on all; ``None`` admits all. Other ranks do not join the group.
 
     Returns:
-        what they have in common; ``None`` if somebody else started it.
+        the data that all processes share; ``None`` if other code initialized ``torch.distributed``.
     """
     global _start
     if not dist.is_initialized():
@@ -108,29 +109,32 @@ def connect(
         store = PrefixStore(agree_on_round(shared, rank, world_size, timeout), shared)
         ranks = tuple(range(world_size)) if admit is None else admit(store)
         if rank in ranks:
-            default, place = PrefixStore("default", store), ranks.index(rank)
+            default = PrefixStore("default", store)
+            place = ranks.index(rank)
             dist.init_process_group(backend, store=default, rank=place, world_size=len(ranks), timeout=timeout)
         _start = Start(store, ranks)
     return _start
 
 
 def agree_on_round(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name that all ranks of this start have in common, and no earlier start had.
+    """Agree on an id that all ranks of this start share, and no earlier start had.
 
-    Under torchrun the store outlives a restart, and with it the addresses of processes that are gone (torch 2.13 takes the store to
-    be a new one, which it is not where the rendezvous shares it). So ranks greet each other by names of their own; rank zero says
-    whom it sees, until everybody has found itself there.
+    Under torchrun the store outlives a restart, and with it the addresses of processes that are gone (torch 2.13 assumes a new
+    store, which is wrong if the rendezvous shares it). So each rank writes a random id, and rank zero publishes the ids that it
+    sees, until every rank has found its own among them.
 
     Args:
         store: of the rendezvous.
-        rank: this process's.
-        world_size: how many there are.
-        timeout: how long they wait for each other.
+        rank: of this process.
+        world_size: number of ranks.
+        timeout: how long ranks wait for each other.
 
     Raises:
-        WorkerLostError: if somebody does not turn up.
+        WorkerLostError: if a rank does not turn up.
     """
-    me, deadline, others = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds(), range(1, world_size)
+    me = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout.total_seconds()
+    others = range(1, world_size)
     store.set(f"hello/{rank}", me)
     while time.monotonic() < deadline:
         if rank == 0:
@@ -159,38 +163,40 @@ def agree_on_round(store: Store, rank: int, world_size: int, timeout: timedelta)
 
 
 def notes(store: Store) -> Store:
-    """The part of a start's store in which rosters write; who ends with an error leaves a note under ``failure``."""
+    """The prefix of a start's store that rosters use. The note on a failed rank is under ``failure``."""
     return PrefixStore("sentinel", store)
 
 
 class Roster:
-    """Knows which process serves which worker, and finds out who is missing.
+    """Knows which process serves which worker, and finds out which rank is lost.
 
     Args:
         mesh: all workers.
-        rank: this process's.
-        store: shared notes; ``None`` names only direct neighbours.
-        timeout: how long peers are waited for, to be named in messages.
+        rank: of this process.
+        store: of this start; ``None`` limits reports to direct neighbours.
+        timeout: how long a rank waits for its peers, for messages.
 
     Attributes:
-        hosts: the name of each rank's machine, from :meth:`meet` on; empty if there is no store.
+        hosts: the name of each rank's machine, from :meth:`meet` on; empty without a store.
     """
 
     def __init__(self, mesh: Mesh, rank: int, store: Store | None, timeout: timedelta) -> None:
-        self._mesh, self._rank, self._timeout = mesh, rank, timeout
+        self._mesh = mesh
+        self._rank = rank
+        self._timeout = timeout
         self._store = None if store is None else notes(store)
         self.hosts: tuple[str, ...] = ()
         if self._store is not None:
             self._store.set(f"host/{rank}", host_name())
-            # The machine as it is, whatever it is called: only there can its processes be looked at.
+            # The real host name, not LIGHTNING_SENTINEL_HOST: processes can be looked at only on their own machine.
             self._store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
         self._processes: dict[int, tuple[str, int]] = {}
         self._file: Path | None = None
 
     def meet(self) -> None:
-        """Learn which process serves which rank, while the store's host is known to be there."""
+        """Read every rank's host and process id from the store, while the process that hosts the store is certainly alive."""
         if self._store is not None:
-            # A name that others on the host cannot foresee.
+            # A file name that other users of the host cannot guess.
             name = self._store.compare_set("name", "", secrets.token_hex(16)).decode()
             self._file = Path(tempfile.gettempdir()) / f"lightning-sentinel-{name}"
             for rank in range(self._mesh.size):
@@ -207,13 +213,13 @@ class Roster:
             if not isinstance(error, WorkerLostError) and not is_lost_connection(error):
                 raise
             found = self._named(error.rank if isinstance(error, WorkerLostError) else None)
-            # What the connection said explains nothing more where it is known what its other end said.
+            # If the note has the peer's own traceback, the connection's error adds nothing.
             raise found from (None if found.told else error)
 
     def report_failure(self, error: BaseException) -> None:
-        """Write down that this rank ends with an error, so that its peers can say why.
+        """Write a note that this rank ends with an error, so that its peers can report the cause.
 
-        A malformed message is the fault of the rank that sent it, not of the one that refused it.
+        For a malformed message, the note names the rank that sent it, not the rank that refused it.
         """
         if isinstance(error, MalformedMessageError) and error.rank is not None:
             reason = _first_line(error.__cause__ or error)
@@ -222,18 +228,20 @@ class Roster:
             where = "".join(f" {place}" for place in places(error)[:1])
             why = f": {line}" if (line := _first_line(error)) else ""
             said = f"{self._describe(self._rank)} failed{where} with {type(error).__name__}{why}"
-            # Who was told to end has nothing to mend.
+            # KeyboardInterrupt and SystemExit are no errors to fix, so the note needs no traceback.
             trace = f"\n{_trace(error)}" if isinstance(error, Exception) else ""
             self._note(self._rank, f"{said[:_MOST_OF_A_NOTE]}{trace[:_MOST_OF_A_NOTE]}")
 
     def _named(self, suspect: int | None) -> WorkerLostError:
-        gone, note = self._gone(), None
-        # A process that ends closes its connections first. And who waited for the lost rank itself knows which it is, and may be
-        # about to write that down.
+        gone = self._gone()
+        note = None
+        # Wait a moment: a process closes its connections before it is gone. And the rank that waited for the lost rank itself knows
+        # which it is, and may be about to write the note.
         deadline = time.monotonic() + _MOMENT.total_seconds()
         while not gone and suspect is None and note is None and time.monotonic() < deadline:
             time.sleep(0.02)
-            gone, note = self._gone(), self._read()
+            gone = self._gone()
+            note = self._read()
         gone = gone or ([suspect] if suspect is not None else [])
         silence = (
             f"did not answer within {self._timeout}, or its process ended; if it was only slow, a larger"
@@ -247,7 +255,7 @@ class Roster:
             rank, text = note or (None, f"a worker {silence}")
         text, _, trace = text.partition("\n")
         if trace:
-            # It would fail there again.
+            # A restarted run would fail there again.
             text = f"The run cannot go on: {text}. Mend that first; this is where it happened on rank {rank}:\n{trace}"
         else:
             text = f"The run cannot go on: {text}. Start it again from the last checkpoint."
@@ -260,7 +268,7 @@ class Roster:
         return [rank for rank in range(self._mesh.size) if rank != self._rank and self._is_gone(rank)]
 
     def _is_gone(self, rank: int) -> bool:
-        """Whether a process of this host has ended or is stopped; of other hosts nothing is known."""
+        """Whether a process on this host has ended or is stopped; ``False`` for processes on other hosts."""
         host, pid = self._processes.get(rank, ("", 0))
         if host != socket.gethostname():
             return False
@@ -270,13 +278,13 @@ class Roster:
             return True
 
     def _note(self, rank: int, text: str) -> tuple[int, str]:
-        """Write a note on ``rank`` unless there is one, and return the one that stands: the first is nearest to the cause."""
+        """Write a note on ``rank`` unless there is one already, and return the valid note: the first is nearest to the cause."""
         note = f"{rank} {text}".encode()
         try:
             if self._store is not None:
                 note = self._store.compare_set("failure", "", note.decode())
         except RuntimeError:
-            pass  # the store went with its host
+            pass  # the process that hosted the store is gone
         return _parsed(self._signal_cache(note))
 
     def _read(self) -> tuple[int, str] | None:
@@ -288,24 +296,24 @@ class Roster:
         return _parsed(self._file.read_bytes()) if self._file is not None and self._file.exists() else None
 
     def _signal_cache(self, note: bytes) -> bytes:
-        """Write a note to this host's file unless there is one, and return the one that stands."""
+        """Write a note to this host's file unless there is one already, and return the valid note."""
         if self._file is None:
             return note
         try:
             with tempfile.NamedTemporaryFile(dir=self._file.parent) as whole:
                 whole.write(note)
                 whole.flush()
-                # Fails if the name is taken, and shows nobody half a note.
+                # Atomic: fails if the file exists, and no other process can read half a note.
                 os.link(whole.name, self._file)
         except FileExistsError:
             return self._file.read_bytes()
         except OSError:
-            pass  # a disk that is full must not hide what happened
+            pass  # a full disk must not hide the failure itself
         return note
 
 
 def _trace(error: BaseException) -> str:
-    """The user's own frames of a traceback and the one that raised, and the error with its notes."""
+    """A traceback's frames of user code and the frame that raised, then the error with its notes."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames[:-1] if "site-packages" not in frame.filename and not frame.filename.startswith(_PACKAGE)]
     lines = traceback.format_list([*own, *frames[-1:]][-_MOST_FRAMES:]) + traceback.format_exception_only(error)
@@ -313,7 +321,7 @@ def _trace(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """Without its full stop, because it becomes a part of a sentence."""
+    """First line of an error's message, without the full stop, because it becomes part of a sentence."""
     return (str(error).splitlines() or [""])[0].rstrip(".")
 
 

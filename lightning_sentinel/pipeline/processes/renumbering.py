@@ -1,4 +1,4 @@
-"""Ranks of a mesh that is smaller than what was started."""
+"""Renumbers ranks for a mesh that is smaller than the number of started processes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["RenumberedEnvironment"]
 
 
 class RenumberedEnvironment(ClusterEnvironment):
-    """Another environment, of which some processes are left out and the others numbered from zero.
+    """Wraps a cluster environment: leaves some processes out and numbers the others from zero.
 
-    The processes of a machine keep their devices, so local ranks stay. Who is left out has a rank beyond the mesh.
+    The processes of a machine keep their devices, so local ranks stay. A process that is left out has a rank beyond the mesh.
 
     Args:
-        environment: of all processes that were started.
-        ranks: of those that form the mesh, in its order.
+        environment: of all started processes.
+        ranks: the original ranks of the mesh's processes, in the mesh's order.
 
     Example:
         >>> from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -29,11 +29,12 @@ class RenumberedEnvironment(ClusterEnvironment):
 
     def __init__(self, environment: ClusterEnvironment, ranks: tuple[int, ...]) -> None:
         super().__init__()
-        self._environment, self._ranks = environment, ranks
+        self._environment = environment
+        self._ranks = ranks
 
     @property
     def original(self) -> ClusterEnvironment:
-        """The environment that the processes were started in."""
+        """The environment of all started processes."""
         return self._environment
 
     @override
@@ -47,11 +48,11 @@ class RenumberedEnvironment(ClusterEnvironment):
 
     @override
     def set_world_size(self, size: int) -> None:
-        """Lightning says how many were started, which the environment knows."""
+        """Ignored: Lightning passes the number of started processes, which the environment knows."""
 
     @override
     def set_global_rank(self, rank: int) -> None:
-        """As above."""
+        """Ignored, for the same reason."""
 
     @property
     @override

@@ -1,1 +1,1 @@
-"""What the user's steps return or keep, brought from where they ran to the ranks that ask."""
+"""Sends what the user's steps return or keep from the ranks that ran them to the ranks that need it."""

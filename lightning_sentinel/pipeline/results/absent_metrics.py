@@ -1,4 +1,4 @@
-"""Metric objects on ranks where no step runs: who computes one in the middle of an epoch is told that it has seen nothing there."""
+"""Metric objects on ranks where no step runs: warns if one is computed in the middle of an epoch, because it has seen no data."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ __all__ = ["NothingHere"]
 
 
 class NothingHere:
-    """A metric's ``distributed_available_fn``, which torchmetrics asks when the metric is computed: there is nobody to wait for.
+    """A metric's ``distributed_available_fn``, which torchmetrics calls when the metric is computed: it waits for no other rank.
 
-    Where the metric has not been updated in the middle of an epoch, because steps run elsewhere, it says so, once.
+    If the metric is computed in the middle of an epoch, without an update because steps run on other ranks, it warns once.
 
     Args:
         name: of the metric in the module.
-        metric: itself.
-        stage: that this rank serves.
-        under_way: the epochs in which steps have run; empty outside of any.
-        said: names of the metrics of which it has been said.
+        metric: the metric.
+        stage: this rank's stage.
+        under_way: the epochs in which steps have run; empty outside of epochs.
+        said: names of the metrics for which the warning has been given.
     """
 
     def __init__(self, name: str, metric: Metric, stage: int, under_way: Collection[str], said: set[str]) -> None:
-        self._name, self._stage, self._under_way, self._said = name, stage, under_way, said
+        self._name = name
+        self._stage = stage
+        self._under_way = under_way
+        self._said = said
         self._metric = weakref.ref(metric)
 
     def __call__(self) -> bool:
@@ -45,7 +48,7 @@ class NothingHere:
         return alone()
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        """A copy of the metric, or a module that is saved whole, is of no run."""
+        """Pickle as a plain function: a copy of the metric, or one in a saved module, belongs to no run."""
         return _alone, ()
 
 

@@ -1,4 +1,4 @@
-"""The predictions of all replicas, in the order of the data, as one process would have made them."""
+"""Gathers the predictions of all replicas in the order of the data, as a single process would return them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["complete_predictions", "merge"]
 
 
 def complete_predictions(trainer: L.Trainer, mesh: Mesh, banned: Collection[Worker]) -> None:
-    """Put what the other replicas predicted beside what this one did, in what ``trainer.predict`` is about to return; a collective.
+    """Merge the other replicas' predictions into the list that ``trainer.predict`` is about to return; a collective.
 
-    A rank that was told to return nothing takes part, and keeps nothing.
+    A rank with ``return_predictions=False`` takes part, but keeps no predictions.
     """
     loop = trainer.predict_loop
     asks = bool(loop.return_predictions)
-    # What a rank that asks for nothing has predicted, Lightning has dropped already.
+    # Lightning has already dropped the predictions of a rank with return_predictions=False.
     givers = [bool(numbers[0]) for numbers in gather_numbers([asks])]
     if not any(givers):
         return
@@ -39,7 +39,7 @@ def complete_predictions(trainer: L.Trainer, mesh: Mesh, banned: Collection[Work
                 theirs = [list_from(source, one) for one in list_from(source, broadcast_tree(mine, source), 2)]
                 found.append(mine if replica == worker.replica and mine else theirs)
         if asks:
-            # In place, because the list itself is what the user gets.
+            # In place, because the user gets this list object.
             loop._predictions[number][:] = merge([(predictions, indices) for predictions, indices in found])
 
 
@@ -49,10 +49,10 @@ def _indices(loader: Any) -> list[list[int]]:
 
 
 def merge(replicas: Sequence[tuple[list[Any], list[list[int]]]]) -> list[Any]:
-    """Batch by batch, the predictions of all replicas, sorted by the samples' indices where those are known.
+    """Merge the predictions of all replicas batch by batch, sorted by the samples' indices if those are known.
 
     Args:
-        replicas: of each, the predictions for its batches, and the indices of the samples in them.
+        replicas: of each replica, the predictions for its batches, and the indices of the samples in each batch.
 
     Example:
         >>> import torch

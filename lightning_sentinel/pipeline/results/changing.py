@@ -1,4 +1,4 @@
-"""Which of the things that steps keep have changed."""
+"""Detects which values that steps keep in the module have changed, by snapshots of them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_sentinel.pipeline.step_attributes import DEEPEST
 __all__ = ["Change", "Picture", "changes", "picture"]
 
 _CHUNK = 2**20
-"""Elements that a checksum looks at together."""
+"""Elements in each chunk of a checksum."""
 _LIBRARIES = ("builtins", "collections", "torch", "lightning", "torchmetrics", "numpy", "lightning_sentinel")
 
 
 class Change(NamedTuple):
-    """Something that is not what it was.
+    """A value that has changed.
 
     Args:
-        name: of what the module keeps.
-        keys: where in it: of dicts, and indices of lists; none for the whole.
-        value: that is there now.
+        name: of the attribute or buffer.
+        keys: path to the changed value inside it, by dict keys and list indices; empty for the whole.
+        value: the new value.
     """
 
     name: str
@@ -34,13 +34,13 @@ class Change(NamedTuple):
     value: Any
 
     def overlaps(self, name: str, keys: tuple[Any, ...]) -> bool:
-        """Whether one of two places is in the other."""
+        """Whether this change's path contains the given path or is contained in it."""
         shorter = min(len(keys), len(self.keys))
         return self.name == name and self.keys[:shorter] == keys[:shorter]
 
 
 class _It:
-    """Is equal to the same thing only, whatever the thing itself thinks of others."""
+    """Wraps an object to compare it by identity, whatever its own ``__eq__``."""
 
     def __init__(self, thing: Any) -> None:
         self._thing = thing
@@ -52,12 +52,12 @@ class _It:
 
 
 class Picture(NamedTuple):
-    """What something looked like.
+    """A snapshot of a value.
 
     Args:
-        kind: its type.
-        facts: what tells it from another of its type.
-        parts: pictures of what can change in it without being exchanged, by key.
+        kind: the value's type.
+        facts: what distinguishes it from other values of its type, such as a checksum.
+        parts: snapshots of its mutable entries, by key.
     """
 
     kind: type
@@ -66,7 +66,7 @@ class Picture(NamedTuple):
 
 
 def picture(value: Any, depth: int = 0) -> Picture:
-    """Take note of a value. Tensors and arrays are remembered by a checksum, so that nothing is held in memory."""
+    """Take a snapshot of a value. Of tensors and arrays it has a checksum, so that it holds no copy in memory."""
     kind: type = type(value)
     if isinstance(value, Tensor):
         return Picture(kind, (value.shape, value.dtype, _checksum(value)), {})
@@ -84,12 +84,13 @@ def picture(value: Any, depth: int = 0) -> Picture:
 
 
 def changes(name: str, before: Picture | None, value: Any, keys: tuple[Any, ...] = ()) -> Iterator[Change]:
-    """The smallest parts of a value that are not what they were.
+    """Yield the smallest parts of a value that have changed.
 
     Args:
-        name: of what the module keeps.
-        before: what it looked like; ``None`` if it was not there.
-        value: that is there now.
+        name: of the attribute or buffer.
+        before: its snapshot; ``None`` if it did not exist.
+        value: the present value.
+        keys: path to ``value`` inside the attribute or buffer.
 
     Example:
         >>> kept = {"a": [1], "b": [2]}
@@ -113,19 +114,19 @@ def changes(name: str, before: Picture | None, value: Any, keys: tuple[Any, ...]
             found += changes(name, before.parts[key], entry, (*keys, key))
         elif key not in before.facts or not _same(before.facts[key], entry):
             found.append(Change(name, (*keys, key), entry))
-    # What a tuple holds cannot be exchanged by itself.
+    # An entry of a tuple cannot be replaced alone.
     yield from found if isinstance(value, (dict, list)) or not found else [whole]
 
 
 def _entries(value: Any) -> dict[Any, Any] | None:
-    """What a collection holds, by key; ``None`` of anything else."""
+    """A collection's entries by key; ``None`` for other values."""
     if isinstance(value, dict):
         return value
     return dict(enumerate(value)) if isinstance(value, (list, tuple, deque)) else None
 
 
 def _is_fixed(value: Any) -> bool:
-    """Whether it cannot change without being exchanged."""
+    """Whether a value is immutable."""
     return value is None or isinstance(value, (Number, np.generic, str, bytes))
 
 
@@ -142,7 +143,7 @@ def _same_facts(before: Picture, now: Picture) -> bool:
 
 
 def _checksum(tensor: Tensor) -> tuple[int, int] | None:
-    """Of the bytes: their sum, and one that depends on their order. ``None`` of a tensor without any of its own."""
+    """Two checksums of a tensor's bytes: the sum, and a sum that depends on their order. ``None`` for unsupported tensors."""
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         return None
     plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
@@ -164,7 +165,7 @@ def _array_checksum(array: np.ndarray[Any, Any]) -> Any:
 
 
 def _looks(thing: Any) -> Any:
-    """Of an object of the user's own: numbers and sizes, which tell that a step has changed it."""
+    """Numbers and sizes in the attributes of a user-defined object, by which a change of it is detected."""
     if type(thing).__module__.partition(".")[0] in _LIBRARIES or isinstance(thing, nn.Module) or callable(thing):
         return None
     facts = getattr(thing, "__dict__", {})

@@ -1,7 +1,7 @@
-"""``self.all_gather`` inside a step: over the replicas, as under DDP.
+"""Implements ``self.all_gather`` inside a step: over the replicas, as under DDP.
 
-Where Lightning gathers, all ranks take part. Inside a step only those do that run it at the same time: the workers of one stage,
-each for its own pipeline. They exchange what they have two by two, so that nobody needs a group that changes with every ban.
+Lightning gathers over all ranks. Inside a step only the ranks that run it at the same time take part: the workers of one stage,
+each for its own pipeline. They exchange tensors in pairs, so that they need no process group, which would change with every ban.
 """
 
 from __future__ import annotations
@@ -19,27 +19,30 @@ from lightning_sentinel.pipeline.messages.tensor_trees import receive_tree, send
 __all__ = ["Gathering"]
 
 _ROOM = 2**20
-"""Bytes that another replica may have more than this one."""
+"""Limit in bytes on a received tensor, beyond twice the size of this replica's."""
 
 
 class Gathering:
-    """Takes the place of ``LightningModule.all_gather`` while a step runs on a micro-batch.
+    """Replaces ``LightningModule.all_gather`` while a step runs on a micro-batch.
 
     Args:
-        ranks: tells who runs the step on a micro-batch of the same number, in the order of their pipelines.
-        rank: this one.
+        ranks: returns the ranks that run the step on the micro-batch of the same number, in the order of their pipelines.
+        rank: of this process.
         device: where results are.
         audited: whether another worker may have to run the step again, alone.
     """
 
     def __init__(self, ranks: Callable[[], Sequence[int]], rank: int, device: torch.device, audited: bool) -> None:
-        self._ranks, self._rank, self._device, self._audited = ranks, rank, device, audited
+        self._ranks = ranks
+        self._rank = rank
+        self._device = device
+        self._audited = audited
 
     def __call__(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """The signature of ``LightningModule.all_gather``.
 
         Returns:
-            of each tensor one with an axis more in front, ``(replicas, ...)``; with ``sync_grads`` its gradient goes back to all.
+            each tensor stacked over the replicas, ``(replicas, ...)``; with ``sync_grads`` gradients flow back to all replicas.
 
         Raises:
             ConfigurationError: if a group is given, or steps are audited.
@@ -65,7 +68,7 @@ class Gathering:
 
 
 class _Gather(torch.autograd.Function):
-    """The tensors of all ranks; backwards, the sum of what all ranks have to say of this one's."""
+    """All-gather of a tensor; its backward sums the gradients that all ranks have for this rank's tensor."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: tuple[int, ...], rank: int) -> Tensor:
@@ -85,12 +88,12 @@ class _Gather(torch.autograd.Function):
 
 
 def _exchanged(pieces: Sequence[Tensor], ranks: tuple[int, ...], rank: int) -> list[Tensor]:
-    """Give each rank its piece.
+    """Send each rank its piece (all-to-all).
 
-    All go through the pairs in the same order, and in each the one before sends first, so nobody waits in a circle.
+    All ranks go through their peers in the same order, and in each pair the earlier rank sends first, so there is no deadlock.
 
     Returns:
-        what each rank had for this one.
+        the piece that each rank had for this one.
     """
     me = ranks.index(rank)
     received = list(pieces)

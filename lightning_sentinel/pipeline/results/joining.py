@@ -1,4 +1,4 @@
-"""What a step returned for the parts of a batch, as one result for the whole batch."""
+"""Joins what a step returned for each micro-batch into one result for the whole batch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["join", "plain", "reorder"]
 def join(parts: Sequence[Any], sizes: Sequence[int], average: bool = False) -> Any:
     """Join results along the samples.
 
-    Tensors and arrays are concatenated along their first axis, structures entry by entry. A list or tuple with one entry for each
-    sample is continued, any other is joined entry by entry. Tensors whose other axes differ, as those of sequences of different
-    lengths, become a list with one entry for each sample.
+    Tensors and arrays are concatenated along their first axis. Lists or tuples with one entry per sample are concatenated; other
+    structures are joined entry by entry. Tensors whose other axes differ, such as sequences of different lengths, become a list
+    with one entry per sample.
 
     Args:
-        parts: of the same structure.
-        sizes: samples of each; -1 if nobody knows.
-        average: the mean over samples takes the place of numbers and of tensors without axes, such as a loss; else those tensors
-            are stacked, and numbers are listed.
+        parts: results of the same structure.
+        sizes: number of samples of each; -1 if unknown.
+        average: whether to average numbers and tensors without axes, such as a loss, over samples; if not, these tensors are
+            stacked, and numbers are listed.
 
     Example:
         >>> join([{"names": ["a", "b"], "loss": 1.0}, {"names": ["c"], "loss": 4.0}], sizes=[2, 1], average=True)
@@ -64,7 +64,7 @@ def _has_rows(value: Any) -> bool:
 
 
 def _fit(parts: Sequence[Any]) -> bool:
-    """Whether tensors or arrays can be put behind each other."""
+    """Whether tensors or arrays can be concatenated along the first axis."""
     return all(_has_rows(part) and part.shape[1:] == parts[0].shape[1:] for part in parts)
 
 
@@ -73,13 +73,13 @@ def _stash(value: Any) -> list[Any]:
 
 
 def _alike(parts: Sequence[Any]) -> bool:
-    """Whether these are structures of one kind."""
+    """Whether all parts are structures of one type and length."""
     held = [_stash(part) for part in parts]
     return bool(held[0]) and all(type(part) is type(parts[0]) for part in parts) and len(set(map(len, held))) == 1
 
 
 def _by_samples(parts: Sequence[Sequence[Any]], sizes: Sequence[int]) -> bool:
-    """Whether lists have an entry for each sample; of an unknown number of samples, if they hold numbers or text."""
+    """Whether lists have one entry per sample; if the number of samples is unknown, whether they hold only numbers or text."""
     if min(sizes) < 0:
         return not any(isinstance(one, (Tensor, Mapping)) or is_sequence(one) for part in parts for one in part)
     if any(len(part) != size for part, size in zip(parts, sizes)):
@@ -95,11 +95,11 @@ def _mean(values: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def reorder(joined: Any, indices: Tensor) -> Any:
-    """Whatever goes by samples, in the order of the samples' indices; of a sample that is there twice the first.
+    """Sort everything that is per sample by the samples' indices; of a duplicate sample keep the first row.
 
     Args:
-        joined: of :func:`join`.
-        indices: ``(samples,)``, of each row.
+        joined: result of :func:`join`.
+        indices: ``(samples,)``, the sample index of each row.
 
     Example:
         >>> reorder({"names": ["c", "a", "a"], "note": "text"}, torch.tensor([2, 0, 0]))
@@ -125,7 +125,7 @@ def _reordered(joined: Any, order: Tensor, rows: int) -> Any:
 
 
 def plain(tree: Any) -> Any:
-    """The same in dicts, lists and tuples, tensors detached; ``None`` for what is no tensor, array, number or text.
+    """Copy a result into plain dicts, lists and tuples, with tensors detached; values that are no data become ``None``.
 
     Example:
         >>> plain({"loss": 1.0, "labels": (range(3), "a")})

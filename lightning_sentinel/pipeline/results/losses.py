@@ -1,4 +1,4 @@
-"""Whether a loss is a mean over its samples, which is what micro-batches and replicas are averaged by."""
+"""Checks that a loss is a mean over its samples, as averaging over micro-batches and replicas requires."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["refuse_sum"]
 
 _MEAN, _SUM, _OTHER = "mean", "sum", "other"
 _PASSED = ("Add", "Sub", "Neg", "View", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCopy", "Clone", "Select")
-"""Operations, by how their names begin, that leave a reduction what it is; a quotient may have made a mean of it."""
+"""Name prefixes of operations that keep the kind of a reduction. Not division, which may turn a sum into a mean."""
 _TOGETHER = ("Stack", "Cat")
 _REDUCTIONS = {1: _MEAN, 2: _SUM}
 
 
 def refuse_sum(loss: Tensor, samples: int, step: str) -> None:
-    """Look at how a loss came about, which costs no computation.
+    """Inspect the autograd graph of a loss; this computes nothing.
 
     Args:
         loss: of a micro-batch, with its graph.
-        samples: of the micro-batch.
-        step: that returned it.
+        samples: number of samples in the micro-batch.
+        step: name of the step that returned the loss.
 
     Raises:
-        PipelineModelError: if it is a sum over samples. The mean over micro-batches would be as many times too small.
+        PipelineModelError: if the loss is a sum over samples. Its mean over ``n`` micro-batches would be ``n`` times too small.
     """
     kinds = set(_reductions(loss.grad_fn, samples))
     if _SUM not in kinds:
@@ -44,7 +44,7 @@ def refuse_sum(loss: Tensor, samples: int, step: str) -> None:
 
 
 def _reductions(node: Any, samples: int) -> Iterator[str]:
-    """How the terms of a loss were reduced to one number."""
+    """Yield how each term of a loss was reduced to one number."""
     if node is None:
         return
     name = node.name()
@@ -68,5 +68,5 @@ def _summed(node: Any) -> tuple[int, ...]:
 
 
 def _goes_by(shape: tuple[int, ...], samples: int) -> bool:
-    """Whether samples, or their tokens one behind the other, may be along the first axis."""
+    """Whether the first axis may be that of samples, or of all samples' tokens concatenated."""
     return bool(shape) and shape[0] >= samples and shape[0] % samples == 0

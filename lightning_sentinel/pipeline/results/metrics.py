@@ -1,8 +1,8 @@
-"""Metric objects of torchmetrics, whose states are where steps ran: their values, brought to all ranks.
+"""Computes torchmetrics objects from the states on the ranks that ran steps, and sends the values to all ranks.
 
-Left to itself a metric gathers its states from all ranks. Most have none, because no step ran there, and states that are lists
-cannot be gathered from them. So metrics wait for nobody by themselves, and their values are worked out here: among the healthy
-ranks of the last stage that have updated them, and then given to everybody.
+By default a metric gathers its states from all ranks. Most ranks have none, because no step ran there, and list states cannot be
+gathered from them. So metrics do not gather by themselves. Instead, the ranks of the last stage that have updated a metric and are
+not banned compute its value here, and broadcast it to all ranks.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ __all__ = ["SharedMetrics"]
 
 
 class SharedMetrics(L.Callback):
-    """Computes the metrics that steps have updated in an epoch, before its end is told, and when Lightning asks for them.
+    """Computes the metrics that steps updated in an epoch, before the module's epoch-end hook and when Lightning asks for them.
 
     Args:
         mesh: all workers.
-        banned: those whose word does not count.
-        waiting: entered around waits for others.
-        timeout: how long the ranks that compute wait for each other.
+        banned: returns the workers whose values do not count.
+        waiting: a context entered around waits for other ranks.
+        timeout: how long the ranks that compute a metric wait for each other.
     """
 
     def __init__(
@@ -47,16 +47,19 @@ class SharedMetrics(L.Callback):
         waiting: Callable[[], AbstractContextManager[Any]],
         timeout: timedelta,
     ) -> None:
-        self._mesh, self._banned, self._waiting, self._timeout = mesh, banned, waiting, timeout
+        self._mesh = mesh
+        self._banned = banned
+        self._waiting = waiting
+        self._timeout = timeout
         self._before: dict[str, dict[str, int]] = {}
         self._known: set[str] = set()
-        """Those that all ranks have the values of, until the next batch."""
+        """Metrics whose values all ranks have, until the next batch."""
         self._said: set[str] = set()
         self._absent: set[str] = set()
-        """Those that were computed where no step runs."""
+        """Metrics that were computed on a rank where no step runs, and warned about."""
         self._latest = ""
         self._lent: dict[str, list[Metric]] = {}
-        """Those that have a value of other ranks, by the epoch that it is of."""
+        """Metrics that hold a value received from other ranks, by the kind of epoch (train, validate, ...) that it is of."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         worker = self._mesh.worker(dist.get_rank())
@@ -70,13 +73,13 @@ class SharedMetrics(L.Callback):
         self._before.pop(str(trainer.state.stage), None)
 
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Before the first batch: hooks at the beginning of an epoch, which run on all ranks, have done their part."""
+        """Record update counts before the first batch, after the hooks at the epoch's start, which run on all ranks."""
         self._known.clear()
         stage = self._latest = str(trainer.state.stage)
         if stage not in self._before:
             for metric in self._lent.pop(stage, ()):
                 if metric._computed is not None and metric.update_count == 1:
-                    # It is of the epoch before.
+                    # The received value is of the previous epoch.
                     metric._computed, metric._update_count = None, 0
             self._before[stage] = {name: metric.update_count for name, metric in _metrics_of(pl_module).items()}
 
@@ -86,27 +89,29 @@ class SharedMetrics(L.Callback):
         updated = [metric.update_called and metric.update_count != before[name] for name, metric in metrics.items()]
         for name, failure in self._exchange(metrics, updated).items():
             if name not in self._said:
-                # Perhaps nobody asks for it.
+                # No error, because the user may never ask for the value.
                 self._said.add(name)
                 rank_zero_warn(f"self.{name} could not be computed at the end of the epoch: {failure}.")
 
     def value_of(self, name: str, metric: Metric) -> Any:
-        """What a metric is over all replicas; to be called by all ranks, at the end of an epoch in any order."""
+        """A metric's value over all replicas. To be called by all ranks; at the end of an epoch in any order."""
         failure = None if name in self._known else self._exchange({name: metric}, [metric.update_called]).get(name)
         if failure is not None:
             raise PipelineModelError(f"self.{name}, a {type(metric).__name__} that was logged, could not be computed: {failure}.")
         return metric.compute()
 
     def _exchange(self, metrics: Mapping[str, Metric], updated: Sequence[bool]) -> dict[str, str]:
-        """Give all ranks the values of metrics that steps have updated. Returns why those that could not be computed could not."""
+        """Give all ranks the values of metrics that steps updated. Returns, for each that could not be computed, the reason."""
         if not metrics:
             return {}
-        rank, last, banned = dist.get_rank(), self._mesh.stages - 1, self._banned()
+        rank = dist.get_rank()
+        last = self._mesh.stages - 1
+        banned = self._banned()
         with self._waiting():
             everyone = gather_numbers([int(one) for one in updated])
             healthy = [other for other in self._mesh.stage_ranks(last) if self._mesh.worker(other) not in banned]
             ran = {name: tuple(r for r in healthy if everyone[r][number]) for number, name in enumerate(metrics)}
-            # Only those: what is validated within an epoch of training leaves the metrics of training for its end.
+            # Only updated metrics: a validation within a training epoch must leave the training metrics for that epoch's end.
             self._known.update(name for name, ranks in ran.items() if ranks)
             said = {}
             for name, ranks in ran.items():
@@ -131,12 +136,12 @@ class SharedMetrics(L.Callback):
 
 
 def _metrics_of(module: L.LightningModule) -> dict[str, Metric]:
-    """By name, but for those that are inside others or in layers of the pipeline."""
+    """Metrics by name, except those inside other metrics or in layers of the pipeline."""
     found: dict[str, Metric] = {}
     apart = layer_names(module)
     for part in module.modules():
         if isinstance(part, MetricCollection):
-            # Some of a collection are updated with another one, and get its states when somebody asks for them.
+            # Metrics in a compute group share another's states, and get them when the collection's values are read.
             list(part.values(copy_state=False))
     for name, part in module.named_modules():
         if isinstance(part, Metric) and not any(name.startswith(f"{other}.") for other in (*found, *apart)):
@@ -145,11 +150,11 @@ def _metrics_of(module: L.LightningModule) -> dict[str, Metric]:
 
 
 def _computed(metric: Metric, group: dist.ProcessGroup | None) -> list[Any]:
-    """The encoded value, and an empty text or why there is none."""
+    """The encoded value, and an empty text or the reason why there is no value."""
     parts = [part for part in metric.modules() if isinstance(part, Metric)]
     before = [(part.process_group, part.distributed_available_fn) for part in parts]
     for part in parts:
-        # What one rank has worked out already another may not have.
+        # Drop the cached value: one rank may have one and another none, and then not all would gather.
         part._computed = None
         part.process_group = part.process_group or group
         part.distributed_available_fn = dist.is_initialized if part.process_group is not None else alone

@@ -1,4 +1,4 @@
-"""What ``predict_step`` returned on the last stage, brought to the ranks that ask for it."""
+"""Sends what ``predict_step`` returned on the last stage to all ranks of the pipeline."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ def share_predictions(
     sizes: BatchSizes | None = None,
     average: bool = False,
 ) -> Any:
-    """Join what a step returned for a replica's micro-batches on every rank of its pipeline.
+    """Join what a step returned for a replica's micro-batches, on every rank of its pipeline.
 
-    While every lane works on its own replica's samples no other pipeline is waited for.
+    While every lane works on its own replica's samples, no rank waits for another pipeline.
 
     Args:
         results: on the last stage of a lane, what the step returned for each of its micro-batches.
         mesh: all workers.
-        wiring: which lane worked on what.
-        worker: that this rank is.
-        pipeline: the ranks of this replica's pipeline.
-        sizes: of the batches; ``None`` if no list in a result goes by samples.
+        wiring: which lane worked on which micro-batches.
+        worker: this rank's worker.
+        pipeline: the process group of this replica's pipeline.
+        sizes: of all replicas' batches; ``None`` if no list in a result is per sample.
         average: as in :func:`~lightning_sentinel.pipeline.results.joining.join`.
 
     Returns:
         tensors, or nested collections of them, with the samples along the first axis, on the host; ``None`` without samples.
     """
-    last, mine = mesh.stages - 1, {}
+    last = mesh.stages - 1
+    mine = {}
     if all(wiring.live):
         source = mesh.rank(Worker(last, worker.replica))
         found = list_from(source, broadcast_tree(list(results.values()), source, pipeline))

@@ -1,8 +1,8 @@
-"""What the user's steps keep in the module, brought to the ranks where the steps did not run.
+"""Sends what the user's steps keep in the module to the ranks where the steps did not run.
 
-A common way to work on a whole epoch is a list: ``validation_step`` appends to ``self.losses``, and ``on_validation_epoch_end``
-looks at it. The step runs to its end on the last stage only, which rank zero serves; the hook runs on all ranks, and what some of
-them log or decide has to be the same.
+A common way to collect results over an epoch is a list: ``validation_step`` appends to ``self.losses``, and
+``on_validation_epoch_end`` reads it. The whole step runs on the last stage only, which rank zero serves; the hook runs on all
+ranks, and what they log or decide has to be the same.
 """
 
 from __future__ import annotations
@@ -28,24 +28,26 @@ __all__ = ["SharedStepState"]
 
 
 class SharedStepState(L.Callback):
-    """Brings what changed on the last stage in an epoch to the other ranks of its pipeline, before the epoch's end is told.
+    """Sends what changed on the last stage in an epoch to the other ranks of its pipeline, before the epoch-end hook.
 
-    That is data (:mod:`~lightning_sentinel.pipeline.step_attributes`) in attributes and buffers that the module has on those ranks,
-    too. What has changed on such a rank by itself, in a hook or in the beginning of a step, is left alone there.
+    It sends data (:mod:`~lightning_sentinel.pipeline.step_attributes`) in attributes and buffers that exist on those ranks too.
+    Values that such a rank has changed itself, in a hook or at the beginning of a step, are left alone there.
 
     Args:
         mesh: all workers.
-        banned: those whose word does not count.
-        waiting: entered around waits for others.
+        banned: returns the workers that do not send.
+        waiting: a context entered around waits for other ranks.
     """
 
     def __init__(
         self, mesh: Mesh, banned: Callable[[], Collection[Worker]], waiting: Callable[[], AbstractContextManager[Any]]
     ) -> None:
-        self._mesh, self._banned, self._waiting = mesh, banned, waiting
+        self._mesh = mesh
+        self._banned = banned
+        self._waiting = waiting
         self._before: dict[str, dict[str, Picture]] = {}
         self._own: dict[str, list[Change]] = {}
-        """What this rank has changed by itself in an epoch that is not over, as far as its pictures do not show it any more."""
+        """This rank's own changes in an unfinished epoch that its snapshots do not show any more."""
         self._said: set[str] = set()
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,13 +55,14 @@ class SharedStepState(L.Callback):
         self._own.pop(str(trainer.state.stage), None)
 
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Before the first batch: hooks at the beginning of an epoch, which run on all ranks, have done their part."""
+        """Take snapshots before the first batch, after the hooks at the epoch's start, which run on all ranks."""
         stage = str(trainer.state.stage)
         if stage not in self._before:
             self._before[stage] = {name: picture(holder.value) for name, holder in _signal_cache(pl_module).items()}
 
     def _share(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        before, kept = self._before.pop(str(trainer.state.stage), None), _signal_cache(pl_module)
+        before = self._before.pop(str(trainer.state.stage), None)
+        kept = _signal_cache(pl_module)
         changed: list[Change] = []
         if before is not None:
             for name, holder in kept.items():
@@ -72,22 +75,23 @@ class SharedStepState(L.Callback):
                 self._send(self._source(replica), replica, trainer.global_rank, changed)
             told = _read(receive_tree(source), source, pl_module.device) if trainer.global_rank != source else []
         touched = {change.name for change in told} & kept.keys()
-        # In an epoch around this one, such as that of training around a validation, what is put here is no change of this rank's.
+        # For an enclosing epoch, such as training around validation, values set here must not count as this rank's own changes.
         for stage, around in self._before.items():
             for name in touched:
                 self._own.setdefault(stage, []).extend(changes(name, around.get(name), kept[name].value))
         for name, keys, value in told:
             if any(change.overlaps(name, keys) for change in changed) or (name in kept and put(kept[name], keys, value)):
                 continue
-            if worker == Worker(0, 0):  # one of those to which it cannot be brought
+            if worker == Worker(0, 0):  # one of the ranks where the value cannot be set
                 there = f"a {type(kept[name].value).__name__}" if name in kept else "nothing"
                 self._say(name, f"there is {there} of that name where steps do not run", warnings.warn)
         for around in self._before.values():
             around.update({name: picture(kept[name].value) for name in touched})
 
     def _source(self, replica: int) -> int:
-        """The rank whose steps tell the others of a pipeline."""
-        last, banned = self._mesh.stages - 1, self._banned()
+        """The rank of the last stage that sends its changes to the other ranks of a pipeline."""
+        last = self._mesh.stages - 1
+        banned = self._banned()
         honest = [worker for worker in self._mesh.workers if worker.stage == last and worker not in banned]
         own = Worker(last, replica)
         return self._mesh.rank(own if own in honest else honest[0])
@@ -120,7 +124,7 @@ class SharedStepState(L.Callback):
 
 
 def _read(parcel: Any, source: int, device: torch.device) -> list[Change]:
-    """What another rank tells of its steps."""
+    """Decode the changes that another rank sent."""
     try:
         told = [Change(str(name), tuple(map(decoded, keys)), decoded(value, device)) for name, keys, value in parcel]
         hash(tuple(change.keys for change in told))

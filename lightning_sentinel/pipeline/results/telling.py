@@ -1,4 +1,4 @@
-"""How the things that steps keep travel: tagged, so that a receiver makes nothing but data of them."""
+"""Encodes values that steps keep, as tagged lists, so that a receiver can decode nothing but data from them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["NoData", "decoded", "encoded"]
 
 
 class NoData(Exception):
-    """A value holds something that is no data; the argument says what."""
+    """Raised if a value holds something that is no data; the argument says what."""
 
 
 def encoded(value: Any, depth: int = 0) -> list[Any]:
-    """A value as a parcel can hold it: of each part what it is, and what is in it.
+    """Encode a value for a tensor tree: each part as a list of its kind and its content.
 
     Raises:
-        NoData: if it holds something else than data.
+        NoData: if the value holds anything but data.
 
     Example:
         >>> decoded(encoded({"seen": {1}, "sizes": (2, 0.5)}))
@@ -55,10 +55,10 @@ def decoded(node: Any, device: torch.device | None = None, depth: int = 0) -> An
     """The inverse of :func:`encoded`.
 
     Args:
-        device: for tensors that were not in the host's memory.
+        device: for tensors that were not in the sender's host memory.
 
     Raises:
-        MalformedMessageError: if it is not what that makes.
+        MalformedMessageError: if the node is not a result of :func:`encoded`.
     """
     try:
         kind, held = node

@@ -1,1 +1,1 @@
-"""A LightningModule cut into stages, of which a process builds its own."""
+"""Cuts a LightningModule into pipeline stages; each process builds only its own."""

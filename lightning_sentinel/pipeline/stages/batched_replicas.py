@@ -1,4 +1,4 @@
-"""A layer for all replicas at once, with the random numbers that each of them would draw by itself."""
+"""Runs one layer for the batches of all replicas, with the random numbers that each replica would draw by itself."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ __all__ = ["BatchedReplicas"]
 
 
 class BatchedReplicas:
-    """Runs layers on the micro-batches of all replicas side by side along the batch axis.
+    """Runs layers on the micro-batches of all replicas, concatenated along the batch axis.
 
-    A layer that draws random numbers runs for each replica by itself. Which ones do is seen from the generators, because dropout
+    A layer that draws random numbers runs for each replica separately. The generators' states show which layers do, because dropout
     may be a function as well as a module.
 
     Args:
         device: that computes.
         checkpointing: recompute activations in the backward pass.
-        places: where each layer of the module is, in words.
+        places: a description of each layer, for errors.
     """
 
     def __init__(self, device: torch.device, checkpointing: bool, places: Sequence[str]) -> None:
-        self._device, self._checkpointing, self._places = device, checkpointing, tuple(places)
+        self._device = device
+        self._checkpointing = checkpointing
+        self._places = tuple(places)
         self._drawing: set[int] = set()
         self._probe = HostProbe()
         self.apart = False
-        """Whether every layer runs for each replica by itself, because it may mix what is along the first axis."""
+        """Whether every layer runs for each replica separately, because it may mix entries along the first axis."""
 
     def run(
         self, number: int, layer: nn.Module, call: Callable[[Any], Any], signals: Any, seeds: Sequence[MicroBatchSeeds] | None
@@ -40,10 +42,10 @@ class BatchedReplicas:
 
         Args:
             number: of the layer in the whole module.
-            layer: its module.
-            call: what runs it.
+            layer: the layer's module.
+            call: runs the layer.
             signals: ``(replicas * B, ...)``.
-            draws: of each replica's micro-batch; ``None`` takes random numbers as they come.
+            seeds: of each replica's micro-batch; ``None`` draws from the generators without seeding them.
         """
         place = self._places[number]
         if not seeds:
@@ -69,7 +71,7 @@ class BatchedReplicas:
         return torch.cat([self._run_one(number, call, signal, draw, on_host) for draw, signal in zip(seeds, signals)])
 
     def _run_one(self, number: int, call: Callable[[Any], Any], signal: Any, seeds: MicroBatchSeeds, on_host: bool) -> Any:
-        """Run one layer for one replica."""
+        """Run one layer for one replica, with its seed."""
         seed = seeds.seed_layer(number, self._device)
         call = seeded(call, seed) if on_host else call
         return run_layer(call, signal, self._checkpointing, self._places[number])

@@ -1,8 +1,8 @@
-"""Building a module without its memory, and later what one process needs of it, with the values that it has in the whole.
+"""Builds a module without allocating it, then materialises only one process's tensors, with the values of a full build.
 
-Inside :class:`DeferredBuild` tensors have shapes and no values, and what is done to them is written down. Random numbers are drawn
-at once, thrown away, and the generator's state in front of them is kept: so those of each tensor can be drawn again by themselves.
-Building takes the time of building the whole, and the memory of its largest tensor.
+Inside :class:`DeferredBuild` tensors have shapes but no values, and operations on them are recorded. Random numbers are drawn
+immediately and discarded, but the generator's state before the draw is kept, so that each tensor's can be drawn again separately.
+Building takes the time of a full build, and the memory of the largest tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["DeferredBuild"]
 
 
 class _View(NamedTuple):
-    """A tensor by the storage that it looks into."""
+    """A tensor, described as a view of a storage."""
 
     storage: int
     dtype: torch.dtype
@@ -32,7 +32,7 @@ class _View(NamedTuple):
 
 
 class _Draw(NamedTuple):
-    """Where random numbers come from."""
+    """A generator, and its state before a draw."""
 
     generator: torch.Generator
     state: Tensor
@@ -41,17 +41,17 @@ class _Draw(NamedTuple):
 class _Operation(NamedTuple):
     function: Any
     leaves: list[Any]
-    """Arguments, flat; tensors of the build as :class:`_View`."""
+    """Flattened arguments; tensors of the build as :class:`_View`."""
     structure: Any
     reads: frozenset[int]
     writes: frozenset[int]
     makes: tuple[int | None, ...]
-    """Storages that are new, by the place of the tensor among the results."""
+    """For each result tensor, its storage if the operation created it, else ``None``."""
     draw: _Draw | None
 
 
 class DeferredBuild(TorchDispatchMode):
-    """Writes down how tensors come to be. Those that are put on the ``meta`` device on purpose are left alone.
+    """Records how tensors are made. Tensors that are put on the ``meta`` device on purpose are left alone.
 
     Example:
         >>> import torch
@@ -67,10 +67,10 @@ class DeferredBuild(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # Not the meta device: torch's initialisers pass over tensors that say they are there.
+        # Fake tensors rather than the meta device: torch's initialisers skip meta tensors.
         self._shapes = FakeTensorMode(allow_non_fake_inputs=True)
         self._operations: list[_Operation] = []
-        # Held, so that no other storage gets the place in memory that one is known by.
+        # Keeps the storages alive, so that no other one gets the address that identifies one of them.
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._copies = _Copies()
         self._nowhere = torch.empty(0, dtype=torch.uint8)
@@ -88,7 +88,7 @@ class DeferredBuild(TorchDispatchMode):
         return isinstance(tensor, FakeTensor) and _place(tensor) in self._storages
 
     def has_value(self, tensor: Tensor) -> bool:
-        """Whether a tensor of this build was ever given a value, and is not only memory."""
+        """Whether a tensor of this build was ever given a value, rather than only allocated."""
         place = _place(tensor)
         return any(
             place in operation.writes or (place in operation.makes and "empty" not in operation.function.__name__)
@@ -101,7 +101,7 @@ class DeferredBuild(TorchDispatchMode):
         creates = not given and any(argument.name == "device" for argument in func._schema.arguments)
         device = torch.device((kwargs or {}).get("device") or "cpu")
         if not any(map(self.knows, given)) and (not creates or device.type == "meta"):
-            return func(*args, **(kwargs or {}))  # of values that are there already: constants
+            return func(*args, **(kwargs or {}))  # all arguments have values: constants
         written = _written(func, args, kwargs or {})
         if not all(map(self.knows, written)):
             return self._with_values(func, leaves, structure)
@@ -110,14 +110,14 @@ class DeferredBuild(TorchDispatchMode):
                 results = func(*args, **(kwargs or {}))
         except (DataDependentOutputException, DynamicOutputShapeException):
             return self._with_values(func, leaves, structure)
-        # Weak references, because of which Module.to(dtype) could not exchange parameters.
+        # The memo holds weak references, with which Module.to(dtype) could not replace parameters.
         self._shapes.fake_tensor_converter.meta_converter.tensor_memo.clear()
         made = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
         makes = tuple(None if self.knows(tensor) else _place(tensor) for tensor in made)
         if not written and all(place is None for place in makes):
-            return results  # a view, which is known by its storage
+            return results  # views need no record: their storage identifies them
         if creates and any(argument.name == "dtype" for argument in func._schema.arguments):
-            # The default may be another one by the time that it is done.
+            # Record the dtype explicitly: the default may have changed when the operation is replayed.
             leaves, structure = tree_flatten((args, {**(kwargs or {}), "dtype": made[0].dtype}))
         draw = self._drawn(func, leaves, structure, written, made[0].device) if _draws(func) else None
         self._storages.update({_place(tensor): tensor.untyped_storage() for tensor in made})
@@ -127,7 +127,7 @@ class DeferredBuild(TorchDispatchMode):
         return results
 
     def _with_values(self, func: Any, leaves: list[Any], structure: Any) -> Any:
-        """Do at once what cannot wait, such as looking at a value."""
+        """Run an operation immediately that cannot be deferred, such as reading a value."""
         args, kwargs = tree_unflatten(self._real(leaves), structure)
         return func(*args, **kwargs)
 
@@ -137,7 +137,7 @@ class DeferredBuild(TorchDispatchMode):
         return [next(values) if isinstance(leaf, Tensor) and self.knows(leaf) else leaf for leaf in leaves]
 
     def _drawn(self, func: Any, leaves: list[Any], structure: Any, written: list[Tensor], device: torch.device) -> _Draw:
-        """Draw random numbers into nowhere, so that whoever draws next gets what is next."""
+        """Draw random numbers into scratch memory, so that the next draw gets the next ones."""
         generator = next((leaf for leaf in leaves if isinstance(leaf, torch.Generator)), None) or _generator(device)
         draw = _Draw(generator, generator.get_state())
         nowhere = {id(tensor): self._unused(tensor, device) for tensor in written}
@@ -148,7 +148,7 @@ class DeferredBuild(TorchDispatchMode):
         return draw
 
     def _unused(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """Memory in the shape of a tensor, the same for all: an allocator may keep what each of them would free."""
+        """Scratch memory in the shape of a tensor, shared by all draws: an allocator may keep what each of them would free."""
         extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride())) if tensor.numel() else 0
         if self._nowhere.device != device or len(self._nowhere) < extent * tensor.itemsize:
             self._nowhere = torch.empty(extent * tensor.itemsize, dtype=torch.uint8, device=device)
@@ -159,18 +159,19 @@ class DeferredBuild(TorchDispatchMode):
         if not isinstance(leaf, Tensor):
             return leaf
         if not self.knows(leaf):
-            return leaf.detach().clone()  # whoever made it may change it
+            return leaf.detach().clone()  # the caller may modify it later
         return _View(_place(leaf), leaf.dtype, leaf.size(), leaf.stride(), int(leaf.storage_offset()))
 
     @torch.no_grad()
     def values(self, wanted: Iterable[Tensor]) -> list[Tensor]:
-        """Tensors with their values; those that share memory here share it there. Generators are left as they are.
+        """Materialise tensors. Those that share memory in the build share it in the result. Generators keep their states.
 
         Args:
             wanted: tensors of this build.
         """
         views = [self._stash(tensor) for tensor in wanted]
-        kept, memory = {view.storage for view in views}, dict[int, torch.UntypedStorage]()
+        kept = {view.storage for view in views}
+        memory = dict[int, torch.UntypedStorage]()
         needed = self._needed(kept)
         last = {place: index for index, operation in needed for place in (*operation.reads, *operation.makes) if place is not None}
         for index, operation in needed:
@@ -185,8 +186,9 @@ class DeferredBuild(TorchDispatchMode):
         return [_seen(view, memory) for view in views]
 
     def _needed(self, wanted: set[int]) -> list[tuple[int, _Operation]]:
-        """What has to be done for the values of these storages, in order."""
-        live, needed = set(wanted), []
+        """The operations to replay for the values of these storages, in order."""
+        live = set(wanted)
+        needed = []
         for index, operation in reversed(list(enumerate(self._operations))):
             if live & operation.writes or live.intersection(operation.makes):
                 live |= operation.reads
@@ -195,7 +197,7 @@ class DeferredBuild(TorchDispatchMode):
 
 
 class _Copies(TorchFunctionMode):
-    """Makes ``copy.deepcopy`` of a tensor an operation as any other; torch's own copies the memory."""
+    """Makes ``copy.deepcopy`` of a tensor an operation that can be recorded; torch's own copies the memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is not Tensor.__deepcopy__:
@@ -221,7 +223,7 @@ def _seen(leaf: Any, memory: dict[int, torch.UntypedStorage]) -> Any:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The arguments that an operation changes."""
+    """The tensor arguments that an operation writes to."""
     if not func._schema.is_mutable:
         return []
     by_name = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs

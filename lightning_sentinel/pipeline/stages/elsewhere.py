@@ -1,4 +1,4 @@
-"""A call of the whole model where there is only a stage of it."""
+"""Raises an error for a call of the whole model on a process that has only one stage of it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["Elsewhere"]
 
 
 class Elsewhere:
-    """Takes the place of the ``forward`` of a module that was cut, outside of steps: it would run the layers of one stage.
+    """Replaces the ``forward`` of a module that was cut, outside of steps, where it would run the layers of one stage only.
 
     Args:
-        name: of what was called.
+        name: of the module.
         stage: of this process.
-        stages: of the pipeline.
+        stages: number of stages in the pipeline.
 
     Example:
         >>> Elsewhere("Net", 1, 2)(3)
@@ -25,7 +25,9 @@ class Elsewhere:
     """
 
     def __init__(self, name: str, stage: int, stages: int) -> None:
-        self._name, self._stage, self._stages = name, stage, stages
+        self._name = name
+        self._stage = stage
+        self._stages = stages
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise PipelineModelError(

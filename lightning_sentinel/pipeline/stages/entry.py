@@ -1,4 +1,4 @@
-"""Which call in a step is the call of the pipeline."""
+"""Finds the module whose call in a step runs the pipeline: the entry."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["find_entry", "uncompiled"]
 
 
 def find_entry(module: nn.Module, layers: Sequence[nn.Module], named: str | None = None) -> nn.Module:
-    """The module whose ``forward`` the layers make up: the smallest that has all of them, and a ``forward``.
+    """Find the entry: the innermost module that contains all layers and has a ``forward``.
 
     Args:
         module: the user's module.
         layers: of the pipeline.
-        named: where the entry is, if it is not to be looked for; ``""`` is the module itself.
+        named: name of the entry, which skips the search; ``""`` is the module itself.
 
     Raises:
-        PipelineModelError: if the one that is named has not all of the layers, or several have.
+        PipelineModelError: if the named module does not contain all layers, or the search finds several modules.
 
     Example:
         >>> net = nn.Module()
@@ -37,7 +37,7 @@ def find_entry(module: nn.Module, layers: Sequence[nn.Module], named: str | None
             holding[name] = part
     if named is not None:
         return _of_name(module, named, holding)
-    # Of a module and one inside it the inner one is it: the outer calls it.
+    # If one candidate is inside another, the inner one is the entry, because the outer one calls it.
     outer = {id(part) for part in holding.values() for other in holding.values() if other is not part and _has(part, other)}
     found = {name: part for name, part in holding.items() if id(part) not in outer}
     if len(found) > 1:
@@ -49,7 +49,7 @@ def find_entry(module: nn.Module, layers: Sequence[nn.Module], named: str | None
 
 
 def uncompiled(part: nn.Module) -> nn.Module:
-    """What ``torch.compile`` was given, if a module is what it returned."""
+    """The original module behind the result of ``torch.compile``; any other module itself."""
     return part._orig_mod if isinstance(part, OptimizedModule) else part
 
 
@@ -75,5 +75,5 @@ def _has(part: nn.Module, other: nn.Module) -> bool:
 
 
 def _as_called(module: nn.Module, entry: nn.Module) -> nn.Module:
-    """The module that steps call: of one that is compiled what ``torch.compile`` returned."""
+    """The module that steps call: for a compiled entry, the result of ``torch.compile``."""
     return next((part for part in module.modules() if uncompiled(part) is entry), entry)

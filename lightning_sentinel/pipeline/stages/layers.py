@@ -1,4 +1,4 @@
-"""From a LightningModule to the list of layers that a pipeline is cut from."""
+"""Finds the list of layers in a LightningModule that the pipeline is cut from."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class PipelineLayers:
 
     Args:
         module: the user's module.
-        entry: the module whose ``forward`` the layers make up: an ``nn.Sequential``, a network, or ``module`` itself; ``None`` if
-            nothing is cut, and steps may call what they like.
+        entry: the module whose ``forward`` runs the layers: an ``nn.Sequential``, a network, or ``module`` itself; ``None`` if
+            nothing is cut, and steps may call any part of the module.
         layers: the layers.
-        names: where each layer sits in ``module``, as in its ``state_dict``.
+        names: dotted name of each layer in ``module``, as in its ``state_dict``.
     """
 
     module: L.LightningModule
@@ -48,17 +48,17 @@ class PipelineLayers:
         return list(self.module.state_dict())
 
     def keep_only(self, start: int, stop: int, device: torch.device) -> Skeleton:
-        """Take the layers outside ``[start, stop)`` out: other stages own them, and the keys of the rest stay.
+        """Take out the layers outside ``[start, stop)``, which other stages own. The keys of the other layers do not change.
 
-        Other names that the module has for them go as well, or this stage would still hold, step and save their parameters.
+        The module's other names for these layers are removed too, or this stage would still hold, step and save their parameters.
 
         Args:
             start: number of the first layer to keep.
-            stop: number of the first behind them.
+            stop: one more than the number of the last layer to keep.
             device: where this process computes.
 
         Returns:
-            what was taken out.
+            the layers that were taken out.
         """
         skeleton = Skeleton(self.module, device)
         owned = {id(part) for layer in self.layers[start:stop] for part in layer.modules()}
@@ -80,20 +80,20 @@ def find_layers(
     building: AbstractContextManager[Any] | None = None,
     whole: bool = False,
 ) -> PipelineLayers:
-    """Find what to cut into stages.
+    """Find the layers to cut into stages.
 
-    In this order: what ``configure_pipeline`` returns; the attribute that ``sequential`` names; the only ``nn.Sequential`` among
-    the module's attributes.
+    In this order: the layers that ``configure_pipeline`` returns; the attribute that ``sequential`` names; the only
+    ``nn.Sequential`` among the module's attributes.
 
     Args:
         module: the user's module.
-        sequential: attribute that holds the layers, if it is not the only one; of what the hook returns, the entry.
-        building: entered where layers are built from DeepSpeed's ``LayerSpec``.
-        whole: whether the only stage is in this process. Then the whole module is a layer if it does not say what its layers are,
-            or trains more than them.
+        sequential: the ``nn.Sequential`` attribute to cut, if there are several; with ``configure_pipeline``, the entry.
+        building: a context entered while layers are built from DeepSpeed's ``LayerSpec``.
+        whole: whether this process has the only stage. Then the whole module is one layer if its layers are not found, or if it has
+            trainable parameters outside of them.
 
     Raises:
-        PipelineModelError: if there is none, or more than one, or the layers do not hold all trainable parameters.
+        PipelineModelError: if no layers are found, or several candidates, or there are trainable parameters outside the layers.
 
     Example:
         >>> import lightning as L
@@ -170,7 +170,7 @@ def _from_sequential(module: L.LightningModule, sequential: str | None) -> Pipel
         raise PipelineModelError(f"{kind} {what}, so it is not clear where to cut it into stages. {remedy}")
     else:
         sequential, entry = next(iter(candidates.items()))
-    # Not children(), which leave out a layer that occurs a second time, such as one activation used twice.
+    # Not children(), which skips a layer that occurs a second time, such as an activation module used twice.
     sequence = cast(nn.Sequential, uncompiled(entry))
     path = sequential if sequence is entry else f"{sequential}._orig_mod"
     return PipelineLayers(module, entry, tuple(sequence), tuple(f"{path}.{name}" for name in sequence._modules))
@@ -197,7 +197,7 @@ def _check_parameters(found: PipelineLayers) -> None:
 
 
 def _outside(found: PipelineLayers) -> list[str]:
-    """Names of trainable parameters of no layer."""
+    """Names of trainable parameters outside of all layers."""
     inside = {id(parameter) for layer in found.layers for parameter in layer.parameters()}
     return [name for name, p in found.module.named_parameters() if p.requires_grad and id(p) not in inside]
 

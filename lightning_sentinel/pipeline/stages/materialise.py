@@ -1,4 +1,4 @@
-"""Values for the tensors of a module that was built without them: those of this process, and no others."""
+"""Materialises the tensors of a module that was built without values: only those of this process."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ __all__ = ["like", "materialise", "own_tensors", "replace_tensors", "reset_meta_
 
 
 def without_values(module: nn.Module) -> bool:
-    """Whether some tensor of a module has no value."""
+    """Whether a module has a tensor without a value."""
     return any(_is_empty(tensor) for _, tensor in _tensors(module))
 
 
 def reset_meta_layers(layers: Sequence[nn.Module], names: Sequence[str], build: DeferredBuild, device: torch.device) -> None:
-    """Plan the values of layers that were built under ``torch.device("meta")``, by the ``reset_parameters`` of their parts.
+    """Record how ``reset_parameters`` of each submodule initialises layers that were built under ``torch.device("meta")``.
 
-    The parts are reset layer by layer, whoever owns them, so that their values do not depend on where the model is cut.
+    The submodules of all stages are reset layer by layer, so that their values do not depend on where the model is cut.
 
     Args:
         layers: all layers, in order.
         names: of the layers, for errors.
-        build: what writes down how the values come to be.
-        device: where they will be.
+        build: records the initialisation.
+        device: where the values will be.
 
     Raises:
-        PipelineModelError: if a part has parameters or buffers, but cannot reset them.
+        PipelineModelError: if a submodule has parameters or buffers that it cannot reset.
     """
     planned: dict[int, Tensor] = {}
     for name, layer in zip(names, layers):
@@ -61,12 +61,12 @@ def reset_meta_layers(layers: Sequence[nn.Module], names: Sequence[str], build: 
 
 
 def materialise(module: nn.Module, build: DeferredBuild, others: Iterable[nn.Module] = ()) -> None:
-    """Give the tensors of a module that have no values theirs.
+    """Materialise a module's tensors that have no values.
 
     Args:
-        module: what this process keeps; parameters that are shared stay so.
-        build: that the tensors were made in.
-        others: modules that share tensors with it, in which they are exchanged as well.
+        module: the part of the module that this process keeps; shared parameters stay shared.
+        build: in which the tensors were made.
+        others: modules that share tensors with ``module``; the tensors are replaced there too.
 
     Raises:
         PipelineModelError: if a tensor was not made in ``build``.
@@ -89,17 +89,17 @@ def _is_empty(tensor: Tensor) -> bool:
 
 
 def like(tensor: Tensor, value: Tensor) -> Tensor:
-    """A value as what a tensor is: a parameter with what was noted on it, or a tensor."""
+    """A value as the same kind as a tensor: a parameter with the tensor's attributes, or a plain tensor."""
     if not isinstance(tensor, nn.Parameter):
         return value
     parameter = nn.Parameter(value, tensor.requires_grad)
-    # What the module's author has noted on it.
+    # Attributes that the module's author has set on the parameter.
     vars(parameter).update({key: note for key, note in vars(tensor).items() if not hasattr(parameter, key)})
     return parameter
 
 
 def own_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's own tensors: parameters, buffers, and those in its other attributes."""
+    """Yield a module's own tensors, without those of submodules: parameters, buffers, and tensors in other attributes."""
     for key, value in vars(part).items():
         entries = value.items() if key in ("_parameters", "_buffers") else [(key, value)] if key != "_modules" else []
         for name, entry in entries:
@@ -118,7 +118,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def replace_tensors(part: nn.Module, instead: Callable[[Any], Any]) -> None:
-    """Exchange a module's own tensors, wherever it has them."""
+    """Replace a module's own tensors in its parameters, buffers and other attributes."""
     for key, value in vars(part).items():
         if key in ("_parameters", "_buffers"):
             value.update({name: instead(entry) for name, entry in value.items()})
@@ -127,7 +127,7 @@ def replace_tensors(part: nn.Module, instead: Callable[[Any], Any]) -> None:
 
 
 def _inside_out(layer: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """A module's parts before itself: the order in which constructors finish."""
+    """Yield a module's submodules before itself: the order in which constructors finish."""
     for child_name, child in layer.named_children():
         yield from _inside_out(child, f"{name}.{child_name}")
     yield name, layer

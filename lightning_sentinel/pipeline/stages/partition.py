@@ -1,4 +1,4 @@
-"""A LightningModule cut into stages, of which this process keeps one."""
+"""Cuts a LightningModule into stages, of which this process keeps one."""
 
 from __future__ import annotations
 
@@ -37,16 +37,17 @@ class StageModel:
 
     Args:
         mesh: the workers that the module was cut for.
-        layers: all layers of the module; those of other stages without their memory.
-        pipeline: DeepSpeed's ``PipelineModule``; ``None`` where this process has all stages.
-        stage: the layers of this process; ``None`` where it has all stages.
+        layers: all layers of the module; those of other stages are not allocated.
+        pipeline: DeepSpeed's ``PipelineModule``; ``None`` if this process has all stages.
+        stage: the layers of this process; ``None`` if it has all stages.
         parts: stage ``s`` has the layers ``parts[s]`` to ``parts[s + 1] - 1``.
         parameter_names: all parameters of the unsplit module, in its order.
         state_names: all keys of the unsplit module's ``state_dict``.
-        parameter_counts: trainable parameters of each layer.
-        ties: parameters that several stages have.
-        homes: the stages that have each entry of the unsplit module's ``state_dict``; of what is in no layer all have a copy.
-        skeleton: the layers of other stages; ``None`` where this process has all.
+        parameter_counts: number of trainable parameters in each layer.
+        ties: parameters that several stages share.
+        homes: the stages that own each entry of the unsplit module's ``state_dict``; none for an entry outside the layers, of which
+            all stages have a copy.
+        skeleton: the layers of other stages; ``None`` if this process has all stages.
     """
 
     mesh: Mesh
@@ -62,21 +63,21 @@ class StageModel:
     skeleton: Skeleton | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StageModel:
-        """The same one: a copy of the module, such as an average of its weights, is cut at the same places."""
+        """Return self: a copy of the module, such as an average of its weights, is cut at the same places."""
         return self
 
     def first_name(self, name: str) -> str:
-        """The first name in the unsplit module of a parameter that has several."""
+        """A parameter's first name in the unsplit module, if it has several."""
         return next((tie.name for tie in self.ties if name in tie.names), name)
 
     def speaks_for(self, stage: int, name: str) -> bool:
-        """Whether what a stage says of an entry of the ``state_dict`` counts; what all have is for the last one to say."""
+        """Whether a stage saves an entry of the ``state_dict``. The last stage saves the entries that all stages have."""
         home = self.homes.get(name, frozenset())
         last = self.mesh.stages - 1
         return self.pipeline is None or stage in home or (not home and stage == self._home_by_layer(name, last))
 
     def _home_by_layer(self, name: str, otherwise: int) -> int:
-        """Of an entry that was made after the module was cut."""
+        """The stage of an entry that was made after the module was cut, by the name of its layer."""
         stages = range(self.mesh.stages)
         return next((s for s in stages for layer in self.stage_layers(s) if name.startswith(f"{layer}.")), otherwise)
 
@@ -86,24 +87,24 @@ class StageModel:
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Where each layer is, in words."""
+        """A description of each layer, for errors: name, class and stage."""
         stages = [stage for stage in range(self.mesh.stages) for _ in self.stage_layers(stage)]
         named = zip(self.layers.names, self.layers.layers, stages)
         return tuple(f"layer {name} ({type(layer).__name__}) of stage {stage}" for name, layer, stage in named)
 
     def stage_parameters(self, stage: int) -> int:
-        """Trainable parameters of ``stage``."""
+        """Number of trainable parameters of ``stage``."""
         return sum(self.parameter_counts[self.parts[stage] : self.parts[stage + 1]])
 
 
 def is_cut(module: L.LightningModule) -> bool:
-    """Whether this process has only its own stage of a module."""
+    """Whether a module was cut and this process has only its own stage of it."""
     before: StageModel | None = vars(module).get(_ATTRIBUTE)
     return before is not None and before.pipeline is not None
 
 
 def layer_names(module: L.LightningModule) -> tuple[str, ...]:
-    """Where the layers of a module sit that was cut, here or, all in one piece, for a virtual mesh; none of another."""
+    """Names of the layers of a module that was cut, also for a virtual mesh, where all stay; empty for other modules."""
     before: StageModel | None = vars(module).get(_ATTRIBUTE)
     return () if before is None else before.layers.names
 
@@ -118,23 +119,24 @@ def cut(
     device: torch.device,
     build: DeferredBuild | None = None,
 ) -> StageModel:
-    """Cut a module into ``mesh.stages`` stages and keep this rank's. A module is cut once; later calls return the same.
+    """Cut a module into ``mesh.stages`` stages and keep this rank's. A module is cut once; later calls return the same result.
 
-    Layers that were built without values get them here, and only those of this rank's stage.
+    Layers that were built without values are materialised here, but only those of this rank's stage.
 
     Args:
         module: the user's module.
-        method: how layers are dealt to stages: ``"parameters"`` balances trainable parameters, ``"uniform"`` the number of layers,
-            ``"type:REGEX"`` the layers whose class name matches.
-        sequential: attribute that holds the layers, if it is not the only one.
+        mesh: all workers.
+        method: how layers are distributed over stages: ``"parameters"`` balances trainable parameters, ``"uniform"`` the number of
+            layers, ``"type:REGEX"`` the layers whose class name matches.
+        sequential: the ``nn.Sequential`` attribute to cut, if there are several; with ``configure_pipeline``, the entry.
         activation_checkpointing: recompute activations in the backward pass instead of keeping them.
-        worker: this process's; ``None`` keeps all stages, for a mesh in this process.
+        worker: this process's worker; ``None`` keeps all stages, for a virtual mesh.
         device: where this process computes.
-        build: what ``configure_model`` was run in, if it was.
+        build: the context in which ``configure_model`` ran, if it did.
 
     Raises:
         PipelineModelError: if the module cannot be cut.
-        ConfigurationError: if it was cut for another mesh before.
+        ConfigurationError: if the module was cut for another mesh before.
     """
     before: StageModel | None = vars(module).get(_ATTRIBUTE)
     if before is not None and before.pipeline is None and worker is None:
@@ -169,7 +171,7 @@ def cut(
         stage_model = replace(stage_model, stage=stage, pipeline=_pipeline_module(stage, mesh, worker, device))
         if mesh.stages > 1 and layers.entry is not None:
             of = "" if layers.entry is module else f"The {type(layers.entry).__name__} of "
-            # An attribute of the instance, as while steps run.
+            # Set on the instance, as the pipeline's forward is while steps run.
             vars(layers.entry)["forward"] = Elsewhere(f"{of}{type(module).__name__}", worker.stage, mesh.stages)
     vars(module)[_ATTRIBUTE] = stage_model
     return stage_model
@@ -199,7 +201,7 @@ def _check_unchanged(before: StageModel, module: L.LightningModule, mesh: Mesh, 
 
 
 def refuse_frozen(module: nn.Module) -> NoReturn:
-    """Raise ``PipelineModelError``: nothing requires gradients."""
+    """Raise ``PipelineModelError``, because no parameter requires gradients."""
     raise PipelineModelError(
         f"{type(module).__name__} has no trainable parameters in its layers, so there is nothing to train. Let some require"
         " gradients."
@@ -207,14 +209,15 @@ def refuse_frozen(module: nn.Module) -> NoReturn:
 
 
 def _check_stages(model: StageModel, method: str, worker: Worker | None) -> None:
-    stages, name = range(model.mesh.stages), type(model.layers.module).__name__
+    stages = range(model.mesh.stages)
+    name = type(model.layers.module).__name__
     without = [stage for stage in stages if not model.stage_layers(stage)]
     if without:
         raise PipelineModelError(
             f"Cut into {len(stages)} stages by partition={method!r}, {name} has no layers in stage(s) {without}. Use fewer stages,"
             " or partition='uniform'."
         )
-    # On a virtual mesh a callback may unfreeze some until training begins.
+    # On a virtual mesh a callback may still unfreeze parameters before training begins.
     if worker is not None and not any(model.parameter_counts):
         refuse_frozen(model.layers.module)
 
@@ -224,17 +227,17 @@ def _pipeline_module(stage: StageLayers, mesh: Mesh, worker: Worker, device: tor
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
     topology = PipeDataParallelTopology(num_pp=mesh.stages, num_dp=mesh.replicas)
-    # DeepSpeed would give the first ranks to the first stage; who serves what is for the mesh to say.
+    # DeepSpeed would assign the first ranks to the first stage; use the mesh's mapping instead.
     topology.mapping = {place: mesh.rank(Worker(place.pipe, place.data)) for place in topology.mapping}
-    # One layer a stage, because it was cut by us: DeepSpeed would count, build and hold the layers of all stages.
+    # One layer per stage, because we have cut the module: DeepSpeed would count, build and hold the layers of all stages.
     layers = [stage if number == worker.stage else nn.Identity() for number in range(mesh.stages)]
-    # DeepSpeed prints its own account of the partition; ours is one table.
+    # Suppress DeepSpeed's printout of the partition; we print one table.
     with redirect_stdout(io.StringIO()), local_rank_of(device):
         return PipelineModule(layers=layers, topology=topology, partition_method="uniform")
 
 
 def _parts(layers: Sequence[nn.Module], counts: Sequence[int], stages: int, method: str) -> tuple[int, ...]:
-    """The bounds that DeepSpeed's ``PipelineModule`` would choose."""
+    """The stage boundaries that DeepSpeed's ``PipelineModule`` would choose, as in :attr:`StageModel.parts`."""
     from deepspeed.runtime.utils import partition_balanced, partition_uniform
 
     if method == "uniform":

@@ -1,4 +1,4 @@
-"""What a process has in place of the layers of other stages."""
+"""Replaces the layers of other stages by placeholders that take no memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ForeignLayer", "Skeleton"]
 
 
 class ForeignLayer(nn.Module):
-    """Takes the place of a layer that another process has. It has no parameters, and cannot be called.
+    """Placeholder for a layer that another process has. It has no parameters, and cannot be called.
 
     Args:
         name: of the layer.
@@ -51,7 +51,7 @@ class ForeignLayer(nn.Module):
 
 
 class _Place(NamedTuple):
-    """Where a layer was taken out."""
+    """A layer that was taken out, and where."""
 
     owner: nn.Module
     name: str
@@ -61,12 +61,12 @@ class _Place(NamedTuple):
 class Skeleton:
     """The layers that were taken out of a module, without their memory.
 
-    What is written for the whole module, such as ``configure_optimizers``, is run where they are put back. Their tensors have
-    shapes and types, and are zeros that share one element of memory.
+    Code that expects the whole module, such as ``configure_optimizers``, runs while the layers are put back. Their tensors have
+    their shapes and dtypes, but are zeros that share one element of memory.
 
     Args:
-        module: whose layers they are.
-        device: where the tensors are to be.
+        module: whose layers are taken out.
+        device: where the placeholder tensors are.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
@@ -81,12 +81,13 @@ class Skeleton:
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._module, self._device = module, device
+        self._module = module
+        self._device = device
         self._places: list[_Place] = []
         self._stand_ins: dict[int, nn.Parameter | Tensor] = {}
 
     def take_out(self, name: str) -> None:
-        """Take out what is called ``name``, unless it is a part of what is out already."""
+        """Take out the layer ``name``, unless it is part of a layer that is out already."""
         path, _, last = name.rpartition(".")
         try:
             owner = self._module.get_submodule(path)
@@ -98,11 +99,11 @@ class Skeleton:
             owner._modules[last] = ForeignLayer(name)
 
     def modules(self) -> list[nn.Module]:
-        """All parts of what was taken out."""
+        """All submodules of the layers that were taken out."""
         return [part for place in self._places for part in place.layer.modules()]
 
     def let_go(self) -> None:
-        """Free the memory of what was taken out, but for what other layers of the module share."""
+        """Free the memory of the layers that were taken out, except tensors that other layers of the module share."""
         kept = {id(tensor) for part in self._module.modules() for _, tensor in own_tensors(part)}
         parts = {id(part): part for part in self.modules()}
         present = {id(part) for part in self._module.modules()}
@@ -119,7 +120,7 @@ class Skeleton:
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
-        """Inside, the module has all of its layers."""
+        """A context in which the module has all of its layers."""
         out = [place.owner._modules[place.name] for place in self._places]
         for owner, name, layer in self._places:
             owner._modules[name] = layer
@@ -130,7 +131,7 @@ class Skeleton:
                 owner._modules[name] = stand_in
 
     def leave(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let an optimizer that was made of the whole module forget what is not here. Its groups stay, even those left empty."""
+        """Remove other stages' parameters from an optimizer of the whole module. Its parameter groups stay, even empty ones."""
         for group in optimizer.param_groups:
             mine = [id(parameter) not in self._stand_ins for parameter in group["params"]]
             for key in ("params", "param_names"):

@@ -1,4 +1,4 @@
-"""Layers from DeepSpeed's ``LayerSpec`` and ``TiedLayerSpec``, which say how a layer is built."""
+"""Builds layers from DeepSpeed's ``LayerSpec`` and ``TiedLayerSpec``."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import nn
 __all__ = ["build_specs"]
 
 _ATTRIBUTE = "pipeline_layers"
-"""Where built layers are kept in the user's module; part of the keys in checkpoints."""
+"""Attribute of the user's module that holds the built layers; part of the keys in checkpoints."""
 
 
 def build_specs(module: nn.Module, layers: tuple[Any, ...], building: AbstractContextManager[Any]) -> tuple[Any, ...]:
-    """Build what is a spec among these layers, one after the other, and make it part of the module.
+    """Build the specs among these layers, in order, and add them to the module.
 
     The layer at position ``i`` becomes ``module.pipeline_layers["i"]``, which names its parameters in checkpoints. Layers of one
     ``TiedLayerSpec`` key share the parameters that the spec names.
 
     Args:
         module: the user's module.
-        layers: specs, and other things, which are left alone.
-        building: entered around the constructors.
+        layers: specs and layers; entries that are no specs stay as they are.
+        building: a context entered around the constructors.
 
     Returns:
         all layers.
     """
     deepspeed_layers = sys.modules.get("deepspeed.runtime.pipe.module")
     if deepspeed_layers is None:
-        return layers  # whoever made a spec has imported it
+        return layers  # not imported, so there are no specs
     specs = {index: layer for index, layer in enumerate(layers) if isinstance(layer, deepspeed_layers.LayerSpec)}
     if not specs:
         return layers

@@ -1,4 +1,4 @@
-"""The layers of one stage as a module of their own: what a worker runs, and what whoever audits it runs again."""
+"""The layers of one stage as a module, which its worker runs, and an auditing worker runs again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["StageLayers", "run_layer", "seeded"]
 
 
 def seeded(layer: Callable[[Any], Any], seed: int) -> Callable[[Any], Any]:
-    """A layer that draws with Python and NumPy from a seed, also where a backward pass runs it again."""
+    """Wrap a layer so that it seeds Python's and NumPy's generators first, also when a backward pass recomputes it."""
 
     def call(signal: Any) -> Any:
         seed_host(seed)
@@ -30,10 +30,10 @@ def run_layer(layer: Callable[[Any], Any], signal: Any, checkpointing: bool, pla
     """Call a layer.
 
     Args:
-        layer: what to call.
+        layer: the layer.
         signal: its input.
-        checkpointing: recompute its activations in the backward pass, from the same random numbers.
-        place: where it is, which an error that it raises is told with.
+        checkpointing: recompute its activations in the backward pass, with the same random numbers.
+        place: a description of the layer, which is added to errors that it raises.
     """
     try:
         if checkpointing and torch.is_grad_enabled():
@@ -53,17 +53,17 @@ def _described(signal: Any) -> str:
 
 
 class StageLayers(nn.Module):
-    """Layers that run one behind the other, each with random numbers of its own.
+    """Runs layers in sequence, each with random numbers of its own.
 
-    In front of every layer generators are seeded by the layer's number in the whole module, not in the stage. So a micro-batch
-    meets the same dropout wherever the module is cut.
+    Before each layer, generators are seeded by the layer's number in the whole module, not in the stage. So a micro-batch gets the
+    same dropout wherever the module is cut.
 
     Args:
         layers: of the stage, in order.
-        first: number of the first of them in the whole module.
+        first: number of the stage's first layer in the whole module.
         checkpointing: recompute activations in the backward pass instead of keeping them.
         device: where the stage is.
-        places: where each layer is, in words.
+        places: a description of each layer, for errors.
 
     Example:
         >>> import torch
@@ -85,9 +85,12 @@ class StageLayers(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.seeds: MicroBatchSeeds | None = None
-        """What decides the random numbers of the next forward pass; ``None`` takes them as they come."""
+        """Seeds of the next forward pass; ``None`` draws from the generators without seeding them."""
         self._fault: Callable[[Any], Any] | None = None
-        self._first, self._checkpointing, self._device, self._places = first, checkpointing, device, tuple(places)
+        self._first = first
+        self._checkpointing = checkpointing
+        self._device = device
+        self._places = tuple(places)
 
     def forward(self, signal: Any) -> Any:
         for index, (layer, place) in enumerate(zip(self.layers, self._places)):
@@ -102,7 +105,7 @@ class StageLayers(nn.Module):
 
     @contextmanager
     def failing(self, fault: Callable[[Any], Any] | None) -> Iterator[None]:
-        """Inside, a simulated fault alters what the first layer returns; ``None`` is none."""
+        """A context in which a simulated fault alters the output of the first layer; ``None`` is no fault."""
         self._fault = fault
         try:
             yield

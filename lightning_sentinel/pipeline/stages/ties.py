@@ -13,12 +13,12 @@ __all__ = ["Tie", "find_ties"]
 
 
 class Tie(NamedTuple):
-    """A parameter of several stages.
+    """A parameter that several stages share.
 
     Args:
         name: its first name in the unsplit module.
-        names: all of them.
-        stages: where it is, in order.
+        names: all its names.
+        stages: the stages that have it, in order.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Tie(NamedTuple):
 
 
 def find_ties(module: nn.Module, layers: Sequence[nn.Module], parts: Sequence[int]) -> tuple[Tie, ...]:
-    """Parameters that are in more than one stage.
+    """Find the parameters that are in more than one stage.
 
     Args:
         module: the unsplit module.
