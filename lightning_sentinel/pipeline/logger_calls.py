@@ -27,22 +27,22 @@ class LoggerCalls:
     """
 
     def __init__(self) -> None:
-        self._stash: list[Callable[[], Any]] | None = None
+        self._held: list[Callable[[], Any]] | None = None
 
     def hold(self) -> None:
         """Hold back calls from here on; drop those held back so far."""
-        self._stash = []
+        self._held = []
 
     def make(self) -> None:
         """Make the calls held back so far, and later calls immediately."""
-        held, self._stash = self._stash or (), None
+        held, self._held = self._held or (), None
         for call in held:
             call()
 
     @contextmanager
     def redirected(self, loggers: Iterable[Any]) -> Iterator[None]:
         """A context around a step in which its logger calls come here, if they are to be held back."""
-        if self._stash is None:
+        if self._held is None:
             yield
             return
         # A logger may be listed twice, and a user's logger may have an instance attribute of that name.
@@ -57,10 +57,10 @@ class LoggerCalls:
                 del vars(logger)[name]
 
     def _hold_one(self, call: Callable[..., Any], *args: Any, **options: Any) -> None:
-        if self._stash is None:
+        if self._held is None:
             call(*args, **options)
         else:
-            self._stash.append(partial(call, *args, **options))
+            self._held.append(partial(call, *args, **options))
 
 
 @cache

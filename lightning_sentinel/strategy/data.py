@@ -73,8 +73,8 @@ class PipelineData(StageCheckpoints):
         with self._watching():
             even, lengths = is_even(dataloader)
         reads = self._all_read
-        dealer = self._splitter
-        even = even and not dealer.by_module
+        splitter = self._splitter
+        even = even and not splitter.by_module
         self._uneven |= not even
         if even and reads:
             return dataloader
@@ -83,7 +83,7 @@ class PipelineData(StageCheckpoints):
         def training() -> bool:
             return bool(trainer.training)
 
-        return Feed(dataloader, mesh, self.worker, dealer, reads, even, length, training, self.root_device, self._watching)
+        return Feed(dataloader, mesh, self.worker, splitter, reads, even, length, training, self.root_device, self._watching)
 
     @property
     def _samples_are_handed_out(self) -> bool:
@@ -166,11 +166,11 @@ class PipelineData(StageCheckpoints):
             split = self._splitter.undealt if self._is_undealt(step) else self._splitter.dealt_to
             return split(batch, source, self.mesh.replicas, self.micro_batches)
         # A batch of zeros in the place of one says how large that is, and nothing else.
-        dealer = self._splitter if self._reads else BatchSplitter(None)
+        splitter = self._splitter if self._reads else BatchSplitter(None)
         return split_alike(
             batch,
             loaded,
-            partial(dealer.whole, source=source),
+            partial(splitter.whole, source=source),
             self.micro_batches,
             self.mesh,
             self.worker,

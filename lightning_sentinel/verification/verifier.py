@@ -32,7 +32,7 @@ class Inspection(NamedTuple):
     flagged: Tensor
 
 
-class _Kept(NamedTuple):
+class _StepSums(NamedTuple):
     """What the current step has to teach.
 
     Args:
@@ -71,7 +71,7 @@ class BoundaryVerifier:
         self.limits = torch.ones(1, device=self._device)
         """The score above which a signal is flagged at receipt: one for all, or ``(lanes,)``, of the sender that serves each."""
         self._secret = SecretDirections(boundary, config, self._device)
-        self._signal_cache: _Kept | None = None
+        self._step_sums: _StepSums | None = None
 
     def use_secret(self, config: Verification) -> None:
         """See signals along the directions of another seed from now on."""
@@ -121,11 +121,11 @@ class BoundaryVerifier:
 
     def _keep(self, measured: Measurement, flagged: Tensor, usable: Tensor, lanes: Tensor | None, of: int) -> None:
         means, statistics = measured.means, measured.statistics
-        if self._signal_cache is None:
+        if self._step_sums is None:
             both = (part[:1].expand(2, of, *part.shape[1:]) for part in (means, statistics))
-            self._signal_cache = _Kept(Contribution.like(*both), measured.sizes)
+            self._step_sums = _StepSums(Contribution.like(*both), measured.sizes)
         suspect = usable & flagged
-        self._signal_cache.sums.add(means, statistics, torch.stack((usable ^ suspect, suspect)).float(), lanes)
+        self._step_sums.sums.add(means, statistics, torch.stack((usable ^ suspect, suspect)).float(), lanes)
 
     def substitute(self, signal: Tensor) -> Tensor:
         """A harmless stand-in of a signal's shape: the momentum for an activation, zero for a gradient."""
@@ -151,7 +151,7 @@ class BoundaryVerifier:
 
     def forget_step(self) -> None:
         """Keep nothing of the step, which is to be done again."""
-        self._signal_cache = None
+        self._step_sums = None
 
     def contribution(self, unflagged: Tensor, flagged: Tensor) -> Contribution:
         """What the step teaches, summed over the lanes that this process receives from; asked for once a step.
@@ -160,18 +160,18 @@ class BoundaryVerifier:
             unflagged: ``(lanes,)`` bool, whose signals count that were not flagged at receipt.
             flagged: ``(lanes,)`` bool, whose signals count that were flagged at receipt.
         """
-        if self._signal_cache is None:
+        if self._step_sums is None:
             raise RuntimeError(f"No signal crossed {self.boundary.name} in this step, so there is nothing to contribute.")
-        return self._signal_cache.sums.of(torch.stack((unflagged, flagged)).to(self._device))
+        return self._step_sums.sums.of(torch.stack((unflagged, flagged)).to(self._device))
 
     @property
     def sizes(self) -> Mapping[str, int]:
         """Names of the statistics of this step, and how many floats each has."""
-        return {} if self._signal_cache is None else self._signal_cache.sizes
+        return {} if self._step_sums is None else self._step_sums.sizes
 
     def learn(self, step: Contribution | None) -> None:
         """Take in one step's honest signals, summed over all senders; ``None`` if no signal was honest."""
-        kept, self._signal_cache = self._signal_cache, None
+        kept, self._step_sums = self._step_sums, None
         if step is not None and kept is not None:
             self.references.update(step, kept.sizes)
 

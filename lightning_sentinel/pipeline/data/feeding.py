@@ -128,7 +128,7 @@ class Feed:
         loader: the user's. Other attributes are read from it and set on it.
         mesh: all workers.
         worker: this rank's worker.
-        dealer: counts the samples of a batch.
+        splitter: counts the samples of a batch.
         reads: whether workers of middle stages read data too.
         even: the first result of :func:`is_even`.
         length: how many batches all ranks iterate over; ``None`` if unknown.
@@ -142,7 +142,7 @@ class Feed:
         loader: Any,
         mesh: Mesh,
         worker: Worker,
-        dealer: BatchSplitter,
+        splitter: BatchSplitter,
         reads: bool,
         even: bool,
         length: int | None,
@@ -155,7 +155,7 @@ class Feed:
             _loader=loader,
             _mesh=mesh,
             _worker=worker,
-            _splitter=dealer,
+            _splitter=splitter,
             _source=source_of(loader),
             _unread=() if reads else tuple(mesh.rank(Worker(stage, worker.replica)) for stage in middle),
             _reads=reads or worker.stage not in middle,

@@ -285,17 +285,17 @@ class Roster:
                 note = self._store.compare_set("failure", "", note.decode())
         except RuntimeError:
             pass  # the process that hosted the store is gone
-        return _parsed(self._signal_cache(note))
+        return _parsed(self._kept_note(note))
 
     def _read(self) -> tuple[int, str] | None:
         try:
             if self._store is not None and self._store.check(["failure"]):
-                return _parsed(self._signal_cache(self._store.get("failure")))
+                return _parsed(self._kept_note(self._store.get("failure")))
         except RuntimeError:
             pass  # the store is gone
         return _parsed(self._file.read_bytes()) if self._file is not None and self._file.exists() else None
 
-    def _signal_cache(self, note: bytes) -> bytes:
+    def _kept_note(self, note: bytes) -> bytes:
         """Write a note to this host's file unless there is one already, and return the valid note."""
         if self._file is None:
             return note

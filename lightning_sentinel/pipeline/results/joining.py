@@ -41,7 +41,7 @@ def join(parts: Sequence[Any], sizes: Sequence[int], average: bool = False) -> A
     if all(is_sequence(part) for part in parts) and _by_samples(parts, sizes):
         return type(first)(entry for part in parts for entry in part)
     if _alike(parts):
-        columns = zip(*(_stash(part) for part in parts))
+        columns = zip(*(_entries(part) for part in parts))
         return rebuilt(first, [join(list(column), sizes, average) for column in columns])
     if any(map(_has_rows, parts)) and not _fit(parts):
         one_each = all(_has_rows(part) or is_sequence(part) for part in parts) and list(map(len, parts)) == list(sizes)
@@ -68,13 +68,13 @@ def _fit(parts: Sequence[Any]) -> bool:
     return all(_has_rows(part) and part.shape[1:] == parts[0].shape[1:] for part in parts)
 
 
-def _stash(value: Any) -> list[Any]:
+def _entries(value: Any) -> list[Any]:
     return list(value) if is_sequence(value) else [entry for _, entry in entries_of(value, "")]
 
 
 def _alike(parts: Sequence[Any]) -> bool:
     """Whether all parts are structures of one type and length."""
-    held = [_stash(part) for part in parts]
+    held = [_entries(part) for part in parts]
     return bool(held[0]) and all(type(part) is type(parts[0]) for part in parts) and len(set(map(len, held))) == 1
 
 
@@ -120,7 +120,7 @@ def _reordered(joined: Any, order: Tensor, rows: int) -> Any:
         if not joined.ndim or len(joined) != rows:
             return joined
         return joined[order.to(joined.device)] if isinstance(joined, Tensor) else joined[order.numpy()]
-    held = _stash(joined)
+    held = _entries(joined)
     return rebuilt(joined, [_reordered(value, order, rows) for value in held]) if held else joined
 
 

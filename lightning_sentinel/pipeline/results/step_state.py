@@ -58,11 +58,11 @@ class SharedStepState(L.Callback):
         """Take snapshots before the first batch, after the hooks at the epoch's start, which run on all ranks."""
         stage = str(trainer.state.stage)
         if stage not in self._before:
-            self._before[stage] = {name: picture(holder.value) for name, holder in _signal_cache(pl_module).items()}
+            self._before[stage] = {name: picture(holder.value) for name, holder in _step_attributes(pl_module).items()}
 
     def _share(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         before = self._before.pop(str(trainer.state.stage), None)
-        kept = _signal_cache(pl_module)
+        kept = _step_attributes(pl_module)
         changed: list[Change] = []
         if before is not None:
             for name, holder in kept.items():
@@ -133,5 +133,5 @@ def _read(parcel: Any, source: int, device: torch.device) -> list[Change]:
     return told
 
 
-def _signal_cache(module: L.LightningModule) -> dict[str, Holder]:
+def _step_attributes(module: L.LightningModule) -> dict[str, Holder]:
     return kept_by(module, layer_names(module))

@@ -122,7 +122,7 @@ class DeferredBuild(TorchDispatchMode):
         draw = self._drawn(func, leaves, structure, written, made[0].device) if _draws(func) else None
         self._storages.update({_place(tensor): tensor.untyped_storage() for tensor in made})
         reads, writes = (frozenset(_place(t) for t in tensors if self.knows(t)) for tensors in (given, written))
-        held = [self._stash(leaf) for leaf in leaves]
+        held = [self._held(leaf) for leaf in leaves]
         self._operations.append(_Operation(func, held, structure, reads, writes, makes, draw))
         return results
 
@@ -155,7 +155,7 @@ class DeferredBuild(TorchDispatchMode):
         flat = self._nowhere[: extent * tensor.itemsize].view(tensor.dtype)
         return flat.as_strided(tensor.size(), tensor.stride())
 
-    def _stash(self, leaf: Any) -> Any:
+    def _held(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if not self.knows(leaf):
@@ -169,7 +169,7 @@ class DeferredBuild(TorchDispatchMode):
         Args:
             wanted: tensors of this build.
         """
-        views = [self._stash(tensor) for tensor in wanted]
+        views = [self._held(tensor) for tensor in wanted]
         kept = {view.storage for view in views}
         memory = dict[int, torch.UntypedStorage]()
         needed = self._needed(kept)
