@@ -14,7 +14,7 @@ from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.running_step import RunningStep
-from lightning_sentinel.pipeline.steps import input_gradient
+from lightning_sentinel.pipeline.step_checks import input_gradient
 
 __all__ = ["Buffers", "StageBoundaries"]
 

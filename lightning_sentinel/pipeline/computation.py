@@ -22,7 +22,8 @@ from lightning_sentinel.pipeline.results.losses import refuse_sum
 from lightning_sentinel.pipeline.running_statistics import RunningStatistics
 from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.stages.stage import StageLayers
-from lightning_sentinel.pipeline.steps import NeverCalledError, StepRun, StepRunner, checked_signal, loss_of
+from lightning_sentinel.pipeline.step_checks import checked_signal, loss_of
+from lightning_sentinel.pipeline.steps import NeverCalledError, StepRun, StepRunner
 
 __all__ = ["StageComputation"]
 

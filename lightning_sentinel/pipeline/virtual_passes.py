@@ -27,8 +27,9 @@ from lightning_sentinel.pipeline.results.losses import refuse_sum
 from lightning_sentinel.pipeline.running_statistics import RunningStatistics
 from lightning_sentinel.pipeline.stages.batched_replicas import BatchedReplicas
 from lightning_sentinel.pipeline.stages.groups import alike, of_replicas, side_by_side
+from lightning_sentinel.pipeline.step_checks import checked_signal, loss_of
 from lightning_sentinel.pipeline.step_plan import StepPlan
-from lightning_sentinel.pipeline.steps import StepRun, StepRunner, checked_signal, loss_of
+from lightning_sentinel.pipeline.steps import StepRun, StepRunner
 from lightning_sentinel.pipeline.virtual_boundaries import MicroBatch, VirtualBoundaries
 from lightning_sentinel.wiring import MicroBatchId
 

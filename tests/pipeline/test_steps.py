@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric, MeanSquaredError, Metric, MinMaxMetric
 
 from lightning_sentinel.errors import PipelineModelError
-from lightning_sentinel.pipeline.steps import NeverCalledError, StepRunner, loss_of
+from lightning_sentinel.pipeline.step_checks import loss_of
+from lightning_sentinel.pipeline.steps import NeverCalledError, StepRunner
 
 Pair = namedtuple("Pair", ["inputs", "labels"])
 YES = torch.tensor(True)

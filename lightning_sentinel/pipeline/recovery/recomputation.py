@@ -17,7 +17,8 @@ from lightning_sentinel.pipeline.recovery.auditing import Evidence
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.stages.stage import StageLayers
-from lightning_sentinel.pipeline.steps import StepRunner, loss_of
+from lightning_sentinel.pipeline.step_checks import loss_of
+from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.verification.audit import arithmetic
 from lightning_sentinel.wiring import MicroBatchId
 
