@@ -138,7 +138,8 @@ class AuditSchedule:
     """
 
     def __init__(self, mesh: Mesh, rate: float, seed: int) -> None:
-        self._mesh, self._seed = mesh, seed
+        self._mesh = mesh
+        self._seed = seed
         more = min(_FACTOR_AT_THE_ENDS, 1 + len(mesh.boundaries) / 2)
         self._of_data = made_of_data(mesh)
         self._rates = rate * torch.where(self._of_data, more, 1.0).double()

@@ -84,9 +84,12 @@ class Calibration:
     """
 
     def __init__(self, mesh: Mesh, config: Verification) -> None:
-        self._mesh, self._config = mesh, config
+        self._mesh = mesh
+        self._config = config
         two_sided = config.method == "sentinel"
-        names, boundaries, rate = watched(config), len(mesh.boundaries), config.false_positive_rate
+        names = watched(config)
+        boundaries = len(mesh.boundaries)
+        rate = config.false_positive_rate
         self.alone = FenceWindow(boundaries, config.window, names, rate, two_sided, mesh.replicas)
         """Features minus their trend."""
         self.among_peers = FenceWindow(boundaries, config.window, names, rate, two_sided, mesh.replicas)
@@ -113,7 +116,8 @@ class Calibration:
             wiring: which worker served which lane.
             banned: ``(boundaries, replicas)`` bool, banned workers of the sending stage.
         """
-        finite, senders = table.column("worst") >= 0, self._senders(wiring)
+        finite = table.column("worst") >= 0
+        senders = self._senders(wiring)
         valid = ~table.tainted & torch.tensor(wiring.live)[:, None]
         # A worker that cannot be verified now votes with its last features: else malicious workers could outnumber the rest.
         last = torch.where(banned[..., None], torch.nan, self.last + self.trend[:, None])
@@ -132,19 +136,23 @@ class Calibration:
             return found._replace(by_peers=found.by_peers & enabled)
 
         counted = valid & finite
-        found, heard = compared(slice(None), counted), counted
+        found = compared(slice(None), counted)
+        heard = counted
         if bool((counted & found.out).any()):
             # An out-of-line signal puts all signals behind it out of line, so those must not vote.
             order = causal_order(self._mesh)
-            parts, heard = {}, counted.clone()
+            parts = {}
+            heard = counted.clone()
             for index in order:
-                parts[index], heard[index] = compared(slice(index, index + 1), counted), counted[index]
+                parts[index] = compared(slice(index, index + 1), counted)
+                heard[index] = counted[index]
                 counted = counted & ~(valid[index] & (parts[index].out[0] | ~finite[index]))
             found = Comparison(*(torch.cat(pieces) for pieces in zip(*(parts[index] for index in sorted(order)))))
         peers = found.by_peers[:, None, None]
         score = torch.where(peers, found.score, table.column("score"))
         worst = torch.where(peers, found.worst.to(table.rows.dtype), table.column("worst"))
-        score, recent = torch.where(finite, score, MAX_SCORE), self._recent(score, heard & peers, senders)
+        recent = self._recent(score, heard & peers, senders)
+        score = torch.where(finite, score, MAX_SCORE)
         return Assessment(
             by_peers=found.by_peers,
             quorum=found.quorum,
@@ -260,10 +268,12 @@ class Calibration:
 
     def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
         """Load one boundary. State of single workers is skipped if the mesh had another number of them."""
-        self.steps, self.trend[boundary] = int(state["steps"]), state["trend"].cpu()
+        self.steps = int(state["steps"])
+        self.trend[boundary] = state["trend"].cpu()
         drift = state["drift"].cpu()
         if drift.shape[1:] == self.drift.sums[:, boundary].shape:
-            (self.drift.sums[:, boundary], self.drift.outside[:, boundary]), self.last[boundary] = drift, state["last"].cpu()
+            self.drift.sums[:, boundary], self.drift.outside[:, boundary] = drift
+            self.last[boundary] = state["last"].cpu()
             self.recent[boundary] = state["recent"].cpu()
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
             prefix = f"{name}."

@@ -49,9 +49,11 @@ def without_broken(
     broken = broken & live[:, None]
     lanes = broken.any(dim=2)
     blamed = lanes & ~(lanes | ~live).all(dim=1, keepdim=True) & finite.all(dim=1)
-    counts, detections = Counter[Worker](), []
+    counts = Counter[Worker]()
+    detections = []
     for stage, lane in blamed.nonzero().tolist():
-        worker, slots = wiring.worker(stage, lane), broken[stage, lane].nonzero().flatten().tolist()
+        worker = wiring.worker(stage, lane)
+        slots = broken[stage, lane].nonzero().flatten().tolist()
         counts[worker] += len(slots)
         detections.append(Detection(step, slots[0], worker, Direction.GRADIENT, MAX_SCORE, WEIGHT_GRADIENT))
     left = replace(verdict, clean=verdict.clean & ~broken, detections=(*verdict.detections, *detections))
@@ -89,9 +91,11 @@ class Refusals:
             of_stage: Counter[Worker] = Counter()
             for accused in live:
                 counts = sorted((float(said[stage, speaker, accused]) for speaker in live if speaker != accused), reverse=True)
-                worker, often = Worker(stage, accused), int(counts[len(counts) // 2]) if counts else 0
+                worker = Worker(stage, accused)
+                often = int(counts[len(counts) // 2]) if counts else 0
                 if often > self._known[worker]:
-                    of_stage[worker], self._known[worker] = often - self._known[worker], often
+                    of_stage[worker] = often - self._known[worker]
+                    self._known[worker] = often
             if len(of_stage) < len(live):
                 news.update(of_stage)
         return news

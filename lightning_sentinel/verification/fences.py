@@ -157,7 +157,8 @@ def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor, re
     enough = (count >= _FEWEST_VALUES).unsqueeze(-1) & watched
     upper = torch.where(enough, upper_quartile + stretch * reach_up, torch.inf)
     lower = torch.where(enough & torch.tensor(two_sided), lower_quartile - stretch * reach_down, -torch.inf)
-    filled, number = values.nan_to_num(0.0), count.clamp(min=1)[..., None]
+    filled = values.nan_to_num(0.0)
+    number = count.clamp(min=1)[..., None]
     mean = filled.sum(dim=-2) / number
     variance = torch.where(values.isnan(), 0.0, (filled - mean.unsqueeze(-2)).square()).sum(dim=-2) / number
     # The quartiles say little of a feature that has long tails, or nearly always the same value.

@@ -139,7 +139,8 @@ class Jury:
     """
 
     def __init__(self, mesh: Mesh, seed: int) -> None:
-        self._mesh, self._seed = mesh, seed
+        self._mesh = mesh
+        self._seed = seed
 
     def others(self, audited: Worker, unheard: Collection[Worker], *place: int) -> list[Worker]:
         """The workers that can recompute a signal, in the order in which they are asked.

@@ -273,8 +273,11 @@ class Ledger:
         entries = {name: {Worker(s, r): number for s, r, number in state.get(name, ())} for name in _COUNTS}
         self.flags = Counter(entries["flags"])
         self.streaks = {Worker(s, r): Streak.of_state(streak) for s, r, streak in state.get("suspects", ())}
-        self.banned_at, self.exonerated = entries["banned_at"], Counter(entries["exonerated"])
-        self.strikes, self.muted, self.spared = Counter(entries["strikes"]), entries["muted"], entries["spared"]
+        self.banned_at = entries["banned_at"]
+        self.exonerated = Counter(entries["exonerated"])
+        self.strikes = Counter(entries["strikes"])
+        self.muted = entries["muted"]
+        self.spared = entries["spared"]
         self.habits = Habits.of_state(state.get("habits", []))
         self.shuffled_at = state.get("shuffled_at")
         self.audits = state.get("audits", 0)

@@ -61,7 +61,8 @@ def measure(
     if received is not None:
         pair = paired(projected, received.values.view(senders, -1, *received.values.shape[1:]), received.channels == channels)
         parts |= consistency_statistics(pair)
-    statistics, sizes = torch.cat(list(parts.values()), dim=1), {name: part.shape[1] for name, part in parts.items()}
+    statistics = torch.cat(list(parts.values()), dim=1)
+    sizes = {name: part.shape[1] for name, part in parts.items()}
 
     anchor = references.anchor(positions, secret.slices(channels))
     if anchor is None or not references.statistics:

@@ -65,7 +65,8 @@ class PositionSums:
             count.index_add_(-2, places, weights[..., None].expand(*weights.shape, positions))
         weights = weights[..., None, None]
         for piece in pieces(positions, means.numel()):
-            some, sums = numbers(means[..., piece, :]), total[..., piece, :]
+            some = numbers(means[..., piece, :])
+            sums = total[..., piece, :]
             if places is None:
                 sums.addcmul_(some, weights)
             else:

@@ -80,7 +80,8 @@ class SecretDirections:
         # Each boundary has directions of its own: what leaks at one says nothing about another.
         gradient = boundary.direction is Direction.GRADIENT
         self._seed = (secret_seed() if config.seed is None else config.seed) * 1_000_003 + 4 * boundary.index + 2 * gradient
-        self._slices, self._device = config.projections, device
+        self._slices = config.projections
+        self._device = device
         self._cache: dict[tuple[str, int], Tensor] = {}
 
     def slices(self, channels: int) -> Tensor:

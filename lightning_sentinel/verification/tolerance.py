@@ -79,10 +79,12 @@ class Tolerances:
     """
 
     def __init__(self, mesh: Mesh, seed: int) -> None:
-        self._mesh, self.seed = mesh, seed
+        self._mesh = mesh
+        self.seed = seed
         self.learning = True
         """Whether the warm-up lasts, and errors raise the tolerances."""
-        count, signed = len(mesh.boundaries), MEASURED - 1
+        count = len(mesh.boundaries)
+        signed = MEASURED - 1
         self._largest = torch.full((count,), torch.nan, dtype=torch.float64)
         self._sums = torch.zeros(count, mesh.replicas, signed, dtype=torch.float64)
         self._squares = torch.zeros(count, mesh.replicas, signed, dtype=torch.float64)

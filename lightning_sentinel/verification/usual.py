@@ -46,7 +46,8 @@ class Usual:
             workers: how many.
         """
         known = senders >= 0
-        filled, places = values.nan_to_num(0.0), senders.clamp(min=0)[..., None].expand_as(values)
+        filled = values.nan_to_num(0.0)
+        places = senders.clamp(min=0)[..., None].expand_as(values)
         empty = values.new_zeros(values.shape[0], workers, values.shape[2])
 
         def summed(what: Tensor) -> Tensor:

@@ -120,7 +120,9 @@ def judge(
         step: number of the training batch.
         exclude: whether flagged micro-batches were kept out of the weights at receipt.
     """
-    live, valid, score = torch.tensor(wiring.live), assessment.valid, assessment.score
+    live = torch.tensor(wiring.live)
+    valid = assessment.valid
+    score = assessment.score
     # Where honest workers are out of line themselves every now and then, no worker is blamed for as much.
     out = valid & (score > assessment.typical.clamp(min=1)[:, None, None])
     certain = (assessment.by_peers & assessment.certain)[:, None, None]
@@ -184,7 +186,8 @@ def judge_with_audits(
 
     The other arguments are those of :func:`judge`.
     """
-    valid, flagged = assessment.valid, assessment.valid & (assessment.score > 1)
+    valid = assessment.valid
+    flagged = assessment.valid & (assessment.score > 1)
     # One signal of a sender tells whether it drifts away because it lies; no worker knows beforehand which.
     suspected = one_each & (heights > ALARM)[..., None]
     wanted = valid & (flagged | suspected | drawn)
@@ -261,7 +264,8 @@ def behind(signals: Tensor, mesh: Mesh) -> Tensor:
         tensor([False,  True,  True,  True])
     """
     order = torch.tensor(causal_order(mesh), dtype=torch.long)
-    along, result = signals[order].long(), torch.zeros_like(signals)
+    along = signals[order].long()
+    result = torch.zeros_like(signals)
     result[order] = (along.cumsum(dim=0) - along) > 0
     return result
 
@@ -326,10 +330,13 @@ def _suspects(standing: Tensor, verified: Tensor, mesh: Mesh, wiring: Wiring) ->
 
 
 def _detections(table: SignalTable, standing: Tensor, mesh: Mesh, wiring: Wiring, step: int) -> tuple[Detection, ...]:
-    boundaries, scores, worst = mesh.boundaries, table.column("score"), table.column("worst")
+    boundaries = mesh.boundaries
+    scores = table.column("score")
+    worst = table.column("worst")
     detections = []
     for index, lane, micro_batch in standing.nonzero().tolist():
-        boundary, feature = boundaries[index], int(worst[index, lane, micro_batch])
+        boundary = boundaries[index]
+        feature = int(worst[index, lane, micro_batch])
         detections.append(
             Detection(
                 step=step,

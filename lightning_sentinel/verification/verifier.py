@@ -142,7 +142,8 @@ class BoundaryVerifier:
             channels: of the signals.
             received: channels of the signals that the senders received; ``None`` at the ends of the pipeline.
         """
-        nothing, tainted = torch.zeros(1, positions, channels, device=self._device), torch.ones(1, dtype=torch.bool)
+        nothing = torch.zeros(1, positions, channels, device=self._device)
+        tainted = torch.ones(1, dtype=torch.bool)
         projected = None
         if received is not None:
             values = torch.zeros(1, positions, min(received, PROJECTED), device=self._device)

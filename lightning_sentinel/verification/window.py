@@ -43,7 +43,9 @@ class FenceWindow:
     """
 
     def __init__(self, boundaries: int, size: int, watched: Tensor, rate: float, two_sided: bool, workers: int = 1) -> None:
-        self._rate, self._two_sided, self._watched = rate, two_sided, watched
+        self._rate = rate
+        self._two_sided = two_sided
+        self._watched = watched
         features = len(watched)
         self.values = torch.full((boundaries, size, features), torch.nan)
         self.workers = torch.full((boundaries, size), -1)
@@ -181,12 +183,14 @@ class FenceWindow:
         self.values[boundary, : len(kept)] = kept
         self.workers[boundary, : len(kept)] = state["workers"][-size:].clamp(max=self.deviations.shape[2] - 1)
         self.places[boundary] = len(kept) % size
-        self.settled[boundary], self.resolution[boundary] = state["settled"], state["resolution"]
+        self.settled[boundary] = state["settled"]
+        self.resolution[boundary] = state["resolution"]
         deviations, usual = state["deviations"], state["usual"]
         if deviations.shape != self.deviations[:, boundary].shape:
             deviations = median(deviations, dim=1)[:, None].expand_as(self.deviations[:, boundary])
             usual = median(usual, dim=1)[:, None].expand_as(deviations)
-        self.deviations[:, boundary], self.before[boundary] = deviations, state["before"]
+        self.deviations[:, boundary] = deviations
+        self.before[boundary] = state["before"]
         self.usual.mean[boundary], self.usual.sigma[boundary] = usual
         self._shape = self._shape.replaced(boundary, state["shape"])
         self.scale[boundary] = state["scale"]
