@@ -101,7 +101,7 @@ def relative_error(claimed: Tensor, recomputed: Tensor) -> Tensor:
 
 
 def made_of_data(mesh: Mesh) -> Tensor:
-    """``(boundaries,)`` bool, whose signals are computed from data that only their sender knows: the activations of the first
+    """``(boundaries,)`` bool, boundaries with signals computed from data that only their sender knows: the activations of the first
     stage, and the gradients of the last.
 
     Example:

@@ -177,7 +177,7 @@ class Calibration:
         return self.drift.height.gather(1, self._senders(wiring))
 
     def forget_sums(self, senders: Tensor, wiring: Wiring) -> None:
-        """Reset the cumulative sums of senders ``(boundaries, lanes)`` bool, whose cause is now known."""
+        """Reset the cumulative sums of senders ``(boundaries, lanes)`` bool, now that their cause is known."""
         self.drift.reset(_by_worker(senders, self._senders(wiring)))
 
     def _senders(self, wiring: Wiring) -> Tensor:

@@ -170,7 +170,7 @@ class Jury:
         """Audit signals of a step; the same on all ranks. Calls ``ask`` twice, however many signals and boundaries there are.
 
         Args:
-            signals: ``(boundaries, lanes, slots)`` bool, what to audit.
+            signals: ``(boundaries, lanes, slots)`` bool, signals to audit.
             wiring: which worker served which lane.
             banned: workers that take part in nothing.
             muted: workers whose votes no longer count.

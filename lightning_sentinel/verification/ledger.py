@@ -38,8 +38,8 @@ class Ledger:
     It never bans more workers of a stage than :func:`most_bans`, so that bans never end a run.
 
     Args:
-        ban_after: consecutive steps as a suspect that lead to a ban, where the others of the stage are in line; ``None`` bans
-            nobody.
+        ban_after: consecutive steps as a suspect that lead to a ban, where the others of the stage are in line; ``None`` bans no
+            worker.
 
     Example:
         >>> from collections import Counter
@@ -123,7 +123,7 @@ class Ledger:
                 self.spared.pop(worker, None)
                 continue
             streak = self.streaks.setdefault(worker, Streak())
-            # What puts one honest worker out of line puts another one about as far out.
+            # A cause that puts one honest worker out of line puts another one about as far out.
             alike = [other for other in suspects if scores.get(other, 1.0) >= scores.get(worker, 1.0) / 2]
             streak.add(_others(worker, alike), _others(worker, verified), worker in unmistakable)
             if self.ban_after is not None and is_proof(streak, self.ban_after, self.habits.of_others(worker)):

@@ -36,7 +36,7 @@ class Measurement(NamedTuple):
 
     @property
     def finite(self) -> Tensor:
-        """``(senders,)`` bool: neither the signal nor what was computed from it is infinite or NaN."""
+        """``(senders,)`` bool: neither the signal nor any value computed from it is infinite or NaN."""
         # A sum is not finite if one of its terms is not, and NaN is not less than anything.
         return (self.means.sum(dim=(1, 2)) + self.features.sum(dim=1) + self.statistics.sum(dim=1)).abs() < torch.inf
 

@@ -1,4 +1,4 @@
-"""The momentum reference of a boundary: an exponential moving average of what honest workers send.
+"""The momentum reference of a boundary: an exponential moving average of honest workers' signals.
 
 ``m <- beta m + (1 - beta) mean(h)`` (SENTINEL, arXiv 2603.03592). One mean a step, over all honest signals of all replicas, so
 that the step's noise is averaged before it enters. Positions have weights of their own, because sequences may vary in length.

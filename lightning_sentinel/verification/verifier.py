@@ -158,8 +158,8 @@ class BoundaryVerifier:
         """The step's contribution, summed over the lanes that this process receives from; called once a step.
 
         Args:
-            unflagged: ``(lanes,)`` bool, lanes whose signals that were not flagged at receipt count.
-            flagged: ``(lanes,)`` bool, lanes whose signals that were flagged at receipt count.
+            unflagged: ``(lanes,)`` bool, lanes whose signals count if they were not flagged at receipt.
+            flagged: ``(lanes,)`` bool, lanes whose signals count if they were flagged at receipt.
         """
         if self._signal_cache is None:
             raise RuntimeError(f"No signal crossed {self.boundary.name} in this step, so there is nothing to contribute.")
