@@ -1,4 +1,4 @@
-"""What a user sets: how to verify, and what to do about what was found."""
+"""User settings: how signals are verified, and how a run responds to flags and lies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_sentinel.mesh import Mesh, Worker
 __all__ = ["DEFAULT_AUDIT_RATE", "Aggregation", "Response", "Verification"]
 
 DEFAULT_AUDIT_RATE = 0.01
-"""What nobody has asked for, so that a mesh where it cannot be had is no contradiction."""
+"""The default; the user did not ask for it, so a mesh where audits are impossible is no contradiction."""
 
 Aggregation = Literal["mean", "trimmed_mean", "median", "krum", "multi_krum", "centred_clipping"]
 """How the gradients of a stage's workers become one; see :mod:`lightning_sentinel.aggregation.rules`."""
@@ -27,7 +27,7 @@ def _require(condition: bool, name: str, value: object, rule: str) -> None:
 
 
 def is_whole(value: object, least: int | None = None) -> bool:
-    """Whether a setting is a whole number, and at least so much; ``True`` is none, whatever Python says."""
+    """Whether a setting is a whole number, and at least ``least``; a bool is none, whatever Python says."""
     return isinstance(value, Integral) and not isinstance(value, bool) and (least is None or int(value) >= least)
 
 
@@ -46,8 +46,8 @@ class Verification:
     Args:
         method: ``"sentinel"`` fences every feature on both sides; ``"paper"`` is the published rule, which only asks
             whether a signal is too far from its momentum (SENTINEL, arXiv 2603.03592).
-        warmup_steps: steps in which the momentum and the fences are learned and nobody is flagged, except for values
-            that are not finite. All workers must be honest until then.
+        warmup_steps: steps in which the momentum and the fences are learned and no worker is flagged, except for values that are
+            not finite. All workers must be honest until then.
         window: how many honest signals of a boundary its fences look back on.
         false_positive_rate: share of honest signals that may be flagged, over all features together.
         beta_activation: decay of the momentum of activations.
@@ -55,9 +55,9 @@ class Verification:
         projections: random directions of the sliced Wasserstein distance.
         features: which features or families of features are watched, by name; ``None`` watches all of the method's. See
             :data:`lightning_sentinel.verification.features.FAMILIES`.
-        seed: of all that is drawn in secret: directions, and who is audited when and by whom. Workers must not know it. ``None``
-            draws it from the operating system, the same on all ranks, and keeps it in checkpoints; a number makes runs repeatable,
-            in tests and benchmarks.
+        seed: of all secret draws: directions, audited signals and their auditors. Workers must not know it. ``None`` draws it from
+            the operating system, the same on all ranks, and keeps it in checkpoints; a number makes runs repeatable, in tests and
+            benchmarks.
 
     Raises:
         ConfigurationError: if a value cannot work.
@@ -92,42 +92,43 @@ class Verification:
         names = self.features
         listed = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
         _require(names is None or listed, "Verification.features", names, "None or a list of names")
-        seed, rule = self.seed, "None, or an integer of 64 bits"
+        seed = self.seed
+        rule = "None, or an integer of 64 bits"
         _require(seed is None or (is_whole(seed) and -(2**63) <= seed < 2**63), "Verification.seed", seed, rule)
 
 
 @dataclass(frozen=True)
 class Response:
-    """What happens when a signal was flagged.
+    """What happens when a signal is flagged, or a worker is found to lie.
 
     Args:
         on_flag: ``"exclude"`` keeps the micro-batch out of the weights; ``"log"`` only reports.
         ban_after: without audits, a worker of which at least half the signals were flagged in this many consecutive steps is
             banned, and others of its stage do its work from then on; in more of them if others of its stage are flagged as well,
-            because somebody else's lie may be the reason. With audits, who is found to lie is. Never more than fewer than half of
-            a stage, or one of two. ``None`` bans nobody.
-        audit_rate: share of all signals that is recomputed by another replica of the same stage, drawn at random; what is flagged
-            is recomputed as well, and what the first stage makes of its samples and the last of its labels is drawn up to four
-            times as often. Where one says that a signal does not match, all others of the stage recompute it, and most
-            decide: then the step is done again without its sender, who is banned at once where its stage has at least five live
-            workers, the second time where it has three or four, and never where it has two. A flag whose signal matches is
-            dropped. 1 recomputes everything. The default holds wherever a stage has at least two replicas; where it has one,
-            nobody can recompute anything, and the run says so. ``None``: no audits, flags alone decide.
-        aggregation: how the gradients of a stage's workers become one. ``"mean"`` believes all that are not banned; the others
-            bound what a minority of them can do: ``"trimmed_mean"`` and ``"median"`` of every coordinate (Yin et al., 2018),
-            ``"krum"`` and ``"multi_krum"`` (Blanchard et al., 2017), ``"centred_clipping"`` (Karimireddy et al., 2021). They need
-            at least 3 workers a stage: of fewer, no minority can be outvoted.
-        tolerated: how many workers of a stage may send anything, for ``aggregation`` other than ``"mean"``. ``None``, and at most:
-            fewer than half of those that have worked; with ``"krum"`` and ``"multi_krum"`` so few that ``2 f + 2 < n``, or one of
-            three or four.
-        banned: workers that are banned from the first step on, such as those of an earlier run on the same machines: workers, or
-            pairs ``(stage, replica)``; see :meth:`lightning_sentinel.Ledger.export`.
-        ledger: path of a JSON file in which bans are kept, at every ban, and from which they are taken over at the start if it
-            exists. In a run on several machines those of banned workers are left out from then on, and the others form the largest
-            mesh that they can; on a single machine the same places are banned. All machines have to be able to read and write it,
-            as they do checkpoints. Who sends a malformed message that ends the run is entered as well. If it exists it decides who
-            is banned, and not the checkpoint that a run goes on from: remove an entry to let a machine in again. A machine is
-            known by its host name, or by the environment variable ``LIGHTNING_SENTINEL_HOST``. ``None`` keeps no such file.
+            because another worker's lie may be the cause. With audits, a worker that is found to lie is banned. Bans are limited to
+            fewer than half of a stage, or one of two. ``None`` bans no worker.
+        audit_rate: share of all signals that is recomputed by another replica of the same stage, drawn at random; flagged signals
+            are recomputed as well, and activations of the first stage and gradients of the last are drawn up to four times as
+            often. If the auditor reports a mismatch, all others of the stage recompute the signal, and the majority decides: then
+            the step is done again without its sender, which is banned at once where its stage has at least five live workers, the
+            second time where it has three or four, and never where it has two. A flag whose signal matches is dropped. 1 recomputes
+            everything. The default holds wherever a stage has at least two replicas; where it has one, no worker can recompute
+            anything, and the run says so. ``None``: no audits, flags alone decide.
+        aggregation: how the gradients of a stage's workers become one. ``"mean"`` believes all workers that are not banned; the
+            other rules bound what a minority of them can do: ``"trimmed_mean"`` and ``"median"`` of every coordinate (Yin et al.,
+            2018), ``"krum"`` and ``"multi_krum"`` (Blanchard et al., 2017), ``"centred_clipping"`` (Karimireddy et al., 2021).
+            All but the mean need at least 3 workers a stage: of fewer, no minority can be outvoted.
+        tolerated: how many workers of a stage may send arbitrary gradients, for ``aggregation`` other than ``"mean"``. ``None``,
+            and at most: fewer than half of the workers that took part in a step; with ``"krum"`` and ``"multi_krum"`` so few that
+            ``2 f + 2 < n``, or one of three or four.
+        banned: workers that are banned from the first step on, such as those that an earlier run on the same machines banned:
+            workers, or pairs ``(stage, replica)``; see :meth:`lightning_sentinel.Ledger.export`.
+        ledger: path of a JSON file to which every ban is written, and from which bans are read at the start if it exists. In a run
+            on several machines the machines of banned workers are left out from then on, and the others form the largest mesh that
+            they can; on a single machine the same places are banned. All machines have to be able to read and write it, as they do
+            checkpoints. A worker whose malformed message ends the run is entered as well. If the file exists, it decides which
+            workers are banned, and not the checkpoint that a run resumes from: remove an entry to let a machine in again. A machine
+            is known by its host name, or by the environment variable ``LIGHTNING_SENTINEL_HOST``. ``None`` keeps no such file.
 
     Raises:
         ConfigurationError: if a value cannot work.
@@ -175,7 +176,7 @@ class Response:
             )
 
     def audit_rate_of(self, mesh: Mesh) -> float | None:
-        """The share of signals that is audited on a mesh; ``None`` where nobody can recompute them, or nothing crosses a boundary.
+        """The share of signals that is audited on a mesh; ``None`` where no worker can recompute them, or none crosses a boundary.
 
         Example:
             >>> Response().audit_rate_of(Mesh(stages=2, replicas=2)), Response().audit_rate_of(Mesh(stages=4, replicas=1))

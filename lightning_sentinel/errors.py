@@ -1,4 +1,4 @@
-"""What can go wrong on the user's side. Every message names the value, the cause and the remedy."""
+"""The errors that users may see. Every message names the value, the cause and the remedy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class WorkerLostError(SentinelError, RuntimeError):
     Args:
         message: what happened, and what to do.
         rank: the rank that was lost, if it is known.
-        told: whether that rank said what it failed with, which the message then ends with.
+        told: whether that rank reported its error, with which the message then ends.
     """
 
     def __init__(self, message: str, rank: int | None = None, told: bool = False) -> None:
@@ -59,12 +59,12 @@ class WorkerLostError(SentinelError, RuntimeError):
 
 
 class MalformedMessageError(SentinelError, ValueError):
-    """A worker sent something other than what was due; nothing of it was used.
+    """A worker sent a message other than the expected one; no part of it was used.
 
     Args:
-        message: what was expected, and what came.
+        message: the expected and the received message.
         rank: the rank that sent it, if it is known.
-        taken: whether all of it was taken off the wire, so that the sender's next message can be received.
+        taken: whether all of the message was read, so that the sender's next one can be received.
 
     Example:
         >>> MalformedMessageError("Expected 4 axes; what came announces 9.", rank=3).rank
@@ -82,11 +82,11 @@ class MeshExhaustedError(SentinelError, RuntimeError):
 
 
 class PlanMismatchError(SentinelError, RuntimeError):
-    """Ranks have decided differently on who does what in a step."""
+    """Ranks have made different plans for a step."""
 
 
 def add_place(error: BaseException, place: str) -> None:
-    """Note where an error of the user's own code happened; Python 3.11 and later show it below the message.
+    """Note where an error in the user's code happened; Python 3.11 and later show it below the message.
 
     Example:
         >>> error = ValueError("shapes differ")
@@ -99,5 +99,5 @@ def add_place(error: BaseException, place: str) -> None:
 
 
 def places(error: BaseException) -> list[str]:
-    """What :func:`add_place` has noted."""
+    """The places that :func:`add_place` has noted."""
     return list(getattr(error, "__notes__", []))

@@ -1,4 +1,4 @@
-"""Who serves which part of the model: workers, the boundaries between them, and the mesh that they form.
+"""The mesh: workers, the parts of the model that they serve, and the boundaries between them.
 
 A mesh has ``replicas`` pipelines of ``stages`` stages each. Worker ``(stage, replica)`` serves one stage of one pipeline.
 Across the boundary ``b`` an activation travels from stage ``b`` to stage ``b + 1`` and a gradient the other way round.
@@ -41,11 +41,11 @@ class Worker:
 
     @classmethod
     def of(cls, place: Worker | tuple[int, int] | Mapping[str, int], name: str) -> Worker:
-        """A worker, however a user writes it.
+        """A worker from any of the forms in which a user may write it.
 
         Args:
-            place: a worker, a pair ``(stage, replica)``, or the mapping that a configuration file has for one.
-            name: of the setting, for the message.
+            place: a worker, a pair ``(stage, replica)``, or the mapping of a configuration file.
+            name: of the setting, for the error message.
 
         Raises:
             ConfigurationError: if it is none of them.
@@ -71,7 +71,7 @@ class Worker:
 
 @dataclass(frozen=True, order=True)
 class Boundary:
-    """One direction of the cut between two neighbouring stages: everything one stage sends to the next.
+    """One direction of the cut between two neighbouring stages: all signals that one stage sends to the other.
 
     Args:
         index: the cut between stage ``index`` and stage ``index + 1``.
@@ -166,10 +166,10 @@ class Mesh:
 
     @classmethod
     def largest(cls, processes: int, stages: int | None = None, replicas: int | None = None) -> Mesh:
-        """The largest mesh that so many processes can fill; some may be left over, unlike in :meth:`for_world`.
+        """The largest mesh that so many processes can fill; unlike in :meth:`for_world`, processes may be left over.
 
         Raises:
-            ConfigurationError: if they cannot fill any.
+            ConfigurationError: if they cannot fill any mesh.
 
         Example:
             >>> Mesh.largest(7, stages=3), Mesh.largest(7, stages=2, replicas=2)
@@ -200,7 +200,7 @@ class Mesh:
         return tuple(Boundary(index, direction) for direction in Direction for index in range(self.stages - 1))
 
     def before(self, boundary: Boundary) -> Boundary | None:
-        """Where the senders of ``boundary`` had received what they worked on; ``None`` at the ends of the pipeline.
+        """The boundary across which the senders of ``boundary`` received their input; ``None`` at the ends of the pipeline.
 
         Example:
             >>> Mesh(stages=3, replicas=1).before(Boundary(1, Direction.ACTIVATION)).name
@@ -210,7 +210,7 @@ class Mesh:
         return Boundary(index, boundary.direction) if 0 <= index < self.stages - 1 else None
 
     def after(self, boundary: Boundary) -> Boundary | None:
-        """Where the receivers of ``boundary`` send what they made of it; ``None`` at the ends of the pipeline.
+        """The boundary across which the receivers of ``boundary`` send their output; ``None`` at the ends of the pipeline.
 
         Example:
             >>> Mesh(stages=3, replicas=1).after(Boundary(0, Direction.ACTIVATION)).name
@@ -228,7 +228,7 @@ class Mesh:
         return self.stage_ranks(worker.stage)[worker.replica]
 
     def worker(self, rank: int) -> Worker:
-        """Who is served by ``rank``."""
+        """The worker that ``rank`` serves."""
         behind, replica = divmod(rank, self.replicas)
         return Worker(self.stages - 1 - behind, replica)
 

@@ -1,4 +1,4 @@
-"""Seeds: made of other seeds, or drawn where nobody can guess them."""
+"""Seeds: derived from other seeds, or drawn in secret."""
 
 from __future__ import annotations
 

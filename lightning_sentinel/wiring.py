@@ -1,9 +1,9 @@
-"""Which worker serves which pipeline, and which data: the mesh as it is once workers are banned.
+"""Wiring: which workers serve which pipeline with which micro-batches, also once workers are banned.
 
 All replicas of a stage hold the same weights, so any of them can serve any pipeline. A *lane* is a pipeline: one worker of each
-stage. While nobody is banned lane ``r`` is replica ``r`` and works on the samples that are dealt to it. Banned workers share as few
-lanes as possible, those are left out, and their micro-batches are dealt to the others. So a batch stays what it was, whoever works
-on it.
+stage. While no worker is banned lane ``r`` is replica ``r`` and works on the samples that are dealt to it. Banned workers are
+gathered in as few lanes as possible; these lanes are left out, and their micro-batches are dealt to the others. So the batch stays
+the same.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class MicroBatchId(NamedTuple):
 
 @dataclass(frozen=True)
 class Wiring:
-    """Who serves which lane, and with what.
+    """Which workers serve which lane, and with which micro-batches.
 
     Args:
         serving: the replica that serves lane ``l`` at stage ``s`` is ``serving[s][l]``.
         live: whether lane ``l`` is used.
-        work: the micro-batches of lane ``l``, in order; ``work[l][k]`` is in its *slot* ``k``. In a lane that is left out: what
-            nobody can do.
+        work: the micro-batches of lane ``l``, in order; ``work[l][k]`` is in its *slot* ``k``. In a lane that is left out:
+            micro-batches that no worker can compute.
     """
 
     serving: tuple[tuple[int, ...], ...]
@@ -51,13 +51,13 @@ class Wiring:
     ) -> Wiring:
         """Leave out as many lanes as the stage that was hit hardest has banned workers, and deal their micro-batches to the others.
 
-        A stage with fewer banned workers than that has workers to spare, which take turns: who is never verified is never found.
-        The samples of a replica of which every worker is banned are lost, because nobody else has them.
+        A stage with fewer banned workers than that has workers to spare, which take turns: a worker that is never verified is never
+        found out. The samples of a replica of which every worker is banned are lost, because no other replica has them.
 
         Args:
-            banned: workers that serve nothing.
+            banned: workers that serve no live lane.
             micro_batches: of each replica's batch.
-            turn: who of those that could be spared serves now.
+            turn: number that rotates which workers are spared.
             shuffled: seed by which the workers of each stage are dealt to the lanes, but for those of the last stage, where steps
                 run; ``None``: each serves its own lane where it can.
 
@@ -95,7 +95,7 @@ class Wiring:
 
     @property
     def slots(self) -> int:
-        """Micro-batches of the lane that has most."""
+        """Number of micro-batches of the lane that has most."""
         return max(map(len, self.work))
 
     @cached_property
@@ -104,16 +104,16 @@ class Wiring:
         return {part: (lane, slot) for lane, parts in enumerate(self.work) for slot, part in enumerate(parts)}
 
     def worker(self, stage: int, lane: int) -> Worker:
-        """Who serves ``lane`` at ``stage``."""
+        """The worker that serves ``lane`` at ``stage``."""
         return Worker(stage, self.serving[stage][lane])
 
     def lane(self, worker: Worker) -> int | None:
-        """Which lane a worker serves; ``None`` if it has nothing to do."""
+        """The lane that a worker serves; ``None`` if it serves none."""
         lane = self.serving[worker.stage].index(worker.replica)
         return lane if self.live[lane] else None
 
     def arrange(self, values: Tensor) -> Tensor:
-        """What is known of micro-batches by their samples, as lanes work on them; zero where a lane has nothing in a slot.
+        """Rearrange values of micro-batches from replicas to lanes; zero in a lane's empty slots.
 
         Args:
             values: ``(..., replicas, micro_batches)``.
@@ -136,10 +136,10 @@ class Wiring:
 
 
 def _row(lanes: range, left_out: set[int], banned: set[int], turn: int) -> tuple[int, ...]:
-    """Who serves which lane at one stage: nobody banned a lane that is used, everybody else its own lane where possible."""
+    """The replica that serves each lane at one stage: no banned one in a live lane, others in their own lane where possible."""
     fit = [lane for lane in lanes if lane not in banned]
     needed = len(lanes) - len(left_out)
-    # Those who pause this turn: of the workers that are fit, from another place on each turn; at first those of the lost lanes.
+    # Which fit workers pause rotates with the turn; at first those of the lanes that are left out.
     preferred = sorted(fit, key=lambda worker: (worker in left_out, worker))
     start = turn * (len(fit) - needed) % len(fit) if fit else 0
     serving = (preferred[start:] + preferred[:start])[:needed]
@@ -151,7 +151,7 @@ def _row(lanes: range, left_out: set[int], banned: set[int], turn: int) -> tuple
 
 
 def _shuffled(row: tuple[int, ...], lanes: list[int], seed: int) -> tuple[int, ...]:
-    """The same workers serve these lanes, in an order that is drawn."""
+    """The row with the workers of these lanes in a drawn order."""
     workers = Random(seed).sample([row[lane] for lane in lanes], len(lanes))
     served = dict(zip(lanes, workers))
     return tuple(served.get(lane, worker) for lane, worker in enumerate(row))

@@ -1,16 +1,16 @@
-"""Robust means of what the replicas of a stage computed, of which some may be anything.
+"""Robust means of the gradients of a stage's replicas, of which some may be arbitrary.
 
-The gradients of a stage's ``n`` replicas are the rows of a matrix, which is seen piece by piece: no rank needs room for ``n``
-whole gradients. There are two kinds of rules. A *coordinate-wise* rule maps a piece ``(n, k)`` to ``(k,)``. A *weighing* rule only
-asks how the rows lie to each other: it maps their Gram matrix ``(n, n)``, which is a sum over pieces, to weights ``(n,)`` with
+The gradients of a stage's ``n`` replicas are the rows of a matrix, which is processed piece by piece: no rank needs room for ``n``
+whole gradients. There are two kinds of rules. A *coordinate-wise* rule maps a piece ``(n, k)`` to ``(k,)``. A *weighing* rule needs
+only the inner products of the rows: it maps their Gram matrix ``(n, n)``, which is a sum over pieces, to weights ``(n,)`` with
 which the rows are added up.
 
-``f`` is how many rows may be anything, values that are not finite included. All rules need fewer than half; Krum and multi-Krum
-need ``2 f + 2 < n``, or a single row that may be anything: with no other to be close to, it can only be as close to honest ones as
-they are to each other.
+``f`` is how many rows may be arbitrary, non-finite included. All rules need fewer than half; Krum and multi-Krum need
+``2 f + 2 < n``, or a single arbitrary row: with no accomplice to be close to, it can only be as close to honest rows as they are to
+each other.
 
-A weighing rule gives a row that is not finite the weight zero as long as it is one of those ``f``. Zero times infinity is not a
-number, so rows of weight zero are to be left out when the rows are added up: :func:`combine` does.
+A weighing rule gives a non-finite row the weight zero as long as it is one of those ``f``. Zero times infinity is NaN, so rows of
+weight zero must be left out of the sum: :func:`combine` does.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def centred_clipping(gram: Tensor, f: int, radius: float | None = None, rounds: 
 
     Args:
         gram: ``(n, n)``.
-        f: not asked for, but taken for the sake of the other rules.
+        f: unused; the other rules need it.
         radius: how far a row can pull; by default the median norm of the rows, so that honest ones are hardly clipped.
         rounds: of clipping.
 
@@ -102,7 +102,7 @@ def centred_clipping(gram: Tensor, f: int, radius: float | None = None, rounds: 
     """
     norms = gram.diagonal().sqrt()
     finite = norms.isfinite()
-    # Infinitely far away is clipped to nothing. The median of norms among which one is not a number would not be one.
+    # A row at infinite distance is clipped to nothing. The median of norms with a NaN among them would be NaN.
     limit = norms.where(finite, torch.inf).median() if radius is None else norms.new_tensor(radius)
     gram = gram.where(finite[:, None] & finite, 0)
     weights = torch.zeros_like(norms)
@@ -114,7 +114,7 @@ def centred_clipping(gram: Tensor, f: int, radius: float | None = None, rounds: 
 
 
 def combine(rows: Tensor, weights: Tensor) -> Tensor:
-    """``weights @ rows`` of the rows that have a weight; the others may be anything.
+    """``weights @ rows`` of the rows with a non-zero weight; the others may be non-finite.
 
     Args:
         rows: ``(n, k)``.
@@ -129,7 +129,7 @@ def combine(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def tolerable(count: int, tolerated: int | None = None, rule: str = "median") -> int:
-    """``f`` of a rule for ``count`` rows: ``tolerated``, but no more than the rule can stand; ``None`` for as many as that.
+    """``f`` of a rule for ``count`` rows: ``tolerated``, but no more than the rule can tolerate; ``None`` for as many as that.
 
     Example:
         >>> [tolerable(count) for count in (1, 2, 3, 4, 5)], tolerable(4, tolerated=2)
@@ -146,9 +146,9 @@ def tolerable(count: int, tolerated: int | None = None, rule: str = "median") ->
 def _spread_of_neighbours(gram: Tensor, f: int) -> Tensor:
     norms = gram.diagonal()
     squared = (norms[:, None] + norms[None, :] - 2 * gram).clamp(min=0)
-    # What is not a number came from a row that is not finite, which is nobody's neighbour.
+    # A NaN comes from a non-finite row, which is no row's neighbour.
     squared = squared.where(~squared.isnan(), torch.inf).fill_diagonal_(0)
-    # Two rows that are each other's nearest tie, always so among three: rounding must not decide, or replicas decide differently.
+    # Two rows that are each other's nearest tie, always so among three: if rounding decided, replicas would decide differently.
     squared = (squared + squared.T) / 2
     return squared.sort(dim=1).values[:, 1 : max(2, len(gram) - f - 1)].sum(dim=1)
 

@@ -1,4 +1,4 @@
-"""Who tampers with what, and when: the part of an attack that knows the mesh and nothing of the engine that runs it."""
+"""The adversary: which workers tamper with which signals, and when. It knows the mesh, but not the engine that runs it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Adversary:
         attacks: what the workers do: a name, a mapping of ``name`` and parameters, a callable, or a sequence of these,
             of which each malicious worker then draws one.
         mesh: the mesh that is attacked.
-        workers: the malicious workers, by name. Either these or ``fraction``.
+        workers: the malicious workers. Give either these or ``fraction``.
         fraction: share of malicious workers, between 0 and 1. In every middle stage ``round(fraction * replicas)``
             workers, at least one, are drawn. The first and last stage stay honest, as in SENTINEL (arXiv 2603.03592).
         start_step: first step that is tampered with.
@@ -77,9 +77,9 @@ class Adversary:
         self._directions = frozenset(Direction if direction == "both" else (Direction(direction),))
         self._seed = seed
         self.votes: Callable[[Worker, Worker, int], int] | None = None
-        """What malicious workers say of signals that they were asked to recompute; ``None``: the truth."""
+        """How malicious workers vote on signals that they were asked to recompute; ``None``: honestly."""
         self.notes: Callable[[Worker, Tensor], Tensor] | None = None
-        """What malicious workers send as the notes to their signals; ``None``: the truth."""
+        """The notes that malicious workers send with their signals; ``None``: honest ones."""
         _warn_of_majority(mesh, self._workers)
 
     @property
@@ -100,7 +100,7 @@ class Adversary:
         return self._attacks[worker]
 
     def tampers(self, worker: Worker, direction: Direction, step: int) -> bool:
-        """Whether what ``worker`` sends in this direction and step is left to its attack, which may send it as it is."""
+        """Whether the attack decides what ``worker`` sends in this direction and step; it may send the honest signal."""
         return step >= self._start_step and self._watches(worker, direction)
 
     def tamper(
@@ -112,7 +112,7 @@ class Adversary:
         micro_batch: int,
         received: Tensor | None = None,
     ) -> Tensor:
-        """What ``worker`` sends in place of ``signal``.
+        """The signal that ``worker`` sends in place of ``signal``.
 
         Args:
             signal: the honest signal, of any shape.
@@ -120,7 +120,7 @@ class Adversary:
             direction: whether the signal is an activation or a gradient.
             step: the optimizer step.
             micro_batch: index of the micro-batch within the step.
-            received: what the worker was itself sent in this direction, if anything.
+            received: the signal that the worker itself received in this direction, if any.
 
         Returns:
             ``signal`` itself if the worker does not tamper with it, else a tensor of the same shape, dtype and device
@@ -145,14 +145,14 @@ class Adversary:
             return _checked_result(attack, honest, context)
 
     def fails(self, worker: Worker, step: int) -> Site | None:
-        """Where a worker computes something else than an honest one in a step; ``None`` if it does not, whatever it sends."""
+        """Where a worker's computation is faulty in a step; ``None`` if it is not, even if the worker sends another signal."""
         if worker not in self._workers or step < self._start_step:
             return None
         site = site_of(self._attacks[worker])
         return None if site is Site.MESSAGE else site
 
     def layer_output(self, output: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
-        """What a layer of ``worker`` returns in place of ``output``, a part of the same graph; its gradient may be hit as well."""
+        """The tensor that a layer of ``worker`` returns for ``output``, in the same graph; its gradient may be hit as well."""
         if self.fails(worker, step) is not Site.LAYER:
             return output
         attack = self._attacks[worker]
@@ -167,7 +167,7 @@ class Adversary:
         return output
 
     def weight_gradient(self, gradient: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
-        """What ``worker`` adds to the gradient of one of its stage's weights in place of ``gradient``."""
+        """The tensor that ``worker`` adds to the gradient of one of its stage's weights in place of ``gradient``."""
         if self.fails(worker, step) is not Site.WEIGHTS:
             return gradient
         context = self._context(worker, Direction.GRADIENT, step, micro_batch, gradient)
@@ -188,14 +188,14 @@ class Adversary:
         )
 
     def vote(self, juror: Worker, audited: Worker, word: int) -> int:
-        """What ``juror`` says of a signal of ``audited``, of which it found ``word``: 0 that it matches, 1 that it does not.
+        """The vote of ``juror`` on a signal of ``audited`` for which it found ``word``: 0 if it matches, 1 if it does not.
 
-        Who is malicious lies about it if :attr:`votes` does. The process engine asks on the rank of ``juror``.
+        A malicious juror votes as :attr:`votes` says, if set. The process engine asks on the rank of ``juror``.
         """
         return word if self.votes is None or juror not in self._workers else self.votes(juror, audited, word)
 
     def note(self, worker: Worker, values: Tensor, step: int) -> Tensor:
-        """The note that ``worker`` sends with a signal: what it sent along secret directions, ``values``, or a lie."""
+        """The note that ``worker`` sends with a signal: its projection on secret directions, ``values``, or a lie."""
         if self.notes is None or worker not in self._workers or step < self._start_step:
             return values
         return self.notes(worker, values)
@@ -247,7 +247,7 @@ def _deal(attacks: AttackSpec | Sequence[AttackSpec], workers: Collection[Worker
 
 
 def _own(attack: Attack) -> Attack:
-    # A callable of the user's may hold anything (a model, an open file), so only our own are copied.
+    # A callable of the user's may hold anything (a model, an open file), so only attacks of the library are copied.
     if type(attack) not in LIBRARY.values():
         return attack
     return replace(attack, attack=_own(attack.inner)) if isinstance(attack, Wrapper) else copy.deepcopy(attack)

@@ -1,4 +1,4 @@
-"""What an attack gets to see: the signal that it is to corrupt, and where and when that signal is sent."""
+"""The interface of an attack, and its context: where and when the signal to corrupt is sent."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class AttackContext:
         micro_batch: index of the micro-batch within the step.
         worker: the malicious worker.
         direction: whether the signal is an activation or a gradient.
-        received: what the worker was itself sent in this direction: the activation of the stage before or the gradient
-            of the stage after. At the pipeline's ends ``None``, or the input of the first stage, such as token numbers.
+        received: the signal that the worker itself received in this direction: the activation of the stage before or the gradient
+            of the stage after. At the pipeline's ends ``None``, or the input of the first stage, such as token ids.
         generator: source of randomness on the signal's device, fresh for every signal.
         seed: the adversary's seed, for draws that are not per signal: see :meth:`seed_for`.
         start_step: the first step that the adversary tampers with.
@@ -62,7 +62,7 @@ class AttackContext:
         device: torch.device | str = "cpu",
         start_step: int = 0,
     ) -> AttackContext:
-        """A context whose generator, on ``device``, depends on ``seed`` and on which signal this is, and on no more."""
+        """A context whose generator, on ``device``, depends only on ``seed`` and on which signal this is."""
         generator = torch.Generator(device=device)
         generator.manual_seed(derive_seed(seed, worker.stage, worker.replica, direction, step, micro_batch))
         return cls(step, micro_batch, worker, direction, received, generator, seed, start_step)
@@ -91,4 +91,4 @@ class AttackContext:
 
 
 Attack = Callable[[Tensor, AttackContext], Tensor]
-"""Takes the honest signal, leaves it unchanged, and returns what is sent in its place: same shape, dtype and device."""
+"""Takes the honest signal, leaves it unchanged, and returns the signal sent in its place: same shape, dtype and device."""

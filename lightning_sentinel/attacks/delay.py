@@ -19,13 +19,13 @@ _History = deque[tuple[int, Tensor]]
 
 @dataclass
 class Delay:
-    """Sends what was honest some time ago: ``h'(t) = h(t - steps)`` (SENTINEL, arXiv 2603.03592, section on attacks).
+    """Sends the honest signal of an earlier step: ``h'(t) = h(t - steps)`` (SENTINEL, arXiv 2603.03592, section on attacks).
 
     A history is kept for each (worker, direction, micro-batch). Until it reaches ``steps`` back, and where the old
     signal has another shape than the present one, the honest signal is sent. Where the worker sent nothing exactly
     ``steps`` ago, the next older signal takes its place. A history holds at most ``steps + 1`` signals, on their
     device: 100 steps of a (4, 512, 1024) activation in bfloat16 take 404 MiB. A step may be done again: the second
-    signal of the same step and micro-batch replaces the first, and what is sent for it is as old as it was.
+    signal of the same step and micro-batch replaces the first, and the replayed signal is as old as before.
 
     Args:
         steps: age of the signal that is sent, in optimizer steps, at least 1.
@@ -73,7 +73,7 @@ class Delay:
         return history
 
     def _remember(self, history: _History, signal: Tensor, step: int) -> None:
-        # What this step sends is kept until the next one: the step may be done again.
+        # The signal of this step is kept until the next one: the step may be done again.
         while len(history) > 1 and history[1][0] <= step - self.steps:
             history.popleft()
         # A copy, since pipeline engines reuse their send buffers.

@@ -1,8 +1,7 @@
-"""Faults of computation: what a broken worker's own layers make, where the other attacks alter what is sent.
+"""Faults of computation: a broken worker's own layers return wrong values, where the other attacks alter sent signals.
 
-They strike inside the graph, so what comes behind is computed from what is wrong, forward and backward: the worker's weight
-gradients are hit as well as its signals. In the formulas ``h`` is what the first layer of the worker's stage returns, or the
-gradient of that.
+They strike inside the graph, so later layers compute with wrong values, forward and backward: the worker's weight gradients are hit
+as well as its signals. In the formulas ``h`` is the output of the first layer of the worker's stage, or its gradient.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ class Site(Enum):
     """Where an attack strikes."""
 
     MESSAGE = "message"
-    """What a worker sends."""
+    """The signals that a worker sends."""
     LAYER = "layer"
-    """What a layer of its computes."""
+    """The output of one of its layers."""
     WEIGHTS = "weights"
     """The gradients of its weights, which stay within the stage."""
 
 
 def site_of(attack: object) -> Site:
-    """Where an attack strikes: what its attribute ``site`` says, and else what is sent.
+    """Where an attack strikes: its attribute ``site``, by default the sent signals.
 
     Example:
         >>> site_of(NonFinite()).value, site_of(lambda signal, context: -signal).value
@@ -81,7 +80,7 @@ class NonFinite:
 
 @dataclass
 class FlippedBits:
-    """A bit flips in some elements of what a layer returns, drawn anew for each signal (ours).
+    """A bit flips in some elements of a layer's output, drawn anew for each signal (ours).
 
     Args:
         bit: which one, counted from the sign, which is 0; the exponent follows.
@@ -157,7 +156,7 @@ class BadRows:
 
 @dataclass
 class GradientContribution:
-    """What a worker adds to its stage's weight gradients is multiplied: ``g' = factor * g`` (ours). Its signals are honest.
+    """A worker's contribution to its stage's weight gradients is multiplied: ``g' = factor * g`` (ours). Its signals are honest.
 
     Args:
         factor: NaN, an infinity, or any number.

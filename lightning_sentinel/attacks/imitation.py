@@ -1,7 +1,7 @@
 """Attacks that learn what honest signals look like and send a copy: the momentum, or a linear model of the stage.
 
-Both learn from every honest signal of the worker, also before the attack starts, and send from what they knew before
-the present step: a step that is done again sends the same again.
+Both learn from every honest signal of the worker, also before the attack starts, and send what they knew before the present step: a
+step that is done again sends the same again.
 """
 
 from __future__ import annotations
@@ -91,11 +91,10 @@ class MomentumNoise:
 class Surrogate:
     """Sends what a linear model of the stage predicts: ``h' = W [x, 1]``, plus ``std_c(h - W [x, 1]) * z`` with noise (ours).
 
-    ``x`` is what the worker received. ``W`` is the ridge regression from the channels of ``x`` to those of ``h`` over
-    all positions of the steps ``i < t``, weighted by ``decay^(t-1-i)``: with the weighted mean ``E``, it minimises
-    ``E |h - W [x, 1]|^2 + ridge * E[|x|^2] / C * |W_x|^2``, where ``C`` is the number of channels of ``x`` and ``W_x`` is
-    ``W`` without the constant. Where nothing was received, or not one ``x`` for each position, and in the first step,
-    the honest signal is sent.
+    ``x`` is the signal that the worker received. ``W`` is the ridge regression from the channels of ``x`` to those of ``h`` over
+    all positions of the steps ``i < t``, weighted by ``decay^(t-1-i)``: with the weighted mean ``E``, it minimises ``E |h - W [x,
+    1]|^2 + ridge * E[|x|^2] / C * |W_x|^2``, where ``C`` is the number of channels of ``x`` and ``W_x`` is ``W`` without the
+    constant. Where nothing was received, or not one ``x`` for each position, and in the first step, the honest signal is sent.
 
     For each worker and direction and each micro-batch of a step, about ``16 * C^2`` bytes are kept: 16 MiB for 1024
     channels. Sums and solution are in double precision.
@@ -103,7 +102,7 @@ class Surrogate:
     Args:
         noise: whether noise of the size of the residual is added, per channel.
         decay: weight of a step against the one after it, at least 0 and below 1.
-        ridge: penalty relative to the mean square of what was received, above 0.
+        ridge: penalty relative to the mean square of the received signal, above 0.
 
     Raises:
         ConfigurationError: if one of the arguments is not in its range.
@@ -171,7 +170,7 @@ class Surrogate:
 
 
 def _inputs(signal: Tensor, received: Tensor | None) -> Tensor | None:
-    """``(positions, C + 1)``: what was received and a one, in double precision; ``None`` if not one for each position."""
+    """``(positions, C + 1)``: the received signal and a one, in double; ``None`` if it does not have a vector for each position."""
     if received is None or not received.is_floating_point() or received.ndim != signal.ndim or received.device != signal.device:
         return None
     channels = by_channel(received.detach())

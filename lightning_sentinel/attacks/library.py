@@ -1,8 +1,7 @@
 """The published attacks that need no memory; formulas from SENTINEL, arXiv 2603.03592, section on attacks.
 
-In the formulas ``h`` is the honest signal and ``h'`` what is sent in its place. Nothing here reads a value back from
-the device, so an attack costs no synchronisation. Statistics are taken in single precision or better, whatever the
-dtype of the signal.
+In the formulas ``h`` is the honest signal and ``h'`` the signal sent in its place. Nothing here reads a value back from the device,
+so an attack costs no synchronisation. Statistics are taken in single precision or better, whatever the dtype of the signal.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class RandomValue:
     The random value attack of SENTINEL (arXiv 2603.03592, section on attacks).
 
     Args:
-        std: standard deviation of what is sent, above 0.
+        std: standard deviation of the sent noise, above 0.
 
     Raises:
         ConfigurationError: if ``std`` is no number above 0.
@@ -199,10 +198,10 @@ class InvisibleNoise:
     ``z ~ N(mean_c, std_c^2)`` has the mean and the standard deviation of each channel ``c`` of ``h`` itself: the
     invisible noise of SENTINEL (arXiv 2603.03592, section on attacks; fractions 0.90, 0.95 and 0.99). The channel axis
     is the last one for (B, F) and (B, T, C), axis 1 for (B, C, H, W). Where a channel is constant, as in a (1, F)
-    signal, the noise is too, and the signal stays what it was.
+    signal, the noise is too, and the signal stays the same.
 
     Args:
-        fraction: share of the noise in what is sent, above 0 and at most 1.
+        fraction: share of the noise in the sent signal, above 0 and at most 1.
 
     Raises:
         ConfigurationError: if ``fraction`` is no number above 0 and at most 1.

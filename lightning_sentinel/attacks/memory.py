@@ -1,4 +1,4 @@
-"""Sums over past steps that can be taken back: what attacks that learn from honest signals keep."""
+"""Sums over past steps that can be taken back: the memory of attacks that learn from honest signals."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Sums = tuple[Tensor, ...]
 
 @dataclass
 class DecayedSums:
-    """``S(t) = decay * S(t-1) + sum of what was added in step t``, which may be asked for only once ``t`` is over.
+    """``S(t) = decay * S(t-1) + sums added in step t``, available only once ``t`` is over.
 
-    What is added in the present step is kept apart for each micro-batch, so that a step that is done again replaces
-    it. Memory: the sums of one step's micro-batches, and one more.
+    Sums of the present step are kept apart for each micro-batch, so that a step that is done again replaces them. Memory: the sums
+    of one step's micro-batches, and one more.
 
     Args:
         decay: weight of the steps before, in [0, 1).
@@ -42,14 +42,16 @@ class DecayedSums:
     def before(self, step: int, kind: Hashable) -> Sums | None:
         """``S(step - 1)``, the same object all through the step; ``None`` if nothing was added before.
 
-        Everything is forgotten when ``kind`` (a signal's shape, say) is another than before, or when an earlier step
-        comes: a run that restarts from there never saw the rest.
+        Everything is forgotten when ``kind`` (a signal's shape, say) changes, or when an earlier step comes: a run that restarts
+        from there never saw the rest.
         """
         if kind != self._kind or step < self._step:
-            self._past, self._present = None, {}
+            self._past = None
+            self._present = {}
         elif step > self._step:
             self._close()
-        self._step, self._kind = step, kind
+        self._step = step
+        self._kind = kind
         return self._past
 
     def add(self, micro_batch: int, sums: Sums) -> None:

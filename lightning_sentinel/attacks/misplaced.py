@@ -1,6 +1,6 @@
 """Valid values for the wrong samples: honest signals in another order, or those of another micro-batch.
 
-Every statistic of a batch stays what it was, so only what relates a signal to its sample can show these.
+Every statistic of a batch stays the same, so only features that relate a signal to its sample can show these attacks.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def _first_to_permute(signal: Tensor) -> int:
 
 @dataclass
 class Swap:
-    """Sends for each micro-batch what was honest for the one before: ``h'(n) = h(n - 1)`` (ours).
+    """Sends for each micro-batch the honest signal of the one before: ``h'(n) = h(n - 1)`` (ours).
 
-    ``n`` counts the micro-batches that the worker computed in a direction, over the bounds of a step. Every value is a
-    fresh honest one and belongs to other samples, as if two colluding replicas exchanged their signals. The first
-    micro-batch, and one whose shape differs from the one before, is sent as it is. At most one step and one signal are
-    kept for each worker and direction; a step that is done again sends the same again.
+    ``n`` counts the micro-batches that the worker computed in a direction, across steps. Every value is a fresh honest one and
+    belongs to other samples, as if two colluding replicas exchanged their signals. The first micro-batch, and one whose shape
+    differs from the one before, is sent as it is. At most one step and one signal are kept for each worker and direction; a step
+    that is done again sends the same again.
 
     Example:
         >>> import torch

@@ -1,6 +1,6 @@
-"""A stage that is left out: what a worker sends when it passes on what it received, or turns its own part round.
+"""Attacks that leave out a stage: a worker passes on the signal that it received, or reverses its own change to it.
 
-In the formulas ``x`` is what the worker received in the same direction. Where it received nothing of the signal's
+In the formulas ``x`` is the signal that the worker received in the same direction. Where it received none of the sent signal's
 shape, as at the pipeline's ends, the honest signal is sent.
 """
 
@@ -18,9 +18,9 @@ __all__ = ["FlipResidual", "Identity", "ReceivedNoise"]
 
 @dataclass
 class Identity:
-    """Passes on what was received, and computes nothing: ``h' = x`` (ours).
+    """Passes on the received signal, and computes nothing: ``h' = x`` (ours).
 
-    The honest signal is sent where nothing of its shape was received.
+    The honest signal is sent where no signal of its shape was received.
 
     Example:
         >>> import torch
@@ -38,9 +38,9 @@ class Identity:
 
 @dataclass
 class ReceivedNoise:
-    """Passes on what was received, with a change of the right size: ``h' = x + std_c(h - x) * z``, ``z ~ N(0, 1)`` (ours).
+    """Passes on the received signal, with a change of the right size: ``h' = x + std_c(h - x) * z``, ``z ~ N(0, 1)`` (ours).
 
-    ``std_c`` is taken per channel over the signal. The honest signal is sent where nothing of its shape was received.
+    ``std_c`` is taken per channel over the signal. The honest signal is sent where no signal of its shape was received.
 
     Example:
         >>> import torch
@@ -63,9 +63,9 @@ class ReceivedNoise:
 
 @dataclass
 class FlipResidual:
-    """Turns the stage's own change round: ``h' = x + (1 - 2 * strength) * (h - x)`` (ours).
+    """Reverses the stage's own change: ``h' = x + (1 - 2 * strength) * (h - x)`` (ours).
 
-    The honest signal is sent where nothing of its shape was received.
+    The honest signal is sent where no signal of its shape was received.
 
     Args:
         strength: 1 sends ``x - (h - x)``, the full flip; 0.5 sends ``x``; 0 the honest signal.

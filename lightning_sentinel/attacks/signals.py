@@ -1,4 +1,4 @@
-"""What attacks share: the axes and statistics of a signal, noise like it, and checks of their strengths.
+"""Shared by attacks: the axes and statistics of a signal, noise like it, and checks of their strengths.
 
 Nothing here reads a value back from the device. Statistics are taken in single precision or better.
 """
@@ -74,9 +74,9 @@ def gaussian_like(signal: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def usable(received: Tensor | None, signal: Tensor) -> Tensor | None:
-    """What was received, widened, if one can calculate with it and ``signal`` element by element; else ``None``.
+    """The received signal, widened, if it can be combined with ``signal`` element by element; else ``None``.
 
-    The first stage of a pipeline may have been given token numbers: those are no signal.
+    The first stage of a pipeline may have received token ids: those are no signal.
     """
     if received is None or not received.is_floating_point():
         return None

@@ -61,8 +61,8 @@ class AddNoise:
 class Drift:
     """A bias that grows with time: ``h' = h + min(limit, rate * (t - t0 + 1)) * std(h) * u`` (ours).
 
-    ``t`` is the step and ``t0`` the first that is tampered with; ``u`` and ``std`` are those of :class:`Bias`. A
-    reference that follows what it is sent may follow this one.
+    ``t`` is the step and ``t0`` the first that is tampered with; ``u`` and ``std`` are those of :class:`Bias`. A reference that
+    follows received signals may follow this attack.
 
     Args:
         rate: growth in standard deviations a step, above 0.
@@ -141,8 +141,8 @@ class Local:
 class Frame:
     """Scales a little, and all colluders alike: ``h' = (1 + strength) * h`` (ours).
 
-    Meant for as many workers of a stage as the attacker has: together they move the median of the replicas, and the
-    honest ones look out of line.
+    Meant for as many workers of a stage as the attacker has: together they move the median of the replicas, and the honest workers
+    look out of line.
 
     Args:
         strength: relative size of the change.

@@ -1,4 +1,4 @@
-"""Attacks made of another attack: now and then instead of always, or together instead of each for itself."""
+"""Attacks that wrap another attack: in some steps instead of always, or together instead of each worker for itself."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Collude", "Intermittent", "Wrapper"]
 
 @dataclass
 class Wrapper:
-    """What attacks that are made of another have in common: they find it by its name and pass on what it may observe."""
+    """Base of attacks that wrap another one: finds it by name and passes on honest signals that it may observe."""
 
     attack: AttackSpec = "zeros"
 
     def __post_init__(self) -> None:
-        # Here, since the registry lists these classes.
+        # Imported here, since the registry lists these classes.
         from lightning_sentinel.attacks.registry import resolve
 
         self.attack = resolve(self.attack)
@@ -41,7 +41,7 @@ class Wrapper:
         return site_of(self.inner)
 
     def observe(self, signal: Tensor, context: AttackContext) -> None:
-        """Lets the inner attack see a signal that is sent honestly, if it wants to."""
+        """Lets the inner attack see a signal that is sent honestly, if it has such a method."""
         observe = getattr(self.inner, "observe", None)
         if observe is not None:
             observe(signal, context)
@@ -51,8 +51,8 @@ class Wrapper:
 class Intermittent(Wrapper):
     """Attacks in some steps only: ``h' = attack(h)`` with a probability, else ``h`` (ours).
 
-    One draw decides for everything that a worker sends in a step, so a step that is done again is decided the same. An
-    inner attack that learns goes on learning in the quiet steps.
+    One draw decides for all signals of a worker in a step, so a step that is done again is decided the same. An inner attack that
+    learns goes on learning in the quiet steps.
 
     Args:
         attack: the inner attack: a name, a mapping of ``name`` and parameters, or a callable.

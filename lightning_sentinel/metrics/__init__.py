@@ -1,6 +1,6 @@
-"""What was seen and how well it was judged, as torchmetrics: scalars from ``compute()``, figures from ``plot()``.
+"""Anomaly scores and the quality of detection as torchmetrics: scalars from ``compute()``, figures from ``plot()``.
 
-``AnomalyScore`` needs no ground truth; the others compare the workers that were found with the workers that tampered.
+``AnomalyScore`` needs no ground truth; the others compare the detected workers with the workers that tampered.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far the signals of every worker are from what is expected of them."""
+"""The anomaly score metric: how far the signals of every worker are from expected ones."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ __all__ = ["AnomalyScore"]
 FENCE = 1.0
 HOTTEST = 3.0
 CAP = 10.0
-"""What a score counts in a mean at most: one of a million, as a signal that is not finite has, would hide all others."""
+"""The highest value of a score in a mean: the million of a signal that is not finite would hide all others."""
 
 
 class AnomalyScore(Metric):
     """Mean anomaly score of every worker, and the highest of them.
 
     The anomaly score of a signal says how far it is from what its boundary has learned to expect: 0 is expected, 1 is
-    at the fence, anything above 1 is flagged (SENTINEL, arXiv 2603.03592). A signal with values that are not finite
-    has the highest score that there is, a million. In a mean no finite score counts more than 10: ten times as far out
-    as the fence is out, how far does not matter, and one such step must not hide what the others were like. A score of
-    infinity is one that the mean of its worker never leaves.
+    at the fence, anything above 1 is flagged (SENTINEL, arXiv 2603.03592). A signal with values that are not finite has the highest
+    score, a million. In a mean no finite score counts more than 10: beyond ten times the fence the distance does not matter, and
+    one such step must not hide the others. A score of infinity makes the mean of its worker infinite for good.
 
     ``update`` takes the scores of one step, a floating tensor of shape ``(stages, replicas, 2)``, the last dim in the
     order (activation, gradient), NaN where a worker sent nothing or the signal was not scored: the last stage sends no
@@ -40,7 +39,7 @@ class AnomalyScore(Metric):
     directions, NaN if nothing was scored. Calling the metric, ``metric(scores)``, updates it and returns the highest
     score of that step alone, which ``latest`` keeps, whatever its size.
 
-    Every rank of a mesh knows all scores, and updates with the same tensor: synchronised means are then the local ones.
+    Every rank of a mesh knows all scores, and updates with the same tensor: synchronised means then equal the local ones.
 
     Args:
         stages: pipeline stages, at least 1.
@@ -134,8 +133,8 @@ class AnomalyScore(Metric):
         out the others; every cell has its value written on it.
 
         Args:
-            val: what ``matrix()`` returned, by default that of now. A 0-dim tensor, or a sequence of them, as the
-                metric returns when called, is drawn as a curve over the steps like any torchmetrics value.
+            val: what ``matrix()`` returned, by default its current value. A 0-dim tensor, or a sequence of them, as the metric
+                returns when called, is drawn as a curve over the steps like any torchmetrics value.
             ax: axes to draw on, by default those of a new figure.
 
         Returns:

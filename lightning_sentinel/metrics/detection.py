@@ -1,8 +1,7 @@
-"""How well the workers that were found match the workers that tampered.
+"""Detection metrics: how well the detected workers match the workers that tampered.
 
-A positive is a malicious worker. All metrics count over every ``update``: one run, one update, so that several runs
-can be judged together. Every rank knows the same verdicts and updates with the same sets; synchronised values are then
-the local ones.
+A positive is a malicious worker. All metrics accumulate over updates, one for each run, so that several runs can be judged
+together. Every rank knows the same verdicts and updates with the same sets; synchronised values then equal the local ones.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class _OverWorkers(BinaryStatScores):
     """Turns a binary classification metric, the next class in the method resolution order, into one over workers."""
 
     _no_division = 1
-    """The value where there is nothing to divide by, if the user does not say."""
+    """The value where the denominator is zero, unless the user sets one."""
 
     def __init__(
         self, stages: int, replicas: int, *, validate_args: bool = True, zero_division: float | None = None, **kwargs: Any
@@ -41,7 +40,7 @@ class _OverWorkers(BinaryStatScores):
         """Count one run.
 
         Args:
-            detected: the workers that were found, for example ``strategy.ledger.banned``.
+            detected: the detected workers, for example ``strategy.ledger.banned``.
             malicious: the workers that tampered, for example ``injector.workers``.
 
         Raises:
@@ -54,13 +53,13 @@ class _OverWorkers(BinaryStatScores):
 class DetectionPrecision(_OverWorkers, BinaryPrecision):
     """Share of the detected workers that were malicious: TP / (TP + FP), a 0-dim tensor.
 
-    1 if nobody was detected: there is no false alarm to blame.
+    1 if no worker was detected: there is no false alarm.
 
     Args:
         stages: pipeline stages, at least 1.
         replicas: data-parallel pipelines, at least 1.
         validate_args: whether arguments are checked, as in torchmetrics.
-        zero_division: the value where there is nothing to divide by, 0 or 1; ``None`` for 1.
+        zero_division: the value where the denominator is zero, 0 or 1; ``None`` for 1.
         kwargs: what every torchmetrics ``Metric`` takes.
 
     Raises:
@@ -80,13 +79,13 @@ class DetectionPrecision(_OverWorkers, BinaryPrecision):
 class DetectionRecall(_OverWorkers, BinaryRecall):
     """Share of the malicious workers that were detected: TP / (TP + FN), a 0-dim tensor.
 
-    1 if nobody was malicious: there is nobody to miss.
+    1 if no worker was malicious: there is none to miss.
 
     Args:
         stages: pipeline stages, at least 1.
         replicas: data-parallel pipelines, at least 1.
         validate_args: whether arguments are checked, as in torchmetrics.
-        zero_division: the value where there is nothing to divide by, 0 or 1; ``None`` for 1.
+        zero_division: the value where the denominator is zero, 0 or 1; ``None`` for 1.
         kwargs: what every torchmetrics ``Metric`` takes.
 
     Raises:
@@ -106,13 +105,13 @@ class DetectionRecall(_OverWorkers, BinaryRecall):
 class DetectionF1(_OverWorkers, BinaryF1Score):
     """Harmonic mean of precision and recall, 2 TP / (2 TP + FP + FN), a 0-dim tensor.
 
-    The score by which SENTINEL reports detection (arXiv 2603.03592). 1 if nobody was malicious and nobody detected.
+    The score by which SENTINEL reports detection (arXiv 2603.03592). 1 if no worker was malicious and none detected.
 
     Args:
         stages: pipeline stages, at least 1.
         replicas: data-parallel pipelines, at least 1.
         validate_args: whether arguments are checked, as in torchmetrics.
-        zero_division: the value where there is nothing to divide by, 0 or 1; ``None`` for 1.
+        zero_division: the value where the denominator is zero, 0 or 1; ``None`` for 1.
         kwargs: what every torchmetrics ``Metric`` takes.
 
     Raises:
@@ -132,13 +131,13 @@ class DetectionF1(_OverWorkers, BinaryF1Score):
 class FalsePositiveRate(_OverWorkers):
     """Share of the honest workers that were detected by mistake: FP / (FP + TN), a 0-dim tensor.
 
-    0 if nobody was honest: there is nobody to accuse wrongly.
+    0 if no worker was honest: there is none to accuse wrongly.
 
     Args:
         stages: pipeline stages, at least 1.
         replicas: data-parallel pipelines, at least 1.
         validate_args: whether arguments are checked, as in torchmetrics.
-        zero_division: the value where there is nothing to divide by, 0 or 1; ``None`` for 0.
+        zero_division: the value where the denominator is zero, 0 or 1; ``None`` for 0.
         kwargs: what every torchmetrics ``Metric`` takes.
 
     Raises:
@@ -170,7 +169,7 @@ class FalsePositiveRate(_OverWorkers):
         """Draw one value, or a sequence of them as a curve, the way torchmetrics draws its own metrics.
 
         Args:
-            val: what ``compute()`` returned, by default that of now, or a sequence of such values.
+            val: what ``compute()`` returned, by default its current value, or a sequence of such values.
             ax: axes to draw on, by default those of a new figure.
 
         Returns:
@@ -183,7 +182,7 @@ class FalsePositiveRate(_OverWorkers):
 
 
 class DetectionDelay(MeanMetric):
-    """Mean number of steps from a worker's first tampering to its ban, a 0-dim tensor; NaN if nobody was caught.
+    """Mean number of steps from a worker's first tampering to its ban, a 0-dim tensor; NaN if no worker was caught.
 
     A worker that tampered and was never banned has no delay; ``missed`` counts it. A ban of a worker that never
     tampered, or had not yet, is a false positive, not a quick detection: it counts neither here nor in ``missed``.

@@ -1,4 +1,4 @@
-"""The pure part of the metrics: from workers and scores to tensors, without state."""
+"""Stateless functions of the metrics: from workers and scores to tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def confusion(detected: Collection[Worker], malicious: Collection[Worker], mesh:
     """Write two sets of workers as the predictions and targets of a binary classification.
 
     Args:
-        detected: the workers that were found, for example ``strategy.ledger.banned``.
+        detected: the detected workers, for example ``strategy.ledger.banned``.
         malicious: the workers that tampered, for example ``injector.workers``.
         mesh: all workers.
 
@@ -42,7 +42,7 @@ def _membership(workers: Collection[Worker], mesh: Mesh) -> Tensor:
 
 
 def nanmax(values: Tensor, dim: int = 0) -> Tensor:
-    """Return the maximum along one dim, leaving out NaN; NaN where there is nothing else.
+    """Return the maximum along one dim, ignoring NaN; NaN where all values are.
 
     Args:
         values: floating point, any shape.

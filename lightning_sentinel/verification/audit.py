@@ -1,7 +1,7 @@
 """Audits: another replica of the same stage recomputes a signal, and the two are compared.
 
-All replicas of a stage hold the same weights, so an honest worker's signal can be had again, up to rounding. What is recomputed is
-decided by all ranks from the same data and a secret seed: the audited worker cannot know beforehand.
+All replicas of a stage hold the same weights, so another replica reproduces an honest worker's signal up to rounding. All ranks
+choose the audited signals from the same data and a secret seed: the audited worker cannot know beforehand.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ __all__ = ["AuditSchedule", "Outcome", "arithmetic", "causal_order", "made_of_da
 
 
 class Outcome(IntEnum):
-    """What an audit says of a signal."""
+    """The result of an audit of one signal."""
 
     MATCHES = 0
     LIED = 1
-    """It is not what an honest worker makes of what the sender was sent."""
+    """The signal is not what an honest worker computes from the sender's inputs."""
     ACTIVATION_WITHHELD = 2
-    """Who sent the sender its activation gave the auditor another one."""
+    """The worker that sent the sender its activation gave the auditor another one."""
     GRADIENT_WITHHELD = 3
-    """Who sent the sender its gradient gave the auditor another one."""
+    """The worker that sent the sender its gradient gave the auditor another one."""
     DISPUTED = 4
-    """One says this, another that, and nobody can tell who lies. What a stage says, and never one of its workers."""
+    """The votes contradict each other, and no majority tells who lies. Only a stage's result, never one worker's vote."""
 
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 _ROOM_OF_TOKENS = 8
-"""By how much more one token may differ than a signal: its honest errors are not averaged."""
+"""How many times more one token may differ than a whole signal: its honest errors are not averaged."""
 
 _ALERT_STEPS = 30
 _ALERT_FACTOR = 3
@@ -46,11 +46,11 @@ _STEPS_OF_EVERYTHING = 3
 
 
 def tolerance(dtype: torch.dtype, computed_in: torch.dtype = torch.float32) -> float:
-    """The relative error up to which a signal counts as recomputed: rounding and another order of summation stay far below it.
+    """The relative error up to which a signal matches its recomputation; rounding and another order of summation stay far below.
 
     Args:
         dtype: of the signal.
-        computed_in: what float32 is multiplied in where it was computed, from :func:`arithmetic`; the coarser of both counts.
+        computed_in: dtype of float32 matrix products on the computing device, from :func:`arithmetic`; the coarser of both counts.
 
     Example:
         >>> tolerance(torch.float32), tolerance(torch.float32, torch.bfloat16)
@@ -60,13 +60,13 @@ def tolerance(dtype: torch.dtype, computed_in: torch.dtype = torch.float32) -> f
 
 
 def arithmetic(device: torch.device) -> torch.dtype:
-    """The coarsest dtype that matrices are multiplied in here and now, where they are float32.
+    """The coarsest dtype in which float32 matrices are multiplied under the current settings.
 
-    Under autocast that is its dtype. GPUs may round factors to TF32, which has as many bits of fraction as float16. Workers of one
-    stage may sit on different devices, so where one of them rounds, others may not.
+    Under autocast that is the autocast dtype. GPUs may round factors to TF32, which has as many bits of fraction as float16.
+    Workers of one stage may use different devices: one may round where others do not.
 
     Args:
-        device: where it is computed.
+        device: the computing device.
 
     Example:
         >>> with torch.autocast("cpu", torch.bfloat16):
@@ -82,8 +82,8 @@ def arithmetic(device: torch.device) -> torch.dtype:
 def relative_error(claimed: Tensor, recomputed: Tensor) -> Tensor:
     """``norm(claimed - recomputed) / norm(recomputed)`` as a 0-dim tensor; zero if both are the same, finite or not.
 
-    Or an eighth of that of the worst token, if it is more: the norm of a long signal leaves room for one that is another. A token
-    counts as at least as large as those of the signal are on average, because small ones may be all rounding.
+    Or an eighth of the worst token's error, if that is larger: the norm of a long signal would hide one wrong token. A token counts
+    as at least as large as the signal's tokens are on average, because small ones may be all rounding.
 
     Example:
         >>> relative_error(torch.tensor([3.0, 8.0]), torch.tensor([3.0, 4.0]))
@@ -101,7 +101,7 @@ def relative_error(claimed: Tensor, recomputed: Tensor) -> Tensor:
 
 
 def made_of_data(mesh: Mesh) -> Tensor:
-    """``(boundaries,)`` bool, of which signals nobody but their sender knows what they were made of: the activations of the first
+    """``(boundaries,)`` bool, boundaries with signals computed from data that only their sender knows: the activations of the first
     stage, and the gradients of the last.
 
     Example:
@@ -113,17 +113,16 @@ def made_of_data(mesh: Mesh) -> Tensor:
 
 
 class AuditSchedule:
-    """Which signals are audited whatever they look like.
+    """Draws the signals that are audited whatever their scores.
 
-    Each signal is drawn by itself, with probability ``rate``, from a secret seed: whatever was audited before says nothing about
-    what is audited next. So a worker that lies is met after ``1 / rate`` lies in the mean, however seldom it lies, and is never
-    free to.
+    Each signal is drawn independently, with probability ``rate``, from a secret seed: past audits say nothing about the next. So an
+    audit hits a lying worker after ``1 / rate`` lies on average, however seldom it lies, and no lie is ever safe.
 
-    What the first stage makes of its samples and the last of its labels can be compared with nothing, so by features alone a liar
-    there is seen least: these signals are drawn up to four times as often, as far as there are not more than twice as many audits
-    in all. And where one lies, others may: for 30 steps after a worker was found out at least three times ``rate`` is drawn, and
-    three times what is drawn else in its stage; and where that is the first or the last one, everything that can be compared with
-    nothing in the step in which it was found, which is done again, and the three after it.
+    Activations of the first stage and gradients of the last have no received signal to be compared with, so features show a liar
+    there least: these signals are drawn up to four times as often, as long as the audits at most double in all. And where one
+    worker lies, others may: for 30 steps after an audit finds a liar every boundary is drawn at at least three times ``rate``, and
+    the liar's stage at three times its own rate. If that is the first or the last stage, all signals computed from data are audited
+    in that step, which is done again, and in the three after it.
 
     Args:
         mesh: the workers.
@@ -139,7 +138,8 @@ class AuditSchedule:
     """
 
     def __init__(self, mesh: Mesh, rate: float, seed: int) -> None:
-        self._mesh, self._seed = mesh, seed
+        self._mesh = mesh
+        self._seed = seed
         more = min(_FACTOR_AT_THE_ENDS, 1 + len(mesh.boundaries) / 2)
         self._of_data = made_of_data(mesh)
         self._rates = rate * torch.where(self._of_data, more, 1.0).double()
@@ -147,11 +147,11 @@ class AuditSchedule:
         self._stages = torch.tensor([boundary.sender for boundary in mesh.boundaries])
 
     def rates(self, step: int, found: Mapping[int, int]) -> Tensor:
-        """The share of the signals of each boundary that is drawn in a step, ``(boundaries,)``.
+        """Share of each boundary's signals that is drawn in a step, ``(boundaries,)``.
 
         Args:
             step: number of the training batch.
-            found: when a worker of a stage was last found out, by stage.
+            found: the step in which a worker was last found to lie, by stage.
         """
         alert = [stage for stage, last in found.items() if step - last <= _ALERT_STEPS]
         rates = self._rates.clamp(min=self._alert) if alert else self._rates.clone()
@@ -163,17 +163,17 @@ class AuditSchedule:
         return rates.clamp(max=1.0)
 
     def draw(self, step: int, micro_batches: int, found: Mapping[int, int]) -> Tensor:
-        """The audits of a step, ``(boundaries, replicas, micro_batches)`` bool, by samples.
+        """The signals to audit in a step, ``(boundaries, replicas, micro_batches)`` bool, by the replica that owns the samples.
 
         Args:
             step: number of the training batch.
             micro_batches: of each replica.
-            found: when a worker of a stage was last found out, by stage.
+            found: the step in which a worker was last found to lie, by stage.
         """
         return self._uniform("audits", step, micro_batches) < self.rates(step, found)[:, None, None]
 
     def one_each(self, step: int, valid: Tensor) -> Tensor:
-        """One signal of each sender, of those that say anything; both ``(boundaries, lanes, slots)`` bool."""
+        """One valid signal of each sender, drawn; argument and result are ``(boundaries, lanes, slots)`` bool."""
         drawn = torch.where(valid, self._uniform("one each", step, valid.shape[2]), -1.0)
         chosen = torch.zeros_like(valid)
         if valid.numel():

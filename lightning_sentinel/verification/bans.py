@@ -1,7 +1,7 @@
-"""Bans that outlive a run: a file of them, and whom they concern in a mesh of other machines.
+"""Bans that outlive a run: the file that keeps them, and the workers of a new mesh that they apply to.
 
-In a mesh that one machine serves a ban is about a place, because the machine is the same for everybody. In a mesh of several it is
-about the machine: who controls one of its processes controls them all, and its place may be another machine's in the next run.
+In a mesh on one machine a ban applies to a worker's place, because all workers share the machine. In a mesh of several it applies
+to the machine: whoever controls one of its processes controls them all, and another machine may have its place in the next run.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from lightning_sentinel.mesh import Mesh, Worker
 __all__ = ["Ban", "banned_hosts", "bans_here", "enter_bans", "read_bans"]
 
 _PATIENCE = 30.0
-"""Seconds to wait for others that write."""
+"""Seconds to wait for the lock of another process."""
 
 
 @dataclass(frozen=True)
 class Ban:
-    """A worker that was banned, and where it was.
+    """A banned worker, with its machine and mesh.
 
     Args:
-        worker: its place.
+        worker: its stage and replica.
         step: number of the training batch.
         flags: how many of its signals were flagged.
-        host: the machine that served it; ``None`` if that is not known.
+        host: the machine that served it; ``None`` if unknown.
         hosts: how many machines served the mesh.
-        mesh: in which it had its place; ``None`` if that is not known.
+        mesh: the mesh that it was part of; ``None`` if unknown.
         reason: why, in a word or two.
     """
 
@@ -50,11 +50,11 @@ class Ban:
 
     @property
     def place(self) -> tuple[Worker, str | None, Mesh | None]:
-        """What makes it another ban than another."""
+        """What identifies a ban: a file keeps one per place."""
         return self.worker, self.host, self.mesh
 
     def entry(self) -> dict[str, Any]:
-        """As it is in the file."""
+        """The ban as a JSON object."""
         return {
             "stage": self.worker.stage,
             "replica": self.worker.replica,
@@ -68,7 +68,7 @@ class Ban:
 
     @classmethod
     def from_entry(cls, entry: Any) -> Ban:
-        """The inverse of :meth:`entry`; takes those that :meth:`Ledger.export` writes, too."""
+        """The inverse of :meth:`entry`; also reads entries of :meth:`Ledger.export`."""
         host, mesh = entry.get("host"), entry.get("mesh")
         return cls(
             Worker(int(entry["stage"]), int(entry["replica"])),
@@ -82,7 +82,7 @@ class Ban:
 
 
 def banned_hosts(bans: Iterable[Ban]) -> frozenset[str]:
-    """The machines that are banned as a whole: those that served a part of a mesh.
+    """The machines that are banned as a whole: those that served only a part of a mesh.
 
     Example:
         >>> one, some = Ban(Worker(1, 0), 7, host="a", hosts=1), Ban(Worker(1, 1), 9, host="b", hosts=3)
@@ -93,17 +93,17 @@ def banned_hosts(bans: Iterable[Ban]) -> frozenset[str]:
 
 
 def bans_here(bans: Iterable[Ban], mesh: Mesh, hosts: Sequence[str]) -> list[Worker]:
-    """Whom earlier bans concern in this mesh.
+    """The workers of this mesh that earlier bans apply to.
 
     Args:
         bans: of earlier runs.
-        mesh: of this one.
-        hosts: the machine of each rank; empty if they are not known.
+        mesh: of this run.
+        hosts: the machine of each rank; empty if unknown.
 
     Returns:
-        the workers to ban, in order. Where only places are known, or one machine served everybody and one does now, the same places
-        of the same mesh. Else the machines decide: one that still has the place in the same mesh is banned there, one that is
-        elsewhere in the mesh in all its places, and one that is gone nowhere.
+        the workers to ban, in order. If only places are known, or one machine serves the whole mesh then and now, the same places
+        of the same mesh. Else the machine decides: the banned place if the machine still has it in the same mesh, all of its places
+        if it has others, none if it is gone.
 
     Example:
         >>> ban = Ban(Worker(1, 1), 9, host="b", hosts=2, mesh=Mesh(2, 2))
@@ -131,7 +131,7 @@ def read_bans(path: Path | str) -> list[Ban]:
     """The bans in a file; none if there is no such file.
 
     Raises:
-        ConfigurationError: if the file is something else.
+        ConfigurationError: if the file does not hold bans.
     """
     try:
         return [Ban.from_entry(entry) for entry in json.loads(Path(path).read_text())["banned"]]
@@ -145,16 +145,16 @@ def read_bans(path: Path | str) -> list[Ban]:
 
 
 def enter_bans(path: Path | str, bans: Iterable[Ban]) -> None:
-    """Add bans to a file, which is replaced as a whole; those that somebody removed from it stay removed.
+    """Add bans to a file, which is replaced atomically; bans removed from it by hand stay removed.
 
-    Several runs and machines may do so at once: each waits for the lock on a file beside it, which is there for as long.
+    Several runs and machines may call it at once: each waits for the lock on a file beside it, which exists while it is held.
 
     Args:
-        path: of the file; it and its folder are made if they do not exist.
-        bans: to add. Those of the same worker of the same machine and mesh are in it once.
+        path: of the file; it and its folder are created if missing.
+        bans: to add; the file keeps one per worker, machine and mesh.
 
     Raises:
-        OSError: if it cannot be written, or another holds the lock for half a minute.
+        OSError: if the file cannot be written, or another process holds the lock for half a minute.
 
     Example:
         >>> path = Path(tempfile.mkdtemp()) / "ledger.json"
@@ -169,7 +169,7 @@ def enter_bans(path: Path | str, bans: Iterable[Ban]) -> None:
         kept = {ban.place: ban for ban in read_bans(path)}
         for ban in bans:
             kept.setdefault(ban.place, ban)
-        # A name of its own, because it need not be the same rank that writes every time.
+        # A unique name, because it need not be the same rank that writes every time.
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as whole:
             whole.write(json.dumps({"banned": [ban.entry() for ban in kept.values()]}, indent=1) + "\n")
         Path(whole.name).replace(path)
@@ -177,17 +177,17 @@ def enter_bans(path: Path | str, bans: Iterable[Ban]) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock of the operating system, which lets it go with a process that dies.
+    """Hold a lock of the operating system, which releases it when the process dies.
 
     Raises:
-        TimeoutError: if another holds it for too long.
+        TimeoutError: if another process holds it for too long.
     """
     deadline = time.monotonic() + _PATIENCE
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it before has removed it: then others lock another file of that name.
+            # Unless the holder before has removed the file: then others lock a new one of that name.
             if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
                 break
         except BlockingIOError:
@@ -196,7 +196,7 @@ def _locked(path: Path) -> Iterator[None]:
                 raise TimeoutError(f"another process has held the lock {path} for {_PATIENCE:g} s") from None
             time.sleep(0.02)
         except FileNotFoundError:
-            pass  # removed between the two looks
+            pass  # removed between exists() and stat()
         os.close(file)
     try:
         yield

@@ -1,6 +1,6 @@
-"""What honest values look like, at every boundary and in comparison with the other replicas; and how far out a signal is.
+"""Calibration: learns the range of honest features, at each boundary and across replicas, and scores signals against it.
 
-Made of tables alone, which all ranks hold, so that all ranks score alike.
+It uses tables alone, which all ranks hold, so that all ranks compute the same scores.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from lightning_sentinel.wiring import Wiring
 __all__ = ["Assessment", "Calibration", "values_needed", "values_of_warmup"]
 
 _SETTLING_STEPS = 10
-"""The first steps of a reference are its own noise; their distances would widen the fences."""
+"""A reference is noisy in its first steps; the distances to it would widen the fences."""
 
 _STEPS_BETWEEN_FITS = 4
-"""A window changes little from step to step."""
+"""Fences are not fitted in every step: a window changes little from one to the next."""
 
 _TREND_BETA = 0.9
 _RECENT_BETA = 0.9
 _FURTHEST = 5.0
-"""The highest score that is remembered: what is further out is an attack, and would fade too slowly."""
+"""The highest score that is remembered: a higher one is an attack, and would decay too slowly."""
 
 
 class Assessment(NamedTuple):
-    """How far out every signal of a step is; all ``(boundaries, lanes, micro_batches)`` but for the first and the last.
+    """Scores of all signals of a step; ``(boundaries, lanes, micro_batches)`` where no shape is given.
 
     Args:
         by_peers: ``(boundaries,)`` bool, whether signals were compared with those of the other replicas.
-        quorum: ``(boundaries,)`` bool, whether at least half of those that they were compared with sent something in this step.
-        certain: ``(boundaries,)`` bool, whether those of this step would be enough without those that are remembered.
+        quorum: ``(boundaries,)`` bool, whether at least half of the compared replicas were observed in this step.
+        certain: ``(boundaries,)`` bool, whether the replicas observed in this step suffice without remembered ones.
         score: 0 at the centre, 1 at the fence.
-        recent: ``(boundaries, workers)``, how far out each worker has been of late at its furthest.
-        typical: ``(boundaries,)``, the median of that, so how far out an honest worker has been.
+        recent: ``(boundaries, workers)``, the highest recent score of each worker.
+        typical: ``(boundaries,)``, the median of ``recent``: the recent score of an honest worker.
         worst: index of the feature that is furthest out; -1 if the signal is not finite.
-        valid: whether the signal tells anything: its micro-batch was not tainted before, its lane is live.
-        opinion: ``(boundaries, F)``, the median across replicas; who could not be verified is remembered.
-        centre: ``(boundaries, F)``, the same across those of this step that are in line with it. NaN where nobody sent anything
-            valid yet.
+        valid: whether the signal is evidence: its micro-batch was not tainted before, and its lane is live.
+        opinion: ``(boundaries, F)``, the median across replicas, with remembered values of unverified replicas.
+        centre: ``(boundaries, F)``, the median across replicas of this step's signals that are in line with ``opinion``; NaN before
+            the first valid signal.
     """
 
     by_peers: Tensor
@@ -72,11 +72,11 @@ class Assessment(NamedTuple):
 
 
 class Calibration:
-    """Windows of honest values and fences around them, of each boundary: less their trend, and less the median across replicas.
+    """Two windows of honest features with fences for each boundary: features minus their trend, and minus the median of replicas.
 
-    With at least four replicas to compare, the second kind decides: what all replicas do alike does not count. The first kind is in
-    force at receipt, where a process sees one replica only, and decides where there is nobody to be compared with. Its trend is a
-    moving average of the honest median of each step, so that fences follow a training that moves.
+    With at least four replicas to compare, the second window decides: a change that all replicas share does not count. The first
+    applies at receipt, where a process sees one replica only, and decides where there are too few replicas to compare. The trend is
+    a moving average of the honest median of each step, so that fences follow the training.
 
     Args:
         mesh: the workers.
@@ -84,20 +84,23 @@ class Calibration:
     """
 
     def __init__(self, mesh: Mesh, config: Verification) -> None:
-        self._mesh, self._config = mesh, config
+        self._mesh = mesh
+        self._config = config
         two_sided = config.method == "sentinel"
-        names, boundaries, rate = watched(config), len(mesh.boundaries), config.false_positive_rate
+        names = watched(config)
+        boundaries = len(mesh.boundaries)
+        rate = config.false_positive_rate
         self.alone = FenceWindow(boundaries, config.window, names, rate, two_sided, mesh.replicas)
-        """Features less their trend."""
+        """Features minus their trend."""
         self.among_peers = FenceWindow(boundaries, config.window, names, rate, two_sided, mesh.replicas)
-        """Features less the median across replicas."""
+        """Features minus the median across replicas."""
         self.drift = Cusum(boundaries, mesh.replicas, len(FEATURES))
         self.trend = torch.full((boundaries, len(FEATURES)), torch.nan)
-        """``(boundaries, F)``; NaN until something honest was seen."""
+        """``(boundaries, F)``; NaN before the first honest signal."""
         self.last = torch.full((boundaries, mesh.replicas, len(FEATURES)), torch.nan)
-        """``(boundaries, replicas, F)``, what each worker sent when it last could be heard, less the trend of then."""
+        """``(boundaries, replicas, F)``, each worker's features when they last counted, minus the trend of that step."""
         self.recent = torch.zeros(boundaries, mesh.replicas)
-        """``(boundaries, replicas)``, the highest score of each worker; it fades with every step in which the worker is seen."""
+        """``(boundaries, replicas)``, the highest score of each worker; it decays in every step in which the worker is observed."""
         self.steps = 0
         self._compares = two_sided
 
@@ -110,13 +113,13 @@ class Calibration:
 
         Args:
             table: of the step.
-            wiring: who served which lane.
-            banned: ``(boundaries, replicas)`` bool, workers of the stage that sends.
+            wiring: which worker served which lane.
+            banned: ``(boundaries, replicas)`` bool, banned workers of the sending stage.
         """
-        finite, senders = table.column("worst") >= 0, self._senders(wiring)
+        finite = table.column("worst") >= 0
+        senders = self._senders(wiring)
         valid = ~table.tainted & torch.tensor(wiring.live)[:, None]
-        # Who could not be verified now votes with what it sent last: else malicious ones could get a majority of those that are
-        # left.
+        # A worker that cannot be verified now votes with its last features: else malicious workers could outnumber the rest.
         last = torch.where(banned[..., None], torch.nan, self.last + self.trend[:, None])
 
         enabled = torch.tensor(self._compares and self.warmed_up)
@@ -133,19 +136,23 @@ class Calibration:
             return found._replace(by_peers=found.by_peers & enabled)
 
         counted = valid & finite
-        found, heard = compared(slice(None), counted), counted
+        found = compared(slice(None), counted)
+        heard = counted
         if bool((counted & found.out).any()):
-            # What is out of line puts everything out of line that comes behind it, which must not vote.
+            # An out-of-line signal puts all signals behind it out of line, so those must not vote.
             order = causal_order(self._mesh)
-            parts, heard = {}, counted.clone()
+            parts = {}
+            heard = counted.clone()
             for index in order:
-                parts[index], heard[index] = compared(slice(index, index + 1), counted), counted[index]
+                parts[index] = compared(slice(index, index + 1), counted)
+                heard[index] = counted[index]
                 counted = counted & ~(valid[index] & (parts[index].out[0] | ~finite[index]))
             found = Comparison(*(torch.cat(pieces) for pieces in zip(*(parts[index] for index in sorted(order)))))
         peers = found.by_peers[:, None, None]
         score = torch.where(peers, found.score, table.column("score"))
         worst = torch.where(peers, found.worst.to(table.rows.dtype), table.column("worst"))
-        score, recent = torch.where(finite, score, MAX_SCORE), self._recent(score, heard & peers, senders)
+        recent = self._recent(score, heard & peers, senders)
+        score = torch.where(finite, score, MAX_SCORE)
         return Assessment(
             by_peers=found.by_peers,
             quorum=found.quorum,
@@ -160,40 +167,40 @@ class Calibration:
         )
 
     def _recent(self, score: Tensor, counted: Tensor, senders: Tensor) -> Tensor:
-        """``self.recent`` with this step; who is not seen in it stays as it was."""
+        """``self.recent`` after this step; workers not observed in it keep their value."""
         highest = torch.where(counted, score, 0.0).amax(dim=2).clamp(max=_FURTHEST)
         faded = torch.maximum(_by_worker(highest, senders), _RECENT_BETA * self.recent)
         return torch.where(_by_worker(counted.any(dim=2), senders), faded, self.recent)
 
     def heights(self, wiring: Wiring) -> Tensor:
-        """The highest cumulative sum of who serves a lane, ``(boundaries, lanes)``."""
+        """The highest cumulative sum of the worker of each lane, ``(boundaries, lanes)``."""
         return self.drift.height.gather(1, self._senders(wiring))
 
     def forget_sums(self, senders: Tensor, wiring: Wiring) -> None:
-        """Forget the cumulative sums of senders ``(boundaries, lanes)`` bool: now it is known what they are."""
+        """Reset the cumulative sums of senders ``(boundaries, lanes)`` bool, now that their cause is known."""
         self.drift.reset(_by_worker(senders, self._senders(wiring)))
 
     def _senders(self, wiring: Wiring) -> Tensor:
-        """Which replica serves a lane, ``(boundaries, lanes)``."""
+        """The replica that serves each lane, ``(boundaries, lanes)``."""
         rows = [wiring.serving[boundary.sender] for boundary in self._mesh.boundaries]
         return torch.tensor(rows, dtype=torch.long).view(len(rows), self._mesh.replicas)
 
     def learn(
         self, table: SignalTable, honest: Tensor, heard: Tensor, explained: Tensor, assessment: Assessment, wiring: Wiring
     ) -> None:
-        """Take in a step.
+        """Learn from a step.
 
         Args:
             table: of the step.
             honest: ``(boundaries, lanes, micro_batches)`` bool, signals to learn from.
-            heard: ``(boundaries, lanes, micro_batches)`` bool, signals to remember as the word of their senders.
-            explained: ``(boundaries, lanes, micro_batches)`` bool, signals that say nothing of their sender.
+            heard: ``(boundaries, lanes, micro_batches)`` bool, signals to remember as the votes of their senders.
+            explained: ``(boundaries, lanes, micro_batches)`` bool, signals that are no evidence about their sender.
             assessment: of the table.
-            wiring: who served which lane.
+            wiring: which worker served which lane.
         """
         centred = assessment.centred(table.features)
         if self.warmed_up:
-            # Only among peers: what one replica does alone may drift with the training. Flagged or not: a drift that ends must be
+            # Only relative to peers: one replica's features drift with the training. Flagged signals too: a drift that ends must be
             # seen to end.
             peers = (assessment.by_peers & assessment.quorum)[:, None, None]
             compared = assessment.valid & ~explained & (assessment.worst >= 0) & peers
@@ -203,7 +210,7 @@ class Calibration:
             sizes = resolution(table.column("positions"), table.column("channels"))
             coarsest = torch.where(honest[..., None], sizes, 0.0).amax(dim=(1, 2))
             senders = self._senders(wiring)[:, :, None].expand_as(honest).flatten(1)
-            # During the warm-up nobody lies, so all replicas can be compared with each other.
+            # During the warm-up no worker lies, so all replicas can be compared with each other.
             peers = honest & (assessment.by_peers | (not self.warmed_up))[:, None, None]
             by_itself = table.features - self.trend.nan_to_num()[:, None, None]
             for window, values, learned in ((self.alone, by_itself, honest), (self.among_peers, centred, peers)):
@@ -222,23 +229,23 @@ class Calibration:
 
     def _follow(self, features: Tensor, honest: Tensor, assessment: Assessment) -> None:
         now = median(torch.where(honest[..., None], features, torch.nan).flatten(1, 2), dim=1)
-        # Where others vote: of the few that are left when others are tainted, most may be malicious.
+        # With peers, their median: of the few signals left when others are tainted, most may be malicious.
         now = torch.where(assessment.by_peers[:, None], assessment.opinion, now)
         moved = torch.lerp(now, self.trend, _TREND_BETA)
         self.trend = torch.where(now.isnan(), self.trend, torch.where(self.trend.isnan(), now, moved))
 
     def fences_at_receipt(self, boundary: int) -> Fences:
-        """What one signal by itself is held against."""
+        """The fences for a single signal, without peers."""
         return self.alone.fences.of(boundary).around(self.trend[boundary].nan_to_num())
 
     def fit(self) -> None:
-        """Fit all fences to what is remembered, once the warm-up is over."""
+        """Fit all fences to the remembered values, once the warm-up is over."""
         if self.warmed_up:
             self.alone.fit()
             self.among_peers.fit()
 
     def knows_enough(self, by_peers: Tensor) -> Tensor:
-        """Whether fences have seen as many honest values as their false-positive rate takes, ``(boundaries,)`` bool.
+        """Whether fences have seen as many honest values as their false-positive rate needs, ``(boundaries,)`` bool.
 
         Args:
             by_peers: ``(boundaries,)`` bool, whether signals are compared with those of the other replicas.
@@ -247,7 +254,7 @@ class Calibration:
         return torch.where(by_peers, among_peers, alone) >= values_needed(self._config)
 
     def state_of(self, boundary: int) -> dict[str, Tensor]:
-        """What is known of one boundary: tensors only, with memory of their own."""
+        """The state of one boundary: tensors only, all copies."""
         state = {
             "steps": torch.tensor(self.steps),
             "trend": self.trend[boundary].clone(),
@@ -260,11 +267,13 @@ class Calibration:
         return state
 
     def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
-        """Load one boundary. What is known of single workers is left out if the mesh had another number of them."""
-        self.steps, self.trend[boundary] = int(state["steps"]), state["trend"].cpu()
+        """Load one boundary. State of single workers is skipped if the mesh had another number of them."""
+        self.steps = int(state["steps"])
+        self.trend[boundary] = state["trend"].cpu()
         drift = state["drift"].cpu()
         if drift.shape[1:] == self.drift.sums[:, boundary].shape:
-            (self.drift.sums[:, boundary], self.drift.outside[:, boundary]), self.last[boundary] = drift, state["last"].cpu()
+            self.drift.sums[:, boundary], self.drift.outside[:, boundary] = drift
+            self.last[boundary] = state["last"].cpu()
             self.recent[boundary] = state["recent"].cpu()
         for name, window in (("alone", self.alone), ("among_peers", self.among_peers)):
             prefix = f"{name}."
@@ -272,7 +281,7 @@ class Calibration:
 
 
 def values_needed(config: Verification) -> int:
-    """How many honest values fences take: of fewer, none is expected outside of what is to be outside for one in so many.
+    """How many honest values fences need: of fewer, not one is expected outside at the false-positive rate.
 
     Example:
         >>> values_needed(Verification(false_positive_rate=0.01))
@@ -286,7 +295,7 @@ def values_of_warmup(config: Verification, signals: int) -> int:
 
     Args:
         config: how signals are verified.
-        signals: that cross a boundary in a step.
+        signals: how many cross a boundary in a step.
 
     Example:
         >>> values_of_warmup(Verification(warmup_steps=100), signals=8)

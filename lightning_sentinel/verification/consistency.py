@@ -1,10 +1,10 @@
-"""Input-output features: whether what a stage sent follows from what it had received.
+"""Input-output features: whether the signal that a stage sent follows from the signal that it received.
 
-A stage's output is its input plus a small, predictable change. Both are seen along the same secret directions, and a ridge
-regression, learned from honest workers, predicts the change of a token from the token. What a replayed, permuted, swapped or
-sign-flipped signal gives away is that it does not belong to its input.
+A stage's output is its input plus a small, predictable change. Both are projected on the same secret directions, and a ridge
+regression, learned from honest workers, predicts the change of a token from the token. A replayed, permuted, swapped or
+sign-flipped signal does not match its input.
 
-Where stage changes the number of channels there is no change to speak of: the output itself is predicted. Where it changes the
+Where a stage changes the number of channels there is no difference to take: the output itself is predicted. Where it changes the
 number of positions, the means of samples take the place of tokens.
 """
 
@@ -26,12 +26,12 @@ _RIDGE = 1e-3
 
 
 class Pair(NamedTuple):
-    """What senders sent beside what they had received, token by token, in units of the received tokens' rms.
+    """Sent and received signals of senders, token by token, in units of the received tokens' rms.
 
     Args:
         sent: ``(S, N, K)``.
         received: ``(S, N, K')``.
-        change: ``(S, N, K)``, what was sent less what was received; ``None`` where the channels are not the same ones.
+        change: ``(S, N, K)``, ``sent - received``; ``None`` where the channels are not the same ones.
         predictors: ``(S, N, K' + 1)``, the received token and 1.
     """
 
@@ -42,17 +42,17 @@ class Pair(NamedTuple):
 
     @property
     def targets(self) -> Tensor:
-        """What is predicted, ``(S, N, 16)``: some directions of the change, or of what was sent."""
+        """The regression targets, ``(S, N, 16)``: some directions of the change, or of the sent signal."""
         return (self.sent if self.change is None else self.change)[..., :_PREDICTED]
 
 
 def paired(sent: Tensor, received: Tensor, same_channels: bool) -> Pair:
-    """Bring together what belongs together.
+    """Pair the sent with the received signals, on a common scale.
 
     Args:
         sent: ``(S, B, T, K)``, projected.
         received: ``(S, B, T', K')``, projected.
-        same_channels: whether the signals themselves have as many channels.
+        same_channels: whether the unprojected signals have equally many channels.
     """
     if sent.shape[2] != received.shape[2]:
         sent, received = sent.mean(dim=2, keepdim=True), received.mean(dim=2, keepdim=True)
@@ -63,7 +63,7 @@ def paired(sent: Tensor, received: Tensor, same_channels: bool) -> Pair:
 
 
 def consistency_statistics(pair: Pair) -> dict[str, Tensor]:
-    """What the ridge regression is made of: mean products of predictors with themselves and with targets, flat for each sender."""
+    """Statistics of the ridge regression: mean products of predictors with themselves and with targets, flat for each sender."""
     inputs = (pair.predictors / pair.predictors.shape[1]).mT
     return {"input_input": (inputs @ pair.predictors).flatten(1), "input_target": (inputs @ pair.targets).flatten(1)}
 
@@ -74,7 +74,7 @@ def ridge_weights(references: Mapping[str, Tensor]) -> Tensor:
     gram = references["input_input"].view(size, size)
     ridge = _RIDGE * gram.diagonal().mean() + 1e-30
     eye = torch.eye(size, device=gram.device, dtype=gram.dtype)
-    # The variant that does not report a singular matrix, and so need not wait for a GPU; with a ridge there is none.
+    # solve_ex does not report a singular matrix, and so need not wait for a GPU; with a ridge there is none.
     return torch.linalg.solve_ex(gram + ridge * eye, references["input_target"].view(size, -1)).result
 
 
@@ -92,7 +92,7 @@ def consistency_features(pair: Pair, weights: Tensor) -> tuple[Tensor, Tensor]:
     rms = torch.linalg.vector_norm(torch.stack(norms), dim=-1) / sent.shape[1] ** 0.5
     sent_rms, _, error_rms, _, *changed = rms.unbind()
     _, received_scale, error_scale, target_scale, *_ = _or_one(rms).unbind()
-    # Per channel, because there may be more of them on one side.
+    # Per channel, because one side may have more channels.
     gain = sent_rms * (received.shape[-1] / sent.shape[-1]) ** 0.5 / received_scale
     residual = error_rms / target_scale
     peak_residual = norms[2].amax(dim=-1) / error_scale
@@ -101,14 +101,14 @@ def consistency_features(pair: Pair, weights: Tensor) -> tuple[Tensor, Tensor]:
     else:
         relative_change = changed[0] / received_scale
         cosines = (sent * received).sum(dim=-1) / (norms[0] * norms[1] + _TINY)
-        # Nothing where nothing was received follows from it, as the gradients of padding do, and of a last token without a target.
+        # A zero token that follows a zero token is consistent: gradients of padding, and of a last token without a target.
         cosines = cosines.masked_fill((norms[0] == 0) & (norms[1] == 0), 1.0)
-        # Honest cosines are close to one: on a logarithmic scale what is missing to it spreads evenly.
+        # Honest cosines are close to one: their distance to it spreads evenly on a logarithmic scale.
         far, farthest = 1 + _ROUNDING - cosines.mean(dim=-1), 1 + _ROUNDING - cosines.amin(dim=-1)
     logs = (torch.stack((far, gain, relative_change, residual, farthest, peak_residual)) + _TINY).log().T
     return logs[:, :4], logs[:, 4:]
 
 
 def _or_one(scale: Tensor) -> Tensor:
-    """A scale to divide by: where there is nothing at all, as after an excluded gradient, nothing is scaled."""
+    """A scale to divide by: 1 in place of 0, which an all-zero signal has, as after an excluded gradient."""
     return scale.masked_fill(scale == 0, 1.0)

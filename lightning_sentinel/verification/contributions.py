@@ -1,4 +1,4 @@
-"""What a worker adds to a sum of its stage and is not finite: it is left out, and whose it is is told."""
+"""Non-finite contributions to sums over a stage: they are left out, and their worker is reported."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from lightning_sentinel.wiring import Wiring
 __all__ = ["LESSON", "WEIGHT_GRADIENT", "Refusals", "with_refusals", "without_broken"]
 
 LESSON = "lesson"
-"""What stands in a detection of what a worker has added to what its stage learns."""
+"""The ``feature`` of a detection for a non-finite contribution to a stage's references."""
 
 WEIGHT_GRADIENT = "weight_gradient"
-"""What stands in a detection where for a signal there is the feature that was furthest out."""
+"""The ``feature`` of a detection for a non-finite weight gradient."""
 
 
 def without_broken(
     verdict: StepVerdict, broken: Tensor, finite: Tensor, mesh: Mesh, wiring: Wiring, step: int
 ) -> tuple[StepVerdict, Counter[Worker]]:
-    """Leave out of a stage what its workers cannot add up.
+    """Leave non-finite weight gradients out of the sum over their stage.
 
-    Where all workers of a stage have such gradients the training has diverged, and nobody is blamed. Nobody is banned for them
-    either: an honest worker that was sent huge values, in a warm-up that flags nothing, has them as well.
+    Where all workers of a stage have such gradients the training has diverged, and no worker is blamed. Nor is any banned for them:
+    an honest worker that received huge values, in a warm-up that flags nothing, has them as well.
 
     Args:
         verdict: of the step's signals.
-        broken: ``(stages, lanes, micro_batches)`` bool.
-        finite: ``(lanes, micro_batches)`` bool, where all signals are. Whoever was sent something else is not to be blamed.
+        broken: ``(stages, lanes, micro_batches)`` bool, non-finite gradients.
+        finite: ``(lanes, micro_batches)`` bool, where all signals are finite. A worker that received a non-finite one is not to
+            blame.
         mesh: the workers.
-        wiring: who served which lane.
+        wiring: which worker served which lane.
         step: number of the training batch.
 
     Returns:
-        the verdict with a detection for each worker that is blamed, and how many of its micro-batches were left out.
+        the verdict with a detection for each blamed worker, and how many of its micro-batches were left out.
     """
     if not broken.any():
         return verdict, Counter()
@@ -48,9 +49,11 @@ def without_broken(
     broken = broken & live[:, None]
     lanes = broken.any(dim=2)
     blamed = lanes & ~(lanes | ~live).all(dim=1, keepdim=True) & finite.all(dim=1)
-    counts, detections = Counter[Worker](), []
+    counts = Counter[Worker]()
+    detections = []
     for stage, lane in blamed.nonzero().tolist():
-        worker, slots = wiring.worker(stage, lane), broken[stage, lane].nonzero().flatten().tolist()
+        worker = wiring.worker(stage, lane)
+        slots = broken[stage, lane].nonzero().flatten().tolist()
         counts[worker] += len(slots)
         detections.append(Detection(step, slots[0], worker, Direction.GRADIENT, MAX_SCORE, WEIGHT_GRADIENT))
     left = replace(verdict, clean=verdict.clean & ~broken, detections=(*verdict.detections, *detections))
@@ -58,7 +61,7 @@ def without_broken(
 
 
 class Refusals:
-    """Who has added to what its stage learns what is not finite, as all ranks know it; each stage sees its own.
+    """Non-finite contributions to references, counted alike on all ranks; each stage observes its own workers.
 
     Args:
         mesh: the workers.
@@ -75,12 +78,12 @@ class Refusals:
         self._known: Counter[Worker] = Counter()
 
     def news(self, said: Tensor, banned: Collection[Worker]) -> Counter[Worker]:
-        """How often more than all ranks knew. Where all live workers of a stage have, its training has diverged: nobody is blamed.
+        """New contributions by worker. Where all live workers of a stage have some, its training has diverged: none is blamed.
 
         Args:
-            said: ``(stages, replicas, replicas)``, how often each worker has seen each of its stage do so since the run began. What
-                counts is what more than half of the others say that are not banned.
-            banned: workers whose word does not count.
+            said: ``(stages, replicas, replicas)``, how often each worker has seen each worker of its stage do so since the run
+                began. A count needs reports by more than half of the other workers that are not banned.
+            banned: workers whose reports do not count.
         """
         news: Counter[Worker] = Counter()
         for stage in range(self._mesh.stages):
@@ -88,15 +91,17 @@ class Refusals:
             of_stage: Counter[Worker] = Counter()
             for accused in live:
                 counts = sorted((float(said[stage, speaker, accused]) for speaker in live if speaker != accused), reverse=True)
-                worker, often = Worker(stage, accused), int(counts[len(counts) // 2]) if counts else 0
+                worker = Worker(stage, accused)
+                often = int(counts[len(counts) // 2]) if counts else 0
                 if often > self._known[worker]:
-                    of_stage[worker], self._known[worker] = often - self._known[worker], often
+                    of_stage[worker] = often - self._known[worker]
+                    self._known[worker] = often
             if len(of_stage) < len(live):
                 news.update(of_stage)
         return news
 
 
 def with_refusals(verdict: StepVerdict, news: Counter[Worker], step: int) -> StepVerdict:
-    """The verdict with a detection for each worker that has added what is not finite to what its stage learns."""
+    """The verdict with a detection for each worker with a new non-finite contribution to its stage's references."""
     detections = [Detection(step, 0, worker, Direction.ACTIVATION, MAX_SCORE, LESSON) for worker in sorted(news)]
     return replace(verdict, detections=(*verdict.detections, *detections))

@@ -1,7 +1,7 @@
 """The four distances of the published method (SENTINEL, arXiv 2603.03592): a signal against its momentum.
 
-All take batch means of signals, ``(..., T, C)`` in float32, and return ``(...)`` on their device. Of the momentum ``(T, C)`` each
-takes what it needs, because that is the same for all signals of a step.
+All take batch means of signals, ``(..., T, C)`` in float32, and return ``(...)`` on their device. Each takes precomputed values of
+the momentum ``(T, C)``, which are the same for all signals of a step.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def normalised_euclidean(mean: Tensor, momentum: Tensor, momentum_size: Tensor) 
 
 
 def euclidean_size(momentum: Tensor) -> Tensor:
-    """``||m||``, and a little more, so that a momentum of zero can be divided by."""
+    """``||m||`` plus a tiny constant, so that it can be divided by."""
     return torch.linalg.vector_norm(momentum) + _TINY
 
 

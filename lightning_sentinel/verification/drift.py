@@ -1,4 +1,4 @@
-"""Cumulative sums: what is never far out, but always on the same side."""
+"""Cumulative sums: find workers that are never far out, but always on the same side."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lightning_sentinel.verification.medians import median
 __all__ = ["ALARM", "ALARM_WITHOUT_AUDITS", "Cusum"]
 
 ALARM = 10.0
-"""Where an audit is called for."""
+"""Height above which a worker is audited."""
 ALARM_WITHOUT_AUDITS = 16.0
-"""Where a worker is a suspect, if nothing can be recomputed."""
+"""Height above which a worker is a suspect, if nothing can be recomputed."""
 DOUBT = 8.0
-"""Where a worker may be the reason for what is slightly odd behind it; hardly any honest worker gets there."""
+"""Height above which a worker may cause slight deviations behind it; hardly any honest worker gets there."""
 _HIGHEST = 18.0
-"""Who is in line again falls below the alarm in less steps than it takes to be banned."""
+"""A worker that is in line again falls from here below the alarm in fewer steps than a ban takes."""
 _SLACK = 0.75
 _SLACK_OUTSIDE = 0.6
 """The distance to an interval is slack by itself."""
@@ -27,15 +27,15 @@ _CLIP = 2.5
 class Cusum:
     """Two-sided CUSUM of every sender and feature (Page 1954): ``S <- max(0, S + z - slack)``, and the same of ``-z``.
 
-    ``z`` is the sum of a step's standard scores of a worker, each clipped to 2.5 because some features have long tails, over the
-    root of their number; less its median over workers and, where it is more than one, over their normalised median absolute
-    deviation: a distribution that widens or leans to one side everywhere is the training, not a worker. The slack is 0.75. Sums
-    belong to workers, whichever lanes they serve.
+    ``z`` is the sum of a worker's standard scores in a step, each clipped to 2.5 because some features have long tails, over the
+    root of their number. Its median over workers is subtracted, and it is divided by their normalised median absolute deviation
+    where that exceeds one: a distribution that widens or shifts for all workers is the training, not a worker. The slack is 0.75.
+    Sums belong to workers, whichever lanes they serve.
 
     A minority can move the median, though not beyond honest workers: if it stays just below the others, the others drift upwards.
-    So there are sums of a second kind, of the distance to the *interval* in which the honest median lies whatever fewer than half
-    of the workers do: of ``n`` of which ``f`` may lie, between the ``ceil((n - f) / 2)``-th lowest and highest. Those of the first
-    kind are enough to have somebody audited, and to doubt what is behind him; :data:`ALARM_WITHOUT_AUDITS` is for the second.
+    So sums of a second kind take the distance to the *interval* in which the honest median lies whatever fewer than half of the
+    workers do: with ``f`` liars among ``n`` workers, between the ``ceil((n - f) / 2)``-th lowest and highest. Sums of the first
+    kind suffice to audit a worker and to doubt signals behind it; :data:`ALARM_WITHOUT_AUDITS` is for the second.
 
     Args:
         boundaries: how many.
@@ -52,12 +52,12 @@ class Cusum:
 
     def __init__(self, boundaries: int, workers: int, features: int) -> None:
         self.sums = torch.zeros(2, boundaries, workers, features)
-        """Of distances to the median; upwards, then downwards."""
+        """Sums of distances to the median; upwards, then downwards."""
         self.outside = torch.zeros_like(self.sums)
-        """Of distances to the interval that a minority cannot move."""
+        """Sums of distances to the interval that a minority cannot move."""
 
     def add(self, scores: Tensor, valid: Tensor, senders: Tensor) -> None:
-        """Enter a step.
+        """Add a step.
 
         Args:
             scores: ``(boundaries, lanes, micro_batches, F)``, standard scores.
@@ -79,12 +79,12 @@ class Cusum:
 
     @property
     def height(self) -> Tensor:
-        """The highest sum of each worker, ``(boundaries, workers)``; above the alarm without audits only of the second kind."""
+        """The highest sum of each worker, ``(boundaries, workers)``; only the second kind exceeds :data:`ALARM_WITHOUT_AUDITS`."""
         by_median = self.sums.amax(dim=(0, 3)).clamp(max=ALARM_WITHOUT_AUDITS)
         return torch.maximum(by_median, self.outside.amax(dim=(0, 3)))
 
     def reset(self, workers: Tensor) -> None:
-        """Forget workers ``(boundaries, workers)`` bool."""
+        """Reset the sums of workers ``(boundaries, workers)`` bool."""
         self.sums, self.outside = (torch.where(workers[..., None], 0.0, sums) for sums in (self.sums, self.outside))
 
 
@@ -93,14 +93,14 @@ def _grown(sums: Tensor, z: Tensor, slack: float) -> Tensor:
 
 
 def _among_workers(z: Tensor) -> Tensor:
-    """``(boundaries, workers, F)``; who was not verified counts with the zero that is expected of it."""
+    """Relative to other workers, ``(boundaries, workers, F)``; an unverified worker counts as zero, the expected value."""
     away = z - median(z, dim=1)[:, None]
     deviation = median(away.abs(), dim=1)[:, None] / MAD_OF_A_NORMAL
     return away / deviation.clamp(min=1)
 
 
 def _where_the_median_is(z: Tensor) -> Tensor:
-    """Of each value ``(boundaries, workers, F)`` what is closest to it in the interval that a minority cannot move."""
+    """Each value ``(boundaries, workers, F)`` clamped to the interval that a minority cannot move."""
     workers = z.shape[1]
     honest = workers - (workers - 1) // 2
     lowest = (honest + 1) // 2

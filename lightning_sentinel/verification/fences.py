@@ -2,10 +2,10 @@
 
 A fence stands ``k`` interquartile ranges outside the quartiles: ``Q3 + k IQR`` above and, if two-sided, ``Q1 - k IQR`` below
 (Tukey 1977; SENTINEL, arXiv 2603.03592, uses the upper one). ``k`` is not a constant. It is first set per feature and side, where
-an exponential tail through the outer tenth of the honest values falls below a small share of the rate: so features with long tails
-get wide fences, and those with short tails narrow ones. Then all fences of a boundary are moved out together, until no more than
-``rate`` of the honest *signals* is outside any of them: one quantile that the data can tell, in place of dozens so extreme that
-they cannot.
+an exponential tail fitted to the outer tenth of the honest values falls below a small share of the rate: features with long tails
+get wide fences, and those with short tails narrow ones. Then all fences of a boundary are moved out together, until at most
+``rate`` of the honest *signals* is outside any of them: one quantile that the data can estimate, in place of dozens too extreme to
+estimate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MARGIN = 1.25
 _SMALLEST_K = 1.5
 _TAIL = 0.1
 _SHARE = 0.1
-"""Of the rate, what one side of one feature may use; more than 1 / (2 F), because features go out together."""
+"""Share of the rate for one side of one feature; more than 1 / (2 F), because features exceed fences together."""
 _TINY = 1e-12
 _RELATIVE = 1e-4
 _IQR_OF_A_NORMAL = 1.349
@@ -51,7 +51,7 @@ class Fences:
 
     @classmethod
     def open(cls, *shape: int, device: torch.device | str = "cpu") -> Fences:
-        """Fences that nothing exceeds: before the end of the warm-up."""
+        """Fences that no value exceeds, in force during the warm-up."""
         infinite = torch.full(shape, torch.inf, device=device)
         return cls(-infinite, torch.zeros(shape, device=device), infinite, torch.zeros(shape, device=device), infinite)
 
@@ -72,7 +72,7 @@ class Fences:
         return Fences(self.centre - reach_down, self.centre, self.centre + reach_up, self.mean, self.sigma)
 
     def where(self, condition: Tensor, other: Fences) -> Fences:
-        """These of the boundaries for which ``(boundaries,)`` bool is true, the others of the rest."""
+        """These fences at boundaries where ``condition`` ``(boundaries,)`` bool is true, else ``other``."""
         return Fences(*(torch.where(condition[:, None], mine, theirs) for mine, theirs in zip(self.parts(), other.parts())))
 
     def replaced(self, boundary: int, parts: Tensor) -> Fences:
@@ -83,7 +83,7 @@ class Fences:
         return Fences(*mine)
 
     def of(self, boundary: int | slice) -> Fences:
-        """Those of one boundary or of some, where there is a leading axis of boundaries."""
+        """The fences of one boundary or of a slice of them, the leading axis."""
         return Fences(*(part[boundary] for part in self.parts()))
 
     def scores(self, features: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Fences:
         scores = torch.maximum(offset * self._above, offset * self._below)
         return torch.where(scores.isnan(), self._unknown, scores)
 
-    # In force for several steps, and used at each receipt.
+    # Cached, because fences stay for several steps, and are used at each receipt.
     @cached_property
     def _above(self) -> Tensor:
         return 1 / (self.upper - self.centre + _TINY)
@@ -116,10 +116,7 @@ class Fences:
 
     @cached_property
     def _unknown(self) -> Tensor:
-        """Scores in place of NaN, which only a value that is not finite can have, if it does not score infinity anyway.
-
-        A feature without fences, because nobody watches it, may be anything.
-        """
+        """Scores in place of NaN, which only a non-finite value can have: infinity, but zero for features without fences."""
         return torch.where(self.upper.isinf() & self.lower.isinf(), 0.0, torch.inf)
 
 
@@ -127,12 +124,12 @@ def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor, re
     """Fences around honest values.
 
     Args:
-        values: ``(..., W, F)`` honest values; rows of NaN are places that are not filled yet.
+        values: ``(..., W, F)`` honest values; rows of NaN are empty slots.
         rate: share of honest signals that may be outside of any fence.
         two_sided: whether a value can also be too small.
-        watched: ``(F,)`` bool; the others get no fences.
-        resolution: ``(..., F)``, how much a feature differs for reasons that say nothing. A feature that was constant while it was
-            watched is not fenced in more tightly than that.
+        watched: ``(F,)`` bool, features to fence.
+        resolution: ``(..., F)``, how much a feature differs by rounding or counting alone. A feature that was constant so far is
+            not fenced more tightly than that.
 
     Example:
         >>> fences = fit_fences(torch.arange(101.0)[:, None], rate=0.01, two_sided=True, watched=torch.tensor([True]))
@@ -153,14 +150,15 @@ def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor, re
     if two_sided:
         exceedance = torch.maximum(exceedance, (lower_quartile.unsqueeze(-2) - values) / reach_down.unsqueeze(-2))
     worst = torch.where(watched, exceedance, -torch.inf).amax(dim=-1, keepdim=True)
-    # The sorting of maxima would put NaN last anyway, but amax of unfilled rows must stay NaN for it.
+    # Empty slots must stay NaN, which sorting puts last.
     worst = torch.where(values[..., :1].isnan(), torch.nan, worst)
     stretch = _quantile(worst.sort(dim=-2).values, count, 1 - rate).clamp(min=1.0) * _MARGIN
 
     enough = (count >= _FEWEST_VALUES).unsqueeze(-1) & watched
     upper = torch.where(enough, upper_quartile + stretch * reach_up, torch.inf)
     lower = torch.where(enough & torch.tensor(two_sided), lower_quartile - stretch * reach_down, -torch.inf)
-    filled, number = values.nan_to_num(0.0), count.clamp(min=1)[..., None]
+    filled = values.nan_to_num(0.0)
+    number = count.clamp(min=1)[..., None]
     mean = filled.sum(dim=-2) / number
     variance = torch.where(values.isnan(), 0.0, (filled - mean.unsqueeze(-2)).square()).sum(dim=-2) / number
     # The quartiles say little of a feature that has long tails, or nearly always the same value.
@@ -175,7 +173,7 @@ def fit_fences(values: Tensor, rate: float, two_sided: bool, watched: Tensor, re
 
 
 def _tail(values: Tensor, edge: Tensor, side: float, rate: float) -> Tensor:
-    """How far beyond ``edge`` an exponential tail with the mean excess of the values there reaches until it is rare enough."""
+    """The distance beyond ``edge`` where an exponential tail with the values' mean excess over ``edge`` is rare enough."""
     excess = (side * (values - edge.unsqueeze(-2))).nan_to_num(0.0).clamp(min=0)
     mean = excess.sum(dim=-2) / (excess > 0).sum(dim=-2).clamp(min=1)
     return mean * max(0.0, math.log(_TAIL / (_SHARE * rate)))

@@ -1,7 +1,7 @@
-"""Whose word counts in an audit: one recomputes a signal, and if it says that it does not match, everybody of the stage does.
+"""Votes in an audit: one worker recomputes a signal, and if it reports a mismatch, all others of the stage recompute it too.
 
-Fewer than half of a stage's workers lie, so what most of them say is true. Pure functions of what was said, and a class that asks;
-who does the recomputing is for the engine to know.
+Fewer than half of a stage's workers lie, so the majority tells the truth. Pure functions weigh votes, and a class collects them;
+the engine does the recomputing.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Case(NamedTuple):
         boundary: that it crossed.
         lane: of its micro-batch.
         slot: of its micro-batch in the lane.
-        part: whose samples it was made of.
-        audited: who sent it.
+        part: the micro-batch that it was computed from.
+        audited: the sender.
     """
 
     boundary: Boundary
@@ -42,15 +42,15 @@ class Case(NamedTuple):
 
 
 Ask = Callable[[Sequence[tuple[Case, Worker]]], Sequence[Outcome]]
-"""Has workers recompute signals, and returns what each of them says."""
+"""Has workers recompute signals, and returns the vote of each."""
 
 
 class Judgement(NamedTuple):
-    """What a stage says of one of its signals.
+    """A stage's decision on one of its signals.
 
     Args:
-        outcome: what most say; ``DISPUTED`` where nobody can tell who lies.
-        outvoted: who said the opposite.
+        outcome: that of the majority; ``DISPUTED`` where none decides.
+        outvoted: workers that voted the opposite.
     """
 
     outcome: Outcome
@@ -58,11 +58,12 @@ class Judgement(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What audits of signals came to.
+    """Results of audits.
 
     Args:
-        outcome: ``(boundaries, lanes, slots)``, values of :class:`Outcome`; what nobody could recompute counts as matching.
-        outvoted: who said the opposite of what most said, by the place of the signal.
+        outcome: ``(boundaries, lanes, slots)``, values of :class:`Outcome`; a signal that no worker could recompute counts as
+            matching.
+        outvoted: workers that voted the opposite of the majority, by the place of the signal.
     """
 
     outcome: Tensor
@@ -72,7 +73,7 @@ class Findings(NamedTuple):
 def most_bans(replicas: int) -> int:
     """How many workers of a stage may be banned for what they sent: fewer than half, or one of two.
 
-    More cannot be malicious, or detection means nothing; so there is always a pipeline left.
+    Detection assumes that no more are malicious; so there is always a pipeline left.
 
     Example:
         >>> [most_bans(replicas) for replicas in (1, 2, 3, 4, 5, 6)]
@@ -82,10 +83,10 @@ def most_bans(replicas: int) -> int:
 
 
 def strikes_to_ban(live: int) -> int | None:
-    """In how many steps most of a stage must have found a worker to lie before it is banned; ``None``: it never is.
+    """In how many steps most of a stage must find a worker to lie before it is banned; ``None``: it never is.
 
-    Of five, two may lie and three still agree. Of three or four a single wrong word more would be most. Of two, each has only the
-    other for a witness.
+    Of five workers, two may lie and three still agree. Of three or four, one more wrong vote would be a majority. Of two, each has
+    only the other for a witness.
 
     Args:
         live: workers of the stage that are not banned.
@@ -100,13 +101,13 @@ def strikes_to_ban(live: int) -> int | None:
 
 
 def weigh(votes: Mapping[Worker, Outcome], live: int) -> Judgement:
-    """Decide a case.
+    """Decide a case by its votes.
 
-    Who sent the signal stands by it, which is a vote as well. A decision needs more than half of the votes, and one against the
-    sender more than could all be liars: so leaving some of them unheard gives no few the say.
+    The sender stands by its signal, which is a vote as well. A decision needs more than half of the votes, and one against the
+    sender more votes than there can be liars: so a few workers cannot decide because others were not asked.
 
     Args:
-        votes: what the others of the stage say, of those that were asked.
+        votes: of the other workers of the stage that were asked.
         live: workers of the stage that are not banned, the sender included.
 
     Example:
@@ -124,27 +125,28 @@ def weigh(votes: Mapping[Worker, Outcome], live: int) -> Judgement:
             break
     else:
         return Judgement(Outcome.DISPUTED, frozenset())
-    # Who was withheld what it needed is not to be blamed for what it made of the rest.
+    # A worker whose input was withheld is not to blame for its vote.
     opposite = {Outcome.MATCHES: Outcome.LIED, Outcome.LIED: Outcome.MATCHES}.get(outcome)
     return Judgement(outcome, frozenset(worker for worker, word in votes.items() if word == opposite))
 
 
 class Jury:
-    """Hears cases: draws who recomputes a signal, and asks all others of the stage where that one says that it does not match.
+    """Collects votes: draws a worker to recompute a signal, and asks all others of the stage if that one reports a mismatch.
 
     Args:
         mesh: all workers.
-        seed: secret, so that nobody knows beforehand who is asked.
+        seed: secret, so that no worker knows beforehand which is asked.
     """
 
     def __init__(self, mesh: Mesh, seed: int) -> None:
-        self._mesh, self._seed = mesh, seed
+        self._mesh = mesh
+        self._seed = seed
 
     def others(self, audited: Worker, unheard: Collection[Worker], *place: int) -> list[Worker]:
-        """Who can recompute a worker's signal, in the order in which they are asked.
+        """The workers that can recompute a signal, in the order in which they are asked.
 
         Args:
-            audited: who sent it.
+            audited: the sender.
             unheard: workers that are asked nothing.
             place: of the signal: step, boundary, lane, slot.
 
@@ -165,15 +167,15 @@ class Jury:
         step: int,
         ask: Ask,
     ) -> Findings:
-        """Audit signals of a step; the same on all ranks. It is asked twice, however many signals and boundaries there are.
+        """Audit signals of a step; the same on all ranks. Calls ``ask`` twice, however many signals and boundaries there are.
 
         Args:
-            signals: ``(boundaries, lanes, slots)`` bool, what to audit.
-            wiring: who served which lane.
+            signals: ``(boundaries, lanes, slots)`` bool, signals to audit.
+            wiring: which worker served which lane.
             banned: workers that take part in nothing.
-            muted: workers whose word does not count any more.
+            muted: workers whose votes no longer count.
             step: number of the training batch.
-            ask: has them recompute.
+            ask: has workers recompute signals.
         """
         places = {self._case(wiring, *place): (place[0], place[1], place[2]) for place in signals.nonzero().tolist()}
         unheard = {*banned, *muted}

@@ -1,4 +1,4 @@
-"""Who was flagged, how often, and who is banned."""
+"""The ledger: how often each worker was flagged, and which workers are banned."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from lightning_sentinel.verification.streaks import Habits, Streak, is_proof
 __all__ = ["Ledger"]
 
 _COUNTS = ("flags", "banned_at", "exonerated", "strikes", "muted", "spared")
-"""Of workers, as they are saved."""
+"""Saved attributes that map workers to numbers."""
 
 _CALM_STEPS = 16
-"""For how long workers stay where they were shuffled to: who would come back to the lane of a liar would be a suspect again."""
+"""How long workers keep their shuffled lanes: a worker that came back to a liar's lane would be a suspect again."""
 
 
 @dataclass
 class Ledger:
-    """Counts flags and audits, and says who is banned for them.
+    """Counts flags and audits, and decides which workers to ban for them.
 
-    By flags alone: who is a suspect in ``ban_after`` consecutive steps, or in more of them where others of its stage are suspects
-    as well (:func:`lightning_sentinel.verification.streaks.is_proof`). A step in which a worker was verified and is no suspect ends
-    its streak; a step in which nothing of it could be verified (its pipeline was tainted before it, or is left out) does not. By
-    audits: who was found to lie by most of its stage, in as many steps as :func:`strikes_to_ban` says.
+    By flags alone it bans a worker that is a suspect in ``ban_after`` consecutive steps, or in more of them where others of its
+    stage are suspects as well (:func:`lightning_sentinel.verification.streaks.is_proof`). A step in which a worker was verified and
+    is no suspect ends its streak; a step in which none of its signals could be verified (its pipeline was tainted before it, or is
+    left out) does not. By audits it bans a worker that most of its stage found to lie in as many steps as :func:`strikes_to_ban`
+    says.
 
-    Never more of a stage than :func:`most_bans`, so that what was found never ends a run.
+    It never bans more workers of a stage than :func:`most_bans`, so that bans never end a run.
 
     Args:
-        ban_after: consecutive steps as a suspect that lead to a ban, where the others of the stage are in line; ``None`` bans
-            nobody.
+        ban_after: consecutive steps as a suspect that lead to a ban, where the others of the stage are in line; ``None`` bans no
+            worker.
 
     Example:
         >>> from collections import Counter
@@ -55,7 +56,7 @@ class Ledger:
     flags: Counter[Worker] = field(default_factory=Counter)
     """Signals flagged so far, by sender."""
     streaks: dict[Worker, Streak] = field(default_factory=dict)
-    """Consecutive steps as a suspect, of those that were one in the last step in which they were verified."""
+    """Consecutive steps as a suspect, of workers that were suspects when last verified."""
     habits: Habits = field(default_factory=Habits)
     """How often workers were suspects lately."""
     banned_at: dict[Worker, int] = field(default_factory=dict)
@@ -67,13 +68,13 @@ class Ledger:
     strikes: Counter[Worker] = field(default_factory=Counter)
     """Steps in which most of its stage found a worker to lie."""
     muted: dict[Worker, int] = field(default_factory=dict)
-    """Since when a worker's word does not count in audits, because most of its stage said the opposite, or found it to lie."""
+    """The step from which a worker's votes do not count, because most of its stage voted the opposite, or found it to lie."""
     spared: dict[Worker, int] = field(default_factory=dict)
-    """Since when a worker would be banned, if more of its stage could be."""
+    """The step from which a worker would be banned, if more of its stage could be."""
     shuffled_at: int | None = None
-    """The latest step for which a new order was called for."""
+    """The latest step for which a new shuffle was requested."""
     hosts: dict[Worker, str] = field(default_factory=dict)
-    """The machine that serves a worker; empty if that is not known."""
+    """The machine that serves a worker; empty if unknown."""
 
     @property
     def banned(self) -> frozenset[Worker]:
@@ -84,8 +85,8 @@ class Ledger:
         return self.flags.total()
 
     def order(self, step: int) -> int | None:
-        """Which order workers serve the pipelines in: a new one in every step while there is somebody whom other company would show
-        to be honest, and the last of these for some steps after; ``None`` if each serves its own."""
+        """The number of the shuffle by which workers serve pipelines: a new one in every step while shuffling could clear a
+        suspect, and the last of these for some steps after; ``None`` if each worker serves its own pipeline."""
         latest = self.shuffled_at
         return latest if latest is not None and latest <= step < latest + _CALM_STEPS else None
 
@@ -99,16 +100,16 @@ class Ledger:
         unmistakable: Collection[Worker] = (),
         scores: Mapping[Worker, float] = MappingProxyType({}),
     ) -> list[Worker]:
-        """Enter one step's flags.
+        """Record one step's flags.
 
         Args:
             step: number of the training batch.
             flagged: how many signals of each worker were flagged.
             suspects: workers that were out of line for most of the step.
-            verified: workers of which at least one signal was verified.
+            verified: workers with at least one verified signal.
             mesh: all workers.
-            unmistakable: suspects for what nothing that they were sent can be the reason of.
-            scores: how far out suspects were; all as far as each other if nobody says.
+            unmistakable: suspects whose deviation no received signal can explain.
+            scores: how far out suspects were; equally far by default.
 
         Returns:
             the workers that this step bans, in order.
@@ -122,7 +123,7 @@ class Ledger:
                 self.spared.pop(worker, None)
                 continue
             streak = self.streaks.setdefault(worker, Streak())
-            # What happens to an honest worker puts another one about as far out.
+            # A cause that puts one honest worker out of line puts another one about as far out.
             alike = [other for other in suspects if scores.get(other, 1.0) >= scores.get(worker, 1.0) / 2]
             streak.add(_others(worker, alike), _others(worker, verified), worker in unmistakable)
             if self.ban_after is not None and is_proof(streak, self.ban_after, self.habits.of_others(worker)):
@@ -143,7 +144,7 @@ class Ledger:
         outvoted: Collection[Worker],
         mesh: Mesh,
     ) -> list[Worker]:
-        """Enter one step's audits.
+        """Record one step's audits.
 
         Args:
             step: number of the training batch.
@@ -151,7 +152,7 @@ class Ledger:
             flagged: how many signals of each worker did not match.
             exonerated: how many flagged signals of each worker did match.
             guilty: workers that most of their stage found to lie; each once a step, however often the step is done.
-            outvoted: workers that said the opposite of what most of their stage said.
+            outvoted: workers that voted the opposite of most of their stage.
             mesh: all workers.
 
         Returns:
@@ -173,7 +174,7 @@ class Ledger:
         return needed is not None and self.strikes[worker] >= needed
 
     def _condemn(self, step: int, workers: Collection[Worker], mesh: Mesh) -> list[Worker]:
-        """Ban as many as can be, first those that were flagged most."""
+        """Ban as many of the workers as possible, the most flagged first."""
         banned = []
         for worker in sorted(workers, key=lambda worker: (-self.flags[worker], worker)):
             if worker in self.banned_at:
@@ -195,10 +196,10 @@ class Ledger:
         return new
 
     def bans(self, mesh: Mesh) -> list[Ban]:
-        """Everybody who is banned, with the machine that served them.
+        """All bans, with the machine that served each worker.
 
         Args:
-            mesh: in which they have their places.
+            mesh: of this run.
         """
         hosts = len(set(self.hosts.values()))
         return [
@@ -207,10 +208,10 @@ class Ledger:
         ]
 
     def export(self, path: Path | str) -> None:
-        """Write who is banned, when, with how many flags and on which machine, as JSON, for people and for the next run.
+        """Write the banned workers with step, flags and machine as JSON, for people and for the next run.
 
         Args:
-            path: of the file; it is replaced as a whole.
+            path: of the file; it is replaced atomically.
 
         Example:
             >>> import tempfile
@@ -272,8 +273,11 @@ class Ledger:
         entries = {name: {Worker(s, r): number for s, r, number in state.get(name, ())} for name in _COUNTS}
         self.flags = Counter(entries["flags"])
         self.streaks = {Worker(s, r): Streak.of_state(streak) for s, r, streak in state.get("suspects", ())}
-        self.banned_at, self.exonerated = entries["banned_at"], Counter(entries["exonerated"])
-        self.strikes, self.muted, self.spared = Counter(entries["strikes"]), entries["muted"], entries["spared"]
+        self.banned_at = entries["banned_at"]
+        self.exonerated = Counter(entries["exonerated"])
+        self.strikes = Counter(entries["strikes"])
+        self.muted = entries["muted"]
+        self.spared = entries["spared"]
         self.habits = Habits.of_state(state.get("habits", []))
         self.shuffled_at = state.get("shuffled_at")
         self.audits = state.get("audits", 0)
@@ -281,5 +285,5 @@ class Ledger:
 
 
 def _others(worker: Worker, workers: Collection[Worker]) -> list[Worker]:
-    """Those of the same stage."""
+    """The other workers of the same stage."""
     return [other for other in workers if other.stage == worker.stage and other != worker]

@@ -1,4 +1,4 @@
-"""All features of the signals that came from some senders, in one call."""
+"""Measures all features of the signals of some senders in one call."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Measurement", "measure", "measure_published"]
 
 
 class Measurement(NamedTuple):
-    """What was measured on one signal of each sender.
+    """Measurements of one signal of each sender.
 
     Args:
         means: ``(senders, T, C)``, over samples.
-        features: ``(senders, len(FEATURES))``; zero where there is no reference yet, or nothing to be compared with.
-        statistics: ``(senders, sum(sizes))``, what references are averages of, one part behind the other.
-        sizes: names of the parts, and how many floats each has.
+        features: ``(senders, len(FEATURES))``; zero where there is no reference yet, or no received signal.
+        statistics: ``(senders, sum(sizes))``, the statistics that references average, concatenated.
+        sizes: names of the statistics, and how many floats each has.
     """
 
     means: Tensor
@@ -36,7 +36,7 @@ class Measurement(NamedTuple):
 
     @property
     def finite(self) -> Tensor:
-        """``(senders,)`` bool: neither the signal nor what was computed from it is infinite or NaN."""
+        """``(senders,)`` bool: neither the signal nor any value computed from it is infinite or NaN."""
         # A sum is not finite if one of its terms is not, and NaN is not less than anything.
         return (self.means.sum(dim=(1, 2)) + self.features.sum(dim=1) + self.statistics.sum(dim=1)).abs() < torch.inf
 
@@ -47,10 +47,10 @@ def measure(
     """Measure signals by the features of ``method="sentinel"``.
 
     Args:
-        signals: ``(senders * B, ...)``, one sender's samples behind the other's.
+        signals: ``(senders * B, ...)``, the senders' samples, concatenated.
         senders: how many.
-        received: what the senders had received, along the same secret directions; ``None`` at the ends of the pipeline.
-        references: what honest signals look like.
+        received: the signals that the senders received, on the same secret directions; ``None`` at the ends of the pipeline.
+        references: averages over honest signals.
         secret: the directions of this boundary.
     """
     means, mean_squares, projected = _in_pieces(as_tokens(signals), senders, secret)
@@ -61,7 +61,8 @@ def measure(
     if received is not None:
         pair = paired(projected, received.values.view(senders, -1, *received.values.shape[1:]), received.channels == channels)
         parts |= consistency_statistics(pair)
-    statistics, sizes = torch.cat(list(parts.values()), dim=1), {name: part.shape[1] for name, part in parts.items()}
+    statistics = torch.cat(list(parts.values()), dim=1)
+    sizes = {name: part.shape[1] for name, part in parts.items()}
 
     anchor = references.anchor(positions, secret.slices(channels))
     if anchor is None or not references.statistics:
@@ -79,7 +80,7 @@ def measure(
 
 
 def _in_pieces(tokens: Tensor, senders: int, secret: SecretDirections) -> tuple[Tensor, Tensor, Tensor]:
-    """All that is asked of the tokens themselves ``(senders * B, T, C)``, in float32 but without a copy of them.
+    """All statistics that need the tokens ``(senders * B, T, C)`` themselves, in float32 but without a copy of them.
 
     Returns:
         means over samples ``(senders, T, C)``, mean squares of channels ``(senders, C)``, and the tokens along the secret

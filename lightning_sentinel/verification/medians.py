@@ -1,7 +1,7 @@
-"""The median as statistics has it: of an even number the mean of the two in the middle.
+"""The median of statistics: of an even number of values the mean of the two in the middle.
 
-``torch.median`` takes the lower of the two. Where workers vote that is not a detail: of eight, three that stay just below the
-others would make the lowest of five honest ones the middle, and all other honest ones look too high.
+``torch.median`` takes the lower of the two. Where workers vote that matters: of eight workers, three that stay just below the
+others would make the lowest of five honest ones the median, and all other honest workers would look too high.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ __all__ = ["median"]
 
 
 def median(values: Tensor, dim: int) -> Tensor:
-    """The median along one axis, leaving out NaN; NaN where there is nothing else.
+    """The median along one axis, ignoring NaN; NaN where all values are.
 
     Args:
         values: floating point, any shape.
-        dim: the axis, which the result lacks.
+        dim: the axis that is reduced.
 
     Example:
         >>> import torch

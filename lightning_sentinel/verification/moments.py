@@ -18,25 +18,25 @@ _LEVELS = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
 
 
 def moment_statistics(mean_squares: Tensor, channel_means: Tensor, projected: Tensor) -> dict[str, Tensor]:
-    """What the references of the moment features are averages of.
+    """The statistics that the references of the moment features average.
 
     Args:
         mean_squares: ``(S, C)``, over the tokens of each sender's signal.
-        channel_means: ``(S, C)``, the same of the tokens themselves.
+        channel_means: ``(S, C)``, means over the same tokens.
         projected: ``(S, N, K)``, tokens along secret directions.
 
     Returns:
         ``log_spread`` ``(S, C)``: log standard deviation of each channel, less its mean over channels, so that the size of the
         signal does not enter; ``gram`` ``(S, k * k)`` with trace 1; ``quantiles`` ``(S, 4 * 7)`` in units of the projection's rms.
     """
-    # A channel that is constant up to rounding has no variance of its own, only some share of all channels'.
+    # The variance of a channel that is constant up to rounding is set to a share of the mean square of all channels.
     floor = _TINY * mean_squares.mean(dim=-1, keepdim=True) + _SMALLEST
     spread = 0.5 * torch.addcmul(mean_squares, channel_means, channel_means, value=-1).clamp(min=floor).log()
     few = projected[..., :_GRAM_DIRECTIONS]
     norm = torch.linalg.vector_norm(few, dim=(1, 2), keepdim=True)
     gram = (few.mT @ few) / (norm.square() + _SMALLEST)
     ordered = projected[..., :_QUANTILE_DIRECTIONS].sort(dim=1).values
-    # Place by place: a list of places as an index is a tensor that has to be sent to a GPU, which waits for it.
+    # One index at a time: a list as an index is a tensor that has to be copied to the GPU, which waits for it.
     quantiles = torch.cat([ordered[:, round(level * (ordered.shape[1] - 1))] for level in _LEVELS], dim=1)
     rms = norm.flatten(1) / few[0].numel() ** 0.5
     return {

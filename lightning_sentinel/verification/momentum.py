@@ -1,4 +1,4 @@
-"""The momentum reference of a boundary: an exponential moving average of what honest workers send.
+"""The momentum reference of a boundary: an exponential moving average of honest workers' signals.
 
 ``m <- beta m + (1 - beta) mean(h)`` (SENTINEL, arXiv 2603.03592). One mean a step, over all honest signals of all replicas, so
 that the step's noise is averaged before it enters. Positions have weights of their own, because sequences may vary in length.
@@ -18,7 +18,7 @@ __all__ = ["Momentum", "PositionSums", "numbers"]
 
 
 def numbers(values: Tensor) -> Tensor:
-    """Zero in place of what is not finite, so that zero times it is zero: faster than to select what has a weight."""
+    """Zero in place of non-finite values, so that zero times them is zero: faster than selecting values that have a weight."""
     return values.nan_to_num(0.0, 0.0, 0.0)
 
 
@@ -27,7 +27,7 @@ class PositionSums:
     """Sums of batch means per position, to be added over senders and processes before they enter a momentum.
 
     Args:
-        total: ``(..., T, C)``, sum of batch means; leading axes tell apart what may have to stay out.
+        total: ``(..., T, C)``, sum of batch means; leading axes separate signals that may have to stay out.
         count: ``(..., T)``, how many means each position had.
     """
 
@@ -36,7 +36,7 @@ class PositionSums:
 
     @classmethod
     def like(cls, means: Tensor) -> PositionSums:
-        """Nothing yet, in the shape of ``means`` ``(..., T, C)``."""
+        """Empty sums in the shape of ``means`` ``(..., T, C)``."""
         return cls(means.new_zeros(means.shape), means.new_zeros(means.shape[:-1]))
 
     def resized(self, positions: int) -> PositionSums:
@@ -49,10 +49,10 @@ class PositionSums:
     def add(self, means: Tensor, weights: Tensor, places: Tensor | None = None) -> None:
         """Add batch means ``(..., T, C)`` with weights ``(...)``; a weight of zero adds nothing, whatever the mean holds.
 
-        What is not finite must have that weight. Means may lack leading axes that the weights have.
+        Non-finite means must have that weight. Means may lack leading axes that the weights have.
 
         Args:
-            places: where on the last leading axis of the sums each of that axis of the means is added; ``None`` if in order.
+            places: index on the last leading axis of the sums for each entry of that axis of the means; ``None`` if in order.
         """
         positions = means.shape[-2]
         if positions > self.total.shape[-2]:
@@ -65,14 +65,15 @@ class PositionSums:
             count.index_add_(-2, places, weights[..., None].expand(*weights.shape, positions))
         weights = weights[..., None, None]
         for piece in pieces(positions, means.numel()):
-            some, sums = numbers(means[..., piece, :]), total[..., piece, :]
+            some = numbers(means[..., piece, :])
+            sums = total[..., piece, :]
             if places is None:
                 sums.addcmul_(some, weights)
             else:
                 sums.index_add_(-3, places, some * weights)
 
     def of(self, chosen: Tensor) -> PositionSums:
-        """The sum over those places of the leading axes for which ``(...)`` bool is true."""
+        """The sum over the leading axes, where ``chosen`` ``(...)`` bool is true."""
         # Selected, not multiplied by zero: a sum that overflowed would poison the others.
         total = self.total.masked_fill(~chosen[..., None, None], 0.0).flatten(0, -3).sum(dim=0)
         return PositionSums(total, self.count.masked_fill(~chosen[..., None], 0.0).flatten(0, -2).sum(dim=0))
@@ -99,7 +100,7 @@ class Momentum:
     seen: Tensor | None = field(default=None, repr=False)
 
     def update(self, step: PositionSums) -> None:
-        """Take in one step's honest signals. Positions that nobody sent keep their value; new ones start at their mean."""
+        """Update with one step's honest signals. Positions without a signal keep their value; new ones start at their mean."""
         if self.value is None or self.seen is None:
             self.value = torch.zeros_like(step.total)
             self.seen = torch.zeros_like(step.count, dtype=torch.bool)

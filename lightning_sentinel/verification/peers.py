@@ -1,4 +1,4 @@
-"""Comparison across replicas: what all workers of a stage do alike is the training, not an attack."""
+"""Comparison across replicas: a change that all workers of a stage share is the training, not an attack."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lightning_sentinel.verification.table import MAX_SCORE
 __all__ = ["FEWEST_PEERS", "Comparison", "comparable", "compare", "median_vote", "of_workers"]
 
 FEWEST_PEERS = 4
-"""Workers that a median needs to say anything, those that are banned included: of them it is known what they are."""
+"""Workers that a meaningful median needs, banned workers included: they are known to be malicious."""
 _FEWEST_VOTES = 3
 
 
 def comparable(voting: Tensor, banned: Tensor) -> Tensor:
-    """Whether the median of a stage's workers is that of honest ones, ``(boundaries,)`` bool.
+    """Whether the median of a stage's workers is that of honest workers, ``(boundaries,)`` bool.
 
-    Fewer than half of a stage's workers are malicious. Those that are banned are known; all others could be among those that vote,
-    so more than twice as many must vote.
+    Fewer than half of a stage's workers are malicious. The banned ones are known; all others could be among the voters, so more
+    than twice as many workers must vote.
 
     Args:
-        voting: ``(boundaries, workers)`` bool, of whom it is known what they send.
+        voting: ``(boundaries, workers)`` bool, workers with known features.
         banned: ``(boundaries, workers)`` bool.
 
     Example:
@@ -40,9 +40,9 @@ def comparable(voting: Tensor, banned: Tensor) -> Tensor:
 
 
 def of_workers(features: Tensor, valid: Tensor, senders: Tensor) -> Tensor:
-    """What each worker sent, ``(boundaries, workers, F)``: the median of its signals; NaN where nothing of it is valid.
+    """Features of each worker, ``(boundaries, workers, F)``: the median of its signals; NaN where none of them is valid.
 
-    By worker, so that one that could be verified more often than others does not outvote them.
+    By worker, so that a worker that was verified more often than others does not outvote them.
 
     Args:
         features: ``(boundaries, lanes, micro_batches, F)``.
@@ -60,7 +60,7 @@ def of_workers(features: Tensor, valid: Tensor, senders: Tensor) -> Tensor:
 
 
 def median_vote(votes: Tensor) -> Tensor:
-    """The median over workers, ``(boundaries, F)``; NaN where nobody votes.
+    """The median over workers, ``(boundaries, F)``; NaN where no worker votes.
 
     Args:
         votes: ``(boundaries, workers, F)``; NaN does not vote.
@@ -77,12 +77,12 @@ class Comparison(NamedTuple):
 
     Args:
         by_peers: ``(boundaries,)`` bool, whether the vote is that of honest workers.
-        quorum: ``(boundaries,)`` bool, whether at least half of the votes are of this step.
-        certain: ``(boundaries,)`` bool, whether those of this step would be enough without those that are remembered.
+        quorum: ``(boundaries,)`` bool, whether at least half of the votes are from this step.
+        certain: ``(boundaries,)`` bool, whether the votes of this step suffice without remembered ones.
         score: ``(boundaries, lanes, micro_batches)``, 0 at the centre, 1 at the fence.
         worst: ``(boundaries, lanes, micro_batches)``, index of the feature that is furthest out.
-        opinion: ``(boundaries, F)``, the median vote; NaN where nobody votes.
-        centre: ``(boundaries, F)``, the same across those of this step that are in line with it.
+        opinion: ``(boundaries, F)``, the median vote; NaN where no worker votes.
+        centre: ``(boundaries, F)``, the median vote of this step's signals that are in line with ``opinion``.
     """
 
     by_peers: Tensor
@@ -104,9 +104,9 @@ def compare(features: Tensor, counted: Tensor, senders: Tensor, last: Tensor, ba
 
     Args:
         features: ``(boundaries, lanes, micro_batches, F)``.
-        counted: ``(boundaries, lanes, micro_batches)`` bool, signals that say something of their sender.
+        counted: ``(boundaries, lanes, micro_batches)`` bool, signals that are evidence about their sender.
         senders: ``(boundaries, lanes)``, the worker that serves a lane.
-        last: ``(boundaries, workers, F)``, the votes of those of whom nothing counts now; NaN if there is nothing to remember.
+        last: ``(boundaries, workers, F)``, remembered votes of workers without a counted signal now; NaN if there are none.
         banned: ``(boundaries, workers)`` bool.
         fences: ``(boundaries, F)``, around features less the median.
     """
@@ -115,8 +115,8 @@ def compare(features: Tensor, counted: Tensor, senders: Tensor, last: Tensor, ba
     votes = torch.where(sent.isnan(), last, sent)
     opinion = median_vote(votes)
     inside = per_signal.scores(features - opinion[:, None, None]).amax(dim=-1) <= 1
-    # Once more among those of this step, without those that are out, which pull the median to their side, and without memories,
-    # which a training that moves leaves behind; unless most are out, which no attack can do.
+    # The median again over signals of this step, without outliers, which pull it to their side, and without remembered votes, which
+    # the training leaves behind; unless most signals are outliers, which no attack can cause.
     kept = counted & inside
     most = 2 * kept.sum(dim=(1, 2)) > counted.sum(dim=(1, 2))
     centre = torch.where(most[:, None], median_vote(of_workers(features, kept, senders)), opinion)

@@ -1,7 +1,7 @@
-"""Secret random directions, and what a signal looks like along them.
+"""Secret random directions, and projections of signals on them.
 
-Who verifies a sender sees what it received and what it sent along the same directions. They are a few dozen for each boundary,
-drawn from a seed that workers must not know: a worker that knows them can send anything that looks right along them.
+A verifier projects what a sender received and what it sent on the same directions: a few dozen for each boundary, drawn from a seed
+that workers must not know. A worker that knows them can send anything that looks right along them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_sentinel.verification.axes import as_tokens, pieces
 __all__ = ["PROJECTED", "Projection", "SecretDirections", "orthogonal_directions", "unit_directions"]
 
 PROJECTED = 32
-"""Floats a token of the projection that neighbours exchange."""
+"""Floats per token of the projection that neighbours exchange."""
 
 
 def unit_directions(channels: int, count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -65,8 +65,8 @@ class SecretDirections:
     """The secret directions of one boundary.
 
     Args:
-        boundary: whose sender they are a secret from.
-        config: has the seed; without one it is drawn.
+        boundary: its sender must not know them.
+        config: has the seed; without one a seed is drawn.
         device: where signals are.
 
     Example:
@@ -80,7 +80,8 @@ class SecretDirections:
         # Each boundary has directions of its own: what leaks at one says nothing about another.
         gradient = boundary.direction is Direction.GRADIENT
         self._seed = (secret_seed() if config.seed is None else config.seed) * 1_000_003 + 4 * boundary.index + 2 * gradient
-        self._slices, self._device = config.projections, device
+        self._slices = config.projections
+        self._device = device
         self._cache: dict[tuple[str, int], Tensor] = {}
 
     def slices(self, channels: int) -> Tensor:
@@ -92,7 +93,7 @@ class SecretDirections:
         return self._cached("projection", channels)
 
     def project(self, signal: Tensor) -> Projection:
-        """A signal of any shape along the directions."""
+        """Project a signal of any shape on the directions."""
         tokens = as_tokens(signal.detach())
         channels = tokens.shape[-1]
         directions = self.projection(channels)

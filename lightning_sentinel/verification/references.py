@@ -1,4 +1,4 @@
-"""All that a verifier learns of one boundary: the momentum, and the averages behind moment and input-output features."""
+"""The references of one boundary: the momentum, and the averages behind moment and input-output features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REGRESSION_BETA = 0.98
 
 @dataclass
 class Contribution:
-    """What one step has to say about honest signals: sums over signals, to be added over senders and processes.
+    """One step's sums over honest signals, to be added over senders and processes.
 
     Args:
         positions: sums of batch means, for the momentum.
@@ -35,16 +35,16 @@ class Contribution:
 
     @classmethod
     def like(cls, means: Tensor, statistics: Tensor) -> Contribution:
-        """Nothing yet, in the shape of ``means`` ``(..., T, C)`` and ``statistics`` ``(..., S)``."""
+        """Empty sums in the shape of ``means`` ``(..., T, C)`` and ``statistics`` ``(..., S)``."""
         return cls(PositionSums.like(means), statistics.new_zeros(statistics.shape), statistics.new_zeros(statistics.shape[:-1]))
 
     def add(self, means: Tensor, statistics: Tensor, weights: Tensor, places: Tensor | None = None) -> None:
         """Add signals with weights ``(...)`` of zero or one; zero adds nothing, whatever the signal holds.
 
-        What is not finite must have that weight. Means and statistics may lack leading axes that the weights have.
+        Non-finite signals must have that weight. Means and statistics may lack leading axes that the weights have.
 
         Args:
-            places: where on the last leading axis of the sums each signal is added; ``None`` if in order.
+            places: index on the last leading axis of the sums for each signal; ``None`` if in order.
         """
         self.positions.add(means, weights, places)
         if places is None:
@@ -55,7 +55,7 @@ class Contribution:
             self.signals.index_add_(-1, places, weights)
 
     def of(self, chosen: Tensor) -> Contribution:
-        """The sum over those places of the leading axes for which ``(...)`` bool is true."""
+        """The sum over the leading axes, where ``chosen`` ``(...)`` bool is true."""
         statistics = self.statistics.masked_fill(~chosen[..., None], 0.0).flatten(0, -2).sum(dim=0)
         return Contribution(self.positions.of(chosen), statistics, self.signals.masked_fill(~chosen, 0.0).sum())
 
@@ -65,7 +65,7 @@ class Contribution:
 
     @classmethod
     def added(cls, several: Sequence[Contribution]) -> Contribution:
-        """The sum of several, all in the same shape."""
+        """The sum of several contributions of the same shape."""
         flat = torch.stack([one.flat() for one in several]).sum(dim=0)
         return cls.from_flat(flat, several[0])
 
@@ -86,7 +86,7 @@ class Contribution:
 
 @dataclass
 class References:
-    """Moving averages over what honest workers sent.
+    """Moving averages over the signals of honest workers.
 
     Args:
         beta: decay of the momentum and of moments, in [0, 1).
@@ -98,40 +98,40 @@ class References:
     weights: Tensor | None = None
     """Of the ridge regression; ``None`` where senders receive nothing."""
     updates: Tensor | None = None
-    """0-dim, how many steps had something to say."""
+    """0-dim, how many steps had an honest signal."""
     _anchor: Anchor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.momentum = Momentum(self.beta)
 
     def anchor(self, positions: int, directions: Tensor) -> Anchor | None:
-        """The momentum as signals of so many positions are compared with it; ``None`` before the first step.
+        """The momentum, prepared for signals of so many positions; ``None`` before the first step.
 
         Args:
             positions: of the signals.
-            directions: ``(C, K)``, always the same ones.
+            directions: ``(C, K)``, the same in every call.
         """
         momentum = self.momentum.value
         if momentum is None:
             return None
         shared = min(positions, len(momentum))
-        # Only the latest is kept: where lengths vary it is not worth the memory of one for each.
+        # Only the latest anchor is kept: one for each sequence length is not worth the memory.
         if self._anchor is None or len(self._anchor.momentum) != shared:
             self._anchor = Anchor.of(momentum[:shared], directions)
         return self._anchor
 
     def distances(self, step: Contribution, sizes: Mapping[str, int]) -> list[Tensor]:
-        """How far the means of a step are from what was learned, 0-dim each: of the momentum, then of each of the statistics."""
+        """Distances of a step's means from the references, 0-dim each: from the momentum, then from each of the statistics."""
         parts = self._away(step, sizes)
         return [torch.linalg.vector_norm(part) for part in parts]
 
     def nearer(self, step: Contribution, shares: Tensor, most: Tensor, sizes: Mapping[str, int]) -> Contribution:
-        """A step whose means are only ``shares`` as far from what was learned, and that counts as ``most`` signals at most.
+        """A step whose means are only ``shares`` as far from the references, and that counts as ``most`` signals at most.
 
         Args:
-            step: what one worker has to say.
+            step: the contribution of one worker.
             shares: at most 1, in the order of :meth:`distances`.
-            most: of any position.
+            most: at any position.
             sizes: names of the statistics, and how many floats each has.
         """
         positions, *statistics = (share * part for share, part in zip(shares, self._away(step, sizes)))
@@ -153,7 +153,7 @@ class References:
         return self.statistics[name] if name in self.statistics else step.statistics.new_zeros(size)
 
     def update(self, step: Contribution, sizes: Mapping[str, int]) -> None:
-        """Take in one step's honest signals.
+        """Update with one step's honest signals.
 
         Args:
             step: summed over senders.

@@ -1,8 +1,8 @@
-"""Consecutive steps out of line, and whether that is more than what somebody else's lie would make of an honest worker.
+"""Streaks of steps in which a worker is a suspect, and whether they are more than another worker's lie can cause.
 
-Without audits a worker can only be told from its flags, and an honest one that works behind a lie that nobody sees is flagged as
-well. But that depends on the company: while somebody is a suspect, workers are shuffled among the pipelines in every step, so an
-honest one is behind the liar now and then, as are all others of its stage, and a liar is out of line in any company.
+Without audits only flags tell a liar, and an honest worker behind an unnoticed lie is flagged as well. But that depends on its
+pipeline: while there is a suspect, workers are shuffled among the pipelines in every step, so an honest worker is behind the liar
+now and then, as are all others of its stage, and a liar is out of line in any pipeline.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Streak:
 
     Args:
         steps: how many.
-        suspects: in how many of them each of the others of its stage was one as well, and about as far out.
-        verified: in how many of them each of the others was verified.
-        unmistakable: in how many of them nothing that the worker had been sent can have been the reason.
+        suspects: in how many of them each other worker of its stage was one as well, and about as far out.
+        verified: in how many of them each other worker was verified.
+        unmistakable: in how many of them no received signal can have been the cause.
     """
 
     steps: int = 0
@@ -39,12 +39,12 @@ class Streak:
     unmistakable: int = 0
 
     def add(self, suspects: Collection[Worker], verified: Collection[Worker], unmistakable: bool) -> None:
-        """Enter a step in which the worker was a suspect.
+        """Add a step in which the worker was a suspect.
 
         Args:
-            suspects: others of its stage that were suspects in it, and about as far out.
-            verified: others of its stage that were verified in it.
-            unmistakable: whether nothing that the worker had been sent can be the reason.
+            suspects: other workers of its stage that were suspects, and about as far out.
+            verified: other workers of its stage that were verified.
+            unmistakable: whether no received signal can be the cause.
         """
         self.steps += 1
         self.unmistakable += unmistakable
@@ -53,12 +53,12 @@ class Streak:
 
     @property
     def shuffles(self) -> bool:
-        """Whether other company would tell if what the worker is sent is the reason."""
+        """Whether another pipeline would tell if a received signal is the cause."""
         return self.unmistakable < self.steps
 
     @property
     def usual(self) -> float:
-        """In which share of the steps an honest one of the others was a suspect, as far as they were verified."""
+        """In which share of its verified steps an honest one of the other workers was a suspect."""
         return honest_share([self.suspects[worker] / steps for worker, steps in self.verified.items()])
 
     def state(self) -> list[Any]:
@@ -77,7 +77,7 @@ class Habits:
     """How often each worker was a suspect lately, of the steps in which it was verified.
 
     Args:
-        suspects: sums over steps, the last one counts 1 and each before it a twentieth less.
+        suspects: sums over steps; the last one counts 1, and each before it a twentieth less.
         verified: the same.
     """
 
@@ -85,13 +85,13 @@ class Habits:
         self.suspects, self.verified = dict(suspects or {}), dict(verified or {})
 
     def add(self, suspects: Collection[Worker], verified: Collection[Worker]) -> None:
-        """Enter a step."""
+        """Add a step."""
         for worker in verified:
             self.verified[worker] = _DECAY * self.verified.get(worker, 0.0) + 1.0
             self.suspects[worker] = _DECAY * self.suspects.get(worker, 0.0) + (worker in suspects)
 
     def of_others(self, worker: Worker) -> float:
-        """In which share of steps an honest one of its stage is a suspect, but for the worker itself."""
+        """In which share of steps an honest worker of its stage, other than itself, is a suspect."""
         others = [other for other in self.verified if other.stage == worker.stage and other != worker]
         return honest_share([self.suspects[other] / max(self.verified[other], _MEMORY / 2) for other in others])
 
@@ -109,10 +109,10 @@ class Habits:
 
 
 def honest_share(shares: Collection[float]) -> float:
-    """Of the others of a worker's stage, how often an honest one is a suspect.
+    """How often an honest one of the other workers of a stage is a suspect, from the shares of all of them.
 
-    Fewer than half of a stage lie. If the worker does, there is one liar less among the others: as many are left out, of those that
-    were suspects most often. If it does not, the liars may all have been in line, and the next one is still honest.
+    Fewer than half of a stage lie. If the worker itself lies, there is one liar less among the others: so many of the most frequent
+    suspects are left out. If it does not, the liars may all have been in line, and the next worker is still honest.
 
     Example:
         >>> honest_share([0.0, 0.2, 0.4, 0.2, 1.0]), honest_share([])
@@ -123,18 +123,17 @@ def honest_share(shares: Collection[float]) -> float:
 
 
 def is_proof(streak: Streak, ban_after: int, habit: float = 0.0) -> bool:
-    """Whether a streak says that its worker lies.
+    """Whether a streak proves that its worker lies.
 
-    The others of the stage show how often an honest worker is out of line now, because most of them are honest: with probability
-    ``p`` in a step, ``(m + 1/2) / (n + 1)`` if one of them was in ``m`` of the ``n`` steps, or as often as lately if that is more.
-    ``n`` steps in a row then happen to an honest worker with probability ``p ** n``. That has to be as small as it is for
-    ``ban_after`` steps in which the others never were. Where nothing that it had been sent can be the reason, others do
-    not matter.
+    The other workers of the stage show how often an honest worker is a suspect now, because most of them are honest: in a step with
+    probability ``p``, ``(m + 1/2) / (n + 1)`` if one of them was in ``m`` of the ``n`` steps, or its recent share if that is
+    larger. An honest worker then is one in ``n`` steps in a row with probability ``p ** n``. That has to be as small as for
+    ``ban_after`` steps in which the others never were. Where no received signal can be the cause, the others do not matter.
 
     Args:
         streak: of a worker.
-        ban_after: how many steps that takes where the others are in line.
-        habit: in which share of the latest steps an honest one of its stage was a suspect.
+        ban_after: how many steps prove it where the others are in line.
+        habit: in which share of recent steps an honest worker of its stage was a suspect.
 
     Example:
         >>> is_proof(Streak(steps=5), ban_after=5)

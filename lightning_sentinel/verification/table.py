@@ -15,7 +15,7 @@ from lightning_sentinel.wiring import Wiring
 __all__ = ["COLUMNS", "MAX_SCORE", "SignalTable", "no_rows", "rows_by_sender", "signal_rows"]
 
 MAX_SCORE = 1e6
-"""Scores end here, so that they stay finite in logs and files; a signal that is not finite has this score."""
+"""The highest score, so that scores stay finite in logs and files; a signal that is not finite has this score."""
 
 _LARGEST = 1e30
 _GROWTH = 16
@@ -35,7 +35,7 @@ def signal_rows(
         score: ``(senders,)``, 1 at the fence.
         worst: ``(senders,)``, index of the feature with the highest score; -1 if the signal is not finite.
         flagged: ``(senders,)`` bool, the verdict at receipt.
-        tainted: ``(senders,)`` bool, whether an earlier boundary had flagged the micro-batch, so that this one proves nothing.
+        tainted: ``(senders,)`` bool, whether an earlier boundary had flagged the micro-batch, so that this signal proves nothing.
         positions: length of the signals' position axis.
         channels: length of the signals' channel axis.
     """
@@ -45,7 +45,7 @@ def signal_rows(
 
 
 def no_rows(*shape: int) -> Tensor:
-    """Rows where nobody had anything to send, ``(*shape, len(COLUMNS))``: as those of tainted signals."""
+    """Rows of signals that do not exist, ``(*shape, len(COLUMNS))``: as those of tainted signals."""
     rows = torch.zeros(*shape, len(COLUMNS))
     rows[..., COLUMNS.index("tainted")] = 1
     return rows
@@ -57,15 +57,15 @@ class SignalTable:
 
     Args:
         rows: ``(boundaries, lanes, micro_batches, len(COLUMNS))`` on the host, boundaries in the order of
-            :attr:`Mesh.boundaries`, micro-batches in the order in which a lane works on them. Where it has nothing to do the row is
-            that of a tainted signal.
+            :attr:`Mesh.boundaries`, micro-batches in the order in which a lane works on them. An empty slot has the row of a
+            tainted signal.
     """
 
     rows: Tensor
 
     @classmethod
     def by_samples(cls, rows: Tensor, wiring: Wiring) -> SignalTable:
-        """Rows that are told apart by whose samples they are about, put in the order of lanes.
+        """Put rows, indexed by the replica that owns the samples, in the order of lanes.
 
         Args:
             rows: ``(boundaries, replicas, micro_batches, len(COLUMNS))``.
@@ -77,10 +77,10 @@ class SignalTable:
 
     @classmethod
     def believed(cls, rows: Tensor) -> SignalTable:
-        """Rows that came from others, who may have put anything there: whatever they hold, the table can be worked with.
+        """Sanitize rows from other ranks, which may hold anything.
 
-        A row with a feature or a score that is not finite is that of a signal that is not finite; flags are flags; sizes are at
-        most a few times the median of their boundary, and a million, because memory will be reserved for them.
+        A row with a feature or a score that is not finite becomes that of a signal that is not finite; flags become 0 or 1; sizes
+        become at most 16 times the median of their boundary, and a million, because memory will be reserved for them.
 
         Args:
             rows: ``(boundaries, lanes, micro_batches, len(COLUMNS))``.
@@ -104,7 +104,7 @@ class SignalTable:
             size = rows[..., COLUMNS.index(name)]
             size.nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(0, _LONGEST)
             if size.numel():
-                # The lower of the two in the middle, because memory is reserved for it: of two workers the one that asks for less.
+                # The lower median, because memory is reserved for it: of two workers the smaller size.
                 sent = torch.where(size > 0, size, torch.nan).flatten(1).nanmedian(dim=1).values.nan_to_num()
                 size.copy_(torch.minimum(size, _GROWTH * sent[:, None, None]))
         return cls(rows)
@@ -133,8 +133,8 @@ class SignalTable:
         return SignalTable(rows)
 
     def worker_scores(self, mesh: Mesh, wiring: Wiring) -> Tensor:
-        """The highest score of each worker in the step: ``(stages, replicas, 2)``, activation and gradient; NaN where nothing was
-        sent, or nothing could be verified."""
+        """The highest score of each worker in the step: ``(stages, replicas, 2)``, activation and gradient; NaN where no signal was
+        sent, or none could be verified."""
         scores = torch.where(self.tainted, -torch.inf, self.column("score")).amax(dim=2)
         result = torch.full((mesh.stages, mesh.replicas, len(Direction)), -torch.inf)
         for boundary, values in zip(mesh.boundaries, scores):

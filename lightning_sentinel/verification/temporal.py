@@ -25,7 +25,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Anchor:
-    """A momentum with all that distances from it ask for again and again.
+    """A momentum with all precomputed values that distances from it need.
 
     The momentum changes once a step, and many signals are compared with it in between.
 
@@ -49,7 +49,7 @@ class Anchor:
 
     @classmethod
     def of(cls, momentum: Tensor, directions: Tensor) -> Anchor:
-        """Of a momentum ``(T, C)`` and unit directions ``(C, K)``."""
+        """Precompute from a momentum ``(T, C)`` and unit directions ``(C, K)``."""
         channels = momentum.mean(dim=0)
         return cls(
             momentum,
@@ -62,7 +62,7 @@ class Anchor:
         )
 
     def shared(self, means: Tensor) -> Tensor:
-        """The positions of means ``(..., T', C)`` that the momentum has as well."""
+        """The means ``(..., T', C)`` at the positions that the momentum has as well."""
         return means[..., : len(self.momentum), :] if means.shape[-2] > len(self.momentum) else means
 
 
@@ -70,7 +70,7 @@ def published_distances(means: Tensor, anchor: Anchor) -> Tensor:
     """The four distances of the published method as they are, ``(S, 4)``.
 
     Where a signal has more positions than the momentum (variable sequence lengths), the shared ones count; where it has fewer, the
-    anchor must be of that many.
+    anchor must have as few.
 
     Args:
         means: ``(S, T', C)``, means of signals over their samples.

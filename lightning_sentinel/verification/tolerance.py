@@ -1,15 +1,15 @@
-"""How far a signal may be from what it is recomputed to be: measured in the warm-up, and lower for who errs always the same way.
+"""Audit tolerances: how far a signal may be from its recomputation; measured in the warm-up, lower for one-sided errors.
 
-Devices round differently, so an honest signal is not recomputed bit for bit. How far apart honest workers of a mesh are is seen in
-the audits of the warm-up. From then on a signal of a boundary counts as recomputed up to four times the largest error that was seen
-there, but for two limits. What is allowed for a dtype wherever it is computed is never exceeded: it is coarse, and a worker that
-errs by nearly as much in one direction steers the training. And a tenth of that is always allowed, because other kernels may be
-chosen later: honest bfloat16 was seen to differ from float32 by 0.10 to 0.26 % of a signal's norm, of which that is twice as much,
-and a gradient that is off by it in the same direction in every step cost 0.001 of the loss.
+Devices round differently, so an honest signal is not recomputed bit for bit. The audits of the warm-up show how far apart honest
+workers of a mesh are. From then on a signal matches up to four times the largest error seen at its boundary, within two limits. The
+upper limit is the tolerance of the dtype on any device: it is coarse, and a worker that errs by nearly as much in one direction
+steers the training. The lower limit is a tenth of that, because other kernels may be chosen later: honest bfloat16 was seen to
+differ from float32 by 0.10 to 0.26 % of a signal's norm, up to half of the limit, and a gradient that is off by the limit in the
+same direction in every step cost 0.001 of the loss.
 
-Below that, errors are summed. Rounding has no direction: along one that is drawn from a secret seed signed errors cancel out over
-audits, and those of a worker that always errs the same way add up. Who is found by it is allowed a fiftieth, below which nothing
-was seen to be lost.
+Below that, signed errors are summed. Rounding has no direction: along one that is drawn from a secret seed its errors cancel out
+over audits, and those of a worker that always errs the same way add up. Such a worker is allowed a fiftieth of the upper limit,
+below which no loss was seen.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ __all__ = ["MEASURED", "Tolerances", "deviation"]
 
 _DIRECTIONS = 8
 MEASURED = 2 + _DIRECTIONS
-"""Floats that say how far apart two signals are: the error, and signed ones along the signal itself and along secret directions."""
+"""Floats that measure how far apart two signals are: the error, and signed errors along the signal and secret directions."""
 
 _MULTIPLE = 4.0
 _FLOOR = 1 / 10
 _COHERENT = 1 / 50
 _ALARM = 25.0
-"""Of the square of a sum of signed errors over the sum of their squares: 1 on average if they are independent, and hardly ever as
-large by chance (for a normal distribution in a share of 6e-7); with errors that are all alike it is their number."""
+"""Threshold for the squared sum of signed errors over the sum of their squares: 1 on average if they are independent, and hardly
+ever as large by chance (6e-7 for a normal distribution); with errors that are all alike it is their number."""
 
 
 def deviation(claimed: Tensor, recomputed: Tensor, seed: int) -> Tensor:
-    """How far a signal is from what it was recomputed to be, ``(MEASURED,)`` float32 on its device.
+    """How far a signal is from its recomputation, ``(MEASURED,)`` float32 on its device.
 
     Args:
         claimed: the signal.
@@ -56,14 +56,14 @@ def deviation(claimed: Tensor, recomputed: Tensor, seed: int) -> Tensor:
     difference = as_tokens(claimed).float() - honest
     squared = honest.square().mean() + 1e-30
     along = (difference * honest).mean() / squared
-    # A direction is a unit vector: of errors that are all alike a part of about one over the root of the channels is along it.
+    # A direction is a unit vector: about one over the root of the channels of a constant error lies along it.
     directions = unit_directions(honest.shape[-1], _DIRECTIONS, seed, honest.device)
     signed = difference.mean(dim=(0, 1)) @ directions / squared.sqrt()
     return torch.cat((error.view(1), along.view(1), signed)).nan_to_num(torch.inf, torch.inf, -torch.inf)
 
 
 class Tolerances:
-    """What is allowed, by boundary and sender; the same on all ranks, because all hear of the same audits.
+    """Tolerances by boundary and sender; the same on all ranks, because all record the same audits.
 
     Args:
         mesh: the workers.
@@ -79,27 +79,29 @@ class Tolerances:
     """
 
     def __init__(self, mesh: Mesh, seed: int) -> None:
-        self._mesh, self.seed = mesh, seed
+        self._mesh = mesh
+        self.seed = seed
         self.learning = True
-        """Whether errors that are seen now are those of the warm-up."""
-        count, signed = len(mesh.boundaries), MEASURED - 1
+        """Whether the warm-up lasts, and errors raise the tolerances."""
+        count = len(mesh.boundaries)
+        signed = MEASURED - 1
         self._largest = torch.full((count,), torch.nan, dtype=torch.float64)
         self._sums = torch.zeros(count, mesh.replicas, signed, dtype=torch.float64)
         self._squares = torch.zeros(count, mesh.replicas, signed, dtype=torch.float64)
         self._audits = torch.zeros(count, mesh.replicas, dtype=torch.float64)
 
     def seed_of(self, index: int) -> int:
-        """Of the directions of a boundary."""
+        """The seed of a boundary's directions."""
         return (self.seed * 1_000_003 + index) % 2**63
 
     def allowed(self, index: int, sender: Worker, dtype: torch.dtype, computed_in: torch.dtype) -> float:
-        """The error up to which a signal counts as recomputed.
+        """The error up to which a signal matches its recomputation.
 
         Args:
             index: of the boundary.
             sender: of the signal.
             dtype: of the signal.
-            computed_in: what float32 was multiplied in where it was computed.
+            computed_in: dtype of float32 matrix products on the device that computed it.
         """
         ceiling = tolerance(dtype, computed_in)
         largest = float(self._largest[index])
@@ -110,20 +112,20 @@ class Tolerances:
         return min(ceiling, max(_FLOOR * ceiling, _MULTIPLE * largest))
 
     def errs_one_way(self, index: int, sender: Worker, least: float) -> bool:
-        """Whether the errors of a sender add up where those of rounding cancel out, to more than ``least`` on average."""
+        """Whether the signed errors of a sender add up, where rounding errors cancel out, to more than ``least`` on average."""
         sums, squares = self._sums[index, sender.replica].abs(), self._squares[index, sender.replica]
         coherent = sums.square() > _ALARM * squares
         return bool((coherent & (sums > least * self._audits[index, sender.replica])).any())
 
     def heard(self, index: int, sender: Worker, measured: Sequence[float]) -> None:
-        """Take note of an audit in which a signal counted as recomputed.
+        """Record an audit in which a signal matched.
 
-        Where there was none in the warm-up the first one counts as one of it.
+        If a boundary had no audit in the warm-up, its first one counts as one.
 
         Args:
             index: of the boundary.
             sender: of the signal.
-            measured: from :func:`deviation`; not finite if the auditor could not tell.
+            measured: from :func:`deviation`; not finite if the auditor could not measure it.
         """
         error, *signed = (float(value) for value in measured)
         values = torch.tensor([error, *signed], dtype=torch.float64)
@@ -131,7 +133,7 @@ class Tolerances:
             return
         if self.learning or bool(self._largest[index].isnan()):
             self._largest[index] = torch.fmax(self._largest[index], values[0])
-        # No audit counts for more than it could have let through.
+        # A signed error counts for no more than the error that the audit let through.
         signs = values[1:].clamp(-error, error)
         self._sums[index, sender.replica] += signs
         self._squares[index, sender.replica] += signs.square()
@@ -147,7 +149,7 @@ class Tolerances:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Boundaries that the state does not know, or that are of another number of workers, start afresh."""
+        """Boundaries that the state lacks, or saved with another number of workers, start afresh."""
         parts = {"largest": self._largest, "sums": self._sums, "squares": self._squares, "number": self._audits}
         for index, boundary in enumerate(self._mesh.boundaries):
             for name, part in parts.items():

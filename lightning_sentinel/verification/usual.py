@@ -1,4 +1,4 @@
-"""What is usual of each worker: where it works on other data than the rest, it deviates always, and that is no drift."""
+"""Usual features of each worker: one that works on other data than the rest deviates always, and that is no drift."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lightning_sentinel.verification.medians import median
 __all__ = ["Usual"]
 
 _STANDARD_ERRORS = 2.0
-"""What may be chance is not taken for a habit."""
+"""A smaller deviation may be chance, and is not taken for a habit."""
 
 
 @dataclass
 class Usual:
-    """Mean and standard deviation of what each worker sent in the warm-up.
+    """Mean and standard deviation of each worker's features in the warm-up.
 
     Args:
-        mean: ``(boundaries, workers, F)``: that of all, but for workers that are further away from it than chance has them.
+        mean: ``(boundaries, workers, F)``: that of all, but shifted for workers that are further from it than by chance.
         sigma: ``(boundaries, workers, F)``: that of all around their own means, larger for workers that spread more. Infinite
             before anything is known.
     """
@@ -36,17 +36,18 @@ class Usual:
 
     @classmethod
     def of(cls, values: Tensor, senders: Tensor, fences: Fences, resolution: Tensor, workers: int) -> Usual:
-        """What is usual by a window's values.
+        """Estimate from a window's values.
 
         Args:
-            values: ``(boundaries, W, F)``; NaN where nothing is remembered.
-            senders: ``(boundaries, W)``, who sent them; negative where nothing is remembered.
+            values: ``(boundaries, W, F)``; NaN in empty slots.
+            senders: ``(boundaries, W)``, the workers that sent them; negative in empty slots.
             fences: ``(boundaries, F)``, fitted to the values.
-            resolution: ``(boundaries, F)``, smaller differences say nothing.
+            resolution: ``(boundaries, F)``, smaller differences are not significant.
             workers: how many.
         """
         known = senders >= 0
-        filled, places = values.nan_to_num(0.0), senders.clamp(min=0)[..., None].expand_as(values)
+        filled = values.nan_to_num(0.0)
+        places = senders.clamp(min=0)[..., None].expand_as(values)
         empty = values.new_zeros(values.shape[0], workers, values.shape[2])
 
         def summed(what: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class Usual:
         mean = (fences.mean[:, None] + habit).nan_to_num(0.0)
         residual = (filled - mean.gather(1, places)).square()
         squares = summed(residual)
-        # Of all in one heap, but each around its own mean; no larger than around a common one.
+        # Pooled over workers, but each around its own mean; no larger than around a common one.
         together = (squares.sum(dim=1) / count.sum(dim=1).clamp(min=1)).sqrt()
         sigma = torch.minimum(torch.maximum(together, resolution), fences.sigma)[:, None]
         spread = (squares / count.clamp(min=1)).sqrt() / sigma / (1 + _STANDARD_ERRORS / (2 * count.clamp(min=1)).sqrt())
@@ -70,11 +71,11 @@ class Usual:
         return cls(mean, sigma)
 
     def where(self, condition: Tensor, other: Usual) -> Usual:
-        """This where ``(boundaries,)`` bool is true, else the other."""
+        """This where ``condition`` ``(boundaries,)`` bool is true, else ``other``."""
         chosen = condition[:, None, None]
         return Usual(torch.where(chosen, self.mean, other.mean), torch.where(chosen, self.sigma, other.sigma))
 
     def by_lane(self, senders: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of who serves a lane, ``(boundaries, lanes, F)``; ``senders`` is ``(boundaries, lanes)``."""
+        """Mean and standard deviation of each lane's worker, ``(boundaries, lanes, F)``; ``senders`` is ``(boundaries, lanes)``."""
         places = senders[..., None].expand(*senders.shape, self.mean.shape[2])
         return self.mean.gather(1, places), self.sigma.gather(1, places)

@@ -1,6 +1,6 @@
-"""From the scores of a step to verdicts: who is blamed, what was left out, what may be learned from.
+"""From the scores of a step to verdicts: which workers are blamed, and which signals are left out or learned from.
 
-Pure functions of data that all ranks hold, so that all of them decide the same without asking each other.
+Pure functions of data that all ranks hold, so that all ranks decide the same without communication.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_sentinel.wiring import Wiring
 __all__ = ["MUCH_FURTHER", "Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits"]
 
 Audit = Callable[[Tensor], Findings]
-"""Has signals recomputed: which, ``(boundaries, lanes, micro_batches)`` bool."""
+"""Has the chosen signals, ``(boundaries, lanes, micro_batches)`` bool, recomputed."""
 
 _ALONE = 1.5
 """The score up to which a sender without peers is cleared."""
@@ -34,7 +34,7 @@ _WITHHELD = {Outcome.ACTIVATION_WITHHELD: Direction.ACTIVATION, Outcome.GRADIENT
 MUCH_FURTHER = 2.0
 """The score that hardly any honest signal has."""
 _NEARLY = 0.75
-"""The score above which nothing is learned from a signal where it is uncertain that most of those compared are honest."""
+"""Above this score a signal is not learned from, where most of the compared workers may be malicious."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Detection:
     Args:
         step: training batch, counted from 0 over the whole run.
         micro_batch: index within the batch.
-        worker: who sent it.
-        direction: what was sent.
+        worker: the sender.
+        direction: activation or gradient.
         score: how far out; 1 is the fence.
-        feature: the feature that is furthest out, or ``"non_finite"``; ``"weight_gradient"`` of what a worker would have added to
-            its stage's gradients, and ``"lesson"`` to what that learns of honest signals, which is not finite.
+        feature: the feature that is furthest out, or ``"non_finite"``; ``"weight_gradient"`` for a non-finite contribution to the
+            stage's weight gradients, and ``"lesson"`` for one to its references.
         audited: whether the signal was recomputed by another worker.
-        confirmed: the outcome of the audit: ``False`` exonerates the sender; ``None`` without one, or where nobody can tell.
+        confirmed: the outcome of the audit: ``False`` exonerates the sender; ``None`` without an audit, or where it is disputed.
     """
 
     step: int
@@ -65,23 +65,23 @@ class Detection:
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """What a step's table means.
+    """All decisions about a step's signals and workers.
 
     Args:
         detections: the flags that stand, and those that an audit dropped.
         flagged: how many signals of each worker were flagged and not cleared.
         suspects: workers of which at least half the verified signals of one direction were flagged.
-        unmistakable: suspects that sent what is not finite: nothing that an honest worker is sent makes it send that.
-        verified: workers of which at least one signal was verified.
+        unmistakable: suspects that sent non-finite values, which no received signal makes an honest worker send.
+        verified: workers with at least one verified signal.
         guilty: workers that most of their stage found to have lied.
-        disputed: workers of which one says that they have lied, and nobody can tell who does.
-        outvoted: workers that said of others' signals the opposite of what most said.
-        audits: signals that were recomputed, but for those behind one that does not match.
+        disputed: workers accused of a lie by another, without a majority that decides.
+        outvoted: workers that voted on others' signals the opposite of the majority.
+        audits: how many signals were recomputed, without those behind one that does not match.
         honest: ``(boundaries, lanes, micro_batches)`` bool, signals to learn from.
-        heard: ``(boundaries, lanes, micro_batches)`` bool, signals to remember as the word of their senders: also those of which it
-            is open whether they are honest.
-        explained: ``(boundaries, lanes, micro_batches)`` bool, signals that say nothing of their sender: what it was sent may be
-            the reason.
+        heard: ``(boundaries, lanes, micro_batches)`` bool, signals to remember as the votes of their senders, even if it is open
+            whether they are honest.
+        explained: ``(boundaries, lanes, micro_batches)`` bool, signals that are no evidence about their sender: what it received
+            may be the cause.
         clean: ``(stages, lanes, micro_batches)`` bool, whether the gradient of a micro-batch counts at a stage.
         table: the step's signals with their final scores.
     """
@@ -105,27 +105,29 @@ class StepVerdict:
 def judge(
     table: SignalTable, assessment: Assessment, heights: Tensor, mesh: Mesh, wiring: Wiring, step: int, exclude: bool
 ) -> StepVerdict:
-    """Verdicts of one step where nothing is recomputed.
+    """Verdicts of one step without audits.
 
-    A micro-batch is followed on its way, forward and backward. The first signal that is out of line explains all that is odd
-    behind it. And a sender whose cumulative sum is high explains what is only slightly odd behind it: a lie that is too small to
-    be seen by itself is made larger by the stages that it goes through, and who passes it on is not to be blamed.
+    Each micro-batch is followed on its way, forward and backward. The first signal that is out of line explains all deviations
+    behind it. And a sender with a high cumulative sum explains slight deviations behind it: a lie that is too small to be seen by
+    itself is amplified by the stages that it goes through, and a worker that passes it on is not to blame.
 
     Args:
         table: all signals of the step.
         assessment: their scores.
         heights: ``(boundaries, lanes)``, cumulative sums of the senders.
         mesh: the workers.
-        wiring: who served which lane.
+        wiring: which worker served which lane.
         step: number of the training batch.
         exclude: whether flagged micro-batches were kept out of the weights at receipt.
     """
-    live, valid, score = torch.tensor(wiring.live), assessment.valid, assessment.score
-    # Where honest workers are out of line themselves every now and then, nobody is blamed for as much.
+    live = torch.tensor(wiring.live)
+    valid = assessment.valid
+    score = assessment.score
+    # Where honest workers are out of line themselves every now and then, no worker is blamed for as much.
     out = valid & (score > assessment.typical.clamp(min=1)[:, None, None])
     certain = (assessment.by_peers & assessment.certain)[:, None, None]
     blamed = out & (certain | ~_cleared(score, valid))
-    # Those that are remembered do not follow the training from step to step.
+    # Remembered votes do not follow the training from step to step.
     remembered = (assessment.by_peers & ~assessment.quorum)[:, None, None]
     blamed &= ~remembered | (score > MUCH_FURTHER)
     open_question = assessment.by_peers[:, None, None] & ~certain & valid & (score > _NEARLY) & ~blamed
@@ -149,7 +151,7 @@ def judge(
         disputed=frozenset(),
         outvoted=frozenset(),
         audits=0,
-        # A training that overflows everywhere is nobody's fault, but there is nothing to learn from it.
+        # A training that overflows everywhere is no worker's fault, but there is nothing to learn from it.
         honest=valid & ~standing & ~explained & ~doubtful & finite,
         heard=heard,
         explained=explained,
@@ -169,22 +171,24 @@ def judge_with_audits(
     wiring: Wiring,
     step: int,
 ) -> StepVerdict:
-    """Verdicts of one step where what is flagged or drawn is recomputed.
+    """Verdicts of one step with audits of flagged and drawn signals.
 
-    A micro-batch is followed on its way, forward and backward. The first signal that does not match what it is recomputed to be
-    explains all that is odd behind it, whatever audits say of that. And odd data is odd at every stage: where a flag was dropped,
-    flags behind it that are not much further out are dropped with it. What is recomputed is known before anything is, so that all
-    of it is done at once.
+    Each micro-batch is followed on its way, forward and backward. The first signal that does not match its recomputation explains
+    all deviations behind it, whatever audits say of those. And odd data is odd at every stage: where an audit drops a flag, flags
+    behind it that are not much further out are dropped with it. All signals to recompute are chosen beforehand, so that they are
+    recomputed at once.
 
     Args:
-        drawn: ``(boundaries, lanes, micro_batches)`` bool, audited whatever they look like.
-        one_each: ``(boundaries, lanes, micro_batches)`` bool, of each sender the signal that is audited if its sums are high.
+        drawn: ``(boundaries, lanes, micro_batches)`` bool, signals audited whatever their scores.
+        one_each: ``(boundaries, lanes, micro_batches)`` bool, the signal of each sender that is audited if its cumulative sum is
+            high.
         audit: has signals recomputed; called once.
 
     The other arguments are those of :func:`judge`.
     """
-    valid, flagged = assessment.valid, assessment.valid & (assessment.score > 1)
-    # One signal of a sender tells whether it drifts away because it lies; nobody knows beforehand which.
+    valid = assessment.valid
+    flagged = assessment.valid & (assessment.score > 1)
+    # One signal of a sender tells whether it drifts away because it lies; no worker knows beforehand which.
     suspected = one_each & (heights > ALARM)[..., None]
     wanted = valid & (flagged | suspected | drawn)
     audited = _audited(wanted, flagged, flagged & ~drawn & ~suspected, assessment.score, mesh)
@@ -200,7 +204,7 @@ def judge_with_audits(
         for said, direction in _WITHHELD.items():
             if bool((outcome == said).any()):
                 confirmed[_sent_to(index, direction, mesh)] |= outcome == said
-                # Of what was computed from it nobody can say whether it is right.
+                # Whether the signal computed from the withheld one is right is unknown.
                 explained[index] |= outcome == said
         found = found | (outcome != Outcome.MATCHES)
     outvoted = [workers for place, workers in findings.outvoted.items() if audited[place]]
@@ -229,12 +233,12 @@ def judge_with_audits(
 
 
 def _audited(wanted: Tensor, flagged: Tensor, only_flagged: Tensor, score: Tensor, mesh: Mesh) -> Tensor:
-    """What is recomputed, as long as nobody is known to have lied: flags are followed to where they come from.
+    """The signals to recompute, before any lie is known: flags are followed to where they come from.
 
     Args:
-        wanted: ``(boundaries, lanes, micro_batches)`` bool, what there is a reason to audit.
-        flagged: the same, what is out of line.
-        only_flagged: the same, for which there is no other reason than that.
+        wanted: ``(boundaries, lanes, micro_batches)`` bool, signals with a reason to audit.
+        flagged: the same, signals out of line.
+        only_flagged: the same, signals with no other reason than that.
         score: of all signals.
     """
     audited = torch.zeros_like(wanted)
@@ -247,41 +251,41 @@ def _audited(wanted: Tensor, flagged: Tensor, only_flagged: Tensor, score: Tenso
 
 
 def _sent_to(index: int, direction: Direction, mesh: Mesh) -> int:
-    """The boundary across which the sender of another was sent an activation or a gradient."""
+    """The boundary across which the sender of boundary ``index`` received its activation or gradient."""
     stage = mesh.boundaries[index].sender
     return mesh.boundaries.index(Boundary(stage - (direction is Direction.ACTIVATION), direction))
 
 
 def behind(signals: Tensor, mesh: Mesh) -> Tensor:
-    """What comes behind any of the given signals on the way of its micro-batch; both ``(boundaries, lanes, ...)`` bool.
+    """All signals behind any of the given ones on the way of a micro-batch; both ``(boundaries, lanes, ...)`` bool.
 
     Example:
         >>> behind(torch.tensor([[True], [False], [False], [False]]), Mesh(stages=3, replicas=1)).flatten()
         tensor([False,  True,  True,  True])
     """
     order = torch.tensor(causal_order(mesh), dtype=torch.long)
-    along, result = signals[order].long(), torch.zeros_like(signals)
+    along = signals[order].long()
+    result = torch.zeros_like(signals)
     result[order] = (along.cumsum(dim=0) - along) > 0
     return result
 
 
 def _first_along_the_way(out: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
-    """Of the signals of a micro-batch that are out of line the first, and all that come behind it, which it explains."""
+    """The first out-of-line signal of each micro-batch, and all signals behind it, which it explains."""
     explained = behind(out, mesh)
     return out & ~explained, explained
 
 
 def _cleared(score: Tensor, valid: Tensor) -> Tensor:
-    """What is out of line because the training has changed, not because of a worker; for boundaries without enough peers.
+    """Signals out of line because the training has changed, not because of a worker; for boundaries without enough peers.
 
     Fewer than half of a stage's workers are malicious, so the *median* sender of a boundary is honest. When the training changes (a
     new learning rate, other data, or just progress since the window was filled) the median moves out as well, and signals no more
     than twice as far out are cleared.
 
     Senders that could not be verified, because an earlier stage tainted them or they are banned, count as honest: else malicious
-    ones could get a majority of those that are left. Where too few are left for that, the one that is least far out counts as
-    honest. A single sender has nobody to be compared with: then what is just outside its fences is cleared, or the fences could
-    never follow a training that moves.
+    senders could outnumber the rest. Where too few are left for that, the sender that is least far out counts as honest. A single
+    sender has no peer: then signals just outside its fences are cleared, or the fences could never follow the training.
 
     Values that are not finite have the highest score, so they are cleared only where the median sender sends such values too.
 
@@ -289,8 +293,8 @@ def _cleared(score: Tensor, valid: Tensor) -> Tensor:
         score: ``(boundaries, lanes, micro_batches)``.
         valid: ``(boundaries, lanes, micro_batches)`` bool.
     """
-    # By sender first: one that was verified more often than others must not outvote them. Of two in the middle the lower: what is
-    # odd in half of a sender's signals is not to clear others.
+    # By sender first: one that was verified more often than others must not outvote them. The lower median: half of a sender's
+    # signals being odd is not to clear others.
     senders = torch.where(valid, score, torch.nan).nanmedian(dim=2).values
     verified = (~senders.isnan()).sum(dim=1)
     rank = (verified - score.shape[1] // 2).clamp(min=1)
@@ -326,10 +330,13 @@ def _suspects(standing: Tensor, verified: Tensor, mesh: Mesh, wiring: Wiring) ->
 
 
 def _detections(table: SignalTable, standing: Tensor, mesh: Mesh, wiring: Wiring, step: int) -> tuple[Detection, ...]:
-    boundaries, scores, worst = mesh.boundaries, table.column("score"), table.column("worst")
+    boundaries = mesh.boundaries
+    scores = table.column("score")
+    worst = table.column("worst")
     detections = []
     for index, lane, micro_batch in standing.nonzero().tolist():
-        boundary, feature = boundaries[index], int(worst[index, lane, micro_batch])
+        boundary = boundaries[index]
+        feature = int(worst[index, lane, micro_batch])
         detections.append(
             Detection(
                 step=step,

@@ -1,7 +1,7 @@
-"""The verifier of one boundary: it measures what crosses it, flags at receipt, and learns what honest signals look like.
+"""The verifier of one boundary: it measures the signals that cross it, flags at receipt, and learns from honest signals.
 
-A signal is judged at receipt, from the fences in force, and by values alone: no branch depends on a tensor, so that a GPU is
-never waited for. What the step teaches enters once it is known which signals were honest.
+A signal is judged at receipt by the fences in force. No branch depends on a tensor, so that the host never waits for a GPU.
+References are updated once it is known which signals were honest.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ __all__ = ["BoundaryVerifier", "Inspection"]
 
 
 class Inspection(NamedTuple):
-    """What a verifier says of the senders' signals: table rows ``(senders, len(COLUMNS))`` and verdicts ``(senders,)``."""
+    """A verifier's results for the senders' signals: table rows ``(senders, len(COLUMNS))`` and verdicts ``(senders,)``."""
 
     rows: Tensor
     flagged: Tensor
 
 
 class _StepSums(NamedTuple):
-    """What the current step has to teach.
+    """Sums of the current step to learn from.
 
     Args:
-        sums: with leading axes ``(2, lanes)``: of signals that were not flagged at receipt, and of those that were, which
-            may still be dropped.
+        sums: with leading axes ``(2, lanes)``: of signals that were not flagged at receipt, and of flagged ones, whose flags may
+            still be dropped.
         sizes: names of the statistics, and how many floats each has.
     """
 
@@ -48,8 +48,8 @@ class _StepSums(NamedTuple):
 class BoundaryVerifier:
     """Verifies all signals that cross one boundary.
 
-    Every process that receives across it holds one with the same state, because all of them learn from the same table and the same
-    sum of contributions. A process receives from one sender, or, where it runs the whole mesh, from one of each replica.
+    Every process that receives across it holds a verifier with the same state, because all learn from the same table and the same
+    sum of contributions. A process receives from one sender, or, where it runs the whole mesh, from one sender of each replica.
 
     State: ``T x C`` momentum, ``C`` channel spreads, ``16 x 16`` products, and, where senders receive something, the ``33 x 33``
     products and ``33 x 16`` weights of a ridge regression.
@@ -57,7 +57,7 @@ class BoundaryVerifier:
     Args:
         boundary: the stream to verify.
         config: how.
-        device: where the signals are.
+        device: of the signals.
     """
 
     def __init__(self, boundary: Boundary, config: Verification, device: torch.device | str = "cpu") -> None:
@@ -69,12 +69,12 @@ class BoundaryVerifier:
         self.fences = Fences.open(len(FEATURES), device=self._device)
         """The fences in force; see :class:`lightning_sentinel.verification.calibration.Calibration`."""
         self.limits = torch.ones(1, device=self._device)
-        """The score above which a signal is flagged at receipt: one for all, or ``(lanes,)``, of the sender that serves each."""
+        """The score above which a signal is flagged at receipt: one for all, or ``(lanes,)``, that of each lane's sender."""
         self._secret = SecretDirections(boundary, config, self._device)
         self._step_sums: _StepSums | None = None
 
     def use_secret(self, config: Verification) -> None:
-        """See signals along the directions of another seed from now on."""
+        """Project signals on the directions of another seed from now on."""
         self._secret = SecretDirections(self.boundary, config, self._device)
 
     def inspect(
@@ -85,19 +85,19 @@ class BoundaryVerifier:
         lanes: Tensor | None = None,
         of: int | None = None,
     ) -> Inspection:
-        """Measure what came from the senders of this process in one micro-batch, and keep what it teaches for :meth:`learn`.
+        """Measure the signals that this process received in one micro-batch, and keep their sums for :meth:`learn`.
 
         Args:
-            signals: ``(senders * B, ...)``, floating point: the senders' signals, one behind the other.
+            signals: ``(senders * B, ...)``, floating point: the senders' signals, concatenated.
             tainted: ``(senders,)`` bool; a tainted signal is scored, never flagged, and never learned from.
-            received: what the senders had received themselves, along the secret directions of this boundary; ``None`` at the ends
-                of the pipeline.
+            received: the signals that the senders received, on the secret directions of this boundary; ``None`` at the ends of the
+                pipeline.
             lanes: ``(senders,)``, the lanes that they serve; ``None`` if they are in order. A worker may have sent several of the
                 signals.
-            of: how many lanes there are, if not as many as senders: signals of other shapes come in a call of their own.
+            of: how many lanes there are, if not as many as senders: signals of other shapes come in a separate call.
         """
         rows, flagged = self._inspect(signals.detach(), tainted, received, lanes, of)
-        return Inspection(rows.clone(), flagged.clone())  # Outside of inference mode, so that autograd may meet them.
+        return Inspection(rows.clone(), flagged.clone())  # Outside of inference mode, so that autograd can use them.
 
     # Most operations here are on a few floats, and without the bookkeeping for views and versions each takes a fifth less time.
     @torch.inference_mode()
@@ -135,14 +135,15 @@ class BoundaryVerifier:
         return spread_over(value, signal)
 
     def stand_by(self, positions: int, channels: int, received: int | None) -> None:
-        """Have nothing to teach of a step in which nothing came, in the shapes of those to whom something came.
+        """Keep an empty contribution of a step without signals, in the shapes of ranks that received signals.
 
         Args:
             positions: of the signals.
             channels: of the signals.
-            received: channels of what the senders had received; ``None`` at the ends of the pipeline.
+            received: channels of the signals that the senders received; ``None`` at the ends of the pipeline.
         """
-        nothing, tainted = torch.zeros(1, positions, channels, device=self._device), torch.ones(1, dtype=torch.bool)
+        nothing = torch.zeros(1, positions, channels, device=self._device)
+        tainted = torch.ones(1, dtype=torch.bool)
         projected = None
         if received is not None:
             values = torch.zeros(1, positions, min(received, PROJECTED), device=self._device)
@@ -150,15 +151,15 @@ class BoundaryVerifier:
         self.inspect(nothing, tainted.to(self._device), projected)
 
     def forget_step(self) -> None:
-        """Keep nothing of the step, which is to be done again."""
+        """Drop the sums of the step, which is to be done again."""
         self._step_sums = None
 
     def contribution(self, unflagged: Tensor, flagged: Tensor) -> Contribution:
-        """What the step teaches, summed over the lanes that this process receives from; asked for once a step.
+        """The step's contribution, summed over the lanes that this process receives from; called once a step.
 
         Args:
-            unflagged: ``(lanes,)`` bool, whose signals count that were not flagged at receipt.
-            flagged: ``(lanes,)`` bool, whose signals count that were flagged at receipt.
+            unflagged: ``(lanes,)`` bool, lanes whose signals count if they were not flagged at receipt.
+            flagged: ``(lanes,)`` bool, lanes whose signals count if they were flagged at receipt.
         """
         if self._step_sums is None:
             raise RuntimeError(f"No signal crossed {self.boundary.name} in this step, so there is nothing to contribute.")
@@ -170,7 +171,7 @@ class BoundaryVerifier:
         return {} if self._step_sums is None else self._step_sums.sizes
 
     def learn(self, step: Contribution | None) -> None:
-        """Take in one step's honest signals, summed over all senders; ``None`` if no signal was honest."""
+        """Update with one step's honest signals, summed over all senders; ``None`` if no signal was honest."""
         kept, self._step_sums = self._step_sums, None
         if step is not None and kept is not None:
             self.references.update(step, kept.sizes)

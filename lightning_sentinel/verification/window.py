@@ -1,4 +1,4 @@
-"""What honest values were like, and the fences that follow from it."""
+"""Windows of honest values, and the fences fitted to them."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ __all__ = ["FenceWindow"]
 
 _SLOW, _FAST = 0.99, 0.9
 _SURGE = 1.25
-"""How much more than the long memory the short one has to say before it counts: less is its noise."""
+"""How much larger than the slow average the fast one must be to count: less is its noise."""
 _FEWEST_TO_OUTVOTE = 3
 _FURTHEST_ALONE = 4.0
-"""How much wider than in the warm-up fences become at most where there is nobody to contradict."""
+"""How many times as wide as in the warm-up fences become at most, where too few workers are observed to outvote one."""
 
 
 class FenceWindow:
     """Honest values of all boundaries, and fences around them.
 
-    Two-sided fences keep the *shape* that they had in the warm-up, when nobody lied: how far they stand on either side of each
+    Two-sided fences keep the *shape* that they had in the warm-up, when no worker lied: how far they stand on either side of each
     feature, how features compare, how long the tails are. Afterwards they follow only the *scale*: how far values deviate now,
-    against then. Of each worker a moving average of its own deviations is kept, and the median worker tells the scale: a minority
-    that stays just inside, to widen the fences step by step, moves it no further than to another honest worker. Where fewer than
-    three workers are heard there is no such median, and fences become at most four times as wide as they were.
+    against then. Each worker has a moving average of its own deviations, and the median worker sets the scale: a minority that
+    stays just inside, to widen the fences step by step, moves it no further than to another honest worker. With fewer than three
+    observed workers there is no such median, and fences become at most four times as wide as they were.
 
-    One-sided fences, those of the published method, are fitted to the latest values instead, as it says.
+    One-sided fences, those of the published method, are fitted to the latest values instead, as published.
 
     Args:
         boundaries: how many.
-        size: values of a boundary that are remembered.
+        size: how many values of a boundary are remembered.
         watched: ``(F,)`` bool, features to fence.
         rate: share of honest signals that may be outside.
         two_sided: whether a value can also be too small.
@@ -43,27 +43,30 @@ class FenceWindow:
     """
 
     def __init__(self, boundaries: int, size: int, watched: Tensor, rate: float, two_sided: bool, workers: int = 1) -> None:
-        self._rate, self._two_sided, self._watched = rate, two_sided, watched
+        self._rate = rate
+        self._two_sided = two_sided
+        self._watched = watched
         features = len(watched)
         self.values = torch.full((boundaries, size, features), torch.nan)
         self.workers = torch.full((boundaries, size), -1)
-        """``(boundaries, size)``, who sent the values."""
+        """``(boundaries, size)``, the workers that sent the values."""
         self.places = torch.zeros(boundaries, dtype=torch.long)
         self.resolution = torch.zeros(boundaries, features)
-        """``(boundaries, F)``, smaller differences say nothing: :func:`lightning_sentinel.verification.features.resolution`."""
+        """``(boundaries, F)``, smaller differences are not significant:
+        :func:`lightning_sentinel.verification.features.resolution`."""
         self.settled = torch.zeros(boundaries, dtype=torch.bool)
         """``(boundaries,)`` bool, whether fences only follow the scale from now on."""
         self.deviations = torch.full((2, boundaries, workers, features), torch.nan)
         """Slow and fast moving averages of how far each worker's values are from the mean of the warm-up; NaN before a fit."""
         self.before = torch.full((boundaries, features), torch.nan)
-        """``(boundaries, F)``, what the slow ones of the median worker were in the warm-up."""
+        """``(boundaries, F)``, the slow averages of the median worker in the warm-up."""
         self.usual = Usual.open(boundaries, workers, features)
         self.scale = torch.ones(boundaries, features)
         """``(boundaries, F)``, how many times as wide as in the warm-up the fences were when they were last fitted."""
         self._shape = self.fences = Fences.open(boundaries, features)
 
     def add(self, features: Tensor, honest: Tensor, senders: Tensor | None = None) -> None:
-        """Enter a step.
+        """Add a step.
 
         Args:
             features: ``(boundaries, N, F)``.
@@ -77,12 +80,12 @@ class FenceWindow:
             self._follow(features, honest, senders)
 
     def resolve(self, resolution: Tensor) -> None:
-        """Take in how coarsely a step's features can be told apart, ``(boundaries, F)``; the coarsest of the warm-up counts."""
+        """Update the resolution with that of a step, ``(boundaries, F)``; the coarsest of the warm-up counts."""
         self.resolution = torch.where(self.settled[:, None], self.resolution, torch.maximum(self.resolution, resolution))
 
     def _remember(self, features: Tensor, honest: Tensor, senders: Tensor) -> None:
         size = self.values.shape[1]
-        # Where each honest value goes: the oldest places, in order, round and round; a step larger than the window keeps its end.
+        # A ring buffer: each honest value replaces the oldest one; a step larger than the window keeps its end.
         order = honest.cumsum(dim=1)
         kept = honest & (honest.sum(dim=1, keepdim=True) - order < size)
         boundary, signal = kept.nonzero(as_tuple=True)
@@ -92,7 +95,7 @@ class FenceWindow:
         self.places = (self.places + honest.sum(dim=1)) % size
 
     def _follow(self, features: Tensor, honest: Tensor, senders: Tensor) -> None:
-        # What is outside counts as if it stood on the fence: where honest values spread at once, most of them are outside.
+        # Values outside count as if they stood on the fence: where honest values spread at once, most of them are outside.
         inside = features.clamp(self.fences.lower[:, None], self.fences.upper[:, None])
         away = torch.where(honest[..., None], (inside - self._shape.mean[:, None]).abs(), torch.nan)
         now = _mean_of_workers(away, senders, self.deviations.shape[2])
@@ -118,7 +121,7 @@ class FenceWindow:
         self.fences = self._shape.widened(torch.maximum(self._scale(), self.scale)) if self._two_sided else self._shape
 
     def fit(self) -> None:
-        """Fit the fences to what is remembered, and to how far it spreads now."""
+        """Fit the fences to the remembered values, and to how far they spread now."""
         if self._two_sided:
             self._settle()
             self.scale = self._scales()[0]
@@ -128,7 +131,7 @@ class FenceWindow:
         self._widen()
 
     def _settle(self) -> None:
-        """Take the shape over where it is still open; it stays once half of the window is filled, and the rate can be told."""
+        """Update the shape until it is settled: once half of the window is filled, and it holds enough values for the rate."""
         fresh = fit_fences(self.values, self._rate, True, self._watched, self.resolution)
         workers = self.deviations.shape[2]
         away = (self.values - fresh.mean[:, None]).abs()
@@ -143,7 +146,7 @@ class FenceWindow:
         self.settled = self.settled | ((~self.values[..., 0].isnan()).sum(dim=1) >= enough)
 
     def standard_scores(self, features: Tensor, senders: Tensor) -> Tensor:
-        """Values less what is usual of their senders, over its standard deviation and the scale of now.
+        """Values minus their senders' usual mean, over its standard deviation and the current scale.
 
         Args:
             features: ``(boundaries, lanes, micro_batches, F)``.
@@ -153,7 +156,7 @@ class FenceWindow:
         return (features - mean[:, :, None]) / (sigma * self._scale()[:, None])[:, :, None]
 
     def state_of(self, boundary: int) -> dict[str, Tensor]:
-        """What is known of one boundary: the values, oldest first, the fences' shape, and how far each worker's values are away."""
+        """The state of one boundary: the values, oldest first, the fences' shape, and the deviations of each worker."""
         turn = -int(self.places[boundary])
         values, workers = self.values[boundary].roll(turn, dims=0), self.workers[boundary].roll(turn)
         filled = ~values[:, 0].isnan()
@@ -170,9 +173,9 @@ class FenceWindow:
         }
 
     def load_state_of(self, boundary: int, state: Mapping[str, Tensor]) -> None:
-        """Load what :meth:`state_of` gave: of the values the latest, as many as this window has room for.
+        """Load the result of :meth:`state_of`: of the values the latest, as many as this window has room for.
 
-        Where there was another number of workers, what was usual of them all is taken to be so of each.
+        If the number of workers differs, each worker gets the median of the saved ones' deviations and usual features.
         """
         size = self.values.shape[1]
         kept = state["values"][-size:]
@@ -180,12 +183,14 @@ class FenceWindow:
         self.values[boundary, : len(kept)] = kept
         self.workers[boundary, : len(kept)] = state["workers"][-size:].clamp(max=self.deviations.shape[2] - 1)
         self.places[boundary] = len(kept) % size
-        self.settled[boundary], self.resolution[boundary] = state["settled"], state["resolution"]
+        self.settled[boundary] = state["settled"]
+        self.resolution[boundary] = state["resolution"]
         deviations, usual = state["deviations"], state["usual"]
         if deviations.shape != self.deviations[:, boundary].shape:
             deviations = median(deviations, dim=1)[:, None].expand_as(self.deviations[:, boundary])
             usual = median(usual, dim=1)[:, None].expand_as(deviations)
-        self.deviations[:, boundary], self.before[boundary] = deviations, state["before"]
+        self.deviations[:, boundary] = deviations
+        self.before[boundary] = state["before"]
         self.usual.mean[boundary], self.usual.sigma[boundary] = usual
         self._shape = self._shape.replaced(boundary, state["shape"])
         self.scale[boundary] = state["scale"]
@@ -193,7 +198,7 @@ class FenceWindow:
 
 
 def _mean_of_workers(values: Tensor, senders: Tensor, workers: int) -> Tensor:
-    """Means ``(boundaries, workers, F)`` of values ``(boundaries, N, F)``, NaN left out, by who sent them ``(boundaries, N)``."""
+    """Means ``(boundaries, workers, F)`` of values ``(boundaries, N, F)`` by sender ``(boundaries, N)``, ignoring NaN."""
     known = ~values.isnan() & (senders >= 0)[..., None]
     places = senders.clamp(min=0)[..., None].expand_as(values)
     empty = values.new_zeros(values.shape[0], workers, values.shape[2])
