@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only as of_fabric
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 torch.set_num_threads(1)
 
@@ -12,3 +14,10 @@ torch.set_num_threads(1)
 def _secrets_are_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is drawn from the operating system is the same in every run of a test that does not name a seed."""
     monkeypatch.setattr("lightning_sentinel.seeds.secrets.randbits", lambda bits: 0)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_come_from_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strategy that a test made for another rank does not silence the tests after it."""
+    for guard in (rank_zero_only, of_fabric):
+        monkeypatch.setattr(guard, "rank", 0)

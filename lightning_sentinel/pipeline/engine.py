@@ -36,7 +36,7 @@ from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.local_worker import LocalWorker
 from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
-from lightning_sentinel.pipeline.processes.collectives import wire
+from lightning_sentinel.pipeline.processes.wire import device_of_wire
 from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
@@ -284,7 +284,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _set_distributed_vars(self, args: Any) -> None:
         """DeepSpeed's device is ``LOCAL_RANK``, and its constructor sends from it: under gloo it has to be the host."""
         self.world_size, self.global_rank = dist.get_world_size(), dist.get_rank()
-        self.device = wire(self._stage_device)
+        self.device = device_of_wire(self._stage_device)
 
     def _broadcast_model(self) -> None:
         """DeepSpeed would let a banned worker tell the others its weights, which nobody has brought up to date."""

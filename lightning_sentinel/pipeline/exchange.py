@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError, PlanMismatchError
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.logs import LogRecorder, LogSchema
+from lightning_sentinel.pipeline.processes import wire
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.step_results import StepOutcome, StepResult, is_skipped, mean_loss
 from lightning_sentinel.verification import SignalTable
@@ -126,10 +126,7 @@ class Exchange:
     def _gather(self, found: Tensor, known: Tensor | None = None) -> Tensor:
         """Everybody's vector, on the host: ``(ranks, ...)``; what was found on the device, and what is known on the host."""
         vector = found.cpu() if known is None else torch.cat((found.cpu(), known))
-        gathered = torch.empty(self._mesh.size, len(vector))
-        if len(vector):
-            dist.all_gather(list(gathered.unbind()), vector)
-        return gathered
+        return wire.all_gather(vector, size=self._mesh.size)
 
     def _agree(self, kind: str, mine: LogSchema, fingerprints: Tensor, source: int) -> LogSchema:
         """Take the names over from one rank. All ranks are here, because all saw the same fingerprints."""
@@ -140,14 +137,14 @@ class Exchange:
             )
         data = torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8)
         size = torch.tensor([len(data)])
-        dist.broadcast(size, source)
+        wire.broadcast(size, source)
         if not 0 < (length := int(size)) <= _LONGEST_SCHEMA:
             raise MalformedMessageError(
                 f"Rank {source} announces {length} bytes of logged names, which there cannot be.", rank=source
             )
-        if dist.get_rank() != source:
+        if wire.this_rank() != source:
             data = torch.empty(length, dtype=torch.uint8)
-        dist.broadcast(data, source)
+        wire.broadcast(data, source)
         try:
             return LogSchema.decode(data.numpy().tobytes())
         except MalformedMessageError as error:

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
@@ -25,8 +24,8 @@ from typing_extensions import override
 
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.processes import wire
 from lightning_sentinel.pipeline.processes.admission import announce_end, stand_by
-from lightning_sentinel.pipeline.processes.collectives import backend_for, wire
 from lightning_sentinel.pipeline.processes.liveness import Roster, Start, connect
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
 from lightning_sentinel.strategy.settings import ReadableSettings
@@ -196,7 +195,7 @@ class ProcessStrategy(ReadableSettings):
 
     def _backend(self) -> str:
         assert self.parallel_devices is not None
-        return backend_for(self.root_device, self.parallel_devices, self.transport)
+        return wire.backend_for(self.root_device, self.parallel_devices, self.transport)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -206,18 +205,17 @@ class ProcessStrategy(ReadableSettings):
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        if dist.is_initialized():
+        if wire.is_connected():
             with self._watching():
-                dist.barrier()
+                wire.barrier()
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        if not dist.is_initialized():
+        if not wire.is_connected():
             return obj
-        carrier = [obj]
         with self._watching():
-            dist.broadcast_object_list(carrier, src)
-        return carrier[0]
+            shared: TBroadcast = wire.broadcast_object(obj, src)
+        return shared
 
     @override
     def reduce(self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any = "mean") -> Tensor | Any:
@@ -233,7 +231,7 @@ class ProcessStrategy(ReadableSettings):
 
     def _on_wire(self, tensor: Tensor) -> Tensor:
         """A tensor where its backend takes it from."""
-        return tensor.to(wire(tensor.device)) if dist.is_initialized() else tensor
+        return tensor.to(wire.device_of_wire(tensor.device)) if wire.is_connected() else tensor
 
     @override
     def model_to_device(self) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from typing_extensions import override
 
+from lightning_sentinel.pipeline.processes import wire
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
 
 __all__ = ["DeferredSignals"]
@@ -80,9 +80,9 @@ class DeferredSignals(L.Callback):
 
     def _agreed(self) -> tuple[int, ...]:
         counts = torch.tensor(self.counts())
-        if dist.is_initialized():
+        if wire.is_connected():
             with self._watching():
-                dist.all_reduce(counts, dist.ReduceOp.MAX)
+                wire.all_reduce(counts, largest=True)
         return tuple(counts.tolist())
 
     on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _take_over  # type: ignore[assignment]

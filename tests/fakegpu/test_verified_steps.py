@@ -17,7 +17,7 @@ from tests.fakegpu import fits
 
 pytestmark = pytest.mark.timeout(300)
 
-WIRE = ("pipeline/messages/", "pipeline/processes/collectives.py")
+WIRE = ("pipeline/messages/", "pipeline/processes/wire.py")
 """What is on its way to another rank."""
 OTHERS = ("training_epoch_loop.py:_broadcast_sigterm_tensor",)
 """Lightning's loop, which asks all ranks in each batch whether one of them is to stop."""

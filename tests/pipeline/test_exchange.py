@@ -283,7 +283,7 @@ def test_names_of_another_rank_are_bounded_and_typed(said: int | bytes, message:
     with ranks(mesh.size) as world:
         honest = torch.distributed.broadcast
 
-        def broadcast(tensor: Tensor, source: int) -> None:
+        def broadcast(tensor: Tensor, source: int, group: Any = None) -> None:
             if isinstance(said, int):
                 tensor.fill_(said)
             honest(tensor, source)

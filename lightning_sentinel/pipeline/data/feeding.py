@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -30,6 +29,7 @@ from lightning_sentinel.pipeline.data.emptying import emptied
 from lightning_sentinel.pipeline.data.fingerprints import NONE_LEFT, NOT_READ, compare_ends, fingerprint
 from lightning_sentinel.pipeline.data.layout import describe, stand_in
 from lightning_sentinel.pipeline.data.reading import Source, read
+from lightning_sentinel.pipeline.processes import wire
 
 __all__ = ["Feed", "gather_numbers", "index_sampler", "is_even", "refuse_other_replicas", "seed_workers", "source_of"]
 
@@ -41,9 +41,8 @@ _END = b"end"
 
 def gather_numbers(numbers: list[int]) -> list[list[int]]:
     """All-gather integers of every rank, through the host."""
-    gathered = torch.empty(dist.get_world_size(), len(numbers), dtype=torch.int64)
-    dist.all_gather(list(gathered.unbind()), torch.tensor(numbers, dtype=torch.int64))
-    return gathered.tolist()
+    gathered: list[list[int]] = wire.all_gather(torch.tensor(numbers, dtype=torch.int64)).tolist()
+    return gathered
 
 
 def seed_workers(loader: Any, replica: int) -> None:
@@ -226,20 +225,20 @@ class Feed:
         """Send a batch's description from the first stage to the middle stages, which make a placeholder batch from it."""
         first = self._mesh.rank(Worker(0, self._worker.replica))
         if self._worker.stage == 0:
-            for work, *_ in self._under_way:
-                work.wait()
+            for sending in self._under_way:
+                sending.wait()
             message = _END if batch is _END else describe(batch, self._samples(batch))
             data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
             pieces = [(rank, piece) for rank in self._unread for piece in (torch.tensor([len(message)]), data)]
-            self._under_way[:] = [(dist.isend(piece, rank, tag=_TAG), piece) for rank, piece in pieces]
+            self._under_way[:] = [wire.send_later(piece, rank, _TAG) for rank, piece in pieces]
         if self._reads:
             return batch
         length = torch.empty(1, dtype=torch.int64)
-        dist.recv(length, first, tag=_TAG)
+        wire.receive(length, first, _TAG)
         if not 0 < int(length) <= _LONGEST_DESCRIPTION:
             raise MalformedMessageError(f"Rank {first} announces a batch's description of {int(length)} bytes.", rank=first)
         data = torch.empty(int(length), dtype=torch.uint8)
-        dist.recv(data, first, tag=_TAG)
+        wire.receive(data, first, _TAG)
         message = data.numpy().tobytes()
         return _END if message == _END else stand_in(message, self._device)
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.processes import wire
 
 __all__ = ["StageGroups", "first_healthy", "group_of", "require_healthy"]
 
@@ -24,7 +25,7 @@ def group_of(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
         _made.clear()
         _made_in = dist.group.WORLD
     if (ranks, timeout) not in _made:
-        _made[ranks, timeout] = dist.new_group(list(ranks), timeout=timeout)
+        _made[ranks, timeout] = wire.make_group(ranks, timeout)
     return _made[ranks, timeout]
 
 
@@ -76,9 +77,9 @@ class StageGroups:
         self._members = members
         if replaces:
             # A rank that is still busy in an old group would find its connections closed, and making a group waits for nobody else.
-            dist.barrier()
+            wire.barrier()
         for old in outdated:
-            dist.destroy_process_group(old)
+            wire.drop_group(old)
         return self._mine.get((self._mesh.worker(self._rank).stage,))
 
     def across(self, stages: tuple[int, ...]) -> dist.ProcessGroup:

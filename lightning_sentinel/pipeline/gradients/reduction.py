@@ -22,7 +22,7 @@ from lightning_sentinel.aggregation.rules import COORDINATE_WISE, WEIGHING, comb
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.gradients.groups import require_healthy
-from lightning_sentinel.pipeline.processes import collectives
+from lightning_sentinel.pipeline.processes import wire
 
 __all__ = ["clip_by_global_norm", "reduce_mean", "reduce_robustly", "sum_over_stages"]
 
@@ -54,7 +54,7 @@ def reduce_mean(
     buckets = _Buckets(parameters, bucket_bytes)
     for number in range(len(buckets)):
         message = buckets.message(number)
-        collectives.all_reduce(message, group)
+        wire.all_reduce(message, group)
         buckets.store(number, message.div_(divisor))
     buckets.finish()
 
@@ -142,7 +142,7 @@ def sum_over_stages(
         total = torch.zeros_like(mine)
         for speaker in speakers:
             said = mine.clone() if speaker == dist.get_rank() else torch.empty_like(mine)
-            collectives.broadcast(said, speaker, group)
+            wire.broadcast(said, speaker, group)
             total += said
         buckets.store(number, total)
     buckets.finish()
@@ -186,7 +186,7 @@ def clip_by_global_norm(
     dtype = functools.reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
     if counted:
         squared += torch.stack(torch._foreach_norm(counted, 2.0, dtype=dtype)).double().square().sum()
-    reported = collectives.all_gather(squared)
+    reported = wire.all_gather(squared)
     norm = torch.stack([reported[ranks[0], 0] for ranks in healthy]).sum().sqrt()
     if gradients:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(dtype))
@@ -212,7 +212,7 @@ class _Votes:
         """Of each bucket its number, whether any voter has each gradient ``(head,)``, and the estimates ``(voters, values)``."""
         for number in range(len(buckets)):
             message = buckets.message(number)
-            everyone = collectives.all_gather(message, self._group)
+            everyone = wire.all_gather(message, self._group)
             votes = everyone if len(self.voters) == len(everyone) else everyone[self.voters]
             votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
             heads, rows = votes.tensor_split([buckets.head(number)], dim=1)

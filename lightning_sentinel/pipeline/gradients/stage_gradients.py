@@ -21,7 +21,7 @@ from lightning_sentinel.pipeline.gradients.reduction import clip_by_global_norm,
 from lightning_sentinel.pipeline.gradients.stash import GradientStash
 from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.gradients.zero import OptimizerShards
-from lightning_sentinel.pipeline.processes import collectives
+from lightning_sentinel.pipeline.processes import wire
 
 __all__ = ["StageGradients"]
 
@@ -85,13 +85,13 @@ class StageGradients:
             return
         source = first_healthy(self._mesh, self._worker.stage, banned)
         for tensor in (*self._parameters, *self._stage.buffers()):
-            collectives.broadcast(tensor.data, source, self._group)
+            wire.broadcast(tensor.data, source, self._group)
         self._tied.make_equal(self._groups, banned)
 
     def sum(self, vector: Tensor) -> Tensor:
         """The sum over the stage, in place; a banned worker keeps its own."""
         if self._group is not None:
-            collectives.all_reduce(vector, self._group)
+            wire.all_reduce(vector, self._group)
         return vector
 
     def apart(self, vector: Tensor) -> tuple[Tensor, list[Worker]]:
@@ -100,7 +100,7 @@ class StageGradients:
         if self._group is None:
             return vector[None], [self._worker]
         workers = [worker for worker in workers if worker not in self.left_out]
-        return collectives.all_gather(vector, self._group), workers
+        return wire.all_gather(vector, self._group), workers
 
     def hold(self) -> None:
         """Put the gradients aside: Lightning zeroes them after ``training_step``, in which the backward pass runs."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.gradients.groups import StageGroups, first_healthy
 from lightning_sentinel.pipeline.gradients.reduction import sum_over_stages
-from lightning_sentinel.pipeline.processes import collectives
+from lightning_sentinel.pipeline.processes import wire
 from lightning_sentinel.pipeline.stages.ties import Tie
 
 __all__ = ["TiedStages", "Untied"]
@@ -58,7 +58,7 @@ class TiedStages:
         """Give all copies the values of the first stage; to be called by all ranks that are not banned."""
         for stages, shared in self._shared.items():
             for parameter in shared if self._stage in stages else ():
-                collectives.broadcast(parameter.data, first_healthy(self._mesh, stages[0], banned), groups.across(stages))
+                wire.broadcast(parameter.data, first_healthy(self._mesh, stages[0], banned), groups.across(stages))
 
 
 class Untied:

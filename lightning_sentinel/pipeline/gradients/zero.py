@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_sentinel.pipeline.processes import collectives
+from lightning_sentinel.pipeline.processes import wire
 
 __all__ = ["OptimizerShards", "owners"]
 
@@ -65,6 +65,4 @@ class OptimizerShards:
                 parameter.grad = None
         yield
         with torch.no_grad():
-            collectives.broadcast_each(
-                ((parameter.data, owner) for parameter, owner in self._owners if parameter.requires_grad), group
-            )
+            wire.broadcast_each(((parameter.data, owner) for parameter, owner in self._owners if parameter.requires_grad), group)

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.pipeline.messages.containers import entries_of, has_attributes, is_sequence
+from lightning_sentinel.pipeline.processes import wire
 from lightning_sentinel.pipeline.waiting import on_host
 
 __all__ = [
@@ -277,10 +277,10 @@ def send_tree(tree: Any, rank: int) -> None:
 def send_packed(packed: Packed, rank: int) -> None:
     """Like :func:`send_tree`, for a tree that :func:`pack` has split already."""
     description, tensors = packed
-    dist.send(torch.tensor([len(description)]), rank)
-    dist.send(torch.frombuffer(bytearray(description), dtype=torch.uint8), rank)
+    wire.send(torch.tensor([len(description)]), rank)
+    wire.send(torch.frombuffer(bytearray(description), dtype=torch.uint8), rank)
     for tensor in tensors:
-        dist.send(tensor, rank)
+        wire.send(tensor, rank)
 
 
 def receive_tree(rank: int, most_bytes: int | None = None) -> Any:
@@ -294,20 +294,20 @@ def receive_tree(rank: int, most_bytes: int | None = None) -> Any:
         MalformedMessageError: if the message is no tensor tree, or too large.
     """
     length = torch.full((1,), -1)
-    dist.recv(length, rank)
+    wire.receive(length, rank)
     data = torch.empty(_checked_length(int(length), rank), dtype=torch.uint8)
-    dist.recv(data, rank)
+    wire.receive(data, rank)
     description = data.numpy().tobytes()
     try:
         tensors = reserve(description, most_bytes)
         for tensor in tensors:
-            dist.recv(tensor, rank)
+            wire.receive(tensor, rank)
         return unpack(description, tensors)
     except MalformedMessageError as error:
         raise MalformedMessageError(f"Rank {rank} sent a malformed message. {error}", rank=rank) from error
 
 
-def broadcast_tree(tree: Any, source: int, group: dist.ProcessGroup | None = None) -> Any:
+def broadcast_tree(tree: Any, source: int, group: wire.Group | None = None) -> Any:
     """Broadcast a tensor tree from one rank to all ranks of a group.
 
     Args:
@@ -318,18 +318,18 @@ def broadcast_tree(tree: Any, source: int, group: dist.ProcessGroup | None = Non
     Returns:
         the tree, on the host, on all ranks.
     """
-    description, tensors = pack(tree) if dist.get_rank() == source else (b"", [])
+    description, tensors = pack(tree) if wire.this_rank() == source else (b"", [])
     length = torch.tensor([len(description)])
-    dist.broadcast(length, source, group=group)
+    wire.broadcast(length, source, group)
     data = torch.frombuffer(bytearray(description), dtype=torch.uint8) if description else None
     if data is None:
         data = torch.empty(_checked_length(int(length), source), dtype=torch.uint8)
-    dist.broadcast(data, source, group=group)
+    wire.broadcast(data, source, group)
     description = description or data.numpy().tobytes()
     try:
         tensors = tensors or reserve(description)
         for tensor in tensors:
-            dist.broadcast(tensor, source, group=group)
+            wire.broadcast(tensor, source, group)
         return unpack(description, tensors)
     except MalformedMessageError as error:
         raise MalformedMessageError(f"Rank {source} sent a malformed message. {error}", rank=source) from error

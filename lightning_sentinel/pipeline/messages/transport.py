@@ -12,7 +12,7 @@ own signal.
 
 ``device`` sends tensors from where they are. ``host`` copies them through host memory: between sites, and where the backend cannot
 send from the device (several ranks on one GPU). Collectives go the same way
-(:mod:`~lightning_sentinel.pipeline.processes.collectives`).
+(:mod:`~lightning_sentinel.pipeline.processes.wire`).
 
 The receiver compares every message with the expected one before it uses anything of it. What gloo itself does with a message whose
 size is not that of the receiver's buffer (test_transport_over_gloo.py tests it):
@@ -32,12 +32,11 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, WorkerLostError
 from lightning_sentinel.pipeline.messages.headers import HEADER_WORDS, Expected, Header, Kind, MessageId, decode, encode, extent
-from lightning_sentinel.pipeline.processes.collectives import wire
+from lightning_sentinel.pipeline.processes import wire
 from lightning_sentinel.pipeline.processes.liveness import sounds_lost
 
 __all__ = ["Transport"]
@@ -75,8 +74,8 @@ class Transport:
 
     def __init__(self, device: torch.device, mode: Literal["auto", "device", "host"] = "auto") -> None:
         self._device = device
-        self._wire = {"auto": wire(device), "device": device, "host": torch.device("cpu")}[mode]
-        self._under_way: list[tuple[int, dist.Work, Tensor]] = []
+        self._wire = {"auto": wire.device_of_wire(device), "device": device, "host": torch.device("cpu")}[mode]
+        self._under_way: list[tuple[int, wire.Sending]] = []
         self._broken: dict[int, str] = {}
         self._sent: dict[tuple[int, Kind], _MessageSize] = {}
         self._received: dict[tuple[int, Kind], _MessageSize] = {}
@@ -91,7 +90,7 @@ class Transport:
         """
         for message in self._messages(signal, tainted, rank, message_id, number):
             with _naming(rank):
-                dist.send(message, rank)
+                wire.send(message, rank)
 
     def receive(self, rank: int, message_id: MessageId, expected: Expected) -> tuple[Tensor, Tensor, int]:
         """Receive a signal, its taint flag, and its number.
@@ -146,9 +145,7 @@ class Transport:
         """
         for message in self._messages(note, torch.zeros((), dtype=torch.bool, device=note.device), rank, message_id, number):
             with _naming(rank):
-                work = dist.isend(message, rank)
-            assert work is not None, "the default group has all ranks"
-            self._under_way.append((rank, work, message))
+                self._under_way.append((rank, wire.send_later(message, rank)))
 
     def receive_note(self, rank: int, message_id: MessageId, expected: Expected) -> tuple[Tensor, int]:
         """Receive what :meth:`send_note` sent: the tensor, in memory of its own, and the number.
@@ -166,9 +163,9 @@ class Transport:
         Raises:
             WorkerLostError: if a receiver does not answer.
         """
-        for rank, work, _ in self._under_way:
+        for rank, sending in self._under_way:
             with _naming(rank):
-                work.wait()
+                sending.wait()
         self._under_way.clear()
 
     def _messages(self, tensor: Tensor, last: Tensor, rank: int, message_id: MessageId, number: int) -> list[Tensor]:
@@ -226,7 +223,7 @@ class Transport:
         elements = message[_ELEMENTS_AT:].view(torch.float32 if size is None else size.dtype)
         elements[-1:] = _UNTOUCHED
         with _naming(rank):
-            dist.recv(message, rank)
+            wire.receive(message, rank)
         return words, elements
 
     def _comes_with_its_header(self, size: _MessageSize, rank: int, kind: Kind) -> bool:
@@ -240,7 +237,7 @@ class Transport:
         message = torch.empty(size.elements, dtype=size.dtype, device=self._wire)
         message[-1] = _UNTOUCHED
         with _naming(rank):
-            dist.recv(message, rank)
+            wire.receive(message, rank)
         return message
 
 

@@ -19,7 +19,6 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.pipeline.data.sample_exchange import supplier, unpacked
 from lightning_sentinel.pipeline.messages.tensor_trees import Packed, pack, pack_all, receive_tree, send_packed
+from lightning_sentinel.pipeline.processes import wire
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.waiting import on_host
@@ -159,8 +159,7 @@ class Audits:
             case, auditor = asked[number]
             said[number, 0] = word if self.adversary is None else self.adversary.vote(auditor, case.audited, word)
             said[number, 1:] = measured
-        everyone = torch.empty(self._mesh.size, *said.shape)
-        dist.all_gather(list(everyone.unbind()), said)
+        everyone = wire.all_gather(said, size=self._mesh.size)
         # Each case is for its auditor to say, whatever others put there.
         values = [everyone[self._mesh.rank(auditor), number].tolist() for number, (_, auditor) in enumerate(asked)]
         words = [Outcome(int(value)) if value in _WORDS else Outcome.MATCHES for value, *_ in values]
