@@ -71,6 +71,6 @@ def test_processes_that_share_a_device_wait_once_a_step() -> None:
             *[end | audits] * (len(audited["reads"]) - 1),
         ]
         # All that auditors are given is copied at once.
-        assert all(step["pipeline/messages/parcels.py:pack_all"] == 1 for step in audited["reads"])
+        assert all(step["pipeline/messages/tensor_trees.py:pack_all"] == 1 for step in audited["reads"])
         # Each of the two micro-batches is sent to one neighbour, and copied for that once, elements and flag together.
         assert [step["pipeline/messages/transport.py:_messages"] for step in found["reads"]] == [2] * (fits.STEPS - 1)
