@@ -240,6 +240,12 @@ class VirtualEngine(VirtualPasses):
         return result if plan.kind == "predict_step" else plain(result)
 
     def settle(self, plan: StepPlan, outcome: StepOutcome) -> Ruling | None:
+        ruling = self._settled(plan, outcome)
+        # The batch of the whole mesh is not kept until the next one comes.
+        self._running = None
+        return ruling
+
+    def _settled(self, plan: StepPlan, outcome: StepOutcome) -> Ruling | None:
         if self.guard is None or outcome.table is None:
             return None
         self._steps.end_step()

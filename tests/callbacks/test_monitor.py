@@ -28,17 +28,23 @@ class Reads(L.Callback):
         self.seen.append([float(ledger.total_flags), float(len(ledger.banned)), float(ledger.audits)])
 
 
-def test_totals_are_logged_at_every_step_of_every_epoch_and_not_entered_anew_where_they_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entered: list[str] = []
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names that are logged, in order."""
+    names: list[str] = []
     log = L.LightningModule.log
 
     def listening(self: L.LightningModule, name: str, *args: Any, **kwargs: Any) -> None:
-        entered.append(name)
+        names.append(name)
         log(self, name, *args, **kwargs)
 
     monkeypatch.setattr(L.LightningModule, "log", listening)
+    return names
+
+
+def test_totals_are_logged_at_every_step_of_every_epoch_and_not_entered_anew_where_they_stay(
+    tmp_path: Path, entered: list[str]
+) -> None:
     strategy = ls.SentinelStrategy(
         2, 3, micro_batches=2, engine="virtual", verification=ls.Verification(seed=0), response=ls.Response(audit_rate=None)
     )
@@ -70,15 +76,7 @@ class Notes(L.Callback):
         self.seen.append(float(trainer.callback_metrics.get("sentinel/anomaly_score", math.nan)))
 
 
-def test_loggers_are_told_the_highest_score_since_they_were_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered: list[str] = []
-    log = L.LightningModule.log
-
-    def listening(self: L.LightningModule, name: str, *args: Any, **kwargs: Any) -> None:
-        entered.append(name)
-        log(self, name, *args, **kwargs)
-
-    monkeypatch.setattr(L.LightningModule, "log", listening)
+def test_loggers_are_told_the_highest_score_since_they_were_told_before(tmp_path: Path, entered: list[str]) -> None:
     strategy = ls.SentinelStrategy(
         2, 3, micro_batches=4, engine="virtual", verification=ls.Verification(warmup_steps=20, seed=0), response=QUIET
     )
