@@ -26,7 +26,10 @@ class StageBuilding(RunState):
     @override
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Lightning's context for ``configure_model``: the cut gives tensors values; with all stages here (virtual), at once."""
+        """Lightning's context for ``configure_model``: a tensor gets its values when the module is cut.
+
+        On a virtual mesh it gets them at once, because all stages are in this process.
+        """
         self._build = DeferredBuild()
         with nullcontext() if self._virtual else self._build:
             yield
