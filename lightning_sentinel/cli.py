@@ -1,4 +1,4 @@
-"""The command ``lightning-sentinel``: LightningCLI with the strategies registered, the benchmarks, and what is done to checkpoints.
+"""The command ``lightning-sentinel``: LightningCLI with the strategies registered, benchmarks, and consolidation of checkpoints.
 
 ``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's own subcommands; ``benchmark`` measures this package;
 ``consolidate`` makes one ordinary file of a sharded checkpoint.
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: instead of ``sys.argv[1:]``.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # A module of the user's is named as `package.module.Class`; like `python -m`, look for it from here first.
+    # A module of the user's is named as `package.module.Class`; like `python -m`, look for it in the working directory first.
     sys.path.insert(0, str(Path.cwd()))
     try:
         if arguments[:1] == ["consolidate"]:

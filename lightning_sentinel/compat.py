@@ -1,6 +1,6 @@
-"""Libraries that are not the ones that this package is made for: said plainly instead of failing oddly.
+"""Refuses libraries that this package is not made for, with a plain explanation instead of an odd failure.
 
-Nothing is imported here that may be missing a name, because this is what explains it.
+This module imports no library that may lack a name, because it has to explain that failure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_sentinel.errors import ConfigurationError, UnsupportedVersionErro
 __all__ = ["LEAST_VERSIONS", "register_refusals", "require_versions"]
 
 LEAST_VERSIONS = {"lightning": "2.6", "torch": "2.4", "torchmetrics": "1.6", "deepspeed": "0.19"}
-"""Of what this package builds on, as in its requirements."""
+"""The least versions of the libraries that this package builds on, as in its requirements."""
 
 _OTHER = "pytorch_lightning"
 """Another package than ``lightning``, with classes of its own."""
@@ -33,7 +33,7 @@ def require_versions() -> None:
         try:
             installed = version(package)
         except PackageNotFoundError:
-            continue  # a build of one's own, or none at all, which its import says
+            continue  # the user's own build, or not installed, which its import reports
         if Version(installed).release < Version(least).release:
             raise UnsupportedVersionError(
                 f"lightning_sentinel needs {package} {least} or later, and {package} {installed} is installed. Install a later one:"
@@ -66,7 +66,7 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
 
 
 class _Awaiting(MetaPathFinder):
-    """Finds the other package as everybody does, once, and has it told when it has been imported."""
+    """Finds the other package by the usual finders, once, and registers the refusals when it has been imported."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = names
@@ -83,10 +83,11 @@ class _Awaiting(MetaPathFinder):
 
 class _Telling(Loader):
     def __init__(self, loader: Loader, names: tuple[str, ...]) -> None:
-        self._loader, self._names = loader, names
+        self._loader = loader
+        self._names = names
 
     def __getattr__(self, name: str) -> Any:
-        # Whoever asks the module's loader for its source or its data.
+        # For callers that ask the module's loader for its source or its data.
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

@@ -1,6 +1,6 @@
-"""LightningCLI, with mistakes in this package's settings said as plainly as from a script, and without its internals in the help.
+"""LightningCLI that reports mistakes in this package's settings as plainly as a script does, and hides internals in the help.
 
-Apart from the command, because ``jsonargparse`` is an extra.
+Apart from :mod:`lightning_sentinel.cli`, because ``jsonargparse`` is an extra.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SentinelCLI(LightningCLI):
         except SentinelError:
             raise
         except ValueError:
-            # jsonargparse puts what a class said between all that it tried, and the whole configuration behind it.
+            # jsonargparse puts a class's message among all types that it tried, and the whole configuration behind it.
             for node in _nodes(self.config):
                 _make(node)
             _require_known_strategy(self.config)
@@ -64,7 +64,7 @@ def _nodes(value: Any) -> Iterator[Namespace]:
 
 
 def _make(node: Namespace) -> None:
-    """Make an object as a script would. Raises what it has to say."""
+    """Make an object as a script would, so that it raises its own error."""
     arguments = dict(vars(node.get("init_args", Namespace())))
     for name, group in _GROUPS.items():
         if isinstance(arguments.get(name), Namespace):
@@ -74,11 +74,11 @@ def _make(node: Namespace) -> None:
     except SentinelError:
         raise
     except Exception:
-        return  # of another kind, for which the configuration is needed
+        return  # an error of another kind, which only the whole configuration explains
 
 
 def _fail(message: str, ex: Exception | None = None) -> NoReturn:
-    """What a parser does where it cannot go on, in place of all options, which are in the help, and all that it has tried."""
+    """Replace a parser's ``error``: report neither all options, which are in the help, nor all types that were tried."""
     if (plain := in_our_words(message)) is not None:
         raise ConfigurationError(plain) from None
     print(f"error: {message}\nFor the options: lightning-sentinel fit --help", file=sys.stderr)
@@ -86,7 +86,7 @@ def _fail(message: str, ex: Exception | None = None) -> NoReturn:
 
 
 def _require_known_strategy(config: Namespace) -> None:
-    """Raise ``ConfigurationError`` if the Trainer is to have a strategy by a name that none has."""
+    """Raise ``ConfigurationError`` if the Trainer's strategy is given by an unknown name."""
     for trainer in (value for name, value in config.items() if name.split(".")[-1] == "strategy"):
         if isinstance(trainer, str) and trainer != "auto" and trainer not in (known := StrategyRegistry.available_strategies()):
             near = get_close_matches(trainer, known, 1)
@@ -97,7 +97,7 @@ def _require_known_strategy(config: Namespace) -> None:
 
 
 class _Help(DefaultHelpFormatter):  # type: ignore[misc]
-    """Offers classes that a user may choose, and not those that are subclasses of Lightning's for this package's own use."""
+    """Lists classes that a user may choose, and no subclasses of Lightning's that are for this package's own use."""
 
     def _expand_help(self, action: Action) -> str:
         return _INTERNAL.sub("", super()._expand_help(action))

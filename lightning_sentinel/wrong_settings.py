@@ -1,7 +1,7 @@
-"""What ``jsonargparse`` says of a setting of this package's that cannot be, as the setting's own class says it.
+"""Turns an error of ``jsonargparse`` about a setting of this package into the message of the setting's own class.
 
-It puts the reason between all types that it has tried, and the whole configuration behind that. The class knows what a setting is
-for and what it can be, so it is asked.
+``jsonargparse`` puts the reason among all types that it has tried, and the whole configuration behind that. The class knows what a
+setting is for and which values it can have, so its message is shown.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _GROUPS = {"verification": Verification, "response": Response}
 
 
 def in_our_words(message: str) -> str | None:
-    """One sentence of the value, the cause and the remedy; ``None`` if the message is about something else.
+    """One sentence with the value, the cause and the remedy; ``None`` if the message is about something else.
 
     Args:
-        message: of a parser of ``jsonargparse``.
+        message: the error message of a ``jsonargparse`` parser.
 
     Example:
         >>> in_our_words("- Problem with given class_path 'lightning_sentinel.Verification':\\n  Option 'warmup' is not accepted")
@@ -40,8 +40,10 @@ def in_our_words(message: str) -> str | None:
     named = list(_CLASS.finditer(message))
     if not named:
         return None
-    reason, kind = message[named[-1].end() :], _class_of(named[-1].group(1))
-    unknown, key = _UNKNOWN.search(reason), _KEY.search(reason)
+    reason = message[named[-1].end() :]
+    kind = _class_of(named[-1].group(1))
+    unknown = _UNKNOWN.search(reason)
+    key = _KEY.search(reason)
     found = unknown or key
     if kind is None or found is None:
         return None
@@ -76,7 +78,7 @@ def _no_such(name: str, kind: Any) -> str:
 
 
 def _value_of(name: str, reason: str) -> Any:
-    """What was given for a setting: what the parser says that it got, or else has in the whole of what it was given."""
+    """The value given for a setting: the one that the parser names, or the setting's entry in the whole object that it names."""
     found = _VALUE.search(reason)
     text = "" if found is None else found.group(1).strip()
     if (nested := _NESTED.match(text)) is not None:

@@ -1,4 +1,4 @@
-"""Callbacks: what a run shows, and what is done to it on purpose."""
+"""Callbacks: one logs scores and detections, one makes chosen workers attack the run."""
 
 from lightning_sentinel.callbacks.attack_injector import AttackInjector
 from lightning_sentinel.callbacks.monitor import SentinelMonitor

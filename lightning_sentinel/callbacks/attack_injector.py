@@ -1,4 +1,4 @@
-"""A callback that turns chosen workers into adversaries, to try out how a run stands up to them."""
+"""A callback that turns chosen workers into adversaries, to test how a run stands up to them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class AttackInjector(L.Callback):
         attacks: what to do: a name from :func:`lightning_sentinel.attacks.available`, a mapping such as
             ``{"name": "scale", "factor": -1.0}``, a callable ``(signal, context) -> tensor``, or a list of those, of which each
             malicious worker draws one.
-        workers: who is malicious; workers, or pairs ``(stage, replica)``.
-        fraction: instead, the share of each middle stage's workers that is drawn.
-        start_step: the training batch at which they begin; ``None`` is the end of the verifiers' warm-up.
+        workers: the malicious workers, or pairs ``(stage, replica)``.
+        fraction: instead of ``workers``, the fraction of each middle stage's workers that is drawn to be malicious.
+        start_step: the training batch at which the attacks begin; ``None`` is the end of the verifiers' warm-up.
         direction: tamper with ``"activation"``, ``"gradient"`` or ``"both"``.
-        seed: of everything that is drawn.
+        seed: seed of all random draws.
 
     Raises:
         ConfigurationError: at the start of the run, if the attack is unknown, or a worker is not in the mesh.
@@ -57,14 +57,14 @@ class AttackInjector(L.Callback):
 
     @property
     def workers(self) -> frozenset[Worker]:
-        """The malicious workers: the ground truth. Those that are drawn are known from the start of the run."""
+        """The malicious workers: the ground truth. Drawn workers are known from the start of the run."""
         if self._adversary is not None:
             return self._adversary.workers
         return frozenset(self._named or ())
 
     @property
     def start_step(self) -> int | None:
-        """The training batch at which they begin."""
+        """The training batch at which the attacks begin."""
         return self._start_step if self._adversary is None else self._adversary.start_step
 
     @override

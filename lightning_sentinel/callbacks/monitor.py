@@ -1,4 +1,4 @@
-"""What a verified run leaves behind: logged scores and a file of detections."""
+"""Logs the scores of a verified run, and writes its detections to a file."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = ["SentinelMonitor"]
 class SentinelMonitor(L.Callback):
     """Logs anomaly scores, flags and bans, and writes detections to a file. :class:`SentinelStrategy` adds one by itself.
 
-    To every logger go ``sentinel/anomaly_score``, the highest score since loggers were last told (1 is the fence), the same by
+    It logs ``sentinel/anomaly_score``, the highest score since loggers last received it (1 is the fence), the same by stage of the
     sender and direction as ``sentinel/anomaly_score/stage{s}/{activation|gradient}``, and the running totals ``sentinel/flags``,
-    ``sentinel/banned`` and ``sentinel/audits``: every ``Trainer(log_every_n_steps=...)`` batches, and for callbacks and the
-    progress bar in each batch in which somebody was flagged or banned. If the Trainer has a logger, detections go to
-    ``<log_dir>/sentinel/detections.jsonl``, one JSON object a line, and who is banned to ``<log_dir>/sentinel/ledger.json``, which
-    a next run can start from.
+    ``sentinel/banned`` and ``sentinel/audits``: to every logger every ``Trainer(log_every_n_steps=...)`` batches, and for callbacks
+    and the progress bar in each batch in which a worker was flagged or banned. If the Trainer has a logger, detections go to
+    ``<log_dir>/sentinel/detections.jsonl``, one JSON object a line, and bans to ``<log_dir>/sentinel/ledger.json``, from which a
+    later run can start.
 
     Attributes:
         anomaly_score: mean scores of the run so far; ``anomaly_score.plot()`` draws them over the mesh.
@@ -48,18 +48,18 @@ class SentinelMonitor(L.Callback):
         self._file: Path | None = None
         self._banned = 0
         self._found = (0, 0)
-        """Flags and bans up to the batch before."""
+        """Numbers of flags and bans up to the previous batch."""
         self._totals: tuple[int, ...] | None = None
-        """Those that are logged: Lightning keeps a value until its epoch ends."""
+        """The totals that were logged last: Lightning keeps a value until its epoch ends."""
         self._highest: Tensor | None = None
-        """``(stages, directions)``, the highest scores since loggers were last told; NaN where there is none."""
+        """``(stages, directions)``, the highest scores since loggers last received them; NaN where there is none."""
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         mesh = _strategy(trainer).mesh
         self.anomaly_score = AnomalyScore(mesh.stages, mesh.replicas)
-        directory = trainer.log_dir  # asks rank zero, so every rank has to ask
-        # Without a logger it is the working directory, where nobody asked for files.
+        directory = trainer.log_dir  # a broadcast from rank zero, so every rank has to read it
+        # Without a logger it is the working directory, where the user has asked for no files.
         writes = trainer.is_global_zero and bool(trainer.loggers) and directory is not None
         self._file = Path(str(directory)) / "sentinel" / "detections.jsonl" if writes else None
 
@@ -82,11 +82,11 @@ class SentinelMonitor(L.Callback):
         totals = (ledger.total_flags, len(ledger.banned), ledger.audits)
         happened = totals[:2] != self._found
         self._found = totals[:2]
-        # To log costs more than to verify a small batch, and between two of these batches no logger is listening.
+        # Logging costs more than verifying a small batch, and in most batches no logger is listening.
         loggers_listen = trainer._logger_connector.should_update_logs
         if loggers_listen or happened:
             self._log(pl_module, strategy.mesh, self._highest)
-            # Most batches change nothing.
+            # Most batches do not change the totals.
             if totals != self._totals:
                 self._totals = totals
                 _log_totals(pl_module, totals)
@@ -99,7 +99,7 @@ class SentinelMonitor(L.Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Whoever asks after the run is told of its last batches too.
+        # After the run trainer.callback_metrics has to include its last batches.
         ledger = _strategy(trainer).ledger
         trainer.callback_metrics.update(_totals((ledger.total_flags, len(ledger.banned), ledger.audits)))
 
@@ -120,7 +120,7 @@ class SentinelMonitor(L.Callback):
 
 
 def _totals(totals: Sequence[int]) -> dict[str, Tensor]:
-    # Tensors of the host: of a number Lightning would make one of the device, and wait for it to show it.
+    # Tensors on the host: from a number Lightning would make a tensor on the device, and wait for the device to show it.
     return {f"sentinel/{name}": torch.tensor(float(total)) for name, total in zip(("flags", "banned", "audits"), totals)}
 
 

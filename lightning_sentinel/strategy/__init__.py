@@ -1,4 +1,4 @@
-"""Lightning's side: :class:`SentinelStrategy`, and its parts by what they are about."""
+"""The Lightning strategy: :class:`SentinelStrategy`, and the parts that it is composed of."""
 
 from lightning_sentinel.strategy.strategy import SentinelStrategy
 

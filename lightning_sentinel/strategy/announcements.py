@@ -1,4 +1,4 @@
-"""Tells the user, and whoever listens, what was found."""
+"""Tells the user, callbacks and loggers what was detected, and how the run responds."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ from lightning_sentinel.verification import Detection, Ledger
 __all__ = ["MOST_DETECTIONS", "Announcements", "announce_detections", "consequence", "keep_latest", "log_settings"]
 
 MOST_DETECTIONS = 100_000
-"""How many a strategy remembers, some thirty megabytes: a worker that is reported and never banned adds some in every step."""
+"""How many detections a strategy keeps, some thirty megabytes: a worker that is reported and never banned adds some every step."""
 
 
 def consequence(audited: bool, ban_after: int | None, left: int, replicas: int) -> str:
     """Why workers are banned, and what becomes of their work.
 
     Args:
-        audited: whether others recomputed what they sent.
-        ban_after: in how many steps they were flagged, where nobody did.
-        left: pipelines that go on.
-        replicas: pipelines in all.
+        audited: whether other workers recomputed their signals.
+        ban_after: in how many steps in a row they were flagged, if no worker recomputed their signals.
+        left: number of pipelines that go on.
+        replicas: number of all pipelines.
 
     Example:
         >>> consequence(audited=False, ban_after=5, left=1, replicas=2)
         'flagged in at least 5 steps in a row; its work is dealt to others. 1 of 2 pipelines go on.'
     """
     if audited:
-        why, then = "what it sent is not what most of its stage recomputed", "the step is done again without it"
+        why = "what it sent is not what most of its stage recomputed"
+        then = "the step is done again without it"
     else:
-        why, then = f"flagged in at least {ban_after} steps in a row", "its work is dealt to others"
+        why = f"flagged in at least {ban_after} steps in a row"
+        then = "its work is dealt to others"
     return f"{why}; {then}. {left} of {replicas} pipelines go on."
 
 
 def keep_latest(detections: list[Detection], more: Sequence[Detection]) -> None:
-    """Add to what is remembered, and forget the oldest beyond :data:`MOST_DETECTIONS`."""
+    """Append detections, and drop the oldest beyond :data:`MOST_DETECTIONS`."""
     detections += more
     del detections[:-MOST_DETECTIONS]
 
@@ -55,7 +57,7 @@ def announce_detections(trainer: L.Trainer, detections: Sequence[Detection]) -> 
 
 
 class Announcements:
-    """Prints a line for every ban, and one for whatever else befalls a worker for the first time.
+    """Prints a line for every ban, and one when a worker is first found guilty, disputed or outvoted.
 
     Args:
         mesh: all workers.
@@ -63,20 +65,22 @@ class Announcements:
     """
 
     def __init__(self, mesh: Mesh, ban_after: int | None) -> None:
-        self._mesh, self._ban_after = mesh, ban_after
+        self._mesh = mesh
+        self._ban_after = ban_after
         self._told: set[tuple[Worker, str]] = set()
         self._spared = self._stuck = False
 
     def tell(self, trainer: L.Trainer, ruling: Ruling, ledger: Ledger, left: int) -> None:
-        """Tell what was decided about a step.
+        """Tell the user what was decided about a step.
 
         Args:
-            trainer: of the run.
-            ruling: of the step.
-            ledger: in which it is entered.
-            left: pipelines that go on.
+            trainer: the Trainer of the run.
+            ruling: what was decided.
+            ledger: the ledger in which the ruling is entered.
+            left: number of pipelines that go on.
         """
-        verdict, step = ruling.verdict, trainer.strategy.step  # type: ignore[attr-defined]
+        verdict = ruling.verdict
+        step = trainer.strategy.step  # type: ignore[attr-defined]
         # Unlike a log record a printed line goes above the progress bar, not into it.
         say = trainer.lightning_module.print
         why = consequence(bool(ruling.excluded), self._ban_after, left, self._mesh.replicas)
@@ -118,17 +122,17 @@ class Announcements:
 
 
 def log_settings(trainer: L.Trainer, settings: Mapping[str, Any]) -> None:
-    """Hand the strategy's settings to every logger, beside the module's hyperparameters, unless those are not wanted either.
+    """Log the strategy's settings to every logger, beside the module's hyperparameters, if the Trainer is to log those.
 
     Args:
-        trainer: of the run, before it logs the module's.
-        settings: in plain form.
+        trainer: the Trainer of the run, before it logs the module's hyperparameters.
+        settings: the settings in plain form.
     """
     if not trainer.enable_autolog_hparams:
         return
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            # Its table has one row a run, which is the module's; this goes into the file beside it.
+            # TensorBoard's table has one row a run, which is the module's; the settings go into the file beside it.
             logger.hparams["sentinel"] = dict(settings)
         else:
             logger.log_hyperparams({"sentinel": dict(settings)})

@@ -1,7 +1,7 @@
-"""Callbacks that average weights, each process those of its own stage.
+"""Lets callbacks average weights, in each process those of its own stage.
 
-Both of Lightning's copy the module in ``setup``, when it is still whole, and go through the copy's parameters and the module's side
-by side. ``WeightAveraging`` also exchanges a checkpoint's state of the module for its average.
+Both such callbacks of Lightning copy the module in ``setup``, before it is cut, and later pair the copy's parameters with the
+module's. ``WeightAveraging`` also replaces the module's state in a checkpoint by the average.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from lightning_sentinel.errors import ConfigurationError
 __all__ = ["CURRENT", "copy_again", "of_stage", "refuse_unequal_epochs"]
 
 CURRENT = "current_model_state"
-"""Where ``WeightAveraging`` puts the state that is not averaged."""
+"""The key of a checkpoint under which ``WeightAveraging`` puts the state that is not averaged."""
 
 
 def copy_again(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Let these callbacks forget the whole module, and copy what this process has of it."""
+    """Let these callbacks drop their copy of the whole module, and copy this process's stage."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             callback.setup(trainer, module, "fit")
 
 
 def of_stage(checkpoint: dict[str, Any], names: Collection[str]) -> list[str]:
-    """Leave only a stage's part of an averaged checkpoint, because the callback loads all there is.
+    """Leave only a stage's entries in an averaged checkpoint, because the callback loads all entries.
 
     Args:
         checkpoint: one that has :data:`CURRENT`, as read from a file, changed in place.
-        names: of the stage's entries.
+        names: keys of the stage's entries.
 
     Returns:
-        all names that were there.
+        all keys of the module's state in the checkpoint.
     """
     saved = list(checkpoint["state_dict"])
     for key in ("state_dict", CURRENT):
@@ -45,7 +45,7 @@ def of_stage(checkpoint: dict[str, Any], names: Collection[str]) -> list[str]:
 
 
 def refuse_unequal_epochs(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Raise ``ConfigurationError`` if stages with BatchNorm would train for an epoch more than those without."""
+    """Raise ``ConfigurationError`` if stages with BatchNorm would train for one epoch more than those without."""
     swa = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if swa and any(isinstance(part, _BatchNorm) for part in module.modules()):
         raise ConfigurationError(

@@ -43,11 +43,11 @@ class BanKeeper:
         """The started ranks that form the mesh, in order; the same on all ranks.
 
         Args:
-            store: that all ranks have.
-            rank: this one.
-            world_size: how many were started.
-            stages: as the user gave them.
-            replicas: as the user gave them.
+            store: the store that all ranks share.
+            rank: the rank of this process.
+            world_size: number of started processes.
+            stages: number of stages, as the user gave it.
+            replicas: number of replicas, as the user gave it.
         """
         path = self._response.ledger
         if path is None:
@@ -55,11 +55,11 @@ class BanKeeper:
         return agree_on_admission(store, rank, world_size, path, stages, replicas)
 
     def read(self, mesh: Mesh, rank: int, hosts: Sequence[str], broadcast: Callable[[Any], Any]) -> None:
-        """Read the file, if there is one. All ranks do, so that all say what is wrong with it; what rank zero read counts.
+        """Read the file of bans, if there is one. All ranks read it, so that all report its errors; what rank zero read counts.
 
         Args:
             mesh: all workers.
-            rank: this process's.
+            rank: the rank of this process.
             hosts: the machine of each rank; empty if they are not known.
             broadcast: gives all ranks the value of rank zero.
 
@@ -93,18 +93,20 @@ class BanKeeper:
         """Take over flags and bans from a checkpoint.
 
         Args:
-            state: of its ledger.
-            written_on: the mesh that it was written on.
+            state: the state of the checkpoint's ledger.
+            written_on: the mesh that the checkpoint was written on.
             step: training batches so far.
 
         Returns:
-            sentences on what differs now.
+            sentences that tell the user what differs now.
         """
-        before, now = Ledger(), self._ledger
+        before = Ledger()
+        now = self._ledger
         before.load_state_dict(state)
-        imported, hosts = now.banned, now.hosts
+        imported = now.banned
+        hosts = now.hosts
         told = []
-        # The file has later bans than the checkpoint; and those that are no longer in it were taken out by somebody.
+        # The file has later bans than the checkpoint; and bans that are no longer in it were removed by the user.
         here = bans_here(before.bans(written_on), self._mesh, self._hosts) if self._filed is None else []
         one_machine = len(set(before.hosts.values())) == len(set(hosts.values())) == 1
         if written_on == self._mesh and (not before.hosts or not hosts or before.hosts == hosts or one_machine):
@@ -118,7 +120,7 @@ class BanKeeper:
         return told
 
     def keep(self, workers: Collection[Worker]) -> None:
-        """Enter bans of these workers in the file, from the first rank whose machine has no banned worker."""
+        """Enter the bans of these workers in the file. The first rank whose machine has no banned worker writes it."""
         banned = {self._ledger.hosts.get(worker) for worker in self._ledger.banned}
         writer = next((rank for rank, host in enumerate(self._hosts) if host not in banned), 0)
         if workers and self._rank == writer:
@@ -139,7 +141,7 @@ class BanKeeper:
         try:
             enter_bans(self._response.ledger, bans)
         except OSError as error:
-            # The ban is in force all the same, and the run is not worse for it.
+            # The ban is in force in this run all the same, so the run can go on.
             warnings.warn(
                 f"{', '.join(str(ban.worker) for ban in bans)} could not be entered in {self._response.ledger}"
                 f" ({type(error).__name__}: {error}), so a restart will not leave its machine out. Make the file writable.",

@@ -1,4 +1,4 @@
-"""The part of the strategy that builds a module: without memory, until it is known which stage is this process's."""
+"""The part of the strategy that builds the module: without memory, until the stage of this process is known."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ __all__ = ["StageBuilding"]
 
 
 class StageBuilding(RunState):
-    """Lets ``configure_model`` describe the whole module, of which a process gets its own stage."""
+    """Lets ``configure_model`` build the whole module without memory; then each process allocates its own stage."""
 
     _build: DeferredBuild | None = None
-    """What ``configure_model`` has built and not yet given values."""
+    """The build by ``configure_model``, whose tensors have no values yet."""
 
     @override
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """What is built inside gets its values when it is cut; on a virtual mesh, of which all stages are here, at once."""
+        """Lightning's context for ``configure_model``: a tensor gets its values when the module is cut.
+
+        On a virtual mesh it gets them at once, because all stages are in this process.
+        """
         self._build = DeferredBuild()
         with nullcontext() if self._virtual else self._build:
             yield
@@ -44,7 +47,7 @@ class StageBuilding(RunState):
             self.root_device,
             self._build,
         )
-        self._build = None  # it holds what was built from
+        self._build = None  # it holds the tensors and operations of the whole build
         return model
 
     def _take_stage(self) -> StageModel:
@@ -68,13 +71,13 @@ class StageBuilding(RunState):
     @override
     def teardown(self) -> None:
         if self._build is not None:
-            # The run has failed before the module was cut, and what has no values cannot be moved to the host.
+            # The run has failed before the module was cut, and tensors without values cannot be moved to the host.
             self._lightning_module = None
         super().teardown()
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Around ``setup_optimizers``, which is written for the whole module: the optimizer keeps what is this stage's."""
+        """A context for ``setup_optimizers``, which needs the whole module; afterwards optimizers keep this stage's parameters."""
         skeleton = None if self._stage_model is None else self._stage_model.skeleton
         if skeleton is None:
             yield

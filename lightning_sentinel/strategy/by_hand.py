@@ -1,4 +1,4 @@
-"""The part of the strategy that knows when there is no pipeline to run: modules that take their optimizers' steps themselves."""
+"""The part of the strategy for manual optimization: the module steps its optimizers itself, and no pipeline runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ __all__ = ["StepsByHand"]
 
 
 class StepsByHand(StageBuilding):
-    """Manual optimization: between processes a schedule runs the backward pass; with the only stage in this process a step does.
+    """Runs manual optimization, where this process has the only stage. Between processes the schedule runs the backward pass.
 
-    Then steps are Lightning's own, on the whole batch, and checkpoints have the optimizers' states as torch gives them.
+    With manual optimization steps run as in plain Lightning, on the whole batch, and checkpoints hold the optimizers' states in
+    torch's format.
     """
 
     @property
@@ -21,12 +22,12 @@ class StepsByHand(StageBuilding):
 
     @property
     def _by_hand(self) -> bool:
-        """Whether steps are Lightning's own, because the module takes its optimizers' steps itself, and there is no pipeline."""
+        """Whether steps run as in plain Lightning, because the module steps its optimizers itself and there is no pipeline."""
         assert self.lightning_module is not None
         return self._has_all and not self.lightning_module.automatic_optimization
 
     def _refuse_shards(self) -> None:
-        """Raise ``ConfigurationError`` if several optimizers' states would have to be cut up by name."""
+        """Raise ``ConfigurationError`` if a sharded checkpoint would have to split the states of several optimizers by name."""
         if self._sharded and self._by_hand:
             raise ConfigurationError(
                 f"{type(self.lightning_module).__name__} uses manual optimization, and a sharded checkpoint has the state of one"

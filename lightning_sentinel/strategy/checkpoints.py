@@ -1,4 +1,4 @@
-"""The part of the strategy that is about checkpoints: what a run has learned, to a file or to parts, and back into stages."""
+"""The part of the strategy that saves a run's state to one file or to one part per stage, and loads it into stages again."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class StageCheckpoints(ResumedRuns):
     """Saves and loads a module that is cut into stages."""
 
     _gathered: dict[str, Any] | None = None
-    """The module's state while it is saved, as the strategy gathered it."""
+    """The module's state, gathered from all stages, while it is saved."""
     _saved_groups: list[list[str]] = []
     """Names of the parameters in each group of the optimizer that was saved last."""
     _saved_names: list[str] | None = None
-    """Keys of the module in the checkpoint of which this stage's part was read; ``None`` if all of it was."""
+    """All keys of the module in the loaded checkpoint, if only this stage's were read; ``None`` if all were."""
 
     @property
     @override
     def checkpoint_io(self) -> CheckpointIO:
-        """The user's plugin, or one that never leaves half a file."""
+        """The user's plugin, or one that never leaves a half-written file."""
         if self._checkpoint_io is None:
             self._checkpoint_io = AtomicCheckpointIO()
         elif getattr(self._checkpoint_io, "checkpoint_io", self) is None:
-            # Lightning's AsyncCheckpointIO, which leaves the writing to another.
+            # Lightning's AsyncCheckpointIO, which leaves the writing to another plugin.
             self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # type: ignore[attr-defined]
         return self._checkpoint_io
 
@@ -56,7 +56,7 @@ class StageCheckpoints(ResumedRuns):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The unsplit module's state on rank zero, nothing elsewhere; a collective. Sharded, this stage's on each rank."""
+        """The unsplit module's state on rank zero, empty elsewhere; a collective. If sharded, this stage's state on each rank."""
         assert self.lightning_module is not None
         self._require_no_step("Trainer.save_checkpoint", ", or by ModelCheckpoint(every_n_train_steps=...)")
         state = self.lightning_module.state_dict()
@@ -67,16 +67,16 @@ class StageCheckpoints(ResumedRuns):
         return self._gathered
 
     def whole_state_dict(self) -> dict[str, Any]:
-        """The state of the whole module on rank zero, on the host, and nothing elsewhere.
+        """The state of the whole module on rank zero, on the host; empty on other ranks.
 
-        For the whole model in one process, during a run or after it::
+        To get the whole model in one process, during a run or after it::
 
             state = trainer.strategy.whole_state_dict()  # on all ranks
             if trainer.is_global_zero:
                 model = Model()
                 model.load_state_dict(state)
 
-        To be called by all ranks, between batches: from a hook, or after the run. Rank zero needs memory for all of it.
+        To be called by all ranks, between batches: from a hook, or after the run. Rank zero needs memory for the whole state.
 
         Raises:
             ConfigurationError: in the middle of a step, or before there is a module.
@@ -105,10 +105,10 @@ class StageCheckpoints(ResumedRuns):
         return {name: merged[name] for name in stage_files.in_order(merged, model.state_names)}
 
     def _whole_again(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """What a hook has put in place of the module's state, of all stages; a collective.
+        """Gather from all stages the state that a hook has put in place of the module's; a collective.
 
-        Callbacks that save something else than the weights, averages or pruned ones, make it of the module, of which a process has
-        one stage. A hook that only leaves out some of what was gathered has it all on rank zero.
+        Callbacks that save averaged or pruned weights instead make them from the module, of which a process has one stage. A hook
+        that only drops some gathered entries needs no gathering: it has all entries on rank zero.
         """
         if not self.reduce_boolean_decision(state is not self._gathered, all=False):
             return dict(state)
@@ -117,7 +117,7 @@ class StageCheckpoints(ResumedRuns):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The unsplit module's optimizer state on rank zero, nothing elsewhere; a collective. Sharded, this stage's part."""
+        """The unsplit module's optimizer state on rank zero, empty elsewhere; a collective. If sharded, this stage's part."""
         if self._by_hand:
             return super().optimizer_state(optimizer)
         plain, tensors = self._whole_stage(*stage_files.optimizer_part(optimizer, self._parameter_names()))
@@ -126,7 +126,7 @@ class StageCheckpoints(ResumedRuns):
         parts = self._from_stages(plain, tensors)
         if not parts:
             return {}
-        # What an optimizer keeps here is its own affair; LBFGS has lists of tensors.
+        # On a virtual mesh no rank sent the state, so its form is not checked; LBFGS keeps lists of tensors.
         believed = parts if self._virtual else self._own(parts)
         state, self._saved_groups = stage_files.merge_optimizer_states(
             believed, _options(optimizer), self._running_stage_model.parameter_names
@@ -134,10 +134,11 @@ class StageCheckpoints(ResumedRuns):
         return state
 
     def _whole_stage(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> stage_files.StageState:
-        """The optimizer state of the whole stage, on the rank that speaks for it; a collective."""
+        """The optimizer state of this rank's whole stage, on the rank that saves the stage; a collective."""
         if self.zero_stage == 0:
             return plain, tensors
-        stage, banned = self.mesh.worker(self.global_rank).stage, self.ledger.banned
+        stage = self.mesh.worker(self.global_rank).stage
+        banned = self.ledger.banned
         ranks = [rank for rank in self.mesh.stage_ranks(stage) if self.mesh.worker(rank) not in banned]
         with self._at_work():
             parts = stage_files.collect(plain, tensors, ranks, to=stage_files.speakers(self.mesh, banned)[stage])
@@ -153,7 +154,7 @@ class StageCheckpoints(ResumedRuns):
         if self._stage_model is None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        # A copy, because what hooks were shown is theirs.
+        # A copy, because hooks may keep the dict that they were given.
         checkpoint = dict(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint[SECTION] = {
@@ -171,7 +172,8 @@ class StageCheckpoints(ResumedRuns):
         if self._sharded:
             self._save_parts(checkpoint, filepath)
             return
-        checkpoint["state_dict"], self._gathered = self._whole_again(checkpoint["state_dict"]), None
+        checkpoint["state_dict"] = self._whole_again(checkpoint["state_dict"])
+        self._gathered = None
         failure: Exception | None = None
         try:
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -188,7 +190,7 @@ class StageCheckpoints(ResumedRuns):
         return {name: value for tensors in own for name, value in tensors.items()}
 
     def _generators(self) -> dict[int, dict[str, Any]]:
-        """Of all ranks that are not banned, on rank zero."""
+        """The generator states of all ranks that are not banned, on rank zero."""
         assert self._randomness is not None and self.lightning_module is not None
         states = self._position.states(self.lightning_module.trainer, self._randomness, self.root_device)
         ranks = [r for r in range(self.world_size) if self._virtual or self.mesh.worker(r) not in self.ledger.banned]
@@ -197,7 +199,7 @@ class StageCheckpoints(ResumedRuns):
         return {rank: tensors for rank, (_, tensors) in zip(ranks, parts)}
 
     def _save_parts(self, checkpoint: dict[str, Any], filepath: Any) -> None:
-        """Each stage writes its part, and rank zero what makes them a checkpoint."""
+        """Each stage writes its part; then rank zero writes the index that makes the parts a checkpoint."""
         target = Path(str(local_path(filepath)))
         failure: Exception | None = None
         destination: Destination | None = None
@@ -221,7 +223,8 @@ class StageCheckpoints(ResumedRuns):
                 parts = [(one["plain"], one["tensors"]) for one in optimizers]
                 described = destination.write_part(stage, states, parts)
             except Exception as error:
-                failure, described = error, {"failure": f"{type(error).__name__}: {error}"}
+                failure = error
+                described = {"failure": f"{type(error).__name__}: {error}"}
         with self._at_work():
             written = [plain for plain, _ in stage_files.collect(described, {}, speaking)]
         if self.is_global_zero:
@@ -249,7 +252,7 @@ class StageCheckpoints(ResumedRuns):
         }
 
     def _agree_that_saved(self, filepath: Any, failure: Exception | None) -> None:
-        """Tell each other how it went: nobody goes on without a checkpoint, to wait for those who ended."""
+        """Raise on all ranks if rank zero could not save, so that no rank goes on and waits for ranks that have ended."""
         with self._at_work():
             reason = self.broadcast(None if failure is None else f"{type(failure).__name__}: {failure}")
         if failure is not None:
@@ -275,19 +278,20 @@ class StageCheckpoints(ResumedRuns):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, of a sharded one this stage's part; with ``weights_only=True`` unless Lightning says otherwise.
+        """Read a checkpoint, or this stage's part of a sharded one; with ``weights_only=True`` unless Lightning says otherwise.
 
-        What this strategy has added to it is put aside, and no hook sees it.
+        The section that this strategy has added is put aside, so that no hook sees it.
         """
         checkpoint = self._read_checkpoint(checkpoint_path, weights_only)
         self._section = checkpoint.pop(SECTION, {})
         return checkpoint
 
     def _read_checkpoint(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
-        path, self._saved_names = local_path(checkpoint_path), None
+        path = local_path(checkpoint_path)
+        self._saved_names = None
         weights_only = True if weights_only is None else weights_only
         if self._roster is not None:
-            # Weights are loaded into stages; and callbacks want what was saved of them before the run starts.
+            # Weights are loaded into stages, and Lightning restores callbacks' states before the run starts.
             with self._watching():
                 self._take_stage()
         if path is None or not path.is_dir():
@@ -299,7 +303,8 @@ class StageCheckpoints(ResumedRuns):
             return checkpoint
         assert self.lightning_module is not None
         saved = ShardedCheckpoint(path, weights_only)
-        checkpoint, self._saved_names = saved.checkpoint, saved.state_names
+        checkpoint = saved.checkpoint
+        self._saved_names = saved.state_names
         checkpoint |= saved.states(set(self.lightning_module.state_dict()))
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING and saved.has_optimizer:
             names = frozenset(self._parameter_names().values())
@@ -309,7 +314,8 @@ class StageCheckpoints(ResumedRuns):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        module, model = self.lightning_module, self._running_stage_model
+        module = self.lightning_module
+        model = self._running_stage_model
         assert module is not None
         refuse_resumed_finetuning(module.trainer, self.mesh)
         own = stage_files.select_state(checkpoint["state_dict"], module, model.state_names, strict, self._saved_names)
@@ -317,5 +323,5 @@ class StageCheckpoints(ResumedRuns):
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Of each parameter group all but its parameters."""
+    """The options of each parameter group: all entries but its parameters."""
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""The part of the strategy that is about data: who reads it, and who is given what came of it."""
+"""The part of the strategy that handles data: which ranks read batches, and which ranks get the results of steps."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ __all__ = ["PipelineData"]
 
 
 class PipelineData(StageCheckpoints):
-    """Feeds the pipelines, and brings to all ranks what steps return and keep."""
+    """Feeds the pipelines, and sends to all ranks what steps return and keep."""
 
     _uneven: bool = False
     """Whether replicas may have batches of different sizes; the same on all ranks."""
     _listened_to: frozenset[str] = frozenset()
     _splitter: BatchSplitter
     _sources: dict[tuple[str, int], Source]
-    """What is known of each step's loaders."""
+    """What is known of each loader, by step and number."""
     _compared: set[tuple[str, int]]
-    """Of which loaders both ends have been compared in this epoch."""
+    """Loaders, by step and number, for which the batches of both ends of a pipeline have been compared in this epoch."""
     _loaded: Any = None
-    """The batch of now as it was before it went to the device."""
+    """The current batch on the host, before it was moved to the device; ``None`` if it was not moved."""
     _signals: DeferredSignals
     _shared_metrics: SharedMetrics | None = None
     _replay: LogReplay
@@ -55,7 +55,7 @@ class PipelineData(StageCheckpoints):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """All stages of a pipeline see the same samples; a virtual mesh takes them all."""
+        """All stages of a pipeline see the same samples; a virtual mesh takes all samples."""
         if self._virtual:
             return {"num_replicas": 1, "rank": 0}
         return {"num_replicas": self.mesh.replicas, "rank": self.worker.replica}
@@ -68,7 +68,8 @@ class PipelineData(StageCheckpoints):
             refuse_other_replicas(dataloader, **self.distributed_sampler_kwargs, gathers=not self._virtual)
         if self._virtual:
             return dataloader
-        trainer, mesh = self._trainer, self.mesh
+        trainer = self._trainer
+        mesh = self.mesh
         seed_workers(dataloader, self.worker.replica)
         with self._watching():
             even, lengths = is_even(dataloader)
@@ -87,8 +88,9 @@ class PipelineData(StageCheckpoints):
 
     @property
     def _samples_are_handed_out(self) -> bool:
-        """Whether any worker may be asked for samples: by who takes over after a ban, or by an auditor."""
-        response, mesh = self.response, self.mesh
+        """Whether any worker may have to send samples: to a worker that takes over after a ban, or to an auditor."""
+        response = self.response
+        mesh = self.mesh
         found = mesh.replicas > 1 and (response.ban_after is not None or response.audit_rate_of(mesh) is not None)
         return self.verification is not None and (found or bool(response.banned) or response.ledger is not None)
 
@@ -103,14 +105,15 @@ class PipelineData(StageCheckpoints):
         return self._virtual or self._all_read or self.worker.stage in (0, self.mesh.stages - 1)
 
     def _learn_how_to_deal(self) -> None:
-        """To be called when a run begins, before its data is asked for."""
+        """Learn how the module splits batches; to be called when a run begins, before it asks for its data."""
         assert self.lightning_module is not None
         self._splitter = BatchSplitter(self.lightning_module)
         self._uneven = False
-        self._sources, self._compared = {}, set()
+        self._sources = {}
+        self._compared = set()
 
     def _share_generators(self) -> None:
-        """Let all ranks draw from here on what rank zero draws; a collective."""
+        """Give all ranks rank zero's states of the random generators; a collective."""
         if self._virtual:
             return
         cuda = self.root_device.type == "cuda"
@@ -123,18 +126,18 @@ class PipelineData(StageCheckpoints):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        # Nobody has to wait for a device to see what is in a batch on the host.
+        # A batch on the host can be read without waiting for a device.
         on_host = self.root_device.type != "cpu" and not any(getattr(leaf, "device", _HOST) != _HOST for leaf in leaves_of(batch))
         self._loaded = batch if on_host else None
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @property
     def _comes_as_loaded(self) -> bool:
-        """Whether what is in a batch on the device is what was in it before."""
+        """Whether the batch on the device has the values that it had on the host."""
         module = self.lightning_module
         assert module is not None
         changing = "transfer_batch_to_device", "on_after_batch_transfer"
-        # Hooks of a data module take the place of the module's.
+        # Hooks of a data module replace the module's.
         sources = (module, L.LightningModule), (getattr(self._trainer, "datamodule", None), L.LightningDataModule)
         changed = any(is_overridden(hook, one, kind) for hook in changing for one, kind in sources if one is not None)
         return self._loaded is not None and not changed
@@ -149,23 +152,24 @@ class PipelineData(StageCheckpoints):
         self._compare_again("validation_step")
 
     def _compare_again(self, step: str) -> None:
-        """The next batch of each loader is the first of an epoch."""
+        """Compare both ends anew in the next batch of each of the step's loaders, which is the first of an epoch."""
         self._compared = {key for key in self._compared if key[0] != step}
 
     def _split(self, step: str, arguments: tuple[Any, ...]) -> SplitBatch:
-        """This replica's batch in micro-batches, and how large those of all replicas are, which all ranks see alike."""
+        """This replica's batch in micro-batches, and the sizes of all replicas' micro-batches, the same on all ranks."""
         key = (step, arguments[2] if len(arguments) > 2 else 0)
         if key not in self._sources:
             self._sources[key] = self._source_of(step, arguments[2] if len(arguments) > 2 else None)
         first = key not in self._compared
         self._compared.add(key)
-        batch, source = arguments[0], self._sources[key]
+        batch = arguments[0]
+        source = self._sources[key]
         waits = first and not self._comes_as_loaded
         loaded, self._loaded = self._loaded, None
         if self._virtual:
             split = self._splitter.undealt if self._is_undealt(step) else self._splitter.dealt_to
             return split(batch, source, self.mesh.replicas, self.micro_batches)
-        # A batch of zeros in the place of one says how large that is, and nothing else.
+        # A rank that does not read has a placeholder of zeros, which shows only the size of the batch.
         splitter = self._splitter if self._reads else BatchSplitter(None)
         return split_alike(
             batch,
@@ -183,11 +187,11 @@ class PipelineData(StageCheckpoints):
         )
 
     def _is_undealt(self, step: str) -> bool:
-        """Whether a step gets the whole batch, as each of an evaluation in one process does."""
+        """Whether a step gets the whole batch, as each evaluation step on a virtual mesh does."""
         return self._virtual and (step != "training_step" or self.mesh.replicas == self.micro_batches == 1)
 
     def _source_of(self, step: str, number: int | None) -> Source:
-        """What is known of the loader that a step's batches come from: that of this number, where they come one after the other."""
+        """What is known of the loader of a step's batches; ``number`` selects it where loaders are read one after the other."""
         loaders = getattr(self._trainer, _LOADERS[step])
         if step == "training_step":
             return source_of(loaders)
@@ -197,7 +201,7 @@ class PipelineData(StageCheckpoints):
         return source_of(one_by_one[number or 0])
 
     def _arguments(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """Of a step, the batch first: one that takes ``dataloader_iter`` is given it anew, for each micro-batch of the batch."""
+        """The arguments of a step, the batch first. A step that takes ``dataloader_iter`` gets a new one for each micro-batch."""
         assert self.lightning_module is not None
         arguments = (*args, *kwargs.values())
         if not fetches(self.lightning_module, step):
@@ -206,17 +210,17 @@ class PipelineData(StageCheckpoints):
         self._steps.more = arguments[0] if self._is_undealt(step) else None
         return tuple(next(arguments[0]))
 
-    # ------------------------------------------------------------------------------------------------- what came of the data
+    # ------------------------------------------------------------------------------------------------------ results of steps
 
     def _agree_on_listeners(self) -> None:
-        # All take part in a broadcast that one of them wants.
+        # All ranks take part in a broadcast that one of them wants.
         wanted = listened_to(self._trainer)
         steps = ("training_step", "validation_step", "test_step")
         self._listened_to = frozenset(step for step in steps if self.reduce_boolean_decision(step in wanted, all=False))
         self._running_engine.keeps_results = "training_step" in self._listened_to
 
     def _returned(self, step: str) -> Any:
-        """What the user's step returned for this replica's batch, if somebody looks at it."""
+        """What the user's step returned for this replica's batch, if a hook of any rank receives it."""
         if step not in self._listened_to:
             return None
         return move_data_to_device(self._running_engine.returned(), self.root_device)
@@ -228,19 +232,19 @@ class PipelineData(StageCheckpoints):
         shared = next((callback for callback in callbacks if isinstance(callback, SharedMetrics)), None)
         if shared is None:
             shared = SharedMetrics(self.mesh, lambda: self.ledger.banned, self._watching, self.timeout)
-            # First, so that the hooks of all others see it.
+            # First, so that the hooks of all other callbacks see the shared state.
             callbacks[:0] = [SharedStepState(self.mesh, lambda: self.ledger.banned, self._watching), shared]
         self._shared_metrics = shared
 
     def _take_in(self, outcome: StepOutcome) -> None:
-        """Do on this rank what the step did where it ran."""
+        """Do on this rank what the step did on the rank where it ran: log, hand on process signals, and stop the training."""
         self._replay(outcome.schema, outcome.logged)
         self._signals.heard = outcome.signals
         if outcome.stops:
             self._trainer.should_stop = True
 
     def _value_of(self, name: str, metric: Metric) -> Any:
-        """What a metric that was logged is over an epoch."""
+        """The value of a logged metric over an epoch."""
         return metric.compute() if self._shared_metrics is None else self._shared_metrics.value_of(name, metric)
 
     @override

@@ -1,4 +1,4 @@
-"""Who looks at what the user's steps return."""
+"""Finds out which outputs of the user's steps a hook looks at."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _HOOKS = {
     "test_step": "on_test_batch_end",
 }
 _OURS = ("lightning", "lightning_sentinel")
-"""Callbacks of these packages have the hooks, and do not look at the outputs."""
+"""Callbacks of these packages have the hooks, but do not look at the outputs."""
 
 
 def listened_to(trainer: L.Trainer) -> list[str]:
-    """The steps whose outputs somebody may want to see: the module has a hook that gets them, or a callback of the user's has.
+    """The steps whose outputs a hook may look at: one of the module, or of a callback of the user's.
 
-    What a step returned on the last stage costs a broadcast, and most is not looked at by anybody.
+    To share an output of the last stage costs a broadcast, and no hook looks at most outputs.
     """
     return [step for step, hook in _HOOKS.items() if _has_hook(trainer, hook)]
 
@@ -32,6 +32,6 @@ def _has_hook(trainer: L.Trainer, hook: str) -> bool:
 
 
 def _defines(kind: type, hook: str) -> bool:
-    # A callback need not be one of Lightning's classes, and then may have no such hook.
+    # A callback need not be a subclass of Lightning's, and then may lack the hook.
     owner = next((base for base in kind.__mro__ if hook in vars(base)), None)
     return owner is not None and owner.__module__.partition(".")[0] not in _OURS

@@ -1,6 +1,6 @@
-"""The part of the strategy that is about processes: launching them, connecting them, and collectives over all of them.
+"""The part of the strategy that launches and connects the processes, and runs collectives over all of them.
 
-A virtual mesh has one process, and needs none of it.
+A virtual mesh has one process, and needs none of this.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ __all__ = ["ProcessStrategy"]
 
 
 _VIRTUAL_MESH = Mesh(stages=2, replicas=4)
-"""Where neither stages nor replicas are given."""
+"""The defaults of ``stages`` and ``replicas`` on a virtual mesh."""
 
 
 class ProcessStrategy(ReadableSettings):
-    """One process a device, launched by Lightning or from outside (torchrun, SLURM).
+    """Runs one process per device, launched by Lightning or from outside (torchrun, SLURM).
 
     Args:
-        arguments: of ``ParallelStrategy``.
+        arguments: the arguments of ``ParallelStrategy``.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -54,7 +54,7 @@ class ProcessStrategy(ReadableSettings):
 
     @property
     def mesh(self) -> Mesh:
-        """Who serves what; known once the Trainer has been made."""
+        """The mesh of workers; known once the Trainer has been made."""
         if self._virtual:
             return Mesh(
                 _VIRTUAL_MESH.stages if self.stages is None else self.stages,
@@ -77,7 +77,7 @@ class ProcessStrategy(ReadableSettings):
     @property
     @override
     def accelerator(self) -> Accelerator | None:
-        """What the Trainer computes on. Lightning takes `_accelerator` for the user's choice, and it would be another Trainer's."""
+        """The Trainer's accelerator. Not kept in `_accelerator`, which another Trainer would take for the user's choice."""
         return self._chosen_accelerator
 
     @accelerator.setter
@@ -86,7 +86,7 @@ class ProcessStrategy(ReadableSettings):
 
     @property
     def is_distributed(self) -> bool:
-        # Lightning injects distributed samplers only into strategies that say so.
+        # Lightning injects distributed samplers only for strategies where this is true.
         return not self._virtual
 
     @property
@@ -107,7 +107,7 @@ class ProcessStrategy(ReadableSettings):
     def num_processes(self) -> int:
         return len(self.parallel_devices) if self.parallel_devices is not None else 0
 
-    # What a virtual mesh is started in may say anything of ranks, or, in a job step of SLURM for one, nothing.
+    # The environment of a virtual mesh may name any ranks, or none, as in a job step of SLURM; so it is not asked.
 
     @property
     @override
@@ -139,6 +139,7 @@ class ProcessStrategy(ReadableSettings):
 
     @override
     def _configure_launcher(self) -> None:
+        """Lightning's hook once the Trainer knows its devices: choose what starts the processes."""
         assert self.cluster_environment is not None
         if self._has_trainer:
             raise ConfigurationError(
@@ -177,11 +178,11 @@ class ProcessStrategy(ReadableSettings):
             self._renumber(start)
 
     def _admit(self, store: Store) -> tuple[int, ...]:
-        """Who of those that were started forms the mesh, in order; all of them, unless a subclass knows better."""
+        """The started ranks that form the mesh, in order; all of them, unless a subclass decides otherwise."""
         return tuple(range(self.world_size))
 
     def _renumber(self, start: Start) -> None:
-        """Give ranks to those that form the mesh, if they are not all; the others stay here until the end."""
+        """Renumber the processes of the mesh, if some are left out; those stay in this method until the run ends."""
         environment = self.cluster_environment
         assert environment is not None
         if isinstance(environment, RenumberedEnvironment) or start.ranks == tuple(range(self.world_size)):
@@ -230,7 +231,7 @@ class ProcessStrategy(ReadableSettings):
             return super().all_gather(self._on_wire(tensor), group, sync_grads).to(tensor.device)
 
     def _on_wire(self, tensor: Tensor) -> Tensor:
-        """A tensor where its backend takes it from."""
+        """A tensor, on the device from which the backend sends it."""
         return tensor.to(wire.device_of_wire(tensor.device)) if wire.is_connected() else tensor
 
     @override

@@ -1,4 +1,4 @@
-"""What a mesh can find out and what follows, in words: for the table at the start, and for warnings where that is little."""
+"""Says what a mesh can detect and how it responds: below the table at the start, and in warnings where that is little."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["protection", "shortcoming"]
 
 
 def protection(mesh: Mesh, verification: Verification | None, response: Response) -> str:
-    """What is verified, and what follows from it.
+    """Say what is verified, and how the run responds.
 
     Example:
         >>> protection(Mesh(stages=2, replicas=2), Verification(), Response(audit_rate=None))
@@ -57,7 +57,7 @@ def _by_audits(mesh: Mesh, response: Response) -> str:
 
 
 def shortcoming(mesh: Mesh, verification: Verification | None, response: Response) -> str | None:
-    """Why a mesh is hardly protected although that was asked for, and what to do; ``None`` if it is.
+    """Say why a mesh is hardly protected although protection was asked for, and the remedy; ``None`` if it is protected.
 
     Example:
         >>> print(shortcoming(Mesh(stages=4, replicas=1), Verification(), Response(audit_rate=None)))

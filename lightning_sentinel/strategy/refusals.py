@@ -1,4 +1,4 @@
-"""What a pipeline cannot do: said with its remedy on all ranks, before any of them waits for another."""
+"""Refuses what a pipeline cannot do: with a remedy, on all ranks, before any rank waits for another."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def check_settings(
 
 
 def check_replicas(mesh: Mesh, verification: Verification | None, response: Response) -> None:
-    """Raise ``ConfigurationError``, or warn, if there are too few replicas for what is to follow from a flag."""
+    """Raise ``ConfigurationError``, or warn, if there are too few replicas for the response."""
     if response.aggregation != "mean" and mesh.replicas < _FEWEST_TO_OUTVOTE:
         raise ConfigurationError(
             f"Response(aggregation={response.aggregation!r}) needs at least {_FEWEST_TO_OUTVOTE} replicas, because of fewer no"
@@ -128,9 +128,10 @@ def check_replicas(mesh: Mesh, verification: Verification | None, response: Resp
 
 
 def warn_of_short_warmup(mesh: Mesh, micro_batches: int, verification: Verification, response: Response) -> None:
-    """Warn if fences are fitted to fewer values than their false-positive rate takes."""
+    """Warn if fences are fitted to fewer values than their false-positive rate needs."""
     signals = mesh.replicas * micro_batches
-    seen, needed = values_of_warmup(verification, signals), values_needed(verification)
+    seen = values_of_warmup(verification, signals)
+    needed = values_needed(verification)
     if mesh.stages == 1 or seen >= needed:
         return
     if response.audit_rate_of(mesh) is not None:
@@ -148,7 +149,7 @@ def warn_of_short_warmup(mesh: Mesh, micro_batches: int, verification: Verificat
 
 
 def warn_of_long_warmup(trainer: L.Trainer, verification: Verification) -> None:
-    """Warn if the run ends before anybody can be flagged."""
+    """Warn if the run ends before any worker can be flagged."""
     batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
     if batches <= verification.warmup_steps:
         rank_zero_warn(
@@ -161,8 +162,8 @@ def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer, whole: boo
     """Raise ``ConfigurationError`` for settings of the module or the Trainer that a pipeline would have to ignore.
 
     Args:
-        module: the user's.
-        trainer: of the run.
+        module: the user's module.
+        trainer: the Trainer of the run.
         whole: whether one process has the only stage.
     """
     if not whole and not module.automatic_optimization and trainer.state.fn == TrainerFn.FITTING:
@@ -184,7 +185,7 @@ def refuse_synchronised_layers(synchronises: bool, virtual: bool) -> None:
 
 
 def refuse_pruning(trainer: L.Trainer, mesh: Mesh, virtual: bool) -> None:
-    """Raise ``ConfigurationError`` for ``ModelPruning`` where a process has one stage: it takes hold of the layers of all."""
+    """Raise ``ConfigurationError`` for ``ModelPruning`` where a process has one stage: it compares the layers of all stages."""
     pruning = any(isinstance(callback, ModelPruning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if pruning and mesh.stages > 1 and not virtual:
         raise ConfigurationError(
@@ -198,9 +199,9 @@ def refuse_exchanged_parameters(module: L.LightningModule, before: Mapping[str, 
     """Raise ``ConfigurationError`` if the optimizer was left with parameters that the module no longer has.
 
     Args:
-        module: of this process.
-        before: its parameters when it was cut.
-        optimizer: that was made of them.
+        module: the module of this process.
+        before: the module's parameters when it was cut, by name.
+        optimizer: the optimizer that was made with those parameters.
     """
     now = {id(parameter) for parameter in module.parameters()}
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -241,11 +242,11 @@ def refuse_resumed_finetuning(trainer: L.Trainer, mesh: Mesh) -> None:
 
 @contextmanager
 def requiring_one_optimizer(module: L.LightningModule, whole: bool) -> Iterator[None]:
-    """Around ``setup_optimizers``: Lightning refuses several optimizers too, but manual optimization, its remedy, is none here.
+    """A context for ``setup_optimizers``: Lightning refuses several optimizers, but its advice, manual optimization, does not help.
 
     Args:
-        module: the user's.
-        whole: whether one process has the only stage, where its remedy is one.
+        module: the user's module.
+        whole: whether one process has the only stage, where Lightning's advice helps.
     """
     try:
         yield
@@ -259,9 +260,9 @@ def requiring_one_optimizer(module: L.LightningModule, whole: bool) -> Iterator[
 
 
 def require_optimizer(module: L.LightningModule, optimizers: Sequence[Optimizer]) -> None:
-    """Raise ``ConfigurationError`` if ``configure_optimizers`` made none that steps by itself when a schedule is done.
+    """Raise ``ConfigurationError`` if ``configure_optimizers`` made no optimizer that steps without a closure after a schedule.
 
-    If it made none at all Lightning puts in a stand-in.
+    If it made no optimizer at all, Lightning puts in a mock.
     """
     if not optimizers or not isinstance(optimizers[0], Optimizer) or isinstance(optimizers[0], _MockOptimizer):
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""The part of the strategy that goes on where another run was: optimizer, place in the data, verifiers, and bans."""
+"""The part of the strategy that resumes a run from a checkpoint: optimizer, position in the data, verifiers, and bans."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["ResumedRuns"]
 
 
 class ResumedRuns(StepsByHand):
-    """Takes a run up where a checkpoint left it."""
+    """Resumes a run where a checkpoint left it."""
 
     _section: Mapping[str, Any] = MappingProxyType({})
-    """What this strategy had saved with the checkpoint that was loaded."""
+    """The section that this strategy had added to the loaded checkpoint."""
     _return_to: dict[str, Any] | None = None
-    """Where in its data a resumed run has to go on, before it has begun."""
+    """Generator states for the position in the data of a resumed run, empty if unknown; ``None`` once the run has begun."""
 
     @override
     def on_train_start(self) -> None:
@@ -38,16 +38,16 @@ class ResumedRuns(StepsByHand):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Continue a run: the optimizer, the place in the data, and what the verifiers and the ledger had learned."""
+        """Restore a run: the optimizer, the position in the data, and what the verifiers and the ledger had learned."""
         section = self._section
         self._return_to = {}
         if section:
             self._resume_run(section)
         else:
-            # Of a run without this strategy: its steps are Lightning's batches, and there is nothing else to know.
+            # The checkpoint of a run without this strategy: its steps are Lightning's batches, and nothing else is known.
             assert self.lightning_module is not None
             self.step = self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        # Lightning's connector may be asked to restore what was saved where there is no run.
+        # Lightning's checkpoint connector may be asked to restore a checkpoint where there is no run.
         others = frozenset() if self._engine is None else self._engine.stepped_by_others
         if self._by_hand:
             super().load_optimizer_state_dict(checkpoint)
@@ -68,13 +68,13 @@ class ResumedRuns(StepsByHand):
         if told or written_on != self.mesh:
             then = f"The checkpoint was written on {written_on.stages} stages x {written_on.replicas} replicas."
             rank_zero_warn(" ".join([then, f"This run has {self.mesh.stages} x {self.mesh.replicas}.", *told]))
-        # A boundary is another one if the module is cut at another place.
+        # With another number of stages the module is cut at other places, so its boundaries are others.
         if self._guard is not None and written_on.stages == self.mesh.stages:
             self._guard.load_state_dict(section["verifiers"])
             self._guard.tolerances.load_state_dict(section.get("tolerances", {}))
 
     def _tell_of_settings(self, before: Mapping[str, Any]) -> None:
-        """Warn if the run goes on with other verification than it was started with: what it learned and whom it banned stays."""
+        """Warn if the run goes on with other settings of verification or response: what was learned, and bans, are kept."""
         now = self._settings.plain
         changed = [
             f"{name.capitalize()}: {', '.join(changes)}."
@@ -95,7 +95,8 @@ class ResumedRuns(StepsByHand):
         self._seed = section["seed"]
         if self._planner is not None:
             self._planner.seed = self._seed
-        saved, processes = section["generators"], section["processes"]
+        saved = section["generators"]
+        processes = section["processes"]
         states = own_generators(saved, written_on, processes, self.mesh, self.global_rank, self.world_size)
         if states is None:
             return
@@ -105,7 +106,7 @@ class ResumedRuns(StepsByHand):
         self._return_to = states
 
     def _named_groups(self, saved: Mapping[str, Any], optimizer: Optimizer) -> list[list[str]]:
-        """Names for the numbers in the optimizer state of an unsplit module; a collective."""
+        """The parameter names behind the numbers in the optimizer state of an unsplit module; a collective."""
         plain, _ = stage_files.optimizer_part(optimizer, self._parameter_names())
         said = self._from_stages({"groups": plain["groups"], "numbers": [], "options": plain["options"]}, {})
         parts = [{"groups": part["groups"]} for part, _ in self._own(said)]
@@ -115,7 +116,7 @@ class ResumedRuns(StepsByHand):
         return stage_files.group_names(saved, parts, self._running_stage_model.parameter_names)
 
     def _parameter_names(self) -> dict[int, str]:
-        """Of this stage's parameters, as they were called when the module was cut; one that is pruned is called otherwise since."""
+        """The name of each parameter of this stage, by ``id``, from when the module was cut: pruning renames parameters later."""
         first_name = self._running_stage_model.first_name
         return {id(parameter): first_name(name) for name, parameter in self._cut_parameters.items()}
 
@@ -124,7 +125,7 @@ class ResumedRuns(StepsByHand):
             return stage_files.collect(plain, tensors, stage_files.speakers(self.mesh, self.ledger.banned))
 
     def _own(self, parts: Sequence[stage_files.StageState]) -> list[stage_files.StageState]:
-        """Of what each stage says of its optimizer what is for it to say."""
+        """The optimizer part of each stage, restricted to the parameters that the stage saves."""
         model = self._running_stage_model
         speaking = stage_files.speakers(self.mesh, self.ledger.banned)
         own = [{name for name in model.parameter_names if model.speaks_for(stage, name)} for stage in range(self.mesh.stages)]

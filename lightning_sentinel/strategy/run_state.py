@@ -1,4 +1,4 @@
-"""What all parts of the strategy know of a run, declared in one place."""
+"""The state of a run that all parts of the strategy share, declared in one place."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class RunState(ProcessStrategy):
     """A strategy with the state of its run.
 
     Args:
-        arguments: of ``ParallelStrategy``.
+        arguments: the arguments of ``ParallelStrategy``.
     """
 
     _engine: Engine | None = None
-    """Runs the part of the mesh in this process; from ``setup`` to ``teardown``."""
+    """Runs this process's part of the mesh; set from ``setup`` to ``teardown``."""
     _planner: StepPlanner | None = None
     """Plans the engine's steps."""
     _guard: Guard | None = None
@@ -41,9 +41,9 @@ class RunState(ProcessStrategy):
     _cut_parameters: dict[str, nn.Parameter]
     """The parameters of this stage, by name, when the module was cut."""
     _randomness: SeparateRandomness | None = None
-    """Random numbers of the computation."""
+    """The random numbers of the computation."""
     _seed: int
-    """Of the run; the same on all ranks."""
+    """The seed of the run; the same on all ranks."""
     _stepping: bool = False
     """Whether a step is under way."""
 
@@ -52,7 +52,7 @@ class RunState(ProcessStrategy):
         self.ledger = Ledger(self.response.ban_after)
         """Flags and bans; the same on all ranks."""
         self.detections: list[Detection] = []
-        """What was flagged and not cleared, in order: the latest 100,000, whereas ``detections.jsonl`` has all of a run."""
+        """Signals that were flagged and not cleared, in order: the latest 100,000; ``detections.jsonl`` has all of a run."""
         self.table: SignalTable | None = None
         """All signals of the last training batch with their scores."""
         self.wiring: Wiring | None = None
@@ -81,7 +81,7 @@ class RunState(ProcessStrategy):
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        """At work on a batch, when nothing else may be sent between ranks."""
+        """A context for a step, in which ranks may send each other nothing but the step's messages."""
         self._stepping = True
         try:
             with self._at_work():
@@ -91,7 +91,7 @@ class RunState(ProcessStrategy):
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """Computation draws its own random numbers, and the loss of a peer is reported by name."""
+        """A context in which computation draws its own random numbers, and an error names a lost peer."""
         assert self._randomness is not None
         with self._watching(), self._randomness.of_computation():
             yield

@@ -1,4 +1,4 @@
-"""What a strategy is made with: checked by kind, to be read later, and what of it goes into a checkpoint."""
+"""The settings of a strategy: checked by type, readable as attributes, and in the plain form that goes into a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _OTHER = "pytorch_lightning"
 
 @dataclass(frozen=True)
 class StrategySettings:
-    """What a strategy is made with; :class:`SentinelStrategy` says what each argument means.
+    """The settings of a strategy; :class:`SentinelStrategy` says what each argument means.
 
     Raises:
-        ConfigurationError: if settings cannot work.
+        ConfigurationError: if the settings cannot work.
     """
 
     stages: int | None
@@ -57,11 +57,11 @@ class StrategySettings:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """The settings as a checkpoint keeps them, without the seed of the directions that no worker may know."""
+        """The settings as a checkpoint keeps them, without the seed of verification, which no worker may know."""
         return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
 
     def _check_kinds(self) -> None:
-        """Raise ``ConfigurationError`` for an argument of another kind than it has to be."""
+        """Raise ``ConfigurationError`` for an argument of the wrong type, or out of range."""
         for name, kind in (("verification", Verification), ("response", Response)):
             value = getattr(self, name)
             if not isinstance(value, kind) and (value is not None or kind is Response):
@@ -83,18 +83,18 @@ class StrategySettings:
 
 
 class ReadableSettings(ParallelStrategy):
-    """The settings of a strategy as attributes that cannot be set: what was decided by them has been decided."""
+    """The settings of a strategy as attributes that cannot be set, because decisions were made by them already."""
 
     _settings: StrategySettings
 
     @property
     def stages(self) -> int | None:
-        """As they were given; ``strategy.mesh.stages`` is what follows if they were not."""
+        """The argument as given; ``strategy.mesh.stages`` is the number in use, also if none was given."""
         return self._settings.stages
 
     @property
     def replicas(self) -> int | None:
-        """As they were given; ``strategy.mesh.replicas`` is what follows if they were not."""
+        """The argument as given; ``strategy.mesh.replicas`` is the number in use, also if none was given."""
         return self._settings.replicas
 
     @property
@@ -187,7 +187,7 @@ def _require(condition: bool, name: str, value: object, rule: str) -> None:
 
 
 def _remedy(name: str, kind: type, value: object) -> str:
-    """How the user may have meant it."""
+    """How to write what the user may have meant."""
     if isinstance(value, Mapping):
         return f"Write {name}={kind.__name__}({', '.join(f'{key}={one!r}' for key, one in value.items())})."
     if value in ("sentinel", "paper") and kind is Verification:

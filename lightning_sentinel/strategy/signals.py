@@ -1,7 +1,7 @@
-"""Signals that ask a run to save itself or to end: noted when they come, acted upon between two batches, by all ranks at once.
+"""Process signals that ask a run to save itself or to end: noted on arrival, handled between two batches, by all ranks at once.
 
 Lightning acts in the signal's handler, wherever a process happens to be: it saves a checkpoint before SLURM requeues the job, and
-tells all ranks of a SIGTERM. In a pipeline both are messages between ranks, which must not come among those of a step.
+tells all ranks of a SIGTERM. In a pipeline both send messages between ranks, which must not mix with the messages of a step.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = ["DeferredSignals"]
 
 
 class DeferredSignals(L.Callback):
-    """Takes the place of Lightning's handlers, and calls them where a checkpoint can be saved.
+    """Replaces Lightning's signal handlers, and calls them where a checkpoint can be saved.
 
-    Ranks get a signal at different times, or only some of them do. So for every batch the number of signals that any rank has had
-    is agreed upon, and a handler runs once for each, on all. It travels with what a step exchanges anyway, and by itself where a
-    step exchanges nothing, which is so in prediction.
+    Ranks receive a signal at different times, or only some ranks do. So in every batch all ranks agree on the largest number of
+    signals that any rank has received, and if it has grown the handler runs, on all ranks. The number travels with what a step
+    exchanges anyway, and by itself in prediction, where a step exchanges nothing.
 
     Args:
-        watching: what turns the loss of a peer into an error that names it.
+        watching: a context that turns the loss of a peer into an error that names the peer.
     """
 
     def __init__(self, watching: Callable[[], AbstractContextManager[None]]) -> None:
@@ -44,23 +44,25 @@ class DeferredSignals(L.Callback):
         self._handled: Counter[int] = Counter()
         self._numbers: tuple[int, ...] = ()
         self.heard: tuple[int, ...] = ()
-        """What all ranks have had, as of the step of now."""
+        """The numbers of signals that all ranks agreed on in the current step; empty if they have yet to agree."""
 
     def counts(self) -> tuple[int, ...]:
-        """How many signals of each kind this process has had."""
+        """How many signals of each kind this process has received."""
         return tuple(self._received[number] for number in self._numbers)
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._handlers = {}
-        self._received, self._handled = Counter(), Counter()
-        self._numbers, self.heard = _numbers(trainer), ()
+        self._received = Counter()
+        self._handled = Counter()
+        self._numbers = _numbers(trainer)
+        self.heard = ()
 
     def _take_over(self, trainer: L.Trainer, *_: Any) -> None:
-        """Lightning registers its handlers after all hooks of a run's set-up; these are the first to come after that."""
+        """Lightning's ``on_*_start`` hooks, the first hooks after it has registered its handlers: replace those handlers."""
         for number in self._numbers:
             handler = signal.getsignal(number)
-            # Not one of the user's that Lightning has left alone, nor ours.
+            # Neither a handler of the user's, which Lightning has left alone, nor ours.
             if isinstance(handler, _HandlersCompose):
                 self._handlers[number] = handler
                 signal.signal(number, self._note)
@@ -69,11 +71,14 @@ class DeferredSignals(L.Callback):
         self._received[number] += 1
 
     def _act(self, trainer: L.Trainer, *_: Any) -> None:
-        counts, self.heard = self.heard or self._agreed(), ()
+        """Lightning's ``on_*_batch_end`` hooks: call the handlers of new signals, on all ranks."""
+        counts = self.heard or self._agreed()
+        self.heard = ()
         for number, count in zip(self._numbers, counts):
             if count > self._handled[number]:
                 self._handled[number] = count
-                handler, frame = self._handlers.get(number), inspect.currentframe()
+                handler = self._handlers.get(number)
+                frame = inspect.currentframe()
                 if handler is not None and frame is not None:
                     with self._watching():
                         handler(number, frame)

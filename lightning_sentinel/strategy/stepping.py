@@ -1,4 +1,4 @@
-"""The part of the strategy that is about the optimizer's step: gradients of all stages are reduced, and clipped as one."""
+"""The part of the strategy that steps the optimizer: it reduces the gradients, and clips those of all stages together."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["OptimizerSteps"]
 
 
 class OptimizerSteps(PipelineData):
-    """Reduces gradients, calls Lightning's hooks in their order, and steps."""
+    """Reduces gradients, calls Lightning's hooks in their order, and steps the optimizer."""
 
     _clean_fractions: CleanFractionTally
     _has_gradients: bool = False
-    """Whether any batch since the last step has made some; the same on all ranks."""
+    """Whether any batch since the last optimizer step has made gradients; the same on all ranks."""
     _has_been_left: bool = False
-    """Whether it was said that weights were left as they are."""
+    """Whether the user was warned of a step that left the weights as they are."""
 
     @override
     def optimizer_step(
@@ -50,16 +50,16 @@ class OptimizerSteps(PipelineData):
         return result
 
     def _evaluating(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """What an optimizer evaluates the batch with, as often as it likes."""
+        """The closure with which an optimizer evaluates the batch, as often as it likes."""
         evaluations = 0
 
         def evaluate() -> Any:
             nonlocal evaluations
             if evaluations and self._trainer.accumulate_grad_batches == 1:
-                # The engine adds to what is there, and Lightning's closure zeroes that too late.
+                # The engine adds to the gradients that are there, and Lightning's closure zeroes them too late.
                 self._running_engine.discard_gradients()
             elif evaluations:
-                # Lightning's closure would add to the sum over batches, which is a mean over replicas by now.
+                # Lightning's closure adds to the sum over batches, which by now is a mean over replicas: make it a sum again.
                 scale_gradients([one for group in optimizer.param_groups for one in group["params"]], self.mesh.replicas)
             evaluations += 1
             result = closure()
@@ -69,10 +69,10 @@ class OptimizerSteps(PipelineData):
         return evaluate
 
     def _make_ready(self, optimizer: Optimizer) -> bool:
-        """Bring what batches have left in gradients to where an optimizer wants it.
+        """Reduce and clip the gradients of all batches since the last step, for the optimizer.
 
         Returns:
-            whether there is anything to step with; else there are no gradients.
+            whether there are gradients to step with; if not, none are left.
         """
         engine = self._running_engine
         shares = self._clean_fractions.take(engine.left_out)
@@ -111,10 +111,10 @@ class OptimizerSteps(PipelineData):
 
     @contextmanager
     def _clipping_as_one(self) -> Iterator[None]:
-        """Around ``configure_gradient_clipping``: what ``self.clip_gradients`` asks for is done over all stages.
+        """A context for Lightning's hook ``configure_gradient_clipping``: ``self.clip_gradients`` clips over all stages in it.
 
         Raises:
-            ConfigurationError: if the hook has changed gradients itself, of which it sees those of one stage only.
+            ConfigurationError: if the hook has changed gradients itself, because it sees only those of one stage.
         """
         module = self.lightning_module
         assert module is not None
@@ -132,7 +132,7 @@ class OptimizerSteps(PipelineData):
                     self._running_engine.clip_gradients(float(gradient_clip_val), gradient_clip_algorithm == "value")
             before = self._gradients(module)
 
-        # On the instance, as Lightning sends calls through DDP's wrapper: this is where module.clip_gradients ends.
+        # Patched on the instance, as Lightning does to call through DDP's wrapper: module.clip_gradients ends in this method.
         plugin = vars(self.precision_plugin)
         plugin["clip_gradients"] = clip
         try:

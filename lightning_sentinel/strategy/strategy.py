@@ -1,8 +1,8 @@
-"""Lightning's side: data, steps and checkpoints of a verified pipeline.
+"""The Lightning strategy: data, steps and checkpoints of a verified pipeline.
 
-How a step flows: Lightning's loop calls :meth:`SentinelStrategy.training_step`, the engine runs the schedule of all micro-batches
-and each receipt is verified; one collective tells all ranks the scores, from which they draw the same verdicts; then Lightning's
-hooks run in their usual order around the reduction of gradients, clipping and the optimizer step.
+A training step: Lightning's loop calls :meth:`SentinelStrategy.training_step`; the engine runs the schedule of all micro-batches,
+and each signal is verified on receipt; one collective gives all ranks the scores, from which they derive the same verdicts; then
+Lightning's hooks run in their usual order around the reduction of gradients, clipping and the optimizer step.
 """
 
 from __future__ import annotations
@@ -74,37 +74,38 @@ __all__ = ["SentinelStrategy"]
 class SentinelStrategy(OptimizerSteps):
     """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
 
-    ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages. Rank zero serves the last stage, where
-    steps run whole; ``strategy.mesh.rank(worker)`` tells who serves what. The module is an ordinary one whose layers are an
-    ``nn.Sequential``, or what its ``configure_pipeline(self)`` returns.
+    It runs ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages. Rank zero serves the last stage,
+    where the module's steps run whole; ``strategy.mesh.rank(worker)`` is the rank of a worker. The module is an ordinary one whose
+    layers are an ``nn.Sequential``, or are returned by its ``configure_pipeline(self)``.
 
     Args:
-        stages: pipeline stages. Follows from ``replicas`` and the number of processes if it is left out.
-        replicas: data-parallel pipelines. Follows from ``stages``; if both are left out the mesh is as square as possible.
+        stages: number of pipeline stages. If left out, it follows from ``replicas`` and the number of processes.
+        replicas: number of data-parallel pipelines. If left out, it follows from ``stages``; if both are left out, the mesh is as
+            square as possible.
         micro_batches: how many micro-batches a replica's batch is dealt into. More of them keep the stages busier.
         verification: how signals are verified; ``None`` is plain pipeline parallelism.
-        response: what follows from a flag.
-        engine: ``"process"`` runs one worker a process; ``"virtual"`` the whole mesh in this one, of any size. Then the loader's
-            batch is the whole mesh's, and is dealt to the replicas as a distributed sampler would deal the samples.
-        partition: how layers are dealt to stages: ``"parameters"``, ``"uniform"`` or ``"type:REGEX"``.
-        sequential: name of the ``nn.Sequential`` to cut, if the module has several; with ``configure_pipeline`` of the module whose
-            call runs the pipeline, if it is not the smallest that has all layers (``""`` is the LightningModule).
-        zero_stage: with 1 each worker of a stage keeps the optimizer's state of some of its parameters (ZeRO stage 1): a
-            ``replicas``-th of its memory. Nobody can be banned then, because a worker would take with it what only it has.
+        response: how the run responds to a flag.
+        engine: ``"process"`` runs one worker per process; ``"virtual"`` runs a mesh of any size in this process. Then the loader's
+            batch is that of the whole mesh, and is split over the replicas as a distributed sampler would split the samples.
+        partition: how layers are assigned to stages: ``"parameters"``, ``"uniform"`` or ``"type:REGEX"``.
+        sequential: name of the ``nn.Sequential`` to cut, if the module has several; with ``configure_pipeline``, name of the module
+            whose call runs the pipeline, if it is not the smallest that has all layers (``""`` is the LightningModule).
+        zero_stage: with 1 each worker of a stage keeps the optimizer state of some of the stage's parameters (ZeRO stage 1), a
+            ``replicas``-th of its memory. Then no worker can be banned, because it would take with it state that only it has.
         activation_checkpointing: recompute activations in the backward pass instead of keeping them.
-        transport: ``"device"`` sends tensors from where they are, ``"host"`` through host memory, collectives included; ``"auto"``
+        transport: ``"device"`` sends tensors from their device, ``"host"`` through host memory, collectives included; ``"auto"``
             decides: where several ranks share a device it is the host.
         state_dict_type: ``"full"`` saves one ordinary file; with ``"sharded"`` a checkpoint is a directory to which each stage
             writes its own part, so that no process ever holds the whole model.
-        timeout: how long any process waits for another before the run ends with an error that names it.
-        accelerator: these five are what Lightning gives every parallel strategy; a Trainer sets them by itself.
-        parallel_devices: of this machine.
-        cluster_environment: that started the processes.
-        checkpoint_io: reads and writes files.
+        timeout: how long any process waits for another before the run ends with an error that names the other.
+        accelerator: this argument and the next four are those of every parallel strategy of Lightning; the Trainer sets them.
+        parallel_devices: devices of this machine.
+        cluster_environment: the environment that started the processes.
+        checkpoint_io: reads and writes checkpoint files.
         precision_plugin: precision of the computation.
 
     Raises:
-        ConfigurationError: if settings cannot work.
+        ConfigurationError: if the settings cannot work.
 
     Example:
         >>> import lightning as L
@@ -158,7 +159,7 @@ class SentinelStrategy(OptimizerSteps):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        # Not NaN, by which callbacks tell that a training has diverged, should nothing count in the first batch.
+        # Returned if no sample of the first batch counts. Not NaN, from which callbacks conclude that the training has diverged.
         self._last_loss = 0.0
         self._signals = DeferredSignals(self._watching)
 
@@ -183,6 +184,7 @@ class SentinelStrategy(OptimizerSteps):
 
     @override
     def setup_environment(self) -> None:
+        """Lightning's hook before the user's ``setup`` hooks: refuse what cannot work, and connect the processes."""
         trainer = self._trainer
         assert self.lightning_module is not None
         refuse_unsupported(self.lightning_module, trainer, self._has_all)
@@ -207,11 +209,12 @@ class SentinelStrategy(OptimizerSteps):
         if self._position not in trainer.callbacks:  # type: ignore[attr-defined]
             trainer.callbacks += [self._position, self._signals]  # type: ignore[attr-defined]
         if self.verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            # What was found is logged without being asked for, as Lightning adds a progress bar without being asked for one.
+            # Detections are logged by default, as Lightning shows a progress bar by default.
             trainer.callbacks.append(SentinelMonitor())  # type: ignore[attr-defined]
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
+        """Lightning's hook after ``configure_model``: cut the module, and make the optimizer and the engine."""
         module = self.lightning_module
         assert module is not None
         if not self._virtual:
@@ -232,7 +235,7 @@ class SentinelStrategy(OptimizerSteps):
             self._agree_on_listeners()
         self._learn_how_to_deal()
         self._replay = LogReplay(module, self._value_of)
-        # Stages may have drawn the values of their own layers.
+        # Stages may have drawn the initial values of their own layers.
         self._share_generators()
         seed_data(self._seed, self.worker.replica)
         self._clean_fractions = CleanFractionTally(self.mesh)
@@ -244,6 +247,7 @@ class SentinelStrategy(OptimizerSteps):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        """Lightning's hook when a run fails: report the failure to other ranks, and ban the sender of a malformed message."""
         if self._roster is None:
             return
         self._roster.report_failure(exception)
@@ -252,7 +256,7 @@ class SentinelStrategy(OptimizerSteps):
 
     @override
     def teardown(self) -> None:
-        self._engine = self._planner = self._steps = None  # the module, which may live on, knows its last Trainer
+        self._engine = self._planner = self._steps = None  # the module may outlive the run, and keeps its last Trainer
         super().teardown()
 
     def _make_engine(self, model: StageModel, optimizer: Optimizer | None) -> Engine:
@@ -268,20 +272,22 @@ class SentinelStrategy(OptimizerSteps):
             return VirtualEngine(model, optimizer, steps, guard, self.root_device, self.activation_checkpointing, context)
         arithmetic = Arithmetic(self.precision_plugin, self.root_device)
         transport = Transport(self.root_device, self.transport)
-        response, timeout = self.response, self.timeout
+        response = self.response
+        timeout = self.timeout
         zero = self.zero_stage == 1
         return SentinelEngine(model, optimizer, steps, transport, guard, response, timeout, arithmetic, zero)
 
     def _kept_guard(self) -> Guard | None:
-        """Made once: what the verifiers have learned outlives a ``validate`` after ``fit``, and goes into later checkpoints."""
+        """The guard, made once: what its verifiers learn outlives a ``validate`` after ``fit``, and goes into later checkpoints."""
         if self.verification is None or self._guard is not None:
             return self._guard
-        mesh, worker = self.mesh, None if self._virtual else self.worker
+        mesh = self.mesh
+        worker = None if self._virtual else self.worker
         self._bans.take_over()
         received = [boundary for boundary in mesh.boundaries if worker is None or boundary.receiver == worker.stage]
         verification = self.verification
         if verification.seed is None:
-            # Neither in the settings, which loggers and files show, nor from the seed of the run, which everybody knows.
+            # Not kept in the settings, which loggers and files show, nor derived from the seed of the run, which all workers know.
             verification = replace(verification, seed=self.broadcast(secret_seed()))
         self._guard = Guard(mesh, received, worker, verification, self.response, self.ledger, self.root_device)
         self._announcements = Announcements(mesh, self.response.ban_after)
@@ -289,6 +295,7 @@ class SentinelStrategy(OptimizerSteps):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
+        """Lightning's hook for each loader: a loader of a resumed run stays unopened until the run's position is restored."""
         ready = super().process_dataloader(dataloader)
         resumes = self._trainer.training and self._return_to is not None
         return Unopened(ready) if resumes and not isinstance(ready, _Stateful) else ready
@@ -323,7 +330,7 @@ class SentinelStrategy(OptimizerSteps):
         self._take_in(outcome)
         self.step += 1
         if outcome.skipped:
-            # Where there are several processes Lightning refuses a step without a loss, because one of them might skip alone.
+            # With several processes Lightning refuses a step without a loss, because one process might skip alone.
             return None if self._trainer.world_size == 1 else torch.zeros((), device=self.root_device)
         self._has_gradients = True
         if outcome.loss is not None:
@@ -332,8 +339,9 @@ class SentinelStrategy(OptimizerSteps):
         return returned | {"loss": loss} if isinstance(returned, dict) else loss
 
     def _train_until_settled(self, arguments: tuple[Any, ...]) -> StepOutcome:
-        """Plan, run, exchange and settle a batch; again if audits find liars, so that no weight sees what they sent."""
-        engine, tally = self._running_engine, self._clean_fractions
+        """Plan, run, exchange and settle a batch; again if audits find liars, so that their signals reach no weight."""
+        engine = self._running_engine
+        tally = self._clean_fractions
         batch = self._split("training_step", arguments)
         excluded: set[Worker] = set()
         while True:
@@ -343,11 +351,12 @@ class SentinelStrategy(OptimizerSteps):
             outcome = engine.exchange(plan, result)
             ruling = engine.settle(plan, outcome)
             if ruling is None:
-                self.table, self.wiring = outcome.table, plan.wiring
+                self.table = outcome.table
+                self.wiring = plan.wiring
                 tally.add(None, plan)
                 return outcome
             if ruling.excluded:
-                # Before anybody is told: what listeners do about it stays.
+                # Before callbacks are told of the ruling, so that what they do about it stays.
                 engine.rewind()
             self._take_in_ruling(ruling)
             if not ruling.excluded:
@@ -355,14 +364,15 @@ class SentinelStrategy(OptimizerSteps):
                 tally.lose(ruling.lost)
                 return outcome
             if not ruling.redo:
-                # Nobody is left who could do it again: the batch is left out.
+                # No worker is left that could redo some stage: the batch is left out.
                 tally.add(torch.zeros_like(ruling.verdict.clean), plan)
                 return outcome
             excluded.update(ruling.excluded)
 
     def _take_in_ruling(self, ruling: Ruling) -> None:
-        """Keep what was found in a step, and tell the callbacks and the user."""
-        self.table, self.wiring = ruling.verdict.table, ruling.plan.wiring
+        """Keep a step's signals, detections and bans, and tell the callbacks and the user."""
+        self.table = ruling.verdict.table
+        self.wiring = ruling.plan.wiring
         keep_latest(self.detections, ruling.verdict.detections)
         self._bans.keep(ruling.banned)
         announce_detections(self._trainer, ruling.verdict.detections)
@@ -371,7 +381,7 @@ class SentinelStrategy(OptimizerSteps):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """The schedule has run the backward pass already; here Lightning's hooks around it see its gradients."""
+        """Give the gradients of the schedule, which has run the backward pass already, to Lightning's hooks around ``backward``."""
         assert self.lightning_module is not None
         if self._by_hand:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
@@ -415,5 +425,5 @@ class SentinelStrategy(OptimizerSteps):
 
 
 def _loader(arguments: Sequence[Any]) -> int | None:
-    """The number of the data loader in the arguments of an evaluation step, where there are several."""
+    """The number of the data loader in the arguments of an evaluation step; ``None`` if there is only one."""
     return arguments[2] if len(arguments) > 2 else None

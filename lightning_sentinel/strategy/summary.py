@@ -1,4 +1,4 @@
-"""The table that rank zero prints at the start: who serves what, and what protects it."""
+"""The table that rank zero prints at the start: which ranks serve which layers, and how the mesh is protected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def mesh_table(model: StageModel) -> Table:
     for heading, side in (("stage", "right"), ("layers", "left"), ("parameters", "right"), ("ranks", "left")):
         table.add_column(heading, justify=side)  # type: ignore[arg-type]
     for stage in range(mesh.stages):
-        layers, ranks = model.stage_layers(stage), mesh.stage_ranks(stage)
+        layers = model.stage_layers(stage)
+        ranks = mesh.stage_ranks(stage)
         span = layers[0] if len(layers) == 1 else f"{layers[0]} .. {layers[-1]} ({len(layers)})"
         served_by = "this process" if model.pipeline is None else ", ".join(map(str, ranks))
         table.add_row(str(stage), span, f"{model.stage_parameters(stage):,}", served_by)

@@ -1,4 +1,4 @@
-"""``trainer.world_size`` is the number of processes; who takes it for that of copies of the data is told better."""
+"""Corrects a callback that takes ``trainer.world_size``, the number of processes, for the number of data-parallel replicas."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["count_pipelines"]
 
 
 def count_pipelines(trainer: L.Trainer, mesh: Mesh) -> None:
-    """Let Lightning's ``ThroughputMonitor`` count a pipeline where it counts a device: it has the data of one, and works as one.
+    """Let Lightning's ``ThroughputMonitor`` count pipelines, not devices: a pipeline has the data of one device, and works as one.
 
-    What it says of the device is then said of a pipeline, which can do as many operations as its devices together.
+    Its figures per device are then figures per pipeline, which can do as many operations as its devices together.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ThroughputMonitor):

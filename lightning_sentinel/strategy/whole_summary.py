@@ -17,7 +17,7 @@ _ATTRIBUTE = "_sentinel_summaries"
 
 
 class _Remembered:
-    """What ``ModelSummary`` asks of a summary, worked out while the module was whole."""
+    """The values that ``ModelSummary`` reads from a summary, computed while the module was whole."""
 
     def __init__(self, summary: Summary) -> None:
         self._data = summary._get_summary_data()
@@ -50,7 +50,7 @@ def show_whole_module(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 class _Answer:
-    """A function that can be pickled with its callback."""
+    """A function that returns a summary, and can be pickled with its callback."""
 
     def __init__(self, summary: _Remembered) -> None:
         self._summary = summary
