@@ -75,13 +75,13 @@ class OptimizerSteps(PipelineData):
             whether there are gradients to step with; if not, none are left.
         """
         engine = self._running_engine
-        shares = self._clean_fractions.take(engine.left_out)
+        fractions = self._clean_fractions.take(engine.left_out)
         if not self._has_gradients:
             # training_step has returned None for every batch. Torch's optimizers leave weights without gradients as they are.
             self._call_hooks(optimizer)
             return False
         self._has_gradients = False
-        if shares is None:
+        if fractions is None:
             if not self._has_been_left:
                 self._has_been_left = True
                 rank_zero_warn(
@@ -92,7 +92,7 @@ class OptimizerSteps(PipelineData):
             engine.discard_gradients()
             return False
         with self._in_step():
-            engine.reduce_gradients(shares)
+            engine.reduce_gradients(fractions)
         self._call_hooks(optimizer)
         with self._clipping_as_one():
             trainer = self._trainer

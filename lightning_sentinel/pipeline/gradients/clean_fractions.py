@@ -82,7 +82,7 @@ class CleanFractionTally:
             self._served[worker.stage, worker.replica] = 0
 
     def take(self, left_out: Collection[Worker] = ()) -> CleanFractions | None:
-        """The shares since the last call; exactly 1 for a stage where nothing was excluded.
+        """The fractions since the last call; exactly 1 for a stage where nothing was excluded.
 
         Args:
             left_out: workers whose gradients are not asked for.
@@ -92,6 +92,6 @@ class CleanFractionTally:
         """
         self.lose(left_out)
         stages = 1.0 - self._excluded / max(1, self._batches)
-        shares = CleanFractions(stages.tolist(), self._served)
+        fractions = CleanFractions(stages.tolist(), self._served)
         self._forget()
-        return shares if float(stages.min()) > _NOTHING else None
+        return fractions if float(stages.min()) > _NOTHING else None
