@@ -1,4 +1,4 @@
-"""What crosses the boundaries of one worker's stage: how signals are sent and received, tampered with and verified."""
+"""The boundaries of one worker's stage: sends, receives, tampers with and verifies signals."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lightning_sentinel.pipeline.step_checks import input_gradient
 __all__ = ["Buffers", "StageBoundaries"]
 
 Buffers = dict[str, list[Any]]
-"""What a schedule has in hand, by kind and number of the buffer: ``inputs`` and ``outputs`` of the stage, ``output_tensors`` (the
-gradients of its outputs), and ``taints``, 0-dim bools of what is left out."""
+"""A schedule's buffers, by kind and number: ``inputs`` and ``outputs`` of the stage, ``output_tensors`` (the gradients of its
+outputs), and ``taints``, 0-dim bools that say whether the micro-batch is left out."""
 
 
 class StageBoundaries:
-    """The instructions of a schedule that are about signals; what layers make of them is :class:`StageComputation`.
+    """The schedule's instructions that send, receive, tamper with and verify signals; :class:`StageComputation` has the others.
 
     Args:
-        local: the worker.
+        local: the worker of this process.
         transport: sends signals and notes.
-        inbox: receives them.
-        cache: keeps them until the step is settled.
-        buffers: of the schedule.
+        inbox: receives signals and notes.
+        cache: keeps signals until the step is settled.
+        buffers: the schedule's buffers.
     """
 
     def __init__(self, local: LocalWorker, transport: Transport, inbox: Inbox, cache: SignalCache, buffers: Buffers) -> None:
@@ -41,7 +41,7 @@ class StageBoundaries:
         self._cache = cache
         self._buffers = buffers
         self._altered: Tensor | None = None
-        """What a simulated attacker has made of the signal that is sent next."""
+        """The next signal to send, as a simulated attacker has altered it."""
 
     def receive_activation(self, running: RunningStep, buffer_id: int, slot: int) -> None:
         sender = self._peer(running, self._local.stage - 1)
@@ -59,7 +59,7 @@ class StageBoundaries:
         signal, tainted = self._inbox.gradient(sender, MessageId(running.plan.run, slot, Kind.GRADIENT), output)
         self._cache.keep_received(Direction.GRADIENT, slot, signal)
         self._buffers["output_tensors"][buffer_id] = signal
-        # What was left out on its way forward stays left out, whatever comes back says.
+        # A micro-batch that was left out on its way forward stays left out, whatever the gradient's taint is.
         self._buffers["taints"][buffer_id] = tainted | self._buffers["taints"][buffer_id]
 
     def verify_activation(self, running: RunningStep, buffer_id: int, slot: int) -> None:
@@ -84,24 +84,26 @@ class StageBoundaries:
         return signal
 
     def tamper(self, running: RunningStep, direction: Direction, received: Tensor | None, buffer_id: int, slot: int) -> None:
-        """Let a simulated attacker alter what is sent next.
+        """Let a simulated attacker alter the next signal to send.
 
         Args:
-            received: what the signal was made from, the same way.
+            received: the stage's input of the same direction, from which the signal was computed.
         """
-        adversary, worker = self._local.adversary, self._local.worker
+        adversary = self._local.adversary
+        worker = self._local.worker
         if adversary is not None and worker in adversary.workers:
             signal = self._outgoing(direction, buffer_id)
             self._altered = adversary.tamper(signal, worker, direction, running.plan.number, slot, received)
 
     def send(self, running: RunningStep, direction: Direction, buffer_id: int, slot: int) -> None:
-        """Send a signal to the neighbour, and a note on it to the worker behind the neighbour."""
-        local, taint = self._local, self._buffers["taints"][buffer_id]
+        """Send a signal to the neighbour, and a note on it to the worker beyond the neighbour."""
+        local = self._local
+        taint = self._buffers["taints"][buffer_id]
         message_id = MessageId(running.plan.run, slot, SIGNALS[direction])
         if direction is Direction.ACTIVATION and self._buffers["outputs"][buffer_id] is None:
             self._transport.send(torch.empty(0), taint, self._peer(running, local.stage + 1), message_id, NOTHING)
             return
-        # An altered copy: the tensor itself is what the backward pass of this stage starts from.
+        # The attacker alters a copy: this stage's backward pass starts from the tensor itself.
         signal = self._outgoing(direction, buffer_id) if self._altered is None else self._altered
         self._altered = None
         self._cache.keep_sent(direction, slot, signal)
@@ -112,7 +114,8 @@ class StageBoundaries:
             self._send_note(running, boundary, signal, slot)
 
     def _send_note(self, running: RunningStep, boundary: Boundary, signal: Tensor, slot: int) -> None:
-        local, after = self._local, self._local.mesh.after(boundary)
+        local = self._local
+        after = self._local.mesh.after(boundary)
         note = None if local.guard is None or after is None else local.guard.project(after, signal)
         if note is None or after is None:
             return
@@ -129,7 +132,7 @@ class StageBoundaries:
         return input_gradient(self._buffers["inputs"][buffer_id], self._local.stage)
 
     def _peer(self, running: RunningStep, stage: int) -> int:
-        """The rank that serves another stage of this worker's lane."""
+        """The rank that serves ``stage`` in this worker's lane."""
         wiring = running.plan.wiring
         lane = wiring.lane(self._local.worker)
         assert lane is not None, "a worker without a lane has no peers"

@@ -1,4 +1,4 @@
-"""What one worker computes of a micro-batch: its stage's layers forward and backward, and the user's step at the ends."""
+"""One worker's computation on a micro-batch: its stage's layers forward and backward, and the user's step at the ends."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ __all__ = ["StageComputation"]
 
 
 class StageComputation:
-    """The instructions of a schedule that compute.
+    """The schedule's instructions that compute: load, forward and backward.
 
-    Forward passes run in the precision of the Trainer and on its device, whatever DeepSpeed would do around them.
+    Forward passes run in the Trainer's precision and on its device, whatever DeepSpeed would do around them.
 
     Args:
-        local: the worker.
-        stage: its layers.
-        last_layer: name of the last of them.
+        local: the worker of this process.
+        stage: the stage's layers.
+        last_layer: the name of the stage's last layer.
         steps: runs the user's step functions.
         arithmetic: the precision that the stage computes in.
-        inbox: is told what the first stage loads.
-        buffers: of the schedule.
-        device: of the stage.
+        inbox: is told which inputs the first stage loads.
+        buffers: the schedule's buffers.
+        device: the stage's device.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class StageComputation:
         device: torch.device,
     ) -> None:
         self._local = local
-        self._stage, self._last_layer = stage, last_layer
+        self._stage = stage
+        self._last_layer = last_layer
         self._steps = steps
         self._arithmetic = arithmetic
         self._inbox = inbox
@@ -66,10 +67,10 @@ class StageComputation:
         self._statistics = RunningStatistics(stage.buffers())
         self._untainted = torch.tensor(False, device=device)
         self.received_gradient: Tensor | None = None
-        """What the latest backward pass started from; ``None`` at the last stage."""
+        """The received gradient that the latest backward pass started from; ``None`` at the last stage."""
 
     def load(self, running: RunningStep, buffer_id: int, slot: int) -> None:
-        """Let the user's step say what goes into the pipeline; nothing to do but at the first stage."""
+        """At the first stage, get the pipeline's input from the user's step. At other stages this does nothing."""
         if not self._local.is_first:
             return
         with self._computing(running, slot):
@@ -79,7 +80,7 @@ class StageComputation:
         self._buffers["taints"][buffer_id] = self._untainted
 
     def _input_of(self, running: RunningStep, slot: int) -> Any:
-        """What goes into the pipeline; ``None`` if the step does not call it, which the stages behind are told."""
+        """The pipeline's input; ``None`` if the step does not call the pipeline, which is passed on to the next stages."""
         if self._local.is_last:
             run = running.begun[slot] = self._start(running, slot)
             return run.inputs if run.waits else None
@@ -93,7 +94,7 @@ class StageComputation:
     def forward(self, running: RunningStep, buffer_id: int, slot: int) -> None:
         inputs = self._buffers["inputs"][buffer_id]
         if isinstance(inputs, Tensor) and inputs.requires_grad:
-            # A layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
+            # A layer may work in place, which autograd forbids on a leaf, and the gradient is read from the leaf.
             inputs = inputs.clone()
         before = self._statistics.copies() if self._steps.leaves_out and running.plan.trains else []
         outputs = None
@@ -109,8 +110,9 @@ class StageComputation:
         self._buffers["outputs"][buffer_id] = outputs
 
     def _finish(self, running: RunningStep, outputs: Any, buffer_id: int, slot: int) -> Tensor | None:
-        """Let the user's step go on with what came out. Returns what to differentiate; ``None`` if there is nothing."""
-        plan, assigned = running.plan, running.work[slot]
+        """Resume the user's step with the pipeline's output. Returns the loss to differentiate; ``None`` if there is none."""
+        plan = running.plan
+        assigned = running.work[slot]
         counts = ~(self._buffers["taints"][buffer_id] if self._local.excludes else self._untainted)
         with self._computing(running, slot) as seeds:
             run = running.begun.pop(slot, None) or self._start(running, slot)
@@ -123,7 +125,7 @@ class StageComputation:
         nothing = torch.zeros((), device=self._device)
         if result is None:
             running.losses += torch.stack((nothing, nothing, counts * assigned.weight))
-            # The stages before are sent a gradient of zeros, which nobody is to judge.
+            # The previous stage receives a gradient of zeros, which no verifier should judge.
             self._buffers["taints"][buffer_id] = ~self._untainted
             return None
         loss = loss_of(result, plan.kind)
@@ -134,7 +136,8 @@ class StageComputation:
         return torch.where(counts, loss * (assigned.weight * running.scale), 0.0)
 
     def backward(self, running: RunningStep, buffer_id: int, slot: int) -> None:
-        outputs, inputs = self._buffers["outputs"][buffer_id], self._buffers["inputs"][buffer_id]
+        outputs = self._buffers["outputs"][buffer_id]
+        inputs = self._buffers["inputs"][buffer_id]
         with changed(self._parameters, self._changes(running, buffer_id, slot)):
             if outputs is None:
                 if isinstance(inputs, Tensor) and inputs.requires_grad:
@@ -149,7 +152,7 @@ class StageComputation:
 
     @contextmanager
     def _computing(self, running: RunningStep, slot: int) -> Iterator[MicroBatchSeeds]:
-        """Where this stage's layers or the user's step run, on random numbers that are this micro-batch's."""
+        """A context in which this stage's layers or the user's step run, with the micro-batch's own random numbers."""
         plan = running.plan
         seeds = plan.seeds(running.work[slot].part)
         seeds.seed_step(self._device)
@@ -161,18 +164,21 @@ class StageComputation:
             yield seeds
 
     def _running_beside(self, running: RunningStep, slot: int) -> list[int]:
-        """The ranks of this stage that run a step on the micro-batch in the same slot."""
-        wiring, samples = running.plan.wiring, running.plan.sizes.samples
+        """The ranks of this stage that run a step on a micro-batch in the same slot."""
+        wiring = running.plan.wiring
+        samples = running.plan.sizes.samples
         work = {lane: [part for part in wiring.work[lane] if samples[part.replica]] for lane in wiring.lanes}
         return [self._local.mesh.rank(wiring.worker(self._local.stage, lane)) for lane, parts in work.items() if len(parts) > slot]
 
     def _start(self, running: RunningStep, slot: int) -> StepRun:
-        arguments, samples = running.step_arguments(slot), running.work[slot].samples
+        arguments = running.step_arguments(slot)
+        samples = running.work[slot].samples
         return self._steps.start(running.plan.kind, arguments, samples, self._device)
 
     def _changes(self, running: RunningStep, buffer_id: int, slot: int) -> list[Callable[[Tensor], Tensor]]:
-        """What becomes of the weight gradients of a micro-batch on their way into the sum."""
-        local, number = self._local, running.plan.number
+        """The changes that a micro-batch's weight gradients go through before they are summed."""
+        local = self._local
+        number = running.plan.number
         changes: list[Callable[[Tensor], Tensor]] = []
         if local.adversary is not None and local.adversary.fails(local.worker, number):
             changes.append(partial(local.adversary.weight_gradient, worker=local.worker, step=number, micro_batch=slot))
@@ -181,8 +187,9 @@ class StageComputation:
         return changes
 
     def _fault(self, running: RunningStep, slot: int) -> Callable[[Tensor], Tensor] | None:
-        """What a simulated fault makes of the result of this worker's first layer."""
-        local, number = self._local, running.plan.number
+        """A simulated fault, which alters the output of this worker's first layer; ``None`` if there is none."""
+        local = self._local
+        number = running.plan.number
         if local.adversary is None or not running.plan.trains or not local.adversary.fails(local.worker, number):
             return None
         return partial(local.adversary.layer_output, worker=local.worker, step=number, micro_batch=slot)

@@ -1,8 +1,8 @@
 """The process engine: DeepSpeed's ``PipelineEngine`` with one worker in this process.
 
-It keeps DeepSpeed's schedule of instructions and the buffers that they work on. What an instruction does lives elsewhere:
-:class:`StageComputation` computes, :class:`StageBoundaries` sends, receives and verifies, :class:`StageGradients` brings gradients
-to the optimizer. All of them are handed the step that is under way.
+It keeps DeepSpeed's schedule of instructions and the buffers that they work on. The instructions are implemented elsewhere:
+:class:`StageComputation` runs layers and step functions, :class:`StageBoundaries` sends, receives and verifies signals,
+:class:`StageGradients` reduces and clips gradients and steps the optimizer. The first two are handed the step under way.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ __all__ = ["SentinelEngine"]
 
 
 class SentinelEngine(PipelineEngine):  # type: ignore[misc]
-    """Runs one worker's part of the pipeline, as :class:`lightning_sentinel.pipeline.engine_protocol.Engine` says of each method.
+    """Runs one worker's part of the pipeline; see :class:`lightning_sentinel.pipeline.engine_protocol.Engine` for each method.
 
     Args:
         stage_model: this process's stage.
         optimizer: the user's optimizer over this stage's parameters; ``None`` for evaluation.
         steps: runs the user's step functions.
         transport: sends and receives signals.
-        guard: verifies what is received; ``None`` for a plain pipeline.
+        guard: verifies received signals; ``None`` for a plain pipeline.
         response: what follows from a flag, and how gradients are aggregated.
         timeout: how long ranks of a stage wait for each other.
         arithmetic: the precision that the stage computes in, and its device.
-        zero: whether each worker keeps only a part of the optimizer's state.
+        zero: whether each worker keeps only a part of the optimizer state.
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         arithmetic: Arithmetic,
         zero: bool,
     ) -> None:
-        pipeline, stage = stage_model.pipeline, stage_model.stage
+        pipeline = stage_model.pipeline
+        stage = stage_model.stage
         assert stage is not None
         self._stage_device = arithmetic.device
         with keeping_groups(optimizer):
@@ -102,7 +103,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.device = arithmetic.device
         self.pipe_buffers["taints"] = []
         self.keeps_results = False
-        mesh, worker = stage_model.mesh, stage_model.mesh.worker(self.global_rank)
+        mesh = stage_model.mesh
+        worker = stage_model.mesh.worker(self.global_rank)
         self._local = LocalWorker(worker, mesh, guard)
         self._steps = steps
         steps.leaves_out = self._local.excludes
@@ -185,25 +187,27 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         ask = self._ask if guard.audits else None
         gradients = self._gradients
         ruling = guard.settle(outcome.table, plan, gradients.sum, ask, gradients.apart, outcome.broken, outcome.refused)
-        # Nothing of it is audited any more: the memory is the optimizer's, and that of a validation.
+        # No audit needs the step's signals any more: this frees the memory for the optimizer step and for a validation.
         self._signal_cache.clear()
         if outcome.broken is None or ruling.excluded:
             return ruling
         lost = frozenset(plan.wiring.worker(stage, lane) for stage, lane in outcome.broken.any(dim=2).nonzero().tolist())
         if self._local.worker in lost:
-            # With them goes what earlier batches had added.
+            # The gradients that earlier batches accumulated are lost as well.
             gradients.discard()
         return ruling._replace(lost=lost)
 
     def returned(self) -> Any:
-        running, local = self._step_under_way, self._local
-        plan, group = running.plan, self.grid.get_pipe_parallel_group()
+        running = self._step_under_way
+        local = self._local
+        plan = running.plan
+        group = self.grid.get_pipe_parallel_group()
         return share_predictions(
             running.results, local.mesh, plan.wiring, local.worker, group, plan.sizes, average=plan.kind != "predict_step"
         )
 
     def _remembered(self) -> Callable[[], None]:
-        """Take note of all that a step changes before its verdict. Returns what undoes the step."""
+        """Record whatever a step changes before its verdict. Returns a function that undoes the step."""
         undo_stage = Rewind(self._stage_parameters, list(self.module.buffers()), self.device)
         undo_steps = self._steps.remember()
 
@@ -282,12 +286,13 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         return self._running
 
     def _set_distributed_vars(self, args: Any) -> None:
-        """DeepSpeed's device is ``LOCAL_RANK``, and its constructor sends from it: under gloo it has to be the host."""
-        self.world_size, self.global_rank = dist.get_world_size(), dist.get_rank()
+        """DeepSpeed takes the device from ``LOCAL_RANK``, and its constructor sends from it: under gloo it must be the host."""
+        self.world_size = dist.get_world_size()
+        self.global_rank = dist.get_rank()
         self.device = device_of_wire(self._stage_device)
 
     def _broadcast_model(self) -> None:
-        """DeepSpeed would let a banned worker tell the others its weights, which nobody has brought up to date."""
+        """Does nothing: DeepSpeed would broadcast even a banned worker's weights, which are out of date."""
 
     # -------------------------------------------------------------------------------------------------------- instructions
 

@@ -18,12 +18,12 @@ __all__ = ["Engine"]
 
 
 class Engine(Protocol):
-    """Runs the part of the mesh that lives in this process.
+    """Runs the part of the mesh that is in this process.
 
     Attributes:
-        guard: verifies what is received; ``None`` for a plain pipeline.
+        guard: verifies received signals; ``None`` for a plain pipeline.
         adversary: a simulated attacker, if there is one.
-        keeps_results: whether somebody wants to see what ``training_step`` returned.
+        keeps_results: whether to keep the results of ``training_step`` for :meth:`returned`.
     """
 
     guard: Guard | None
@@ -32,60 +32,60 @@ class Engine(Protocol):
 
     @property
     def left_out(self) -> frozenset[Worker]:
-        """Workers whose gradients :meth:`reduce_gradients` does not ask for."""
+        """Workers whose gradients :meth:`reduce_gradients` leaves out."""
 
     @property
     def stepped_by_others(self) -> frozenset[int]:
-        """Parameters, by ``id``, of which another rank keeps the optimizer's state."""
+        """Parameters, by ``id``, whose optimizer state another rank keeps."""
 
     def run(self, plan: StepPlan, arguments: tuple[Any, ...], batch: SplitBatch) -> StepResult:
-        """Forward of one batch, and backward of a training batch.
+        """Forward passes of one batch, and backward passes of a training batch.
 
         Args:
-            plan: of the step.
-            arguments: of the user's step function; the first is the batch.
+            plan: the step's plan.
+            arguments: the arguments of the user's step function; the first is the batch.
             batch: the batch in micro-batches.
         """
 
     def exchange(self, plan: StepPlan, result: StepResult) -> StepOutcome:
-        """Tell all ranks what came of the step; a collective."""
+        """Exchange the step's results between all ranks; a collective."""
 
     def settle(self, plan: StepPlan, outcome: StepOutcome) -> Ruling | None:
         """Let the guard judge the batch and learn from it; ``None`` if nothing is verified."""
 
     def returned(self) -> Any:
-        """What the user's step returned for this replica's batch in the last :meth:`run`; for all ranks to call."""
+        """What the user's step returned for this replica's batch in the last :meth:`run`; to be called by all ranks."""
 
     def rewind(self) -> None:
-        """Undo the last :meth:`run`, so that the batch can be done again."""
+        """Undo the last :meth:`run`, so that the batch can be repeated."""
 
     def hold_gradients(self) -> None:
-        """Put the gradients aside: Lightning zeroes them after ``training_step``, in which the backward pass runs."""
+        """Put the gradients aside: Lightning zeroes them after ``training_step``, in which the backward passes run."""
 
     def release_gradients(self) -> None:
-        """Give them back, to where Lightning expects the result of ``backward``."""
+        """Put the gradients back, where Lightning expects the result of ``backward``."""
 
     def reduce_gradients(self, fractions: CleanFractions) -> None:
-        """Mean over replicas of the gradients that count.
+        """Replace the gradients by their mean over replicas, of the data that counts.
 
         Args:
-            fractions: which part of the data was not excluded.
+            fractions: how much of the data was not excluded.
         """
 
     def clip_gradients(self, limit: float, by_value: bool) -> None:
-        """Clip what :meth:`reduce_gradients` has left: by the norm over all stages, or each value."""
+        """Clip the reduced gradients: by their norm over all stages, or by value."""
 
     def apply_gradients(self, evaluate: Callable[[], Any] | None = None, **options: Any) -> Any:
-        """Let the optimizer step, and forget the gradients.
+        """Step the optimizer, and discard the gradients.
 
         Args:
-            evaluate: makes the gradients, as often as the optimizer calls it, where all stages are in one process; ``None`` if they
-                are there.
-            options: of the optimizer's ``step``.
+            evaluate: the optimizer's closure, which computes the gradients each time it is called, where all stages are in one
+                process; ``None`` if the gradients are already there.
+            options: further arguments of the optimizer's ``step``.
 
         Returns:
-            what that returns.
+            what the optimizer's ``step`` returns.
         """
 
     def discard_gradients(self) -> None:
-        """Forget the gradients without a step."""
+        """Discard the gradients without a step."""

@@ -1,4 +1,4 @@
-"""The one collective of a step: table rows, loss and logged values of all ranks, to all ranks."""
+"""The one collective of a step: an all-gather of each rank's table rows, losses and logged values."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _LONGEST_SCHEMA = 2**24
 class Exchange:
     """Gathers a step's results from all ranks in one collective.
 
-    It is one of host tensors, whatever device signals are on: everybody needs the result there, so that a device is waited for once
-    a step; and a rank that has died is missed here by gloo, which says so, before a device waits for it, which would not.
+    It gathers host tensors, whatever device signals are on. All ranks need the result on the host, so this is a step's one wait for
+    the device. And if a rank has died gloo reports it here, before a device waits for that rank and reports nothing.
 
     The names of logged values are exchanged as JSON when they change; between changes a fingerprint in the collective tells all
     ranks that they still agree.
 
     Args:
         mesh: all workers, one a rank.
-        device: where rows, weights and losses are.
+        device: the device of rows, weights and losses.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
@@ -45,8 +45,8 @@ class Exchange:
         """Exchange a step.
 
         Args:
-            plan: of the step. A lane that has no samples to work on logs nothing.
-            result: of this rank.
+            plan: the step's plan. A lane that has no samples to work on logs nothing.
+            result: this rank's results.
 
         Raises:
             PlanMismatchError: on all ranks, if some have made another plan.
@@ -70,7 +70,7 @@ class Exchange:
             schema = self._schemas[plan.log_key] = self._agree(plan.log_key, recorder.schema, fingerprints, last[0])
             log_values = self._gather(self._log_vector(recorder, schema))[last]
 
-        # Of workers of the last stage: what others say of the loss is not asked for.
+        # Only of workers of the last stage: losses that other ranks report do not count.
         losses = all_losses[last]
         return StepOutcome(
             loss=mean_loss(losses, believed=result.broken is None),
@@ -85,7 +85,7 @@ class Exchange:
         )
 
     def _require_the_same_plan(self, digests: Tensor, plan: StepPlan) -> None:
-        # What is no number says nothing of a plan, and is not to end the run.
+        # A non-finite digest says nothing about a plan, and must not end the run.
         digests = digests.where(digests.isfinite(), float(plan.digest))
         if (digests == plan.digest).all():
             return
@@ -98,38 +98,43 @@ class Exchange:
         )
 
     def _padded_rows(self, rows: Mapping[Boundary, Tensor], slots: int) -> Tensor:
-        """``(2, slots, columns)``, a worker's own rows by direction."""
+        """``(2, slots, columns)``, this worker's rows by direction."""
         padded = no_rows(len(Direction), slots).to(self._device)
         for boundary, (own,) in rows.items():
             padded[list(Direction).index(boundary.direction), : len(own)] = own
         return padded
 
     def _broken(self, everyone: Tensor, wiring: Wiring) -> Tensor:
-        """``(stages, lanes, slots)`` bool: what is added up is of use as a whole, or not at all."""
+        """``(stages, lanes, slots)`` bool, equal in all slots: a worker's summed gradients are usable as a whole, or not at all."""
         lanes = range(self._mesh.replicas)
         ranks = [[self._mesh.rank(wiring.worker(stage, lane)) for lane in lanes] for stage in range(self._mesh.stages)]
         said = (everyone[:, 0] != 0)[torch.tensor(ranks)] & torch.tensor(wiring.live)
         return said[..., None].expand(-1, -1, wiring.slots)
 
     def _by_stage(self, said: Tensor) -> Tensor:
-        """What ranks say, ``(stages, replicas, ...)``."""
+        """The ranks' reports by worker, ``(stages, replicas, ...)``."""
         mesh = self._mesh
         ranks = [[mesh.rank(Worker(stage, replica)) for replica in range(mesh.replicas)] for stage in range(mesh.stages)]
         return said[torch.tensor(ranks)]
 
     def _log_vector(self, recorder: LogRecorder, schema: LogSchema) -> Tensor:
-        """This rank's values if its names are the agreed ones; else zeros, which weigh nothing. On the device."""
+        """This rank's logged values if its names are the agreed ones; else zeros, which have no weight. On the device."""
         if recorder.schema.entries == schema.entries:
             return recorder.vector().to(self._device)
         return torch.zeros(schema.width, device=self._device)
 
     def _gather(self, found: Tensor, known: Tensor | None = None) -> Tensor:
-        """Everybody's vector, on the host: ``(ranks, ...)``; what was found on the device, and what is known on the host."""
+        """All-gathers each rank's vector, on the host: ``(ranks, ...)``.
+
+        Args:
+            found: values on the device.
+            known: values on the host.
+        """
         vector = found.cpu() if known is None else torch.cat((found.cpu(), known))
         return wire.all_gather(vector, size=self._mesh.size)
 
     def _agree(self, kind: str, mine: LogSchema, fingerprints: Tensor, source: int) -> LogSchema:
-        """Take the names over from one rank. All ranks are here, because all saw the same fingerprints."""
+        """Adopt the names of one rank. All ranks call this, because all saw the same fingerprints."""
         if (fingerprints != fingerprints[0]).any():
             raise PipelineModelError(
                 f"The replicas log different names in {kind}; this rank logs {sorted(mine.entries) or 'nothing'}. Log the same"
@@ -151,7 +156,7 @@ class Exchange:
             raise MalformedMessageError(f"Rank {source} sent a malformed message. {error}", rank=source) from error
 
     def _table(self, everyone: Tensor, wiring: Wiring) -> SignalTable:
-        """Rows by rank ``(ranks, 2, slots, columns)`` put in the order of the boundaries and lanes they were received from."""
+        """The signal table: rows by rank, ``(ranks, 2, slots, columns)``, reordered by the boundary and lane of their signals."""
         rows = no_rows(len(self._mesh.boundaries), self._mesh.replicas, wiring.slots)
         directions = {direction: place for place, direction in enumerate(Direction)}
         for index, boundary in enumerate(self._mesh.boundaries):

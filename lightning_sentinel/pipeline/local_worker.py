@@ -1,4 +1,4 @@
-"""The worker that a process is, as all parts of its engine know it."""
+"""The worker that this process is, shared by all parts of its engine."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["LocalWorker"]
 
 @dataclass
 class LocalWorker:
-    """The worker that a process is.
+    """The worker that this process is.
 
     Args:
-        worker: its place.
+        worker: its stage and replica.
         mesh: all workers.
-        guard: verifies what it receives; ``None`` in a plain pipeline.
-        adversary: a simulated attacker, who may speak for it; ``None`` if there is none.
+        guard: verifies the signals that it receives; ``None`` in a plain pipeline.
+        adversary: a simulated attacker, which may control this worker; ``None`` if there is none.
     """
 
     worker: Worker

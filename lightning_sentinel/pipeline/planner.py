@@ -1,4 +1,4 @@
-"""Makes the plan of each step from what all ranks hold: the ledger, the sizes of batches, and how many steps there were."""
+"""Makes each step's plan from values that are the same on all ranks: the ledger, the batch sizes, and the number of past steps."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class StepPlanner:
 
     Args:
         mesh: all workers.
-        guard: knows who is banned and whether anybody is a suspect; ``None`` in a plain pipeline.
-        seed: of the random numbers of forward passes.
-        runs: runs of a schedule so far; see :class:`StepPlan`.
+        guard: knows which workers are banned and whether any is a suspect; ``None`` in a plain pipeline.
+        seed: the seed of forward passes' random numbers.
+        runs: schedule runs so far; see :class:`StepPlan`.
     """
 
     mesh: Mesh
@@ -31,13 +31,13 @@ class StepPlanner:
     runs: int = 0
 
     def training(self, number: int, sizes: BatchSizes, scale: float, excluded: Collection[Worker] = ()) -> StepPlan:
-        """A training step.
+        """Plan a training step.
 
         Args:
             number: training batches before this one.
             sizes: samples of every replica's batch.
             scale: factor of the gradients, for accumulation over batches.
-            excluded: workers that were found out in this very step, which is done again without them.
+            excluded: workers found lying in an earlier run of this step, which is repeated without them.
 
         Raises:
             MeshExhaustedError: if no complete pipeline is left.
@@ -65,7 +65,7 @@ class StepPlanner:
         return plan
 
     def evaluation(self, kind: str, loader: int | None, sizes: BatchSizes) -> StepPlan:
-        """A step without gradients.
+        """Plan a step without gradients.
 
         Args:
             kind: name of the user's step function.

@@ -1,4 +1,4 @@
-"""A step under way on one worker: its plan, and what has come of it so far."""
+"""A step under way on one worker: its plan, and its results so far."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class RunningStep:
     """A step under way.
 
     Args:
-        plan: of the step.
-        arguments: of the user's step function; the first is this replica's batch.
-        own: the micro-batches of this replica.
+        plan: the step's plan.
+        arguments: the arguments of the user's step function; the first is this replica's batch.
+        own: this replica's micro-batches.
         work: the micro-batches that this worker's lane works on, in the order of their slots.
-        losses: ``(3,)``, sum of the weighted losses that count, sum of their weights, and of the weights of micro-batches for which
-            the step returned ``None``.
-        scale: factor of the loss: that of the plan, and the one by which a loss scaler keeps small gradients from vanishing.
-        keeps_results: whether somebody wants to see what the step returned.
+        losses: ``(3,)``: the sums of the weighted losses that count, of their weights, and of the weights of micro-batches for
+            which the step returned ``None``.
+        scale: factor of the loss: the plan's, times that of a loss scaler, which keeps small gradients from vanishing.
+        keeps_results: whether to keep the results of a training step.
     """
 
     plan: StepPlan
@@ -42,12 +42,12 @@ class RunningStep:
     results: dict[MicroBatchId, Any] = field(default_factory=dict)
     """What the step returned for each micro-batch."""
     begun: dict[int, StepRun] = field(default_factory=dict)
-    """Steps that wait for the pipeline's output, by slot, where one stage is the first and the last."""
+    """Runs of the user's step that wait for the pipeline's output, by slot, where one stage is both the first and the last."""
 
     def step_arguments(self, slot: int) -> tuple[Any, ...]:
         """The arguments of the user's step for one micro-batch.
 
-        A step may change its batch in place, which must not be seen where the step is done again.
+        A step may change its batch in place, which a repeat of the step must not see.
         """
         batch = self.work[slot].batch
         return (copied(batch) if self.plan.audited else batch, *self.arguments[1:])

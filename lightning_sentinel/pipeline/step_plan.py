@@ -1,7 +1,8 @@
-"""Everything that ranks decide before a step, in one value that all of them make for themselves.
+"""The step plan: all decisions that ranks make before a step, in one value that each rank computes for itself.
 
-A decision that changes what ranks do next is a field of :class:`StepPlan`: what runs a step is handed the plan, keeps no copy of
-it and asks nobody else. A digest of the plan travels with the step's collective, so that ranks which disagree find out at once.
+A decision that changes what ranks do next is a field of :class:`StepPlan`. Code that runs a step is handed the plan, keeps no copy
+of a decision, and gets it nowhere else. A digest of the plan goes with the step's collective, so that ranks notice at once if they
+disagree.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ __all__ = ["TRAINING", "StepPlan", "plan_step"]
 TRAINING = "training_step"
 
 _STEPS_A_TURN = 16
-"""For how long a worker serves when there are more workers than lanes: long enough to be a suspect in consecutive steps."""
+"""How many steps a worker serves in turn if a stage has more workers than lanes: enough to be a suspect in consecutive steps."""
 _DIGEST_BYTES = 3
-"""As many as a float32 of the step's collective holds exactly."""
+"""The most bytes whose value a float32 of the step's collective holds exactly."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of a run, as all ranks know it beforehand.
+    """One step of a run, as all ranks plan it beforehand.
 
     Args:
         kind: name of the user's step function: ``"training_step"``, ``"validation_step"``, ``"test_step"`` or ``"predict_step"``.
         loader: number of the data loader in an evaluation with several; ``None`` if there is one.
         number: training batches before this one.
-        run: runs of a schedule before this one since the engine was made, of any kind, repeated ones included. It is on every
-            message, so that a late one is told from its successor.
+        run: schedule runs before this one since the engine was made, of any kind, repeated ones included. Every message carries it,
+            so that a late message is told from its successor.
         mesh: all workers.
         sizes: samples of every replica's batch and micro-batches.
         wiring: which worker serves which lane, with which micro-batches.
-        banned: workers that serve nothing any more.
-        absent: workers that serve nothing in this step: those that are banned, and those that were found out in it.
-        seed: of the random numbers of forward passes.
+        banned: workers that serve no lane any more.
+        absent: workers that serve no lane in this step: banned workers, and those found lying in an earlier run of this step.
+        seed: the seed of forward passes' random numbers.
         scale: factor of the gradients, for accumulation over batches.
-        audited: whether signals may be recomputed, so that they are kept until the step is settled.
+        audited: whether signals may be audited, so that they are kept until the step is settled.
     """
 
     kind: str
@@ -68,18 +69,19 @@ class StepPlan:
 
     @property
     def log_key(self) -> str:
-        """Steps of the same key log the same names."""
+        """The key under which the names of logged values are agreed on: steps of one key log the same names."""
         return self.kind if self.loader is None else f"{self.kind}/{self.loader}"
 
     @cached_property
     def weights(self) -> Tensor:
-        """``(lanes, slots)``, the share of its replica's batch that each micro-batch has."""
+        """``(lanes, slots)``, each micro-batch's fraction of its replica's batch."""
         return micro_batch_weights(self.wiring, self.sizes)
 
     @cached_property
     def working_lanes(self) -> list[int]:
-        """The lanes that have any samples to work on."""
-        samples, wiring = self.sizes.samples, self.wiring
+        """The lanes that have samples to work on."""
+        samples = self.sizes.samples
+        wiring = self.wiring
         return [lane for lane in wiring.lanes if any(samples[part.replica] for part in wiring.work[lane])]
 
     def seeds(self, micro_batch: MicroBatchId) -> MicroBatchSeeds:
@@ -89,7 +91,7 @@ class StepPlan:
 
     @cached_property
     def digest(self) -> int:
-        """24 bits that differ where two plans differ, but for one case in sixteen million."""
+        """A 24-bit hash of the plan: two different plans agree in it in one case in sixteen million."""
         said = (
             *(self.kind, self.loader, self.number, self.run, self.mesh, tuple(self.sizes), self.wiring),
             *(sorted(self.banned), sorted(self.absent), self.seed, self.scale, self.audited),
@@ -112,21 +114,21 @@ def plan_step(
     scale: float = 1.0,
     audited: bool = False,
 ) -> StepPlan:
-    """Decide who does what in a step, from what all ranks hold.
+    """Make the plan of a step, from values that are the same on all ranks.
 
     Args:
         kind: name of the user's step function.
         mesh: all workers.
         sizes: samples of every replica's batch.
-        loader: as in :class:`StepPlan`, like all others that are not named here.
-        number: see there.
-        run: see there.
-        banned: see there.
-        excluded: workers that were found out in this very step, which is done again without them.
-        shuffled: seed by which workers are dealt to lanes while somebody is a suspect; ``None`` if nobody is.
-        seed: see there.
-        scale: see there.
-        audited: see there.
+        loader: see :class:`StepPlan`.
+        number: see :class:`StepPlan`.
+        run: see :class:`StepPlan`.
+        banned: see :class:`StepPlan`.
+        excluded: workers found lying in an earlier run of this step, which is repeated without them.
+        shuffled: the seed that deals workers to lanes while any worker is a suspect; ``None`` if none is.
+        seed: see :class:`StepPlan`.
+        scale: see :class:`StepPlan`.
+        audited: see :class:`StepPlan`.
 
     Example:
         >>> plan = plan_step("training_step", Mesh(2, 3), BatchSizes(2, (4, 4, 4)), number=7, banned={Worker(0, 1)})
@@ -151,7 +153,7 @@ def plan_step(
 
 
 def micro_batch_weights(wiring: Wiring, sizes: BatchSizes) -> Tensor:
-    """``(lanes, slots)``, the share of its replica's batch that each micro-batch has.
+    """``(lanes, slots)``, each micro-batch's fraction of its replica's batch.
 
     Example:
         >>> micro_batch_weights(Wiring.of(Mesh(2, 2), micro_batches=2), BatchSizes(2, (4, 3)))

@@ -1,4 +1,4 @@
-"""What comes of a step: what one process has to say of it, and what all know once everybody has spoken."""
+"""A step's results: those of one process, and their combination over all ranks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["StepOutcome", "StepResult", "is_skipped", "mean_loss"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one process has to say of a step.
+    """One process's results of a step.
 
     Args:
-        losses: ``(lanes, 3)`` of the lanes whose last stage is here: the sum of a lane's weighted losses, of their weights, and of
-            the weights of micro-batches for which ``training_step`` returned ``None``; zeros where none is.
-        recorder: what the step has logged; empty where no last stage is.
-        rows: ``(senders, receipts, len(COLUMNS))`` of each boundary that is verified here; ``None`` if nothing is verified.
-        broken: 0-dim bool, whether the weight gradients that this process adds up are of no use; ``None`` where nobody looks, which
-            is so on all ranks or on none.
-        stops: whether the step asks for the end of training; asked of workers of the last stage.
-        signals: how many operating-system signals of each kind this process has had; as many kinds on all ranks.
-        refused: how often each worker of the stage has added what is not finite to what the stage learns; empty where nobody looks.
+        losses: ``(lanes, 3)``, for the lanes whose last stage is in this process: the sums of a lane's weighted losses, of their
+            weights, and of the weights of micro-batches for which ``training_step`` returned ``None``; zeros elsewhere.
+        recorder: the step's logged values; empty in a process without a last stage.
+        rows: ``(senders, receipts, len(COLUMNS))`` for each boundary that this process verifies; ``None`` if no signal is verified.
+        broken: 0-dim bool, whether the weight gradients that this process sums are unusable; ``None`` if not checked, which is the
+            same on all ranks.
+        stops: whether the step asks for the end of training; counts for workers of the last stage.
+        signals: how many operating-system signals of each kind this process has received; the same kinds on all ranks.
+        refused: how often each worker of the stage contributed non-finite values to a reference update; empty if not checked.
     """
 
     losses: Tensor
@@ -41,20 +41,20 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What all ranks know of a step.
+    """The results of a step over all ranks, the same on each.
 
     Args:
         loss: mean over the samples that count, or ``None`` if none does.
-        table: all signals, or ``None`` if nothing is verified.
-        broken: ``(stages, lanes, slots)`` bool, whose weight gradients are of no use at a stage, because they are not finite;
-            ``None`` where nobody looks.
-        schema: names of what the step logs.
+        table: the table of all signals, or ``None`` if no signal is verified.
+        broken: ``(stages, lanes, slots)`` bool, whether weight gradients are unusable at a stage, because they are not finite;
+            ``None`` if not checked.
+        schema: the names that the step logs.
         logged: value and weight of each logged name.
-        stops: whether a step asks for the end of training.
+        stops: whether any lane's step asks for the end of training.
         skipped: whether ``training_step`` returned ``None`` for all micro-batches that count.
-        signals: the largest number of operating-system signals of each kind that any process has had; empty if nobody asks.
-        refused: ``(stages, replicas, replicas)``, how often each worker has seen each of its stage add what is not finite to what
-            the stage learns; ``None`` where nobody looks.
+        signals: of each kind of operating-system signal, the largest number that any process has received; empty if not asked for.
+        refused: ``(stages, replicas, replicas)``, how often each worker has seen each worker of its stage contribute non-finite
+            values to a reference update; ``None`` if not checked.
     """
 
     loss: float | None
@@ -69,11 +69,11 @@ class StepOutcome:
 
 
 def mean_loss(losses: Tensor, believed: bool) -> float | None:
-    """The loss of a step, or ``None`` if nothing counts.
+    """The loss of a step, or ``None`` if no sample counts.
 
     Args:
         losses: as in :class:`StepResult`, of all lanes that have worked.
-        believed: whatever they are. Else a lane whose loss is not finite is passed over, as its gradients are, unless all are such.
+        believed: whether non-finite losses count. Else lanes that have one are left out, as their gradients are, unless all do.
 
     Example:
         >>> import torch
@@ -89,7 +89,7 @@ def mean_loss(losses: Tensor, believed: bool) -> float | None:
 
 
 def is_skipped(losses: Tensor) -> bool:
-    """Whether ``training_step`` returned ``None`` for all that counts, of the losses that :func:`mean_loss` takes.
+    """Whether ``training_step`` returned ``None`` for all micro-batches that count, from the losses that :func:`mean_loss` takes.
 
     Example:
         >>> import torch

@@ -1,8 +1,8 @@
 """The virtual engine: a whole mesh in this process.
 
-All replicas of a stage hold the same weights, so one copy of the module serves any number of them: the micro-batches of all
-replicas go through a stage side by side along the batch axis, in groups where their shapes differ, and at each boundary every
-worker's signal is tampered with and verified on its own. Verifiers, ledger, attacks and verdicts are those of the process engine.
+All replicas of a stage hold the same weights, so one copy of the module serves any number of them. The micro-batches of all
+replicas go through a stage side by side along the batch axis, in one group for each shape. At each boundary every worker's signal
+is tampered with and verified on its own. Verifiers, ledger, attacks and verdicts are those of the process engine.
 
 A layer that mixes samples of a batch (BatchNorm in training mode) sees those of all replicas of equal shape, as it would under
 ``SyncBatchNorm``.
@@ -53,10 +53,10 @@ class VirtualEngine(VirtualPasses):
 
     Args:
         stage_model: the module with all of its stages.
-        optimizer: the user's; ``None`` for evaluation.
+        optimizer: the user's optimizer; ``None`` for evaluation.
         steps: runs the user's step functions.
-        guard: of all boundaries and replicas; ``None`` for a plain pipeline.
-        device: where the module is.
+        guard: verifies the signals at all boundaries and of all replicas; ``None`` for a plain pipeline.
+        device: the module's device.
         activation_checkpointing: recompute the activations of a layer in its backward pass instead of keeping them.
         forward_context: entered around every forward pass.
     """
@@ -81,7 +81,8 @@ class VirtualEngine(VirtualPasses):
         self._device = device
         self._batched = BatchedReplicas(device, activation_checkpointing, stage_model.places)
         self._forward_context = forward_context
-        layers, parts = stage_model.layers.layers, stage_model.parts
+        layers = stage_model.layers.layers
+        parts = stage_model.parts
         self._stages = [layers[parts[stage] : parts[stage + 1]] for stage in range(self._mesh.stages)]
         self._untied = Untied(self._stages)
         self._parameters = [parameter for stage in self._untied.parameters for parameter in stage]
@@ -92,7 +93,7 @@ class VirtualEngine(VirtualPasses):
         self._running: VirtualStep | None = None
         self._returned: Any = None
         self._answers: dict[int, dict[tuple[int, int], list[float]]] | None = None
-        """What audits of the last training step find, by boundary and place; ``None`` until the first of them."""
+        """Measured errors of the last training step's signals, by boundary and place; ``None`` before the step's first audit."""
         self._rewind: Callable[[], None] | None = None
         self.left_out: frozenset[Worker] = frozenset()
 
@@ -112,13 +113,16 @@ class VirtualEngine(VirtualPasses):
         return self._run_training(VirtualStep(plan, arguments, batch, apart=self._anybody_fails(plan)))
 
     def _run_training(self, running: VirtualStep) -> StepResult:
-        """All micro-batches of a step."""
-        self._running, self._answers = running, None
-        plan, arguments, replicas = running.plan, running.arguments, running.batch.replicas
+        """Run all micro-batches of a step."""
+        self._running = running
+        self._answers = None
+        plan = running.plan
+        arguments = running.arguments
+        replicas = running.batch.replicas
         self._steps.new_records()
         self._batched.apart = running.batch.by_module
         losses = torch.zeros(self._mesh.replicas, 3, device=self._device)
-        # What a step does to its batch in place must not be seen where it is done again.
+        # A step may change its batch in place, which a repeat of the step must not see.
         again = self.guard is not None and (self.guard.audits or self.guard.replaces_malformed)
         for index in range(plan.sizes.micro_batches):
             parts = [(copied(replica[index]) if again else replica[index], *arguments[1:]) for replica in replicas]
@@ -140,7 +144,7 @@ class VirtualEngine(VirtualPasses):
         return {boundary: self.guard.take_rows(boundary) for boundary in self._mesh.boundaries}
 
     def _remembered(self) -> Callable[[], None]:
-        """Take note of all that a step changes before its verdict. Returns what undoes the step."""
+        """Record whatever a step changes before its verdict. Returns a function that undoes the step."""
         undo_stages = Rewind(self._parameters, self._buffers, self._device)
         undo_steps = self._steps.remember()
 
@@ -155,11 +159,11 @@ class VirtualEngine(VirtualPasses):
         self._rewind()
 
     def exchange(self, plan: StepPlan, result: StepResult) -> StepOutcome:
-        """All is here already: what is on the device is read in one go."""
+        """No collective: all results are in this process, and are copied from the device at once."""
         outcome, spoiled = self._read(plan, result)
         if spoiled:
             assert self.guard is not None and self._running is not None, "without a guard everything counts"
-            # What one replica computed is in the sum of all.
+            # One replica's broken gradient is in the sum of all, so the replicas run again one by one.
             self.rewind()
             self.guard.forget_step()
             running = self._running
@@ -168,7 +172,7 @@ class VirtualEngine(VirtualPasses):
         return outcome
 
     def _read(self, plan: StepPlan, result: StepResult) -> tuple[StepOutcome, bool]:
-        """What came of a step, and whether gradients that were added up side by side are of no use."""
+        """A step's outcome, and whether gradients that were summed side by side are broken."""
         schema = result.recorder.schema
         looks = plan.trains and self.guard is not None and self.guard.replaces_malformed
         spoiled = torch.zeros(1, device=self._device) if result.broken is None else result.broken.float().view(1)
@@ -186,18 +190,21 @@ class VirtualEngine(VirtualPasses):
         return outcome, bool(spoiled)
 
     def _ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
-        """What workers say of the last batch's signals.
+        """The votes of auditors on the last batch's signals.
 
-        Recomputation by a peer is simulated, too: this engine has computed every worker's honest signal before an adversary
-        replaced it, so what differs is known, and an audit is a look at it; unless the adversary speaks for the auditor.
+        Recomputation by a peer is simulated, too. This engine computed each worker's honest signal before an adversary replaced it,
+        so an audit looks up the measured error. The adversary may replace the vote of a worker that it controls.
         """
         assert self.guard is not None and self._running is not None, "it is what asks"
         if not asked:
             return []
-        measured, lies = self._running.measured, self._known_lies(self._running)
-        tolerances, said = self.guard.tolerances, []
+        measured = self._running.measured
+        lies = self._known_lies(self._running)
+        tolerances = self.guard.tolerances
+        said = []
         for case, juror in asked:
-            index, place = self._mesh.boundaries.index(case.boundary), (case.lane, case.slot)
+            index = self._mesh.boundaries.index(case.boundary)
+            place = (case.lane, case.slot)
             dtypes = measured.get(index, {})
             found = lies.get(index, {}).get(place, [0.0] * MEASURED)
             dtype = dtypes[place][0] if place in dtypes else torch.float32
@@ -209,7 +216,7 @@ class VirtualEngine(VirtualPasses):
         return said
 
     def _known_lies(self, running: VirtualStep) -> dict[int, dict[tuple[int, int], list[float]]]:
-        """By boundary and place; a device is waited for at the first audit of a step, and then no more."""
+        """Measured errors, by boundary and place. The host waits for the device only at a step's first audit."""
         if self._answers is None:
             measured = [found for places in running.measured.values() for _, found in places.values()]
             values = iter(torch.stack(measured).tolist() if measured else ())
@@ -224,7 +231,7 @@ class VirtualEngine(VirtualPasses):
         return self._returned
 
     def _run_whole(self, plan: StepPlan, arguments: tuple[Any, ...], samples: int) -> Any:
-        """A step without boundaries: the weights are those of all replicas, and nobody else's word is needed."""
+        """Run a step on the whole batch, without boundaries: all replicas have the same weights, and no signal is verified."""
         seeds = plan.seeds(MicroBatchId(0, 0))
         seeds.seed_step(self._device)
         with self._forward_context():
@@ -286,7 +293,7 @@ class VirtualEngine(VirtualPasses):
 
 
 def _joined(results: Sequence[tuple[Sequence[int], Any]]) -> Any:
-    """What a step returned for a whole batch, with its rows in their order."""
+    """Joins what the step returned for each micro-batch, with the rows in the order of the whole batch."""
     if len(results) < 2:
         return results[0][1] if results else None
     rows, values = zip(*results)
@@ -295,6 +302,6 @@ def _joined(results: Sequence[tuple[Sequence[int], Any]]) -> Any:
 
 
 def _on_host(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of the device on the host, all at once, so that the device is waited for once."""
+    """Copies tensors from the device to the host together, so that the host waits once."""
     parts = torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]

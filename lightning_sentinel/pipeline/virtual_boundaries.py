@@ -1,4 +1,4 @@
-"""What crosses the boundaries of a virtual mesh: the signals of all workers of a stage, tampered with and verified."""
+"""The boundaries of a virtual mesh: tampers with and verifies the signals of all workers of a stage."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class VirtualStep:
     """A training step under way on a virtual mesh.
 
     Args:
-        plan: of the step.
-        arguments: of the user's step function; the first is the batch of the whole mesh.
+        plan: the step's plan.
+        arguments: the arguments of the user's step function; the first is the batch of the whole mesh.
         batch: the batch in micro-batches.
-        apart: whether replicas go through a stage one by one. Then the weight gradients of what is left out never enter, nor those
-            that are not finite.
+        apart: whether replicas go through a stage one by one. Then weight gradients that are left out or not finite never enter the
+            sum.
     """
 
     plan: StepPlan
@@ -45,11 +45,11 @@ class VirtualStep:
     called: int = 0
     """Micro-batches for which the step has called the pipeline."""
     results: list[tuple[Sequence[int], Any]] = field(default_factory=list)
-    """What the step returned, and for which rows of the batch."""
+    """The rows of the batch, and what the step returned for them."""
     measured: dict[int, dict[tuple[int, int], tuple[torch.dtype, Tensor]]] = field(default_factory=dict)
-    """How far a signal is from what an honest worker sends, where it may be, by index of the boundary, lane and slot."""
+    """A signal's dtype and its error against the honest signal, by boundary index, lane and slot, for signals that may differ."""
     broken: Tensor = field(init=False)
-    """``(stages, replicas, micro_batches)`` bool, whose weight gradients were left out because they are not finite."""
+    """``(stages, replicas, micro_batches)`` bool, whether weight gradients were left out because they are not finite."""
 
     def __post_init__(self) -> None:
         mesh = self.plan.mesh
@@ -58,12 +58,12 @@ class VirtualStep:
 
 @dataclass
 class MicroBatch:
-    """The micro-batches of one number of all replicas, on their way.
+    """The micro-batches with the same number of all replicas, on their way through the mesh.
 
     Args:
         running: the step.
-        parts: arguments of the step for each replica.
-        index: their number.
+        parts: each replica's arguments for the user's step function.
+        index: the number of these micro-batches.
     """
 
     running: VirtualStep
@@ -71,15 +71,15 @@ class MicroBatch:
     index: int
     seeds: list[MicroBatchSeeds] = field(default_factory=list)
     runs: list[StepRun] = field(default_factory=list)
-    """Of each replica, its step."""
+    """Each replica's run of the user's step."""
     tainted: Tensor = field(default_factory=lambda: torch.empty(0))
-    """``(replicas,)`` bool, whose micro-batch is left out from here on."""
+    """``(replicas,)`` bool, whether the replica's micro-batch is left out from here on."""
     alike: list[list[int]] = field(default_factory=list)
-    """The replicas whose signals have the same shapes."""
+    """Groups of replicas whose signals have the same shapes."""
     leaves: list[list[Any]] = field(default_factory=list)
-    """What goes into each stage, of each group."""
+    """The input of each stage, for each group."""
     outputs: list[list[Any]] = field(default_factory=list)
-    """What comes out."""
+    """The output of each stage, for each group."""
 
     @property
     def replicas(self) -> Sequence[MicroBatches]:
@@ -106,7 +106,7 @@ class MicroBatch:
         return self.wiring.places[MicroBatchId(replica, self.index)]
 
     def worker(self, stage: int, replica: int) -> tuple[Worker, int]:
-        """The worker that has a replica's micro-batch at a stage, and in which slot."""
+        """The worker that serves a replica's micro-batch at a stage, and the micro-batch's slot."""
         lane, slot = self.place(replica)
         return self.wiring.worker(stage, lane), slot
 
@@ -129,19 +129,20 @@ class VirtualBoundaries:
     _device: torch.device
 
     def _cross(self, boundary: Boundary, sent: Sequence[Tensor], received: Sequence[Any], batch: MicroBatch) -> list[Tensor]:
-        """What the receivers of a boundary go on with: the signals of all senders, tampered with and verified.
+        """Tamper with and verify the signals of all senders of a boundary.
 
         Args:
-            sent: of each group.
-            received: what the groups had received themselves; ``None`` behind the last stage.
+            sent: each group's signals.
+            received: the signals that each group's senders received; ``None`` for gradients that the last stage sends.
 
         Returns:
-            of each group.
+            each group's signals for the receivers to go on with.
         """
         if batch.apart:
-            # They are looked at side by side all the same, as far as they can be.
+            # Signals of equal shape are verified side by side all the same.
             sent, received = ([together(one, group) for group in batch.alike] for one in (sent, received))
-        passed, tainted = [], batch.tainted
+        passed = []
+        tainted = batch.tainted
         for group, signals, got in zip(batch.alike, sent, received):
             if self.adversary is not None:
                 signals = self._tampered(self.adversary, boundary, group, signals, got, batch)
@@ -154,7 +155,7 @@ class VirtualBoundaries:
     def _verified(
         self, guard: Guard, boundary: Boundary, group: list[int], sent: Tensor, received: Any, tainted: Tensor, batch: MicroBatch
     ) -> tuple[Tensor, Tensor]:
-        """A group's signals to go on with, and who is tainted then of all replicas."""
+        """A group's signals for the receivers to go on with, and the updated taint of all replicas, ``(replicas,)`` bool."""
         projected = None
         if self._model.mesh.before(boundary) is not None:
             projected = self._noted(boundary, guard.project(boundary, received.detach()), group, batch)
@@ -167,7 +168,7 @@ class VirtualBoundaries:
         return signals, tainted.index_copy(0, places, found)
 
     def _noted(self, boundary: Boundary, note: Projection | None, group: Sequence[int], batch: MicroBatch) -> Projection | None:
-        """What those before the senders of a boundary say that they had sent them."""
+        """The note on the signals that the senders of a boundary received, as the workers that sent those signals report it."""
         before = self._model.mesh.before(boundary)
         if self.adversary is None or self.adversary.notes is None or note is None or before is None:
             return note
@@ -193,7 +194,7 @@ class VirtualBoundaries:
         return torch.cat(pieces)
 
     def _note(self, boundary: Boundary, replica: int, batch: MicroBatch, sent: Tensor, honest: Tensor) -> None:
-        """Remember for audits how far what was sent is from what an honest worker sends."""
+        """Measure for audits the error of the sent signal against the honest one."""
         if self.guard is not None and self.guard.audits:
             index = self._model.mesh.boundaries.index(boundary)
             measured = deviation(sent, honest, self.guard.tolerances.seed_of(index))

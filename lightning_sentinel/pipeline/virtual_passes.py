@@ -1,8 +1,8 @@
-"""The virtual engine's way through a micro-batch: forward and backward of all replicas, and what crosses each boundary.
+"""Forward and backward passes of the virtual engine: one micro-batch of all replicas, through all stages and boundaries.
 
-The replicas go through a stage side by side, along the batch axis, which adds their weight gradients up. Those whose signals have
-other shapes go through in a group of their own. Where what one of them computes must not reach the sum, or is altered by a
-simulated fault, they go through one by one.
+The replicas go through a stage side by side, along the batch axis, which sums their weight gradients. Replicas whose signals have
+other shapes go through in a group of their own. Where one replica's gradients must not reach the sum, or a simulated fault alters
+what it computes, the replicas go through one by one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["VirtualPasses"]
 
 
 class VirtualPasses(VirtualBoundaries):
-    """The part of the virtual engine that computes; when, and what follows, is the other."""
+    """The part of the virtual engine that runs layers and step functions; the subclass decides when, and what follows."""
 
     keeps_results: bool
     _steps: StepRunner
@@ -51,8 +51,8 @@ class VirtualPasses(VirtualBoundaries):
         """Forward and backward of one micro-batch of all replicas.
 
         Returns:
-            ``(replicas, 3)``, weighted losses where they count, their weights, and the weights of what ``training_step`` returned
-            ``None`` for.
+            ``(replicas, 3)``, the weighted losses that count, their weights, and the weights of micro-batches for which
+            ``training_step`` returned ``None``.
         """
         count = len(batch.parts)
         batch.seeds = [batch.running.plan.seeds(MicroBatchId(replica, batch.index)) for replica in range(count)]
@@ -61,7 +61,8 @@ class VirtualPasses(VirtualBoundaries):
             dead = ~torch.tensor(batch.wiring.live, device=self._device)[lanes]
         batch.tainted = dead
         batch.runs = [self._started(replica, batch, part) for replica, part in enumerate(batch.parts)]
-        # A step may return before the call, in all of a batch's micro-batches alike; without boundaries it may have any loss.
+        # A step may return before it calls the pipeline, if it does so for all micro-batches of a batch. With a single stage such a
+        # step may return any loss.
         pipelined = self._model.mesh.stages > 1
         batch.alike = [list(range(count))]
         if any(run.waits or (pipelined and run.result is not None) for run in batch.runs):
@@ -73,7 +74,7 @@ class VirtualPasses(VirtualBoundaries):
         for group in batch.groups:
             of_group = [loss for loss in (losses[replica] for replica in group) if loss is not None]
             ends.append(torch.stack(of_group).sum() if of_group else None)
-        # What is sent back by those without a loss is a gradient of zeros, which nobody is to judge.
+        # A replica without a loss sends back a gradient of zeros, which no verifier should judge.
         batch.tainted = batch.tainted | torch.tensor([loss is None for loss in losses], device=self._device)
         self._backward_pass(batch, ends)
         return said
@@ -85,7 +86,8 @@ class VirtualPasses(VirtualBoundaries):
             return self._steps.start("training_step", part, batch.replicas[replica].sizes[batch.index], self._device)
 
     def _forward_pass(self, batch: MicroBatch) -> None:
-        seeds, last = batch.seeds, self._model.mesh.stages - 1
+        seeds = batch.seeds
+        last = self._model.mesh.stages - 1
         batch.alike = alike([run.inputs for run in batch.runs])
         signals: list[Any] = [side_by_side([batch.runs[replica].inputs for replica in group]) for group in batch.groups]
         for stage in range(last + 1):
@@ -107,12 +109,13 @@ class VirtualPasses(VirtualBoundaries):
                 signals = self._cross(boundary, sent, leaves, batch)
 
     def _backward_pass(self, batch: MicroBatch, ends: list[Tensor | None]) -> None:
-        """What is behind ``ends``, the losses of each group, and of each stage before what it had sent.
+        """Backward pass through all stages, from ``ends``: the losses of each group, then the outputs of each earlier stage.
 
         A group without a loss sends zeros back, if it was in the pipeline at all.
         """
         nothing: list[Tensor | None] = [None] * len(batch.groups)
-        received, gradients = nothing, nothing
+        received = nothing
+        gradients = nothing
         last = self._model.mesh.stages - 1
         for stage in range(last, -1, -1):
             own = self._steps.own_backward if stage == last else None
@@ -134,16 +137,18 @@ class VirtualPasses(VirtualBoundaries):
             ends = list(batch.outputs[stage - 1])
 
     def _finish(self, batch: MicroBatch, counts: Tensor) -> tuple[list[Tensor | None], Tensor]:
-        """The user's steps, on what came out of the last stage.
+        """Finish the user's step of each replica, on the last stage's output.
 
         Returns:
-            of each replica its weighted loss, to differentiate, ``None`` if it has none; and what :meth:`_pass` returns.
+            each replica's weighted loss to differentiate, ``None`` if it has none; and the tensor that :meth:`_pass` returns.
         """
         outputs = of_replicas(batch.outputs[-1], batch.groups) if batch.outputs else [None] * len(batch.runs)
         losses: list[Tensor | None] = []
-        said, nothing = [], torch.zeros((), device=self._device)
+        said = []
+        nothing = torch.zeros((), device=self._device)
         for replica, output in enumerate(outputs):
-            counting, weight = counts[replica], batch.replicas[replica].weights[batch.index]
+            counting = counts[replica]
+            weight = batch.replicas[replica].weights[batch.index]
             result = self._answered(replica, batch, batch.runs[replica], output, counting)
             if self.keeps_results:
                 batch.running.results.append((batch.running.batch.rows[replica][batch.index], plain(result)))
@@ -157,7 +162,7 @@ class VirtualPasses(VirtualBoundaries):
         return losses, torch.stack(said)
 
     def _answered(self, replica: int, batch: MicroBatch, run: StepRun, output: Any, counts: Tensor) -> Any:
-        """What the step returns for one replica."""
+        """Finish the user's step for one replica, and return its result."""
         batch.seeds[replica].seed_answer()
         with self._forward_context():
             return run.finish(output, counts)
@@ -177,13 +182,13 @@ class VirtualPasses(VirtualBoundaries):
         leaves: Sequence[Tensor | None],
         own: Callable[[Tensor], None] | None,
     ) -> None:
-        """Backward pass of one replica after the other, of which only what counts and can be used is added up.
+        """Backward pass of a stage, replica by replica. Sums only the gradients that count and are finite.
 
         Args:
-            own: the module's own ``backward``, of the last stage; ``None`` is torch's.
+            own: the module's own ``backward``, at the last stage; ``None`` is torch's.
         """
         guard = self.guard
-        # Read, which costs a wait that a step in which all is well does not have.
+        # Reading this waits for the device, which a step without faults avoids.
         left_out = batch.tainted.tolist() if guard is not None and guard.excludes else [False] * len(ends)
         parameters = [parameter for parameter in self._untied.parameters[stage] if parameter.requires_grad]
         for replica, (end, gradient, leaf) in enumerate(zip(ends, gradients, leaves)):
@@ -212,8 +217,9 @@ class VirtualPasses(VirtualBoundaries):
     # ------------------------------------------------------------------------------------------------------- simulated faults
 
     def _anybody_fails(self, plan: StepPlan) -> bool:
-        """Whether a worker that serves in this step computes something else than an honest one."""
-        adversary, wiring = self.adversary, plan.wiring
+        """Whether a worker that serves in this step has a simulated fault in its computation."""
+        adversary = self.adversary
+        wiring = plan.wiring
         if adversary is None or not any(adversary.fails(worker, plan.number) for worker in adversary.workers):
             return False
         serving = {wiring.worker(stage, lane) for stage in range(plan.mesh.stages) for lane in wiring.lanes}
@@ -226,7 +232,7 @@ class VirtualPasses(VirtualBoundaries):
         return partial(self.adversary.layer_output, worker=worker, step=batch.step, micro_batch=slot)
 
     def _compare(self, boundary: Boundary, replica: int, batch: MicroBatch, sent: Tensor, honest: Callable[[], Tensor]) -> None:
-        """Note for audits what a fault made of a signal; what an honest worker sends is computed without a trace."""
+        """Measure for audits how far a fault moved a signal from the honest one, which is computed without side effects."""
         if self.guard is None or not self.guard.audits:
             return
         buffers = [buffer for layer in self._stages[boundary.sender] for buffer in layer.buffers()]
@@ -242,10 +248,12 @@ class VirtualPasses(VirtualBoundaries):
 
     def _honest_gradient(self, stage: int, replica: int, batch: MicroBatch, gradient: Tensor | None) -> Tensor:
         leaf = batch.leaves[stage][replica].detach().requires_grad_()
-        end, own = self._forward(stage, leaf, [batch.seeds[replica]]), None
+        end = self._forward(stage, leaf, [batch.seeds[replica]])
+        own = None
         if stage == self._model.mesh.stages - 1:
-            dealt, own = batch.replicas[replica], self._steps.own_backward
-            # A step of its own, on a copy: the other has done with its batch what it likes.
+            dealt = batch.replicas[replica]
+            own = self._steps.own_backward
+            # A second run of the step, on a copy: the first may have changed its batch in place.
             run = self._started(replica, batch, (copied(dealt[batch.index]), *batch.parts[replica][1:]))
             result = self._answered(replica, batch, run, end, torch.tensor(True, device=self._device))
             if result is None:
@@ -266,7 +274,7 @@ class VirtualPasses(VirtualBoundaries):
         batch: MicroBatch,
         group: Sequence[int],
     ) -> Any:
-        """A forward pass that leaves the stage's buffers as they were if anything that goes through it is left out."""
+        """A forward pass that restores the stage's buffers if one of the micro-batches is left out, or the output not finite."""
         before = self._moving[stage].copies() if self._steps.leaves_out else []
         output = self._forward(stage, signals, seeds, fault)
         if before and isinstance(output, Tensor):
@@ -281,7 +289,7 @@ class VirtualPasses(VirtualBoundaries):
         seeds: Sequence[MicroBatchSeeds] | None = None,
         fault: Callable[[Tensor], Tensor] | None = None,
     ) -> Any:
-        # A copy, because a layer may work in place, which autograd does not allow on the leaf that the gradient is read from.
+        # A copy, because a layer may work in place, which autograd forbids on a leaf, and the gradient is read from the leaf.
         signals = signals.clone() if isinstance(signals, Tensor) and signals.requires_grad else signals
         first = self._model.parts[stage]
         with self._forward_context():
@@ -296,14 +304,16 @@ def _add_together(end: Tensor | None, gradient: Tensor | None, leaf: Tensor | No
     """Backward pass of replicas that went through a stage side by side.
 
     Args:
-        leaf: what the stage was given; ``None`` of the first.
-        own: the module's own ``backward``, of the last stage; ``None`` is torch's.
+        end: the loss, or the stage's output; ``None`` without a loss.
+        gradient: the gradient of ``end``; ``None`` of a loss.
+        leaf: the stage's input; ``None`` at the first stage.
+        own: the module's own ``backward``, at the last stage; ``None`` is torch's.
     """
     if end is None:
         _send_nothing(leaf)
     elif own is not None:
         own(end)
-    elif gradient is None or end.requires_grad:  # not if all up to here is frozen; of a loss torch says what is wrong
+    elif gradient is None or end.requires_grad:  # not if all layers so far are frozen; for a loss torch raises its own error
         end.backward(gradient)
 
 

@@ -1,1 +1,1 @@
-"""From the gradients of a stage's workers to the gradient of the step."""
+"""From the gradients of a stage's workers to the gradients that the optimizer steps with."""

@@ -1,4 +1,4 @@
-"""How much of a step's data reached the weights of each stage, over the batches that are accumulated into one optimizer step."""
+"""The fraction of the data that reached each stage's weights, over the batches that are accumulated into one optimizer step."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _NOTHING = 1e-6
 
 
 class CleanFractions(NamedTuple):
-    """What counts of a step.
+    """How much of an optimizer step's data counts.
 
     Args:
-        stages: of each stage, which part of the data was not excluded.
-        workers: ``(stages, replicas)``, of each worker, in batches of one replica.
+        stages: for each stage, the fraction of the data that was not excluded.
+        workers: ``(stages, replicas)``, the data that each worker's gradients hold, in batches of one replica.
     """
 
     stages: list[float]
@@ -35,7 +35,7 @@ class CleanFractions(NamedTuple):
 
 
 class CleanFractionTally:
-    """Counts what was excluded.
+    """Counts the data that was excluded, and the data that each worker served.
 
     Args:
         mesh: the workers.
@@ -61,13 +61,14 @@ class CleanFractionTally:
         self._batches = 0
 
     def add(self, clean: Tensor | None, plan: StepPlan) -> None:
-        """Enter a batch.
+        """Count a batch.
 
         Args:
-            clean: ``(stages, lanes, slots)`` bool, which gradients count at which stage; ``None`` if all do.
-            plan: of its step.
+            clean: ``(stages, lanes, slots)`` bool, whether a micro-batch's gradient counts at a stage; ``None`` if all do.
+            plan: the plan of its step.
         """
-        weights, serving = plan.weights, torch.tensor(plan.wiring.serving)
+        weights = plan.weights
+        serving = torch.tensor(plan.wiring.serving)
         self._batches += 1
         if clean is None:
             clean = torch.ones(self._mesh.stages, *weights.shape, dtype=torch.bool)
@@ -76,7 +77,7 @@ class CleanFractionTally:
         self._served.scatter_add_(1, serving, counted.sum(dim=2))
 
     def lose(self, workers: Collection[Worker]) -> None:
-        """All that these workers have added up so far is gone, which is the same on all ranks."""
+        """Count as excluded all data that these workers have accumulated so far. All ranks name the same workers."""
         for worker in workers:
             self._excluded[worker.stage] += self._served[worker.stage, worker.replica] / self._mesh.replicas
             self._served[worker.stage, worker.replica] = 0
@@ -85,10 +86,10 @@ class CleanFractionTally:
         """The fractions since the last call; exactly 1 for a stage where nothing was excluded.
 
         Args:
-            left_out: workers whose gradients are not asked for.
+            left_out: workers whose gradients the reduction leaves out.
 
         Returns:
-            ``None`` if a stage has nothing to step with: then no stage may move, or they would no longer fit together.
+            ``None`` if a stage has no data to step with: then no stage may step, or their weights would no longer fit together.
         """
         self.lose(left_out)
         stages = 1.0 - self._excluded / max(1, self._batches)

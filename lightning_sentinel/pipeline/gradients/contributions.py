@@ -1,4 +1,4 @@
-"""What a backward pass adds to the gradients of a stage: nothing for what is left out, and whether all of it can be used."""
+"""What a backward pass adds to a stage's gradients: zeros for a micro-batch that is left out; and a check that all are finite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["broken", "changed", "dropped", "gradients_of"]
 
 @contextmanager
 def changed(parameters: Iterable[nn.Parameter], changes: Sequence[Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside, what a backward pass adds to the gradients of parameters goes through all changes first, in order.
+    """A context in which each gradient that a backward pass adds to a parameter's goes through all changes first, in order.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([2.0]))
@@ -32,16 +32,16 @@ def changed(parameters: Iterable[nn.Parameter], changes: Sequence[Callable[[Tens
 
 
 def dropped(left_out: Tensor) -> Callable[[Tensor], Tensor]:
-    """Lets nothing of a gradient through if ``left_out``, a 0-dim bool for which nobody waits.
+    """A change that replaces a gradient by zeros if ``left_out``, a 0-dim bool for which the host does not wait.
 
-    A gradient of zero is not enough: what a worker computed for itself may be anything, and zero times what is not finite is not a
-    number.
+    To start the backward pass from zeros is not enough: a worker's own activations may be anything, and zero times a non-finite
+    value is NaN.
     """
     return lambda gradient: torch.where(left_out, 0.0, gradient)
 
 
 def broken(gradients: Iterable[Tensor | None], device: torch.device) -> Tensor:
-    """Whether any value is not finite; 0-dim bool on ``device``, not waited for.
+    """Whether any value is not finite: a 0-dim bool on ``device``, for which the host does not wait.
 
     Example:
         >>> float(broken([torch.ones(2), None, torch.tensor([1.0, torch.inf])], torch.device("cpu")))
@@ -50,7 +50,7 @@ def broken(gradients: Iterable[Tensor | None], device: torch.device) -> Tensor:
     found = [gradient for gradient in gradients if gradient is not None]
     if not found:
         return torch.tensor(False, device=device)
-    # The largest value, because squares of finite ones may overflow.
+    # The infinity norm, because squares of finite values may overflow.
     largest = torch.stack([norm.float() for norm in torch._foreach_norm(found, torch.inf)])
     return ~largest.isfinite().all()
 
@@ -62,14 +62,14 @@ def gradients_of(
     own: Callable[[Tensor], None] | None,
     others: Iterable[Tensor] = (),
 ) -> list[Tensor | None]:
-    """The gradients of ``inputs``, which are added to nothing.
+    """The gradients with respect to ``inputs``; no ``grad`` attribute changes.
 
     Args:
-        end: what to differentiate.
-        inputs: in respect of what.
-        gradient: of ``end``; ``None`` if it is a loss.
+        end: the tensor to differentiate.
+        inputs: the tensors to differentiate it by.
+        gradient: the gradient of ``end``; ``None`` if ``end`` is a loss.
         own: a module's own ``backward``; ``None`` is torch's.
-        others: what else a ``backward`` would add gradients to.
+        others: further tensors that ``own`` adds gradients to.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The process groups of a run: the healthy ranks of each stage, and of stages that share parameters."""
+"""The process groups of a run: one of each stage's healthy ranks, and one of each set of stages that share parameters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_sentinel.pipeline.processes import wire
 __all__ = ["StageGroups", "first_healthy", "group_of", "require_healthy"]
 
 _made: dict[tuple[tuple[int, ...], timedelta], dist.ProcessGroup] = {}
-"""Groups of earlier runs in this process: each has connections of its own, which a run that made new ones would add to."""
+"""Groups that this process has made, kept for later runs: each has its own connections, and new groups would add more."""
 _made_in: dist.ProcessGroup | None = None
 
 
 def group_of(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
-    """A group of these ranks; for all ranks to call, which have all made the same ones before."""
+    """The group of these ranks, made if it is new. All ranks must call this, and must have made the same groups before."""
     global _made_in
     if _made_in is not dist.group.WORLD:
         _made.clear()
@@ -34,23 +34,25 @@ class StageGroups:
 
     Args:
         mesh: all workers, one a rank.
-        rank: this process's.
+        rank: this process's rank.
         timeout: how long the members of a group wait for each other.
-        across: sets of stages that are to have a group.
+        across: sets of stages that get a group.
     """
 
     def __init__(self, mesh: Mesh, rank: int, timeout: timedelta, across: Sequence[tuple[int, ...]] = ()) -> None:
-        self._mesh, self._rank, self._timeout = mesh, rank, timeout
+        self._mesh = mesh
+        self._rank = rank
+        self._timeout = timeout
         self._sets = [*((stage,) for stage in range(mesh.stages)), *across]
         self._members: list[tuple[int, ...]] = [()] * len(self._sets)
         self._mine: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def healthy(self, banned: Collection[Worker]) -> dist.ProcessGroup | None:
-        """The workers of this rank's stage that are not banned.
+        """The group of the workers of this rank's stage that are not banned.
 
-        The first call makes the groups, and so does a call with other banned workers than the one before, where a stage changes.
-        Such a call is a collective of *all* ranks, banned ones included, which must all name the same workers. A group is not to be
-        used once a later call has replaced it.
+        The first call makes the groups. A call with other banned workers than the previous one remakes those whose members change.
+        Such a call is a collective of *all* ranks, banned ones included, which must all name the same workers. Do not use a group
+        once a later call has replaced it.
 
         Returns:
             ``None`` if this rank is banned.
@@ -76,19 +78,19 @@ class StageGroups:
                 self._mine[stages] = group
         self._members = members
         if replaces:
-            # A rank that is still busy in an old group would find its connections closed, and making a group waits for nobody else.
+            # Making a group does not wait for other ranks: one still busy in an old group would find its connections closed.
             wire.barrier()
         for old in outdated:
             wire.drop_group(old)
         return self._mine.get((self._mesh.worker(self._rank).stage,))
 
     def across(self, stages: tuple[int, ...]) -> dist.ProcessGroup:
-        """The group of these stages, of which this rank is a healthy member."""
+        """The group of these stages' healthy ranks, of which this rank must be one."""
         return self._mine[stages]
 
 
 def first_healthy(mesh: Mesh, stage: int, banned: Collection[object]) -> int:
-    """The rank that speaks for a stage."""
+    """The first rank of a stage that is not banned, which speaks for the stage."""
     return next(rank for rank in mesh.stage_ranks(stage) if mesh.worker(rank) not in banned)
 
 

@@ -1,10 +1,10 @@
-"""From the gradients of a stage's workers to the gradient of the step, by healthy workers alone.
+"""Gradient reduction within a stage, over workers that are not banned.
 
-Every worker holds sums over the micro-batches that it served, weighted so that the mean over all lanes is the gradient of the
-batch: ``sum over workers / lanes / share`` is the step's gradient, where ``share`` is the part of the data that was not excluded.
-In what follows ``divisor`` is ``lanes * share``.
+Each worker's gradient is a sum over the micro-batches that it served, weighted so that the mean over all lanes is the gradient of
+the batch. The step's gradient is ``sum over workers / lanes / fraction``, where ``fraction`` is the part of the data that was not
+excluded. Below, ``divisor`` is ``lanes * fraction``.
 
-Workers that served nothing have no gradients. They take part all the same, because they need the result.
+Workers that served no micro-batch have no gradients. They take part all the same, because they need the result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["clip_by_global_norm", "reduce_mean", "reduce_robustly", "sum_over_st
 
 _MEGABYTE = 2**20
 _LARGE = 1 / 8
-"""From this part of a message on, a gradient has one for itself: two copies cost more than another message."""
+"""A gradient of at least this fraction of a message's limit gets its own message: two copies cost more than another message."""
 
 
 @torch.no_grad()
@@ -37,14 +37,14 @@ def reduce_mean(
 ) -> None:
     """Replace every gradient by its sum over the group, divided by ``divisor``.
 
-    A gradient that is missing on some ranks counts as zeros there; one that is missing on all ranks stays missing, so that the
-    optimizer passes its parameter over.
+    A gradient that is missing on some ranks counts as zeros there. One that is missing on all ranks stays missing, so that the
+    optimizer skips its parameter.
 
     Args:
-        parameters: the same on all ranks of the group. Those that are not trained are passed over.
-        group: of :class:`StageGroups`.
-        divisor: lanes times the share of the data that was not excluded.
-        bucket_bytes: gradients are sent in messages of at most so many bytes, each of one dtype.
+        parameters: the same on all ranks of the group. Frozen parameters are skipped.
+        group: the stage's group, from :class:`StageGroups`.
+        divisor: lanes times the fraction of the data that was not excluded.
+        bucket_bytes: the size limit of a gradient bucket. Each bucket holds one dtype.
     """
     if group.size() == 1:
         gradients = [parameter.grad for parameter in parameters if parameter.requires_grad and parameter.grad is not None]
@@ -72,29 +72,29 @@ def reduce_robustly(
 ) -> None:
     """Replace every gradient by a robust mean over the workers of the group, of which a minority may send anything.
 
-    Worker ``i`` sends ``g_i``, the sum over its own work, a part ``w_i / sum(w)`` of all. The rule is applied to
-    ``x_i = g_i * sum(w) / (w_i * divisor)``, which is the step's gradient as that worker alone would estimate it: the scale of
-    accumulated batches is that of :func:`reduce_mean`, and the mean of all ``x_i``, weighted by ``w_i``, is exactly its result.
-    Rules know no weights: whoever has worked at all has one vote.
+    Worker ``i`` sends ``g_i``, the sum over its own micro-batches, which are ``w_i / sum(w)`` of the data. The rule is applied to
+    ``x_i = g_i * sum(w) / (w_i * divisor)``, this worker's own estimate of the step's gradient. Accumulated batches scale as in
+    :func:`reduce_mean`, whose result is exactly the mean of all ``x_i``, weighted by ``w_i``. Rules ignore these weights: each
+    worker that served any data has one vote.
 
-    No rank holds more than one bucket of each worker. Krum, multi-Krum and centred clipping send everything twice: they know how to
-    weigh whom once they have seen all. Who sends something else the second time has no weight from that bucket on.
+    No rank holds more than one bucket of each worker. Krum, multi-Krum and centred clipping gather every bucket twice: they can
+    weigh workers only once they have seen all buckets. A worker whose second message differs has no weight from that bucket on.
 
-    All ranks compute the result for themselves from the same bits, so replicas stay equal as long as their devices are of one kind.
+    Each rank computes the result itself from the same bits, so replicas stay equal as long as their devices are of one kind.
 
     Args:
-        parameters: the same on all ranks of the group, on one device. Those that are not trained are passed over.
-        group: of :class:`StageGroups`.
-        divisor: lanes times the share of the data that was not excluded.
-        weights: how much data each member of the group served, in the order of the group and in any unit. Those with 0 served
-            nothing and have no vote.
+        parameters: the same on all ranks of the group, on one device. Frozen parameters are skipped.
+        group: the stage's group, from :class:`StageGroups`.
+        divisor: lanes times the fraction of the data that was not excluded.
+        weights: how much data each member of the group served, in the order of the group and in any unit. Members with weight 0
+            served no data and have no vote.
         rule: a name in :data:`lightning_sentinel.aggregation.rules.COORDINATE_WISE` or ``WEIGHING``.
-        tolerated: how many may send anything; ``None``, and at most: fewer than half of those that served something.
-        bucket_bytes: each worker's gradients are sent in messages of at most so many bytes, each of one dtype.
+        tolerated: how many workers may send anything; ``None``, and at most: fewer than half of those that served data.
+        bucket_bytes: the size limit of each worker's gradient bucket. Each bucket holds one dtype.
 
     Raises:
         ConfigurationError: if there is no such rule.
-        ValueError: if ``weights`` does not fit the group, or nobody served anything.
+        ValueError: if ``weights`` does not fit the group, or no member served data.
     """
     votes = _Votes(group, divisor, weights)
     f = tolerable(len(votes.voters), tolerated, rule)
@@ -103,7 +103,7 @@ def reduce_robustly(
         for number, seen, rows in votes.gather(buckets):
             buckets.store(number, torch.cat((seen, COORDINATE_WISE[rule](rows, f))))
     elif rule in WEIGHING:
-        # Honest gradients are close to each other, and their distances are what is left of the difference of large numbers.
+        # In double precision: honest gradients are close, so their distances are small differences of large numbers.
         gram: Tensor | float = 0.0
         checks = _Checksums()
         for _, _, rows in votes.gather(buckets):
@@ -126,15 +126,15 @@ def sum_over_stages(
     *,
     bucket_bytes: int = 32 * _MEGABYTE,
 ) -> None:
-    """Replace every gradient by the sum over stages, of each of which one rank says what it is.
+    """Replace every gradient by its sum over stages. One rank of each stage broadcasts the stage's gradient.
 
-    All ranks add the same numbers in the same order, so copies on different ranks get the same bits.
+    All ranks add the same numbers in the same order, so copies on different ranks are equal bit for bit.
 
     Args:
-        parameters: the same on all ranks of the group. Those that are not trained are passed over.
-        group: of :meth:`StageGroups.across`.
-        speakers: a rank of each stage, whose gradients have been reduced.
-        bucket_bytes: gradients are sent in messages of at most so many bytes, each of one dtype.
+        parameters: the same on all ranks of the group. Frozen parameters are skipped.
+        group: the stages' group, from :meth:`StageGroups.across`.
+        speakers: one rank of each stage, which broadcasts gradients that have been reduced.
+        bucket_bytes: the size limit of a gradient bucket. Each bucket holds one dtype.
     """
     buckets = _Buckets(parameters, bucket_bytes)
     for number in range(len(buckets)):
@@ -159,19 +159,19 @@ def clip_by_global_norm(
 ) -> Tensor:
     """Scale the gradients of all stages so that their common norm is at most ``max_norm``, as ``clip_grad_norm_`` does.
 
-    All ranks take part, banned ones included, after the gradients of the stages have been reduced. Of each stage the norm that its
-    first healthy rank reports counts, so what a banned rank reports counts nowhere.
+    All ranks take part, banned ones included, after the stages' gradients have been reduced. Each stage's norm is the one that its
+    first healthy rank reports. What a banned rank reports counts nowhere.
 
     Args:
-        parameters: of this rank's stage.
-        max_norm: what the norm of all stages' gradients may be.
+        parameters: the parameters of this rank's stage.
+        max_norm: the largest allowed norm over all stages' gradients.
         mesh: all workers, one a rank.
-        banned: workers that nobody believes, the same on all ranks.
-        device: of this rank; a stage may have no parameters that would tell.
-        counted_elsewhere: parameters, by ``id``, that another stage has as well and counts.
+        banned: workers whose reports do not count, the same on all ranks.
+        device: this rank's device, because a stage may have no parameter to tell it.
+        counted_elsewhere: parameters, by ``id``, that another stage shares and counts.
 
     Returns:
-        the norm before clipping, over all stages: a float64 scalar on ``device``, not waited for.
+        the norm before clipping, over all stages: a float64 scalar on ``device``, for which the host does not wait.
 
     Raises:
         MeshExhaustedError: on all ranks, if a stage has no healthy worker.
@@ -182,7 +182,7 @@ def clip_by_global_norm(
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     counted = [p.grad for p in parameters if p.grad is not None and id(p) not in counted_elsewhere]
     squared = torch.zeros(1, dtype=torch.float64, device=device)
-    # The norm of half-precision gradients may be too large for half precision.
+    # At least float32: the norm of half-precision gradients may overflow half precision.
     dtype = functools.reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
     if counted:
         squared += torch.stack(torch._foreach_norm(counted, 2.0, dtype=dtype)).double().square().sum()
@@ -194,7 +194,7 @@ def clip_by_global_norm(
 
 
 class _Votes:
-    """Everybody's gradients, on every rank, as far as they count."""
+    """All-gathers each worker's gradient bucket, rescaled to an estimate of the full gradient."""
 
     def __init__(self, group: dist.ProcessGroup, divisor: float, weights: Sequence[float]) -> None:
         if len(weights) != group.size() or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
@@ -209,23 +209,23 @@ class _Votes:
         self._scales = [sum(weights) / (weights[voter] * divisor) for voter in self.voters]
 
     def gather(self, buckets: _Buckets) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Of each bucket its number, whether any voter has each gradient ``(head,)``, and the estimates ``(voters, values)``."""
+        """Yields each bucket's number, whether any voter has each gradient ``(head,)``, and the estimates ``(voters, values)``."""
         for number in range(len(buckets)):
             message = buckets.message(number)
             everyone = wire.all_gather(message, self._group)
             votes = everyone if len(self.voters) == len(everyone) else everyone[self.voters]
             votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
             heads, rows = votes.tensor_split([buckets.head(number)], dim=1)
-            # Compared one by one: a sum with something that is not a number would deny the gradients of everybody.
+            # Compared one by one: in a sum, one voter's NaN would hide the gradients of all voters.
             seen = (heads > 0).any(dim=0).to(rows.dtype)
             yield number, seen, rows.mul_(rows.new_tensor(self._scales)[:, None])
 
 
 class _Checksums:
-    """Tells whether rows come again as they were, bit by bit, without keeping them.
+    """Tells whether workers send the same rows a second time, bit for bit, without keeping the rows.
 
-    Each is a sum of the row's bits times numbers that this rank has drawn for itself, so that nobody can aim at them; and exact,
-    so that ranks with other numbers tell the same.
+    A checksum is the sum of a row's bits times random factors that only this rank knows, so that no worker can aim at it. Sums are
+    exact, so that ranks with other factors come to the same answer.
     """
 
     def __init__(self) -> None:
@@ -237,7 +237,7 @@ class _Checksums:
         self._remembered.append(self._of(rows, len(self._remembered)))
 
     def changed(self, rows: Tensor) -> Tensor:
-        """Of the same rows once more, in the same order: pairs ``(voters, voters)`` bool of which one or both are others."""
+        """``(voters, voters)`` bool, whether the row of either differs from the remembered one; to be called in the same order."""
         others = self._of(rows, self._again) != self._remembered[self._again]
         self._again += 1
         return others[:, None] | others
@@ -251,10 +251,10 @@ class _Checksums:
 
 
 class _Buckets:
-    """Gradients in messages of a limited size, so that a few messages do for many parameters and a large one needs little room.
+    """Gradients in messages of limited size, so that many parameters take few messages and a large one takes little memory.
 
-    Small gradients share a message, which is a copy of them. A large one is sent from where it is.
-    The first message begins with its *head*, which says which gradients this rank has.
+    Small gradients are copied into a common message. A large gradient is sent from its own memory.
+    The first message begins with a *head*: for each gradient, whether this rank has it.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], size: int) -> None:
@@ -276,14 +276,15 @@ class _Buckets:
         return len(self._present) if number == 0 else 0
 
     def message(self, number: int) -> Tensor:
-        """What this rank sends: its gradients themselves where it can be, so nobody may change it before it is stored."""
-        head, pieces = self.head(number), self._pieces[number]
+        """The message that this rank sends. It may be a view of the gradients, so do not change it before :meth:`store`."""
+        head = self.head(number)
+        pieces = self._pieces[number]
         if not head and len(pieces) == 1:
             return pieces[0]
         return torch.cat([pieces[0].new_tensor(self._present[:head]), *pieces])
 
     def store(self, number: int, message: Tensor) -> None:
-        """Write a message's values to the gradients; its head says which there are on any rank, by being above zero."""
+        """Write a reduced message to the gradients. Its head is above zero for each gradient that any rank has."""
         if message is self._pieces[number][0]:
             return
         head, *parts = message.split([self.head(number), *map(len, self._pieces[number])])
@@ -292,8 +293,8 @@ class _Buckets:
         torch._foreach_copy_(self._pieces[number], parts)
 
     def finish(self) -> None:
-        """Give the parameters their gradients."""
-        # The host waits for an answer only where there is a question.
+        """Set the parameters' gradients."""
+        # The host waits for the head only if this rank lacks a gradient.
         ask = self._anywhere is not None and not all(self._present)
         anywhere = (self._anywhere > 0).tolist() if ask and self._anywhere is not None else self._present
         for parameter, gradient, present in zip(self._parameters, self._gradients, anywhere):
@@ -306,7 +307,8 @@ def _packed(gradients: Sequence[Tensor], size: int) -> list[list[Tensor]]:
     alone: list[list[Tensor]] = []
     filling: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for gradient in gradients:
-        kind, room = (gradient.dtype, gradient.device), max(1, size // gradient.element_size())
+        kind = (gradient.dtype, gradient.device)
+        room = max(1, size // gradient.element_size())
         for piece in gradient.view(-1).split(room):
             if len(piece) >= room * _LARGE:
                 alone.append([piece])

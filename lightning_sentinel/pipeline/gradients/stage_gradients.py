@@ -1,4 +1,4 @@
-"""The gradients of a stage, from the schedule that makes them to the step of the optimizer, over workers that are not banned."""
+"""The gradients of a stage, from the backward passes to the optimizer step, over workers that are not banned."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ __all__ = ["StageGradients"]
 class StageGradients:
     """The gradients of this rank's stage.
 
-    A schedule adds them up, Lightning's loop takes them with :meth:`hold` and :meth:`release`, then the workers of the stage
+    A schedule accumulates them, :meth:`hold` and :meth:`release` carry them through Lightning's loop, then the workers of the stage
     :meth:`reduce`, :meth:`clip` and :meth:`step`.
 
     Args:
-        stage: its layers.
+        stage: the stage's layers.
         mesh: all workers.
         worker: the worker that this rank is.
         response: how gradients are aggregated.
         timeout: how long ranks of a stage wait for each other.
         arithmetic: the precision of the stage, which may scale losses.
-        tied: the parameters that the stage shares with others.
-        zero: whether each worker keeps only a part of the optimizer's state.
+        tied: the parameters that the stage shares with other stages.
+        zero: whether each worker keeps only a part of the optimizer state.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class StageGradients:
     ) -> None:
         self._stage = stage
         self._parameters = list(stage.parameters())
-        self._mesh, self._worker = mesh, worker
+        self._mesh = mesh
+        self._worker = worker
         self._response = response
         self._arithmetic = arithmetic
         self._tied = tied
@@ -66,19 +67,20 @@ class StageGradients:
         self._shards: OptimizerShards | None = None
         self._stash = GradientStash(self._parameters)
         self.left_out: frozenset[Worker] = frozenset()
-        """Workers whose gradients are not asked for."""
+        """Workers that the reduction leaves out."""
 
     def begin(self, banned: frozenset[Worker]) -> None:
-        """Leave banned workers out from now on; to be called by all ranks, before they do any other thing together."""
+        """Leave banned workers out from now on; to be called by all ranks, before any other collective of the step."""
         if self._shards is None or banned != self.left_out:
             self._shards = self._sharded_among_all_but(banned)
-        self.left_out, self._group = banned, self._groups.healthy(banned)
+        self._group = self._groups.healthy(banned)
+        self.left_out = banned
 
     @torch.no_grad()
     def make_equal(self, banned: frozenset[Worker]) -> None:
-        """Give the workers of the stage the weights of its first healthy one; to be called by all ranks.
+        """Broadcast the weights of the stage's first healthy worker to its other workers; to be called by all ranks.
 
-        Without a common seed each process has drawn its own.
+        Without a common seed each process has drawn its own weights.
         """
         self.begin(banned)
         if self._group is None:
@@ -89,13 +91,13 @@ class StageGradients:
         self._tied.make_equal(self._groups, banned)
 
     def sum(self, vector: Tensor) -> Tensor:
-        """The sum over the stage, in place; a banned worker keeps its own."""
+        """Sum a vector over the stage's workers that are not banned, in place. On a banned worker it stays as it is."""
         if self._group is not None:
             wire.all_reduce(vector, self._group)
         return vector
 
     def apart(self, vector: Tensor) -> tuple[Tensor, list[Worker]]:
-        """What each worker of the stage that is not banned would add to a sum, ``(workers, len(vector))``, and who they are."""
+        """All-gathers a vector over the stage's workers that are not banned: ``(workers, len(vector))``, and these workers."""
         workers = [self._mesh.worker(rank) for rank in self._mesh.stage_ranks(self._worker.stage)]
         if self._group is None:
             return vector[None], [self._worker]
@@ -103,15 +105,15 @@ class StageGradients:
         return wire.all_gather(vector, self._group), workers
 
     def hold(self) -> None:
-        """Put the gradients aside: Lightning zeroes them after ``training_step``, in which the backward pass runs."""
+        """Put the gradients aside: Lightning zeroes them after ``training_step``, in which the backward passes run."""
         self._stash.hold()
 
     def release(self) -> None:
-        """Give them back, to where Lightning expects the result of ``backward``."""
+        """Put the gradients back, where Lightning expects the result of ``backward``."""
         self._stash.release()
 
     def broken(self) -> Tensor | None:
-        """0-dim bool, whether any gradient is not finite; ``None`` of a loss that is scaled, whose gradients may overflow."""
+        """0-dim bool, whether any gradient is not finite; ``None`` under loss scaling, where gradients may overflow."""
         if self._arithmetic.scales:
             return None
         return broken((parameter.grad for parameter in self._parameters), self._arithmetic.device)
@@ -121,21 +123,22 @@ class StageGradients:
             parameter.grad = None
 
     def reduce(self, fractions: CleanFractions, optimizer: Optimizer) -> None:
-        """The gradients of the stage become those of the step.
+        """Replace the gradients by those of the whole step: reduced over replicas, summed over ties, and unscaled.
 
         Args:
-            fractions: which part of the data was not excluded.
-            optimizer: whose gradients they are.
+            fractions: how much of the data was not excluded.
+            optimizer: the optimizer of these parameters.
         """
         if self._group is None:
-            # Nobody asks a banned worker for its weights again.
+            # A banned worker's weights are never used again.
             self.discard()
         else:
             self._reduce_over(self._group, fractions)
         self._arithmetic.unscale(optimizer)
 
     def _reduce_over(self, group: dist.ProcessGroup, fractions: CleanFractions) -> None:
-        divisor, rule = self._mesh.replicas * fractions.of_stage(self._worker.stage), self._response.aggregation
+        divisor = self._mesh.replicas * fractions.of_stage(self._worker.stage)
+        rule = self._response.aggregation
         if rule == "mean":
             reduce_mean(self._parameters, group, divisor)
         else:
@@ -145,7 +148,7 @@ class StageGradients:
         self._tied.add_up(self._groups, self.left_out)
 
     def clip(self, limit: float, by_value: bool) -> None:
-        """Clip by the norm over all stages, or each value."""
+        """Clip the gradients by their norm over all stages, or by value."""
         if by_value:
             nn.utils.clip_grad_value_(self._parameters, limit)
         else:
@@ -153,18 +156,18 @@ class StageGradients:
             clip_by_global_norm(self._parameters, limit, self._mesh, self.left_out, self._arithmetic.device, elsewhere)
 
     def step(self, optimizer: Optimizer, plainly: Callable[[], object]) -> None:
-        """Let the optimizer step, and forget the gradients.
+        """Step the optimizer, and discard the gradients.
 
         Args:
-            optimizer: of this stage.
-            plainly: steps with it where losses are not scaled.
+            optimizer: this stage's optimizer.
+            plainly: steps the optimizer; called where losses are not scaled.
         """
         with nullcontext() if self._shards is None or self._group is None else self._shards.stepping(self._group):
             if not self._arithmetic.step(optimizer):
                 plainly()
 
     def stepped_by_others(self, banned: frozenset[Worker]) -> frozenset[int]:
-        """Parameters, by ``id``, of which this rank keeps no optimizer state."""
+        """Parameters, by ``id``, whose optimizer state other ranks keep."""
         shards = self._sharded_among_all_but(banned)
         return frozenset() if shards is None else shards.others
 

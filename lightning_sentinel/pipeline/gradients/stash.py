@@ -1,4 +1,4 @@
-"""Gradients between a schedule that has made them and the loop that expects to."""
+"""Keeps gradients from the schedule, which computes them in ``training_step``, for Lightning's loop, which expects them later."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["GradientStash", "scale_gradients"]
 
 
 class GradientStash:
-    """Puts the gradients of parameters aside and gives them back.
+    """Puts the gradients of parameters aside and back.
 
     Lightning zeroes gradients after ``training_step``, in which the schedule runs its backward passes, and looks for them after
     ``backward``.
 
     Args:
-        parameters: whose gradients.
+        parameters: the parameters whose gradients it keeps.
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ class GradientStash:
 
 
 def scale_gradients(parameters: Sequence[nn.Parameter], factor: float) -> None:
-    """Multiply all gradients that are there; a factor of exactly 1 leaves them bit for bit."""
+    """Multiply all existing gradients by a factor; a factor of exactly 1 leaves them unchanged bit for bit."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if factor != 1.0 and gradients:
         torch._foreach_mul_(gradients, factor)

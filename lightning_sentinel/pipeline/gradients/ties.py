@@ -1,7 +1,7 @@
 """Parameters that layers of several stages share, such as the embedding and the head of a language model.
 
-Each of these stages has a copy. Gradients of the copies are added up over the stages, so that their optimizers do the same, and the
-copies stay equal.
+Each of these stages has a copy. The copies' gradients are summed over the stages, so that the stages' optimizers take the same step
+and the copies stay equal.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ __all__ = ["TiedStages", "Untied"]
 
 
 class TiedStages:
-    """What the stages do together that share parameters.
+    """Keeps the copies of shared parameters on different stages equal.
 
     Args:
-        ties: of the whole module, the same on all ranks.
-        module: this rank's part of it.
+        ties: the shared parameters of the whole module, the same on all ranks.
+        module: this rank's part of the module.
         mesh: all workers.
-        stage: this rank's.
+        stage: this rank's stage.
     """
 
     def __init__(self, ties: Sequence[Tie], module: nn.Module, mesh: Mesh, stage: int) -> None:
-        self._mesh, self._stage = mesh, stage
+        self._mesh = mesh
+        self._stage = stage
         by_name = dict(module.named_parameters(remove_duplicate=False))
         self._shared: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for tie in ties:
@@ -40,14 +41,14 @@ class TiedStages:
             if stage in tie.stages:
                 shared += found[:1]
         self.sets = tuple(self._shared)
-        """The stages of each group that shares something."""
+        """Sets of stages that share parameters."""
         self.counted_elsewhere = frozenset(
             id(parameter) for stages, shared in self._shared.items() if stage != stages[0] for parameter in shared
         )
-        """Parameters, by ``id``, of which an earlier stage counts the norm."""
+        """Parameters, by ``id``, whose gradient norm an earlier stage counts."""
 
     def add_up(self, groups: StageGroups, banned: Collection[object]) -> None:
-        """The gradients of shared parameters become their sums over the stages; to be called by all ranks that are not banned."""
+        """Replace shared parameters' gradients by their sums over stages; to be called by all ranks that are not banned."""
         for stages, shared in self._shared.items():
             if self._stage in stages and shared:
                 speakers = [first_healthy(self._mesh, stage, banned) for stage in stages]
@@ -55,16 +56,16 @@ class TiedStages:
 
     @torch.no_grad()
     def make_equal(self, groups: StageGroups, banned: Collection[object]) -> None:
-        """Give all copies the values of the first stage; to be called by all ranks that are not banned."""
+        """Broadcast the first stage's values to all copies; to be called by all ranks that are not banned."""
         for stages, shared in self._shared.items():
             for parameter in shared if self._stage in stages else ():
                 wire.broadcast(parameter.data, first_healthy(self._mesh, stages[0], banned), groups.across(stages))
 
 
 class Untied:
-    """Shared parameters of a mesh in one process: another leaf on the same memory for each stage but the first.
+    """Shared parameters of a mesh in one process: each stage but the first gets a leaf of its own on the same memory.
 
-    Stages may have different shares of honest gradients, so each needs gradients of its own until they are scaled.
+    Stages may have different clean fractions, so each needs gradients of its own until they are scaled.
 
     Args:
         layers: the layers of each stage.
@@ -73,9 +74,9 @@ class Untied:
     def __init__(self, layers: Sequence[Iterable[nn.Module]]) -> None:
         owners: dict[int, nn.Parameter] = {}
         self.parameters: list[list[nn.Parameter]] = []
-        """Of each stage, to differentiate by."""
+        """The leaf parameters of each stage."""
         self.instead: dict[int, dict[str, nn.Parameter]] = {}
-        """What to run a layer with, by its ``id`` and the parameter's name."""
+        """Parameters to run a layer with in place of its own, by the layer's ``id`` and the parameter's name."""
         self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []
         for stage in layers:
             mine: dict[int, nn.Parameter] = {}
@@ -98,7 +99,7 @@ class Untied:
         return copy
 
     def add_up(self) -> None:
-        """Give the owners the gradients of their copies as well."""
+        """Add the copies' gradients to those of the parameters that they copy."""
         for owner, copy in self._copies:
             if copy.grad is not None:
                 owner.grad = copy.grad if owner.grad is None else owner.grad + copy.grad

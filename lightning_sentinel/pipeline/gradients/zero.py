@@ -1,8 +1,8 @@
-"""Stage 1 of ZeRO: each worker of a stage keeps the optimizer's state of some of its parameters.
+"""Stage 1 of ZeRO: each worker of a pipeline stage keeps the optimizer state of some of the stage's parameters.
 
-After the reduction all workers of a stage have the same gradients. Each steps with those of its own parameters, and tells the
-others the new values (Rajbhandari et al., 2020, section 5). As in torch's ``ZeroRedundancyOptimizer`` parameters are not divided,
-so the optimizer that the user made steps as ever: it passes over a parameter without a gradient, and keeps nothing for it.
+After the reduction all workers of a stage have the same gradients. Each steps with those of its own parameters, and broadcasts the
+new values to the others (Rajbhandari et al., 2020, section 5). As in torch's ``ZeroRedundancyOptimizer`` parameters are not
+divided, so the user's optimizer works unchanged: it skips a parameter without a gradient, and keeps no state for it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["OptimizerShards", "owners"]
 
 
 def owners(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:
-    """Who keeps the state of each parameter: the largest goes first, and to whom has least.
+    """The rank that keeps each parameter's optimizer state. Larger parameters go first, each to the rank with the least so far.
 
     Args:
         sizes: elements of each parameter.
-        ranks: who is there.
+        ranks: the ranks to choose from.
 
     Example:
         >>> owners([10, 30, 15, 5], ranks=[4, 6])
@@ -40,25 +40,25 @@ def owners(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:
 
 
 class OptimizerShards:
-    """Which parameters of a stage this rank steps with.
+    """The parameters of a stage for which this rank keeps the optimizer state and steps.
 
     Args:
-        parameters: of the stage, in an order that is the same on all of its ranks.
-        ranks: of the workers that step; all others' states are lost with them.
-        rank: this one.
+        parameters: the stage's parameters, in the same order on all of its ranks.
+        ranks: the ranks of the workers that step. The optimizer state of any other rank is lost.
+        rank: this rank.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], ranks: Sequence[int], rank: int) -> None:
         self._owners = list(zip(parameters, owners([parameter.numel() for parameter in parameters], ranks)))
         self._rank = rank
         self.others = frozenset(id(parameter) for parameter, owner in self._owners if owner != rank)
-        """Parameters, by ``id``, of which this rank keeps no state."""
+        """Parameters, by ``id``, whose optimizer state other ranks keep."""
 
     @contextmanager
     def stepping(self, group: dist.ProcessGroup) -> Iterator[None]:
-        """Around the optimizer's step; to be entered by all ranks of ``group``.
+        """A context around the optimizer's step; to be entered by all ranks of ``group``.
 
-        Gradients of others' parameters are taken away first, and new values arrive afterwards.
+        On entry, gradients of other ranks' parameters are discarded. On exit, each rank broadcasts its parameters' new values.
         """
         for parameter, owner in self._owners:
             if owner != self._rank:

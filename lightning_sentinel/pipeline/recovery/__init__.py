@@ -1,1 +1,1 @@
-"""What follows from what was received: verdicts, audits by recomputation, and a step done again without liars."""
+"""What follows from the signals that a step received: verdicts, audits by recomputation, and a repeat of the step without liars."""

@@ -1,11 +1,11 @@
-"""Audits between processes: who gives an auditor what it needs, and what the auditor makes of it.
+"""Audits between processes: which workers hand evidence to an auditor, and how the auditor judges the signal from it.
 
-A signal is recomputed by another worker of the stage. The worker before gives it the input, as it was sent; the one behind the
-gradient that a gradient follows from; the receiver the claimed signal; samples come from a worker that loaded them. All ranks go
-through the same list in the same order, so that nobody waits for somebody who waits.
+Another worker of the stage recomputes the signal. The previous stage's worker hands it the activation that it sent, the next
+stage's worker the gradient that it sent, the receiver the claimed signal, and a worker that loaded the samples hands those over.
+All ranks go through the same list in the same order, so that no two ranks wait for each other.
 
-Whether the auditor was given what the audited worker had been sent is checked against a digest that the audited worker's receiving
-side gives: else its neighbour could have it blamed. Who is asked, and whose word counts, is for the jury to say
+The auditor checks an activation or gradient that it was handed against the digest of what the audited worker received. That worker
+sends the digest itself: else its neighbour could have it blamed. Which workers are asked, and whose vote counts, the jury decides
 (:mod:`lightning_sentinel.verification.jury`).
 """
 
@@ -38,16 +38,16 @@ from lightning_sentinel.wiring import MicroBatchId
 __all__ = ["Audits", "Evidence", "digest"]
 
 _WORDS = tuple(word for word in Outcome if word is not Outcome.DISPUTED)
-"""What one worker can say."""
+"""The votes that one worker can cast."""
 
 
 class Evidence(NamedTuple):
-    """What an auditor was given.
+    """What a stage computed a signal from, as handed to an auditor.
 
     Args:
         batch: the samples, at the ends of the pipeline.
-        activation: what the audited worker had been sent; ``None`` at the first stage.
-        gradient: the same going backward, of a gradient; ``None`` at the last stage.
+        activation: the activation that the audited worker received; ``None`` at the first stage.
+        gradient: if the signal is a gradient, the gradient that the audited worker received; ``None`` at the last stage.
     """
 
     batch: Any
@@ -56,7 +56,7 @@ class Evidence(NamedTuple):
 
 
 def digest(signal: Tensor) -> str:
-    """A fingerprint of a signal: its shape and dtype, because the same bytes can be another signal, and its bytes.
+    """A fingerprint of a signal: of its bytes, and of its shape and dtype, because the same bytes can be another signal.
 
     Example:
         >>> digest(torch.ones(3)) == digest(torch.ones(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
@@ -75,16 +75,16 @@ class _Item(IntEnum):
 
 
 _Need = tuple[_Item, Worker]
-"""Something that an auditor needs, and who gives it."""
+"""An item that an auditor needs, and the worker that hands it over."""
 
 
 class _Answer(NamedTuple):
-    """What a worker makes of a case.
+    """An auditor's answer to a case.
 
     Args:
-        word: what it says, unless it has recomputed the signal.
-        measured: from :func:`deviation`, where it is computed; ``None`` where the signal was not recomputed.
-        allowed: the error up to which it counts as recomputed.
+        word: its vote, unless it has recomputed the signal.
+        measured: from :func:`deviation`, on the device; ``None`` if the signal was not recomputed.
+        allowed: the error up to which the signal matches.
     """
 
     word: Outcome
@@ -93,7 +93,7 @@ class _Answer(NamedTuple):
 
 
 _KINDS = {_Item.BATCH: list, _Item.CLAIMED: Tensor, _Item.RECEIVED: dict}
-"""What is asked of others without a fingerprint; who is audited and cannot say what it was sent has nothing to say for itself."""
+"""Types of the items that no digest vouches for. An audited worker that cannot send its own digests counts as a liar."""
 
 
 def _warn_of(audited: Worker, what: str) -> None:
@@ -105,12 +105,12 @@ class Audits:
 
     Args:
         mesh: all workers.
-        worker: that this rank is.
-        cache: what this rank sent and received.
-        samples: gives ``[batch, samples, weight]`` of one of this replica's micro-batches.
-        recompute: what an honest worker of this stage sends: direction, part and evidence to a signal.
-        tolerances: the errors up to which signals count as recomputed.
-        computed_in: what float32 is multiplied in where this worker computes.
+        worker: the worker that this rank is.
+        cache: the signals that this rank sent and received.
+        samples: returns ``[batch, samples, weight]`` of one of this replica's micro-batches.
+        recompute: returns the signal that an honest worker of this stage sends, from its direction, micro-batch and evidence.
+        tolerances: the errors up to which signals match.
+        computed_in: returns the dtype in which this worker's device multiplies float32.
         device: where signals are.
     """
 
@@ -125,32 +125,36 @@ class Audits:
         computed_in: Callable[[], torch.dtype],
         device: torch.device,
     ) -> None:
-        self._mesh, self._worker, self._cache = mesh, worker, cache
-        self._samples, self._recompute = samples, recompute
-        self._tolerances, self._computed_in = tolerances, computed_in
+        self._mesh = mesh
+        self._worker = worker
+        self._cache = cache
+        self._samples = samples
+        self._recompute = recompute
+        self._tolerances = tolerances
+        self._computed_in = computed_in
         self._device = device
         self.adversary: Adversary | None = None
-        """A simulated attacker, who may also lie about what it recomputed."""
+        """A simulated attacker, which may also lie in its votes."""
 
     def ask(self, asked: Sequence[tuple[Case, Worker]], plan: StepPlan) -> list[Outcome]:
         """Have workers recompute signals; to be called by all ranks.
 
-        A device is waited for twice: for all that this rank hands over, and for how far all that it recomputes is from what was
-        claimed.
+        The host waits for the device twice: for all items that this rank hands over, and for the errors of all signals that it
+        recomputes.
 
         Args:
-            asked: which signals, those of a boundary together, and who recomputes each.
-            plan: of the step.
+            asked: the signals, those of a boundary in succession, and the worker that recomputes each.
+            plan: the step's plan.
 
         Returns:
-            what each of them says.
+            the vote of each of these workers.
         """
         if not asked:
             return []
         needed = [self._needs(case, plan) for case, _ in asked]
         handed = self._handed(asked, needed)
         answers: list[_Answer | None] = []
-        # Nobody keeps more of what others give than the evidence of one boundary.
+        # One boundary at a time: no auditor holds more evidence than that of one boundary.
         for _, some in groupby(range(len(asked)), key=lambda number: asked[number][0].boundary):
             given = [(*asked[number], self._hand_over(*asked[number], needed[number], handed[number])) for number in some]
             answers += [self._judge(case, items) if auditor == self._worker else None for case, auditor, items in given]
@@ -160,7 +164,7 @@ class Audits:
             said[number, 0] = word if self.adversary is None else self.adversary.vote(auditor, case.audited, word)
             said[number, 1:] = measured
         everyone = wire.all_gather(said, size=self._mesh.size)
-        # Each case is for its auditor to say, whatever others put there.
+        # Only the auditor's own entry counts for a case, whatever other ranks put there.
         values = [everyone[self._mesh.rank(auditor), number].tolist() for number, (_, auditor) in enumerate(asked)]
         words = [Outcome(int(value)) if value in _WORDS else Outcome.MATCHES for value, *_ in values]
         for word, (_, *numbers), (case, _) in zip(words, values, asked):
@@ -169,7 +173,7 @@ class Audits:
         return words
 
     def _handed(self, asked: Sequence[tuple[Case, Worker]], needed: Sequence[Sequence[_Need]]) -> list[dict[_Item, Packed]]:
-        """What this rank sends to the auditor of each case, ready to be sent."""
+        """The items that this rank sends to the auditor of each case, packed for sending."""
         wanted = [
             (number, item, self._item(item, asked[number][0]))
             for number, needs in enumerate(needed)
@@ -182,7 +186,7 @@ class Audits:
         return handed
 
     def _hand_over(self, case: Case, auditor: Worker, needs: Sequence[_Need], handed: dict[_Item, Packed]) -> dict[_Item, Any]:
-        """Bring an auditor what it needs; returns it on the auditor's rank."""
+        """Send or receive the items that an auditor needs. Returns them on the auditor's rank."""
         items: dict[_Item, Any] = {}
         for item, giver in needs:
             if item in handed:
@@ -198,9 +202,11 @@ class Audits:
         return 64 * max(self._cache.largest, 2**20)
 
     def _needs(self, case: Case, plan: StepPlan) -> list[_Need]:
-        """What an auditor needs."""
-        boundary, wiring = case.boundary, plan.wiring
-        stage, last = boundary.sender, self._mesh.stages - 1
+        """The items that the auditor of a case needs, in the order in which they are sent."""
+        boundary = case.boundary
+        wiring = plan.wiring
+        stage = boundary.sender
+        last = self._mesh.stages - 1
         backward = boundary.direction is Direction.GRADIENT
         needs: list[_Need] = []
         if stage == 0 or (backward and stage == last):
@@ -212,7 +218,8 @@ class Audits:
         return [*needs, (_Item.CLAIMED, wiring.worker(boundary.receiver, case.lane)), (_Item.RECEIVED, case.audited)]
 
     def _item(self, item: _Item, case: Case) -> Any:
-        cache, slot = self._cache, case.slot
+        cache = self._cache
+        slot = case.slot
         if item is _Item.BATCH:
             return self._samples(case.part)
         if item is _Item.ACTIVATION:
@@ -225,9 +232,9 @@ class Audits:
         return {direction.value: signal for direction, signal in found.items() if signal is not None}
 
     def _judge(self, case: Case, items: dict[_Item, Any]) -> _Answer:
-        """What this rank says of a signal, or how far it is from what it was recomputed to be.
+        """This rank's vote on a signal, or the signal's error against the recomputed one.
 
-        Where it was not given what it takes it says so, and nobody is blamed for the signal.
+        Where evidence from other workers is unusable the rank warns, and the signal counts as matching: no worker is blamed for it.
         """
         untold = [item for item, kind in _KINDS.items() if item in items and not isinstance(items[item], kind)]
         for item in untold:
@@ -250,7 +257,7 @@ class Audits:
         except Exception as error:
             if _Item.BATCH not in items:
                 raise
-            # Samples of another worker can be such that no step can work on them.
+            # The samples come from another worker, and may be such that no step can work on them.
             _warn_of(case.audited, f"no step can work on the samples ({type(error).__name__}: {error})")
             return _Answer(Outcome.MATCHES)
         claimed = items[_Item.CLAIMED].to(honest.device)
@@ -263,7 +270,7 @@ class Audits:
 
     @staticmethod
     def _decided(answers: Sequence[_Answer | None]) -> dict[int, tuple[Outcome, Tensor]]:
-        """By the number of each case that is this rank's, what it says of it, and how far off it was."""
+        """Maps the number of each case that this rank audits to its vote and the measured error."""
         mine = {number: answer for number, answer in enumerate(answers) if answer is not None}
         measured = {number: answer.measured for number, answer in mine.items() if answer.measured is not None}
         (found,) = on_host([torch.stack(list(measured.values()))]) if measured else (torch.empty(0),)

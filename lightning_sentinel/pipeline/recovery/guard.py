@@ -1,8 +1,8 @@
-"""The verifiers that one process holds, and the part of a step that they play.
+"""The verifiers of one process, and what they do in a step.
 
 Both engines use it: a process of the real mesh guards the boundaries that it receives from, the virtual engine guards all. At
-receipt a signal's *value* may change, never the control flow; everything that changes what ranks do next is settled once a step,
-by all ranks from the same table.
+receipt a signal's *value* may change, never the control flow. Decisions that change what ranks do next are made once a step, by
+all ranks from the same table.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _SECRET = "secret/seed"
 
 
 class Guard:
-    """Verifies what this process receives.
+    """Verifies the signals that this process receives.
 
     Args:
         mesh: all workers.
         boundaries: the boundaries that this process receives from.
-        worker: the worker that this process is; ``None`` if it is all of them.
+        worker: the worker that this process is; ``None`` if it runs the whole mesh.
         verification: how signals are verified.
         response: what follows from a flag.
         ledger: flags and bans; the same on all ranks.
@@ -71,7 +71,9 @@ class Guard:
         ledger: Ledger,
         device: torch.device,
     ) -> None:
-        self._mesh, self._worker, self._device = mesh, worker, device
+        self._mesh = mesh
+        self._worker = worker
+        self._device = device
         self._response = response
         self._rate = response.audit_rate_of(mesh)
         self.ledger = ledger
@@ -87,9 +89,10 @@ class Guard:
         self._refusals = Refusals(mesh)
 
     def _keep_secret(self, verification: Verification) -> None:
-        """Draw all that workers must not know from the seed."""
+        """Draw from the seed whatever workers must not know."""
         assert verification.seed is not None, "drawn before"
-        self._secret, seed = verification, verification.seed
+        self._secret = verification
+        seed = verification.seed
         self._secrets: dict[Boundary, SecretDirections] = {}
         self._schedule = None if self._rate is None else AuditSchedule(self._mesh, self._rate, seed)
         self._jury = Jury(self._mesh, seed)
@@ -110,7 +113,7 @@ class Guard:
 
     @property
     def compares_inputs(self) -> bool:
-        """Whether signals are compared with what their senders had received."""
+        """Whether signals are compared with the signals that their senders received."""
         return self._secret.method != "paper"
 
     @property
@@ -120,20 +123,20 @@ class Guard:
 
     @property
     def replaces_malformed(self) -> bool:
-        """Whether a sender answers for a signal that says nothing, and the signal does not reach the weights."""
+        """Whether a malformed or non-finite signal is kept out of the weights, and its sender blamed."""
         return self._response.on_flag == "exclude"
 
     @property
     def refused(self) -> tuple[int, ...]:
-        """How often each worker of this stage has added what is not finite to what that learns, which other stages do not see."""
+        """How often each worker of this stage contributed non-finite values to a reference update. Other stages do not see this."""
         if self._worker is None:
             return ()
         return tuple(self._updates.refused[Worker(self._worker.stage, replica)] for replica in range(self._mesh.replicas))
 
     def lane_seed(self, step: int) -> int | None:
-        """The seed by which workers are dealt to lanes while one of them is a suspect; ``None`` while none is.
+        """The seed that deals workers to lanes while one of them is a suspect; ``None`` while none is.
 
-        A worker that is the reason for what others look like is told by being out of line in any company.
+        Shuffling singles out a worker that makes others look bad: it is out of line whichever workers share its lane.
         """
         order = self.ledger.order(step) if self.excludes else None
         return None if order is None else derive_seed(self.secret, "lanes", order)
@@ -148,10 +151,10 @@ class Guard:
                 verifier.limits = torch.tensor(limits, device=self._device)
 
     def _limit(self, sender: Worker) -> float:
-        """The score above which a signal is left out at receipt, where nobody looks again at what is left out.
+        """The score above which a sender's signal is left out at receipt, where no audit reviews what is left out.
 
-        An honest signal is a little out of line every now and then, and it is to count; a worker that was out of line for most of
-        the step before is given no such benefit.
+        An honest signal is a little out of line every now and then, and should still count. A worker that was out of line for most
+        of the previous step gets no such benefit of the doubt.
         """
         return 1.0 if sender in self.ledger.streaks else MUCH_FURTHER
 
@@ -163,9 +166,9 @@ class Guard:
         return [] if lane is None else [lane]
 
     def project(self, boundary: Boundary, signal: Tensor) -> Projection | None:
-        """A signal as those who verify ``boundary`` are to know it: what its senders had received, along secret directions.
+        """The projection, along secret directions, of a signal that the senders of ``boundary`` received, for its verifiers.
 
-        ``None`` if the method does not ask for it.
+        ``None`` if the method does not compare inputs.
         """
         if not self.compares_inputs:
             return None
@@ -182,15 +185,15 @@ class Guard:
         lanes: Tensor | None = None,
         replicas: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Verify what the neighbours sent; to be called in the order of micro-batches.
+        """Verify the signals of one micro-batch; to be called in the order of micro-batches.
 
         Args:
-            signals: ``(senders * B, ...)``, of one micro-batch: of a sender, or one of each replica's batch, or of some replicas
-                whose signals have a shape of their own.
-            tainted: ``(senders,)`` bool, what the neighbours' own verifiers had found before.
-            received: what the neighbours had received themselves, from :meth:`project`.
+            signals: ``(senders * B, ...)``: one sender's micro-batch, or one micro-batch of each replica's batch, or of the
+                replicas whose signals share a shape.
+            tainted: ``(senders,)`` bool, whether a verifier earlier in the pipeline flagged the micro-batch.
+            received: the signals that the senders received, from :meth:`project`.
             lanes: ``(senders,)``, the lanes that the senders serve; ``None`` if in order.
-            replicas: whose batches these are, if not those of all.
+            replicas: the replicas whose batches these are; ``None`` for all.
 
         Returns:
             the signals to go on with, and the taint to pass on.
@@ -226,15 +229,16 @@ class Guard:
         """Judge the step, enter it into the ledger, and learn from it.
 
         Args:
-            table: of the step, the same on all ranks.
-            plan: of the step.
+            table: the step's signals, the same on all ranks.
+            plan: the step's plan.
             sum_over_replicas: adds a vector over the replicas of this stage.
-            ask: has workers recompute signals, where audits are asked for.
-            apart: what the replicas of this stage would add, each by itself, where they are not all in this process.
-            broken: ``(stages, lanes, micro_batches)`` bool, whose weight gradients are of no use; ``None`` where nobody looks.
-            refused: ``(stages, replicas, replicas)``, what all ranks say of :attr:`refused`; ``None`` where nobody looks.
+            ask: has workers recompute signals; ``None`` without audits.
+            apart: gathers a vector from each replica of this stage; ``None`` if all replicas are in this process.
+            broken: ``(stages, lanes, micro_batches)`` bool, whether the weight gradients are unusable; ``None`` if not checked.
+            refused: ``(stages, replicas, replicas)``, :attr:`refused` as each rank reports it; ``None`` if not checked.
         """
-        wiring, step = plan.wiring, plan.number
+        wiring = plan.wiring
+        step = plan.number
         excludes = self._response.on_flag == "exclude"
         assessment = self._assess(table, wiring)
         heights = self.calibration.heights(wiring)
@@ -255,7 +259,7 @@ class Guard:
             )
         excluded = sorted(verdict.guilty | verdict.disputed) if excludes else []
         if broken is not None and excludes and not excluded:
-            # In a step that is undone they are mostly what was made of a lie.
+            # Only in a step that is kept: where a step is undone, broken gradients are mostly what a lie caused.
             finite = (table.column("worst") >= 0).all(dim=0)
             verdict, left_out = without_broken(verdict, broken, finite, self._mesh, wiring, step)
             self.ledger.flags.update(left_out)
@@ -264,7 +268,7 @@ class Guard:
             verdict = with_refusals(verdict, news, step)
             self.ledger.flags.update(news)
         if banned or excluded:
-            # What those behind a liar looked like was not their doing.
+            # Workers behind a liar are not to blame for how their signals looked.
             self.calibration.forget_sums(behind(self._sent_by({*banned, *excluded}, wiring), self._mesh), wiring)
         if excluded:
             self.forget_step()
@@ -276,7 +280,7 @@ class Guard:
         return Ruling(verdict, banned, excluded, redo=bool(excluded) and any(left.live), plan=plan)
 
     def _as_far_as_known(self, assessment: Assessment) -> Assessment:
-        """Where fences have not seen enough, nothing but what is not finite is out of line: nobody looks at flags again."""
+        """Lets only non-finite signals be out of line where fences have seen too little: without audits no flag is reviewed."""
         open_to_all = ~self.calibration.knows_enough(assessment.by_peers)[:, None, None] & (assessment.worst >= 0)
         return assessment._replace(score=torch.where(open_to_all, assessment.score.clamp(max=1.0), assessment.score))
 
@@ -284,7 +288,9 @@ class Guard:
         self, table: SignalTable, assessment: Assessment, heights: Tensor, plan: StepPlan, ask: Ask
     ) -> StepVerdict:
         assert self._schedule is not None
-        wiring, step, ledger = plan.wiring, plan.number, self.ledger
+        wiring = plan.wiring
+        step = plan.number
+        ledger = self.ledger
 
         def audit(signals: Tensor) -> Findings:
             return self._jury.hear(signals, wiring, ledger.banned, ledger.muted, step, ask)
@@ -297,14 +303,14 @@ class Guard:
         return judge_with_audits(table, assessment, heights, drawn, one_each, audit, self._mesh, wiring, step)
 
     def forget_step(self) -> None:
-        """Keep nothing of the step, which is to be done again, or left out of the training."""
+        """Discard the step's rows and sums: the step will be repeated, or left out of the training."""
         for verifier in self.verifiers.values():
             verifier.forget_step()
         for rows in self._rows.values():
             rows.clear()
 
     def _sent_by(self, workers: Collection[Worker], wiring: Wiring) -> Tensor:
-        """Which lanes these workers served, ``(boundaries, lanes)`` bool."""
+        """``(boundaries, lanes)`` bool, whether one of these workers sent the signals of the lane across the boundary."""
         lanes = range(self._mesh.replicas)
         return torch.tensor([[wiring.worker(b.sender, lane) in workers for lane in lanes] for b in self._mesh.boundaries])
 
@@ -326,9 +332,10 @@ class Guard:
         contributions: dict[Boundary, Contribution] = {}
         for boundary, verifier in self.verifiers.items():
             index = self._indices[boundary]
-            flagged, honest = table.flagged[index], verdict.honest[index]
+            flagged = table.flagged[index]
+            honest = verdict.honest[index]
             known = assessment.valid[index] & ~flagged
-            # Sums of a sender's signals cannot be taken apart again: it counts if all of it is honest.
+            # A sender's signals cannot be subtracted from its sum again: the sum counts only if all of them are honest.
             unflagged_ones = ~(known & ~honest).any(dim=1)
             flagged_ones = (flagged & honest).any(dim=1) & ~(flagged & ~honest).any(dim=1)
             lanes = self._lanes(wiring)
@@ -337,7 +344,7 @@ class Guard:
                 lanes = [0]
             mine = verifier.contribution(unflagged_ones[lanes], flagged_ones[lanes])
             if honest.any():
-                # As long as the longest honest signal of any replica; what a tainted one had beyond it is not to be remembered.
+                # As long as any replica's longest honest signal: positions that only a tainted signal has are not to be learned.
                 positions = table.column("positions")[index][honest].max()
                 contributions[boundary] = mine.resized(int(positions))
         references = [self.verifiers[boundary].references for boundary in contributions]
@@ -348,7 +355,7 @@ class Guard:
             verifier.learn(learned.get(boundary))
 
     def _stand_by(self, boundary: Boundary, table: SignalTable) -> None:
-        """A worker that has nothing to do learns what the others of its stage learn, because it may have to do something later."""
+        """Prepare a worker without a lane to learn what the others of its stage learn: it may serve a lane later."""
         before = self._mesh.before(boundary)
         positions, channels = (int(table.column(name)[self._indices[boundary]].max()) for name in ("positions", "channels"))
         received = None
@@ -366,7 +373,7 @@ class Guard:
             verifier.fences = fences.to(self._device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was learned about the boundaries that this process guards, keyed by boundary, and the secret that goes with it."""
+        """What was learned about the boundaries that this process guards, keyed by boundary, and the secret it was learned with."""
         learned = {
             f"{boundary.name}/{name}": value
             for boundary, verifier in self.verifiers.items()
@@ -377,10 +384,10 @@ class Guard:
         return learned
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load what was learned; boundaries that the state does not know start afresh.
+        """Load what was learned; boundaries that are not in the state start afresh.
 
         Args:
-            state: of all boundaries, not only of those that this process guards.
+            state: the state of all boundaries, not only of those that this process guards.
         """
         for index, boundary in enumerate(self._mesh.boundaries):
             prefix = f"{boundary.name}/"
@@ -395,6 +402,6 @@ class Guard:
                 if boundary in self.verifiers:
                     self.verifiers[boundary].load_state_dict(mine)
         if _SECRET in state:
-            # Of this run's own, whatever was learned would mean nothing: it was seen along other directions.
+            # With this run's own secret the loaded values would mean nothing: they were measured along other directions.
             self._keep_secret(replace(self._secret, seed=int(state[_SECRET])))
         self._put_fences()

@@ -1,4 +1,4 @@
-"""What an honest worker of a stage sends, computed again from evidence; leaves no trace on the rank that does it."""
+"""Recomputes from evidence the signal that an honest worker of a stage sends, without side effects on the rank that does so."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Recomputation:
     """Recomputes signals of one stage.
 
     Args:
-        stage: its layers.
-        last: whether it is the last.
+        stage: the stage's layers.
+        last: whether it is the last stage.
         steps: runs the user's step functions.
-        device: where the stage is.
+        device: the stage's device.
         forward_context: entered around every forward pass.
     """
 
@@ -44,17 +44,17 @@ class Recomputation:
     forward_context: Callable[[], AbstractContextManager[Any]]
 
     def computed_in(self) -> torch.dtype:
-        """What float32 is multiplied in where it is computed."""
+        """The dtype in which the stage's device multiplies float32."""
         with self.forward_context():
             return arithmetic(self.device)
 
     def __call__(self, direction: Direction, part: MicroBatchId, evidence: Evidence, running: RunningStep) -> Tensor:
-        """A signal.
+        """The signal that an honest worker sends.
 
         Args:
-            direction: an activation, or the gradient for the stage before.
+            direction: an activation for the next stage, or a gradient for the previous one.
             part: the micro-batch.
-            evidence: what the worker had been sent.
+            evidence: the samples and signals that the worker received.
             running: the step.
         """
         samples, weight = running.plan.sizes.work(*part)

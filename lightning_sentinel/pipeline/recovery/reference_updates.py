@@ -1,10 +1,10 @@
-"""What a stage learns from a step: the sum of what its replicas have to say, as long as it can be believed.
+"""Updates a stage's references once a step, from the sum of its replicas' contributions, if that sum is plausible.
 
-A sum does not tell who spoiled it. So it is looked at before anything learns from it: where it is not finite, or further from what
-was learned so far than it has been of late, nothing is learned from it as it is, and replicas say once more what they had added,
-each by itself. Who adds what is not finite answers for it by name and adds nothing; who is much further away than most is brought
-as close as they are. What is left is learned with the next step: a device is not waited for in between, because what it found of a
-sum is on the host by the time of the next.
+A sum does not tell which replica spoiled it, so it is checked before the references learn from it. Where it is not finite, or much
+further from the references than of late, they do not learn from it, and an all-gather collects each replica's contribution. A
+replica whose contribution is not finite is blamed by name, and its contribution dropped. A contribution that is much further away
+than most is brought closer. The rest is learned with the next step: the host does not wait for the device in between, because the
+result of the check has reached it by then.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from lightning_sentinel.verification.references import Contribution, References
 __all__ = ["Apart", "ReferenceUpdates"]
 
 Apart = Callable[[Tensor], tuple[Tensor, list[Worker]]]
-"""Gathers a vector from the replicas of a stage: ``(workers, len(vector))``, and who they are."""
+"""Gathers a vector from the replicas of a stage: ``(workers, len(vector))``, and the workers in that order."""
 
 _SURPRISING = 4.0
-"""How much further than of late a sum may be from what is known, before it is asked who made it so."""
+"""How many times its recent distance from the references a sum may have before each replica's contribution is looked at."""
 _FURTHER_THAN_MOST = 4.0
 _BETA = 0.9
 _TINY = 1e-30
 
 
 class _Added(NamedTuple):
-    """What this process added to the sum of the step before.
+    """What this process contributed to the previous step's sum.
 
     Args:
-        vector: for all boundaries together.
-        lengths: of the part of each boundary.
-        expected: 0-dim bool on the host, whether the sum was learned as it was. It is on its way there until the next step's
-            collective has waited for the device.
+        vector: the contributions to all boundaries, concatenated.
+        lengths: the length of each boundary's part.
+        expected: 0-dim bool on the host, whether the references learned the sum as it was. The copy to the host may be incomplete
+            until the next step's collective has waited for the device.
     """
 
     vector: Tensor
@@ -50,10 +50,10 @@ class _Added(NamedTuple):
 
 
 class ReferenceUpdates:
-    """Remembers how far sums were from what had been learned.
+    """Checks each step's sums by their distance from the references, which it remembers.
 
     Attributes:
-        refused: how often each worker of this stage added what is not finite.
+        refused: how often each worker of this stage contributed non-finite values.
     """
 
     def __init__(self) -> None:
@@ -69,14 +69,14 @@ class ReferenceUpdates:
         sum_over_replicas: Callable[[Tensor], Tensor],
         apart: Apart | None,
     ) -> list[Contribution]:
-        """What to learn of each boundary; to be called once a step, behind the step's collective.
+        """The contributions to learn, one for each boundary; to be called once a step, after the step's collective.
 
         Args:
-            mine: what this process has to say.
+            mine: this process's contributions, one for each boundary.
             references: what was learned so far.
             sizes: names of the statistics, and how many floats each has.
             sum_over_replicas: adds a vector over the replicas of this stage.
-            apart: gathers it from them; ``None`` where all of them are in this process.
+            apart: gathers a vector from these replicas; ``None`` if all of them are in this process.
         """
         if not mine:
             return []
@@ -93,7 +93,7 @@ class ReferenceUpdates:
         expected = flat.isfinite().all() & distance.isfinite().all()
         if apart is not None:
             expected = expected & (distance <= _SURPRISING * usual + _TINY).all()
-            # All ranks of the stage have the same sum, so all of them will ask or none does.
+            # All ranks of the stage have the same sum, so all of them will call `apart`, or none.
             self._added = _Added(vector, lengths, on_its_way(expected))
         self._distance = torch.where(usual.isfinite(), torch.lerp(distance, usual, _BETA), distance)
         learned = parts(torch.where(expected, flat, 0.0))
@@ -112,12 +112,12 @@ class ReferenceUpdates:
         sizes: Sequence[Mapping[str, int]],
         apart: Apart | None,
     ) -> list[Contribution] | None:
-        """What was not learned of it at once; ``None`` if all was."""
+        """What remains to be learned of the previous step; ``None`` if its sum was learned at once."""
         added, self._added = self._added, None
         if added is None or apart is None or bool(added.expected):
             return None
         rows, workers = apart(added.vector)
-        # Of signals of another length nothing can be added to those of now.
+        # Contributions from signals of another length cannot be added to the current ones.
         return self._together(rows, workers, parts, references, sizes) if list(lengths) == added.lengths else None
 
     def _together(
@@ -142,7 +142,7 @@ class ReferenceUpdates:
             spoke = torch.stack([one.signals > 0 for one in said])[:, None]
             limit = _FURTHER_THAN_MOST * median(torch.where(spoke, distances, torch.nan), dim=0)
             shares = (limit / distances.clamp(min=_TINY)).nan_to_num(1.0).clamp(max=1.0)
-            # Nor has anybody more to say than a few times what most have.
+            # Nor may a worker's contribution count as more than a few times as many signals as most have.
             signals = torch.stack([one.signals for one in said])[:, None]
             most = _FURTHER_THAN_MOST * median(torch.where(spoke, signals, torch.nan), dim=0).nan_to_num(0.0)
             result.append(Contribution.added([known.nearer(one, share, most, size) for one, share in zip(said, shares)]))

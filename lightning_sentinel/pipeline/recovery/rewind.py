@@ -1,4 +1,4 @@
-"""Undoing a batch that liars took part in, so that it can be done again without them."""
+"""Undoes a batch that liars took part in, so that it can be repeated without them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Rewind"]
 
 
 class Rewind:
-    """Remembers the gradients, the buffers and the random numbers of this moment, and brings them back when it is called, once.
+    """Remembers gradients, buffers and random number generators as they are now, and restores them when it is called, once.
 
-    Weights need no remembering: the optimizer steps only after the verdict. Gradients are copied only where there are any, which is
-    so when several batches are accumulated into one step.
+    Weights need no copy: the optimizer steps only after the verdict. Gradients are copied only where there are any: when several
+    batches are accumulated into one step.
 
     Args:
-        parameters: whose gradients.
-        buffers: what a forward pass may change, such as the statistics of a BatchNorm.
+        parameters: the parameters whose gradients are restored.
+        buffers: tensors that a forward pass may change, such as the statistics of a BatchNorm.
         device: where the computation draws random numbers.
 
     Example:

@@ -15,12 +15,12 @@ class Ruling(NamedTuple):
     """What was decided about a step.
 
     Args:
-        verdict: what its table means.
-        banned: the workers that it bans.
-        excluded: the workers whose signals do not match, without whom the step is to be undone: its gradients hold what they sent.
-        redo: whether the step is to be done again without them; it cannot be if nobody is left who could.
-        plan: of the step that was judged.
-        lost: workers whose gradients are gone, with those of earlier batches of the same step.
+        verdict: the verdict on its table of signals.
+        banned: the workers that the step bans.
+        excluded: the workers whose signals do not match. If there are any the step is undone: their signals are in its gradients.
+        redo: whether to repeat the step without the excluded workers, which takes a complete lane of the others.
+        plan: the plan of the step that was judged.
+        lost: workers whose gradients are lost, with those of earlier batches of the same step.
     """
 
     verdict: StepVerdict

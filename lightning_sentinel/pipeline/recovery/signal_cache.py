@@ -1,4 +1,4 @@
-"""What a worker sent and received in a step, kept for those who may recompute it."""
+"""The signals that a worker sent and received in a step, kept for audits by recomputation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class SignalCache:
     """Keeps the signals of a step by direction and slot, until the step is settled.
 
     Attributes:
-        sent: what this worker sent.
-        received: what it was sent.
+        sent: the signals that this worker sent.
+        received: the signals that it received.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class SignalCache:
         """Begin a step.
 
         Args:
-            keeps: whether any of its signals may be recomputed.
+            keeps: whether any of its signals may be audited.
         """
         self.clear()
         self._keeps = keeps

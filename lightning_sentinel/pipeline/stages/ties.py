@@ -27,11 +27,11 @@ class Tie(NamedTuple):
 
 
 def find_ties(module: nn.Module, layers: Sequence[nn.Module], parts: Sequence[int]) -> tuple[Tie, ...]:
-    """Find the parameters that are in more than one stage.
+    """Find the parameters that more than one stage has.
 
     Args:
         module: the unsplit module.
-        layers: all of its layers.
+        layers: all of the module's layers.
         parts: stage ``s`` has the layers ``parts[s]`` to ``parts[s + 1] - 1``.
 
     Example:
