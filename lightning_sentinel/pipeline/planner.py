@@ -81,4 +81,4 @@ class StepPlanner:
 
     def _next_run(self) -> int:
         self.runs += 1
-        return self.runs - 1
+        return self.runs

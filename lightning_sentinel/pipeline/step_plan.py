@@ -38,7 +38,7 @@ class StepPlan:
         kind: name of the user's step function: ``"training_step"``, ``"validation_step"``, ``"test_step"`` or ``"predict_step"``.
         loader: number of the data loader in an evaluation with several; ``None`` if there is one.
         number: training batches before this one.
-        run: schedule runs before this one since the engine was made, of any kind, repeated ones included. Every message carries it,
+        run: schedule runs since the engine was made, of any kind, repeated ones and this one included. Every message carries it,
             so that a late message is told from its successor.
         mesh: all workers.
         sizes: samples of every replica's batch and micro-batches.
@@ -86,7 +86,7 @@ class StepPlan:
 
     def seeds(self, micro_batch: MicroBatchId) -> MicroBatchSeeds:
         """The seeds of one micro-batch. No two evaluations draw the same numbers, and none draws those of a training step."""
-        number = self.number if self.trains else -1 - self.run
+        number = self.number if self.trains else -self.run
         return MicroBatchSeeds.of(self.seed, number, micro_batch, self.mesh.replicas)
 
     @cached_property
@@ -106,7 +106,7 @@ def plan_step(
     *,
     loader: int | None = None,
     number: int = 0,
-    run: int = 0,
+    run: int = 1,
     banned: Collection[Worker] = (),
     excluded: Collection[Worker] = (),
     shuffled: int | None = None,

@@ -51,18 +51,18 @@ def fit(module: tasks.Classifier, folder: str, ckpt_path: str | None = None, cal
 @contextmanager
 def counted() -> Iterator[list[Any]]:
     """The collectives that signals have for themselves."""
-    found, all_reduce = [], signals.dist.all_reduce
+    found, all_reduce = [], signals.wire.all_reduce
 
     def noted(*args: Any, **options: Any) -> Any:
         if sys._getframe(1).f_code.co_filename == signals.__file__:
             found.append(args)
         return all_reduce(*args, **options)
 
-    signals.dist.all_reduce = noted
+    signals.wire.all_reduce = noted
     try:
         yield found
     finally:
-        signals.dist.all_reduce = all_reduce
+        signals.wire.all_reduce = all_reduce
 
 
 def requeued_and_ended(folder: str) -> dict[str, Any]:

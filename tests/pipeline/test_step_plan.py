@@ -24,7 +24,7 @@ OTHERS: dict[str, Any] = {
     "kind": "validation_step",
     "loader": 1,
     "number": 8,
-    "run": 1,
+    "run": 2,
     "mesh": Mesh(4, 3),
     "sizes": BatchSizes(2, (4, 4, 4, 2)),
     "wiring": Wiring.of(MESH, (), 2),
@@ -69,7 +69,7 @@ def test_who_is_absent_serves_nothing_and_the_weights_are_those_of_the_samples(b
 
 def test_no_two_steps_draw_the_same_numbers_and_micro_batches_do_not_depend_on_who_serves_them() -> None:
     part = MicroBatchId(2, 1)
-    plans = [replace(PLAN, number=number, run=run) for number in range(3) for run in range(3)]
+    plans = [replace(PLAN, number=number, run=run) for number in range(3) for run in range(1, 4)]
     evaluations = [replace(plan, kind="validation_step") for plan in plans]
     trained = {plan.seeds(part) for plan in plans}
     evaluated = {plan.seeds(part) for plan in evaluations}
@@ -91,7 +91,7 @@ def test_a_planner_numbers_its_runs_and_takes_bans_from_the_ledger() -> None:
     first = plans.training(5, SIZES, 0.5)
     again = plans.training(5, SIZES, 0.5, excluded={Worker(0, 0)})
     evaluation = plans.evaluation("validation_step", 1, SIZES)
-    assert [plan.run for plan in (first, again, evaluation)] == [0, 1, 2]
+    assert [plan.run for plan in (first, again, evaluation)] == [1, 2, 3]
     assert first.banned == again.banned == evaluation.banned == {Worker(1, 2)}
     assert (first.absent, again.absent) == ({Worker(1, 2)}, {Worker(0, 0), Worker(1, 2)})
     assert first.audited and not evaluation.audited
