@@ -252,6 +252,29 @@ def test_a_slow_sender_is_named() -> None:
         assert "a larger SentinelStrategy(timeout=...) helps" in failure.message
 
 
+# ------------------------------------------------------------------------------------------------------------- who plans otherwise
+
+
+class PlansOtherwise(L.Callback):
+    """One rank alone draws other random numbers from one batch on."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == BATCH and trainer.global_rank == 2:
+            trainer.strategy._planner.seed += 1  # type: ignore[attr-defined]
+
+
+def fit_planning_otherwise() -> None:
+    fit(PlansOtherwise())
+
+
+def test_a_rank_with_another_plan_is_named_by_all() -> None:
+    results, failures = world.outcomes(fit_planning_otherwise, 4, timeout=40)
+    assert not results and set(failures) == {0, 1, 2, 3}
+    for failure in failures.values():
+        assert failure.kind == "PlanMismatchError"
+        assert f"Ranks disagree on who does what in training_step {BATCH}: another plan than most have rank 2" in failure.message
+
+
 # ------------------------------------------------------------------------------------------------------------------ who is killed
 
 
