@@ -58,6 +58,7 @@ class SentinelMonitor(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         mesh = _strategy(trainer).mesh
         self.anomaly_score = AnomalyScore(mesh.stages, mesh.replicas)
+        self._highest = None
         directory = trainer.log_dir  # a broadcast from rank zero, so every rank has to read it
         # Without a logger it is the working directory, where the user has asked for no files.
         writes = trainer.is_global_zero and bool(trainer.loggers) and directory is not None

@@ -89,10 +89,13 @@ class Exchange:
         digests = digests.where(digests.isfinite(), float(plan.digest))
         if (digests == plan.digest).all():
             return
-        usual = digests.mode().values
-        others = ", ".join(f"rank {rank} ({self._mesh.worker(rank)})" for rank in (digests != usual).nonzero().flatten().tolist())
+        usual = digests == digests.mode().values
+        # Where no plan is that of most ranks nobody can tell which ranks are wrong: all are named.
+        named = ~usual if 2 * int(usual.sum()) > len(usual) else torch.ones_like(usual)
+        others = ", ".join(f"rank {rank} ({self._mesh.worker(rank)})" for rank in named.nonzero().flatten().tolist())
+        who = f"another plan than most have {others}" if not named.all() else f"no plan is that of most of {others}"
         raise PlanMismatchError(
-            f"Ranks disagree on who does what in {plan.log_key} {plan.number}: another plan than most have {others}. What the plan"
+            f"Ranks disagree on who does what in {plan.log_key} {plan.number}: {who}. What the plan"
             " follows from, such as bans, batch sizes and seeds, must be the same everywhere. Look for a callback that acts on one"
             " rank only."
         )

@@ -311,3 +311,15 @@ def test_ranks_with_another_plan_are_named_on_all_ranks(change: dict[str, Any]) 
     with ranks(mesh.size) as world:
         world.run(work)
     assert sorted(told) == [0, 1, 2, 3]
+
+
+def test_of_two_ranks_that_disagree_both_are_named() -> None:
+    mesh = Mesh(1, 2)
+    plan = plan_of(mesh, Wiring.of(mesh))
+
+    def work(rank: int) -> None:
+        with pytest.raises(PlanMismatchError, match=r"no plan is that of most of rank 0 .*, rank 1 "):
+            Exchange(mesh, CPU).run(replace(plan, seed=rank), nothing())
+
+    with ranks(mesh.size) as world:
+        world.run(work)
