@@ -137,7 +137,7 @@ def _measure(load: Load, steps: int) -> dict[str, float]:
         trainer.fit(RandomBytesLlama(load.width, load.stages * load.blocks), DataLoader(data, batch_size=batch_size))
     timed = clock.seconds[_THROWN_AWAY:]
     # The largest of the boundaries: those in the middle also know what their senders had received.
-    guard = strategy._guard
+    guard = strategy._run.guard
     assert guard is not None
     state = max(
         sum(value.numel() for value in (verifier.state_dict() | guard.calibration.state_of(index)).values())
@@ -159,7 +159,7 @@ class _Clock(L.Callback):
         self._inside = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        guard = trainer.strategy._guard  # type: ignore[attr-defined]
+        guard = trainer.strategy._run.guard  # type: ignore[attr-defined]
         for name in _TIMED:
             setattr(guard, name, self._timed(getattr(guard, name)))
 

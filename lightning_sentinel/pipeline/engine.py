@@ -7,7 +7,7 @@ It keeps DeepSpeed's schedule of instructions and the buffers that they work on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -30,8 +30,8 @@ from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.data.sample_exchange import SampleExchange
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups, leave_module_alone
 from lightning_sentinel.pipeline.exchange import Exchange
-from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractions
-from lightning_sentinel.pipeline.gradients.stage_gradients import StageGradients
+from lightning_sentinel.pipeline.gradients.groups import StageGroups
+from lightning_sentinel.pipeline.gradients.stage_gradients import StageGradients, StageOptimizer
 from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.local_worker import LocalWorker
 from lightning_sentinel.pipeline.messages.inbox import Inbox
@@ -121,25 +121,27 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             self._local, stage, last_layer, steps, arithmetic, self._inbox, self.pipe_buffers, self.device
         )
         tied = TiedStages(stage_model.ties, stage_model.layers.module, mesh, worker.stage)
-        self._gradients = StageGradients(stage, mesh, worker, response, timeout, arithmetic, tied, zero)
-        self._gradients.make_equal(frozenset() if guard is None else guard.ledger.banned)
+        groups = StageGroups(mesh, self.global_rank, timeout, tied.sets)
+        stepped = StageOptimizer(self.optimizer, self._exec_optimizer_step, zero)
+        self.gradients = StageGradients(stage, mesh, worker, groups, response, arithmetic, tied, stepped)
+        self.gradients.make_equal(frozenset() if guard is None else guard.ledger.banned)
         self._recompute = Recomputation(stage, self._local.is_last, steps, self.device, arithmetic.forward_context)
         tolerances = Tolerances(mesh, 0) if guard is None else guard.tolerances
         recompute = self._recomputed, tolerances, self._recompute.computed_in
         self._audits = Audits(mesh, worker, self._signal_cache, self._samples, *recompute, self.device)
         self._running: RunningStep | None = None
-        self._rewind: Callable[[], None] | None = None
+        self._rewind: Rewind | None = None
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
     def run(self, plan: StepPlan, arguments: tuple[Any, ...], batch: SplitBatch) -> StepResult:
         guard = self.guard
         if plan.trains:
-            self._gradients.begin(plan.banned)
+            self.gradients.begin(plan.banned)
             if guard is not None:
                 guard.begin(plan)
         if plan.audited:
-            self._rewind = self._remembered()
+            self._rewind = Rewind(self._stage_parameters, list(self.module.buffers()), self.device, self._steps.remember())
         (own,) = batch.replicas
         work = self._sample_exchange.of_step(own, plan.sizes, plan.wiring, plan.absent)
         scale = plan.scale * self._arithmetic.factor()
@@ -155,7 +157,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             return self._result(running)
         self._transport.finish_notes()
         rows = {boundary: guard.take_rows(boundary) for boundary in guard.verifiers if work}
-        return self._result(running, rows, self._gradients.broken() if guard.replaces_malformed else None, guard.refused)
+        return self._result(running, rows, self.gradients.broken() if guard.replaces_malformed else None, guard.refused)
 
     def _run_schedule(self, plan: StepPlan, micro_batches: int) -> None:
         kind = schedule.TrainSchedule if plan.trains else schedule.InferenceSchedule
@@ -185,11 +187,15 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             self._signal_cache.clear()
             return None
         ask = self._ask if guard.audits else None
-        gradients = self._gradients
+        gradients = self.gradients
         ruling = guard.settle(outcome.table, plan, gradients.sum, ask, gradients.apart, outcome.broken, outcome.refused)
         # No audit needs the step's signals any more: this frees the memory for the optimizer step and for a validation.
         self._signal_cache.clear()
-        if outcome.broken is None or ruling.excluded:
+        if ruling.excluded:
+            assert self._rewind is not None, "an audited step is remembered"
+            self._rewind()
+            return ruling
+        if outcome.broken is None:
             return ruling
         lost = frozenset(plan.wiring.worker(stage, lane) for stage, lane in outcome.broken.any(dim=2).nonzero().tolist())
         if self._local.worker in lost:
@@ -206,21 +212,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             running.results, local.mesh, plan.wiring, local.worker, group, plan.sizes, average=plan.kind != "predict_step"
         )
 
-    def _remembered(self) -> Callable[[], None]:
-        """Record whatever a step changes before its verdict. Returns a function that undoes the step."""
-        undo_stage = Rewind(self._stage_parameters, list(self.module.buffers()), self.device)
-        undo_steps = self._steps.remember()
-
-        def undo() -> None:
-            undo_stage()
-            undo_steps()
-
-        return undo
-
-    def rewind(self) -> None:
-        assert self._rewind is not None, "only what is audited is done again"
-        self._rewind()
-
     # --------------------------------------------------------------------------------------------------------------- audits
 
     def _ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
@@ -236,35 +227,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _try_out(self, activation: Tensor, slot: int) -> Tensor:
         assigned = self._step_under_way.work[slot]
         return self._recomputed(Direction.ACTIVATION, assigned.part, Evidence(assigned.batch, activation, None))
-
-    # ------------------------------------------------------------------------------------------------- gradients and weights
-
-    def hold_gradients(self) -> None:
-        self._gradients.hold()
-
-    def release_gradients(self) -> None:
-        self._gradients.release()
-
-    @property
-    def left_out(self) -> frozenset[Worker]:
-        return self._gradients.left_out
-
-    def reduce_gradients(self, fractions: CleanFractions) -> None:
-        self._gradients.reduce(fractions, self.optimizer)
-
-    def clip_gradients(self, limit: float, by_value: bool) -> None:
-        self._gradients.clip(limit, by_value)
-
-    def apply_gradients(self, evaluate: Callable[[], Any] | None = None, **options: Any) -> Any:
-        assert evaluate is None and not options, "a schedule has run by now"
-        self._gradients.step(self.optimizer, self._exec_optimizer_step)
-
-    @property
-    def stepped_by_others(self) -> frozenset[int]:
-        return self._gradients.stepped_by_others(frozenset() if self.guard is None else self.guard.ledger.banned)
-
-    def discard_gradients(self) -> None:
-        self._gradients.discard()
 
     # -------------------------------------------------------------------------------------------------------- what all share
 

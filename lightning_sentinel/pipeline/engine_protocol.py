@@ -14,7 +14,51 @@ from lightning_sentinel.pipeline.recovery.ruling import Ruling
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.step_results import StepOutcome, StepResult
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Gradients"]
+
+
+class Gradients(Protocol):
+    """The gradients of the stages in this process, from the backward passes to the optimizer step.
+
+    Attributes:
+        left_out: workers that :meth:`reduce` leaves out.
+    """
+
+    left_out: frozenset[Worker]
+
+    def stepped_by_others(self, banned: frozenset[Worker]) -> frozenset[int]:
+        """Parameters, by ``id``, whose optimizer state another rank keeps, where these workers are banned."""
+
+    def hold(self) -> None:
+        """Put the gradients aside: Lightning zeroes them after ``training_step``, in which the backward passes run."""
+
+    def release(self) -> None:
+        """Put the gradients back, where Lightning expects the result of ``backward``."""
+
+    def reduce(self, fractions: CleanFractions) -> None:
+        """Replace the gradients by their mean over replicas, of the data that counts.
+
+        Args:
+            fractions: how much of the data was not excluded.
+        """
+
+    def clip(self, limit: float, by_value: bool) -> None:
+        """Clip the reduced gradients: by their norm over all stages, or by value."""
+
+    def apply(self, evaluate: Callable[[], Any] | None = None, **options: Any) -> Any:
+        """Step the optimizer, and discard the gradients.
+
+        Args:
+            evaluate: the optimizer's closure, which computes the gradients each time it is called, where all stages are in one
+                process; ``None`` if the gradients are already there.
+            options: further arguments of the optimizer's ``step``.
+
+        Returns:
+            what the optimizer's ``step`` returns.
+        """
+
+    def discard(self) -> None:
+        """Discard the gradients without a step."""
 
 
 class Engine(Protocol):
@@ -31,12 +75,8 @@ class Engine(Protocol):
     keeps_results: bool
 
     @property
-    def left_out(self) -> frozenset[Worker]:
-        """Workers whose gradients :meth:`reduce_gradients` leaves out."""
-
-    @property
-    def stepped_by_others(self) -> frozenset[int]:
-        """Parameters, by ``id``, whose optimizer state another rank keeps."""
+    def gradients(self) -> Gradients:
+        """The gradients of training batches, until the optimizer steps."""
 
     def run(self, plan: StepPlan, arguments: tuple[Any, ...], batch: SplitBatch) -> StepResult:
         """Forward passes of one batch, and backward passes of a training batch.
@@ -51,41 +91,11 @@ class Engine(Protocol):
         """Exchange the step's results between all ranks; a collective."""
 
     def settle(self, plan: StepPlan, outcome: StepOutcome) -> Ruling | None:
-        """Let the guard judge the batch and learn from it; ``None`` if nothing is verified."""
+        """Let the guard judge the batch and learn from it, and undo the batch if liars took part in it.
+
+        Returns:
+            ``None`` if nothing is verified.
+        """
 
     def returned(self) -> Any:
         """What the user's step returned for this replica's batch in the last :meth:`run`; to be called by all ranks."""
-
-    def rewind(self) -> None:
-        """Undo the last :meth:`run`, so that the batch can be repeated."""
-
-    def hold_gradients(self) -> None:
-        """Put the gradients aside: Lightning zeroes them after ``training_step``, in which the backward passes run."""
-
-    def release_gradients(self) -> None:
-        """Put the gradients back, where Lightning expects the result of ``backward``."""
-
-    def reduce_gradients(self, fractions: CleanFractions) -> None:
-        """Replace the gradients by their mean over replicas, of the data that counts.
-
-        Args:
-            fractions: how much of the data was not excluded.
-        """
-
-    def clip_gradients(self, limit: float, by_value: bool) -> None:
-        """Clip the reduced gradients: by their norm over all stages, or by value."""
-
-    def apply_gradients(self, evaluate: Callable[[], Any] | None = None, **options: Any) -> Any:
-        """Step the optimizer, and discard the gradients.
-
-        Args:
-            evaluate: the optimizer's closure, which computes the gradients each time it is called, where all stages are in one
-                process; ``None`` if the gradients are already there.
-            options: further arguments of the optimizer's ``step``.
-
-        Returns:
-            what the optimizer's ``step`` returns.
-        """
-
-    def discard_gradients(self) -> None:
-        """Discard the gradients without a step."""

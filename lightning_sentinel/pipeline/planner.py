@@ -21,22 +21,21 @@ class StepPlanner:
     Args:
         mesh: all workers.
         guard: knows which workers are banned and whether any is a suspect; ``None`` in a plain pipeline.
-        seed: the seed of forward passes' random numbers.
         runs: schedule runs so far; see :class:`StepPlan`.
     """
 
     mesh: Mesh
     guard: Guard | None
-    seed: int
     runs: int = 0
 
-    def training(self, number: int, sizes: BatchSizes, scale: float, excluded: Collection[Worker] = ()) -> StepPlan:
+    def training(self, number: int, sizes: BatchSizes, scale: float, seed: int, excluded: Collection[Worker] = ()) -> StepPlan:
         """Plan a training step.
 
         Args:
             number: training batches before this one.
             sizes: samples of every replica's batch.
             scale: factor of the gradients, for accumulation over batches.
+            seed: the seed of forward passes' random numbers.
             excluded: workers found lying in an earlier run of this step, which is repeated without them.
 
         Raises:
@@ -52,7 +51,7 @@ class StepPlanner:
             banned=self._banned,
             excluded=excluded,
             shuffled=None if guard is None else guard.lane_seed(number),
-            seed=self.seed,
+            seed=seed,
             scale=scale,
             audited=guard is not None and guard.audits,
         )
@@ -64,16 +63,17 @@ class StepPlanner:
             )
         return plan
 
-    def evaluation(self, kind: str, loader: int | None, sizes: BatchSizes) -> StepPlan:
+    def evaluation(self, kind: str, loader: int | None, sizes: BatchSizes, seed: int) -> StepPlan:
         """Plan a step without gradients.
 
         Args:
             kind: name of the user's step function.
             loader: number of the data loader, if there are several.
             sizes: samples of every replica's batch.
+            seed: the seed of forward passes' random numbers.
         """
         run = self._next_run()
-        return plan_step(kind, self.mesh, sizes, loader=loader, run=run, banned=self._banned, seed=self.seed)
+        return plan_step(kind, self.mesh, sizes, loader=loader, run=run, banned=self._banned, seed=seed)
 
     @property
     def _banned(self) -> frozenset[Worker]:

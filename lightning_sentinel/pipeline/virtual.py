@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
@@ -23,10 +23,9 @@ from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Boundary, Worker
 from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.data.copies import copied
-from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractions
 from lightning_sentinel.pipeline.gradients.contributions import broken
-from lightning_sentinel.pipeline.gradients.stash import GradientStash, scale_gradients
 from lightning_sentinel.pipeline.gradients.ties import Untied
+from lightning_sentinel.pipeline.gradients.virtual_gradients import VirtualGradients
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.recovery.ruling import Ruling
@@ -76,7 +75,6 @@ class VirtualEngine(VirtualPasses):
         self.keeps_results = False
         self._model = stage_model
         self._mesh = stage_model.mesh
-        self._optimizer = optimizer
         self._steps = steps
         self._device = device
         self._batched = BatchedReplicas(device, activation_checkpointing, stage_model.places)
@@ -86,16 +84,15 @@ class VirtualEngine(VirtualPasses):
         self._stages = [layers[parts[stage] : parts[stage + 1]] for stage in range(self._mesh.stages)]
         self._untied = Untied(self._stages)
         self._parameters = [parameter for stage in self._untied.parameters for parameter in stage]
+        self.gradients = VirtualGradients(self._untied, self._mesh.replicas, optimizer)
         self._buffers = [buffer for stage in self._stages for layer in stage for buffer in layer.buffers()]
-        self._stash = GradientStash(self._parameters)
         self._moving = [RunningStatistics(b for layer in stage for b in layer.buffers()) for stage in self._stages]
         steps.leaves_out = guard is not None and guard.excludes
         self._running: VirtualStep | None = None
         self._returned: Any = None
         self._answers: dict[int, dict[tuple[int, int], list[float]]] | None = None
         """Measured errors of the last training step's signals, by boundary and place; ``None`` before the step's first audit."""
-        self._rewind: Callable[[], None] | None = None
-        self.left_out: frozenset[Worker] = frozenset()
+        self._rewind: Rewind | None = None
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
@@ -109,7 +106,7 @@ class VirtualEngine(VirtualPasses):
         if self.guard is not None:
             self.guard.begin(plan)
             if self.guard.replaces_malformed:
-                self._rewind = self._remembered()
+                self._remember()
         return self._run_training(VirtualStep(plan, arguments, batch, apart=self._anybody_fails(plan)))
 
     def _run_training(self, running: VirtualStep) -> StepResult:
@@ -143,19 +140,12 @@ class VirtualEngine(VirtualPasses):
             )
         return {boundary: self.guard.take_rows(boundary) for boundary in self._mesh.boundaries}
 
-    def _remembered(self) -> Callable[[], None]:
-        """Record whatever a step changes before its verdict. Returns a function that undoes the step."""
-        undo_stages = Rewind(self._parameters, self._buffers, self._device)
-        undo_steps = self._steps.remember()
+    def _remember(self) -> None:
+        """Record whatever a step changes before its verdict, so that the step can be undone."""
+        self._rewind = Rewind(self._parameters, self._buffers, self._device, self._steps.remember())
 
-        def undo() -> None:
-            undo_stages()
-            undo_steps()
-
-        return undo
-
-    def rewind(self) -> None:
-        assert self._rewind is not None, "nothing is done again unless somebody answers for it"
+    def _undo(self) -> None:
+        assert self._rewind is not None, "a step that may be undone is remembered"
         self._rewind()
 
     def exchange(self, plan: StepPlan, result: StepResult) -> StepOutcome:
@@ -164,7 +154,8 @@ class VirtualEngine(VirtualPasses):
         if spoiled:
             assert self.guard is not None and self._running is not None, "without a guard everything counts"
             # One replica's broken gradient is in the sum of all, so the replicas run again one by one.
-            self.rewind()
+            self._undo()
+            self._remember()
             self.guard.forget_step()
             running = self._running
             apart = VirtualStep(plan, running.arguments, running.batch, apart=True)
@@ -260,36 +251,10 @@ class VirtualEngine(VirtualPasses):
             self.guard.forget_step()
             return None
         ask = self._ask if self.guard.audits else None
-        return self.guard.settle(outcome.table, plan, lambda vector: vector, ask, broken=outcome.broken)
-
-    # ------------------------------------------------------------------------------------------------- gradients and weights
-
-    stepped_by_others: frozenset[int] = frozenset()
-
-    def hold_gradients(self) -> None:
-        self._stash.hold()
-
-    def release_gradients(self) -> None:
-        self._stash.release()
-
-    def reduce_gradients(self, fractions: CleanFractions) -> None:
-        for parameters, fraction in zip(self._untied.parameters, fractions.stages):
-            scale_gradients(parameters, 1.0 / (self._mesh.replicas * fraction))
-        self._untied.add_up()
-
-    def clip_gradients(self, limit: float, by_value: bool) -> None:
-        clip = nn.utils.clip_grad_value_ if by_value else nn.utils.clip_grad_norm_
-        clip(self._untied.owners, limit)
-
-    def apply_gradients(self, evaluate: Callable[[], Any] | None = None, **options: Any) -> Any:
-        assert self._optimizer is not None
-        result = self._optimizer.step(**options) if evaluate is None else self._optimizer.step(closure=evaluate, **options)
-        self.discard_gradients()
-        return result
-
-    def discard_gradients(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
+        ruling = self.guard.settle(outcome.table, plan, lambda vector: vector, ask, broken=outcome.broken)
+        if ruling.excluded:
+            self._undo()
+        return ruling
 
 
 def _joined(results: Sequence[tuple[Sequence[int], Any]]) -> Any:

@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.recovery.ruling import Ruling
 from lightning_sentinel.verification import Detection, Ledger
 
@@ -60,15 +60,14 @@ class Announcements:
     """Prints a line for every ban, and one when a worker is first found guilty, disputed or outvoted.
 
     Args:
-        mesh: all workers.
         ban_after: see :class:`Response`.
     """
 
-    def __init__(self, mesh: Mesh, ban_after: int | None) -> None:
-        self._mesh = mesh
+    def __init__(self, ban_after: int | None) -> None:
         self._ban_after = ban_after
         self._told: set[tuple[Worker, str]] = set()
-        self._spared = self._stuck = False
+        self._spared = False
+        self._stuck = False
 
     def tell(self, trainer: L.Trainer, ruling: Ruling, ledger: Ledger, left: int) -> None:
         """Tell the user what was decided about a step.
@@ -81,9 +80,10 @@ class Announcements:
         """
         verdict = ruling.verdict
         step = trainer.strategy.step  # type: ignore[attr-defined]
+        replicas = trainer.strategy.mesh.replicas  # type: ignore[attr-defined]
         # Unlike a log record a printed line goes above the progress bar, not into it.
         say = trainer.lightning_module.print
-        why = consequence(bool(ruling.excluded), self._ban_after, left, self._mesh.replicas)
+        why = consequence(bool(ruling.excluded), self._ban_after, left, replicas)
         for worker in ruling.banned:
             say(f"Banned {worker} at step {step}: {why}")
         then = "the step is done again without it" if ruling.excluded else "this run only reports it"

@@ -1,240 +1,163 @@
-"""The part of the strategy that launches and connects the processes, and runs collectives over all of them.
+"""The processes of a run: connected, numbered by their place on the mesh, and watched wherever they wait for each other.
 
-A virtual mesh has one process, and needs none of this.
+A virtual mesh has one process, which waits for no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.fabric.utilities.distributed import _sync_ddp_if_available
-from lightning.fabric.utilities.imports import _IS_INTERACTIVE
-from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.strategies.strategy import TBroadcast
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available, _sync_ddp_if_available
 from torch import Tensor
 from torch.distributed import Store
-from typing_extensions import override
 
-from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.processes import wire
 from lightning_sentinel.pipeline.processes.admission import announce_end, stand_by
-from lightning_sentinel.pipeline.processes.liveness import Roster, Start, connect
+from lightning_sentinel.pipeline.processes.hosts import host_name
+from lightning_sentinel.pipeline.processes.liveness import Roster, connect
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
-from lightning_sentinel.strategy.settings import ReadableSettings
+from lightning_sentinel.strategy.settings import StrategySettings
 
-__all__ = ["ProcessStrategy"]
-
-
-_VIRTUAL_MESH = Mesh(stages=2, replicas=4)
-"""The defaults of ``stages`` and ``replicas`` on a virtual mesh."""
+__all__ = ["Processes"]
 
 
-class ProcessStrategy(ReadableSettings):
-    """Runs one process per device, launched by Lightning or from outside (torchrun, SLURM).
+class Processes:
+    """This process among those of the run, and the collectives of all of them.
 
     Args:
-        arguments: the arguments of ``ParallelStrategy``.
+        settings: the strategy's settings.
     """
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._num_nodes = 1
-        self._has_trainer = False
-        self._chosen_accelerator = self._accelerator
+    def __init__(self, settings: StrategySettings) -> None:
+        self._settings = settings
         self._store: Store | None = None
         self._roster: Roster | None = None
+        self.rank = 0
+        self.world_size = 1
+        self.device = torch.device("cpu")
+        """The device of this process."""
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh of workers; known once the Trainer has been made."""
-        if self._virtual:
-            return Mesh(
-                _VIRTUAL_MESH.stages if self.stages is None else self.stages,
-                _VIRTUAL_MESH.replicas if self.replicas is None else self.replicas,
-            )
-        # With a ledger, some of the started ranks may be left out.
-        mesh = Mesh.for_world if self.response.ledger is None else Mesh.largest
-        return mesh(self.world_size, self.stages, self.replicas)
+        """All workers."""
+        return self._settings.mesh(self.world_size)
 
     @property
     def worker(self) -> Worker:
         """The worker that this process is."""
-        return self.mesh.worker(self.global_rank)
+        return self.mesh.worker(self.rank)
 
     @property
-    def _trainer(self) -> L.Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
+    def has_met(self) -> bool:
+        """Whether the processes of a run have been connected."""
+        return self._roster is not None
 
-    @property
-    @override
-    def accelerator(self) -> Accelerator | None:
-        """The Trainer's accelerator. Not kept in `_accelerator`, which another Trainer would take for the user's choice."""
-        return self._chosen_accelerator
+    def number(self, rank: int, world_size: int, device: torch.device) -> None:
+        """Tell this process its place; to be called whenever the environment has changed."""
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
 
-    @accelerator.setter
-    def accelerator(self, accelerator: Accelerator) -> None:
-        self._chosen_accelerator = accelerator
+    # ----------------------------------------------------------------------------------------------------------- connecting
 
-    @property
-    def is_distributed(self) -> bool:
-        # Lightning injects distributed samplers only for strategies where this is true.
-        return not self._virtual
+    def connect(
+        self,
+        environment: ClusterEnvironment,
+        devices: Sequence[torch.device],
+        admit: Callable[[Store], tuple[int, ...]],
+    ) -> ClusterEnvironment:
+        """Connect the processes.
 
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
+        Args:
+            environment: started the processes.
+            devices: the devices of this machine.
+            admit: returns the started ranks that form the mesh, in order.
 
-    @property
-    def num_nodes(self) -> int:
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        self._num_nodes = num_nodes
-
-    @property
-    def num_processes(self) -> int:
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
-
-    # The environment of a virtual mesh may name any ranks, or none, as in a job step of SLURM; so it is not asked.
-
-    @property
-    @override
-    def global_rank(self) -> int:
-        return 0 if self._virtual else super().global_rank
-
-    @property
-    @override
-    def local_rank(self) -> int:
-        return 0 if self._virtual else super().local_rank
-
-    @property
-    @override
-    def node_rank(self) -> int:
-        return 0 if self._virtual else super().node_rank
-
-    @property
-    @override
-    def world_size(self) -> int:
-        return self.num_nodes * self.num_processes if self._virtual else super().world_size
-
-    def set_world_ranks(self) -> None:
-        """Tell the environment ranks and world size; called by Lightning as soon as it knows the devices."""
-        if self.cluster_environment is not None and not self._virtual:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        for guard in (rank_zero_only, fabric_rank_zero_only):
-            guard.rank = self.global_rank  # type: ignore[attr-defined]
-
-    @override
-    def _configure_launcher(self) -> None:
-        """Lightning's hook once the Trainer knows its devices: choose what starts the processes."""
-        assert self.cluster_environment is not None
-        if self._has_trainer:
-            raise ConfigurationError(
-                f"This {type(self).__name__} belongs to another Trainer already. It keeps who is banned, what was detected and what"
-                " was learned of one run's workers, so make a new one for every Trainer."
-            )
-        self._has_trainer = True
-        if self._virtual:
-            return
-        if _IS_INTERACTIVE:
-            raise ConfigurationError(
-                f"{type(self).__name__} starts a process for each worker by running the script again, and in a notebook or an"
-                " interactive session there is none. Use Trainer(strategy='sentinel_virtual', devices=1) or"
-                " SentinelStrategy(engine='virtual'), which have the whole mesh in this process, or write a script."
-            )
-        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-
-    @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        self.set_world_ranks()
-        if self._virtual:
-            return
-        assert self.cluster_environment is not None
+        Returns:
+            the environment, or one that numbers the processes anew if some of them are left out.
+        """
         start = connect(
-            self._backend(),
-            address=self.cluster_environment.main_address,
-            port=self.cluster_environment.main_port,
-            rank=self.global_rank,
+            wire.backend_for(self.device, devices, self._settings.transport),
+            address=environment.main_address,
+            port=environment.main_port,
+            rank=self.rank,
             world_size=self.world_size,
-            timeout=self.timeout,
-            admit=self._admit,
+            timeout=self._settings.timeout,
+            admit=admit,
         )
-        if start is not None:
-            self._store = start.store
-            self._renumber(start)
-
-    def _admit(self, store: Store) -> tuple[int, ...]:
-        """The started ranks that form the mesh, in order; all of them, unless a subclass decides otherwise."""
-        return tuple(range(self.world_size))
-
-    def _renumber(self, start: Start) -> None:
-        """Renumber the processes of the mesh, if some are left out; those stay in this method until the run ends."""
-        environment = self.cluster_environment
-        assert environment is not None
+        if start is None:
+            return environment
+        self._store = start.store
         if isinstance(environment, RenumberedEnvironment) or start.ranks == tuple(range(self.world_size)):
-            return
-        self.cluster_environment = RenumberedEnvironment(environment, start.ranks)
-        self.set_world_ranks()
-        if self.global_rank >= self.world_size:
-            stand_by(start.store, self.timeout)
-        if self.is_global_zero:
-            announce_end(start.store)
+            return environment
+        return RenumberedEnvironment(environment, start.ranks)
 
-    def _backend(self) -> str:
-        assert self.parallel_devices is not None
-        return wire.backend_for(self.root_device, self.parallel_devices, self.transport)
+    def wait_if_left_out(self, placed: int) -> None:
+        """Keep a process that is left out here until the run ends, and let rank zero tell such processes of the end.
+
+        Args:
+            placed: number of processes that form the mesh.
+        """
+        assert self._store is not None, "processes are renumbered when they connect"
+        if self.rank >= placed:
+            stand_by(self._store, self._settings.timeout)
+        if self.rank == 0:
+            announce_end(self._store)
+
+    def meet(self) -> tuple[str, ...]:
+        """Wait for all processes of the mesh. Returns the machine of each rank."""
+        self._roster = roster = Roster(self.mesh, self.rank, self._store, self._settings.timeout)
+        with self.watching():
+            roster.meet()
+        return (host_name(),) * self.mesh.size if self._settings.virtual else roster.hosts
+
+    def report_failure(self, exception: BaseException) -> None:
+        """Tell the other processes why this one ends."""
+        if self._roster is not None:
+            self._roster.report_failure(exception)
 
     @contextmanager
-    def _watching(self) -> Iterator[None]:
+    def watching(self) -> Iterator[None]:
         """Turn the loss of a peer into an error that names it, wherever ranks wait for each other."""
-        with self._roster.watching() if self._roster is not None else nullcontext():
+        with nullcontext() if self._roster is None else self._roster.watching():
             yield
 
-    @override
-    def barrier(self, name: str | None = None) -> None:
+    # ---------------------------------------------------------------------------------------------------------- collectives
+
+    def barrier(self) -> None:
         if wire.is_connected():
-            with self._watching():
+            with self.watching():
                 wire.barrier()
 
-    @override
-    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The value of one rank, on all ranks."""
         if not wire.is_connected():
-            return obj
-        with self._watching():
-            shared: TBroadcast = wire.broadcast_object(obj, src)
-        return shared
+            return value
+        with self.watching():
+            return wire.broadcast_object(value, source)
 
-    @override
-    def reduce(self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any = "mean") -> Tensor | Any:
-        if not isinstance(tensor, Tensor):
-            return tensor
-        with self._watching():
-            return _sync_ddp_if_available(self._on_wire(tensor), group, reduce_op=reduce_op).to(tensor.device)
+    def reduce(self, tensor: Tensor, group: Any | None, operation: Any) -> Tensor:
+        """Reduce a tensor over the ranks; the result is on the tensor's device, whatever device the backend sends from."""
+        with self.watching():
+            return _sync_ddp_if_available(_on_wire(tensor), group, reduce_op=operation).to(tensor.device)
 
-    @override
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        with self._watching():
-            return super().all_gather(self._on_wire(tensor), group, sync_grads).to(tensor.device)
+    def all_gather(self, tensor: Tensor, group: Any | None, with_gradients: bool) -> Tensor:
+        with self.watching():
+            return _all_gather_ddp_if_available(_on_wire(tensor), group, with_gradients).to(tensor.device)
 
-    def _on_wire(self, tensor: Tensor) -> Tensor:
-        """A tensor, on the device from which the backend sends it."""
-        return tensor.to(wire.device_of_wire(tensor.device)) if wire.is_connected() else tensor
+    def any_rank(self, decision: bool) -> bool:
+        """Whether a decision is true on any rank."""
+        if not wire.is_connected():
+            return decision
+        votes = torch.tensor(int(decision), device=self.device)
+        return bool(self.reduce(votes, None, "sum"))
 
-    @override
-    def model_to_device(self) -> None:
-        assert self.lightning_module is not None
-        self.lightning_module.to(self.root_device)
+
+def _on_wire(tensor: Tensor) -> Tensor:
+    """A tensor, on the device from which the backend sends it."""
+    return tensor.to(wire.device_of_wire(tensor.device)) if wire.is_connected() else tensor

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import count
 
 import lightning as L
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
@@ -18,19 +19,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sentinel.aggregation.rules import tolerable
-from lightning_sentinel.config import DEFAULT_AUDIT_RATE, Response, Verification, is_whole
+from lightning_sentinel.config import DEFAULT_AUDIT_RATE, Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.strategy.averaging import refuse_unequal_epochs
 from lightning_sentinel.strategy.protection import shortcoming
+from lightning_sentinel.strategy.settings import StrategySettings
 from lightning_sentinel.verification.calibration import values_needed, values_of_warmup
-from lightning_sentinel.verification.features import watched
 
 __all__ = [
     "check_precision",
     "check_replicas",
-    "check_settings",
+    "refuse_before_processes",
     "refuse_exchanged_parameters",
+    "refuse_launch",
     "refuse_pruning",
     "refuse_resumed_finetuning",
     "refuse_synchronised_layers",
@@ -44,55 +46,6 @@ __all__ = [
 
 _FEWEST_TO_OUTVOTE = 3
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
-
-
-def check_settings(
-    engine: str,
-    micro_batches: int,
-    partition: str,
-    transport: str,
-    zero_stage: int,
-    verification: Verification | None,
-    response: Response,
-    state_dict_type: str,
-) -> None:
-    """Raise ``ConfigurationError`` for arguments of the strategy that cannot work."""
-    if engine not in ("process", "virtual"):
-        raise ConfigurationError(f"engine={engine!r} is unknown. Use 'process' or 'virtual'.")
-    if not is_whole(micro_batches, 1):
-        raise ConfigurationError(
-            f"micro_batches={micro_batches!r} cannot work: a batch is at least one micro-batch, and a whole number of them."
-        )
-    if not isinstance(partition, str) or (partition not in ("parameters", "uniform") and not partition.startswith("type:")):
-        raise ConfigurationError(
-            f"partition={partition!r} is unknown. Use 'parameters', 'uniform', or 'type:REGEX' for a class name."
-        )
-    if transport not in ("auto", "device", "host"):
-        raise ConfigurationError(f"transport={transport!r} is unknown. Use 'auto', 'device' or 'host'.")
-    if state_dict_type not in ("full", "sharded"):
-        raise ConfigurationError(f"state_dict_type={state_dict_type!r} is unknown. Use 'full' or 'sharded'.")
-    if verification is not None:
-        watched(verification)
-    if response.aggregation != "mean" and engine == "virtual":
-        raise ConfigurationError(
-            f"Response(aggregation={response.aggregation!r}) needs engine='process': the virtual mesh computes the gradients of all"
-            " replicas of a stage at once, so that there is nothing to aggregate. Use aggregation='mean'."
-        )
-    if zero_stage not in (0, 1):
-        raise ConfigurationError(
-            f"zero_stage={zero_stage} cannot be used with a pipeline: gradients and weights of a stage are needed whole. Use"
-            " zero_stage=1, which shards the optimizer's state, or 0."
-        )
-    if zero_stage == 1 and engine == "virtual":
-        raise ConfigurationError(
-            "zero_stage=1 needs engine='process': on a virtual mesh all replicas of a stage share one optimizer state. Use"
-            " zero_stage=0."
-        )
-    if zero_stage == 1 and verification is not None and response.ban_after is not None:
-        raise ConfigurationError(
-            f"zero_stage=1 contradicts Response(ban_after={response.ban_after}): a banned worker would take with it the optimizer"
-            " state that only it has. Use zero_stage=0, or ban_after=None, or verification=None."
-        )
 
 
 def check_replicas(mesh: Mesh, verification: Verification | None, response: Response) -> None:
@@ -156,6 +109,54 @@ def warn_of_long_warmup(trainer: L.Trainer, verification: Verification) -> None:
             f"Verification(warmup_steps={verification.warmup_steps}) outlasts this run of {batches:g} training batches: nobody"
             " will be flagged, except for values that are not finite. Train for longer, or use a shorter warm-up."
         )
+
+
+def refuse_launch(name: str, virtual: bool, world_size: int, has_trainer: bool) -> None:
+    """Raise ``ConfigurationError`` where processes cannot be started, before any is.
+
+    Args:
+        name: the name of the strategy's class.
+        virtual: whether the whole mesh is in one process.
+        world_size: number of processes of the Trainer.
+        has_trainer: whether the strategy belongs to another Trainer already.
+    """
+    if virtual and world_size > 1:
+        raise ConfigurationError(
+            f"A virtual mesh is in one process, but the Trainer has {world_size}. Use Trainer(devices=1), or engine='process'."
+        )
+    if has_trainer:
+        raise ConfigurationError(
+            f"This {name} belongs to another Trainer already. It keeps who is banned, what was detected and what was learned of one"
+            " run's workers, so make a new one for every Trainer."
+        )
+    if _IS_INTERACTIVE and not virtual:
+        raise ConfigurationError(
+            f"{name} starts a process for each worker by running the script again, and in a notebook or an interactive session"
+            " there is none. Use Trainer(strategy='sentinel_virtual', devices=1) or SentinelStrategy(engine='virtual'), which have"
+            " the whole mesh in this process, or write a script."
+        )
+
+
+def refuse_before_processes(
+    trainer: L.Trainer, settings: StrategySettings, mesh: Mesh, synchronises: bool, precision: Precision
+) -> None:
+    """Raise ``ConfigurationError`` for what cannot work in a run, before its processes are connected.
+
+    Args:
+        trainer: the Trainer of the run, which has its module.
+        settings: the strategy's settings.
+        mesh: all workers.
+        synchronises: whether layers are to be synchronised over ranks.
+        precision: the Trainer's precision plugin.
+    """
+    module = trainer.lightning_module
+    whole = settings.virtual and mesh.stages == 1
+    refuse_unsupported(module, trainer, whole)
+    if settings.sharded and whole and not module.automatic_optimization:
+        refuse_sharded_by_hand(module)
+    refuse_pruning(trainer, mesh, settings.virtual)
+    refuse_synchronised_layers(synchronises, settings.virtual)
+    check_precision(precision, settings.verification, settings.virtual)
 
 
 def refuse_unsupported(module: L.LightningModule, trainer: L.Trainer, whole: bool) -> None:
@@ -227,6 +228,14 @@ def check_precision(precision: Precision, verification: Verification | None, vir
             "Trainer(precision='16-mixed') needs engine='process' and verification=None: its gradients overflow every now and then,"
             " which is what an attack looks like. Use precision='bf16-mixed', which needs no loss scaling, or verification=None."
         )
+
+
+def refuse_sharded_by_hand(module: L.LightningModule) -> None:
+    """Raise ``ConfigurationError`` for a sharded checkpoint that would have to split the states of several optimizers by name."""
+    raise ConfigurationError(
+        f"{type(module).__name__} uses manual optimization, and a sharded checkpoint has the state of one optimizer. Use"
+        " SentinelStrategy(state_dict_type='full'): with stages=1 nothing is cut."
+    )
 
 
 def refuse_resumed_finetuning(trainer: L.Trainer, mesh: Mesh) -> None:

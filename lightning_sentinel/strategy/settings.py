@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.strategies import ParallelStrategy
-
 from lightning_sentinel.config import Response, Verification, is_whole
 from lightning_sentinel.errors import ConfigurationError
-from lightning_sentinel.strategy.refusals import check_settings
+from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.verification.features import watched
 
-__all__ = ["ReadableSettings", "StrategySettings", "differences"]
+__all__ = ["StrategySettings", "differences"]
 
-_OTHER = "pytorch_lightning"
+_VIRTUAL_MESH = Mesh(stages=2, replicas=4)
+"""The defaults of ``stages`` and ``replicas`` on a virtual mesh."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +43,83 @@ class StrategySettings:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        check_settings(
-            self.engine,
-            self.micro_batches,
-            self.partition,
-            self.transport,
-            self.zero_stage,
-            self.verification,
-            self.response,
-            self.state_dict_type,
-        )
+        self._check_values()
+        self._check_together()
+
+    @property
+    def virtual(self) -> bool:
+        """Whether the whole mesh is in one process."""
+        return self.engine == "virtual"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each stage writes its own part of a checkpoint."""
+        return self.state_dict_type == "sharded"
+
+    def mesh(self, world_size: int) -> Mesh:
+        """The mesh that these settings make of a number of processes.
+
+        Raises:
+            ConfigurationError: if they make none.
+        """
+        if self.virtual:
+            return Mesh(
+                _VIRTUAL_MESH.stages if self.stages is None else self.stages,
+                _VIRTUAL_MESH.replicas if self.replicas is None else self.replicas,
+            )
+        # With a ledger, some of the started ranks may be left out.
+        mesh = Mesh.for_world if self.response.ledger is None else Mesh.largest
+        return mesh(world_size, self.stages, self.replicas)
 
     @property
     def plain(self) -> dict[str, Any]:
         """The settings as a checkpoint keeps them, without the seed of verification, which no worker may know."""
         return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
+
+    def _check_values(self) -> None:
+        """Raise ``ConfigurationError`` for a value that is none of those possible."""
+        if self.engine not in ("process", "virtual"):
+            raise ConfigurationError(f"engine={self.engine!r} is unknown. Use 'process' or 'virtual'.")
+        if not is_whole(self.micro_batches, 1):
+            raise ConfigurationError(
+                f"micro_batches={self.micro_batches!r} cannot work: a batch is at least one micro-batch, and a whole number of"
+                " them."
+            )
+        if not isinstance(self.partition, str) or (
+            self.partition not in ("parameters", "uniform") and not self.partition.startswith("type:")
+        ):
+            raise ConfigurationError(
+                f"partition={self.partition!r} is unknown. Use 'parameters', 'uniform', or 'type:REGEX' for a class name."
+            )
+        if self.transport not in ("auto", "device", "host"):
+            raise ConfigurationError(f"transport={self.transport!r} is unknown. Use 'auto', 'device' or 'host'.")
+        if self.state_dict_type not in ("full", "sharded"):
+            raise ConfigurationError(f"state_dict_type={self.state_dict_type!r} is unknown. Use 'full' or 'sharded'.")
+
+    def _check_together(self) -> None:
+        """Raise ``ConfigurationError`` for settings that contradict each other."""
+        if self.verification is not None:
+            watched(self.verification)
+        if self.response.aggregation != "mean" and self.engine == "virtual":
+            raise ConfigurationError(
+                f"Response(aggregation={self.response.aggregation!r}) needs engine='process': the virtual mesh computes the"
+                " gradients of all replicas of a stage at once, so that there is nothing to aggregate. Use aggregation='mean'."
+            )
+        if self.zero_stage not in (0, 1):
+            raise ConfigurationError(
+                f"zero_stage={self.zero_stage} cannot be used with a pipeline: gradients and weights of a stage are needed whole."
+                " Use zero_stage=1, which shards the optimizer's state, or 0."
+            )
+        if self.zero_stage == 1 and self.engine == "virtual":
+            raise ConfigurationError(
+                "zero_stage=1 needs engine='process': on a virtual mesh all replicas of a stage share one optimizer state. Use"
+                " zero_stage=0."
+            )
+        if self.zero_stage == 1 and self.verification is not None and self.response.ban_after is not None:
+            raise ConfigurationError(
+                f"zero_stage=1 contradicts Response(ban_after={self.response.ban_after}): a banned worker would take with it the"
+                " optimizer state that only it has. Use zero_stage=0, or ban_after=None, or verification=None."
+            )
 
     def _check_kinds(self) -> None:
         """Raise ``ConfigurationError`` for an argument of the wrong type, or out of range."""
@@ -80,80 +141,6 @@ class StrategySettings:
         _require(isinstance(checkpointing, bool), "activation_checkpointing", checkpointing, "True or False")
         named = self.sequential is None or isinstance(self.sequential, str)
         _require(named, "sequential", self.sequential, "None or the name of an attribute")
-
-
-class ReadableSettings(ParallelStrategy):
-    """The settings of a strategy as attributes that cannot be set, because decisions were made by them already."""
-
-    _settings: StrategySettings
-
-    @property
-    def stages(self) -> int | None:
-        """The argument as given; ``strategy.mesh.stages`` is the number in use, also if none was given."""
-        return self._settings.stages
-
-    @property
-    def replicas(self) -> int | None:
-        """The argument as given; ``strategy.mesh.replicas`` is the number in use, also if none was given."""
-        return self._settings.replicas
-
-    @property
-    def micro_batches(self) -> int:
-        return self._settings.micro_batches
-
-    @property
-    def verification(self) -> Verification | None:
-        return self._settings.verification
-
-    @property
-    def response(self) -> Response:
-        return self._settings.response
-
-    @property
-    def partition(self) -> str:
-        return self._settings.partition
-
-    @property
-    def engine(self) -> Literal["process", "virtual"]:
-        return self._settings.engine
-
-    @property
-    def sequential(self) -> str | None:
-        return self._settings.sequential
-
-    @property
-    def zero_stage(self) -> int:
-        return self._settings.zero_stage
-
-    @property
-    def activation_checkpointing(self) -> bool:
-        return self._settings.activation_checkpointing
-
-    @property
-    def transport(self) -> Literal["auto", "device", "host"]:
-        return self._settings.transport
-
-    @property
-    def state_dict_type(self) -> Literal["full", "sharded"]:
-        return self._settings.state_dict_type
-
-    @property
-    def timeout(self) -> timedelta:
-        return self._settings.timeout
-
-    @property
-    def _virtual(self) -> bool:
-        return self._settings.engine == "virtual"
-
-    @property
-    def _sharded(self) -> bool:
-        return self._settings.state_dict_type == "sharded"
-
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{one.name}={getattr(self._settings, one.name)!r}" for one in fields(self._settings))
-        shown = f"{type(self).__name__}({settings})"
-        # `pytorch_lightning` shows this where it refuses a strategy that is not its own.
-        return f"{shown}, for the package `lightning` and not for `pytorch_lightning`" if _OTHER in sys.modules else shown
 
 
 def _plain(value: Any) -> Any:

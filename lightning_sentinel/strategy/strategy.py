@@ -1,4 +1,4 @@
-"""The Lightning strategy: data, steps and checkpoints of a verified pipeline.
+"""The Lightning strategy: an adapter between Lightning's hooks and the parts of a verified pipeline.
 
 A training step: Lightning's loop calls :meth:`SentinelStrategy.training_step`; the engine runs the schedule of all micro-batches,
 and each signal is verified on receipt; one collective gives all ranks the scores, from which they derive the same verdicts; then
@@ -7,71 +7,62 @@ Lightning's hooks run in their usual order around the reduction of gradients, cl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.distributed import Store
+from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sentinel.callbacks.monitor import SentinelMonitor
+from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.config import Response, Verification
-from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
-from lightning_sentinel.mesh import Worker
-from lightning_sentinel.pipeline.arithmetic import Arithmetic
-from lightning_sentinel.pipeline.checkpoints.resumption import Unopened
+from lightning_sentinel.errors import MalformedMessageError
+from lightning_sentinel.pipeline.checkpoints.files import AtomicCheckpointIO
 from lightning_sentinel.pipeline.deepspeed_setup import prepare
-from lightning_sentinel.pipeline.engine_protocol import Engine
-from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractionTally
-from lightning_sentinel.pipeline.logs import LogReplay, silence_misleading_warnings
-from lightning_sentinel.pipeline.messages.transport import Transport
-from lightning_sentinel.pipeline.planner import StepPlanner
-from lightning_sentinel.pipeline.processes.hosts import host_name
-from lightning_sentinel.pipeline.processes.liveness import Roster
-from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
-from lightning_sentinel.pipeline.randomness import SeparateRandomness, seed_data, seed_of_state
-from lightning_sentinel.pipeline.recovery.guard import Guard
-from lightning_sentinel.pipeline.recovery.ruling import Ruling
+from lightning_sentinel.pipeline.logs import silence_misleading_warnings
+from lightning_sentinel.pipeline.randomness import seed_data, seed_of_state
 from lightning_sentinel.pipeline.stages.partition import StageModel
-from lightning_sentinel.pipeline.step_results import StepOutcome
-from lightning_sentinel.pipeline.steps import StepRunner
-from lightning_sentinel.pipeline.virtual import VirtualEngine
-from lightning_sentinel.seeds import secret_seed
-from lightning_sentinel.strategy.announcements import Announcements, announce_detections, keep_latest, log_settings
+from lightning_sentinel.strategy.added_callbacks import add_callbacks
+from lightning_sentinel.strategy.announcements import Announcements, log_settings
+from lightning_sentinel.strategy.bans import BanKeeper
+from lightning_sentinel.strategy.building import StageBuilder
+from lightning_sentinel.strategy.checkpoints import CheckpointWriter
+from lightning_sentinel.strategy.data import sampler_arguments
+from lightning_sentinel.strategy.loading import CheckpointReader
+from lightning_sentinel.strategy.parts import RunParts, make_guard, make_parts
+from lightning_sentinel.strategy.processes import Processes
 from lightning_sentinel.strategy.protection import protection
+from lightning_sentinel.strategy.ranks import RankedStrategy
 from lightning_sentinel.strategy.refusals import (
-    check_precision,
-    check_replicas,
+    refuse_before_processes,
     refuse_exchanged_parameters,
-    refuse_pruning,
-    refuse_synchronised_layers,
-    refuse_unsupported,
     require_optimizer,
     requiring_one_optimizer,
     warn_of_long_warmup,
     warn_of_short_warmup,
 )
+from lightning_sentinel.strategy.results import gather_predictions, share_generators
+from lightning_sentinel.strategy.resuming import Resumption
+from lightning_sentinel.strategy.run_state import RunState
 from lightning_sentinel.strategy.settings import StrategySettings
 from lightning_sentinel.strategy.signals import DeferredSignals
-from lightning_sentinel.strategy.stepping import OptimizerSteps
 from lightning_sentinel.strategy.summary import print_mesh
 from lightning_sentinel.strategy.throughput import count_pipelines
-from lightning_sentinel.wiring import Wiring
 
 __all__ = ["SentinelStrategy"]
 
 
-class SentinelStrategy(OptimizerSteps):
+class SentinelStrategy(RankedStrategy):
     """Train a LightningModule as a DeepSpeed pipeline, and verify what crosses every stage boundary.
 
     It runs ``stages x replicas`` processes: each of ``replicas`` pipelines has ``stages`` stages. Rank zero serves the last stage,
@@ -137,7 +128,7 @@ class SentinelStrategy(OptimizerSteps):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        self._settings = StrategySettings(
+        settings = StrategySettings(
             stages=stages,
             replicas=replicas,
             micro_batches=micro_batches,
@@ -152,33 +143,25 @@ class SentinelStrategy(OptimizerSteps):
             state_dict_type=state_dict_type,
             timeout=timeout,
         )
+        run = RunState(settings, Processes(settings))
         super().__init__(
+            run,
+            BanKeeper(response, run.ledger),
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        # Returned if no sample of the first batch counts. Not NaN, from which callbacks conclude that the training has diverged.
-        self._last_loss = 0.0
-        self._signals = DeferredSignals(self._watching)
-
-    # ------------------------------------------------------------------------------------------------------------ the mesh
-
-    @override
-    def _admit(self, store: Store) -> tuple[int, ...]:
-        return self._bans.admit(store, self.global_rank, self.world_size, self.stages, self.replicas)
-
-    @override
-    def _configure_launcher(self) -> None:
-        # An impossible mesh is reported here, before any process is started.
-        check_replicas(self.mesh, self.verification, self.response)
-        if self._virtual and self.world_size > 1:
-            raise ConfigurationError(
-                f"A virtual mesh is in one process, but the Trainer has {self.world_size}. Use Trainer(devices=1), or"
-                " engine='process'."
-            )
-        super()._configure_launcher()
+        self.adversary: Adversary | None = None
+        """A simulated attacker, set by :class:`AttackInjector`."""
+        self._stage = StageBuilder(settings, self._processes)
+        self._checkpoints = CheckpointWriter(run, self._stage)
+        self._reader = CheckpointReader(self._stage)
+        self._resumption = Resumption(run, self._stage, self._bans)
+        self._signals = DeferredSignals(self._processes.watching)
+        self._announcements = Announcements(response.ban_after)
+        self._parts: RunParts | None = None
 
     # --------------------------------------------------------------------------------------------------------------- set-up
 
@@ -186,244 +169,299 @@ class SentinelStrategy(OptimizerSteps):
     def setup_environment(self) -> None:
         """Lightning's hook before the user's ``setup`` hooks: refuse what cannot work, and connect the processes."""
         trainer = self._trainer
-        assert self.lightning_module is not None
-        refuse_unsupported(self.lightning_module, trainer, self._has_all)
-        self._refuse_shards()
-        refuse_pruning(trainer, self.mesh, self._virtual)
-        refuse_synchronised_layers(self._layer_sync is not None, self._virtual)
-        check_precision(self.precision_plugin, self.verification, self._virtual)
-        self._stage_model = None
+        refuse_before_processes(trainer, self._settings, self.mesh, self._layer_sync is not None, self.precision_plugin)
+        self._stage.forget()
         super().setup_environment()
-        if isinstance(self.cluster_environment, RenumberedEnvironment):
-            check_replicas(self.mesh, self.verification, self.response)
-        self._roster = Roster(self.mesh, self.global_rank, self._store, self.timeout)
-        self._share_step_state()
-        with self._watching():
-            self._roster.meet()
-            prepare(self.root_device, None if self._virtual else self.timeout, self.local_rank)
-            hosts = (host_name(),) * self.mesh.size if self._virtual else self._roster.hosts
+        add_callbacks(self._run, trainer, self._signals)
+        with self._processes.watching():
+            hosts = self._processes.meet()
+            prepare(self.root_device, None if self._settings.virtual else self.timeout, self.local_rank)
             self._bans.read(self.mesh, self.global_rank, hosts, self.broadcast)
         # Before data is prepared and split, so that all ranks split it alike.
-        self._share_generators()
-        self._seed = seed_of_state()
-        if self._position not in trainer.callbacks:  # type: ignore[attr-defined]
-            trainer.callbacks += [self._position, self._signals]  # type: ignore[attr-defined]
-        if self.verification is not None and not any(isinstance(c, SentinelMonitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            # Detections are logged by default, as Lightning shows a progress bar by default.
-            trainer.callbacks.append(SentinelMonitor())  # type: ignore[attr-defined]
+        share_generators(self._processes, self._settings.virtual)
+        self._run.seed = seed_of_state()
+
+    @override
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Lightning's context for ``configure_model``: tensors get no values before the module is cut."""
+        with self._stage.deferring():
+            yield
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
         """Lightning's hook after ``configure_model``: cut the module, and make the optimizer and the engine."""
-        module = self.lightning_module
-        assert module is not None
-        if not self._virtual:
+        module = self._module
+        run = self._run
+        virtual = self._settings.virtual
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if not virtual:
             count_pipelines(trainer, self.mesh)
-        with self._watching():
+        with self._processes.watching():
             model = self._take_stage()
-            fitting = trainer.state.fn == TrainerFn.FITTING
             if fitting:
-                with self._whole(), requiring_one_optimizer(module, self._has_all):
+                with self._stage.whole(lambda: self.optimizers), requiring_one_optimizer(module, run.has_all_stages):
                     self.setup_optimizers(trainer)
-                if not self._virtual:
+                if not virtual:
                     require_optimizer(module, self.optimizers)
             self.setup_precision_plugin()
-            self._engine = self._make_engine(model, self.optimizers[0] if fitting else None)
-            self._engine.adversary = self.adversary
-            self._planner = StepPlanner(self.mesh, self._engine.guard, self._seed)
-            self._randomness = SeparateRandomness(self._seed, self.global_rank, self.root_device)
-            self._agree_on_listeners()
-        self._learn_how_to_deal()
-        self._replay = LogReplay(module, self._value_of)
+            run.guard = make_guard(run, self._bans)
+            optimizer = self.optimizers[0] if fitting else None
+            self._parts = make_parts(run, trainer, model, optimizer, self._signals, self._bans, self._announcements)
+            run.running_engine.adversary = self.adversary
         # Stages may have drawn the initial values of their own layers.
-        self._share_generators()
-        seed_data(self._seed, self.worker.replica)
-        self._clean_fractions = CleanFractionTally(self.mesh)
+        share_generators(self._processes, virtual)
+        seed_data(run.seed, self.worker.replica)
         silence_misleading_warnings()
         if fitting:
             log_settings(trainer, self._settings.plain)
         if fitting and self.is_global_zero:
             print_mesh(model, protection(self.mesh, self.verification, self.response))
 
+    def _take_stage(self) -> StageModel:
+        module = self._module
+        assert self.accelerator is not None
+        if not self._stage.is_cut:
+            self.accelerator.setup(self._trainer)
+        return self._stage.take(self._trainer, module, self._place_stage)
+
+    def _place_stage(self) -> None:
+        self.model = self.precision_plugin.convert_module(self._module)
+        self.model_to_device()
+
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Lightning's hook when a run fails: report the failure to other ranks, and ban the sender of a malformed message."""
-        if self._roster is None:
+        if not self._processes.has_met:
             return
-        self._roster.report_failure(exception)
+        self._processes.report_failure(exception)
         if isinstance(exception, MalformedMessageError) and exception.rank is not None:
             self._bans.keep_malformed(self.mesh.worker(exception.rank), self.step)
 
     @override
     def teardown(self) -> None:
-        self._engine = self._planner = self._steps = None  # the module may outlive the run, and keeps its last Trainer
+        """Lightning's hook at the end of a run."""
+        self._run.engine = None  # the module may outlive the run, and keeps its last Trainer
+        self._parts = None
+        if self._stage.is_building:
+            # The run has failed before the module was cut, and tensors without values cannot be moved to the host.
+            self._lightning_module = None
         super().teardown()
 
-    def _make_engine(self, model: StageModel, optimizer: Optimizer | None) -> Engine:
-        # Imported here, because DeepSpeed must not be imported before its accelerator is known.
-        from lightning_sentinel.pipeline.engine import SentinelEngine
+    # ----------------------------------------------------------------------------------------------------------------- data
 
-        assert self.lightning_module is not None
-        self._steps = steps = StepRunner(self.lightning_module, model.layers.entry, model.layers.names, self._has_all)
-        guard = self._kept_guard()
-        steps.signals = self._signals.counts
-        if self._virtual:
-            context = self.precision_plugin.forward_context
-            return VirtualEngine(model, optimizer, steps, guard, self.root_device, self.activation_checkpointing, context)
-        arithmetic = Arithmetic(self.precision_plugin, self.root_device)
-        transport = Transport(self.root_device, self.transport)
-        response = self.response
-        timeout = self.timeout
-        zero = self.zero_stage == 1
-        return SentinelEngine(model, optimizer, steps, transport, guard, response, timeout, arithmetic, zero)
-
-    def _kept_guard(self) -> Guard | None:
-        """The guard, made once: what its verifiers learn outlives a ``validate`` after ``fit``, and goes into later checkpoints."""
-        if self.verification is None or self._guard is not None:
-            return self._guard
-        mesh = self.mesh
-        worker = None if self._virtual else self.worker
-        self._bans.take_over()
-        received = [boundary for boundary in mesh.boundaries if worker is None or boundary.receiver == worker.stage]
-        verification = self.verification
-        if verification.seed is None:
-            # Not kept in the settings, which loggers and files show, nor derived from the seed of the run, which all workers know.
-            verification = replace(verification, seed=self.broadcast(secret_seed()))
-        self._guard = Guard(mesh, received, worker, verification, self.response, self.ledger, self.root_device)
-        self._announcements = Announcements(mesh, self.response.ban_after)
-        return self._guard
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Read by Lightning, which puts a distributed sampler into each loader."""
+        return sampler_arguments(self._run)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        """Lightning's hook for each loader: a loader of a resumed run stays unopened until the run's position is restored."""
-        ready = super().process_dataloader(dataloader)
-        resumes = self._trainer.training and self._return_to is not None
-        return Unopened(ready) if resumes and not isinstance(ready, _Stateful) else ready
+        """Lightning's hook for each loader."""
+        return self._of_run.data.process(dataloader, self._resumption.is_pending)
 
-    # ------------------------------------------------------------------------------------------------------------- training
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Lightning's hook for each batch."""
+        self._of_run.data.keep_loaded(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    # ------------------------------------------------------------------------------------------------------- steps, weights
 
     @override
     def on_train_start(self) -> None:
-        super().on_train_start()
+        """Lightning's hook after callbacks' ``on_train_start``: look at what these may have changed, and resume."""
+        self._resumption.return_to_position(self._trainer)
         if self.verification is not None:
             warn_of_long_warmup(self._trainer, self.verification)
             warn_of_short_warmup(self.mesh, self.micro_batches, self.verification, self.response)
-        assert self.lightning_module is not None
         for optimizer in self.optimizers:
-            refuse_exchanged_parameters(self.lightning_module, self._cut_parameters, optimizer)
+            refuse_exchanged_parameters(self._module, self._stage.parameters, optimizer)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Lightning's hook before each batch: in a new epoch both ends of a pipeline are compared again."""
+        if batch_idx == 0:
+            self._of_run.data.compare_again("training_step")
+
+    @override
+    def on_validation_start(self) -> None:
+        """Lightning's hook before a validation: both ends of a pipeline are compared again."""
+        self._of_run.data.compare_again("validation_step")
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's hook for a batch: forward and backward passes, verified."""
         if self._by_hand:
-            self.step += 1
+            self._run.step += 1
             return super().training_step(*args, **kwargs)
-        arguments = self._arguments("training_step", args, kwargs)
-        with self._in_step():
-            try:
-                outcome = self._train_until_settled(arguments)
-            finally:
-                assert self._steps is not None
-                self._steps.make_calls()
-            returned = self._returned("training_step")
-            if not outcome.skipped:
-                self._running_engine.hold_gradients()
-        self._take_in(outcome)
-        self.step += 1
-        if outcome.skipped:
-            # With several processes Lightning refuses a step without a loss, because one process might skip alone.
-            return None if self._trainer.world_size == 1 else torch.zeros((), device=self.root_device)
-        self._has_gradients = True
-        if outcome.loss is not None:
-            self._last_loss = outcome.loss
-        loss = torch.tensor(self._last_loss, device=self.root_device)
-        return returned | {"loss": loss} if isinstance(returned, dict) else loss
-
-    def _train_until_settled(self, arguments: tuple[Any, ...]) -> StepOutcome:
-        """Plan, run, exchange and settle a batch; again if audits find liars, so that their signals reach no weight."""
-        engine = self._running_engine
-        tally = self._clean_fractions
-        batch = self._split("training_step", arguments)
-        excluded: set[Worker] = set()
-        while True:
-            scale = 1.0 / self._trainer.accumulate_grad_batches
-            plan = self._running_planner.training(self.step, batch.sizes, scale, excluded)
-            result = engine.run(plan, arguments, batch)
-            outcome = engine.exchange(plan, result)
-            ruling = engine.settle(plan, outcome)
-            if ruling is None:
-                self.table = outcome.table
-                self.wiring = plan.wiring
-                tally.add(None, plan)
-                return outcome
-            if ruling.excluded:
-                # Before callbacks are told of the ruling, so that what they do about it stays.
-                engine.rewind()
-            self._take_in_ruling(ruling)
-            if not ruling.excluded:
-                tally.add(ruling.verdict.clean, plan)
-                tally.lose(ruling.lost)
-                return outcome
-            if not ruling.redo:
-                # No worker is left that could redo some stage: the batch is left out.
-                tally.add(torch.zeros_like(ruling.verdict.clean), plan)
-                return outcome
-            excluded.update(ruling.excluded)
-
-    def _take_in_ruling(self, ruling: Ruling) -> None:
-        """Keep a step's signals, detections and bans, and tell the callbacks and the user."""
-        self.table = ruling.verdict.table
-        self.wiring = ruling.plan.wiring
-        keep_latest(self.detections, ruling.verdict.detections)
-        self._bans.keep(ruling.banned)
-        announce_detections(self._trainer, ruling.verdict.detections)
-        absent = ruling.plan.absent.union(ruling.banned, ruling.excluded)
-        self._announcements.tell(self._trainer, ruling, self.ledger, len(Wiring.of(self.mesh, absent).lanes))
+        return self._of_run.steps.train(args, kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Give the gradients of the schedule, which has run the backward pass already, to Lightning's hooks around ``backward``."""
-        assert self.lightning_module is not None
+        """Lightning's hook after ``training_step``, which has run the backward pass: give its hooks the gradients."""
         if self._by_hand:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self._running_engine.release_gradients()
-        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self._module)
+        self._run.running_engine.gradients.release()
+        return self.precision_plugin.post_backward(closure_loss, self._module)
 
-    # ----------------------------------------------------------------------------------------------------------- evaluation
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: L.LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Lightning's hook for an optimizer step; the closure runs ``training_step`` and ``backward``."""
+        if self._by_hand:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        return self._of_run.optimizer_steps.step(optimizer, closure, kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's hook for a batch of a validation."""
         if self._by_hand:
             return super().validation_step(*args, **kwargs)
-        return self._evaluate("validation_step", self._arguments("validation_step", args, kwargs))
+        return self._of_run.steps.evaluate("validation_step", args, kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's hook for a batch of a test."""
         if self._by_hand:
             return super().test_step(*args, **kwargs)
-        return self._evaluate("test_step", self._arguments("test_step", args, kwargs))
+        return self._of_run.steps.evaluate("test_step", args, kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's hook for a batch of a prediction."""
         if self._by_hand:
             return super().predict_step(*args, **kwargs)
-        arguments = self._arguments("predict_step", args, kwargs)
-        with self._in_step():
-            batch = self._split("predict_step", arguments)
-            plan = self._running_planner.evaluation("predict_step", _loader(arguments), batch.sizes)
-            self._running_engine.run(plan, arguments, batch)
-            return self._running_engine.returned()
+        return self._of_run.steps.predict(args, kwargs)
 
-    def _evaluate(self, step: str, arguments: tuple[Any, ...]) -> Any:
-        with self._in_step():
-            batch = self._split(step, arguments)
-            plan = self._running_planner.evaluation(step, _loader(arguments), batch.sizes)
-            outcome = self._running_engine.exchange(plan, self._running_engine.run(plan, arguments, batch))
-            returned = self._returned(step)
-        self._take_in(outcome)
-        return returned
+    @override
+    def on_train_end(self) -> None:
+        """Lightning's hook at the end of a training: ranks have drawn different numbers in it."""
+        share_generators(self._processes, self._settings.virtual)
 
+    @override
+    def on_test_end(self) -> None:
+        """Lightning's hook at the end of a test."""
+        share_generators(self._processes, self._settings.virtual)
 
-def _loader(arguments: Sequence[Any]) -> int | None:
-    """The number of the data loader in the arguments of an evaluation step; ``None`` if there is only one."""
-    return arguments[2] if len(arguments) > 2 else None
+    @override
+    def on_validation_end(self) -> None:
+        """Lightning's hook at the end of a validation."""
+        if self._trainer.state.fn == TrainerFn.VALIDATING:
+            share_generators(self._processes, self._settings.virtual)
+
+    @override
+    def on_predict_end(self) -> None:
+        """Lightning's hook at the end of a prediction."""
+        share_generators(self._processes, self._settings.virtual)
+        gather_predictions(self._run, self._trainer)
+
+    # ---------------------------------------------------------------------------------------------------------- checkpoints
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """The user's plugin, or one that never leaves a half-written file."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif getattr(self._checkpoint_io, "checkpoint_io", self) is None:
+            # Lightning's AsyncCheckpointIO, which leaves the writing to another plugin.
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # type: ignore[attr-defined]
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
+        self._checkpoint_io = checkpoint_io
+
+    def whole_state_dict(self) -> dict[str, Any]:
+        """The state of the whole module on rank zero, on the host; empty on other ranks.
+
+        To get the whole model in one process, during a run or after it::
+
+            state = trainer.strategy.whole_state_dict()  # on all ranks
+            if trainer.is_global_zero:
+                model = Model()
+                model.load_state_dict(state)
+
+        To be called by all ranks, between batches: from a hook, or after the run. Rank zero needs memory for the whole state.
+
+        Raises:
+            ConfigurationError: in the middle of a step, or before there is a module.
+        """
+        return self._checkpoints.whole_state(self.lightning_module)
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Lightning's hook for the weights of a checkpoint."""
+        return self._checkpoints.module_state(self._module)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Lightning's hook for the optimizer's state in a checkpoint."""
+        return super().optimizer_state(optimizer) if self._by_hand else self._checkpoints.optimizer_state(optimizer)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Lightning's hook for a checkpoint that is to be written."""
+
+        def write(whole: dict[str, Any]) -> None:
+            ParallelStrategy.save_checkpoint(self, whole, filepath, storage_options)
+
+        self._checkpoints.save(checkpoint, filepath, self.lightning_module, write, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Lightning's hook for a checkpoint that is to be read; ``weights_only`` unless Lightning says otherwise."""
+        weights_only = True if weights_only is None else weights_only
+        if self._processes.has_met:
+            # Weights are loaded into stages, and Lightning restores callbacks' states before the run starts.
+            with self._processes.watching():
+                self._take_stage()
+
+        def read_file() -> dict[str, Any]:
+            return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only=weights_only)
+
+        return self._reader.read(checkpoint_path, self.lightning_module, weights_only, read_file)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Lightning's hook for the weights of a loaded checkpoint."""
+        self._reader.load_module(checkpoint, self._module, self.mesh, strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Lightning's hook for the optimizer's state of a loaded checkpoint, and for what else a resumed run restores."""
+        section = self._reader.section
+        self._resumption.restore_run(section, self._trainer)
+        if self._by_hand:
+            super().load_optimizer_state_dict(checkpoint)
+        else:
+            self._resumption.restore_optimizers(section, checkpoint, self.optimizers)
+
+    # ----------------------------------------------------------------------------------------------------------------- inner
+
+    @property
+    def _module(self) -> L.LightningModule:
+        assert self.lightning_module is not None, "the Trainer connects the module before a run"
+        return self.lightning_module
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        return self._module.trainer
+
+    @property
+    def _of_run(self) -> RunParts:
+        assert self._parts is not None, "they are made in setup"
+        return self._parts
+
+    @property
+    def _by_hand(self) -> bool:
+        """Whether steps run as in plain Lightning, because the module steps its optimizers itself and there is no pipeline."""
+        return self._run.has_all_stages and not self._module.automatic_optimization

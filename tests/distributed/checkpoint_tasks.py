@@ -104,7 +104,7 @@ def stopped_and_resumed(directory: str, state_dict_type: Any, attacked: bool) ->
             "weights": tasks.local_weights(module),
             "seen": module.seen,
             "rates": [group["lr"] for group in run.optimizers[0].param_groups],
-            "verifiers": strategy._guard.state_dict(),  # type: ignore[union-attr]
+            "verifiers": strategy._run.guard.state_dict(),  # type: ignore[union-attr]
             "ledger": strategy.ledger.state_dict(),
             "banned": strategy.ledger.banned,
             "step": strategy.step,

@@ -166,7 +166,7 @@ def resume(directory: str, attacked: bool) -> dict[str, Any]:
         found[name] = {
             "weights": local_weights(module),
             "banned": strategy.ledger.banned_at,
-            "verifiers": strategy._guard.state_dict(),  # type: ignore[union-attr]
+            "verifiers": strategy._run.guard.state_dict(),  # type: ignore[union-attr]
             "step": strategy.step,
             "flags": dict(strategy.ledger.flags),
         }

@@ -24,15 +24,15 @@ LOST = 1
 
 POINTS: dict[str, tuple[str, int, bool]] = {
     # What is called, for the how-manieth time in the step, and whether the rank ends after the call instead of before it.
-    "before the first message": ("_engine._inbox.activation", 1, False),
-    "in the middle of the schedule": ("_engine._transport.send", 2, False),
-    "after the last message": ("_engine._transport.finish_notes", 1, True),
-    "before scores are exchanged": ("_engine._exchange.run", 1, False),
-    "after scores were exchanged": ("_engine._exchange.run", 1, True),
-    "before gradients are reduced": ("_engine._gradients.reduce", 1, False),
-    "after gradients were reduced": ("_engine._gradients.reduce", 1, True),
-    "after gradients were clipped": ("_engine._gradients.clip", 1, True),
-    "after the optimizer's step": ("_engine.apply_gradients", 1, True),
+    "before the first message": ("_run.engine._inbox.activation", 1, False),
+    "in the middle of the schedule": ("_run.engine._transport.send", 2, False),
+    "after the last message": ("_run.engine._transport.finish_notes", 1, True),
+    "before scores are exchanged": ("_run.engine._exchange.run", 1, False),
+    "after scores were exchanged": ("_run.engine._exchange.run", 1, True),
+    "before gradients are reduced": ("_run.engine.gradients.reduce", 1, False),
+    "after gradients were reduced": ("_run.engine.gradients.reduce", 1, True),
+    "after gradients were clipped": ("_run.engine.gradients.clip", 1, True),
+    "after the optimizer's step": ("_run.engine.gradients.apply", 1, True),
     "while the checkpoint is collected": ("lightning_module_state_dict", 1, False),
 }
 

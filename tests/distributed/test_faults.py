@@ -102,7 +102,7 @@ class Sends(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.strategy.step == self.since and trainer.global_rank == self.by:
-            transport = trainer.strategy._engine._transport
+            transport = trainer.strategy._run.engine._transport
             transport.send = partial(self.how, transport.send)
 
 
@@ -260,7 +260,7 @@ class PlansOtherwise(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == BATCH and trainer.global_rank == 2:
-            trainer.strategy._planner.seed += 1  # type: ignore[attr-defined]
+            trainer.strategy._run.seed += 1  # type: ignore[attr-defined]
 
 
 def fit_planning_otherwise() -> None:

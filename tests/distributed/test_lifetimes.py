@@ -25,7 +25,7 @@ def rounds() -> tuple[list[int], list[int], list[int]]:
             alive = gc.get_objects()
             engines.append(sum(type(one) is SentinelEngine for one in alive))
             optimizers.append(sum(isinstance(one, torch.optim.Optimizer) for one in alive))
-            parts = strategy._stage_model.pipeline.modules()  # type: ignore[union-attr]
+            parts = strategy._stage.model.pipeline.modules()  # type: ignore[union-attr]
             hooks.append(sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts))
             del alive
     return engines, optimizers, hooks

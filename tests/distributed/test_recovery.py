@@ -110,7 +110,7 @@ class CorruptsGradients(L.Callback):
         strategy = trainer.strategy
         assert isinstance(strategy, ls.SentinelStrategy)
         if strategy.worker == ls.Worker(1, 2):
-            gradients = strategy._engine._gradients  # type: ignore[union-attr]
+            gradients = strategy._run.engine.gradients  # type: ignore[union-attr]
             reduce, parameters = gradients.reduce, gradients._parameters
 
             def corrupted(*arguments: Any) -> None:

@@ -57,7 +57,7 @@ def shouting(workers: Collection[Worker]) -> Tamper:
 def planned(guard: Guard, step: int, excluded_in: int = -1, excluded: frozenset[Worker] = frozenset()) -> StepPlan:
     """What a planner makes of what a guard knows."""
     sizes = BatchSizes(MICRO_BATCHES, (MICRO_BATCHES * SAMPLES,) * REPLICAS)
-    return StepPlanner(MESH, guard, seed=0).training(step, sizes, 1.0, excluded if step == excluded_in else ())
+    return StepPlanner(MESH, guard).training(step, sizes, 1.0, 0, excluded if step == excluded_in else ())
 
 
 class Pipelines:

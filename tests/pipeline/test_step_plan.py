@@ -79,38 +79,41 @@ def test_no_two_steps_draw_the_same_numbers_and_micro_batches_do_not_depend_on_w
     assert replace(PLAN, wiring=Wiring.of(MESH, (), 2)).seeds(part) == PLAN.seeds(part)
 
 
+SEED = 3
+
+
 def planner(banned: dict[Worker, int] | None = None, **response: Any) -> StepPlanner:
     ledger = Ledger(5)
     ledger.banned_at = banned or {}
     guard = Guard(MESH, MESH.boundaries, None, Verification(seed=0), Response(**response), ledger, torch.device("cpu"))
-    return StepPlanner(MESH, guard, seed=3)
+    return StepPlanner(MESH, guard)
 
 
 def test_a_planner_numbers_its_runs_and_takes_bans_from_the_ledger() -> None:
     plans = planner({Worker(1, 2): 0})
-    first = plans.training(5, SIZES, 0.5)
-    again = plans.training(5, SIZES, 0.5, excluded={Worker(0, 0)})
-    evaluation = plans.evaluation("validation_step", 1, SIZES)
+    first = plans.training(5, SIZES, 0.5, SEED)
+    again = plans.training(5, SIZES, 0.5, SEED, excluded={Worker(0, 0)})
+    evaluation = plans.evaluation("validation_step", 1, SIZES, SEED)
     assert [plan.run for plan in (first, again, evaluation)] == [1, 2, 3]
     assert first.banned == again.banned == evaluation.banned == {Worker(1, 2)}
     assert (first.absent, again.absent) == ({Worker(1, 2)}, {Worker(0, 0), Worker(1, 2)})
     assert first.audited and not evaluation.audited
-    assert not planner(audit_rate=None).training(5, SIZES, 0.5).audited
+    assert not planner(audit_rate=None).training(5, SIZES, 0.5, SEED).audited
     assert (first.log_key, evaluation.log_key) == ("training_step", "validation_step/1")
 
 
 def test_workers_are_dealt_to_lanes_while_one_is_a_suspect_alike_on_all_ranks() -> None:
-    plain = StepPlanner(MESH, None, seed=3).training(0, SIZES, 1.0)
+    plain = StepPlanner(MESH, None).training(0, SIZES, 1.0, SEED)
     assert plain.wiring == Wiring.of(MESH, (), 2) and plain.banned == frozenset()
     suspicious = [planner(audit_rate=None) for _ in range(2)]
     for one in suspicious:
         assert one.guard is not None
         one.guard.ledger.shuffled_at = 0
-    found = [[one.training(step, SIZES, 1.0) for step in range(4)] for one in suspicious]
+    found = [[one.training(step, SIZES, 1.0, SEED) for step in range(4)] for one in suspicious]
     assert found[0] == found[1]
     assert any(plan.wiring != plain.wiring for plan in found[0])
 
 
 def test_where_no_pipeline_is_left_it_says_so() -> None:
     with pytest.raises(MeshExhaustedError, match=r"No complete pipeline is left at step 3; banned are worker \(stage 1"):
-        planner({Worker(1, replica): 0 for replica in range(4)}).training(3, SIZES, 1.0)
+        planner({Worker(1, replica): 0 for replica in range(4)}).training(3, SIZES, 1.0, SEED)

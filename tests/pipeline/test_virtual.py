@@ -94,9 +94,9 @@ def test_what_was_learned_outlives_a_validation_between_two_fits() -> None:
     run.fit_loop.epoch_loop.max_steps = 8
     run.fit(module, tasks.loader(16))
     assert strategy.step == 8
-    assert strategy._guard.calibration.steps == 8
+    assert strategy._run.guard.calibration.steps == 8
     # A boundary where nobody's signals were all in order learns nothing in that step.
-    assert all(verifier.references.updates >= 7 for verifier in strategy._guard.verifiers.values())
+    assert all(verifier.references.updates >= 7 for verifier in strategy._run.guard.verifiers.values())
 
 
 def test_predictions_and_checkpoints_are_those_of_an_ordinary_module(tmp_path: Any) -> None:
@@ -247,7 +247,7 @@ def test_a_checkpoint_of_another_mesh_goes_on_and_says_what_it_means(
         resumed.fit(again, tasks.loader(16), ckpt_path=tmp_path / "last.ckpt")
     assert resumed.global_step == 32 and other.step == 32
     assert other.ledger.banned == {ls.Worker(1, 0)}
-    assert other._guard.calibration.steps == steps_known + 2
+    assert other._run.guard.calibration.steps == steps_known + 2
 
 
 @pytest.mark.parametrize(("replicas", "recomputed"), [(3, True), (1, False)], ids=["audits", "one replica"])
@@ -278,5 +278,5 @@ def test_the_secret_seed_is_not_that_of_the_run_and_a_checkpoint_keeps_it(tmp_pa
     _, second = fit(2)
     _, resumed = fit(3, tmp_path / "last.ckpt")
     _, given = fit(2, seed=7)
-    assert [strategy._guard.secret for strategy in (first, second, resumed, given)] == [101, 102, 101, 7]
+    assert [strategy._run.guard.secret for strategy in (first, second, resumed, given)] == [101, 102, 101, 7]
     assert first.verification.seed is None

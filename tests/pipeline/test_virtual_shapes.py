@@ -155,8 +155,8 @@ def test_each_worker_has_its_row_in_the_table_of_a_step() -> None:
 
     class Looks(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-            settle = strategy._guard.settle
-            strategy._guard.settle = lambda table, *rest, **more: tables.append(table) or settle(table, *rest, **more)
+            settle = strategy._run.guard.settle
+            strategy._run.guard.settle = lambda table, *rest, **more: tables.append(table) or settle(table, *rest, **more)
 
     fitted(Trims(), strategy, [Looks()], steps=1)
     _, lengths = zip(*(Sequences(44)[index] for index in range(12)))

@@ -93,7 +93,7 @@ def strategy_on(hosts: str, rank: int = 0, **response: Any) -> ls.SentinelStrate
     served = served_by(hosts, strategy.mesh)
     strategy._bans.read(strategy.mesh, rank, [served[worker] for worker in strategy.mesh.workers], lambda entries: entries)
     strategy._bans.take_over()
-    strategy.step = 20
+    strategy._run.step = 20
     return strategy
 
 
@@ -173,7 +173,7 @@ def test_only_a_malformed_message_is_a_verdict(
 ) -> None:
     strategy, earlier = strategy_on("abcd", 1, ledger=path), Ban(W, 3, host="x", hosts=2)
     enter_bans(path, [earlier])
-    strategy._roster = Roster(MESH, 1, HashStore(), timedelta(seconds=5))
+    strategy._processes._roster = Roster(MESH, 1, HashStore(), timedelta(seconds=5))
     strategy.on_exception(error)
     expected = [Ban(Worker(0, 1), 20, 0, "b", 4, MESH, "malformed message")] if entered else []
     assert read_bans(path) == [earlier, *expected]

@@ -208,7 +208,7 @@ def test_a_strategy_has_one_trainer() -> None:
 
 
 def test_a_notebook_has_the_whole_mesh_in_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sentinel.strategy.processes._IS_INTERACTIVE", True)
+    monkeypatch.setattr("lightning_sentinel.strategy.refusals._IS_INTERACTIVE", True)
     monkeypatch.setattr("lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE", True)
     for name in ("sentinel", "sentinel_monitor"):
         with pytest.raises(ConfigurationError, match=r"in a notebook .*strategy='sentinel_virtual', devices=1"):

@@ -73,7 +73,7 @@ class BiasBelowItsSum(Insider):
     @override
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
         assert self.strategy is not None, "the run has begun"
-        guard, at = self.strategy._guard, self.strategy.mesh.boundaries.index(_boundary(context))
+        guard, at = self.strategy._run.guard, self.strategy.mesh.boundaries.index(_boundary(context))
         if guard is not None and float(guard.calibration.drift.height[at, context.worker.replica]) > DOUBT / 2:
             return signal
         generator = torch.Generator().manual_seed(context.seed_for("bias", context.direction))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,21 @@ from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.gradients.zero import OptimizerShards
 from lightning_sentinel.pipeline.processes import wire
 
-__all__ = ["StageGradients"]
+__all__ = ["StageGradients", "StageOptimizer"]
+
+
+class StageOptimizer(NamedTuple):
+    """The optimizer of a stage.
+
+    Args:
+        optimizer: the user's optimizer; ``None`` for evaluation.
+        step: steps it, where losses are not scaled.
+        sharded: whether each worker keeps only a part of its state.
+    """
+
+    optimizer: Optimizer | None
+    step: Callable[[], object]
+    sharded: bool
 
 
 class StageGradients:
@@ -36,11 +50,11 @@ class StageGradients:
         stage: the stage's layers.
         mesh: all workers.
         worker: the worker that this rank is.
+        groups: the process groups of the stages.
         response: how gradients are aggregated.
-        timeout: how long ranks of a stage wait for each other.
         arithmetic: the precision of the stage, which may scale losses.
         tied: the parameters that the stage shares with other stages.
-        zero: whether each worker keeps only a part of the optimizer state.
+        optimizer: the optimizer of the stage.
     """
 
     def __init__(
@@ -48,11 +62,11 @@ class StageGradients:
         stage: nn.Module,
         mesh: Mesh,
         worker: Worker,
+        groups: StageGroups,
         response: Response,
-        timeout: timedelta,
         arithmetic: Arithmetic,
         tied: TiedStages,
-        zero: bool,
+        optimizer: StageOptimizer,
     ) -> None:
         self._stage = stage
         self._parameters = list(stage.parameters())
@@ -61,9 +75,9 @@ class StageGradients:
         self._response = response
         self._arithmetic = arithmetic
         self._tied = tied
-        self._groups = StageGroups(mesh, mesh.rank(worker), timeout, tied.sets)
+        self._groups = groups
+        self._optimizer = optimizer
         self._group: dist.ProcessGroup | None = None
-        self._zero = zero
         self._shards: OptimizerShards | None = None
         self._stash = GradientStash(self._parameters)
         self.left_out: frozenset[Worker] = frozenset()
@@ -122,19 +136,18 @@ class StageGradients:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def reduce(self, fractions: CleanFractions, optimizer: Optimizer) -> None:
+    def reduce(self, fractions: CleanFractions) -> None:
         """Replace the gradients by those of the whole step: reduced over replicas, summed over ties, and unscaled.
 
         Args:
             fractions: how much of the data was not excluded.
-            optimizer: the optimizer of these parameters.
         """
         if self._group is None:
             # A banned worker's weights are never used again.
             self.discard()
         else:
             self._reduce_over(self._group, fractions)
-        self._arithmetic.unscale(optimizer)
+        self._arithmetic.unscale(self._stepped)
 
     def _reduce_over(self, group: dist.ProcessGroup, fractions: CleanFractions) -> None:
         divisor = self._mesh.replicas * fractions.of_stage(self._worker.stage)
@@ -155,24 +168,25 @@ class StageGradients:
             elsewhere = self._tied.counted_elsewhere
             clip_by_global_norm(self._parameters, limit, self._mesh, self.left_out, self._arithmetic.device, elsewhere)
 
-    def step(self, optimizer: Optimizer, plainly: Callable[[], object]) -> None:
-        """Step the optimizer, and discard the gradients.
-
-        Args:
-            optimizer: this stage's optimizer.
-            plainly: steps the optimizer; called where losses are not scaled.
-        """
+    def apply(self, evaluate: Callable[[], Any] | None = None, **options: Any) -> Any:
+        """Step the optimizer, and discard the gradients. Between processes a schedule has computed them by now."""
+        assert evaluate is None and not options, "a schedule has run by now"
         with nullcontext() if self._shards is None or self._group is None else self._shards.stepping(self._group):
-            if not self._arithmetic.step(optimizer):
-                plainly()
+            if not self._arithmetic.step(self._stepped):
+                self._optimizer.step()
+
+    @property
+    def _stepped(self) -> Optimizer:
+        assert self._optimizer.optimizer is not None, "an evaluation has no optimizer"
+        return self._optimizer.optimizer
 
     def stepped_by_others(self, banned: frozenset[Worker]) -> frozenset[int]:
-        """Parameters, by ``id``, whose optimizer state other ranks keep."""
+        """Parameters, by ``id``, whose optimizer state other ranks keep, where these workers are banned."""
         shards = self._sharded_among_all_but(banned)
         return frozenset() if shards is None else shards.others
 
     def _sharded_among_all_but(self, banned: frozenset[Worker]) -> OptimizerShards | None:
-        if not self._zero:
+        if not self._optimizer.sharded:
             return None
         ranks = [rank for rank in self._mesh.stage_ranks(self._worker.stage) if self._mesh.worker(rank) not in banned]
         return OptimizerShards(self._parameters, ranks, self._mesh.rank(self._worker))

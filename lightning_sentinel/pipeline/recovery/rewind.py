@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class Rewind:
         parameters: the parameters whose gradients are restored.
         buffers: tensors that a forward pass may change, such as the statistics of a BatchNorm.
         device: where the computation draws random numbers.
+        undo_steps: undoes what the user's steps have changed.
 
     Example:
         >>> rewind = Rewind([], [], torch.device("cpu"))
@@ -31,11 +32,18 @@ class Rewind:
         True
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        buffers: Sequence[Tensor],
+        device: torch.device,
+        undo_steps: Callable[[], None] = lambda: None,
+    ) -> None:
         self._parameters = list(parameters)
         self._gradients: list[Tensor | None] = [None if p.grad is None else p.grad.clone() for p in self._parameters]
         self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
         self._draw_again = remember_generators(device)
+        self._undo_steps = undo_steps
 
     def __call__(self) -> None:
         for parameter, gradient in zip(self._parameters, self._gradients):
@@ -43,3 +51,4 @@ class Rewind:
         for buffer, before in self._buffers:
             buffer.copy_(before)
         self._draw_again()
+        self._undo_steps()

@@ -38,7 +38,7 @@ class Attempts(L.Callback):
         self.steps: list[int] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        engine = trainer.strategy._engine  # type: ignore[attr-defined]
+        engine = trainer.strategy._run.engine  # type: ignore[attr-defined]
         run, ask = engine.run, engine._ask
 
         def counted(plan: StepPlan, *rest: Any) -> Any:
@@ -146,7 +146,7 @@ def test_metrics_are_logged_once_for_a_step_that_is_done_twice(clean: Run) -> No
 
 
 def test_what_was_learned_is_that_of_the_clean_run() -> None:
-    state, attacked = (run.strategy._guard.state_dict() for run in (Run(), Run(ATTACKS["loud"], LIARS)))
+    state, attacked = (run.strategy._run.guard.state_dict() for run in (Run(), Run(ATTACKS["loud"], LIARS)))
     assert state.keys() == attacked.keys()
     # All but what is known of single workers: some have done a banned one's work.
     single = "/last", "/drift", "/recent", ".workers", ".deviations", ".before", ".scale", ".usual"
@@ -379,6 +379,6 @@ def test_a_run_that_is_resumed_is_the_run_in_one_go(rate: float, first_lie: int,
     assert len(attempts) == len(whole.attempts.audited)
     assert all(torch.equal(one, other) for one, other in zip(whole.attempts.audited, attempts))
     assert_same_weights(whole, second, tolerance=0.0)
-    states = [one.strategy._guard.state_dict() for one in (whole, second)]
+    states = [one.strategy._run.guard.state_dict() for one in (whole, second)]
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=0, atol=0, equal_nan=True, msg=name)
