@@ -15,6 +15,7 @@ from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.step_checks import input_gradient
+from lightning_sentinel.pipeline.step_plan import StepPlan
 
 __all__ = ["Buffers", "StageBoundaries"]
 
@@ -42,6 +43,21 @@ class StageBoundaries:
         self._buffers = buffers
         self._altered: Tensor | None = None
         """The next signal to send, as a simulated attacker has altered it."""
+
+    def begin(self, plan: StepPlan) -> None:
+        """Begin a step: before its schedule runs."""
+        guard = self._local.guard
+        self._cache.begin(keeps=plan.audited)
+        replaces = plan.trains and guard is not None and guard.replaces_malformed
+        self._inbox.begin(replaces, lets_nothing_in=not plan.trains)
+
+    def finish_notes(self) -> None:
+        """Wait until the notes of a step have been sent: after its schedule has run."""
+        self._transport.finish_notes()
+
+    def forget(self) -> None:
+        """Free the memory of the step's signals, once no audit needs them any more."""
+        self._cache.clear()
 
     def receive_activation(self, running: RunningStep, buffer_id: int, slot: int) -> None:
         sender = self._peer(running, self._local.stage - 1)

@@ -8,7 +8,6 @@ It keeps DeepSpeed's schedule of instructions and the buffers that they work on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
-from lightning_sentinel.config import Response
 from lightning_sentinel.mesh import Direction, Worker
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
@@ -30,8 +28,7 @@ from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.data.sample_exchange import SampleExchange
 from lightning_sentinel.pipeline.deepspeed_setup import check_engine, engine_config, keeping_groups, leave_module_alone
 from lightning_sentinel.pipeline.exchange import Exchange
-from lightning_sentinel.pipeline.gradients.groups import StageGroups
-from lightning_sentinel.pipeline.gradients.stage_gradients import StageGradients, StageOptimizer
+from lightning_sentinel.pipeline.gradients.stage_gradients import GradientOptions, StageGradients
 from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.local_worker import LocalWorker
 from lightning_sentinel.pipeline.messages.inbox import Inbox
@@ -66,10 +63,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         steps: runs the user's step functions.
         transport: sends and receives signals.
         guard: verifies received signals; ``None`` for a plain pipeline.
-        response: what follows from a flag, and how gradients are aggregated.
-        timeout: how long ranks of a stage wait for each other.
+        options: how gradients are aggregated, and by whom the optimizer is stepped.
         arithmetic: the precision that the stage computes in, and its device.
-        zero: whether each worker keeps only a part of the optimizer state.
     """
 
     def __init__(
@@ -79,15 +74,13 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         steps: StepRunner,
         transport: Transport,
         guard: Guard | None,
-        response: Response,
-        timeout: timedelta,
+        options: GradientOptions,
         arithmetic: Arithmetic,
-        zero: bool,
     ) -> None:
         pipeline = stage_model.pipeline
         stage = stage_model.stage
         assert stage is not None
-        self._stage_device = arithmetic.device
+        self._arithmetic = arithmetic
         with keeping_groups(optimizer):
             super().__init__(
                 args=None,
@@ -108,29 +101,28 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._local = LocalWorker(worker, mesh, guard)
         self._steps = steps
         steps.leaves_out = self._local.excludes
-        self._transport = transport
-        self._arithmetic = arithmetic
-        self._stage_parameters = list(self.module.parameters())  # not `_parameters`: the engine is a module itself
         self._exchange = Exchange(mesh, self.device)
         self._sample_exchange = SampleExchange(mesh, worker, self.device)
-        self._inbox = Inbox(transport, self.device, self._try_out)
-        self._signal_cache = SignalCache()
-        self._boundaries = StageBoundaries(self._local, transport, self._inbox, self._signal_cache, self.pipe_buffers)
+        inbox = Inbox(transport, self.device, self._try_out)
+        cache = SignalCache()
+        self._boundaries = StageBoundaries(self._local, transport, inbox, cache, self.pipe_buffers)
         last_layer = stage_model.stage_layers(worker.stage)[-1]
         self._computation = StageComputation(
-            self._local, stage, last_layer, steps, arithmetic, self._inbox, self.pipe_buffers, self.device
+            self._local, stage, last_layer, steps, arithmetic, inbox, self.pipe_buffers, self.device
         )
         tied = TiedStages(stage_model.ties, stage_model.layers.module, mesh, worker.stage)
-        groups = StageGroups(mesh, self.global_rank, timeout, tied.sets)
-        stepped = StageOptimizer(self.optimizer, self._exec_optimizer_step, zero)
-        self.gradients = StageGradients(stage, mesh, worker, groups, response, arithmetic, tied, stepped)
+        stepped = self.optimizer, self._exec_optimizer_step
+        self.gradients = StageGradients(stage, mesh, worker, options, arithmetic, tied, *stepped)
         self.gradients.make_equal(frozenset() if guard is None else guard.ledger.banned)
-        self._recompute = Recomputation(stage, self._local.is_last, steps, self.device, arithmetic.forward_context)
+        recomputation = Recomputation(stage, self._local.is_last, steps, self.device, arithmetic.forward_context)
+
+        def recompute(direction: Direction, part: MicroBatchId, evidence: Evidence) -> Tensor:
+            return recomputation(direction, part, evidence, self._step_under_way)
+
         tolerances = Tolerances(mesh, 0) if guard is None else guard.tolerances
-        recompute = self._recomputed, tolerances, self._recompute.computed_in
-        self._audits = Audits(mesh, worker, self._signal_cache, self._samples, *recompute, self.device)
+        computed_in = recomputation.computed_in
+        self._audits = Audits(mesh, worker, cache, self._samples, recompute, tolerances, computed_in, self.device)
         self._running: RunningStep | None = None
-        self._rewind: Rewind | None = None
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
@@ -140,22 +132,21 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             self.gradients.begin(plan.banned)
             if guard is not None:
                 guard.begin(plan)
-        if plan.audited:
-            self._rewind = Rewind(self._stage_parameters, list(self.module.buffers()), self.device, self._steps.remember())
         (own,) = batch.replicas
         work = self._sample_exchange.of_step(own, plan.sizes, plan.wiring, plan.absent)
         scale = plan.scale * self._arithmetic.factor()
         losses = torch.zeros(3, device=self.device)
         running = self._running = RunningStep(plan, arguments, own, work, losses, scale, self.keeps_results)
-        self._signal_cache.begin(keeps=plan.audited)
-        replaces = plan.trains and guard is not None and guard.replaces_malformed
-        self._inbox.begin(replaces, lets_nothing_in=not plan.trains)
+        if plan.audited:
+            buffers = list(self.module.buffers())
+            running.undo = Rewind(self.gradients.parameters, buffers, self.device, self._steps.remember())
+        self._boundaries.begin(plan)
         self._steps.new_records()
         if work:
             self._run_schedule(plan, len(work))
         if not plan.trains or guard is None:
             return self._result(running)
-        self._transport.finish_notes()
+        self._boundaries.finish_notes()
         rows = {boundary: guard.take_rows(boundary) for boundary in guard.verifiers if work}
         return self._result(running, rows, self.gradients.broken() if guard.replaces_malformed else None, guard.refused)
 
@@ -184,16 +175,17 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._steps.end_step()
         if outcome.skipped:
             guard.forget_step()
-            self._signal_cache.clear()
+            self._boundaries.forget()
             return None
         ask = self._ask if guard.audits else None
         gradients = self.gradients
         ruling = guard.settle(outcome.table, plan, gradients.sum, ask, gradients.apart, outcome.broken, outcome.refused)
         # No audit needs the step's signals any more: this frees the memory for the optimizer step and for a validation.
-        self._signal_cache.clear()
+        self._boundaries.forget()
         if ruling.excluded:
-            assert self._rewind is not None, "an audited step is remembered"
-            self._rewind()
+            undo = self._step_under_way.undo
+            assert undo is not None, "an audited step is remembered"
+            undo()
             return ruling
         if outcome.broken is None:
             return ruling
@@ -221,12 +213,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _samples(self, part: MicroBatchId) -> Any:
         return self._sample_exchange.packed(self._step_under_way.own, part)
 
-    def _recomputed(self, direction: Direction, part: MicroBatchId, evidence: Evidence) -> Tensor:
-        return self._recompute(direction, part, evidence, self._step_under_way)
-
     def _try_out(self, activation: Tensor, slot: int) -> Tensor:
         assigned = self._step_under_way.work[slot]
-        return self._recomputed(Direction.ACTIVATION, assigned.part, Evidence(assigned.batch, activation, None))
+        return self._audits.recompute(Direction.ACTIVATION, assigned.part, Evidence(assigned.batch, activation, None))
 
     # -------------------------------------------------------------------------------------------------------- what all share
 
@@ -251,7 +240,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         """DeepSpeed takes the device from ``LOCAL_RANK``, and its constructor sends from it: under gloo it must be the host."""
         self.world_size = dist.get_world_size()
         self.global_rank = dist.get_rank()
-        self.device = device_of_wire(self._stage_device)
+        self.device = device_of_wire(self._arithmetic.device)
 
     def _broadcast_model(self) -> None:
         """Does nothing: DeepSpeed would broadcast even a banned worker's weights, which are out of date."""

@@ -65,14 +65,16 @@ class Engine(Protocol):
     """Runs the part of the mesh that is in this process.
 
     Attributes:
-        guard: verifies received signals; ``None`` for a plain pipeline.
         adversary: a simulated attacker, if there is one.
         keeps_results: whether to keep the results of ``training_step`` for :meth:`returned`.
     """
 
-    guard: Guard | None
     adversary: Adversary | None
     keeps_results: bool
+
+    @property
+    def guard(self) -> Guard | None:
+        """Verifies received signals; ``None`` for a plain pipeline."""
 
     @property
     def gradients(self) -> Gradients:

@@ -204,6 +204,10 @@ class LogRecorder:
         if metrics is not None:
             metrics.begin()
 
+    def next(self) -> LogRecorder:
+        """A recorder for the next batch."""
+        return LogRecorder(self._module, self._metrics)
+
     def begin(self, micro_batch: LoggingMicroBatch) -> None:
         """Attribute the next calls to this micro-batch, also when its step is resumed."""
         self._logging = micro_batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ class RunningStep:
             which the step returned ``None``.
         scale: factor of the loss: the plan's, times that of a loss scaler, which keeps small gradients from vanishing.
         keeps_results: whether to keep the results of a training step.
+        undo: undoes the step; ``None`` if it never has to be.
     """
 
     plan: StepPlan
@@ -39,6 +41,7 @@ class RunningStep:
     losses: Tensor
     scale: float | Tensor
     keeps_results: bool
+    undo: Callable[[], None] | None = None
     results: dict[MicroBatchId, Any] = field(default_factory=dict)
     """What the step returned for each micro-batch."""
     begun: dict[int, StepRun] = field(default_factory=dict)

@@ -193,11 +193,7 @@ class StepRunner:
         self.forward: Callable[..., Any] = module if entry is None else entry.forward
         """The entry's own ``forward``."""
         self._entry = entry
-        path = next((name for name, child in module.named_modules() if child is entry), "")
-        self.call = f"self{'.' * bool(path)}{path.replace('._orig_mod', '')}(x)"
-        """How the user writes the call of the pipeline."""
-        self._metrics = BatchMetrics(module)
-        self.recorder = LogRecorder(module, self._metrics)
+        self.recorder = LogRecorder(module, BatchMetrics(module))
         self.calls = LoggerCalls()
         """Direct calls of loggers by steps."""
         self._keepers = keepers(module, layers)
@@ -212,9 +208,15 @@ class StepRunner:
         self.signals: Callable[[], Sequence[int]] = tuple
         """Returns how many process signals (such as SIGTERM) of each kind this process has received."""
 
+    @property
+    def call(self) -> str:
+        """How the user writes the call of the pipeline."""
+        path = next((name for name, child in self.module.named_modules() if child is self._entry), "")
+        return f"self{'.' * bool(path)}{path.replace('._orig_mod', '')}(x)"
+
     def new_records(self) -> None:
         """Drop the log records and metric records of the previous batch."""
-        self.recorder = LogRecorder(self.module, self._metrics)
+        self.recorder = self.recorder.next()
         self.states.forget()
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,9 @@ from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
 from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.stages.groups import of_replicas, together
-from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.steps import StepRun
+from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
 from lightning_sentinel.verification.projection import Projection
 from lightning_sentinel.verification.tolerance import deviation
 from lightning_sentinel.wiring import MicroBatchId, Wiring
@@ -34,6 +34,7 @@ class VirtualStep:
         plan: the step's plan.
         arguments: the arguments of the user's step function; the first is the batch of the whole mesh.
         batch: the batch in micro-batches.
+        keeps_results: whether to keep what the step returns.
         apart: whether replicas go through a stage one by one. Then weight gradients that are left out or not finite never enter the
             sum.
     """
@@ -41,6 +42,7 @@ class VirtualStep:
     plan: StepPlan
     arguments: tuple[Any, ...]
     batch: SplitBatch
+    keeps_results: bool
     apart: bool
     called: int = 0
     """Micro-batches for which the step has called the pipeline."""
@@ -48,8 +50,15 @@ class VirtualStep:
     """The rows of the batch, and what the step returned for them."""
     measured: dict[int, dict[tuple[int, int], tuple[torch.dtype, Tensor]]] = field(default_factory=dict)
     """A signal's dtype and its error against the honest signal, by boundary index, lane and slot, for signals that may differ."""
+    undo: Callable[[], None] | None = None
+    """Undoes the step; ``None`` if it never has to be."""
     broken: Tensor = field(init=False)
     """``(stages, replicas, micro_batches)`` bool, whether weight gradients were left out because they are not finite."""
+
+    def take_back(self) -> None:
+        """Undo the step, so that it can be repeated."""
+        assert self.undo is not None, "a step that may be undone is remembered"
+        self.undo()
 
     def __post_init__(self) -> None:
         mesh = self.plan.mesh
@@ -121,14 +130,16 @@ class MicroBatch:
 
 
 class VirtualBoundaries:
-    """The part of the virtual engine between stages."""
+    """Passes signals from stage to stage.
 
-    guard: Guard | None
-    adversary: Adversary | None
-    _model: StageModel
-    _device: torch.device
+    Args:
+        workers: the workers of the mesh.
+    """
 
-    def _cross(self, boundary: Boundary, sent: Sequence[Tensor], received: Sequence[Any], batch: MicroBatch) -> list[Tensor]:
+    def __init__(self, workers: VirtualWorkers) -> None:
+        self._workers = workers
+
+    def cross(self, boundary: Boundary, sent: Sequence[Tensor], received: Sequence[Any], batch: MicroBatch) -> list[Tensor]:
         """Tamper with and verify the signals of all senders of a boundary.
 
         Args:
@@ -143,11 +154,13 @@ class VirtualBoundaries:
             sent, received = ([together(one, group) for group in batch.alike] for one in (sent, received))
         passed = []
         tainted = batch.tainted
+        adversary = self._workers.adversary
+        guard = self._workers.guard
         for group, signals, got in zip(batch.alike, sent, received):
-            if self.adversary is not None:
-                signals = self._tampered(self.adversary, boundary, group, signals, got, batch)
-            if self.guard is not None:
-                signals, tainted = self._verified(self.guard, boundary, group, signals, got, tainted, batch)
+            if adversary is not None:
+                signals = self._tampered(adversary, boundary, group, signals, got, batch)
+            if guard is not None:
+                signals, tainted = self._verified(guard, boundary, group, signals, got, tainted, batch)
             passed.append(signals)
         batch.tainted = tainted
         return of_replicas(passed, batch.alike) if batch.apart else passed
@@ -157,25 +170,26 @@ class VirtualBoundaries:
     ) -> tuple[Tensor, Tensor]:
         """A group's signals for the receivers to go on with, and the updated taint of all replicas, ``(replicas,)`` bool."""
         projected = None
-        if self._model.mesh.before(boundary) is not None:
+        if self._workers.mesh.before(boundary) is not None:
             projected = self._noted(boundary, guard.project(boundary, received.detach()), group, batch)
-        lanes = self._lanes(batch)
+        lanes = self.lanes(batch)
         if len(group) == len(batch.parts):
             return guard.receive(boundary, sent, tainted, projected, lanes)
-        places = torch.tensor(group, device=self._device)
+        places = torch.tensor(group, device=self._workers.device)
         lanes = places if lanes is None else lanes[places]
         signals, found = guard.receive(boundary, sent, tainted[places], projected, lanes, group)
         return signals, tainted.index_copy(0, places, found)
 
     def _noted(self, boundary: Boundary, note: Projection | None, group: Sequence[int], batch: MicroBatch) -> Projection | None:
         """The note on the signals that the senders of a boundary received, as the workers that sent those signals report it."""
-        before = self._model.mesh.before(boundary)
-        if self.adversary is None or self.adversary.notes is None or note is None or before is None:
+        before = self._workers.mesh.before(boundary)
+        adversary = self._workers.adversary
+        if adversary is None or adversary.notes is None or note is None or before is None:
             return note
         pieces = list(note.values.chunk(len(group)))
         for number, replica in enumerate(group):
             worker, _ = batch.worker(before.sender, replica)
-            pieces[number] = self.adversary.note(worker, pieces[number], batch.step)
+            pieces[number] = adversary.note(worker, pieces[number], batch.step)
         return note._replace(values=torch.cat(pieces))
 
     def _tampered(
@@ -190,17 +204,18 @@ class VirtualBoundaries:
             honest = pieces[number]
             pieces[number] = adversary.tamper(honest, worker, boundary.direction, batch.step, slot, got[number])
             if pieces[number] is not honest:
-                self._note(boundary, replica, batch, pieces[number], honest)
+                self.measure(boundary, replica, batch, pieces[number], honest)
         return torch.cat(pieces)
 
-    def _note(self, boundary: Boundary, replica: int, batch: MicroBatch, sent: Tensor, honest: Tensor) -> None:
+    def measure(self, boundary: Boundary, replica: int, batch: MicroBatch, sent: Tensor, honest: Tensor) -> None:
         """Measure for audits the error of the sent signal against the honest one."""
-        if self.guard is not None and self.guard.audits:
-            index = self._model.mesh.boundaries.index(boundary)
-            measured = deviation(sent, honest, self.guard.tolerances.seed_of(index))
+        guard = self._workers.guard
+        if guard is not None and guard.audits:
+            index = self._workers.mesh.boundaries.index(boundary)
+            measured = deviation(sent, honest, guard.tolerances.seed_of(index))
             batch.running.measured.setdefault(index, {})[batch.place(replica)] = honest.dtype, measured
 
-    def _lanes(self, batch: MicroBatch) -> Tensor | None:
+    def lanes(self, batch: MicroBatch) -> Tensor | None:
         """:meth:`MicroBatch.lanes` on the device."""
         lanes = batch.lanes()
-        return None if lanes is None else torch.tensor(lanes, device=self._device)
+        return None if lanes is None else torch.tensor(lanes, device=self._workers.device)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_sentinel.pipeline.checkpoints.resumption import Unopened
 from lightning_sentinel.pipeline.data.agreeing import split_alike
 from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter, SplitBatch
-from lightning_sentinel.pipeline.data.feeding import Feed, is_even, refuse_other_replicas, seed_workers, source_of
+from lightning_sentinel.pipeline.data.feeding import Feed, ReadingProcess, is_even, refuse_other_replicas, seed_workers, source_of
 from lightning_sentinel.pipeline.data.reading import Source
 from lightning_sentinel.pipeline.messages.containers import leaves_of
 from lightning_sentinel.pipeline.steps import StepRunner, fetches
@@ -94,9 +94,8 @@ class PipelineData:
         def training() -> bool:
             return bool(trainer.training)
 
-        mesh = processes.mesh
-        device = processes.device
-        return Feed(loader, mesh, processes.worker, splitter, reads, even, length, training, device, processes.watching)
+        process = ReadingProcess(processes.mesh, processes.worker, processes.device, processes.watching)
+        return Feed(loader, process, splitter, reads, even, length, training)
 
     @property
     def _samples_are_handed_out(self) -> bool:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.engine_protocol import Engine
+from lightning_sentinel.pipeline.gradients.stage_gradients import GradientOptions
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.randomness import SeparateRandomness
 from lightning_sentinel.pipeline.recovery.guard import Guard
@@ -107,5 +108,5 @@ def _make_engine(run: RunState, model: StageModel, optimizer: Optimizer | None, 
         return VirtualEngine(model, optimizer, steps, run.guard, device, settings.activation_checkpointing, context)
     arithmetic = Arithmetic(precision, device)
     transport = Transport(device, settings.transport)
-    zero = settings.zero_stage == 1
-    return SentinelEngine(model, optimizer, steps, transport, run.guard, settings.response, settings.timeout, arithmetic, zero)
+    options = GradientOptions(settings.response, settings.zero_stage == 1, settings.timeout)
+    return SentinelEngine(model, optimizer, steps, transport, run.guard, options, arithmetic)

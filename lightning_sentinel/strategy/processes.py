@@ -34,7 +34,7 @@ class Processes:
     """
 
     def __init__(self, settings: StrategySettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._store: Store | None = None
         self._roster: Roster | None = None
         self.rank = 0
@@ -45,7 +45,7 @@ class Processes:
     @property
     def mesh(self) -> Mesh:
         """All workers."""
-        return self._settings.mesh(self.world_size)
+        return self.settings.mesh(self.world_size)
 
     @property
     def worker(self) -> Worker:
@@ -82,12 +82,12 @@ class Processes:
             the environment, or one that numbers the processes anew if some of them are left out.
         """
         start = connect(
-            wire.backend_for(self.device, devices, self._settings.transport),
+            wire.backend_for(self.device, devices, self.settings.transport),
             address=environment.main_address,
             port=environment.main_port,
             rank=self.rank,
             world_size=self.world_size,
-            timeout=self._settings.timeout,
+            timeout=self.settings.timeout,
             admit=admit,
         )
         if start is None:
@@ -105,16 +105,16 @@ class Processes:
         """
         assert self._store is not None, "processes are renumbered when they connect"
         if self.rank >= placed:
-            stand_by(self._store, self._settings.timeout)
+            stand_by(self._store, self.settings.timeout)
         if self.rank == 0:
             announce_end(self._store)
 
     def meet(self) -> tuple[str, ...]:
         """Wait for all processes of the mesh. Returns the machine of each rank."""
-        self._roster = roster = Roster(self.mesh, self.rank, self._store, self._settings.timeout)
+        self._roster = roster = Roster(self.mesh, self.rank, self._store, self.settings.timeout)
         with self.watching():
             roster.meet()
-        return (host_name(),) * self.mesh.size if self._settings.virtual else roster.hosts
+        return (host_name(),) * self.mesh.size if self.settings.virtual else roster.hosts
 
     def report_failure(self, exception: BaseException) -> None:
         """Tell the other processes why this one ends."""

@@ -24,14 +24,12 @@ class RunState:
     """The state of a strategy's runs.
 
     Args:
-        settings: the strategy's settings.
         processes: the processes of the run.
     """
 
-    def __init__(self, settings: StrategySettings, processes: Processes) -> None:
-        self.settings = settings
+    def __init__(self, processes: Processes) -> None:
         self.processes = processes
-        self.ledger = Ledger(settings.response.ban_after)
+        self.ledger = Ledger(processes.settings.response.ban_after)
         self.detections: list[Detection] = []
         self.table: SignalTable | None = None
         """All signals of the last training batch with their scores."""
@@ -50,6 +48,10 @@ class RunState:
         self.position = DataPosition()
         self.in_a_step = False
         """Whether a step is under way."""
+
+    @property
+    def settings(self) -> StrategySettings:
+        return self.processes.settings
 
     @property
     def mesh(self) -> Mesh:

@@ -21,7 +21,7 @@ from lightning_sentinel.verification.fences import Fences
 from lightning_sentinel.verification.medians import median
 from lightning_sentinel.verification.peers import Comparison, compare, median_vote, of_workers
 from lightning_sentinel.verification.table import MAX_SCORE, SignalTable
-from lightning_sentinel.verification.window import FenceWindow
+from lightning_sentinel.verification.window import FenceRule, FenceWindow
 from lightning_sentinel.wiring import Wiring
 
 __all__ = ["Assessment", "Calibration", "values_needed", "values_of_warmup"]
@@ -86,13 +86,11 @@ class Calibration:
     def __init__(self, mesh: Mesh, config: Verification) -> None:
         self._mesh = mesh
         self._config = config
-        two_sided = config.method == "sentinel"
-        names = watched(config)
         boundaries = len(mesh.boundaries)
-        rate = config.false_positive_rate
-        self.alone = FenceWindow(boundaries, config.window, names, rate, two_sided, mesh.replicas)
+        rule = FenceRule(watched(config), config.false_positive_rate, two_sided=config.method == "sentinel")
+        self.alone = FenceWindow(boundaries, config.window, rule, mesh.replicas)
         """Features minus their trend."""
-        self.among_peers = FenceWindow(boundaries, config.window, names, rate, two_sided, mesh.replicas)
+        self.among_peers = FenceWindow(boundaries, config.window, rule, mesh.replicas)
         """Features minus the median across replicas."""
         self.drift = Cusum(boundaries, mesh.replicas, len(FEATURES))
         self.trend = torch.full((boundaries, len(FEATURES)), torch.nan)
@@ -102,7 +100,7 @@ class Calibration:
         self.recent = torch.zeros(boundaries, mesh.replicas)
         """``(boundaries, replicas)``, the highest score of each worker; it decays in every step in which the worker is observed."""
         self.steps = 0
-        self._compares = two_sided
+        self._compares = rule.two_sided
 
     @property
     def warmed_up(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from lightning_sentinel.verification.fences import Fences, fit_fences
 from lightning_sentinel.verification.medians import median
 from lightning_sentinel.verification.usual import Usual
 
-__all__ = ["FenceWindow"]
+__all__ = ["FenceRule", "FenceWindow"]
 
 _SLOW, _FAST = 0.99, 0.9
 _SURGE = 1.25
@@ -20,6 +21,20 @@ _SURGE = 1.25
 _FEWEST_TO_OUTVOTE = 3
 _FURTHEST_ALONE = 4.0
 """How many times as wide as in the warm-up fences become at most, where too few workers are observed to outvote one."""
+
+
+class FenceRule(NamedTuple):
+    """What fences are fitted to.
+
+    Args:
+        watched: ``(F,)`` bool, features to fence.
+        rate: share of honest signals that may be outside.
+        two_sided: whether a value can also be too small.
+    """
+
+    watched: Tensor
+    rate: float
+    two_sided: bool
 
 
 class FenceWindow:
@@ -36,17 +51,13 @@ class FenceWindow:
     Args:
         boundaries: how many.
         size: how many values of a boundary are remembered.
-        watched: ``(F,)`` bool, features to fence.
-        rate: share of honest signals that may be outside.
-        two_sided: whether a value can also be too small.
+        rule: what fences are fitted to.
         workers: senders of each boundary.
     """
 
-    def __init__(self, boundaries: int, size: int, watched: Tensor, rate: float, two_sided: bool, workers: int = 1) -> None:
-        self._rate = rate
-        self._two_sided = two_sided
-        self._watched = watched
-        features = len(watched)
+    def __init__(self, boundaries: int, size: int, rule: FenceRule, workers: int = 1) -> None:
+        self._rule = rule
+        features = len(rule.watched)
         self.values = torch.full((boundaries, size, features), torch.nan)
         self.workers = torch.full((boundaries, size), -1)
         """``(boundaries, size)``, the workers that sent the values."""
@@ -76,7 +87,7 @@ class FenceWindow:
         senders = torch.zeros(honest.shape, dtype=torch.long) if senders is None else senders
         honest = honest & features.isfinite().all(dim=-1)
         self._remember(features, honest & ~self.settled[:, None], senders)
-        if self._two_sided and bool(honest.any()):
+        if self._rule.two_sided and bool(honest.any()):
             self._follow(features, honest, senders)
 
     def resolve(self, resolution: Tensor) -> None:
@@ -118,21 +129,21 @@ class FenceWindow:
 
     def _widen(self) -> None:
         # Fences come closer when they are fitted; they move out at once.
-        self.fences = self._shape.widened(torch.maximum(self._scale(), self.scale)) if self._two_sided else self._shape
+        self.fences = self._shape.widened(torch.maximum(self._scale(), self.scale)) if self._rule.two_sided else self._shape
 
     def fit(self) -> None:
         """Fit the fences to the remembered values, and to how far they spread now."""
-        if self._two_sided:
+        if self._rule.two_sided:
             self._settle()
             self.scale = self._scales()[0]
         else:
-            self._shape = fit_fences(self.values, self._rate, False, self._watched, self.resolution)
+            self._shape = fit_fences(self.values, self._rule.rate, False, self._rule.watched, self.resolution)
             self.usual = Usual.of(self.values, self.workers, self._shape, self.resolution, self.usual.mean.shape[1])
         self._widen()
 
     def _settle(self) -> None:
         """Update the shape until it is settled: once half of the window is filled, and it holds enough values for the rate."""
-        fresh = fit_fences(self.values, self._rate, True, self._watched, self.resolution)
+        fresh = fit_fences(self.values, self._rule.rate, True, self._rule.watched, self.resolution)
         workers = self.deviations.shape[2]
         away = (self.values - fresh.mean[:, None]).abs()
         deviations = _mean_of_workers(away, self.workers, workers)
@@ -142,7 +153,7 @@ class FenceWindow:
         self.deviations = torch.where(self.settled[:, None, None], self.deviations, deviations)
         self.before = torch.where(self.settled[:, None], self.before, median(deviations, dim=1))
         size = self.values.shape[1]
-        enough = max((size + 1) // 2, min(size, math.ceil(1 / self._rate)))
+        enough = max((size + 1) // 2, min(size, math.ceil(1 / self._rule.rate)))
         self.settled = self.settled | ((~self.values[..., 0].isnan()).sum(dim=1) >= enough)
 
     def standard_scores(self, features: Tensor, senders: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Fails(L.Callback):
         def send(signal: Tensor, tainted: Tensor, rank: int, place: MessageId, *_: Any) -> None:
             dist.send(encode(place, (2**31, 2**31), signal.dtype), rank)
 
-        trainer.strategy._run.engine._transport.send = send
+        trainer.strategy._run.engine._boundaries._transport.send = send
 
 
 class Lies(L.Callback):

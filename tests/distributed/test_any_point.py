@@ -24,9 +24,9 @@ LOST = 1
 
 POINTS: dict[str, tuple[str, int, bool]] = {
     # What is called, for the how-manieth time in the step, and whether the rank ends after the call instead of before it.
-    "before the first message": ("_run.engine._inbox.activation", 1, False),
-    "in the middle of the schedule": ("_run.engine._transport.send", 2, False),
-    "after the last message": ("_run.engine._transport.finish_notes", 1, True),
+    "before the first message": ("_run.engine._boundaries._inbox.activation", 1, False),
+    "in the middle of the schedule": ("_run.engine._boundaries._transport.send", 2, False),
+    "after the last message": ("_run.engine._boundaries._transport.finish_notes", 1, True),
     "before scores are exchanged": ("_run.engine._exchange.run", 1, False),
     "after scores were exchanged": ("_run.engine._exchange.run", 1, True),
     "before gradients are reduced": ("_run.engine.gradients.reduce", 1, False),

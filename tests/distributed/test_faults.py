@@ -102,7 +102,7 @@ class Sends(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.strategy.step == self.since and trainer.global_rank == self.by:
-            transport = trainer.strategy._run.engine._transport
+            transport = trainer.strategy._run.engine._boundaries._transport
             transport.send = partial(self.how, transport.send)
 
 

@@ -14,7 +14,7 @@ from lightning_sentinel.mesh import Boundary, Direction
 from lightning_sentinel.verification import COLUMNS, BoundaryVerifier
 from lightning_sentinel.verification.features import FEATURES, watched
 from lightning_sentinel.verification.projection import Projection, SecretDirections
-from lightning_sentinel.verification.window import FenceWindow
+from lightning_sentinel.verification.window import FenceRule, FenceWindow
 
 SAMPLES, POSITIONS, CHANNELS = 4, 6, 8
 REPLICAS, MICRO_BATCHES = 4, 2
@@ -56,7 +56,9 @@ class Rig:
         config = Verification(**{"warmup_steps": WARMUP, **settings})
         # Of a mesh with a stage before and one behind, so that its senders have received something.
         self.verifier = BoundaryVerifier(Boundary(1 if direction is Direction.ACTIVATION else 0, direction), config)
-        self.window = FenceWindow(1, config.window, watched(config), config.false_positive_rate, config.method == "sentinel")
+        self.window = FenceWindow(
+            1, config.window, FenceRule(watched(config), config.false_positive_rate, config.method == "sentinel")
+        )
         self.stream, self.with_input, self.warmup, self.steps = Honest(direction, seed), with_input, config.warmup_steps, 0
 
     @property

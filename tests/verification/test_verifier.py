@@ -15,7 +15,7 @@ from lightning_sentinel.verification import BoundaryVerifier
 from lightning_sentinel.verification.features import FEATURES, watched
 from lightning_sentinel.verification.measurement import measure
 from lightning_sentinel.verification.table import MAX_SCORE
-from lightning_sentinel.verification.window import FenceWindow
+from lightning_sentinel.verification.window import FenceRule, FenceWindow
 from tests.verification.rigs import (
     CHANNELS,
     FLAGGED,
@@ -142,7 +142,7 @@ def test_any_shape_and_precision(shape: tuple[int, ...], dtype: torch.dtype) -> 
         rows = [verifier.inspect(torch.randn(shape, generator=generator).add(2).to(dtype), NO).rows for _ in range(4)]
         verifier.learn(verifier.contribution(YES, NO))
         kept += [row[:, : len(FEATURES)] for row in rows]
-    window = FenceWindow(1, 64, watched(Verification()), 0.01, True)
+    window = FenceWindow(1, 64, FenceRule(watched(Verification()), 0.01, True))
     values = torch.cat(kept)[16:]
     window.add(values[None], torch.ones(1, len(values), dtype=torch.bool))
     window.fit()

@@ -15,7 +15,7 @@ from lightning_sentinel.mesh import Boundary, Direction
 from lightning_sentinel.verification import COLUMNS, BoundaryVerifier
 from lightning_sentinel.verification.features import FEATURES, watched
 from lightning_sentinel.verification.references import Contribution
-from lightning_sentinel.verification.window import FenceWindow
+from lightning_sentinel.verification.window import FenceRule, FenceWindow
 from tests.verification.rigs import (
     CHANNELS,
     FLAGGED,
@@ -180,7 +180,7 @@ def test_senders_at_once_are_verifiers_of_one_sender_each(shape: tuple[int, ...]
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3, equal_nan=True)
 
     together, apart, generator = verifier(), [verifier() for _ in range(3)], torch.Generator().manual_seed(4)
-    window, seen = FenceWindow(1, 128, watched(Verification()), 0.01, True), torch.zeros(3, dtype=torch.long)
+    window, seen = FenceWindow(1, 128, FenceRule(watched(Verification()), 0.01, True)), torch.zeros(3, dtype=torch.long)
     for step in range(14):
         honest = []
         for micro_batch in range(MICRO_BATCHES):

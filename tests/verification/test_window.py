@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_sentinel.verification.fences import fit_fences
-from lightning_sentinel.verification.window import FenceWindow
+from lightning_sentinel.verification.window import FenceRule, FenceWindow
 
 ALL = torch.ones(4, dtype=torch.bool)
 
@@ -21,7 +21,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_one_value_that_is_not_finite_does_not_take_the_fences_down(value: float) -> None:
-    values, window = normal(14, 80, 4), FenceWindow(1, 128, ALL, 0.01, True)
+    values, window = normal(14, 80, 4), FenceWindow(1, 128, FenceRule(ALL, 0.01, True))
     values[5, 1] = value
     window.add(values[None], torch.ones(1, 80, dtype=torch.bool))
     window.fit()
@@ -39,7 +39,7 @@ def test_one_value_that_is_not_finite_does_not_take_the_fences_down(value: float
     seed=st.integers(0, 999),
 )
 def test_a_window_holds_the_latest_honest_values(size: int, boundaries: int, signals: int, steps: int, seed: int) -> None:
-    rng, window = np.random.default_rng(seed), FenceWindow(boundaries, size, ALL, 0.01, True)
+    rng, window = np.random.default_rng(seed), FenceWindow(boundaries, size, FenceRule(ALL, 0.01, True))
     remembered: list[list[list[float]]] = [[] for _ in range(boundaries)]
     for _ in range(steps):
         features = torch.from_numpy(rng.normal(size=(boundaries, signals, 4)).astype("float32"))
@@ -55,7 +55,7 @@ def test_a_window_holds_the_latest_honest_values(size: int, boundaries: int, sig
 
 
 def test_a_window_is_fenced_when_it_is_asked_to_be() -> None:
-    values, window = normal(15, 2, 40, 4), FenceWindow(2, 64, ALL, 0.02, False)
+    values, window = normal(15, 2, 40, 4), FenceWindow(2, 64, FenceRule(ALL, 0.02, False))
     window.add(values, torch.ones(2, 40, dtype=torch.bool))
     assert window.fences.upper.isinf().all()
     window.fit()
@@ -64,7 +64,7 @@ def test_a_window_is_fenced_when_it_is_asked_to_be() -> None:
 
 
 def test_what_is_not_honest_leaves_no_trace_in_a_window() -> None:
-    window = FenceWindow(1, 8, ALL, 0.01, True)
+    window = FenceWindow(1, 8, FenceRule(ALL, 0.01, True))
     values = torch.full((1, 6, 4), torch.nan)
     values[0, ::2] = torch.arange(3.0)[:, None]
     window.add(values, torch.tensor([[True, False] * 3]))
@@ -78,7 +78,7 @@ def oldest_first(window: FenceWindow, boundary: int) -> list[float]:
 
 @pytest.mark.parametrize("filled", [0, 5, 8, 30])
 def test_a_loaded_window_goes_on_identically(filled: int) -> None:
-    original, loaded = (FenceWindow(3, 8, ALL, 0.05, True) for _ in range(2))
+    original, loaded = (FenceWindow(3, 8, FenceRule(ALL, 0.05, True)) for _ in range(2))
     values = normal(18, 3, filled, 4)
     original.add(values, torch.ones(3, filled, dtype=torch.bool))
     original.fit()
@@ -99,7 +99,7 @@ def test_a_loaded_window_goes_on_identically(filled: int) -> None:
 @pytest.mark.parametrize(("saved", "mine"), [(8, 4), (4, 8)])
 @pytest.mark.parametrize("filled", [3, 4, 8, 13])
 def test_a_window_of_another_size_loads_the_latest_values(saved: int, mine: int, filled: int) -> None:
-    original, loaded = FenceWindow(1, saved, ALL, 0.05, True), FenceWindow(1, mine, ALL, 0.05, True)
+    original, loaded = FenceWindow(1, saved, FenceRule(ALL, 0.05, True)), FenceWindow(1, mine, FenceRule(ALL, 0.05, True))
     original.add(torch.arange(float(filled))[None, :, None].expand(1, filled, 4), torch.ones(1, filled, dtype=torch.bool))
     loaded.load_state_of(0, original.state_of(0))
     kept = loaded.values[0, :, 0]
@@ -119,7 +119,7 @@ SENDERS = torch.arange(WORKERS).repeat_interleave(SIGNALS // WORKERS)[None]
 
 def settled(two_sided: bool = True, workers: int = WORKERS) -> FenceWindow:
     """A window full of standard normal values of these workers, and fences around them."""
-    window = FenceWindow(1, 256, ALL, 0.01, two_sided, workers)
+    window = FenceWindow(1, 256, FenceRule(ALL, 0.01, two_sided), workers)
     window.add(normal(20, 1, 256, 4), torch.ones(1, 256, dtype=torch.bool), (torch.arange(256) % workers)[None])
     window.fit()
     return window
@@ -180,7 +180,7 @@ def test_a_loaded_window_goes_on_like_the_saved_one() -> None:
     window = settled()
     for step in range(10):
         window.add(3 * normal(step, 1, SIGNALS, 4), EVERY, SENDERS)
-    twin = FenceWindow(1, 256, ALL, 0.01, True, WORKERS)
+    twin = FenceWindow(1, 256, FenceRule(ALL, 0.01, True), WORKERS)
     twin.load_state_of(0, window.state_of(0))
     for one in (window, twin):
         one.add(normal(30, 1, SIGNALS, 4), EVERY, SENDERS)
@@ -198,7 +198,7 @@ def width(window: FenceWindow) -> Tensor:
 def test_a_minority_that_stays_just_inside_does_not_widen_the_fences(liars: int, share: float) -> None:
     signals = 32
     senders, every = torch.arange(signals)[None] % WORKERS, torch.ones(1, signals, dtype=torch.bool)
-    poisoned = FenceWindow(1, 1024, ALL, 0.01, True, WORKERS)
+    poisoned = FenceWindow(1, 1024, FenceRule(ALL, 0.01, True), WORKERS)
     for step in range(32):
         poisoned.add(normal(1000 + step, 1, signals, 4), every, senders)
     poisoned.fit()
@@ -239,7 +239,7 @@ def test_fences_become_narrower_when_values_do() -> None:
 
 
 def test_a_feature_that_was_constant_is_not_fenced_in_more_tightly_than_it_can_be_told() -> None:
-    window = FenceWindow(1, 64, ALL, 0.01, True)
+    window = FenceWindow(1, 64, FenceRule(ALL, 0.01, True))
     window.resolve(torch.tensor([[1 / 64, 0.001, 1 / 64, 0.001]]))
     window.add(torch.zeros(1, 64, 4), torch.ones(1, 64, dtype=torch.bool))
     window.fit()

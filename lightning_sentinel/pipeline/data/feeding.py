@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
@@ -31,7 +31,16 @@ from lightning_sentinel.pipeline.data.layout import describe, stand_in
 from lightning_sentinel.pipeline.data.reading import Source, read
 from lightning_sentinel.pipeline.processes import wire
 
-__all__ = ["Feed", "gather_numbers", "index_sampler", "is_even", "refuse_other_replicas", "seed_workers", "source_of"]
+__all__ = [
+    "Feed",
+    "ReadingProcess",
+    "gather_numbers",
+    "index_sampler",
+    "is_even",
+    "refuse_other_replicas",
+    "seed_workers",
+    "source_of",
+]
 
 _TAG = 71
 """Tag of batch descriptions, which are fetched ahead of a step's signals and share a connection with them."""
@@ -120,35 +129,47 @@ def _facts(loader: Any) -> list[int]:
     return [1, length, len(sampler.sampler), sampler.batch_size, sampler.drop_last]  # type: ignore[arg-type]
 
 
+class ReadingProcess(NamedTuple):
+    """A process, as its loaders see it.
+
+    Args:
+        mesh: all workers.
+        worker: the worker that the process is.
+        device: where placeholder batches are.
+        waiting: a context entered around waits for other ranks.
+    """
+
+    mesh: Mesh
+    worker: Worker
+    device: torch.device
+    waiting: Callable[[], AbstractContextManager[Any]]
+
+
 class Feed:
     """Wraps the user's loader: keeps replicas in step and feeds placeholder batches to middle stages.
 
     Args:
         loader: the user's. Other attributes are read from it and set on it.
-        mesh: all workers.
-        worker: this rank's worker.
+        process: this process.
         splitter: counts the samples of a batch.
         reads: whether workers of middle stages read data too.
         even: the first result of :func:`is_even`.
         length: how many batches all ranks iterate over; ``None`` if unknown.
         training: whether the present iteration is for training.
-        device: where placeholder batches are.
-        waiting: a context entered around waits for other ranks.
     """
 
     def __init__(
         self,
         loader: Any,
-        mesh: Mesh,
-        worker: Worker,
+        process: ReadingProcess,
         splitter: BatchSplitter,
         reads: bool,
         even: bool,
         length: int | None,
         training: Callable[[], bool],
-        device: torch.device,
-        waiting: Callable[[], AbstractContextManager[Any]],
     ) -> None:
+        mesh = process.mesh
+        worker = process.worker
         middle = range(1, mesh.stages - 1)
         vars(self).update(
             _loader=loader,
@@ -161,8 +182,8 @@ class Feed:
             _even=even,
             _length=length,
             _training=training,
-            _device=device,
-            _waiting=waiting,
+            _device=process.device,
+            _waiting=process.waiting,
             _under_way=[],
         )
 

@@ -40,7 +40,7 @@ class StageGroups:
     """
 
     def __init__(self, mesh: Mesh, rank: int, timeout: timedelta, across: Sequence[tuple[int, ...]] = ()) -> None:
-        self._mesh = mesh
+        self.mesh = mesh
         self._rank = rank
         self._timeout = timeout
         self._sets = [*((stage,) for stage in range(mesh.stages)), *across]
@@ -61,10 +61,10 @@ class StageGroups:
             MeshExhaustedError: on all ranks, if a stage has no healthy worker.
         """
         members = [
-            tuple(rank for stage in stages for rank in self._mesh.stage_ranks(stage) if self._mesh.worker(rank) not in banned)
+            tuple(rank for stage in stages for rank in self.mesh.stage_ranks(stage) if self.mesh.worker(rank) not in banned)
             for stages in self._sets
         ]
-        require_healthy(members[: self._mesh.stages])
+        require_healthy(members[: self.mesh.stages])
         replaces = any(before not in ((), now) for before, now in zip(self._members, members))
         outdated: list[dist.ProcessGroup] = []
         for stages, before, ranks in zip(self._sets, self._members, members):
@@ -82,7 +82,12 @@ class StageGroups:
             wire.barrier()
         for old in outdated:
             wire.drop_group(old)
-        return self._mine.get((self._mesh.worker(self._rank).stage,))
+        return self.own
+
+    @property
+    def own(self) -> dist.ProcessGroup | None:
+        """The result of the last call of :meth:`healthy`."""
+        return self._mine.get((self.mesh.worker(self._rank).stage,))
 
     def across(self, stages: tuple[int, ...]) -> dist.ProcessGroup:
         """The group of these stages' healthy ranks, of which this rank must be one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -23,21 +24,21 @@ from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.gradients.zero import OptimizerShards
 from lightning_sentinel.pipeline.processes import wire
 
-__all__ = ["StageGradients", "StageOptimizer"]
+__all__ = ["GradientOptions", "StageGradients"]
 
 
-class StageOptimizer(NamedTuple):
-    """The optimizer of a stage.
+class GradientOptions(NamedTuple):
+    """What a user chooses about gradients.
 
     Args:
-        optimizer: the user's optimizer; ``None`` for evaluation.
-        step: steps it, where losses are not scaled.
-        sharded: whether each worker keeps only a part of its state.
+        response: how they are aggregated.
+        sharded: whether each worker keeps only a part of the optimizer's state.
+        timeout: how long ranks of a stage wait for each other.
     """
 
-    optimizer: Optimizer | None
-    step: Callable[[], object]
+    response: Response
     sharded: bool
+    timeout: timedelta
 
 
 class StageGradients:
@@ -50,11 +51,11 @@ class StageGradients:
         stage: the stage's layers.
         mesh: all workers.
         worker: the worker that this rank is.
-        groups: the process groups of the stages.
-        response: how gradients are aggregated.
+        options: what the user has chosen.
         arithmetic: the precision of the stage, which may scale losses.
         tied: the parameters that the stage shares with other stages.
-        optimizer: the optimizer of the stage.
+        optimizer: the user's optimizer; ``None`` for evaluation.
+        step: steps it, where losses are not scaled.
     """
 
     def __init__(
@@ -62,24 +63,23 @@ class StageGradients:
         stage: nn.Module,
         mesh: Mesh,
         worker: Worker,
-        groups: StageGroups,
-        response: Response,
+        options: GradientOptions,
         arithmetic: Arithmetic,
         tied: TiedStages,
-        optimizer: StageOptimizer,
+        optimizer: Optimizer | None,
+        step: Callable[[], object],
     ) -> None:
         self._stage = stage
-        self._parameters = list(stage.parameters())
-        self._mesh = mesh
+        self.parameters = list(stage.parameters())
         self._worker = worker
-        self._response = response
+        self._options = options
         self._arithmetic = arithmetic
         self._tied = tied
-        self._groups = groups
+        self._groups = StageGroups(mesh, mesh.rank(worker), options.timeout, tied.sets)
         self._optimizer = optimizer
-        self._group: dist.ProcessGroup | None = None
+        self._plain_step = step
         self._shards: OptimizerShards | None = None
-        self._stash = GradientStash(self._parameters)
+        self._stash = GradientStash(self.parameters)
         self.left_out: frozenset[Worker] = frozenset()
         """Workers that the reduction leaves out."""
 
@@ -87,8 +87,13 @@ class StageGradients:
         """Leave banned workers out from now on; to be called by all ranks, before any other collective of the step."""
         if self._shards is None or banned != self.left_out:
             self._shards = self._sharded_among_all_but(banned)
-        self._group = self._groups.healthy(banned)
+        self._groups.healthy(banned)
         self.left_out = banned
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        """The workers of the stage that are not banned; ``None`` on a banned worker."""
+        return self._groups.own
 
     @torch.no_grad()
     def make_equal(self, banned: frozenset[Worker]) -> None:
@@ -99,8 +104,8 @@ class StageGradients:
         self.begin(banned)
         if self._group is None:
             return
-        source = first_healthy(self._mesh, self._worker.stage, banned)
-        for tensor in (*self._parameters, *self._stage.buffers()):
+        source = first_healthy(self._groups.mesh, self._worker.stage, banned)
+        for tensor in (*self.parameters, *self._stage.buffers()):
             wire.broadcast(tensor.data, source, self._group)
         self._tied.make_equal(self._groups, banned)
 
@@ -112,7 +117,7 @@ class StageGradients:
 
     def apart(self, vector: Tensor) -> tuple[Tensor, list[Worker]]:
         """All-gathers a vector over the stage's workers that are not banned: ``(workers, len(vector))``, and these workers."""
-        workers = [self._mesh.worker(rank) for rank in self._mesh.stage_ranks(self._worker.stage)]
+        workers = [self._groups.mesh.worker(rank) for rank in self._groups.mesh.stage_ranks(self._worker.stage)]
         if self._group is None:
             return vector[None], [self._worker]
         workers = [worker for worker in workers if worker not in self.left_out]
@@ -130,10 +135,10 @@ class StageGradients:
         """0-dim bool, whether any gradient is not finite; ``None`` under loss scaling, where gradients may overflow."""
         if self._arithmetic.scales:
             return None
-        return broken((parameter.grad for parameter in self._parameters), self._arithmetic.device)
+        return broken((parameter.grad for parameter in self.parameters), self._arithmetic.device)
 
     def discard(self) -> None:
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None
 
     def reduce(self, fractions: CleanFractions) -> None:
@@ -150,35 +155,35 @@ class StageGradients:
         self._arithmetic.unscale(self._stepped)
 
     def _reduce_over(self, group: dist.ProcessGroup, fractions: CleanFractions) -> None:
-        divisor = self._mesh.replicas * fractions.of_stage(self._worker.stage)
-        rule = self._response.aggregation
+        divisor = self._groups.mesh.replicas * fractions.of_stage(self._worker.stage)
+        rule = self._options.response.aggregation
         if rule == "mean":
-            reduce_mean(self._parameters, group, divisor)
+            reduce_mean(self.parameters, group, divisor)
         else:
-            workers = [self._mesh.worker(rank) for rank in self._mesh.stage_ranks(self._worker.stage)]
+            workers = [self._groups.mesh.worker(rank) for rank in self._groups.mesh.stage_ranks(self._worker.stage)]
             weights = [fractions.of_worker(worker) for worker in workers if worker not in self.left_out]
-            reduce_robustly(self._parameters, group, divisor, weights, rule, tolerated=self._response.tolerated)
+            reduce_robustly(self.parameters, group, divisor, weights, rule, tolerated=self._options.response.tolerated)
         self._tied.add_up(self._groups, self.left_out)
 
     def clip(self, limit: float, by_value: bool) -> None:
         """Clip the gradients by their norm over all stages, or by value."""
         if by_value:
-            nn.utils.clip_grad_value_(self._parameters, limit)
+            nn.utils.clip_grad_value_(self.parameters, limit)
         else:
             elsewhere = self._tied.counted_elsewhere
-            clip_by_global_norm(self._parameters, limit, self._mesh, self.left_out, self._arithmetic.device, elsewhere)
+            clip_by_global_norm(self.parameters, limit, self._groups.mesh, self.left_out, self._arithmetic.device, elsewhere)
 
     def apply(self, evaluate: Callable[[], Any] | None = None, **options: Any) -> Any:
         """Step the optimizer, and discard the gradients. Between processes a schedule has computed them by now."""
         assert evaluate is None and not options, "a schedule has run by now"
         with nullcontext() if self._shards is None or self._group is None else self._shards.stepping(self._group):
             if not self._arithmetic.step(self._stepped):
-                self._optimizer.step()
+                self._plain_step()
 
     @property
     def _stepped(self) -> Optimizer:
-        assert self._optimizer.optimizer is not None, "an evaluation has no optimizer"
-        return self._optimizer.optimizer
+        assert self._optimizer is not None, "an evaluation has no optimizer"
+        return self._optimizer
 
     def stepped_by_others(self, banned: frozenset[Worker]) -> frozenset[int]:
         """Parameters, by ``id``, whose optimizer state other ranks keep, where these workers are banned."""
@@ -186,7 +191,7 @@ class StageGradients:
         return frozenset() if shards is None else shards.others
 
     def _sharded_among_all_but(self, banned: frozenset[Worker]) -> OptimizerShards | None:
-        if not self._optimizer.sharded:
+        if not self._options.sharded:
             return None
-        ranks = [rank for rank in self._mesh.stage_ranks(self._worker.stage) if self._mesh.worker(rank) not in banned]
-        return OptimizerShards(self._parameters, ranks, self._mesh.rank(self._worker))
+        ranks = [rank for rank in self._groups.mesh.stage_ranks(self._worker.stage) if self._groups.mesh.worker(rank) not in banned]
+        return OptimizerShards(self.parameters, ranks, self._groups.mesh.rank(self._worker))

@@ -129,7 +129,7 @@ class Audits:
         self._worker = worker
         self._cache = cache
         self._samples = samples
-        self._recompute = recompute
+        self.recompute = recompute
         self._tolerances = tolerances
         self._computed_in = computed_in
         self._device = device
@@ -253,7 +253,7 @@ class Audits:
         try:
             batch = unpacked(items[_Item.BATCH], self._mesh.rank(case.audited)) if _Item.BATCH in items else None
             batch = apply_to_collection(batch, Tensor, self._on_device)
-            honest = self._recompute(case.boundary.direction, case.part, Evidence(batch, activation, gradient))
+            honest = self.recompute(case.boundary.direction, case.part, Evidence(batch, activation, gradient))
         except Exception as error:
             if _Item.BATCH not in items:
                 raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from lightning_sentinel.verification.calibration import Assessment
 from lightning_sentinel.verification.contributions import Refusals, with_refusals, without_broken
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.fences import Fences
-from lightning_sentinel.verification.jury import Ask, Findings, Jury
+from lightning_sentinel.verification.jury import Ask, Jury
 from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.references import Contribution
 from lightning_sentinel.verification.table import rows_by_sender
@@ -81,7 +82,6 @@ class Guard:
         if verification.seed is None:
             verification = replace(verification, seed=secret_seed())
         self.verifiers = {boundary: BoundaryVerifier(boundary, verification, device) for boundary in boundaries}
-        self._indices = {boundary: mesh.boundaries.index(boundary) for boundary in self.verifiers}
         self.tolerances = Tolerances(mesh, 0)
         self._keep_secret(verification)
         self._rows: dict[Boundary, list[tuple[Sequence[int], Tensor]]] = {boundary: [] for boundary in self.verifiers}
@@ -239,24 +239,20 @@ class Guard:
         """
         wiring = plan.wiring
         step = plan.number
-        excludes = self._response.on_flag == "exclude"
+        excludes = self.replaces_malformed
         assessment = self._assess(table, wiring)
         heights = self.calibration.heights(wiring)
         if ask is not None:
             verdict = self._judge_with_audits(table, assessment, heights, plan, ask)
             exonerated = Counter(detection.worker for detection in verdict.detections if detection.confirmed is False)
-            banned = self.ledger.record_audits(
-                step, verdict.audits, verdict.flagged, exonerated, verdict.guilty, verdict.outvoted, self._mesh
-            )
+            found = verdict.audits, verdict.flagged, exonerated, verdict.guilty, verdict.outvoted
+            banned = self.ledger.record_audits(step, *found, self._mesh)
         else:
             assessment = self._as_far_as_known(assessment)
             verdict = judge(table, assessment, heights, self._mesh, wiring, step, excludes)
-            scores: dict[Worker, float] = {}
-            for found in verdict.detections:
-                scores[found.worker] = max(found.score, scores.get(found.worker, 0.0))
-            banned = self.ledger.record(
-                step, verdict.flagged, verdict.suspects, verdict.verified, self._mesh, verdict.unmistakable, scores
-            )
+            scores = {one.worker: one.score for one in sorted(verdict.detections, key=lambda one: one.score)}
+            observed = verdict.flagged, verdict.suspects, verdict.verified
+            banned = self.ledger.record(step, *observed, self._mesh, verdict.unmistakable, scores)
         excluded = sorted(verdict.guilty | verdict.disputed) if excludes else []
         if broken is not None and excludes and not excluded:
             # Only in a step that is kept: where a step is undone, broken gradients are mostly what a lie caused.
@@ -276,8 +272,8 @@ class Guard:
             self._learn(table, verdict, assessment, wiring, sum_over_replicas, apart)
             self.calibration.learn(verdict.table, verdict.honest, verdict.heard, verdict.explained, assessment, wiring)
             self._put_fences()
-        left = Wiring.of(self._mesh, plan.absent.union(banned, excluded))
-        return Ruling(verdict, banned, excluded, redo=bool(excluded) and any(left.live), plan=plan)
+        redo = bool(excluded) and any(Wiring.of(self._mesh, plan.absent.union(banned, excluded)).live)
+        return Ruling(verdict, banned, excluded, redo=redo, plan=plan)
 
     def _as_far_as_known(self, assessment: Assessment) -> Assessment:
         """Lets only non-finite signals be out of line where fences have seen too little: without audits no flag is reviewed."""
@@ -288,19 +284,14 @@ class Guard:
         self, table: SignalTable, assessment: Assessment, heights: Tensor, plan: StepPlan, ask: Ask
     ) -> StepVerdict:
         assert self._schedule is not None
-        wiring = plan.wiring
-        step = plan.number
         ledger = self.ledger
-
-        def audit(signals: Tensor) -> Findings:
-            return self._jury.hear(signals, wiring, ledger.banned, ledger.muted, step, ask)
-
+        audit = partial(self._jury.hear, wiring=plan.wiring, banned=ledger.banned, muted=ledger.muted, step=plan.number, ask=ask)
         found: dict[int, int] = {}
         for worker, when in (*ledger.banned_at.items(), *ledger.muted.items()):
             found[worker.stage] = max(when, found.get(worker.stage, when))
-        drawn = wiring.arrange(self._schedule.draw(step, plan.sizes.micro_batches, found))
-        one_each = self._schedule.one_each(step, assessment.valid)
-        return judge_with_audits(table, assessment, heights, drawn, one_each, audit, self._mesh, wiring, step)
+        drawn = plan.wiring.arrange(self._schedule.draw(plan.number, plan.sizes.micro_batches, found))
+        one_each = self._schedule.one_each(plan.number, assessment.valid)
+        return judge_with_audits(table, assessment, heights, drawn, one_each, audit, self._mesh, plan.wiring, plan.number)
 
     def forget_step(self) -> None:
         """Discard the step's rows and sums: the step will be repeated, or left out of the training."""
@@ -331,7 +322,7 @@ class Guard:
     ) -> None:
         contributions: dict[Boundary, Contribution] = {}
         for boundary, verifier in self.verifiers.items():
-            index = self._indices[boundary]
+            index = self._mesh.boundaries.index(boundary)
             flagged = table.flagged[index]
             honest = verdict.honest[index]
             known = assessment.valid[index] & ~flagged
@@ -357,7 +348,9 @@ class Guard:
     def _stand_by(self, boundary: Boundary, table: SignalTable) -> None:
         """Prepare a worker without a lane to learn what the others of its stage learn: it may serve a lane later."""
         before = self._mesh.before(boundary)
-        positions, channels = (int(table.column(name)[self._indices[boundary]].max()) for name in ("positions", "channels"))
+        positions, channels = (
+            int(table.column(name)[self._mesh.boundaries.index(boundary)].max()) for name in ("positions", "channels")
+        )
         received = None
         if before is not None and self.compares_inputs:
             received = int(table.column("channels")[self._mesh.boundaries.index(before)].max())
@@ -366,7 +359,7 @@ class Guard:
     def _put_fences(self) -> None:
         known = self.calibration.knows_enough(torch.zeros(len(self._mesh.boundaries), dtype=torch.bool))
         for boundary, verifier in self.verifiers.items():
-            index = self._indices[boundary]
+            index = self._mesh.boundaries.index(boundary)
             fences = self.calibration.fences_at_receipt(index)
             if self.excludes and not known[index]:
                 fences = Fences.open(len(FEATURES))
@@ -377,7 +370,7 @@ class Guard:
         learned = {
             f"{boundary.name}/{name}": value
             for boundary, verifier in self.verifiers.items()
-            for name, value in (verifier.state_dict() | self.calibration.state_of(self._indices[boundary])).items()
+            for name, value in (verifier.state_dict() | self.calibration.state_of(self._mesh.boundaries.index(boundary))).items()
         }
         if learned:
             learned[_SECRET] = torch.tensor(self.secret)

@@ -39,19 +39,23 @@ class Attempts(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         engine = trainer.strategy._run.engine  # type: ignore[attr-defined]
-        run, ask = engine.run, engine._ask
+        run, settle = engine.run, engine.guard.settle
+        boundaries = trainer.strategy.mesh.boundaries  # type: ignore[attr-defined]
 
         def counted(plan: StepPlan, *rest: Any) -> Any:
             self.steps.append(plan.number)
             self.audited.append(torch.zeros(BOUNDARIES, REPLICAS, MICRO_BATCHES, dtype=torch.bool))
             return run(plan, *rest)
 
-        def listened(asked: Any) -> Any:
-            for case, _ in asked:
-                self.audited[-1][(engine._mesh.boundaries.index(case.boundary), *case.part)] = True
-            return ask(asked)
+        def listened(table: Any, plan: StepPlan, total: Any, ask: Any, **more: Any) -> Any:
+            def heard(asked: Any) -> Any:
+                for case, _ in asked:
+                    self.audited[-1][(boundaries.index(case.boundary), *case.part)] = True
+                return ask(asked)
 
-        engine.run, engine._ask = counted, listened
+            return settle(table, plan, total, None if ask is None else heard, **more)
+
+        engine.run, engine.guard.settle = counted, listened
 
 
 class Run:
