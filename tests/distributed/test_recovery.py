@@ -111,7 +111,7 @@ class CorruptsGradients(L.Callback):
         assert isinstance(strategy, ls.SentinelStrategy)
         if strategy.worker == ls.Worker(1, 2):
             gradients = strategy._run.engine.gradients  # type: ignore[union-attr]
-            reduce, parameters = gradients.reduce, gradients._parameters
+            reduce, parameters = gradients.reduce, gradients.parameters
 
             def corrupted(*arguments: Any) -> None:
                 for parameter in parameters:
