@@ -65,7 +65,7 @@ class Wiring:
             >>> wiring = Wiring.of(Mesh(stages=2, replicas=3), {Worker(0, 1), Worker(1, 2)}, micro_batches=2)
             >>> wiring.live, wiring.serving
             ((True, False, True), ((0, 1, 2), (0, 2, 1)))
-            >>> [tuple(part) for part in wiring.work[2]]
+            >>> [tuple(micro_batch_id) for micro_batch_id in wiring.work[2]]
             [(2, 0), (2, 1), (1, 1)]
         """
         by_stage = [{worker.replica for worker in banned if worker.stage == stage} for stage in range(mesh.stages)]
@@ -77,8 +77,8 @@ class Wiring:
         numbers = range(micro_batches)
         work = [[MicroBatchId(lane, number) for number in numbers if lane not in orphaned] for lane in lanes]
         # By number first: micro-batches of the same number are of the same size, and stay side by side.
-        for index, part in enumerate(MicroBatchId(lane, number) for number in numbers for lane in sorted(orphaned)):
-            work[left[index % len(left)]].append(part)
+        for index, micro_batch_id in enumerate(MicroBatchId(lane, number) for number in numbers for lane in sorted(orphaned)):
+            work[left[index % len(left)]].append(micro_batch_id)
         serving = [_row(lanes, left_out, bad, turn) for bad in by_stage]
         if shuffled is not None:
             serving[:-1] = [_shuffled(row, left, derive_seed(shuffled, stage)) for stage, row in enumerate(serving[:-1])]
@@ -101,7 +101,7 @@ class Wiring:
     @cached_property
     def places(self) -> dict[MicroBatchId, tuple[int, int]]:
         """The lane and the slot of each micro-batch."""
-        return {part: (lane, slot) for lane, parts in enumerate(self.work) for slot, part in enumerate(parts)}
+        return {micro_batch_id: (lane, slot) for lane, ids in enumerate(self.work) for slot, micro_batch_id in enumerate(ids)}
 
     def worker(self, stage: int, lane: int) -> Worker:
         """The worker that serves ``lane`` at ``stage``."""
@@ -129,8 +129,8 @@ class Wiring:
                     [5, 6, 4]])
         """
         arranged = values.new_zeros(*values.shape[:-2], len(self.work), self.slots)
-        parts = [(*part, *place) for part, place in self.places.items()]
-        replicas, numbers, lanes, slots = torch.tensor(parts).T
+        ids = [(*micro_batch_id, *place) for micro_batch_id, place in self.places.items()]
+        replicas, numbers, lanes, slots = torch.tensor(ids).T
         arranged[..., lanes, slots] = values[..., replicas, numbers]
         return arranged
 

@@ -119,7 +119,7 @@ class StageComputation:
             seeds.seed_answer()
             result = run.finish(outputs, counts)
         if not plan.trains or running.keeps_results:
-            running.results[assigned.part] = result if plan.kind == "predict_step" else plain(result)
+            running.results[assigned.micro_batch_id] = result if plan.kind == "predict_step" else plain(result)
         if not plan.trains:
             return None
         nothing = torch.zeros((), device=self._device)
@@ -154,7 +154,7 @@ class StageComputation:
     def _computing(self, running: RunningStep, slot: int) -> Iterator[MicroBatchSeeds]:
         """A context in which this stage's layers or the user's step run, with the micro-batch's own random numbers."""
         plan = running.plan
-        seeds = plan.seeds(running.work[slot].part)
+        seeds = plan.seeds(running.work[slot].micro_batch_id)
         seeds.seed_step(self._device)
         self._stage.seeds = seeds if plan.trains else None
         self._steps.gather = Gathering(
@@ -167,8 +167,11 @@ class StageComputation:
         """The ranks of this stage that run a step on a micro-batch in the same slot."""
         wiring = running.plan.wiring
         samples = running.plan.sizes.samples
-        work = {lane: [part for part in wiring.work[lane] if samples[part.replica]] for lane in wiring.lanes}
-        return [self._local.mesh.rank(wiring.worker(self._local.stage, lane)) for lane, parts in work.items() if len(parts) > slot]
+        work = {
+            lane: [micro_batch_id for micro_batch_id in wiring.work[lane] if samples[micro_batch_id.replica]]
+            for lane in wiring.lanes
+        }
+        return [self._local.mesh.rank(wiring.worker(self._local.stage, lane)) for lane, ids in work.items() if len(ids) > slot]
 
     def _start(self, running: RunningStep, slot: int) -> StepRun:
         arguments = running.step_arguments(slot)

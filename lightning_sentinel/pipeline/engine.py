@@ -116,8 +116,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.gradients.make_equal(frozenset() if guard is None else guard.ledger.banned)
         recomputation = Recomputation(stage, self._local.is_last, steps, self.device, arithmetic.forward_context)
 
-        def recompute(direction: Direction, part: MicroBatchId, evidence: Evidence) -> Tensor:
-            return recomputation(direction, part, evidence, self._step_under_way)
+        def recompute(direction: Direction, micro_batch_id: MicroBatchId, evidence: Evidence) -> Tensor:
+            return recomputation(direction, micro_batch_id, evidence, self._step_under_way)
 
         tolerances = Tolerances(mesh, 0) if guard is None else guard.tolerances
         computed_in = recomputation.computed_in
@@ -210,12 +210,12 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._audits.adversary = self.adversary
         return self._audits.ask(asked, self._step_under_way.plan)
 
-    def _samples(self, part: MicroBatchId) -> Any:
-        return self._sample_exchange.packed(self._step_under_way.own, part)
+    def _samples(self, micro_batch_id: MicroBatchId) -> Any:
+        return self._sample_exchange.packed(self._step_under_way.own, micro_batch_id)
 
     def _try_out(self, activation: Tensor, slot: int) -> Tensor:
         assigned = self._step_under_way.work[slot]
-        return self._audits.recompute(Direction.ACTIVATION, assigned.part, Evidence(assigned.batch, activation, None))
+        return self._audits.recompute(Direction.ACTIVATION, assigned.micro_batch_id, Evidence(assigned.batch, activation, None))
 
     # -------------------------------------------------------------------------------------------------------- what all share
 

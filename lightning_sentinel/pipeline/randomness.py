@@ -87,12 +87,12 @@ class MicroBatchSeeds(NamedTuple):
     micro_batch: int
 
     @classmethod
-    def of(cls, seed: int, step: int, part: MicroBatchId, replicas: int) -> MicroBatchSeeds:
+    def of(cls, seed: int, step: int, micro_batch_id: MicroBatchId, replicas: int) -> MicroBatchSeeds:
         """The seeds of a replica's micro-batch.
 
         Samples of a batch go to the replicas in turn, so micro-batch ``k`` of replica ``r`` is number ``k * replicas + r``.
         """
-        return cls(seed, step, part.micro_batch * replicas + part.replica)
+        return cls(seed, step, micro_batch_id.micro_batch * replicas + micro_batch_id.replica)
 
     def seed_layer(self, layer: int, device: torch.device) -> int:
         """Seed torch before a layer, given by its number in the whole module. Returns the seed, for :func:`seed_host`."""

@@ -82,7 +82,7 @@ class StepPlan:
         """The lanes that have samples to work on."""
         samples = self.sizes.samples
         wiring = self.wiring
-        return [lane for lane in wiring.lanes if any(samples[part.replica] for part in wiring.work[lane])]
+        return [lane for lane in wiring.lanes if any(samples[one.replica] for one in wiring.work[lane])]
 
     def seeds(self, micro_batch: MicroBatchId) -> MicroBatchSeeds:
         """The seeds of one micro-batch. No two evaluations draw the same numbers, and none draws those of a training step."""
@@ -160,5 +160,5 @@ def micro_batch_weights(wiring: Wiring, sizes: BatchSizes) -> Tensor:
         tensor([[0.5000, 0.5000],
                 [0.6667, 0.3333]])
     """
-    shares = [[sizes.work(replica, part)[1] for part in range(sizes.micro_batches)] for replica in range(len(sizes.samples))]
+    shares = [[sizes.work(replica, number)[1] for number in range(sizes.micro_batches)] for replica in range(len(sizes.samples))]
     return wiring.arrange(torch.tensor(shares))

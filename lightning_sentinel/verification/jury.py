@@ -30,14 +30,14 @@ class Case(NamedTuple):
         boundary: that it crossed.
         lane: of its micro-batch.
         slot: of its micro-batch in the lane.
-        part: the micro-batch that it was computed from.
+        micro_batch_id: the micro-batch that it was computed from.
         audited: the sender.
     """
 
     boundary: Boundary
     lane: int
     slot: int
-    part: MicroBatchId
+    micro_batch_id: MicroBatchId
     audited: Worker
 
 

@@ -65,9 +65,9 @@ class SavesAt(L.Callback):
             receive = stage_files.receive_tree
 
             def counted(*arguments: Any) -> Any:
-                parcel = receive(*arguments)
-                self.received |= {name for name in parcel[1] if name.startswith("net.")}
-                return parcel
+                packed = receive(*arguments)
+                self.received |= {name for name in packed[1] if name.startswith("net.")}
+                return packed
 
             stage_files.receive_tree = counted
             trainer.save_checkpoint(self.path)

@@ -211,7 +211,7 @@ class Pipelines:
         """What was audited since :attr:`asked` was emptied, ``(boundaries, replicas, micro_batches)`` bool, by samples."""
         audited = torch.zeros(len(MESH.boundaries), REPLICAS, MICRO_BATCHES, dtype=torch.bool)
         for index, case, _ in self.asked:
-            audited[(index, *case.part)] = True
+            audited[(index, *case.micro_batch_id)] = True
         return audited
 
     def step(self, tamper: Tamper = honest) -> tuple[StepVerdict, list[Worker]]:

@@ -28,13 +28,13 @@ class AssignedMicroBatch(NamedTuple):
     """One micro-batch of a lane.
 
     Args:
-        part: its id.
+        micro_batch_id: its id.
         batch: its samples, as the loader gave them; ``None`` on middle stages, which do not need them.
         samples: number of samples.
         weight: its share of its replica's batch.
     """
 
-    part: MicroBatchId
+    micro_batch_id: MicroBatchId
     batch: Any
     samples: int
     weight: float
@@ -43,16 +43,18 @@ class AssignedMicroBatch(NamedTuple):
 class Delivery(NamedTuple):
     """A micro-batch that one rank sends to another."""
 
-    part: MicroBatchId
+    micro_batch_id: MicroBatchId
     sender: int
     receiver: int
 
 
-def supplier(part: MicroBatchId, stage: int, mesh: Mesh, banned: Collection[Worker], last_resort: Worker | None = None) -> Worker:
+def supplier(
+    micro_batch_id: MicroBatchId, stage: int, mesh: Mesh, banned: Collection[Worker], last_resort: Worker | None = None
+) -> Worker:
     """The worker that sends a replica's samples. It is not banned, and serves ``stage`` if possible, else an end, else any stage.
 
     Args:
-        part: the micro-batch to send.
+        micro_batch_id: the micro-batch to send.
         stage: of the worker that needs the samples.
         mesh: all workers.
         banned: workers that send no samples.
@@ -63,7 +65,7 @@ def supplier(part: MicroBatchId, stage: int, mesh: Mesh, banned: Collection[Work
         Worker(stage=2, replica=1)
     """
     order = sorted(range(mesh.stages), key=lambda s: (s != stage, s not in (0, mesh.stages - 1), s))
-    workers = [worker for s in order if (worker := Worker(s, part.replica)) not in banned]
+    workers = [worker for s in order if (worker := Worker(s, micro_batch_id.replica)) not in banned]
     return min(workers, key=lambda worker: worker == last_resort)
 
 
@@ -72,15 +74,15 @@ def deliveries(wiring: Wiring, mesh: Mesh, banned: Collection[Worker]) -> Iterat
 
     Example:
         >>> mesh, banned = Mesh(stages=2, replicas=2), {Worker(0, 1)}
-        >>> [(tuple(one.part), one.sender, one.receiver) for one in deliveries(Wiring.of(mesh, banned), mesh, banned)]
+        >>> [(tuple(one.micro_batch_id), one.sender, one.receiver) for one in deliveries(Wiring.of(mesh, banned), mesh, banned)]
         [((1, 0), 1, 2), ((1, 0), 1, 0)]
     """
     for lane in wiring.lanes:
-        for part in wiring.work[lane]:
+        for micro_batch_id in wiring.work[lane]:
             for stage in sorted({0, mesh.stages - 1}):
                 worker = wiring.worker(stage, lane)
-                if worker.replica != part.replica:
-                    yield Delivery(part, mesh.rank(supplier(part, stage, mesh, banned)), mesh.rank(worker))
+                if worker.replica != micro_batch_id.replica:
+                    yield Delivery(micro_batch_id, mesh.rank(supplier(micro_batch_id, stage, mesh, banned)), mesh.rank(worker))
 
 
 class SampleExchange:
@@ -111,32 +113,37 @@ class SampleExchange:
         rank = self._mesh.rank(self._worker)
         # The maximum, because a replica that has run out of samples still receives those of others.
         self._largest = max(self._largest, own.bytes)
-        for part, sender, receiver in deliveries(wiring, self._mesh, banned):
-            if not sizes.samples[part.replica]:
+        for micro_batch_id, sender, receiver in deliveries(wiring, self._mesh, banned):
+            if not sizes.samples[micro_batch_id.replica]:
                 continue
             if rank == sender:
-                send_tree(self.packed(own, part), receiver)
+                send_tree(self.packed(own, micro_batch_id), receiver)
             elif rank == receiver:
                 found = unpacked(receive_tree(sender, _ROOM * self._largest), sender)
-                received[part] = AssignedMicroBatch(part, move_data_to_device(found, self._device), *sizes.work(*part))
+                received[micro_batch_id] = AssignedMicroBatch(
+                    micro_batch_id, move_data_to_device(found, self._device), *sizes.work(*micro_batch_id)
+                )
         lane = wiring.lane(self._worker)
         if lane is None:
             return []
-        parts = [part for part in wiring.work[lane] if sizes.samples[part.replica]]
-        return [received[part] if part in received else self._own(own, sizes, part) for part in parts]
+        ids = [micro_batch_id for micro_batch_id in wiring.work[lane] if sizes.samples[micro_batch_id.replica]]
+        return [
+            received[micro_batch_id] if micro_batch_id in received else self._own(own, sizes, micro_batch_id)
+            for micro_batch_id in ids
+        ]
 
-    def _own(self, own: MicroBatches, sizes: BatchSizes, part: MicroBatchId) -> AssignedMicroBatch:
+    def _own(self, own: MicroBatches, sizes: BatchSizes, micro_batch_id: MicroBatchId) -> AssignedMicroBatch:
         # Only the first and last stage look at samples.
         looks = self._worker.stage in (0, self._mesh.stages - 1)
-        return AssignedMicroBatch(part, own[part.micro_batch] if looks else None, *sizes.work(*part))
+        return AssignedMicroBatch(micro_batch_id, own[micro_batch_id.micro_batch] if looks else None, *sizes.work(*micro_batch_id))
 
-    def packed(self, own: MicroBatches, part: MicroBatchId) -> Any:
+    def packed(self, own: MicroBatches, micro_batch_id: MicroBatchId) -> Any:
         """One of this replica's micro-batches, ready to send: the samples, their number, and their share of the batch."""
-        number = part.micro_batch
+        number = micro_batch_id.micro_batch
         return [own[number], own.sizes[number], own.weights[number]]
 
 
-def unpacked(parcel: Any, sender: int) -> Any:
+def unpacked(packed: Any, sender: int) -> Any:
     """The samples in a tree from :meth:`SampleExchange.packed`. Number and share are ignored: all ranks know them already.
 
     Raises:
@@ -146,4 +153,4 @@ def unpacked(parcel: Any, sender: int) -> Any:
         >>> unpacked([{"x": 1}, 4, 0.5], sender=2)
         {'x': 1}
     """
-    return list_from(sender, parcel, 3)[0]
+    return list_from(sender, packed, 3)[0]

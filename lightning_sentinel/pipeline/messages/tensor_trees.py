@@ -180,20 +180,22 @@ def reserve(description: bytes, most_bytes: int | None = None) -> list[Tensor]:
         most_bytes = free_bytes() if most_bytes is None else most_bytes
         layouts = [(vars(torch)[entry["dtype"]], entry["shape"]) for entry in entries if "dtype" in entry]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise MalformedMessageError(f"What should describe a parcel does not: {description[:80]!r} ({error}).") from error
+        raise MalformedMessageError(f"What should describe nested data does not: {description[:80]!r} ({error}).") from error
     total = 0
     for dtype, shape in layouts:
         fits = isinstance(dtype, torch.dtype) and isinstance(shape, list)
         if not fits or not all(type(size) is int and size >= 0 for size in shape):
-            raise MalformedMessageError(f"A parcel announces a tensor of dtype {dtype} and shape {shape}, which there cannot be.")
+            raise MalformedMessageError(
+                f"Nested data announces a tensor of dtype {dtype} and shape {shape}, which there cannot be."
+            )
         total += math.prod(shape) * dtype.itemsize
     if total > most_bytes:
-        raise MalformedMessageError(f"A parcel announces {total} bytes, and there is room for {most_bytes}.")
+        raise MalformedMessageError(f"Nested data announces {total} bytes, and there is room for {most_bytes}.")
     try:
         return [torch.empty(shape, dtype=dtype) for dtype, shape in layouts]
     except (RuntimeError, TypeError, OverflowError) as error:
         # A tensor with one size of 0 may have any other sizes, and a checkpoint may need more memory than the machine has.
-        raise MalformedMessageError(f"A parcel announces tensors that cannot be allocated ({error}).") from error
+        raise MalformedMessageError(f"Nested data announces tensors that cannot be allocated ({error}).") from error
 
 
 def unpack(description: bytes, tensors: list[Tensor]) -> Any:
@@ -211,7 +213,7 @@ def unpack(description: bytes, tensors: list[Tensor]) -> Any:
         return tree
     except Exception as error:
         # Constructors may raise anything when given forged values.
-        raise MalformedMessageError(f"What should describe a parcel does not: {description[:80]!r} ({error}).") from error
+        raise MalformedMessageError(f"What should describe nested data does not: {description[:80]!r} ({error}).") from error
 
 
 def _decoded(node: Any, tensors: list[Tensor], used: list[int]) -> Any:

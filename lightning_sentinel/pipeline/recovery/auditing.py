@@ -210,7 +210,7 @@ class Audits:
         backward = boundary.direction is Direction.GRADIENT
         needs: list[_Need] = []
         if stage == 0 or (backward and stage == last):
-            needs.append((_Item.BATCH, supplier(case.part, stage, self._mesh, plan.absent, case.audited)))
+            needs.append((_Item.BATCH, supplier(case.micro_batch_id, stage, self._mesh, plan.absent, case.audited)))
         if stage > 0:
             needs.append((_Item.ACTIVATION, wiring.worker(stage - 1, case.lane)))
         if backward and stage < last:
@@ -221,7 +221,7 @@ class Audits:
         cache = self._cache
         slot = case.slot
         if item is _Item.BATCH:
-            return self._samples(case.part)
+            return self._samples(case.micro_batch_id)
         if item is _Item.ACTIVATION:
             return cache.sent[Direction.ACTIVATION, slot]
         if item is _Item.GRADIENT:
@@ -253,7 +253,7 @@ class Audits:
         try:
             batch = unpacked(items[_Item.BATCH], self._mesh.rank(case.audited)) if _Item.BATCH in items else None
             batch = apply_to_collection(batch, Tensor, self._on_device)
-            honest = self.recompute(case.boundary.direction, case.part, Evidence(batch, activation, gradient))
+            honest = self.recompute(case.boundary.direction, case.micro_batch_id, Evidence(batch, activation, gradient))
         except Exception as error:
             if _Item.BATCH not in items:
                 raise

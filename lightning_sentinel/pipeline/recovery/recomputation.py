@@ -48,21 +48,21 @@ class Recomputation:
         with self.forward_context():
             return arithmetic(self.device)
 
-    def __call__(self, direction: Direction, part: MicroBatchId, evidence: Evidence, running: RunningStep) -> Tensor:
+    def __call__(self, direction: Direction, micro_batch_id: MicroBatchId, evidence: Evidence, running: RunningStep) -> Tensor:
         """The signal that an honest worker sends.
 
         Args:
             direction: an activation for the next stage, or a gradient for the previous one.
-            part: the micro-batch.
+            micro_batch_id: the micro-batch.
             evidence: the samples and signals that the worker received.
             running: the step.
         """
-        samples, weight = running.plan.sizes.work(*part)
+        samples, weight = running.plan.sizes.work(*micro_batch_id)
         restore = Rewind((), list(self.stage.buffers()), self.device)
         # Copies, because a step may work on its batch in place.
         arguments = (copied(evidence.batch), *running.arguments[1:])
         backward = direction is Direction.GRADIENT
-        self.stage.seeds = seeds = running.plan.seeds(part)
+        self.stage.seeds = seeds = running.plan.seeds(micro_batch_id)
         with ExitStack() as stack:
             stack.callback(restore)
             for context in (torch.set_grad_enabled(backward), self.steps.unheard(), self.forward_context()):

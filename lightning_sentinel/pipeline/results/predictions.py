@@ -48,10 +48,14 @@ def share_predictions(
         found = list_from(source, broadcast_tree(list(results.values()), source, pipeline))
         mine = dict(zip(wiring.work[worker.replica], found))
     else:
-        for part, (lane, _) in wiring.places.items():
+        for micro_batch_id, (lane, _) in wiring.places.items():
             if wiring.live[lane]:
-                found = broadcast_tree(results.get(part), mesh.rank(wiring.worker(last, lane)))
-                if part.replica == worker.replica and (sizes is None or sizes.samples[part.replica]):
-                    mine[part] = found
-    parts = sorted(mine)
-    return join([mine[part] for part in parts], [sizes.work(*part)[0] if sizes else -1 for part in parts], average)
+                found = broadcast_tree(results.get(micro_batch_id), mesh.rank(wiring.worker(last, lane)))
+                if micro_batch_id.replica == worker.replica and (sizes is None or sizes.samples[micro_batch_id.replica]):
+                    mine[micro_batch_id] = found
+    ids = sorted(mine)
+    return join(
+        [mine[micro_batch_id] for micro_batch_id in ids],
+        [sizes.work(*micro_batch_id)[0] if sizes else -1 for micro_batch_id in ids],
+        average,
+    )

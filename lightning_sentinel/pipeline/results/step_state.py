@@ -100,14 +100,14 @@ class SharedStepState(L.Callback):
         others = [other for other in self._mesh.pipeline_ranks(replica) if other != source]
         if rank != source or not others:
             return
-        parcel = []
+        sent = []
         for name, keys, value in changed:
             try:
-                parcel.append([name, [encoded(key) for key in keys], encoded(value)])
+                sent.append([name, [encoded(key) for key in keys], encoded(value)])
             except NoData as error:
                 self._say(name, f"it holds {error}", rank_zero_warn)
         for other in others:
-            send_tree(parcel, other)
+            send_tree(sent, other)
 
     def _say(self, name: str, why: str, warn: Callable[[str], Any]) -> None:
         if name not in self._said:
@@ -123,10 +123,10 @@ class SharedStepState(L.Callback):
     on_train_epoch_end = on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _share
 
 
-def _read(parcel: Any, source: int, device: torch.device) -> list[Change]:
+def _read(sent: Any, source: int, device: torch.device) -> list[Change]:
     """Decode the changes that another rank sent."""
     try:
-        told = [Change(str(name), tuple(map(decoded, keys)), decoded(value, device)) for name, keys, value in parcel]
+        told = [Change(str(name), tuple(map(decoded, keys)), decoded(value, device)) for name, keys, value in sent]
         hash(tuple(change.keys for change in told))
     except (TypeError, ValueError, MalformedMessageError) as error:
         raise MalformedMessageError(f"Rank {source} does not tell what its steps keep. {error}", rank=source) from error

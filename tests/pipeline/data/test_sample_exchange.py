@@ -85,7 +85,7 @@ def test_every_lane_gets_its_micro_batches_and_nobody_banned_hands_any_out(case:
         assert not {mesh.worker(sender) for sender, _ in world.sent} & banned
     for rank, worker in enumerate(mesh.workers):
         lane = wiring.lane(worker)
-        assert [one.part for one in found[rank]] == list([] if lane is None else wiring.work[lane])
+        assert [one.micro_batch_id for one in found[rank]] == list([] if lane is None else wiring.work[lane])
         for part, batch, size, weight in found[rank]:
             if worker.stage not in (0, mesh.stages - 1):
                 assert batch is None
@@ -157,5 +157,7 @@ def test_replicas_without_samples_have_no_work_and_lanes_work_on_those_of_others
     for rank, worker in enumerate(mesh.workers):
         lane = wiring.lane(worker)
         expected = [] if lane is None else [part for part in wiring.work[lane] if part.replica != 0]
-        assert [one.part for one in found[rank]] == expected
-        assert all(one.samples == 2 and one.weight == 0.5 and bool((one.batch == one.part.replica).all()) for one in found[rank])
+        assert [one.micro_batch_id for one in found[rank]] == expected
+        assert all(
+            one.samples == 2 and one.weight == 0.5 and bool((one.batch == one.micro_batch_id.replica).all()) for one in found[rank]
+        )

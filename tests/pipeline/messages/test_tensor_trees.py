@@ -64,7 +64,7 @@ def test_what_was_packed_is_unpacked_as_it_was(tree: Any) -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(trees=st.lists(TREES, min_size=1, max_size=3))
-def test_parcels_arrive_one_after_the_other_as_they_were_sent(trees: list[Any]) -> None:
+def test_trees_arrive_one_after_the_other_as_they_were_sent(trees: list[Any]) -> None:
     def work(rank: int) -> list[Any]:
         if rank == 0:
             return [send_tree(tree, 1) for tree in trees]
@@ -88,7 +88,7 @@ def test_all_ranks_of_a_group_get_what_one_has(source: int, group: tuple[int, ..
             assert same_tree(found, tree if rank in members else None)
 
 
-def test_a_parcel_without_tensors_is_broadcast() -> None:
+def test_a_tree_without_tensors_is_broadcast() -> None:
     with ranks(2) as world:
         assert world.run(lambda rank: broadcast_tree(None if rank else [1, "a"], 0)) == [[1, "a"], [1, "a"]]
 
@@ -168,7 +168,7 @@ def test_anything_is_believed_or_refused_and_never_more_is_allocated_than_there_
 
 @pytest.mark.parametrize("deep", [b"[" * 100_000, b"[" + b"[" * 5000 + b"]" * 5000 + b", []]"], ids=["description", "structure"])
 def test_what_is_nested_too_deeply_is_refused(deep: bytes) -> None:
-    with pytest.raises(MalformedMessageError, match="What should describe a parcel does not"):
+    with pytest.raises(MalformedMessageError, match="What should describe nested data does not"):
         unpack(deep, reserve(deep))
 
 
@@ -258,10 +258,10 @@ class Record:
 )
 def test_containers_arrive_as_what_they_are_where_their_kind_is_known(tree: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_sentinel.pipeline.messages.tensor_trees._KINDS", {})
-    parcel = pack(tree)
-    plain = unpack(*parcel)
+    packed = pack(tree)
+    plain = unpack(*packed)
     learn_kinds(tree)
-    found = unpack(*parcel)
+    found = unpack(*packed)
     assert type(found) is type(tree) and type(plain) in (dict, tuple)
     values = [list(leaves_of(one)) for one in (tree, found, plain)]
     assert same_tree(values[0], values[1]) and same_tree(values[0], values[2])
@@ -316,7 +316,7 @@ def test_a_description_of_another_length_is_refused_before_it_comes(length: int)
     ],
     ids=["pickle", "too large", "no dtype", "no layout", "no tensor"],
 )
-def test_what_is_no_parcel_names_its_sender(description: bytes, says: str) -> None:
+def test_what_is_no_tree_names_its_sender(description: bytes, says: str) -> None:
     letters = torch.tensor([len(description)]), torch.tensor(list(description), dtype=torch.uint8)
     error = sent_by_hand(*letters)
     assert "Rank 1 sent a malformed message. " in str(error) and says in str(error)

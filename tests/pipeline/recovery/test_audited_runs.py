@@ -50,7 +50,7 @@ class Attempts(L.Callback):
         def listened(table: Any, plan: StepPlan, total: Any, ask: Any, **more: Any) -> Any:
             def heard(asked: Any) -> Any:
                 for case, _ in asked:
-                    self.audited[-1][(boundaries.index(case.boundary), *case.part)] = True
+                    self.audited[-1][(boundaries.index(case.boundary), *case.micro_batch_id)] = True
                 return ask(asked)
 
             return settle(table, plan, total, None if ask is None else heard, **more)

@@ -84,13 +84,13 @@ def test_what_steps_change_is_brought_to_their_pipeline_and_what_hooks_change_st
     assert sum("self.thing" in one for one in told) >= 1 and sum("self.latest" in one for one in told) == 1
 
 
-@pytest.mark.parametrize("parcel", [None, [1], [["lists", 3, ["plain", 1]]], [["by_name", [["list", []]], ["plain", 1]]]])
-def test_a_parcel_that_is_none_names_its_sender(parcel: Any) -> None:
+@pytest.mark.parametrize("changes", [None, [1], [["lists", 3, ["plain", 1]]], [["by_name", [["list", []]], ["plain", 1]]]])
+def test_changes_that_are_none_name_their_sender(changes: Any) -> None:
     mesh = Mesh(2, 1)
 
     def work(rank: int) -> None:
         if rank == 0:
-            return send_tree(parcel, 1)
+            return send_tree(changes, 1)
         shared, module = SharedStepState(mesh, lambda: (), nullcontext), Keeping()
         return shared.on_validation_epoch_end(trainer(rank, "validate"), module)
 
