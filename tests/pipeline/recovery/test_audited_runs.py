@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -347,11 +348,13 @@ def test_what_steps_keep_and_tell_loggers_counts_once_in_a_step_that_is_done_aga
     assert {d.worker for d in attacked.module.told} == set(LIARS)
 
 
+@pytest.mark.parametrize("factor", [50.0, math.nan])
 @pytest.mark.parametrize("first_lie", [START, START + 1])
-def test_gradients_of_earlier_batches_survive_a_batch_that_is_done_again(first_lie: int) -> None:
-    # Batches are accumulated in pairs: 2 and 3, 4 and 5. A redo in the second of a pair keeps the first one's gradients.
+def test_gradients_of_earlier_batches_survive_a_batch_that_is_done_again(first_lie: int, factor: float) -> None:
+    # Batches are accumulated in pairs: 2 and 3, 4 and 5. A redo in the second of a pair keeps the first one's gradients. NaN makes
+    # the gradients useless too, for which the batch is done again before it is for the liars.
     def lies(signal: Tensor, context: AttackContext) -> Tensor:
-        return 50 * signal if context.step >= first_lie else signal
+        return factor * signal if context.step >= first_lie else signal
 
     clean, run = (Run(attack, LIARS, steps=4, accumulate_grad_batches=2) for attack in (None, lies))
     assert run.ledger.banned_at == dict.fromkeys(LIARS, first_lie)
