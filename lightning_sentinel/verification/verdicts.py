@@ -193,20 +193,7 @@ def judge_with_audits(
     wanted = valid & (flagged | suspected | drawn)
     audited = _audited(wanted, flagged, flagged & ~drawn & ~suspected, assessment.score, mesh)
     findings = audit(audited)
-    confirmed, disputed, explained = (torch.zeros_like(valid) for _ in range(3))
-    found = torch.zeros(valid.shape[1:], dtype=torch.bool)
-    for index in causal_order(mesh):
-        explained[index] = found
-        audited[index] &= ~found
-        outcome = torch.where(audited[index], findings.outcome[index], Outcome.MATCHES)
-        confirmed[index] |= outcome == Outcome.LIED
-        disputed[index] |= outcome == Outcome.DISPUTED
-        for said, direction in _WITHHELD.items():
-            if bool((outcome == said).any()):
-                confirmed[_sent_to(index, direction, mesh)] |= outcome == said
-                # Whether the signal computed from the withheld one is right is unknown.
-                explained[index] |= outcome == said
-        found = found | (outcome != Outcome.MATCHES)
+    confirmed, disputed, explained = _causes(findings, audited, mesh)
     outvoted = [workers for place, workers in findings.outvoted.items() if audited[place]]
     false = confirmed | disputed
     honest = valid & ~false & ~explained & (assessment.worst >= 0)
@@ -230,6 +217,40 @@ def judge_with_audits(
         clean=torch.tensor(wiring.live)[None, :, None].expand(mesh.stages, *valid.shape[1:]),
         table=scored,
     )
+
+
+def _causes(findings: Findings, audited: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow each micro-batch on its way, to the first signal that does not match its recomputation.
+
+    Args:
+        findings: of the audits.
+        audited: ``(boundaries, lanes, micro_batches)`` bool, signals that were audited; those behind the first one that does not
+            match are dropped in place.
+        mesh: all workers.
+
+    Returns:
+        ``(boundaries, lanes, micro_batches)`` bool each: whether a signal is a lie, whether that is disputed, and whether it is no
+        evidence about its sender, because of what came before it.
+    """
+    confirmed = torch.zeros_like(audited)
+    disputed = torch.zeros_like(audited)
+    explained = torch.zeros_like(audited)
+    if not bool((audited & (findings.outcome != Outcome.MATCHES)).any()):
+        return confirmed, disputed, explained
+    found = torch.zeros(audited.shape[1:], dtype=torch.bool)
+    for index in causal_order(mesh):
+        explained[index] = found
+        audited[index] &= ~found
+        outcome = torch.where(audited[index], findings.outcome[index], Outcome.MATCHES)
+        confirmed[index] |= outcome == Outcome.LIED
+        disputed[index] |= outcome == Outcome.DISPUTED
+        for said, direction in _WITHHELD.items():
+            if bool((outcome == said).any()):
+                confirmed[_sent_to(index, direction, mesh)] |= outcome == said
+                # Whether the signal computed from the withheld one is right is unknown.
+                explained[index] |= outcome == said
+        found = found | (outcome != Outcome.MATCHES)
+    return confirmed, disputed, explained
 
 
 def _audited(wanted: Tensor, flagged: Tensor, only_flagged: Tensor, score: Tensor, mesh: Mesh) -> Tensor:
