@@ -18,7 +18,7 @@ from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
 from lightning_sentinel.pipeline.results.gathering import Gathering
 from lightning_sentinel.pipeline.results.joining import plain
-from lightning_sentinel.pipeline.results.losses import refuse_sum
+from lightning_sentinel.pipeline.results.losses import refuse_sum, weighted
 from lightning_sentinel.pipeline.running_statistics import RunningStatistics
 from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.stages.stage import StageLayers
@@ -122,18 +122,15 @@ class StageComputation:
             running.results[assigned.micro_batch_id] = result if plan.kind == "predict_step" else plain(result)
         if not plan.trains:
             return None
-        nothing = torch.zeros((), device=self._device)
-        if result is None:
-            running.losses += torch.stack((nothing, nothing, counts * assigned.weight))
+        loss = loss_of(result, plan.kind)
+        if loss is None:
             # The previous stage receives a gradient of zeros, which no verifier should judge.
             self._buffers["taints"][buffer_id] = ~self._untainted
-            return None
-        loss = loss_of(result, plan.kind)
-        if plan.sizes.micro_batches > 1:
+        elif plan.sizes.micro_batches > 1:
             refuse_sum(loss, assigned.samples, plan.kind)
-        weighted = torch.where(counts, loss.detach().float() * assigned.weight, 0.0)
-        running.losses += torch.stack((weighted, counts * assigned.weight, nothing))
-        return torch.where(counts, loss * (assigned.weight * running.scale), 0.0)
+        differentiated, counted = weighted(loss, counts, assigned.weight, running.scale)
+        running.losses += counted
+        return differentiated
 
     def backward(self, running: RunningStep, buffer_id: int, slot: int) -> None:
         outputs = self._buffers["outputs"][buffer_id]

@@ -20,7 +20,7 @@ from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.gradients.contributions import broken, gradients_of
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import plain
-from lightning_sentinel.pipeline.results.losses import refuse_sum
+from lightning_sentinel.pipeline.results.losses import refuse_sum, weighted
 from lightning_sentinel.pipeline.stages.groups import alike, of_replicas, side_by_side
 from lightning_sentinel.pipeline.step_checks import checked_signal, loss_of
 from lightning_sentinel.pipeline.step_plan import StepPlan
@@ -156,20 +156,15 @@ class VirtualPasses:
         outputs = of_replicas(batch.outputs[-1], batch.groups) if batch.outputs else [None] * len(batch.runs)
         losses: list[Tensor | None] = []
         said = []
-        nothing = torch.zeros((), device=self._device)
         for replica, output in enumerate(outputs):
             counting = counts[replica]
             weight = batch.replicas[replica].weights[batch.index]
             result = self._answered(replica, batch, batch.runs[replica], output, counting)
             if batch.running.keeps_results:
                 batch.running.results.append((batch.running.batch.rows[replica][batch.index], plain(result)))
-            if result is None:
-                losses.append(None)
-                said.append(torch.stack((nothing, nothing, counting * weight)))
-                continue
-            loss = self._loss_of(replica, batch, result)
-            losses.append(torch.where(counting, loss * (weight * batch.scale), 0.0))
-            said.append(torch.stack((torch.where(counting, loss.detach().float() * weight, 0.0), counting * weight, nothing)))
+            differentiated, counted = weighted(self._loss_of(replica, batch, result), counting, weight, batch.scale)
+            losses.append(differentiated)
+            said.append(counted)
         return losses, torch.stack(said)
 
     def _answered(self, replica: int, batch: MicroBatch, run: StepRun, output: Any, counts: Tensor) -> Any:
@@ -178,9 +173,9 @@ class VirtualPasses:
         with self._stages.forward_context():
             return run.finish(output, counts)
 
-    def _loss_of(self, replica: int, batch: MicroBatch, result: Any) -> Tensor:
+    def _loss_of(self, replica: int, batch: MicroBatch, result: Any) -> Tensor | None:
         loss = loss_of(result, "training_step")
-        if len(batch.replicas[replica]) > 1:
+        if loss is not None and len(batch.replicas[replica]) > 1:
             refuse_sum(loss, batch.replicas[replica].sizes[batch.index], "training_step")
         return loss
 
@@ -267,9 +262,10 @@ class VirtualPasses:
             # A second run of the step, on a copy: the first may have changed its batch in place.
             run = self._started(replica, batch, (copied(dealt[batch.index]), *batch.parts[replica][1:]))
             result = self._answered(replica, batch, run, end, torch.tensor(True, device=self._device))
-            if result is None:
+            loss = self._loss_of(replica, batch, result)
+            if loss is None:
                 return torch.zeros_like(leaf)
-            end = self._loss_of(replica, batch, result) * (dealt.weights[batch.index] * batch.scale)
+            end = loss * (dealt.weights[batch.index] * batch.scale)
         (found,) = gradients_of(end, [leaf], gradient, own, self._stages.untied.parameters[stage])
         assert found is not None, "what a stage was given reaches its end"
         return found

@@ -1,22 +1,62 @@
-"""Checks that a loss is a mean over its samples, as averaging over micro-batches and replicas requires."""
+"""Weights the losses of micro-batches, and checks that each is a mean over its samples, as their average requires."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_sentinel.errors import PipelineModelError
 
-__all__ = ["refuse_sum"]
+__all__ = ["WeightedLoss", "refuse_sum", "weighted"]
 
 _MEAN, _SUM, _OTHER = "mean", "sum", "other"
 _PASSED = ("Add", "Sub", "Neg", "View", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCopy", "Clone", "Select")
 """Name prefixes of operations that keep the kind of a reduction. Not division, which may turn a sum into a mean."""
 _TOGETHER = ("Stack", "Cat")
 _REDUCTIONS = {1: _MEAN, 2: _SUM}
+
+
+class WeightedLoss(NamedTuple):
+    """What a micro-batch adds to the loss of its step.
+
+    Args:
+        differentiated: 0-dim, the loss that the backward pass starts from; ``None`` if the step returned none.
+        counted: ``(3,)``: the weighted loss if it counts, its weight if it counts, and its weight if the step returned no loss.
+    """
+
+    differentiated: Tensor | None
+    counted: Tensor
+
+
+def weighted(loss: Tensor | None, counts: Tensor, weight: float, scale: float | Tensor) -> WeightedLoss:
+    """Weight the loss of a micro-batch by its share of the step's samples.
+
+    Args:
+        loss: 0-dim, a mean over the samples of the micro-batch; ``None`` if ``training_step`` returned ``None``.
+        counts: 0-dim bool, whether the micro-batch is not left out.
+        weight: its share of a replica's samples, averaged over replicas.
+        scale: factor of the gradients.
+
+    Example:
+        >>> differentiated, counted = weighted(torch.tensor(3.0), torch.tensor(True), weight=0.5, scale=2.0)
+        >>> differentiated, counted
+        (tensor(3.), tensor([1.5000, 0.5000, 0.0000]))
+        >>> weighted(torch.tensor(torch.nan), torch.tensor(False), weight=0.5, scale=2.0).counted
+        tensor([0., 0., 0.])
+        >>> weighted(None, torch.tensor(True), weight=0.5, scale=2.0)
+        WeightedLoss(differentiated=None, counted=tensor([0.0000, 0.0000, 0.5000]))
+    """
+    nothing = torch.zeros((), device=counts.device)
+    if loss is None:
+        return WeightedLoss(None, torch.stack((nothing, nothing, counts * weight)))
+    # Not multiplied by whether it counts: zero times NaN is NaN.
+    value = torch.where(counts, loss.detach().float() * weight, 0.0)
+    differentiated = torch.where(counts, loss * (weight * scale), 0.0)
+    return WeightedLoss(differentiated, torch.stack((value, counts * weight, nothing)))
 
 
 def refuse_sum(loss: Tensor, samples: int, step: str) -> None:
