@@ -50,11 +50,11 @@ class LargeModel:
     Args:
         stages: pipeline stages.
         replicas: pipelines.
-        width: of the model.
+        width: width of the model.
         depth: blocks, of all stages together.
         sequence_length: tokens of a sample.
         micro_batches: micro-batches of one sample each, of a step and replica.
-        steps: of the training.
+        steps: number of training steps.
         verification: ``"off"``, by ``"flags"`` alone, or with ``"audits"``, for which workers keep a step's signals.
     """
 
@@ -87,7 +87,8 @@ def memory(model: LargeModel = LargeModel(), output: Path | None = None) -> None
         model: what is trained.
         output: a file for the results, as JSON.
     """
-    world, settings = model.stages * model.replicas, asdict(model)
+    world = model.stages * model.replicas
+    settings = asdict(model)
     ranks: list[dict[str, Any]] = on_ranks(_peak, world, settings)
     with _giving_back():
         held: list[dict[str, Any]] = on_ranks(largest_sum_of_tensors, world, settings)
@@ -111,7 +112,8 @@ def memory(model: LargeModel = LargeModel(), output: Path | None = None) -> None
 class _Llama(L.LightningModule):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
-        self.width, self.depth = width, depth
+        self.width = width
+        self.depth = depth
         self.net: nn.Sequential | None = None
 
     def configure_model(self) -> None:
@@ -151,7 +153,7 @@ def largest_sum_of_tensors(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """To be called on every rank: train, and watch what is allocated.
 
     Args:
-        settings: of a :class:`LargeModel`.
+        settings: the settings of a :class:`LargeModel`.
 
     Returns:
         of each rank what its stage weighs (``share``) and what tensors took at most at a time (``tensors``), in bytes.

@@ -44,7 +44,7 @@ class Load:
         width: channels C.
         sequence_length: positions T of a sample.
         micro_batch_size: samples of a micro-batch.
-        micro_batches: of a step and replica.
+        micro_batches: number of micro-batches of a replica in a step.
         stages: pipeline stages.
         blocks: decoder blocks of a stage.
         replicas: pipelines.
@@ -77,7 +77,7 @@ def overhead(
     """Time verification inside training steps, on one core, and vary one size at a time.
 
     Args:
-        load: what is trained where nothing else is said.
+        load: the workload, unless another one is given.
         widths: channels to try.
         sequence_lengths: positions to try.
         replicas: numbers of pipelines to try.
@@ -164,7 +164,8 @@ class _Clock(L.Callback):
             setattr(guard, name, self._timed(getattr(guard, name)))
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        self._inside, self._start = 0.0, time.perf_counter()
+        self._inside = 0.0
+        self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -30,11 +30,12 @@ def startup(stages: int = 2, replicas: int = 2, rounds: int = 5) -> None:
     """Time the start of a run up to its first training batch.
 
     Args:
-        stages: of the pipeline.
-        replicas: of the pipeline; one process for each stage and replica.
+        stages: number of stages.
+        replicas: number of replicas; one process for each stage and replica.
         rounds: turns of each variant.
     """
-    processes, times = stages * replicas, {"imports alone": list[float](), "up to the first batch": list[float]()}
+    processes = stages * replicas
+    times = {"imports alone": list[float](), "up to the first batch": list[float]()}
     codes = dict(zip(times, (_IMPORTS, _TRAINS.format(stages=stages))))
     for number in range(rounds):
         for name in list(codes) if number % 2 else reversed(list(codes)):

@@ -52,7 +52,7 @@ class Workload:
     Args:
         stages: pipeline stages.
         replicas: pipelines.
-        width: of the model.
+        width: width of the model.
         depth: blocks.
         sequence_length: tokens of a sample.
         micro_batch_size: samples of a micro-batch.
@@ -117,9 +117,9 @@ def _table(title: str, times: dict[str, list[float]], tokens: int) -> Table:
     """Medians over the turns of each variant, and its ratios to others.
 
     Args:
-        title: of the table.
+        title: title of the table.
         times: seconds of a step, by variant, of each round.
-        tokens: of a step.
+        tokens: number of tokens in a step.
     """
     table = Table(title=title)
     for heading in ("", "step (ms)", "tokens/s", "against bare", "against unverified", "against verified"):
@@ -174,7 +174,8 @@ def _measure(settings: dict[str, Any]) -> dict[str, list[list[float]]]:
 
 class _Clock(L.Callback):
     def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
+        self.first = first
+        self.last = last
         self.start = self.stop = _Time.now()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:

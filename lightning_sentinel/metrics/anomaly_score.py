@@ -153,7 +153,8 @@ class AnomalyScore(Metric):
             val = self.matrix()
         if not isinstance(val, Tensor) or val.ndim == 0:
             return self._plot(val, ax)
-        stages, replicas = self.mesh.stages, self.mesh.replicas
+        stages = self.mesh.stages
+        replicas = self.mesh.replicas
         if val.shape != (stages, replicas):
             raise ConfigurationError(
                 f"AnomalyScore.plot() was given a tensor of shape {tuple(val.shape)}, but {self.mesh} needs"

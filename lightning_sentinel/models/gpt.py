@@ -63,7 +63,8 @@ class TokenEmbedding(nn.Module):
         Raises:
             ConfigurationError: if T is greater than ``max_length``.
         """
-        length, longest = tokens_BT.shape[1], self.position.num_embeddings
+        length = tokens_BT.shape[1]
+        longest = self.position.num_embeddings
         if length > longest:
             raise ConfigurationError(
                 f"A sequence of {length} tokens is too long for this model, which was built with max_length={longest}: use"

@@ -66,7 +66,8 @@ def rotate(x_BHTD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
         tensor([[-4.,  3.]])
     """
     real, imaginary = x_BHTD.chunk(2, dim=-1)
-    cos, sin = cos_TP.to(x_BHTD.dtype), sin_TP.to(x_BHTD.dtype)
+    cos = cos_TP.to(x_BHTD.dtype)
+    sin = sin_TP.to(x_BHTD.dtype)
     return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
 
 
@@ -122,7 +123,8 @@ class Attention(nn.Module):
             )
         qkv_BHTD = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x_BTC).chunk(3, dim=-1))
         q_BHTD, k_BHTD, v_BHTD = qkv_BHTD
-        cos_TP, sin_TP = self.cos[:length], self.sin[:length]
+        cos_TP = self.cos[:length]
+        sin_TP = self.sin[:length]
         y_BHTD = F.scaled_dot_product_attention(
             rotate(q_BHTD, cos_TP, sin_TP), rotate(k_BHTD, cos_TP, sin_TP), v_BHTD, is_causal=True
         )

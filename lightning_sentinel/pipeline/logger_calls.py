@@ -35,7 +35,8 @@ class LoggerCalls:
 
     def make(self) -> None:
         """Make the calls held back so far, and later calls immediately."""
-        held, self._held = self._held or (), None
+        held = self._held or ()
+        self._held = None
         for call in held:
             call()
 

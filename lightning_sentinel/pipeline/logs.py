@@ -182,7 +182,8 @@ class LogSchema:
 
 
 def _is_entry(entry: Any) -> bool:
-    metric, options = entry["metric"], entry["options"]
+    metric = entry["metric"]
+    options = entry["options"]
     known = entry.keys() == {"reduce_fx", "metric", "by_batch", "options"} and (metric is None or isinstance(metric, str))
     return known and entry["reduce_fx"] in _REDUCTIONS and all(name in _PASSED_ON for name in dict(options))
 

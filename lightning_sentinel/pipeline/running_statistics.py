@@ -90,7 +90,8 @@ class MetricStates:
 
     def end_step(self) -> None:
         """Remove list entries of micro-batches that were left out; waits for the device if entries were appended."""
-        appended, self._appended = self._appended, []
+        appended = self._appended
+        self._appended = []
         if appended:
             counted = torch.stack([one.counts for one in appended]).tolist()
             # In reverse, so that earlier indices stay valid.

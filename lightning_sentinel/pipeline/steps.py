@@ -309,14 +309,17 @@ class StepRunner:
     @contextmanager
     def unheard(self) -> Iterator[None]:
         """A context that undoes the side effects of steps: logged values, torchmetrics states, and values kept in the module."""
-        recorder, self.recorder = self.recorder, LogRecorder(self.module)
-        calls, self.calls = self.calls, LoggerCalls()
+        recorder = self.recorder
+        self.recorder = LogRecorder(self.module)
+        calls = self.calls
+        self.calls = LoggerCalls()
         restore = self.remember(most=None)
         try:
             yield
         finally:
             restore()
-            self.recorder, self.calls = recorder, calls
+            self.recorder = recorder
+            self.calls = calls
 
     def remember(self, most: int | None = _MOST) -> Callable[[], None]:
         """Save what steps keep, and hold back their logger calls. Returns a function that undoes their effects from here on.

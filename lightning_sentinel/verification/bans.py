@@ -69,7 +69,8 @@ class Ban:
     @classmethod
     def from_entry(cls, entry: Any) -> Ban:
         """The inverse of :meth:`entry`; also reads entries of :meth:`Ledger.export`."""
-        host, mesh = entry.get("host"), entry.get("mesh")
+        host = entry.get("host")
+        mesh = entry.get("mesh")
         return cls(
             Worker(int(entry["stage"]), int(entry["replica"])),
             int(entry["step"]),

@@ -85,7 +85,10 @@ def consistency_features(pair: Pair, weights: Tensor) -> tuple[Tensor, Tensor]:
         pair: from :func:`paired`.
         weights: from :func:`ridge_weights`.
     """
-    sent, received, change, targets = pair.sent, pair.received, pair.change, pair.targets
+    sent = pair.sent
+    received = pair.received
+    change = pair.change
+    targets = pair.targets
     errors = targets - pair.predictors @ weights
     parts = (sent, received, errors, targets) if change is None else (sent, received, errors, targets, change)
     norms = [torch.linalg.vector_norm(part, dim=-1) for part in parts]
@@ -104,7 +107,8 @@ def consistency_features(pair: Pair, weights: Tensor) -> tuple[Tensor, Tensor]:
         # A zero token that follows a zero token is consistent: gradients of padding, and of a last token without a target.
         cosines = cosines.masked_fill((norms[0] == 0) & (norms[1] == 0), 1.0)
         # Honest cosines are close to one: their distance to it spreads evenly on a logarithmic scale.
-        far, farthest = 1 + _ROUNDING - cosines.mean(dim=-1), 1 + _ROUNDING - cosines.amin(dim=-1)
+        far = 1 + _ROUNDING - cosines.mean(dim=-1)
+        farthest = 1 + _ROUNDING - cosines.amin(dim=-1)
     logs = (torch.stack((far, gain, relative_change, residual, farthest, peak_residual)) + _TINY).log().T
     return logs[:, :4], logs[:, 4:]
 

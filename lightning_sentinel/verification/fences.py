@@ -68,7 +68,8 @@ class Fences:
 
     def widened(self, factor: Tensor) -> Fences:
         """The same fences, ``factor`` ``(..., F)`` times as far from their centre."""
-        reach_down, reach_up = (self.centre - self.lower) * factor, (self.upper - self.centre) * factor
+        reach_down = (self.centre - self.lower) * factor
+        reach_up = (self.upper - self.centre) * factor
         return Fences(self.centre - reach_down, self.centre, self.centre + reach_up, self.mean, self.sigma)
 
     def where(self, condition: Tensor, other: Fences) -> Fences:

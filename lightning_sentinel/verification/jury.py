@@ -191,7 +191,8 @@ class Jury:
         for case in claimed:
             live = sum(Worker(case.audited.stage, replica) not in banned for replica in range(self._mesh.replicas))
             judged = weigh(votes[case], live)
-            outcome[places[case]], outvoted[places[case]] = judged.outcome, judged.outvoted
+            outcome[places[case]] = judged.outcome
+            outvoted[places[case]] = judged.outvoted
         return Findings(outcome, outvoted)
 
     def _case(self, wiring: Wiring, index: int, lane: int, slot: int) -> Case:

@@ -74,7 +74,8 @@ def measure(
     if pair is not None and references.weights is not None:
         input_output, worst = consistency_features(pair, references.weights)
     else:
-        input_output, worst = means.new_zeros(senders, 4), means.new_zeros(senders, 2)
+        input_output = means.new_zeros(senders, 4)
+        worst = means.new_zeros(senders, 2)
     features = torch.cat((temporal, moments, input_output, largest, worst), dim=-1)
     return Measurement(means, features, statistics, sizes)
 

@@ -57,8 +57,10 @@ class PositionSums:
         positions = means.shape[-2]
         if positions > self.total.shape[-2]:
             grown = self.resized(positions)
-            self.total, self.count = grown.total, grown.count
-        total, count = self.total[..., :positions, :], self.count[..., :positions]
+            self.total = grown.total
+            self.count = grown.count
+        total = self.total[..., :positions, :]
+        count = self.count[..., :positions]
         if places is None:
             count += weights[..., None]
         else:
@@ -126,4 +128,5 @@ class Momentum:
 
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
         if state:
-            self.value, self.seen = state["value"].to(device), state["seen"].to(device)
+            self.value = state["value"].to(device)
+            self.seen = state["seen"].to(device)

@@ -142,7 +142,8 @@ class References:
         return Contribution(PositionSums(total, count), (moved + known) * signals, signals.view(step.signals.shape))
 
     def _away(self, step: Contribution, sizes: Mapping[str, int]) -> list[Tensor]:
-        count, signals = step.positions.count, step.signals.clamp(min=1)
+        count = step.positions.count
+        signals = step.signals.clamp(min=1)
         mean = step.positions.total / count.clamp(min=1).unsqueeze(-1)
         away = torch.where((count > 0).unsqueeze(-1), mean - self.momentum.resized(mean), 0.0)
         averages = (step.statistics / signals).split(list(sizes.values()))

@@ -82,7 +82,8 @@ class Habits:
     """
 
     def __init__(self, suspects: Mapping[Worker, float] | None = None, verified: Mapping[Worker, float] | None = None) -> None:
-        self.suspects, self.verified = dict(suspects or {}), dict(verified or {})
+        self.suspects = dict(suspects or {})
+        self.verified = dict(verified or {})
 
     def add(self, suspects: Collection[Worker], verified: Collection[Worker]) -> None:
         """Add a step."""

@@ -22,7 +22,8 @@ _GROWTH = 16
 _LONGEST = 2**20
 
 COLUMNS = (*FEATURES, "score", "worst", "flagged", "tainted", "positions", "channels")
-_SCORE, _WORST = COLUMNS.index("score"), COLUMNS.index("worst")
+_SCORE = COLUMNS.index("score")
+_WORST = COLUMNS.index("worst")
 
 
 def signal_rows(
@@ -92,7 +93,9 @@ class SignalTable:
             (1000000.0, -1.0, True, True)
         """
         rows = rows.clone()
-        features, score, worst = rows[..., : len(FEATURES)], rows[..., _SCORE], rows[..., _WORST]
+        features = rows[..., : len(FEATURES)]
+        score = rows[..., _SCORE]
+        worst = rows[..., _WORST]
         broken = ~(features.isfinite().all(dim=-1) & score.isfinite() & worst.isfinite())
         features.nan_to_num_(0.0, _LARGEST, -_LARGEST).clamp_(-_LARGEST, _LARGEST)
         score.clamp_(0, MAX_SCORE).masked_fill_(broken, MAX_SCORE)
@@ -129,7 +132,8 @@ class SignalTable:
     def scored(self, score: Tensor, worst: Tensor) -> SignalTable:
         """The same signals with other scores; both arguments ``(boundaries, lanes, micro_batches)``."""
         rows = self.rows.clone()
-        rows[..., COLUMNS.index("score")], rows[..., COLUMNS.index("worst")] = score, worst.to(rows.dtype)
+        rows[..., COLUMNS.index("score")] = score
+        rows[..., COLUMNS.index("worst")] = worst.to(rows.dtype)
         return SignalTable(rows)
 
     def worker_scores(self, mesh: Mesh, wiring: Wiring) -> Tensor:

@@ -106,9 +106,12 @@ def temporal_features(means: Tensor, anchor: Anchor) -> Tensor:
 
 def _published(means: Tensor, anchor: Anchor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positions = means.shape[-2]
-    l1, l2, flips = [], [], []
+    l1 = []
+    l2 = []
+    flips = []
     for piece in pieces(positions, means.numel()):
-        some, momentum = means[..., piece, :], anchor.momentum[piece]
+        some = means[..., piece, :]
+        momentum = anchor.momentum[piece]
         share = len(momentum) / positions
         l1.append(share * mean_absolute_difference(some, momentum))
         l2.append(normalised_euclidean(some, momentum, anchor.size))

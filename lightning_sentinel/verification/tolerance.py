@@ -113,7 +113,8 @@ class Tolerances:
 
     def errs_one_way(self, index: int, sender: Worker, least: float) -> bool:
         """Whether the signed errors of a sender add up, where rounding errors cancel out, to more than ``least`` on average."""
-        sums, squares = self._sums[index, sender.replica].abs(), self._squares[index, sender.replica]
+        sums = self._sums[index, sender.replica].abs()
+        squares = self._squares[index, sender.replica]
         coherent = sums.square() > _ALARM * squares
         return bool((coherent & (sums > least * self._audits[index, sender.replica])).any())
 

@@ -328,7 +328,8 @@ def _cleared(score: Tensor, valid: Tensor) -> Tensor:
 def _clean(flagged: Tensor, live: Tensor, mesh: Mesh) -> Tensor:
     """A flagged activation takes its micro-batch out of every stage; a flagged gradient out of the stages it reaches."""
     cuts = mesh.stages - 1
-    activation, gradient = flagged[:cuts], flagged[cuts:]
+    activation = flagged[:cuts]
+    gradient = flagged[cuts:]
     whole = activation.any(dim=0)
     clean = torch.empty(mesh.stages, *whole.shape, dtype=torch.bool)
     for stage in range(mesh.stages):

@@ -120,7 +120,8 @@ class BoundaryVerifier:
         return measure(signals, senders, received, self.references, self._secret)
 
     def _keep(self, measured: Measurement, flagged: Tensor, usable: Tensor, lanes: Tensor | None, of: int) -> None:
-        means, statistics = measured.means, measured.statistics
+        means = measured.means
+        statistics = measured.statistics
         if self._step_sums is None:
             both = (part[:1].expand(2, of, *part.shape[1:]) for part in (means, statistics))
             self._step_sums = _StepSums(Contribution.like(*both), measured.sizes)
@@ -172,7 +173,8 @@ class BoundaryVerifier:
 
     def learn(self, step: Contribution | None) -> None:
         """Update with one step's honest signals, summed over all senders; ``None`` if no signal was honest."""
-        kept, self._step_sums = self._step_sums, None
+        kept = self._step_sums
+        self._step_sums = None
         if step is not None and kept is not None:
             self.references.update(step, kept.sizes)
 

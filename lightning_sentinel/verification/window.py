@@ -15,7 +15,8 @@ from lightning_sentinel.verification.usual import Usual
 
 __all__ = ["FenceRule", "FenceWindow"]
 
-_SLOW, _FAST = 0.99, 0.9
+_SLOW = 0.99
+_FAST = 0.9
 _SURGE = 1.25
 """How much larger than the slow average the fast one must be to count: less is its noise."""
 _FEWEST_TO_OUTVOTE = 3
@@ -169,7 +170,8 @@ class FenceWindow:
     def state_of(self, boundary: int) -> dict[str, Tensor]:
         """The state of one boundary: the values, oldest first, the fences' shape, and the deviations of each worker."""
         turn = -int(self.places[boundary])
-        values, workers = self.values[boundary].roll(turn, dims=0), self.workers[boundary].roll(turn)
+        values = self.values[boundary].roll(turn, dims=0)
+        workers = self.workers[boundary].roll(turn)
         filled = ~values[:, 0].isnan()
         return {
             "values": values[filled],
@@ -190,13 +192,15 @@ class FenceWindow:
         """
         size = self.values.shape[1]
         kept = state["values"][-size:]
-        self.values[boundary], self.workers[boundary] = torch.nan, -1
+        self.values[boundary] = torch.nan
+        self.workers[boundary] = -1
         self.values[boundary, : len(kept)] = kept
         self.workers[boundary, : len(kept)] = state["workers"][-size:].clamp(max=self.deviations.shape[2] - 1)
         self.places[boundary] = len(kept) % size
         self.settled[boundary] = state["settled"]
         self.resolution[boundary] = state["resolution"]
-        deviations, usual = state["deviations"], state["usual"]
+        deviations = state["deviations"]
+        usual = state["usual"]
         if deviations.shape != self.deviations[:, boundary].shape:
             deviations = median(deviations, dim=1)[:, None].expand_as(self.deviations[:, boundary])
             usual = median(usual, dim=1)[:, None].expand_as(deviations)

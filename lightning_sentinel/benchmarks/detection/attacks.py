@@ -43,7 +43,7 @@ IMITATING: dict[str, Any] = {
     "received_noise": "received_noise",
     "momentum_noise": "momentum_noise",
 }
-"""Those that send what an honest worker sends, or something like it, but not what is due."""
+"""Attacks that send a signal of an honest worker, or one like it, in place of the one that the layers computed."""
 
 SUBTLE: dict[str, Any] = {
     "surrogate": "surrogate",
@@ -58,7 +58,7 @@ SUBTLE: dict[str, Any] = {
     "local": "local",
     "intermittent": "intermittent",
 }
-"""Those that do nearly what is due, or not all the time."""
+"""Attacks that alter a signal a little, or not in every step."""
 
 HIDDEN: dict[str, Any] = IMITATING | SUBTLE
 """Those that were designed against the published distances, or are weak."""

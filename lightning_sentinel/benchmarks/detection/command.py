@@ -53,9 +53,9 @@ def detection(
     """Measure which attacks are found, how soon, and at what cost, in a mesh that is simulated on this machine.
 
     Every run trains a small language model honestly, lets some workers tamper from then on, and is compared with the same training
-    without an attack. What is not said is up to the suite. A run that is already in the output folder, with the same settings and
-    the same versions of this package, Python and torch, is not made again: the same command goes on where it was stopped, and
-    suites share runs. Who changes the package's code and not its version needs another folder.
+    without an attack. A setting that is left out is that of the suite. A run that is already in the output folder, with the same
+    settings and the same versions of this package, Python and torch, is not made again: the same command goes on where it was
+    stopped, and suites share runs. If the package's code has changed and its version has not, choose another folder.
 
     Args:
         suite: which question to answer: each attack by itself, malicious workers that do different things, the share of malicious
@@ -66,7 +66,7 @@ def detection(
         output: folder for results; nothing is written outside it.
         stages: pipeline stages, 8 in most suites.
         replicas: pipelines, 8 in most suites.
-        micro_batches: of a step and replica, 2 in most suites.
+        micro_batches: number of micro-batches of a replica in a step, 2 in most suites.
         fraction: share of malicious workers in each middle stage, 0.375 in most suites.
         seeds: runs that differ only in the seed, 3 in most suites.
         steps: under attack, 60 in most suites.
@@ -197,7 +197,7 @@ def _short(result: Measures | str) -> str:
 
 
 def _write(suite: str, groups: Sequence[Group], folder: Path) -> None:
-    """Tables and figures of what there is."""
+    """Write the tables and figures of the runs that are finished."""
     if not groups:
         return
     title = SUITES[suite].about

@@ -73,7 +73,8 @@ class BiasBelowItsSum(Insider):
     @override
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
         assert self.strategy is not None, "the run has begun"
-        guard, at = self.strategy._run.guard, self.strategy.mesh.boundaries.index(_boundary(context))
+        guard = self.strategy._run.guard
+        at = self.strategy.mesh.boundaries.index(_boundary(context))
         if guard is not None and float(guard.calibration.drift.height[at, context.worker.replica]) > DOUBT / 2:
             return signal
         generator = torch.Generator().manual_seed(context.seed_for("bias", context.direction))
@@ -127,5 +128,7 @@ class Within(L.Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         strategy: Any = trainer.strategy
-        self._insider.strategy, self._insider.workers = strategy, strategy.adversary.workers
-        strategy.adversary.votes, strategy.adversary.notes = self._insider.votes, self._insider.notes
+        self._insider.strategy = strategy
+        self._insider.workers = strategy.adversary.workers
+        strategy.adversary.votes = self._insider.votes
+        strategy.adversary.notes = self._insider.notes

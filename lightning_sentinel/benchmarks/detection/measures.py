@@ -67,7 +67,8 @@ class Measures:
 def measure(scenario: Scenario, warmup: Path | None) -> Measures:
     """Run a scenario, from the checkpoint of its warm-up or, without one, from the start."""
     training = scenario.training
-    strategy, module = make_strategy(scenario), LanguageModel(training, scenario.seed)
+    strategy = make_strategy(scenario)
+    module = LanguageModel(training, scenario.seed)
     observer = _Observer(training, scenario.direction)
     callbacks: list[L.Callback] = [observer]
     if scenario.attacked:
@@ -145,7 +146,9 @@ class _Observer(L.Callback):
         return self.direction in ("both", direction.value)
 
     def measures(self, strategy: SentinelStrategy, loss: float | None) -> Measures:
-        mesh, ledger, guilty = strategy.mesh, strategy.ledger, self.guilty
+        mesh = strategy.mesh
+        ledger = strategy.ledger
+        guilty = self.guilty
         seen = [detection for detection in strategy.detections if detection.step >= self.start]
         mine = [one for one in seen if one.worker in guilty and self.tampers_with(one.direction) and one.confirmed is not False]
         precision, recall, f1 = _scores(ledger.banned, guilty, mesh)

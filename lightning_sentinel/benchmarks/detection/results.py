@@ -45,7 +45,8 @@ class Row:
     @property
     def flat(self) -> dict[str, Any]:
         """One level of plain values, for files. A validation loss or a gap is empty where training diverged."""
-        scenario, measures = self.scenario, asdict(self.measures)
+        scenario = self.scenario
+        measures = asdict(self.measures)
         iterations = self.measures.iterations
         measures["iterations"] = " ".join(map(str, iterations))
         measures["guilty"] = " ".join(f"{stage}:{replica}" for stage, replica in self.measures.guilty)

@@ -63,14 +63,14 @@ class Training:
     Args:
         stages: pipeline stages, each with one block of the model; at least 3, as first and last are trusted.
         replicas: pipelines.
-        micro_batches: of a step and replica.
+        micro_batches: number of micro-batches of a replica in a step.
         warmup_steps: honest steps before the attack.
         steps: steps under attack.
         model: ``"llama"`` or ``"gpt"``.
         data: ``"code"``, ``"prose"``, or ``"code+prose"``, which changes from one to the other in the middle of the run.
-        schedule: of the learning rate, after a short rise: ``"constant"``, or ``"decay"`` to a tenth.
+        schedule: the learning rate after a short rise: ``"constant"``, or ``"decay"`` to a tenth.
         learning_rate: the highest.
-        width: of the model.
+        width: width of the model.
         sequence_length: bytes of a window.
         micro_batch_size: windows of a micro-batch.
 
@@ -120,7 +120,7 @@ class Scenario:
 
     Args:
         method: how signals are verified, a key of :data:`METHODS`.
-        seed: of the weights, the batches, the malicious workers and the verifiers' secrets.
+        seed: the seed of the weights, the batches, the malicious workers and the verifiers' secrets.
         training: what is trained.
         attack: the name that the attack has in tables; :data:`NO_ATTACK` if there is none.
         spec: the attack as :func:`lightning_sentinel.attacks.resolve` takes it, or a list of which each malicious worker draws one;

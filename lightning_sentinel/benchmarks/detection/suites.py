@@ -183,7 +183,8 @@ def _collusion(request: Request) -> Iterator[Scenario]:
 
 def _places(request: Request) -> Iterator[Scenario]:
     training = request.training
-    last, liars = training.stages - 1, range(max(1, (training.replicas - 1) // 2))
+    last = training.stages - 1
+    liars = range(max(1, (training.replicas - 1) // 2))
     # At the ends of the pipeline there is one direction only, and nothing that the sender had received.
     for variant, stage, direction in (("first stage", 0, "activation"), ("last stage", last, "gradient")):
         if direction in request.directions:

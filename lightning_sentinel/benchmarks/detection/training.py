@@ -37,7 +37,7 @@ class LanguageModel(L.LightningModule):
 
     Args:
         training: sizes and schedule.
-        seed: of the initial weights.
+        seed: the seed of the initial weights.
     """
 
     def __init__(self, training: Training, seed: int) -> None:
@@ -80,11 +80,12 @@ class Windows(IterableDataset[tuple[Tensor, Tensor]]):
 
     Args:
         training: sizes and text.
-        seed: of the draws.
+        seed: the seed of the drawn batches.
     """
 
     def __init__(self, training: Training, seed: int) -> None:
-        self.training, self.seed = training, seed
+        self.training = training
+        self.seed = seed
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         training = self.training

@@ -63,7 +63,8 @@ def config_to_cut(source: Source, overrides: Mapping[str, Any] | None = None) ->
         >>> config_to_cut({"model_type": "llama", "num_hidden_layers": 2}).num_hidden_layers
         2
     """
-    config, folder = config_of(source, overrides), folder_of(source)
+    config = config_of(source, overrides)
+    folder = folder_of(source)
     family_of(config)
     if folder is not None and config.tie_word_embeddings and head_of_its_own(folder):
         rank_zero_warn(
@@ -95,7 +96,8 @@ def layers_of(config: Any, folder: Path | None) -> nn.Sequential:
 
 
 def _cut(model: Any, family: Family) -> list[LanguageModelLayer]:
-    config, base = model.config, model.get_submodule(family.base)
+    config = model.config
+    base = model.get_submodule(family.base)
     experts = int(config.num_experts) if family.router_loss and config.output_router_logits else 0
     blocks = f"{family.base}.{family.blocks}"
     return [

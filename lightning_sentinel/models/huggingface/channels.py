@@ -28,7 +28,7 @@ def tokens_and_mask(input_ids_BT: Tensor, attention_mask_BT: Tensor | None = Non
 
     Args:
         input_ids_BT: int64 of shape ``(B, T)``.
-        attention_mask_BT: of the same shape, 0 for padding; ``None`` says that there is none.
+        attention_mask_BT: a mask of the same shape, 0 for padding; ``None`` if nothing is masked.
 
     Returns:
         int64 of shape ``(B, T, 2)``, or the tokens as they are if there is no mask.
@@ -55,7 +55,8 @@ def beside(hidden_BTC: Tensor, mask_BT: Tensor | None, experts: int) -> Tensor:
     side_BTS = hidden_BTC.new_zeros(*hidden_BTC.shape[:2], 1 + 2 * experts)
     # In turns, so that the channel varies in a micro-batch without padding about as much as in one with some: verification compares
     # how much channels vary on a logarithmic scale, on which a constant is far from anything else.
-    side_BTS[:, ::2, 0], side_BTS[:, 1::2, 0] = 1, -1
+    side_BTS[:, ::2, 0] = 1
+    side_BTS[:, 1::2, 0] = -1
     if mask_BT is not None:
         side_BTS[..., 0] *= mask_BT != 0
     return side_BTS
@@ -83,7 +84,7 @@ def with_routing(side_BTS: Tensor, logits: Tensor, top_k: int) -> Tensor:
 
     Args:
         side_BTS: the channels beside the hidden states.
-        logits: of the router, ``(B * T, E)``.
+        logits: ``(B * T, E)``, what the router returned.
         top_k: how many experts it chooses for a token.
 
     Example:

@@ -32,7 +32,7 @@ def save_pretrained(
         source: a checkpoint of :class:`CausalLM`, in one file; or what :func:`causal_lm_layers` returned; or a module that holds
             its layers.
         folder: is made if there is none.
-        max_shard_size: of a file of weights, as transformers writes it.
+        max_shard_size: the largest size of a file of weights, as transformers writes it (``"5GB"``).
 
     Raises:
         ConfigurationError: if layers are missing, as they are on a rank that has one stage, or there is no such checkpoint.
@@ -81,7 +81,8 @@ def _layers_from(path: str | os.PathLike[str]) -> Sequence[LanguageModelLayer]:
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        source, state = checkpoint["hyper_parameters"]["source"], checkpoint["state_dict"]
+        source = checkpoint["hyper_parameters"]["source"]
+        state = checkpoint["state_dict"]
         weights = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
     except Exception as error:
         raise ConfigurationError(
@@ -91,7 +92,8 @@ def _layers_from(path: str | os.PathLike[str]) -> Sequence[LanguageModelLayer]:
     with torch.device("meta"):
         layers = layers_of(config_to_cut(source), None)
     layers.load_state_dict(weights, assign=True)
-    embedding, head = layers[0], layers[-1]
+    embedding = layers[0]
+    head = layers[-1]
     if isinstance(embedding, Embedding) and isinstance(head, Head) and head.config.tie_word_embeddings:
         # The checkpoint of a pipeline has it from two stages.
         head.head.weight = embedding.tokens.weight

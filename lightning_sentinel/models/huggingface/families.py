@@ -17,13 +17,13 @@ class Family:
     Args:
         title: what people call it.
         base: attribute of the model without its head.
-        tokens: of the base, the embedding of tokens.
-        positions: of the base, the embedding of positions; ``None`` where positions are rotary.
-        dropout: of the base, what the sum of both embeddings goes through.
-        blocks: of the base, the list of decoder blocks.
-        norm: of the base, what follows the last block.
-        head: of the model.
-        rotary: of the base, what makes rotary tables.
+        tokens: name of the embedding of tokens, in the base model.
+        positions: name of the embedding of positions, in the base model; ``None`` where positions are rotary.
+        dropout: name of the dropout of the sum of both embeddings, in the base model.
+        blocks: name of the list of decoder blocks, in the base model.
+        norm: name of the norm after the last block, in the base model.
+        head: name of the head, in the model.
+        rotary: name of the module that makes rotary tables, in the base model.
         window: which blocks look back only as far as ``config.sliding_window``: none, all once it is set, or those that
             ``config.layer_types`` names.
         router_loss: whether transformers adds a load-balancing loss to this family's loss.

@@ -25,7 +25,7 @@ class Router:
     """Where a block decides which experts a token goes to.
 
     Args:
-        name: of the module inside the block.
+        name: name of the module inside the block.
         output: which element of what it returns are its logits.
     """
 
@@ -42,7 +42,7 @@ class LanguageModelLayer(nn.Module):
     """What all layers have in common.
 
     Args:
-        config: of the whole model.
+        config: configuration of the whole model.
         experts: how many experts travel beside the hidden states; 0 without a router loss.
         parts: attributes of this layer, and where transformers has the same modules: ``{"norm": "model.norm"}``.
     """
@@ -69,7 +69,7 @@ class Embedding(LanguageModelLayer):
     """Tokens ``(B, T)``, or :func:`~lightning_sentinel.models.huggingface.tokens_and_mask` ``(B, T, 2)``, to ``(B, T, C + S)``.
 
     Args:
-        config: of the whole model.
+        config: configuration of the whole model.
         experts: how many experts travel beside the hidden states.
         parts: where transformers has the embeddings.
         tokens: the embedding of tokens.
@@ -101,7 +101,8 @@ class Embedding(LanguageModelLayer):
         input_ids_BT, mask_BT = (x[..., 0], x[..., 1]) if x.ndim == 3 else (x, None)
         hidden_BTC = self.tokens(input_ids_BT)
         if hasattr(self, "positions"):
-            length, longest = input_ids_BT.shape[1], self.config.max_position_embeddings
+            length = input_ids_BT.shape[1]
+            longest = self.config.max_position_embeddings
             if length > longest:
                 raise ConfigurationError(
                     f"A sequence of {length} tokens is too long for this model, which has max_position_embeddings={longest}: use"
@@ -116,7 +117,7 @@ class Block(LanguageModelLayer):
     """One decoder block, ``(B, T, C + S) -> (B, T, C + S)``.
 
     Args:
-        config: of the whole model.
+        config: configuration of the whole model.
         experts: how many experts travel beside the hidden states.
         parts: where transformers has the block.
         block: transformers' decoder block.
@@ -173,7 +174,7 @@ class Norm(LanguageModelLayer):
     """What follows the last block, ``(B, T, C + S) -> (B, T, C + S)``.
 
     Args:
-        config: of the whole model.
+        config: configuration of the whole model.
         experts: how many experts travel beside the hidden states.
         parts: where transformers has the norm.
         norm: the norm.
@@ -193,7 +194,7 @@ class Head(LanguageModelLayer):
     """Hidden states to logits, ``(B, T, C + S) -> (B, T, V)``; with a router loss ``(B, T, V + R)``.
 
     Args:
-        config: of the whole model.
+        config: configuration of the whole model.
         experts: how many experts travel beside the hidden states.
         parts: where transformers has the head.
         head: the linear layer.

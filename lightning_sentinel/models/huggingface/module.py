@@ -75,7 +75,7 @@ class CausalLM(L.LightningModule):
         self.config = config_to_cut(source, overrides)
         self._folder = folder_of(source)
         settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
-        # What the folder said instead of where it was: a checkpoint may be loaded where there is no such folder.
+        # The contents of the folder, and not its path: a checkpoint may be loaded where there is no such folder.
         self.save_hyperparameters({"source": self.config.to_dict(), **settings})
 
     def configure_model(self) -> None:
@@ -125,7 +125,8 @@ class CausalLM(L.LightningModule):
         return output[..., : self.config.vocab_size], output[..., self.config.vocab_size :]
 
     def _losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        input_ids, mask = _input_ids(batch), batch.get("attention_mask")
+        input_ids = _input_ids(batch)
+        mask = batch.get("attention_mask")
         labels = batch.get("labels")
         if labels is None:
             labels = input_ids if mask is None else input_ids.masked_fill(mask == 0, _IGNORED)

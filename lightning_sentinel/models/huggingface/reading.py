@@ -1,6 +1,6 @@
 """Weights from a folder, parameter by parameter, each when it is wanted.
 
-Reading one is an operation of torch's, as drawing random numbers is. So whoever puts off what is done to tensors, as the strategy
+Reading one is an operation of torch's, as drawing random numbers is. So code that defers operations on tensors, as the strategy
 does in ``configure_model``, puts off reading too, and a process reads what it keeps.
 """
 
@@ -26,7 +26,8 @@ __all__ = ["head_of_its_own", "read_weights", "weight_files"]
 
 _PIECE = 2**24
 """Bytes that are compared at a time."""
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -135,7 +136,8 @@ class _WeightFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.files = folder, weight_files(folder)
+        self.folder = folder
+        self.files = weight_files(folder)
         self._load, mapping, renamed = _loading_of_transformers()
         config = config_of(folder)
         family = family_of(config)
@@ -157,7 +159,8 @@ class _WeightFolder:
         renamings, converters = (
             [entry for entry in self._mapping if isinstance(entry, kind)] for kind in (WeightRenaming, WeightConverter)
         )
-        base, state = self._shell.base_model_prefix, self._shell.state_dict()
+        base = self._shell.base_model_prefix
+        state = self._shell.state_dict()
         keys: defaultdict[str, list[str]] = defaultdict(list)
         for key in self.files:
             name, _ = renamed(key, renamings, converters, base, state)
@@ -195,7 +198,8 @@ class _WeightFolder:
         settings = transformers_package().modeling_utils.LoadStateDictConfig(
             dtype=like.dtype, dtype_plan={re.escape(name): like.dtype}, weight_mapping=self._mapping
         )
-        keys, empty = self.keys(name), entries[key]
+        keys = self.keys(name)
+        empty = entries[key]
         own = name in self.own_keys
         with torch.device("cpu"), _slices({key: self.files[key] for key in keys}) as slices, _no_progress_bar():
             try:

@@ -168,7 +168,8 @@ def select_state(
         ConfigurationError: if ``strict`` and the keys differ.
     """
     saved = set(state if saved is None else saved)
-    missing, unexpected = sorted(set(known) - saved), sorted(saved - set(known))
+    missing = sorted(set(known) - saved)
+    unexpected = sorted(saved - set(known))
     if strict and (missing or unexpected):
         raise ConfigurationError(
             f"The checkpoint does not fit {type(module).__name__}: {len(missing)} key(s) missing (first: {missing[:3]}),"

@@ -92,7 +92,8 @@ class Destination(NamedTuple):
         """
         names = [described.get("state_names"), described.get("parameter_names")]
         listed = all(isinstance(found, list) and all(isinstance(name, str) for name in found) for found in names)
-        file, size = described.get("file"), described.get("bytes")
+        file = described.get("file")
+        size = described.get("bytes")
         if file != self._file(stage) or type(size) is not int or not listed:
             raise ConfigurationError(
                 f"What stage {stage} says that it has written is no part of this checkpoint: {str(dict(described))[:120]}. Its part"

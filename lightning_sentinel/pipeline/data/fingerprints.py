@@ -21,7 +21,8 @@ _ELEMENTS = 512
 """Elements of a tensor that its fingerprint covers."""
 _LEAVES = 64
 """Leaves of a batch that its fingerprint covers."""
-NONE_LEFT, NOT_READ = -1, -2
+NONE_LEFT = -1
+NOT_READ = -2
 """Sent in place of a number of samples: the replica has no batch left; the rank does not read data."""
 _REMEDY = (
     "Both ends of a pipeline read the same data. What is drawn before fit() has to be drawn alike in all processes: call"

@@ -202,7 +202,8 @@ def _refuse_time_first(root: _Node, samples: int, source: Source) -> None:
         )
 
 
-_WHOLE, _BY_ROWS = None, "rows"
+_WHOLE = None
+_BY_ROWS = "rows"
 
 
 def _planned(node: _Node, samples: int, source: Source, root: bool = False) -> Any:

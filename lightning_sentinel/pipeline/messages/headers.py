@@ -161,7 +161,8 @@ class Allowance:
     def saw(self, signal: Tensor, samples: int | None = None) -> None:
         """Take note of a signal that came and was as it should be; ``samples`` as in :meth:`expected`."""
         self._largest, self._dtypes = max(self._largest, signal.numel()), (signal.dtype,)
-        self._last, self._by_samples = tuple(signal.shape), signal.shape[:1] == (samples,)
+        self._last = tuple(signal.shape)
+        self._by_samples = signal.shape[:1] == (samples,)
 
     def usual(self, samples: int) -> tuple[int, ...] | None:
         """The shape of the last signal, for so many samples; ``None`` if there was none."""

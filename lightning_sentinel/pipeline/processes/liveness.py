@@ -104,7 +104,8 @@ def connect(
     """
     global _start
     if not dist.is_initialized():
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+        os.environ["MASTER_ADDR"] = address
+        os.environ["MASTER_PORT"] = str(port)
         shared, _, _ = next(rendezvous("env://", rank=rank, world_size=world_size, timeout=timeout))
         store = PrefixStore(agree_on_round(shared, rank, world_size, timeout), shared)
         ranks = tuple(range(world_size)) if admit is None else admit(store)

@@ -113,7 +113,8 @@ class ReferenceUpdates:
         apart: Apart | None,
     ) -> list[Contribution] | None:
         """What remains to be learned of the previous step; ``None`` if its sum was learned at once."""
-        added, self._added = self._added, None
+        added = self._added
+        self._added = None
         if added is None or apart is None or bool(added.expected):
             return None
         rows, workers = apart(added.vector)

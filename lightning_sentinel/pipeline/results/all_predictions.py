@@ -61,7 +61,8 @@ def merge(replicas: Sequence[tuple[list[Any], list[list[int]]]]) -> list[Any]:
     """
     merged = []
     for number in range(max((len(predictions) for predictions, _ in replicas), default=0)):
-        parts, indices = [], []
+        parts = []
+        indices = []
         for predictions, seen in replicas:
             if number < len(predictions) and predictions[number] is not None:
                 parts.append(predictions[number])

@@ -72,7 +72,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: tuple[int, ...], rank: int) -> Tensor:
-        ctx.ranks, ctx.rank = ranks, rank
+        ctx.ranks = ranks
+        ctx.rank = rank
         gathered = _exchanged([tensor] * len(ranks), ranks, rank)
         shapes = [tuple(one.shape) for one in gathered]
         if len(set(shapes)) > 1:

@@ -13,7 +13,9 @@ from lightning_sentinel.errors import PipelineModelError
 
 __all__ = ["WeightedLoss", "refuse_sum", "weighted"]
 
-_MEAN, _SUM, _OTHER = "mean", "sum", "other"
+_MEAN = "mean"
+_SUM = "sum"
+_OTHER = "other"
 _PASSED = ("Add", "Sub", "Neg", "View", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCopy", "Clone", "Select")
 """Name prefixes of operations that keep the kind of a reduction. Not division, which may turn a sum into a mean."""
 _TOGETHER = ("Stack", "Cat")

@@ -80,7 +80,8 @@ class SharedMetrics(L.Callback):
             for metric in self._lent.pop(stage, ()):
                 if metric._computed is not None and metric.update_count == 1:
                     # The received value is of the previous epoch.
-                    metric._computed, metric._update_count = None, 0
+                    metric._computed = None
+                    metric._update_count = 0
             self._before[stage] = {name: metric.update_count for name, metric in _metrics_of(pl_module).items()}
 
     def _share(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -167,4 +168,5 @@ def _computed(metric: Metric, group: dist.ProcessGroup | None) -> list[Any]:
         return [None, f"{type(error).__name__}: {error}"]
     finally:
         for part, (own, available) in zip(parts, before):
-            part.process_group, part.distributed_available_fn = own, available
+            part.process_group = own
+            part.distributed_available_fn = available

@@ -160,7 +160,8 @@ def cut(
     stage_model = StageModel(mesh, layers, None, None, parts, *names, counts, ties, _homes(module, layers.layers, parts))
     _check_stages(stage_model, method, worker)
     if worker is not None:
-        start, stop = parts[worker.stage], parts[worker.stage + 1]
+        start = parts[worker.stage]
+        stop = parts[worker.stage + 1]
         skeleton = layers.keep_only(start, stop, device)
         stage_model = replace(stage_model, skeleton=skeleton)
     materialise(module, build, () if stage_model.skeleton is None else stage_model.skeleton.modules())
