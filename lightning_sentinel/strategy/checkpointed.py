@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -136,6 +137,8 @@ class CheckpointedStrategy(RankedStrategy):
             # Weights are loaded into stages, and Lightning restores callbacks' states before the run starts.
             with self._processes.watching():
                 self._take_stage()
+            if self._run.engine is None and self._trainer.state.fn == TrainerFn.FITTING:
+                self._resumption.expect()
 
         def read_file() -> dict[str, Any]:
             return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only=weights_only)

@@ -47,7 +47,7 @@ class PipelineData:
     def __init__(self, run: RunState, trainer: L.Trainer, steps: StepRunner) -> None:
         self._run = run
         self._trainer = trainer
-        self._steps = steps
+        self.steps = steps
         self._virtual = run.settings.virtual
         self._splitter = BatchSplitter(steps.module)
         self._uneven = False
@@ -129,7 +129,7 @@ class PipelineData:
         changing = "transfer_batch_to_device", "on_after_batch_transfer"
         # Hooks of a data module replace the module's.
         datamodule = getattr(self._trainer, "datamodule", None)
-        sources = (self._steps.module, L.LightningModule), (datamodule, L.LightningDataModule)
+        sources = (self.steps.module, L.LightningModule), (datamodule, L.LightningDataModule)
         changed = any(is_overridden(hook, one, kind) for hook in changing for one, kind in sources if one is not None)
         return self._loaded is not None and not changed
 
@@ -189,9 +189,9 @@ class PipelineData:
     def arguments(self, step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The arguments of a step, the batch first. A step that takes ``dataloader_iter`` gets a new one for each micro-batch."""
         arguments = (*args, *kwargs.values())
-        if not fetches(self._steps.module, step):
+        if not fetches(self.steps.module, step):
             return arguments
-        self._steps.more = arguments[0] if self._is_undealt(step) else None
+        self.steps.more = arguments[0] if self._is_undealt(step) else None
         return tuple(next(arguments[0]))
 
 

@@ -13,7 +13,6 @@ from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractionT
 from lightning_sentinel.pipeline.planner import StepPlanner
 from lightning_sentinel.pipeline.recovery.ruling import Ruling
 from lightning_sentinel.pipeline.step_results import StepOutcome
-from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.strategy.announcements import Announcements, announce_detections, keep_latest
 from lightning_sentinel.strategy.bans import BanKeeper
 from lightning_sentinel.strategy.data import PipelineData, loader_number
@@ -30,7 +29,6 @@ class MeshSteps:
     Args:
         run: the state of the run.
         trainer: the Trainer of the run.
-        steps: runs the user's steps.
         data: splits batches.
         results: shares what steps did.
         bans: keeps bans for later runs.
@@ -41,7 +39,6 @@ class MeshSteps:
         self,
         run: RunState,
         trainer: L.Trainer,
-        steps: StepRunner,
         data: PipelineData,
         results: SharedResults,
         bans: BanKeeper,
@@ -49,7 +46,6 @@ class MeshSteps:
     ) -> None:
         self._run = run
         self._trainer = trainer
-        self._steps = steps
         self._data = data
         self._results = results
         self._bans = bans
@@ -70,7 +66,7 @@ class MeshSteps:
             try:
                 outcome = self._train_until_settled(arguments)
             finally:
-                self._steps.make_calls()
+                self._data.steps.make_calls()
             returned = self._results.returned("training_step")
             if not outcome.skipped:
                 run.running_engine.gradients.hold()

@@ -28,13 +28,12 @@ from lightning_sentinel.strategy.results import SharedResults
 from lightning_sentinel.strategy.run_state import RunState
 from lightning_sentinel.strategy.signals import DeferredSignals
 
-__all__ = ["RunParts", "make_guard", "make_parts"]
+__all__ = ["RunParts", "make_data", "make_guard", "make_parts"]
 
 
 class RunParts(NamedTuple):
-    """The parts of the strategy that each run has anew, beside the engine."""
+    """The parts of the strategy that each run has anew, beside its data and its engine."""
 
-    data: PipelineData
     steps: MeshSteps
     optimizer_steps: OptimizerSteps
 
@@ -64,10 +63,23 @@ def make_guard(run: RunState, bans: BanKeeper) -> Guard | None:
     return Guard(mesh, received, worker, verification, settings.response, run.ledger, processes.device)
 
 
+def make_data(run: RunState, trainer: L.Trainer, model: StageModel) -> PipelineData:
+    """Make the data of a run, before its optimizer: ``trainer.estimated_stepping_batches`` asks for loaders.
+
+    Args:
+        run: the state of the run.
+        trainer: the Trainer of the run.
+        model: the module, cut into stages.
+    """
+    steps = StepRunner(trainer.lightning_module, model.layers.entry, model.layers.names, run.has_all_stages)
+    return PipelineData(run, trainer, steps)
+
+
 def make_parts(
     run: RunState,
     trainer: L.Trainer,
     model: StageModel,
+    data: PipelineData,
     optimizer: Optimizer | None,
     signals: DeferredSignals,
     bans: BanKeeper,
@@ -79,6 +91,7 @@ def make_parts(
         run: the state of the run, which gets the engine.
         trainer: the Trainer of the run.
         model: the module, cut into stages.
+        data: the data of the run.
         optimizer: the user's optimizer; ``None`` for evaluation.
         signals: the process signals that this process has received.
         bans: keeps bans for later runs.
@@ -86,14 +99,13 @@ def make_parts(
     """
     processes = run.processes
     precision = trainer.precision_plugin
-    steps = StepRunner(trainer.lightning_module, model.layers.entry, model.layers.names, run.has_all_stages)
+    steps = data.steps
     steps.signals = signals.counts
     run.engine = _make_engine(run, model, optimizer, steps, precision)
     run.randomness = SeparateRandomness(run.seed, processes.rank, processes.device)
     results = SharedResults(run, trainer, signals)
-    data = PipelineData(run, trainer, steps)
-    mesh_steps = MeshSteps(run, trainer, steps, data, results, bans, announcements)
-    return RunParts(data, mesh_steps, OptimizerSteps(run, trainer, mesh_steps, precision))
+    mesh_steps = MeshSteps(run, trainer, data, results, bans, announcements)
+    return RunParts(mesh_steps, OptimizerSteps(run, trainer, mesh_steps, precision))
 
 
 def _make_engine(run: RunState, model: StageModel, optimizer: Optimizer | None, steps: StepRunner, precision: Precision) -> Engine:

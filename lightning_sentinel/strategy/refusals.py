@@ -152,8 +152,7 @@ def refuse_before_processes(
     module = trainer.lightning_module
     whole = settings.virtual and mesh.stages == 1
     refuse_unsupported(module, trainer, whole)
-    if settings.sharded and whole and not module.automatic_optimization:
-        refuse_sharded_by_hand(module)
+    refuse_sharded_by_hand(module, settings.sharded, whole)
     refuse_pruning(trainer, mesh, settings.virtual)
     refuse_synchronised_layers(synchronises, settings.virtual)
     check_precision(precision, settings.verification, settings.virtual)
@@ -230,12 +229,19 @@ def check_precision(precision: Precision, verification: Verification | None, vir
         )
 
 
-def refuse_sharded_by_hand(module: L.LightningModule) -> None:
-    """Raise ``ConfigurationError`` for a sharded checkpoint that would have to split the states of several optimizers by name."""
-    raise ConfigurationError(
-        f"{type(module).__name__} uses manual optimization, and a sharded checkpoint has the state of one optimizer. Use"
-        " SentinelStrategy(state_dict_type='full'): with stages=1 nothing is cut."
-    )
+def refuse_sharded_by_hand(module: L.LightningModule, sharded: bool, whole: bool) -> None:
+    """Raise ``ConfigurationError`` for a sharded checkpoint that would have to split the states of several optimizers by name.
+
+    Args:
+        module: the user's module.
+        sharded: whether each stage writes its own part of a checkpoint.
+        whole: whether one process has the only stage.
+    """
+    if sharded and whole and not module.automatic_optimization:
+        raise ConfigurationError(
+            f"{type(module).__name__} uses manual optimization, and a sharded checkpoint has the state of one optimizer. Use"
+            " SentinelStrategy(state_dict_type='full'): with stages=1 nothing is cut."
+        )
 
 
 def refuse_resumed_finetuning(trainer: L.Trainer, mesh: Mesh) -> None:

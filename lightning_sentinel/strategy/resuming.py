@@ -47,6 +47,10 @@ class Resumption:
         self._return_to: dict[str, Any] | None = None
         """Generator states for the position in the data of a resumed run, empty if unknown; ``None`` once the run has begun."""
 
+    def expect(self) -> None:
+        """Say that the run will be resumed: its loaders, which may be asked for before that, stay unopened until then."""
+        self._return_to = {}
+
     @property
     def is_pending(self) -> bool:
         """Whether the run's position in the data is yet to be restored."""
@@ -66,7 +70,7 @@ class Resumption:
             trainer: the Trainer of the run.
         """
         run = self._run
-        self._return_to = {}
+        self.expect()
         if not section:
             # Such a run's steps are Lightning's batches, and nothing else is known.
             run.step = trainer.fit_loop.epoch_loop.batch_progress.total.ready

@@ -32,8 +32,8 @@ from lightning_sentinel.strategy.added_callbacks import add_callbacks
 from lightning_sentinel.strategy.announcements import Announcements, log_settings
 from lightning_sentinel.strategy.bans import BanKeeper
 from lightning_sentinel.strategy.checkpointed import CheckpointedStrategy
-from lightning_sentinel.strategy.data import sampler_arguments
-from lightning_sentinel.strategy.parts import RunParts, make_guard, make_parts
+from lightning_sentinel.strategy.data import PipelineData, sampler_arguments
+from lightning_sentinel.strategy.parts import RunParts, make_data, make_guard, make_parts
 from lightning_sentinel.strategy.processes import Processes
 from lightning_sentinel.strategy.protection import protection
 from lightning_sentinel.strategy.refusals import (
@@ -149,6 +149,7 @@ class SentinelStrategy(CheckpointedStrategy):
         """A simulated attacker, set by :class:`AttackInjector`."""
         self._signals = DeferredSignals(self._processes.watching)
         self._announcements = Announcements(response.ban_after)
+        self._data: PipelineData | None = None
         self._parts: RunParts | None = None
 
     # --------------------------------------------------------------------------------------------------------------- set-up
@@ -180,6 +181,10 @@ class SentinelStrategy(CheckpointedStrategy):
             count_pipelines(trainer, self.mesh)
         with self._processes.watching():
             model = self._take_stage()
+            # Stages may have drawn the initial values of their own layers.
+            share_generators(self._processes, virtual)
+            seed_data(run.seed, self.worker.replica)
+            self._data = make_data(run, trainer, model)
             if fitting:
                 with self._stage.whole(lambda: self.optimizers), requiring_one_optimizer(module, run.has_all_stages):
                     self.setup_optimizers(trainer)
@@ -188,11 +193,9 @@ class SentinelStrategy(CheckpointedStrategy):
             self.setup_precision_plugin()
             run.guard = make_guard(run, self._bans)
             optimizer = self.optimizers[0] if fitting else None
-            self._parts = make_parts(run, trainer, model, optimizer, self._signals, self._bans, self._announcements)
+            kept = self._signals, self._bans, self._announcements
+            self._parts = make_parts(run, trainer, model, self._data, optimizer, *kept)
             run.running_engine.adversary = self.adversary
-        # Stages may have drawn the initial values of their own layers.
-        share_generators(self._processes, virtual)
-        seed_data(run.seed, self.worker.replica)
         silence_misleading_warnings()
         if fitting:
             log_settings(trainer, self._settings.plain)
@@ -212,6 +215,7 @@ class SentinelStrategy(CheckpointedStrategy):
     def teardown(self) -> None:
         """Lightning's hook at the end of a run."""
         self._run.engine = None  # the module may outlive the run, and keeps its last Trainer
+        self._data = None
         self._parts = None
         if self._stage.is_building:
             # The run has failed before the module was cut, and tensors without values cannot be moved to the host.
@@ -229,12 +233,13 @@ class SentinelStrategy(CheckpointedStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         """Lightning's hook for each loader."""
-        return self._of_run.data.process(dataloader, self._resumption.is_pending)
+        return self._data_of_run.process(dataloader, self._resumption.is_pending)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Lightning's hook for each batch."""
-        self._of_run.data.keep_loaded(batch)
+        if self._data is not None:  # users may call this outside of a run
+            self._data.keep_loaded(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     # ------------------------------------------------------------------------------------------------------- steps, weights
@@ -253,12 +258,12 @@ class SentinelStrategy(CheckpointedStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Lightning's hook before each batch: in a new epoch both ends of a pipeline are compared again."""
         if batch_idx == 0:
-            self._of_run.data.compare_again("training_step")
+            self._data_of_run.compare_again("training_step")
 
     @override
     def on_validation_start(self) -> None:
         """Lightning's hook before a validation: both ends of a pipeline are compared again."""
-        self._of_run.data.compare_again("validation_step")
+        self._data_of_run.compare_again("validation_step")
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -332,6 +337,11 @@ class SentinelStrategy(CheckpointedStrategy):
         """Lightning's hook at the end of a prediction."""
         share_generators(self._processes, self._settings.virtual)
         gather_predictions(self._run, self._trainer)
+
+    @property
+    def _data_of_run(self) -> PipelineData:
+        assert self._data is not None, "it is made in setup"
+        return self._data
 
     @property
     def _of_run(self) -> RunParts:

@@ -92,7 +92,11 @@ class Whole(Classifier):
 
     def configure_optimizers(self) -> Any:
         if not self.plateau:
-            return super().configure_optimizers()
+            # Asks for the loaders before there is an engine, as every schedule over a whole run does.
+            made = super().configure_optimizers()
+            total = self.trainer.estimated_stepping_batches
+            decay = torch.optim.lr_scheduler.LambdaLR(made["optimizer"], lambda step: 1 - step / (2 * total))
+            return made | {"lr_scheduler": {"scheduler": decay, "interval": "step"}}
         optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.05)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}

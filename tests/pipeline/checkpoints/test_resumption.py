@@ -68,6 +68,15 @@ class Recording(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.05)
 
 
+class Estimating(Recording):
+    """Asks for its loaders before it has an optimizer, as every schedule over a whole run does."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        total = self.trainer.estimated_stepping_batches
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)]
+
+
 class Saves(L.Callback):
     """Saves at one point of the run."""
 
@@ -92,14 +101,16 @@ LOADERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def fit(loader: Any, callbacks: list[L.Callback], ckpt_path: Path | None = None, **options: Any) -> Recording:
-    module = Recording()
+def fit(
+    loader: Any, callbacks: list[L.Callback], ckpt_path: Path | None = None, estimates: bool = False, **options: Any
+) -> Recording:
+    module = Estimating() if estimates else Recording()
     strategy = ls.SentinelStrategy(2, 2, micro_batches=1, engine="virtual", verification=None)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",
-        max_epochs=-1,
+        max_epochs=100 if estimates else -1,
         max_steps=STEPS,
         callbacks=callbacks,
         num_sanity_val_steps=0,
@@ -199,6 +210,25 @@ def test_at_the_end_of_an_epoch_a_loader_is_opened_once_and_nothing_is_lost(
     torch.testing.assert_close(resumed.seen, before.seen[BATCHES:], rtol=0, atol=0)
     assert (unbroken.opened, stream.opened) == (3, 2)
     assert stream.given == unbroken.given
+
+
+@pytest.mark.parametrize("loader", ["shuffled", "workers"])
+def test_it_goes_on_where_it_was_although_its_optimizer_has_asked_for_the_data(loader: str, tmp_path: Path) -> None:
+    path = tmp_path / "at.ckpt"
+    unbroken = fit(LOADERS[loader](), [Saves(path, "on_train_batch_end", 4)], estimates=True)
+    resumed = fit(LOADERS[loader](), [], path, estimates=True)
+    torch.testing.assert_close(resumed.seen, unbroken.seen[4:], rtol=0, atol=0)
+    torch.testing.assert_close(resumed.state_dict(), unbroken.state_dict(), rtol=0, atol=0)
+
+
+def test_a_stream_that_the_optimizer_asks_for_is_opened_once_it_is_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "at.ckpt"
+    unbroken, stream = Sized(), Sized()
+    before = fit(DataLoader(unbroken, batch_size=4), [Saves(path, "on_train_epoch_end", BATCHES)], estimates=True)
+    stream.given = 4 * BATCHES
+    resumed = fit(DataLoader(stream, batch_size=4), [], path, estimates=True)
+    torch.testing.assert_close(resumed.seen, before.seen[BATCHES:], rtol=0, atol=0)
+    assert (unbroken.opened, stream.opened) == (3, 2)
 
 
 @pytest.mark.parametrize("state_dict_type", ["full", "sharded"])
