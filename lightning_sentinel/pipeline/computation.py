@@ -122,7 +122,7 @@ class StageComputation:
             running.results[assigned.micro_batch_id] = result if plan.kind == "predict_step" else plain(result)
         if not plan.trains:
             return None
-        loss = loss_of(result, plan.kind)
+        loss = None if result is None else loss_of(result, plan.kind)
         if loss is None:
             # The previous stage receives a gradient of zeros, which no verifier should judge.
             self._buffers["taints"][buffer_id] = ~self._untainted

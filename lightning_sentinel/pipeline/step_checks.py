@@ -18,14 +18,12 @@ class StepOutputError(PipelineModelError, MisconfigurationException):
     """``training_step`` returned no loss; a subclass of Lightning's own exception for it."""
 
 
-def loss_of(result: Any, step: str) -> Tensor | None:
-    """The loss in the return value of a training step; ``None`` if it returned ``None``.
+def loss_of(result: Any, step: str) -> Tensor:
+    """The loss in the return value of a training step.
 
     Raises:
         PipelineModelError: if there is no scalar loss.
     """
-    if result is None:
-        return None
     loss = result.get("loss") if isinstance(result, Mapping) else result
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.is_floating_point(loss):
         raise StepOutputError(

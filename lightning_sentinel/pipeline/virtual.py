@@ -93,8 +93,8 @@ class VirtualEngine:
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
     def run(self, plan: StepPlan, arguments: tuple[Any, ...], batch: SplitBatch) -> StepResult:
-        self._steps.new_records()
         if not plan.trains:
+            self._steps.new_records()
             self._returned = self._run_whole(plan, arguments, batch.samples)
             return StepResult(torch.zeros(1, 3, device=self._workers.device), self._steps.recorder)
         if self._stages.last and not any(parameter.requires_grad for parameter in self._stages.parameters):

@@ -174,8 +174,10 @@ class VirtualPasses:
             return run.finish(output, counts)
 
     def _loss_of(self, replica: int, batch: MicroBatch, result: Any) -> Tensor | None:
+        if result is None:
+            return None
         loss = loss_of(result, "training_step")
-        if loss is not None and len(batch.replicas[replica]) > 1:
+        if len(batch.replicas[replica]) > 1:
             refuse_sum(loss, batch.replicas[replica].sizes[batch.index], "training_step")
         return loss
 

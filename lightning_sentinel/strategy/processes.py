@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed import Store
 
 from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.pipeline.checkpoints.resumption import data_generators, set_data_generators
+from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
 from lightning_sentinel.pipeline.processes import wire
 from lightning_sentinel.pipeline.processes.admission import announce_end, stand_by
 from lightning_sentinel.pipeline.processes.hosts import host_name
@@ -149,6 +151,18 @@ class Processes:
     def all_gather(self, tensor: Tensor, group: Any | None, with_gradients: bool) -> Tensor:
         with self.watching():
             return _all_gather_ddp_if_available(_on_wire(tensor), group, with_gradients).to(tensor.device)
+
+    def share_generators(self) -> None:
+        """Give all ranks rank zero's states of the random number generators."""
+        if self.settings.virtual:
+            return
+        cuda = self.device.type == "cuda"
+        mine = data_generators() | ({"cuda": torch.cuda.get_rng_state(self.device)} if cuda else {})
+        with self.watching():
+            states = broadcast_tree(mine, 0)
+        set_data_generators(states)
+        if cuda:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def any_rank(self, decision: bool) -> bool:
         """Whether a decision is true on any rank."""

@@ -5,41 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torchmetrics import Metric
 
-from lightning_sentinel.pipeline.checkpoints.resumption import data_generators, set_data_generators
 from lightning_sentinel.pipeline.logs import LogReplay
-from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
 from lightning_sentinel.pipeline.results.all_predictions import complete_predictions
 from lightning_sentinel.pipeline.step_results import StepOutcome
 from lightning_sentinel.strategy.added_callbacks import shared_metrics
 from lightning_sentinel.strategy.listening import listened_to
-from lightning_sentinel.strategy.processes import Processes
 from lightning_sentinel.strategy.run_state import RunState
 from lightning_sentinel.strategy.signals import DeferredSignals
 
-__all__ = ["SharedResults", "gather_predictions", "share_generators"]
-
-
-def share_generators(processes: Processes, virtual: bool) -> None:
-    """Give all ranks rank zero's states of the random generators; a collective.
-
-    Args:
-        processes: the processes of the run.
-        virtual: whether there is only one.
-    """
-    if virtual:
-        return
-    device = processes.device
-    cuda = device.type == "cuda"
-    mine = data_generators() | ({"cuda": torch.cuda.get_rng_state(device)} if cuda else {})
-    with processes.watching():
-        states = broadcast_tree(mine, 0)
-    set_data_generators(states)
-    if cuda:
-        torch.cuda.set_rng_state(states["cuda"], device)
+__all__ = ["SharedResults", "gather_predictions"]
 
 
 def gather_predictions(run: RunState, trainer: L.Trainer) -> None:

@@ -44,7 +44,7 @@ from lightning_sentinel.strategy.refusals import (
     warn_of_long_warmup,
     warn_of_short_warmup,
 )
-from lightning_sentinel.strategy.results import gather_predictions, share_generators
+from lightning_sentinel.strategy.results import gather_predictions
 from lightning_sentinel.strategy.run_state import RunState
 from lightning_sentinel.strategy.settings import StrategySettings
 from lightning_sentinel.strategy.signals import DeferredSignals
@@ -167,7 +167,7 @@ class SentinelStrategy(CheckpointedStrategy):
             prepare(self.root_device, None if self._settings.virtual else self.timeout, self.local_rank)
             self._bans.read(self.mesh, self.global_rank, hosts, self.broadcast)
         # Before data is prepared and split, so that all ranks split it alike.
-        share_generators(self._processes, self._settings.virtual)
+        self._processes.share_generators()
         self._run.seed = seed_of_state()
 
     @override
@@ -182,7 +182,7 @@ class SentinelStrategy(CheckpointedStrategy):
         with self._processes.watching():
             model = self._take_stage()
             # Stages may have drawn the initial values of their own layers.
-            share_generators(self._processes, virtual)
+            self._processes.share_generators()
             seed_data(run.seed, self.worker.replica)
             self._data = make_data(run, trainer, model)
             if fitting:
@@ -319,23 +319,23 @@ class SentinelStrategy(CheckpointedStrategy):
     @override
     def on_train_end(self) -> None:
         """Lightning's hook at the end of a training: ranks have drawn different numbers in it."""
-        share_generators(self._processes, self._settings.virtual)
+        self._processes.share_generators()
 
     @override
     def on_test_end(self) -> None:
         """Lightning's hook at the end of a test."""
-        share_generators(self._processes, self._settings.virtual)
+        self._processes.share_generators()
 
     @override
     def on_validation_end(self) -> None:
         """Lightning's hook at the end of a validation."""
         if self._trainer.state.fn == TrainerFn.VALIDATING:
-            share_generators(self._processes, self._settings.virtual)
+            self._processes.share_generators()
 
     @override
     def on_predict_end(self) -> None:
         """Lightning's hook at the end of a prediction."""
-        share_generators(self._processes, self._settings.virtual)
+        self._processes.share_generators()
         gather_predictions(self._run, self._trainer)
 
     @property

@@ -82,10 +82,9 @@ class Recomputation:
                     run = self.steps.start("training_step", arguments, samples)
                     seeds.seed_answer()
                     result = run.finish(signal, torch.tensor(True, device=self.device))
-                    loss = loss_of(result, "training_step")
-                    if loss is None:
+                    if result is None:
                         return torch.zeros_like(leaf)
-                    signal = loss * (weight * running.scale)
+                    signal = loss_of(result, "training_step") * (weight * running.scale)
                 (found,) = gradients_of(signal, [leaf], evidence.gradient, own, self.stage.parameters())
                 assert found is not None, "what a stage was given reaches its end"
                 signal = found
