@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule as ds_schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -33,7 +32,8 @@ from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.local_worker import LocalWorker
 from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
-from lightning_sentinel.pipeline.processes.wire import device_of_wire
+from lightning_sentinel.pipeline.processes.torch_wire import TorchWire
+from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
@@ -199,9 +199,10 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         running = self._step_under_way
         local = self._local
         plan = running.plan
-        group = self.grid.get_pipe_parallel_group()
+        # DeepSpeed has connected the ranks of each pipeline.
+        pipeline = TorchWire(world().timeout, self.grid.get_pipe_parallel_group(), self.grid.pp_group)
         return share_predictions(
-            running.results, local.mesh, plan.wiring, local.worker, group, plan.sizes, average=plan.kind != "predict_step"
+            running.results, local.mesh, plan.wiring, local.worker, pipeline, plan.sizes, average=plan.kind != "predict_step"
         )
 
     # --------------------------------------------------------------------------------------------------------------- audits
@@ -238,9 +239,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     def _set_distributed_vars(self, args: Any) -> None:
         """DeepSpeed takes the device from ``LOCAL_RANK``, and its constructor sends from it: under gloo it must be the host."""
-        self.world_size = dist.get_world_size()
-        self.global_rank = dist.get_rank()
-        self.device = device_of_wire(self._arithmetic.device)
+        self.world_size = world().size
+        self.global_rank = world().rank
+        self.device = world().device_for(self._arithmetic.device)
 
     def _broadcast_model(self) -> None:
         """Does nothing: DeepSpeed would broadcast even a banned worker's weights, which are out of date."""

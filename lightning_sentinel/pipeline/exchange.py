@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError, PlanMismatchError
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.logs import LogRecorder, LogSchema
-from lightning_sentinel.pipeline.processes import wire
+from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.step_results import StepOutcome, StepResult, is_skipped, mean_loss
 from lightning_sentinel.verification import SignalTable
@@ -134,7 +134,7 @@ class Exchange:
             known: values on the host.
         """
         vector = found.cpu() if known is None else torch.cat((found.cpu(), known))
-        return wire.all_gather(vector, size=self._mesh.size)
+        return world().all_gather(vector)
 
     def _agree(self, kind: str, mine: LogSchema, fingerprints: Tensor, source: int) -> LogSchema:
         """Adopt the names of one rank. All ranks call this, because all saw the same fingerprints."""
@@ -143,18 +143,9 @@ class Exchange:
                 f"The replicas log different names in {kind}; this rank logs {sorted(mine.entries) or 'nothing'}. Log the same"
                 " names in every step: a name that one replica leaves out cannot be reduced over all."
             )
-        data = torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8)
-        size = torch.tensor([len(data)])
-        wire.broadcast(size, source)
-        if not 0 < (length := int(size)) <= _LONGEST_SCHEMA:
-            raise MalformedMessageError(
-                f"Rank {source} announces {length} bytes of logged names, which there cannot be.", rank=source
-            )
-        if wire.this_rank() != source:
-            data = torch.empty(length, dtype=torch.uint8)
-        wire.broadcast(data, source)
+        data = world().broadcast_bytes(mine.encode(), source, _LONGEST_SCHEMA, "a list of logged names")
         try:
-            return LogSchema.decode(data.numpy().tobytes())
+            return LogSchema.decode(data)
         except MalformedMessageError as error:
             raise MalformedMessageError(f"Rank {source} sent a malformed message. {error}", rank=source) from error
 

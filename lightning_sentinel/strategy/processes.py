@@ -18,11 +18,12 @@ from torch.distributed import Store
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.checkpoints.resumption import data_generators, set_data_generators
 from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
-from lightning_sentinel.pipeline.processes import wire
 from lightning_sentinel.pipeline.processes.admission import announce_end, stand_by
 from lightning_sentinel.pipeline.processes.hosts import host_name
 from lightning_sentinel.pipeline.processes.liveness import Roster, connect
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
+from lightning_sentinel.pipeline.processes.torch_wire import backend_for
+from lightning_sentinel.pipeline.processes.wire import is_connected, world
 from lightning_sentinel.strategy.settings import StrategySettings
 
 __all__ = ["Processes"]
@@ -84,7 +85,7 @@ class Processes:
             the environment, or one that numbers the processes anew if some of them are left out.
         """
         start = connect(
-            wire.backend_for(self.device, devices, self.settings.transport),
+            backend_for(self.device, devices, self.settings.transport),
             address=environment.main_address,
             port=environment.main_port,
             rank=self.rank,
@@ -132,16 +133,16 @@ class Processes:
     # ---------------------------------------------------------------------------------------------------------- collectives
 
     def barrier(self) -> None:
-        if wire.is_connected():
+        if is_connected():
             with self.watching():
-                wire.barrier()
+                world().barrier()
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
         """The value of one rank, on all ranks."""
-        if not wire.is_connected():
+        if not is_connected():
             return value
         with self.watching():
-            return wire.broadcast_object(value, source)
+            return world().broadcast_object(value, source)
 
     def reduce(self, tensor: Tensor, group: Any | None, operation: Any) -> Tensor:
         """Reduce a tensor over the ranks; the result is on the tensor's device, whatever device the backend sends from."""
@@ -166,7 +167,7 @@ class Processes:
 
     def any_rank(self, decision: bool) -> bool:
         """Whether a decision is true on any rank."""
-        if not wire.is_connected():
+        if not is_connected():
             return decision
         votes = torch.tensor(int(decision), device=self.device)
         return bool(self.reduce(votes, None, "sum"))
@@ -174,4 +175,4 @@ class Processes:
 
 def _on_wire(tensor: Tensor) -> Tensor:
     """A tensor, on the device from which the backend sends it."""
-    return tensor.to(wire.device_of_wire(tensor.device)) if wire.is_connected() else tensor
+    return tensor.to(world().device_for(tensor.device)) if is_connected() else tensor

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
-import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -14,6 +13,7 @@ from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.checkpoints import full as stage_files
 from lightning_sentinel.pipeline.checkpoints.resumption import own_generators
 from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
+from lightning_sentinel.pipeline.processes.wire import is_connected
 from lightning_sentinel.strategy.bans import BanKeeper
 from lightning_sentinel.strategy.building import StageBuilder
 from lightning_sentinel.strategy.run_state import RunState
@@ -144,7 +144,7 @@ class Resumption:
         plain, _ = stage_files.optimizer_part(optimizer, self._stage.parameter_names())
         said = self._run.from_stages({"groups": plain["groups"], "numbers": [], "options": plain["options"]}, {})
         parts = [{"groups": part["groups"]} for part, _ in believed_parts(self._run, self._stage, said)]
-        if dist.is_initialized():
+        if is_connected():
             with self._run.at_work():
                 parts = broadcast_tree(parts, 0)
         return stage_files.group_names(saved, parts, self._stage.model.parameter_names)

@@ -20,8 +20,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from typing_extensions import override
 
-from lightning_sentinel.pipeline.processes import wire
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
+from lightning_sentinel.pipeline.processes.wire import is_connected, world
 
 __all__ = ["DeferredSignals"]
 
@@ -85,9 +85,9 @@ class DeferredSignals(L.Callback):
 
     def _agreed(self) -> tuple[int, ...]:
         counts = torch.tensor(self.counts())
-        if wire.is_connected():
+        if is_connected():
             with self._watching():
-                wire.all_reduce(counts, largest=True)
+                world().all_reduce(counts, largest=True)
         return tuple(counts.tolist())
 
     on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _take_over  # type: ignore[assignment]

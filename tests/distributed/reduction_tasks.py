@@ -198,14 +198,14 @@ def membership(groups: StageGroups, rank: int) -> list[Any]:
         group = groups.healthy(frozenset(banned))
         total = torch.tensor(float(rank))
         if group is not None:
-            dist.all_reduce(total, group=group)
+            group.all_reduce(total)
         found.append(
             {
-                "members": None if group is None else dist.get_process_group_ranks(group),
+                "members": None if group is None else dist.get_process_group_ranks(group.group),
                 "total": total.item(),
                 "new": group is not before,
                 "groups": len(dist.distributed_c10d._world.pg_map),
-                "timeout": None if group is None else group._get_backend(torch.device("cpu")).options._timeout,
+                "timeout": None if group is None else group.group._get_backend(torch.device("cpu")).options._timeout,
             }
         )
         before = group

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
@@ -16,6 +17,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 
 import lightning_sentinel as ls
+from lightning_sentinel.pipeline.processes.wire import Wire
 from lightning_sentinel.strategy import signals
 from tests.distributed import tasks
 
@@ -51,18 +53,15 @@ def fit(module: tasks.Classifier, folder: str, ckpt_path: str | None = None, cal
 @contextmanager
 def counted() -> Iterator[list[Any]]:
     """The collectives that signals have for themselves."""
-    found, all_reduce = [], signals.wire.all_reduce
+    found, all_reduce = [], Wire.all_reduce
 
     def noted(*args: Any, **options: Any) -> Any:
         if sys._getframe(1).f_code.co_filename == signals.__file__:
             found.append(args)
         return all_reduce(*args, **options)
 
-    signals.wire.all_reduce = noted
-    try:
+    with patch.object(Wire, "all_reduce", noted):
         yield found
-    finally:
-        signals.wire.all_reduce = all_reduce
 
 
 def requeued_and_ended(folder: str) -> dict[str, Any]:

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.pipeline.messages.headers import Expected, Kind, MessageId, encode
 from lightning_sentinel.pipeline.messages.transport import Transport
-from lightning_sentinel.pipeline.processes.liveness import is_lost_connection
+from lightning_sentinel.pipeline.processes.lost_connections import is_lost_connection
+from lightning_sentinel.pipeline.processes.torch_wire import TorchWire
+from lightning_sentinel.pipeline.processes.wire import install
 from tests.distributed import starting
 
 DUE = MessageId(0, 0, Kind.GRADIENT)
@@ -46,6 +48,7 @@ def receive(signal: torch.Tensor) -> None:
 
 def main(rank: int, file: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    install(TorchWire(timedelta(seconds=60)))
     (receive if rank else send)(torch.ones(8))
 
 

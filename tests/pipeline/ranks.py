@@ -1,17 +1,19 @@
-"""``torch.distributed`` between threads of this process, one a rank."""
+"""A wire between threads of this process, one a rank."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
-import pytest
 import torch
 from torch import Tensor
+
+from lightning_sentinel.pipeline.processes.wire import Wire, Work, install
 
 T = TypeVar("T")
 
@@ -19,11 +21,48 @@ _PATIENCE = 30.0
 """Seconds after which ranks that wait for each other in a circle are told so."""
 
 
-class Ranks:
+class Silent(Wire):
+    """Sends nothing, to nobody: a test overrides what it needs."""
+
+    def __init__(self, ranks: Sequence[int] = (0,), timeout: timedelta = timedelta(seconds=_PATIENCE)) -> None:
+        super().__init__(ranks, timeout)
+
+    @property
+    def rank(self) -> int:
+        return 0
+
+    def _send(self, tensor: Tensor, rank: int) -> None: ...
+
+    def _send_later(self, tensor: Tensor, rank: int, tag: int) -> Work:
+        return _Done()
+
+    def _receive(self, tensor: Tensor, rank: int, tag: int) -> None: ...
+
+    def _broadcast(self, tensor: Tensor, source: int) -> Work:
+        return _Done()
+
+    def _all_gather(self, everyone: list[Tensor], tensor: Tensor) -> None: ...
+
+    def _all_reduce(self, tensor: Tensor, largest: bool) -> None: ...
+
+    def _barrier(self) -> None: ...
+
+    def _among(self, ranks: tuple[int, ...], timeout: timedelta) -> Wire:
+        return Silent(ranks, timeout)
+
+    def _close(self) -> None: ...
+
+
+class _Done:
+    def wait(self) -> None:
+        """It is there already."""
+
+
+class Ranks(Silent):
     """Who sends waits until it was received, so that ranks that do not agree on an order get stuck here as between processes."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        super().__init__(range(size))
         self.sent: list[tuple[int, int]] = []
         """Sender and receiver of each tensor."""
         self.collectives: Counter[str] = Counter()
@@ -64,18 +103,24 @@ class Ranks:
         assert all(q.empty() for q in self._letters.values()), "something was sent that nobody received"
         return results
 
-    def send(self, tensor: Tensor, rank: int) -> None:
+    def _send(self, tensor: Tensor, rank: int) -> None:
         self.sent.append((self.rank, rank))
         self._post(tensor, rank)
         self._take(self._receipts[self.rank, rank], f"rank {self.rank} sends to {rank}")
 
-    def recv(self, tensor: Tensor, rank: int) -> None:
+    def _send_later(self, tensor: Tensor, rank: int, tag: int) -> Work:
+        self._post(tensor, rank)
+        return _Done()
+
+    def _receive(self, tensor: Tensor, rank: int, tag: int) -> None:
         self._get(tensor, rank)
         self._receipts[rank, self.rank].put(tensor)
 
-    def broadcast(self, tensor: Tensor, source: int, group: Collection[int] | None = None) -> None:
+    def _broadcast(self, tensor: Tensor, source: int) -> Work:
+        return self.broadcast_among(self.ranks, tensor, source)
+
+    def broadcast_among(self, members: Sequence[int], tensor: Tensor, source: int) -> Work:
         self._count("broadcast")
-        members = range(self.size) if group is None else group
         assert self.rank in members and source in members
         if self.rank == source:
             for rank in members:
@@ -83,14 +128,27 @@ class Ranks:
                     self._post(tensor, rank)
         else:
             self._get(tensor, source)
+        return _Done()
 
-    def all_gather(self, gathered: Sequence[Tensor], tensor: Tensor) -> None:
+    def _all_gather(self, everyone: list[Tensor], tensor: Tensor) -> None:
         self._count("all_gather")
         tensor = self.says.get(self.rank, lambda said: said)(tensor)
         for rank in range(self.size):
             self._post(tensor, rank)
-        for rank, place in enumerate(gathered):
+        for rank, place in enumerate(everyone):
             self._get(place, rank)
+
+    def _all_reduce(self, tensor: Tensor, largest: bool) -> None:
+        everyone = [torch.empty_like(tensor) for _ in self.ranks]
+        self._all_gather(everyone, tensor)
+        found = torch.stack(everyone)
+        tensor.copy_(found.amax(dim=0) if largest else found.sum(dim=0))
+
+    def _barrier(self) -> None:
+        self._all_reduce(torch.zeros(1), False)
+
+    def _among(self, ranks: tuple[int, ...], timeout: timedelta) -> Wire:
+        return _Some(self, ranks, timeout)
 
     def _count(self, what: str) -> None:
         self.collectives[what] += self.rank == 0
@@ -115,16 +173,39 @@ class Ranks:
         return letter
 
 
+class _Some(Silent):
+    """Some of the ranks, which broadcast among themselves."""
+
+    def __init__(self, world: Ranks, ranks: tuple[int, ...], timeout: timedelta) -> None:
+        super().__init__(ranks, timeout)
+        self._of = world
+
+    @property
+    def rank(self) -> int:
+        return self._of.rank
+
+    def _broadcast(self, tensor: Tensor, source: int) -> Work:
+        return self._of.broadcast_among(self.ranks, tensor, source)
+
+
 @contextmanager
 def ranks(size: int) -> Iterator[Ranks]:
-    """``torch.distributed`` inside is between the threads of :meth:`Ranks.run`."""
-    world = Ranks(size)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("send", "recv", "broadcast", "all_gather"):
-            patch.setattr(f"torch.distributed.{name}", getattr(world, name))
-        patch.setattr("torch.distributed.get_rank", lambda: world.rank)
-        patch.setattr("torch.distributed.is_initialized", lambda: True)
+    """The wire inside is between the threads of :meth:`Ranks.run`."""
+    with installed(Ranks(size)) as world:
         yield world
+
+
+W = TypeVar("W", bound=Wire)
+
+
+@contextmanager
+def installed(wire: W) -> Iterator[W]:
+    """A wire in the place of that of all ranks."""
+    before = install(wire)
+    try:
+        yield wire
+    finally:
+        install(before)
 
 
 def same_tree(one: Any, other: Any) -> bool:

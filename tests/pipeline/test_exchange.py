@@ -258,9 +258,9 @@ def test_whose_gradients_are_of_no_use_is_known_to_all_and_its_loss_is_passed_ov
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        (2**50, "announces 1125899906842624 bytes of logged names"),
-        (-1, "announces -1 bytes"),
-        (0, "announces 0 bytes"),
+        (2**50, "announces a list of logged names of 1125899906842624 bytes"),
+        (-1, "announces a list of logged names of -1 bytes"),
+        (0, "announces a list of logged names of 0 bytes"),
         (b"[1]", "What should describe logged values does not"),
         (
             b'{"loss": {"reduce_fx": "mean", "metric": null, "by_batch": false, "options": {"fx": 1}}}',
@@ -281,16 +281,16 @@ def test_names_of_another_rank_are_bounded_and_typed(said: int | bytes, message:
         refused.append(error.value.rank)
 
     with ranks(mesh.size) as world:
-        honest = torch.distributed.broadcast
+        honest = world._broadcast
 
-        def broadcast(tensor: Tensor, source: int, group: Any = None) -> None:
+        def broadcast(tensor: Tensor, source: int) -> Any:
             if isinstance(said, int):
                 tensor.fill_(said)
-            honest(tensor, source)
+            return honest(tensor, source)
 
         if isinstance(said, bytes):
             monkeypatch.setattr("lightning_sentinel.pipeline.logs.LogSchema.encode", lambda _: said)
-        monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+        monkeypatch.setattr(world, "_broadcast", broadcast)
         world.run(work)
     assert refused == [mesh.rank(Worker(1, 0))] * 2
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.messages.tensor_trees import receive_tree, send_tree
+from lightning_sentinel.pipeline.processes.wire import is_connected, world
 
 __all__ = [
     "SECTION",
@@ -76,9 +76,9 @@ def collect(
         MalformedMessageError: if a rank sends no valid part.
     """
     mine = (dict(plain), {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-    if not dist.is_initialized():
+    if not is_connected():
         return [mine]
-    rank = dist.get_rank()
+    rank = world().rank
     if rank != to:
         if rank in ranks:
             send_tree(mine, to)

@@ -22,14 +22,14 @@ from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, default_collate
 
-from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
+from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.batch_splitting import BatchSplitter
 from lightning_sentinel.pipeline.data.emptying import emptied
 from lightning_sentinel.pipeline.data.fingerprints import NONE_LEFT, NOT_READ, compare_ends, fingerprint
 from lightning_sentinel.pipeline.data.layout import describe, stand_in
 from lightning_sentinel.pipeline.data.reading import Source, read
-from lightning_sentinel.pipeline.processes import wire
+from lightning_sentinel.pipeline.processes.wire import world
 
 __all__ = [
     "Feed",
@@ -50,7 +50,7 @@ _END = b"end"
 
 def gather_numbers(numbers: list[int]) -> list[list[int]]:
     """All-gather integers of every rank, through the host."""
-    gathered: list[list[int]] = wire.all_gather(torch.tensor(numbers, dtype=torch.int64)).tolist()
+    gathered: list[list[int]] = world().all_gather(torch.tensor(numbers, dtype=torch.int64)).tolist()
     return gathered
 
 
@@ -249,18 +249,10 @@ class Feed:
             for sending in self._under_way:
                 sending.wait()
             message = _END if batch is _END else describe(batch, self._samples(batch))
-            data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-            pieces = [(rank, piece) for rank in self._unread for piece in (torch.tensor([len(message)]), data)]
-            self._under_way[:] = [wire.send_later(piece, rank, _TAG) for rank, piece in pieces]
+            self._under_way[:] = [sending for rank in self._unread for sending in world().send_bytes_later(message, rank, _TAG)]
         if self._reads:
             return batch
-        length = torch.empty(1, dtype=torch.int64)
-        wire.receive(length, first, _TAG)
-        if not 0 < int(length) <= _LONGEST_DESCRIPTION:
-            raise MalformedMessageError(f"Rank {first} announces a batch's description of {int(length)} bytes.", rank=first)
-        data = torch.empty(int(length), dtype=torch.uint8)
-        wire.receive(data, first, _TAG)
-        message = data.numpy().tobytes()
+        message = world().receive_bytes(first, _LONGEST_DESCRIPTION, "a batch's description", _TAG)
         return _END if message == _END else stand_in(message, self._device)
 
     def _empty(self, latest: Any) -> Any:

@@ -1,42 +1,25 @@
-"""The process groups of a run: one of each stage's healthy ranks, and one of each set of stages that share parameters."""
+"""The wires inside stages: one of each stage's healthy ranks, and one of each set of stages that share parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from datetime import timedelta
 
-import torch.distributed as dist
-
 from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
-from lightning_sentinel.pipeline.processes import wire
+from lightning_sentinel.pipeline.processes.wire import Wire, world
 
-__all__ = ["StageGroups", "first_healthy", "group_of", "require_healthy"]
-
-_made: dict[tuple[tuple[int, ...], timedelta], dist.ProcessGroup] = {}
-"""Groups that this process has made, kept for later runs: each has its own connections, and new groups would add more."""
-_made_in: dist.ProcessGroup | None = None
-
-
-def group_of(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
-    """The group of these ranks, made if it is new. All ranks must call this, and must have made the same groups before."""
-    global _made_in
-    if _made_in is not dist.group.WORLD:
-        _made.clear()
-        _made_in = dist.group.WORLD
-    if (ranks, timeout) not in _made:
-        _made[ranks, timeout] = wire.make_group(ranks, timeout)
-    return _made[ranks, timeout]
+__all__ = ["StageGroups", "first_healthy", "require_healthy"]
 
 
 class StageGroups:
-    """Process groups of the healthy ranks of each stage, and of several stages together.
+    """Wires of the healthy ranks of each stage, and of several stages together.
 
     Args:
         mesh: all workers, one a rank.
         rank: this process's rank.
-        timeout: how long the members of a group wait for each other.
-        across: sets of stages that get a group.
+        timeout: how long the members of a wire wait for each other.
+        across: sets of stages that get a wire.
     """
 
     def __init__(self, mesh: Mesh, rank: int, timeout: timedelta, across: Sequence[tuple[int, ...]] = ()) -> None:
@@ -44,14 +27,13 @@ class StageGroups:
         self._rank = rank
         self._timeout = timeout
         self._sets = [*((stage,) for stage in range(mesh.stages)), *across]
-        self._members: list[tuple[int, ...]] = [()] * len(self._sets)
-        self._mine: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._wires: dict[tuple[int, ...], Wire] = {}
 
-    def healthy(self, banned: Collection[Worker]) -> dist.ProcessGroup | None:
-        """The group of the workers of this rank's stage that are not banned.
+    def healthy(self, banned: Collection[Worker]) -> Wire | None:
+        """The wire of the workers of this rank's stage that are not banned.
 
-        The first call makes the groups. A call with other banned workers than the previous one remakes those whose members change.
-        Such a call is a collective of *all* ranks, banned ones included, which must all name the same workers. Do not use a group
+        The first call makes the wires. A call with other banned workers than the previous one remakes those whose members change.
+        Such a call is a collective of *all* ranks, banned ones included, which must all name the same workers. Do not use a wire
         once a later call has replaced it.
 
         Returns:
@@ -65,33 +47,34 @@ class StageGroups:
             for stages in self._sets
         ]
         require_healthy(members[: self.mesh.stages])
-        replaces = any(before not in ((), now) for before, now in zip(self._members, members))
-        outdated: list[dist.ProcessGroup] = []
-        for stages, before, ranks in zip(self._sets, self._members, members):
-            if ranks == before:
+        everyone = world()
+        outdated: list[Wire] = []
+        for stages, ranks in zip(self._sets, members):
+            before = self._wires.get(stages)
+            if before is not None and before.ranks == ranks:
                 continue
-            _made.pop((before, self._timeout), None)
-            group = group_of(ranks, self._timeout)
-            if stages in self._mine:
-                outdated.append(self._mine.pop(stages))
-            if self._rank in ranks:
-                self._mine[stages] = group
-        self._members = members
-        if replaces:
-            # Making a group does not wait for other ranks: one still busy in an old group would find its connections closed.
-            wire.barrier()
+            self._wires[stages] = everyone.among(ranks, self._timeout)
+            if before is not None:
+                outdated.append(before)
+        if outdated:
+            # Making a wire does not wait for other ranks: one still busy in an old wire would find its connections closed.
+            everyone.barrier()
         for old in outdated:
-            wire.drop_group(old)
+            everyone.drop(old)
         return self.own
 
     @property
-    def own(self) -> dist.ProcessGroup | None:
+    def own(self) -> Wire | None:
         """The result of the last call of :meth:`healthy`."""
-        return self._mine.get((self.mesh.worker(self._rank).stage,))
+        return self._of(self.mesh.worker(self._rank).stage)
 
-    def across(self, stages: tuple[int, ...]) -> dist.ProcessGroup:
-        """The group of these stages' healthy ranks, of which this rank must be one."""
-        return self._mine[stages]
+    def across(self, stages: tuple[int, ...]) -> Wire:
+        """The wire of these stages' healthy ranks, of which this rank must be one."""
+        return self._wires[stages]
+
+    def _of(self, stage: int) -> Wire | None:
+        wire = self._wires.get((stage,))
+        return wire if wire is not None and self._rank in wire.ranks else None
 
 
 def first_healthy(mesh: Mesh, stage: int, banned: Collection[object]) -> int:

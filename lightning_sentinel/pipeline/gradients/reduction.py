@@ -15,14 +15,13 @@ import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_sentinel.aggregation.rules import COORDINATE_WISE, WEIGHING, combine, tolerable
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.gradients.groups import require_healthy
-from lightning_sentinel.pipeline.processes import wire
+from lightning_sentinel.pipeline.processes.wire import Wire, world
 
 __all__ = ["clip_by_global_norm", "reduce_mean", "reduce_robustly", "sum_over_stages"]
 
@@ -32,9 +31,7 @@ _LARGE = 1 / 8
 
 
 @torch.no_grad()
-def reduce_mean(
-    parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, divisor: float, *, bucket_bytes: int = 32 * _MEGABYTE
-) -> None:
+def reduce_mean(parameters: Iterable[nn.Parameter], wire: Wire, divisor: float, *, bucket_bytes: int = 32 * _MEGABYTE) -> None:
     """Replace every gradient by its sum over the group, divided by ``divisor``.
 
     A gradient that is missing on some ranks counts as zeros there. One that is missing on all ranks stays missing, so that the
@@ -42,11 +39,11 @@ def reduce_mean(
 
     Args:
         parameters: the same on all ranks of the group. Frozen parameters are skipped.
-        group: the stage's group, from :class:`StageGroups`.
+        wire: the stage's, from :class:`StageGroups`.
         divisor: lanes times the fraction of the data that was not excluded.
         bucket_bytes: the size limit of a gradient bucket. Each bucket holds one dtype.
     """
-    if group.size() == 1:
+    if wire.size == 1:
         gradients = [parameter.grad for parameter in parameters if parameter.requires_grad and parameter.grad is not None]
         if gradients:
             torch._foreach_div_(gradients, divisor)
@@ -54,7 +51,7 @@ def reduce_mean(
     buckets = _Buckets(parameters, bucket_bytes)
     for number in range(len(buckets)):
         message = buckets.message(number)
-        wire.all_reduce(message, group)
+        wire.all_reduce(message)
         buckets.store(number, message.div_(divisor))
     buckets.finish()
 
@@ -62,7 +59,7 @@ def reduce_mean(
 @torch.no_grad()
 def reduce_robustly(
     parameters: Iterable[nn.Parameter],
-    group: dist.ProcessGroup,
+    wire: Wire,
     divisor: float,
     weights: Sequence[float],
     rule: str,
@@ -84,7 +81,7 @@ def reduce_robustly(
 
     Args:
         parameters: the same on all ranks of the group, on one device. Frozen parameters are skipped.
-        group: the stage's group, from :class:`StageGroups`.
+        wire: the stage's, from :class:`StageGroups`.
         divisor: lanes times the fraction of the data that was not excluded.
         weights: how much data each member of the group served, in the order of the group and in any unit. Members with weight 0
             served no data and have no vote.
@@ -96,7 +93,7 @@ def reduce_robustly(
         ConfigurationError: if there is no such rule.
         ValueError: if ``weights`` does not fit the group, or no member served data.
     """
-    votes = _Votes(group, divisor, weights)
+    votes = _Votes(wire, divisor, weights)
     f = tolerable(len(votes.voters), tolerated, rule)
     buckets = _Buckets(parameters, bucket_bytes)
     if rule in COORDINATE_WISE:
@@ -121,7 +118,7 @@ def reduce_robustly(
 @torch.no_grad()
 def sum_over_stages(
     parameters: Iterable[nn.Parameter],
-    group: dist.ProcessGroup,
+    wire: Wire,
     speakers: Sequence[int],
     *,
     bucket_bytes: int = 32 * _MEGABYTE,
@@ -132,7 +129,7 @@ def sum_over_stages(
 
     Args:
         parameters: the same on all ranks of the group. Frozen parameters are skipped.
-        group: the stages' group, from :meth:`StageGroups.across`.
+        wire: the stages', from :meth:`StageGroups.across`.
         speakers: one rank of each stage, which broadcasts gradients that have been reduced.
         bucket_bytes: the size limit of a gradient bucket. Each bucket holds one dtype.
     """
@@ -141,8 +138,8 @@ def sum_over_stages(
         mine = buckets.message(number)
         total = torch.zeros_like(mine)
         for speaker in speakers:
-            said = mine.clone() if speaker == dist.get_rank() else torch.empty_like(mine)
-            wire.broadcast(said, speaker, group)
+            said = mine.clone() if speaker == wire.rank else torch.empty_like(mine)
+            wire.broadcast(said, speaker)
             total += said
         buckets.store(number, total)
     buckets.finish()
@@ -186,7 +183,7 @@ def clip_by_global_norm(
     dtype = functools.reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
     if counted:
         squared += torch.stack(torch._foreach_norm(counted, 2.0, dtype=dtype)).double().square().sum()
-    reported = wire.all_gather(squared)
+    reported = world().all_gather(squared)
     norm = torch.stack([reported[ranks[0], 0] for ranks in healthy]).sum().sqrt()
     if gradients:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(dtype))
@@ -196,23 +193,22 @@ def clip_by_global_norm(
 class _Votes:
     """All-gathers each worker's gradient bucket, rescaled to an estimate of the full gradient."""
 
-    def __init__(self, group: dist.ProcessGroup, divisor: float, weights: Sequence[float]) -> None:
-        if len(weights) != group.size() or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+    def __init__(self, wire: Wire, divisor: float, weights: Sequence[float]) -> None:
+        if len(weights) != wire.size or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
             raise ValueError(
-                f"weights={list(weights)} does not fit a group of {group.size()} workers: give what each of them served, at"
-                " least 0."
+                f"weights={list(weights)} does not fit a group of {wire.size} workers: give what each of them served, at least 0."
             )
         self.voters = [place for place, weight in enumerate(weights) if weight > 0]
         if not self.voters:
             raise ValueError(f"weights={list(weights)}: nobody served anything, so there is no gradient. Skip the step.")
-        self._group = group
+        self._wire = wire
         self._scales = [sum(weights) / (weights[voter] * divisor) for voter in self.voters]
 
     def gather(self, buckets: _Buckets) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields each bucket's number, whether any voter has each gradient ``(head,)``, and the estimates ``(voters, values)``."""
         for number in range(len(buckets)):
             message = buckets.message(number)
-            everyone = wire.all_gather(message, self._group)
+            everyone = self._wire.all_gather(message)
             votes = everyone if len(self.voters) == len(everyone) else everyone[self.voters]
             votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
             heads, rows = votes.tensor_split([buckets.head(number)], dim=1)

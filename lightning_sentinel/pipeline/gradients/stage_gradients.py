@@ -8,7 +8,6 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,7 +21,7 @@ from lightning_sentinel.pipeline.gradients.reduction import clip_by_global_norm,
 from lightning_sentinel.pipeline.gradients.stash import GradientStash
 from lightning_sentinel.pipeline.gradients.ties import TiedStages
 from lightning_sentinel.pipeline.gradients.zero import OptimizerShards
-from lightning_sentinel.pipeline.processes import wire
+from lightning_sentinel.pipeline.processes.wire import Wire
 
 __all__ = ["GradientOptions", "StageGradients"]
 
@@ -91,7 +90,7 @@ class StageGradients:
         self.left_out = banned
 
     @property
-    def _group(self) -> dist.ProcessGroup | None:
+    def _wire(self) -> Wire | None:
         """The workers of the stage that are not banned; ``None`` on a banned worker."""
         return self._groups.own
 
@@ -102,26 +101,26 @@ class StageGradients:
         Without a common seed each process has drawn its own weights.
         """
         self.begin(banned)
-        if self._group is None:
+        if self._wire is None:
             return
         source = first_healthy(self._groups.mesh, self._worker.stage, banned)
         for tensor in (*self.parameters, *self._stage.buffers()):
-            wire.broadcast(tensor.data, source, self._group)
+            self._wire.broadcast(tensor.data, source)
         self._tied.make_equal(self._groups, banned)
 
     def sum(self, vector: Tensor) -> Tensor:
         """Sum a vector over the stage's workers that are not banned, in place. On a banned worker it stays as it is."""
-        if self._group is not None:
-            wire.all_reduce(vector, self._group)
+        if self._wire is not None:
+            self._wire.all_reduce(vector)
         return vector
 
     def apart(self, vector: Tensor) -> tuple[Tensor, list[Worker]]:
         """All-gathers a vector over the stage's workers that are not banned: ``(workers, len(vector))``, and these workers."""
         workers = [self._groups.mesh.worker(rank) for rank in self._groups.mesh.stage_ranks(self._worker.stage)]
-        if self._group is None:
+        if self._wire is None:
             return vector[None], [self._worker]
         workers = [worker for worker in workers if worker not in self.left_out]
-        return wire.all_gather(vector, self._group), workers
+        return self._wire.all_gather(vector), workers
 
     def hold(self) -> None:
         """Put the gradients aside: Lightning zeroes them after ``training_step``, in which the backward passes run."""
@@ -147,22 +146,22 @@ class StageGradients:
         Args:
             fractions: how much of the data was not excluded.
         """
-        if self._group is None:
+        if self._wire is None:
             # A banned worker's weights are never used again.
             self.discard()
         else:
-            self._reduce_over(self._group, fractions)
+            self._reduce_over(self._wire, fractions)
         self._arithmetic.unscale(self._stepped)
 
-    def _reduce_over(self, group: dist.ProcessGroup, fractions: CleanFractions) -> None:
+    def _reduce_over(self, wire: Wire, fractions: CleanFractions) -> None:
         divisor = self._groups.mesh.replicas * fractions.of_stage(self._worker.stage)
         rule = self._options.response.aggregation
         if rule == "mean":
-            reduce_mean(self.parameters, group, divisor)
+            reduce_mean(self.parameters, wire, divisor)
         else:
             workers = [self._groups.mesh.worker(rank) for rank in self._groups.mesh.stage_ranks(self._worker.stage)]
             weights = [fractions.of_worker(worker) for worker in workers if worker not in self.left_out]
-            reduce_robustly(self.parameters, group, divisor, weights, rule, tolerated=self._options.response.tolerated)
+            reduce_robustly(self.parameters, wire, divisor, weights, rule, tolerated=self._options.response.tolerated)
         self._tied.add_up(self._groups, self.left_out)
 
     def clip(self, limit: float, by_value: bool) -> None:
@@ -176,7 +175,7 @@ class StageGradients:
     def apply(self, evaluate: Callable[[], Any] | None = None, **options: Any) -> Any:
         """Step the optimizer, and discard the gradients. Between processes a schedule has computed them by now."""
         assert evaluate is None and not options, "a schedule has run by now"
-        with nullcontext() if self._shards is None or self._group is None else self._shards.stepping(self._group):
+        with nullcontext() if self._shards is None or self._wire is None else self._shards.stepping(self._wire):
             if not self._arithmetic.step(self._stepped):
                 self._plain_step()
 

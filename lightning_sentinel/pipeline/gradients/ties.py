@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.gradients.groups import StageGroups, first_healthy
 from lightning_sentinel.pipeline.gradients.reduction import sum_over_stages
-from lightning_sentinel.pipeline.processes import wire
 from lightning_sentinel.pipeline.stages.ties import Tie
 
 __all__ = ["TiedStages", "Untied"]
@@ -59,7 +58,7 @@ class TiedStages:
         """Broadcast the first stage's values to all copies; to be called by all ranks that are not banned."""
         for stages, shared in self._shared.items():
             for parameter in shared if self._stage in stages else ():
-                wire.broadcast(parameter.data, first_healthy(self._mesh, stages[0], banned), groups.across(stages))
+                groups.across(stages).broadcast(parameter.data, first_healthy(self._mesh, stages[0], banned))
 
 
 class Untied:

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from lightning_sentinel.pipeline.processes import wire
+from lightning_sentinel.pipeline.processes.wire import Wire
 
 __all__ = ["OptimizerShards", "owners"]
 
@@ -55,8 +54,8 @@ class OptimizerShards:
         """Parameters, by ``id``, whose optimizer state other ranks keep."""
 
     @contextmanager
-    def stepping(self, group: dist.ProcessGroup) -> Iterator[None]:
-        """A context around the optimizer's step; to be entered by all ranks of ``group``.
+    def stepping(self, wire: Wire) -> Iterator[None]:
+        """A context around the optimizer's step; to be entered by all ranks of ``wire``.
 
         On entry, gradients of other ranks' parameters are discarded. On exit, each rank broadcasts its parameters' new values.
         """
@@ -65,4 +64,4 @@ class OptimizerShards:
                 parameter.grad = None
         yield
         with torch.no_grad():
-            wire.broadcast_each(((parameter.data, owner) for parameter, owner in self._owners if parameter.requires_grad), group)
+            wire.broadcast_each(((parameter.data, owner) for parameter, owner in self._owners if parameter.requires_grad))

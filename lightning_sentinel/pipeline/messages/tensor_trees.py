@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.pipeline.messages.containers import entries_of, has_attributes, is_sequence
-from lightning_sentinel.pipeline.processes import wire
+from lightning_sentinel.pipeline.processes.wire import Wire, world
 from lightning_sentinel.pipeline.waiting import on_host
 
 __all__ = [
@@ -279,8 +279,8 @@ def send_tree(tree: Any, rank: int) -> None:
 def send_packed(packed: Packed, rank: int) -> None:
     """Like :func:`send_tree`, for a tree that :func:`pack` has split already."""
     description, tensors = packed
-    wire.send(torch.tensor([len(description)]), rank)
-    wire.send(torch.frombuffer(bytearray(description), dtype=torch.uint8), rank)
+    wire = world()
+    wire.send_bytes(description, rank)
     for tensor in tensors:
         wire.send(tensor, rank)
 
@@ -295,11 +295,8 @@ def receive_tree(rank: int, most_bytes: int | None = None) -> Any:
     Raises:
         MalformedMessageError: if the message is no tensor tree, or too large.
     """
-    length = torch.full((1,), -1)
-    wire.receive(length, rank)
-    data = torch.empty(_checked_length(int(length), rank), dtype=torch.uint8)
-    wire.receive(data, rank)
-    description = data.numpy().tobytes()
+    wire = world()
+    description = wire.receive_bytes(rank, _LONGEST_DESCRIPTION, "a description")
     try:
         tensors = reserve(description, most_bytes)
         for tensor in tensors:
@@ -309,29 +306,24 @@ def receive_tree(rank: int, most_bytes: int | None = None) -> Any:
         raise MalformedMessageError(f"Rank {rank} sent a malformed message. {error}", rank=rank) from error
 
 
-def broadcast_tree(tree: Any, source: int, group: wire.Group | None = None) -> Any:
-    """Broadcast a tensor tree from one rank to all ranks of a group.
+def broadcast_tree(tree: Any, source: int, wire: Wire | None = None) -> Any:
+    """Broadcast a tensor tree from one rank to all ranks of a wire.
 
     Args:
         tree: read on the source only.
         source: global rank of the sender.
-        group: ``None`` is the world.
+        wire: ``None`` is that of all ranks.
 
     Returns:
         the tree, on the host, on all ranks.
     """
-    description, tensors = pack(tree) if wire.this_rank() == source else (b"", [])
-    length = torch.tensor([len(description)])
-    wire.broadcast(length, source, group)
-    data = torch.frombuffer(bytearray(description), dtype=torch.uint8) if description else None
-    if data is None:
-        data = torch.empty(_checked_length(int(length), source), dtype=torch.uint8)
-    wire.broadcast(data, source, group)
-    description = description or data.numpy().tobytes()
+    wire = world() if wire is None else wire
+    description, tensors = pack(tree) if wire.rank == source else (b"", [])
+    description = wire.broadcast_bytes(description, source, _LONGEST_DESCRIPTION, "a description")
     try:
         tensors = tensors or reserve(description)
         for tensor in tensors:
-            wire.broadcast(tensor, source, group)
+            wire.broadcast(tensor, source)
         return unpack(description, tensors)
     except MalformedMessageError as error:
         raise MalformedMessageError(f"Rank {source} sent a malformed message. {error}", rank=source) from error
@@ -355,9 +347,3 @@ def list_from(rank: int, found: Any, length: int | None = None) -> list[Any]:
     what = f"a list of {len(found)}" if isinstance(found, list) else type(found).__name__
     due = "a list" if length is None else f"a list of {length}"
     raise MalformedMessageError(f"Rank {rank} sent {what} where {due} is due.", rank=rank)
-
-
-def _checked_length(length: int, rank: int) -> int:
-    if not 0 < length <= _LONGEST_DESCRIPTION:
-        raise MalformedMessageError(f"Rank {rank} announces a description of {length} bytes, which there cannot be.", rank=rank)
-    return length

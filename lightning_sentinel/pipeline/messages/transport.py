@@ -27,17 +27,14 @@ size is not that of the receiver's buffer (test_transport_over_gloo.py tests it)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_sentinel.errors import MalformedMessageError, WorkerLostError
+from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.pipeline.messages.headers import HEADER_WORDS, Expected, Header, Kind, MessageId, decode, encode, extent
-from lightning_sentinel.pipeline.processes import wire
-from lightning_sentinel.pipeline.processes.liveness import sounds_lost
+from lightning_sentinel.pipeline.processes.wire import Sending, world
 
 __all__ = ["Transport"]
 
@@ -74,8 +71,8 @@ class Transport:
 
     def __init__(self, device: torch.device, mode: Literal["auto", "device", "host"] = "auto") -> None:
         self._device = device
-        self._wire = {"auto": wire.device_of_wire(device), "device": device, "host": torch.device("cpu")}[mode]
-        self._under_way: list[tuple[int, wire.Sending]] = []
+        self._wire = {"auto": world().device_for(device), "device": device, "host": torch.device("cpu")}[mode]
+        self._under_way: list[Sending] = []
         self._broken: dict[int, str] = {}
         self._sent: dict[tuple[int, Kind], _MessageSize] = {}
         self._received: dict[tuple[int, Kind], _MessageSize] = {}
@@ -89,8 +86,7 @@ class Transport:
             WorkerLostError: if ``rank`` does not answer.
         """
         for message in self._messages(signal, tainted, rank, message_id, number):
-            with _naming(rank):
-                wire.send(message, rank)
+            world().send(message, rank)
 
     def receive(self, rank: int, message_id: MessageId, expected: Expected) -> tuple[Tensor, Tensor, int]:
         """Receive a signal, its taint flag, and its number.
@@ -144,8 +140,7 @@ class Transport:
             WorkerLostError: if ``rank`` does not answer.
         """
         for message in self._messages(note, torch.zeros((), dtype=torch.bool, device=note.device), rank, message_id, number):
-            with _naming(rank):
-                self._under_way.append((rank, wire.send_later(message, rank)))
+            self._under_way.append(world().send_later(message, rank))
 
     def receive_note(self, rank: int, message_id: MessageId, expected: Expected) -> tuple[Tensor, int]:
         """Receive what :meth:`send_note` sent: the tensor, in memory of its own, and the number.
@@ -163,9 +158,8 @@ class Transport:
         Raises:
             WorkerLostError: if a receiver does not answer.
         """
-        for rank, sending in self._under_way:
-            with _naming(rank):
-                sending.wait()
+        for sending in self._under_way:
+            sending.wait()
         self._under_way.clear()
 
     def _messages(self, tensor: Tensor, last: Tensor, rank: int, message_id: MessageId, number: int) -> list[Tensor]:
@@ -222,8 +216,7 @@ class Transport:
         words = message[:_HEADER_BYTES].view(torch.int64).fill_(_UNTOUCHED)
         elements = message[_ELEMENTS_AT:].view(torch.float32 if size is None else size.dtype)
         elements[-1:] = _UNTOUCHED
-        with _naming(rank):
-            wire.receive(message, rank)
+        world().receive(message, rank)
         return words, elements
 
     def _comes_with_its_header(self, size: _MessageSize, rank: int, kind: Kind) -> bool:
@@ -236,17 +229,5 @@ class Transport:
         """Receive elements sent after their header: ``(elements,)``, on the wire's device. A mark left at the end means too few."""
         message = torch.empty(size.elements, dtype=size.dtype, device=self._wire)
         message[-1] = _UNTOUCHED
-        with _naming(rank):
-            wire.receive(message, rank)
+        world().receive(message, rank)
         return message
-
-
-@contextmanager
-def _naming(rank: int) -> Iterator[None]:
-    """Turn a lost connection into a ``WorkerLostError`` that names the peer."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not sounds_lost(error):
-            raise
-        raise WorkerLostError(f"Rank {rank} does not answer: {error}", rank=rank) from error

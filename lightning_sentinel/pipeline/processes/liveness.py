@@ -12,7 +12,6 @@ whether it is the last.
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import socket
 import tempfile
@@ -32,11 +31,12 @@ from torch.distributed import PrefixStore, Store, rendezvous
 from lightning_sentinel.errors import MalformedMessageError, WorkerLostError, places
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.processes.hosts import host_name
+from lightning_sentinel.pipeline.processes.lost_connections import is_lost_connection
+from lightning_sentinel.pipeline.processes.torch_wire import TorchWire
+from lightning_sentinel.pipeline.processes.wire import install, is_connected
 
-__all__ = ["Roster", "Start", "agree_on_round", "connect", "is_lost_connection", "notes", "sounds_lost"]
+__all__ = ["Roster", "Start", "agree_on_round", "connect", "notes"]
 
-_LOST = re.compile(r"gloo|nccl|connection (was likely )?(closed|reset|refused)|timed? ?out|socket|broken pipe", re.IGNORECASE)
-_WAITING = ("torch.distributed.", "lightning_sentinel.")
 _MOMENT = timedelta(seconds=2)
 _MOST_FRAMES = 8
 _MOST_OF_A_NOTE = 4000
@@ -56,28 +56,6 @@ class Start(NamedTuple):
     ranks: tuple[int, ...]
 
 
-def sounds_lost(error: BaseException) -> bool:
-    """Whether an error of a call into ``torch.distributed`` means that a peer is gone; the backends raise ``RuntimeError``."""
-    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error, from any code, means that a peer is gone.
-
-    The message alone is not enough, because a user's own code may say that something "timed out". So the innermost Python frame
-    must also be in ``torch.distributed``, or in this package, which waits for peers.
-    """
-    return sounds_lost(error) and _raised_by(error).startswith(_WAITING)
-
-
-def _raised_by(error: BaseException) -> str:
-    """The Python module where an error was raised."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
-
-
 def connect(
     backend: str,
     *,
@@ -88,7 +66,7 @@ def connect(
     timeout: timedelta,
     admit: Callable[[Store], tuple[int, ...]] | None = None,
 ) -> Start | None:
-    """Initialize ``torch.distributed``, unless it is initialized already.
+    """Initialize ``torch.distributed``, unless it is initialized already, and install the wire over it, unless there is one.
 
     Args:
         backend: of the process group.
@@ -114,6 +92,8 @@ def connect(
             place = ranks.index(rank)
             dist.init_process_group(backend, store=default, rank=place, world_size=len(ranks), timeout=timeout)
         _start = Start(store, ranks)
+    if dist.is_initialized() and not is_connected():
+        install(TorchWire(timeout))
     return _start
 
 

@@ -26,7 +26,7 @@ from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.pipeline.data.sample_exchange import supplier, unpacked
 from lightning_sentinel.pipeline.messages.tensor_trees import Packed, pack, pack_all, receive_tree, send_packed
-from lightning_sentinel.pipeline.processes import wire
+from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.waiting import on_host
@@ -163,7 +163,7 @@ class Audits:
             case, auditor = asked[number]
             said[number, 0] = word if self.adversary is None else self.adversary.vote(auditor, case.audited, word)
             said[number, 1:] = measured
-        everyone = wire.all_gather(said, size=self._mesh.size)
+        everyone = world().all_gather(said)
         # Only the auditor's own entry counts for a case, whatever other ranks put there.
         values = [everyone[self._mesh.rank(auditor), number].tolist() for number, (_, auditor) in enumerate(asked)]
         words = [Outcome(int(value)) if value in _WORDS else Outcome.MATCHES for value, *_ in values]

@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
-import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 
@@ -21,8 +20,8 @@ from lightning_sentinel.errors import PipelineModelError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.batch_metrics import alone
 from lightning_sentinel.pipeline.data.feeding import gather_numbers
-from lightning_sentinel.pipeline.gradients.groups import group_of
 from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
+from lightning_sentinel.pipeline.processes.wire import Wire, is_connected, world
 from lightning_sentinel.pipeline.results.absent_metrics import NothingHere
 from lightning_sentinel.pipeline.results.telling import NoData, decoded, encoded
 from lightning_sentinel.pipeline.stages.partition import layer_names
@@ -62,7 +61,7 @@ class SharedMetrics(L.Callback):
         """Metrics that hold a value received from other ranks, by the kind of epoch (train, validate, ...) that it is of."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        worker = self._mesh.worker(dist.get_rank())
+        worker = self._mesh.worker(world().rank)
         for name, part in pl_module.named_modules():
             if isinstance(part, Metric):
                 part.distributed_available_fn = alone
@@ -105,7 +104,7 @@ class SharedMetrics(L.Callback):
         """Give all ranks the values of metrics that steps updated. Returns, for each that could not be computed, the reason."""
         if not metrics:
             return {}
-        rank = dist.get_rank()
+        rank = world().rank
         last = self._mesh.stages - 1
         banned = self._banned()
         with self._waiting():
@@ -116,9 +115,9 @@ class SharedMetrics(L.Callback):
             self._known.update(name for name, ranks in ran.items() if ranks)
             said = {}
             for name, ranks in ran.items():
-                group = group_of(ranks, self._timeout) if len(ranks) > 1 else None
+                wire = world().among(ranks, self._timeout) if len(ranks) > 1 else None
                 if rank in ranks:
-                    said[name] = _computed(metrics[name], group)
+                    said[name] = _computed(metrics[name], wire)
             told: dict[str, list[Any]] = {}
             for source in sorted({ranks[0] for ranks in ran.values() if ranks}):
                 told |= broadcast_tree({name: one for name, one in said.items() if ran[name][0] == source}, source)
@@ -150,15 +149,15 @@ def _metrics_of(module: L.LightningModule) -> dict[str, Metric]:
     return found
 
 
-def _computed(metric: Metric, group: dist.ProcessGroup | None) -> list[Any]:
+def _computed(metric: Metric, wire: Wire | None) -> list[Any]:
     """The encoded value, and an empty text or the reason why there is no value."""
     parts = [part for part in metric.modules() if isinstance(part, Metric)]
     before = [(part.process_group, part.distributed_available_fn) for part in parts]
     for part in parts:
         # Drop the cached value: one rank may have one and another none, and then not all would gather.
         part._computed = None
-        part.process_group = part.process_group or group
-        part.distributed_available_fn = dist.is_initialized if part.process_group is not None else alone
+        part.process_group = part.process_group or (None if wire is None else wire.group)
+        part.distributed_available_fn = is_connected if part.process_group is not None else alone
     try:
         metric._computed = metric.compute()
         return [encoded(metric._computed), ""]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.distributed as dist
-
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree, list_from
+from lightning_sentinel.pipeline.processes.wire import Wire
 from lightning_sentinel.pipeline.results.joining import join
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 
@@ -21,7 +20,7 @@ def share_predictions(
     mesh: Mesh,
     wiring: Wiring,
     worker: Worker,
-    pipeline: dist.ProcessGroup,
+    pipeline: Wire,
     sizes: BatchSizes | None = None,
     average: bool = False,
 ) -> Any:
@@ -34,7 +33,7 @@ def share_predictions(
         mesh: all workers.
         wiring: which lane worked on which micro-batches.
         worker: this rank's worker.
-        pipeline: the process group of this replica's pipeline.
+        pipeline: the wire of this replica's pipeline.
         sizes: of all replicas' batches; ``None`` if no list in a result is per sample.
         average: as in :func:`~lightning_sentinel.pipeline.results.joining.join`.
 

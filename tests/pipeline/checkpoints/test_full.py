@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from lightning_sentinel.pipeline.checkpoints.full import (
     speakers,
 )
 from lightning_sentinel.pipeline.messages.tensor_trees import send_tree
-from tests.pipeline.ranks import ranks
+from tests.pipeline.ranks import Silent, installed, ranks
 
 STAGES = (("0", "1"), ("2",), ("3", "4"))
 """Layers of each stage; the second has a LayerNorm only, so its group of decayed parameters is empty."""
@@ -271,25 +271,29 @@ class TestSelectState:
         assert set(select_state(self.whole, self.stage, known, strict=False)) == {"2.weight"}
 
 
-class Post:
-    """``dist.send`` and ``dist.recv`` between ranks that run one after the other."""
+class Post(Silent):
+    """A wire between ranks that run one after the other."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rank = 0
+    rank = 0
+
+    def __init__(self) -> None:
+        super().__init__()
         self.letters: defaultdict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
-        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-        monkeypatch.setattr("torch.distributed.get_rank", lambda: self.rank)
-        monkeypatch.setattr("torch.distributed.send", self.send)
-        monkeypatch.setattr("torch.distributed.recv", self.recv)
 
-    def send(self, tensor: Tensor, rank: int) -> None:
+    def _send(self, tensor: Tensor, rank: int) -> None:
         assert tensor.is_contiguous()
         self.letters[self.rank, rank].append(tensor.clone())
 
-    def recv(self, tensor: Tensor, rank: int) -> None:
+    def _receive(self, tensor: Tensor, rank: int, tag: int) -> None:
         letter = self.letters[rank, self.rank].popleft()
         assert (letter.shape, letter.dtype) == (tensor.shape, tensor.dtype)
         tensor.copy_(letter)
+
+
+@pytest.fixture
+def post() -> Iterator[Post]:
+    with installed(Post()) as wire:
+        yield wire
 
 
 class TestCollect:
@@ -302,8 +306,8 @@ class TestCollect:
         torch.tensor([2**40]),
     )
 
-    def test_parts_of_all_stages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        post, mesh = Post(monkeypatch), Mesh(stages=3, replicas=2)
+    def test_parts_of_all_stages(self, post: Post) -> None:
+        mesh = Mesh(stages=3, replicas=2)
         found = []
         for post.rank in reversed(range(mesh.size)):
             stage = mesh.worker(post.rank).stage
@@ -347,13 +351,13 @@ class TestCollect:
             own_part((plain, {}), {"a"}, rank=3)
         assert error.value.rank == 3
 
-    def test_one_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        Post(monkeypatch)
+    @pytest.mark.usefixtures("post")
+    def test_one_process(self) -> None:
         assert collect({"a": 1}, {}, [0]) == [({"a": 1}, {})]
 
     @pytest.mark.parametrize("banned", [set(), *({Worker(s, r)} for s in range(3) for r in range(2)), {Worker(0, 0), Worker(2, 0)}])
-    def test_banned_workers_are_not_asked(self, monkeypatch: pytest.MonkeyPatch, banned: set[Worker]) -> None:
-        post, mesh = Post(monkeypatch), Mesh(stages=3, replicas=2)
+    def test_banned_workers_are_not_asked(self, post: Post, banned: set[Worker]) -> None:
+        mesh = Mesh(stages=3, replicas=2)
         for post.rank in reversed(range(mesh.size)):
             worker = mesh.worker(post.rank)
             found = collect({"of": [worker.stage, worker.replica]}, {"it": torch.tensor(post.rank)}, speakers(mesh, banned))
@@ -362,8 +366,8 @@ class TestCollect:
         assert [worker.stage for worker in asked] == [0, 1, 2] and not set(asked) & banned
         assert [mesh.rank(worker) for worker in asked] == [int(tensors["it"]) for _, tensors in found]
 
-    def test_of_a_stage_of_which_everybody_is_banned_there_is_still_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        post, mesh = Post(monkeypatch), Mesh(stages=2, replicas=2)
+    def test_of_a_stage_of_which_everybody_is_banned_there_is_still_a_part(self, post: Post) -> None:
+        mesh = Mesh(stages=2, replicas=2)
         for post.rank in reversed(range(mesh.size)):
             found = collect({"rank": post.rank}, {}, speakers(mesh, {Worker(1, 0), Worker(1, 1)}))
         assert [plain["rank"] for plain, _ in found] == [2, 0]

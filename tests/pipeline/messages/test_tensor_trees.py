@@ -81,7 +81,10 @@ def test_all_ranks_of_a_group_get_what_one_has(source: int, group: tuple[int, ..
     members = group or range(4)
 
     def work(rank: int) -> Any:
-        return broadcast_tree(tree if rank == source else "of no interest", source, group) if rank in members else None
+        if rank not in members:
+            return None
+        wire = None if group is None else world.among(group, world.timeout)
+        return broadcast_tree(tree if rank == source else "of no interest", source, wire)
 
     with ranks(4) as world:
         for rank, found in enumerate(world.run(work)):
@@ -290,7 +293,7 @@ def sent_by_hand(*letters: Tensor, most_bytes: int = 2**20) -> MalformedMessageE
     def work(rank: int) -> None:
         if rank == 1:
             for letter in letters:
-                torch.distributed.send(letter, 0)
+                world.send(letter, 0)
         else:
             receive_tree(1, most_bytes)
 

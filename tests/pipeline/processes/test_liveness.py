@@ -18,7 +18,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_sentinel.errors import ConfigurationError, MalformedMessageError, WorkerLostError
 from lightning_sentinel.mesh import Mesh
-from lightning_sentinel.pipeline.processes.liveness import Roster, connect, is_lost_connection, sounds_lost
+from lightning_sentinel.pipeline.processes.liveness import Roster, connect
+from lightning_sentinel.pipeline.processes.lost_connections import is_lost_connection, sounds_lost
 from lightning_sentinel.pipeline.stages.stage import run_layer
 
 MESH = Mesh(stages=2, replicas=2)

@@ -35,7 +35,7 @@ def shared(world: Ranks, mesh: Mesh, wiring: Wiring, predict: Callable[[MicroBat
         worker, lane = mesh.worker(rank), wiring.lane(mesh.worker(rank))
         ends = lane is not None and worker.stage == mesh.stages - 1
         results = {part: predict(part) for part in wiring.work[lane]} if ends else {}
-        return share_predictions(results, mesh, wiring, worker, mesh.pipeline_ranks(worker.replica))
+        return share_predictions(results, mesh, wiring, worker, world.among(mesh.pipeline_ranks(worker.replica), world.timeout))
 
     return world.run(work)
 
@@ -64,7 +64,11 @@ def test_while_nobody_is_banned_no_other_pipeline_is_waited_for() -> None:
             worker = mesh.worker(rank)
             for _ in range(2 + worker.replica):
                 results = {part: prediction(part) for part in wiring.work[worker.replica]} if worker.stage else {}
-                calls.append(share_predictions(results, mesh, wiring, worker, mesh.pipeline_ranks(worker.replica)))
+                calls.append(
+                    share_predictions(
+                        results, mesh, wiring, worker, world.among(mesh.pipeline_ranks(worker.replica), world.timeout)
+                    )
+                )
 
         world.run(work)
     assert len(calls) == 2 * (2 + 3)
