@@ -38,13 +38,12 @@ from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
-from lightning_sentinel.pipeline.recovery.ruling import Ruling
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.results.predictions import share_predictions
 from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.step_plan import StepPlan
-from lightning_sentinel.pipeline.step_results import StepOutcome, StepResult
+from lightning_sentinel.pipeline.step_results import Ruling, StepOutcome, StepResult
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case

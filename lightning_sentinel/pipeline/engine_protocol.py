@@ -10,9 +10,8 @@ from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractions
 from lightning_sentinel.pipeline.recovery.guard import Guard
-from lightning_sentinel.pipeline.recovery.ruling import Ruling
 from lightning_sentinel.pipeline.step_plan import StepPlan
-from lightning_sentinel.pipeline.step_results import StepOutcome, StepResult
+from lightning_sentinel.pipeline.step_results import Ruling, StepOutcome, StepResult
 
 __all__ = ["Engine", "Gradients"]
 

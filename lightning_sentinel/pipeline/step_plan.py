@@ -1,5 +1,7 @@
 """The step plan: all decisions that ranks make before a step, in one value that each rank computes for itself.
 
+:class:`StepPlanner` makes it from values that are the same on all ranks: the ledger, the batch sizes, the number of past steps.
+
 A decision that changes what ranks do next is a field of :class:`StepPlan`. Code that runs a step is handed the plan, keeps no copy
 of a decision, and gets it nowhere else. A digest of the plan goes with the step's collective, so that ranks notice at once if they
 disagree.
@@ -14,13 +16,16 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from typing_extensions import Protocol
 
+from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
+from lightning_sentinel.verification.ledger import Ledger
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 
-__all__ = ["TRAINING", "StepPlan", "plan_step"]
+__all__ = ["TRAINING", "BanSource", "StepPlan", "StepPlanner", "plan_step"]
 
 TRAINING = "training_step"
 
@@ -162,3 +167,88 @@ def micro_batch_weights(wiring: Wiring, sizes: BatchSizes) -> Tensor:
     """
     shares = [[sizes.work(replica, number)[1] for number in range(sizes.micro_batches)] for replica in range(len(sizes.samples))]
     return wiring.arrange(torch.tensor(shares))
+
+
+class BanSource(Protocol):
+    """Knows which workers are banned and whether any is a suspect, the same on all ranks."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """Who is banned."""
+
+    @property
+    def audits(self) -> bool:
+        """Whether signals may be audited."""
+
+    def lane_seed(self, step: int) -> int | None:
+        """The seed by which workers are shuffled among the lanes in a training step; ``None`` leaves them where they are."""
+
+
+@dataclass
+class StepPlanner:
+    """Plans the steps of one engine.
+
+    Args:
+        mesh: all workers.
+        bans: the guard; ``None`` in a plain pipeline.
+        runs: schedule runs so far; see :class:`StepPlan`.
+    """
+
+    mesh: Mesh
+    bans: BanSource | None
+    runs: int = 0
+
+    def training(self, number: int, sizes: BatchSizes, scale: float, seed: int, excluded: Collection[Worker] = ()) -> StepPlan:
+        """Plan a training step.
+
+        Args:
+            number: training batches before this one.
+            sizes: samples of every replica's batch.
+            scale: factor of the gradients, for accumulation over batches.
+            seed: the seed of forward passes' random numbers.
+            excluded: workers found lying in an earlier run of this step, which is repeated without them.
+
+        Raises:
+            MeshExhaustedError: if no complete pipeline is left.
+        """
+        bans = self.bans
+        plan = plan_step(
+            TRAINING,
+            self.mesh,
+            sizes,
+            number=number,
+            run=self._next_run(),
+            banned=self._banned,
+            excluded=excluded,
+            shuffled=None if bans is None else bans.lane_seed(number),
+            seed=seed,
+            scale=scale,
+            audited=bans is not None and bans.audits,
+        )
+        if not any(plan.wiring.live):
+            raise MeshExhaustedError(
+                f"No complete pipeline is left at step {number}; banned are {', '.join(map(str, sorted(self._banned)))}, by"
+                f" Response(banned=...), a ledger or a checkpoint. The run cannot go on with {self.mesh.replicas} replica(s). Use"
+                " more replicas, or take some of the bans back."
+            )
+        return plan
+
+    def evaluation(self, kind: str, loader: int | None, sizes: BatchSizes, seed: int) -> StepPlan:
+        """Plan a step without gradients.
+
+        Args:
+            kind: name of the user's step function.
+            loader: number of the data loader, if there are several.
+            sizes: samples of every replica's batch.
+            seed: the seed of forward passes' random numbers.
+        """
+        run = self._next_run()
+        return plan_step(kind, self.mesh, sizes, loader=loader, run=run, banned=self._banned, seed=seed)
+
+    @property
+    def _banned(self) -> frozenset[Worker]:
+        return frozenset() if self.bans is None else self.bans.ledger.banned
+
+    def _next_run(self) -> int:
+        self.runs += 1
+        return self.runs

@@ -1,17 +1,19 @@
-"""A step's results: those of one process, and their combination over all ranks."""
+"""A step's results: those of one process, their combination over all ranks, and what all ranks decide from it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_sentinel.mesh import Boundary
+from lightning_sentinel.mesh import Boundary, Worker
 from lightning_sentinel.pipeline.logs import LogRecorder, LogSchema
-from lightning_sentinel.verification import SignalTable
+from lightning_sentinel.pipeline.step_plan import StepPlan
+from lightning_sentinel.verification import SignalTable, StepVerdict
 
-__all__ = ["StepOutcome", "StepResult", "is_skipped", "mean_loss"]
+__all__ = ["Ruling", "StepOutcome", "StepResult", "is_skipped", "mean_loss"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,26 @@ class StepOutcome:
     skipped: bool = False
     signals: tuple[int, ...] = ()
     refused: Tensor | None = None
+
+
+class Ruling(NamedTuple):
+    """What was decided about a step.
+
+    Args:
+        verdict: the verdict on its table of signals.
+        banned: the workers that the step bans.
+        excluded: the workers whose signals do not match. If there are any the step is undone: their signals are in its gradients.
+        redo: whether to repeat the step without the excluded workers, which takes a complete lane of the others.
+        plan: the plan of the step that was judged.
+        lost: workers whose gradients are lost, with those of earlier batches of the same step.
+    """
+
+    verdict: StepVerdict
+    banned: list[Worker]
+    excluded: list[Worker]
+    redo: bool
+    plan: StepPlan
+    lost: frozenset[Worker] = frozenset()
 
 
 def mean_loss(losses: Tensor, believed: bool) -> float | None:

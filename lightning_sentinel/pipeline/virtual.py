@@ -27,11 +27,10 @@ from lightning_sentinel.pipeline.gradients.contributions import broken
 from lightning_sentinel.pipeline.gradients.virtual_gradients import VirtualGradients
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
-from lightning_sentinel.pipeline.recovery.ruling import Ruling
 from lightning_sentinel.pipeline.results.joining import join, plain, reorder
 from lightning_sentinel.pipeline.stages.partition import StageModel, refuse_frozen
 from lightning_sentinel.pipeline.step_plan import StepPlan
-from lightning_sentinel.pipeline.step_results import StepOutcome, StepResult, is_skipped, mean_loss
+from lightning_sentinel.pipeline.step_results import Ruling, StepOutcome, StepResult, is_skipped, mean_loss
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.virtual_audits import VirtualAudits
 from lightning_sentinel.pipeline.virtual_boundaries import MicroBatch, VirtualBoundaries, VirtualStep

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_sentinel.mesh import Worker
-from lightning_sentinel.pipeline.recovery.ruling import Ruling
+from lightning_sentinel.pipeline.step_results import Ruling
 from lightning_sentinel.verification import Detection, Ledger
 
 __all__ = ["MOST_DETECTIONS", "Announcements", "announce_detections", "consequence", "keep_latest", "log_settings"]

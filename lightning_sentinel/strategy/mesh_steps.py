@@ -10,9 +10,8 @@ from torch import Tensor
 
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.gradients.clean_fractions import CleanFractionTally
-from lightning_sentinel.pipeline.planner import StepPlanner
-from lightning_sentinel.pipeline.recovery.ruling import Ruling
-from lightning_sentinel.pipeline.step_results import StepOutcome
+from lightning_sentinel.pipeline.step_plan import StepPlanner
+from lightning_sentinel.pipeline.step_results import Ruling, StepOutcome
 from lightning_sentinel.strategy.announcements import Announcements, announce_detections, keep_latest
 from lightning_sentinel.strategy.bans import BanKeeper
 from lightning_sentinel.strategy.data import PipelineData, loader_number

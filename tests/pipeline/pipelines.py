@@ -12,10 +12,9 @@ from torch import Tensor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-from lightning_sentinel.pipeline.planner import StepPlanner
 from lightning_sentinel.pipeline.recovery.guard import Guard
-from lightning_sentinel.pipeline.recovery.ruling import Ruling
-from lightning_sentinel.pipeline.step_plan import StepPlan
+from lightning_sentinel.pipeline.step_plan import StepPlan, StepPlanner
+from lightning_sentinel.pipeline.step_results import Ruling
 from lightning_sentinel.verification import Ledger, SignalTable, StepVerdict
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case

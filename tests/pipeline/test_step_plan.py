@@ -12,9 +12,8 @@ from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-from lightning_sentinel.pipeline.planner import StepPlanner
-from lightning_sentinel.pipeline.recovery.guard import Guard
-from lightning_sentinel.pipeline.step_plan import StepPlan, plan_step
+from lightning_sentinel.pipeline.recovery.bans import Guard
+from lightning_sentinel.pipeline.step_plan import StepPlan, StepPlanner, plan_step
 from lightning_sentinel.verification import Ledger
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 
@@ -107,8 +106,8 @@ def test_workers_are_dealt_to_lanes_while_one_is_a_suspect_alike_on_all_ranks() 
     assert plain.wiring == Wiring.of(MESH, (), 2) and plain.banned == frozenset()
     suspicious = [planner(audit_rate=None) for _ in range(2)]
     for one in suspicious:
-        assert one.guard is not None
-        one.guard.ledger.shuffled_at = 0
+        assert one.bans is not None
+        one.bans.ledger.shuffled_at = 0
     found = [[one.training(step, SIZES, 1.0, SEED) for step in range(4)] for one in suspicious]
     assert found[0] == found[1]
     assert any(plan.wiring != plain.wiring for plan in found[0])

@@ -19,8 +19,8 @@ from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
 from lightning_sentinel.pipeline.recovery.reference_updates import Apart, ReferenceUpdates
-from lightning_sentinel.pipeline.recovery.ruling import Ruling
 from lightning_sentinel.pipeline.step_plan import StepPlan
+from lightning_sentinel.pipeline.step_results import Ruling
 from lightning_sentinel.seeds import derive_seed, secret_seed
 from lightning_sentinel.verification import (
     BoundaryVerifier,
