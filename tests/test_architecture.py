@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,3 +93,14 @@ def _registered(node: ast.ClassDef) -> set[str]:
 def _is_record(node: ast.ClassDef) -> bool:
     """Whether a class is a tuple with names, or an interface, which have declarations only."""
     return any(isinstance(base, ast.Name) and base.id in ("NamedTuple", "Protocol", "TypedDict") for base in node.bases)
+
+
+def test_a_step_goes_through_fifteen_files_and_four_that_judge() -> None:
+    """From Lightning's hook to the optimizer, as docs/architecture.md draws it."""
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    drawing = text.split("## One training step")[1].split("```")[1]
+    drawn = set(re.findall(r"\w+\.py", drawing))
+    judging = {"verifier.py", "verdicts.py", "auditing.py", "ledger.py"}
+    there = {file.name for file in PACKAGE.rglob("*.py")}
+    assert judging <= drawn <= there
+    assert len(drawn - judging) <= 15

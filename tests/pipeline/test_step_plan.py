@@ -12,7 +12,7 @@ from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-from lightning_sentinel.pipeline.recovery.bans import Guard
+from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.step_plan import StepPlan, StepPlanner, plan_step
 from lightning_sentinel.verification import Ledger
 from lightning_sentinel.wiring import MicroBatchId, Wiring
