@@ -11,15 +11,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import os
 import secrets
-import stat
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_sentinel.errors import ConfigurationError, MissingExtraError
+from lightning_sentinel.trust.key_files import create_key_file, read_key_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -30,9 +29,6 @@ KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
 _PREFIX = "ed25519:"
-# A key file has about 120 bytes; what is larger by far is another file.
-_LARGEST_FILE = 4096
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 @dataclass(frozen=True, order=True)
@@ -163,8 +159,8 @@ class Identity:
         path = Path(path)
         try:
             if not path.exists():
-                _create(path, cls.draw())
-            return cls(_private_bytes(_read(path), path))
+                create_key_file(path, secrets.token_bytes(KEY_BYTES))
+            return cls(read_key_file(path))
         except OSError as error:
             raise ConfigurationError(
                 f"The key file {path} can be neither read nor made ({type(error).__name__}: {error.strerror}). Name a file in a"
@@ -174,11 +170,6 @@ class Identity:
     def sign(self, message: bytes) -> bytes:
         """The 64 bytes by which everybody can see that this identity said the message; the same for the same message."""
         return self._private.sign(message)
-
-    def _pem(self) -> bytes:
-        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
-        return self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.public})"
@@ -197,63 +188,3 @@ def _loaded(raw: bytes) -> Ed25519PublicKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     return Ed25519PublicKey.from_public_bytes(raw)
-
-
-def _read(path: Path) -> bytes:
-    """The bytes of a key file that only its owner can use."""
-    # Opened before it is looked at, so that what is looked at is what is read; not blocking, because it may be a pipe.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
-            raise ConfigurationError(
-                f"{path} is {kind}, and a key is kept in a file. Name one in it, such as {path / 'worker.key'}."
-            )
-        if mode & _OTHERS:
-            raise ConfigurationError(
-                f"Others than its owner may use the key file {path}: its mode is {stat.S_IMODE(mode):o}. Whoever can read it can"
-                f" sign in this worker's name. If nobody has, run: chmod 600 {path}; or else remove it, and a new key is made."
-            )
-        return os.read(descriptor, _LARGEST_FILE + 1)
-    finally:
-        os.close(descriptor)
-
-
-def _private_bytes(content: bytes, path: Path) -> bytes:
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    cause = f"it is larger than {_LARGEST_FILE} bytes"
-    if len(content) <= _LARGEST_FILE:
-        try:
-            key = load_pem_private_key(content, password=None)
-            if isinstance(key, Ed25519PrivateKey):
-                return key.private_bytes_raw()
-            cause = "it holds a key of another kind"
-        except TypeError:
-            cause = "it is encrypted"
-        except (ValueError, UnsupportedAlgorithm):
-            cause = "it has no private key in PEM format" if content else "it is empty"
-    raise ConfigurationError(
-        f"{path} is no key file: {cause}. Name a file that is not there yet, and a key is made; or make one with: openssl genpkey"
-        " -algorithm ed25519."
-    )
-
-
-def _create(path: Path, identity: Identity) -> None:
-    """Write a key file unless another process has by then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(identity._pem())
-            file.flush()
-            os.fsync(file.fileno())
-        # Unlike a renamed file, a link does not replace the key that another process wrote meanwhile, and already uses.
-        with contextlib.suppress(FileExistsError):
-            os.link(part, path)
-    finally:
-        part.unlink()
