@@ -94,6 +94,19 @@ def causes_of_difference(first: Copy, second: Copy, keys: Mapping[Worker, Public
 
     Returns:
         the causes; none, if the copies are of the same signed rows and have the digests that were said.
+
+    Example:
+        >>> from lightning_sentinel.trust.identity import Identity
+        >>> from lightning_sentinel.trust.signing import sign
+        >>> eve, now, nothing = Worker(0, 2), Moment(bytes(16), 0, 0), table_digest([], Algorithm.SHA256)
+        >>> identity = Identity.seeded(0, "eve")
+        >>> copies = []
+        >>> for replica, contents in enumerate((b"a row", b"another row")):
+        ...     row = RowStatement(now, eve, digest_of(contents, Algorithm.SHA256), nothing)
+        ...     said = table_digest([row], Algorithm.SHA256)
+        ...     copies.append(Copy(Worker(0, replica), said, {eve: sign(identity, row)}))
+        >>> causes_of_difference(*copies, {eve: identity.public}, now).liars
+        frozenset({Worker(stage=0, replica=2)})
     """
     genuine = {copy.holder: _genuine(copy, keys, moment) for copy in (first, second)}
     ours, theirs = genuine[first.holder], genuine[second.holder]

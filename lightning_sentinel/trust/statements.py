@@ -190,7 +190,7 @@ class VoteStatement:
         about: digest of the encoded :class:`SignalStatement`, so that the vote is about what was signed, and nothing else.
         outcome: number of a :class:`~lightning_sentinel.verification.audit.Outcome`, below 256.
         live: workers of the stage that were not banned, the audited one included: of how many a majority decides.
-        finding: digest of what was found, from :meth:`~lightning_sentinel.trust.evidence.Recomputation.digest`.
+        finding: digest of what was found, from :func:`~lightning_sentinel.trust.evidence.finding_of`.
     """
 
     moment: Moment

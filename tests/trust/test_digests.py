@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
@@ -24,6 +24,7 @@ BLAKE = Algorithm.BLAKE3
 
 
 class TestBytes:
+    @settings(deadline=None)
     @given(st.binary())
     def test_sha256_is_that_of_python(self, contents: bytes) -> None:
         assert digest_of(contents, SHA) == Digest(SHA, hashlib.sha256(contents).digest())
@@ -33,6 +34,7 @@ class TestBytes:
         pytest.importorskip("blake3")
         assert digest_of(b"", BLAKE).value.hex() == "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
 
+    @settings(deadline=None)
     @given(st.binary(), st.binary())
     def test_names_its_contents(self, contents: bytes, other: bytes) -> None:
         for algorithm in available_algorithms():
@@ -107,12 +109,14 @@ class TestAgreement:
 
 
 class TestEncoding:
+    @settings(deadline=None)
     @given(st.sampled_from(Algorithm), st.binary(min_size=32, max_size=32))
     def test_is_read_back(self, algorithm: Algorithm, value: bytes) -> None:
         digest = Digest(algorithm, value)
         assert len(digest.encode()) == DIGEST_BYTES
         assert Digest.decode(digest.encode()) == digest
 
+    @settings(deadline=None)
     @given(st.binary(max_size=70))
     def test_of_any_bytes(self, encoded: bytes) -> None:
         try:

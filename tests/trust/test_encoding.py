@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.errors import MalformedMessageError
@@ -30,6 +30,7 @@ def changed(statement: Statement, place: int, byte: int) -> bytes:
     return bytes(encoded)
 
 
+@settings(deadline=None)
 @given(STATEMENTS)
 def test_what_was_encoded_is_decoded(statement: Statement) -> None:
     encoded = encode(statement)
@@ -37,11 +38,13 @@ def test_what_was_encoded_is_decoded(statement: Statement) -> None:
     assert decode(encoded) == statement
 
 
+@settings(deadline=None)
 @given(STATEMENTS, STATEMENTS)
 def test_different_statements_have_different_encodings(one: Statement, other: Statement) -> None:
     assert (encode(one) == encode(other)) == (one == other)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=2 * LONGEST) | st.builds(bytes.__add__, BEGINNINGS, st.binary(max_size=LONGEST)))
 def test_any_bytes_are_refused_with_one_error(encoded: bytes) -> None:
     try:
@@ -51,6 +54,7 @@ def test_any_bytes_are_refused_with_one_error(encoded: bytes) -> None:
     assert encode(statement) == encoded
 
 
+@settings(deadline=None)
 @given(STATEMENTS, st.data())
 def test_a_changed_byte_is_refused_or_another_statement(statement: Statement, data: Any) -> None:
     encoded = bytearray(encode(statement))

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.errors import ConfigurationError, MissingExtraError
@@ -63,6 +63,7 @@ class TestSignatures:
         assert not ONE.public.verifies(signature, b"not said")
         assert not OTHER.public.verifies(signature, b"said")
 
+    @settings(deadline=None)
     @given(st.binary(max_size=80), st.binary(min_size=32, max_size=32))
     def test_any_bytes_are_no_signature(self, signature: bytes, key: bytes) -> None:
         assert not ONE.public.verifies(signature, b"said")
@@ -70,12 +71,14 @@ class TestSignatures:
 
 
 class TestPublicKeys:
+    @settings(deadline=None)
     @given(st.binary(min_size=32, max_size=32))
     def test_are_printed_and_read(self, raw: bytes) -> None:
         key = PublicKey(raw)
         assert str(key) == f"ed25519:{base64.b64encode(raw).decode()}"
         assert PublicKey.of(str(key)) == key
 
+    @settings(deadline=None)
     @given(st.text())
     def test_of_any_text(self, text: str) -> None:
         with pytest.raises(ConfigurationError, match="is no public key"):

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.errors import ConfigurationError
@@ -58,6 +58,7 @@ def test_what_is_no_list(tmp_path: Path) -> None:
     assert "is larger than 1048576 bytes" in refusal(listed(tmp_path, "#" * 2**21))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused_with_one_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = listed(tmp_path_factory.getbasetemp(), content)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.errors import MalformedMessageError
@@ -29,6 +29,7 @@ DUE: dict[str, Any] = {
 }
 
 
+@settings(deadline=None)
 @given(STATEMENTS)
 def test_what_is_signed_verifies(statement: Statement) -> None:
     signed = sign(IDENTITY, statement)
@@ -38,6 +39,7 @@ def test_what_is_signed_verifies(statement: Statement) -> None:
     assert signed.encode() == encode(statement) + IDENTITY.sign(encode(statement))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=2 * LONGEST))
 def test_any_bytes_are_refused_with_one_error(encoded: bytes) -> None:
     with pytest.raises(MalformedMessageError):
