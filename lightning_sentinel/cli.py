@@ -1,7 +1,7 @@
-"""The command ``lightning-sentinel``: LightningCLI with the strategies registered, benchmarks, and consolidation of checkpoints.
+"""The command ``lightning-sentinel``: LightningCLI with the strategies registered, benchmarks, and what is done to files of runs.
 
 ``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's own subcommands; ``benchmark`` measures this package;
-``consolidate`` makes one ordinary file of a sharded checkpoint.
+``consolidate`` makes one ordinary file of a sharded checkpoint; ``verify-evidence`` says whether the evidence of a ban holds.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments[:1] == ["consolidate"]:
             _consolidate(arguments[1:])
             return
+        if arguments[:1] == ["verify-evidence"]:
+            _verify_evidence(arguments[1:])
+            return
         try:
             import jsonargparse  # noqa: F401
         except ImportError:
@@ -56,6 +59,25 @@ def _consolidate(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     consolidate(given.directory, given.output)
     print(f"{given.output} is an ordinary checkpoint of {given.output.stat().st_size:,} bytes.")
+
+
+def _verify_evidence(arguments: list[str]) -> None:
+    from lightning_sentinel.trust.evidence_files import read_evidence
+    from lightning_sentinel.trust.known_workers import read_known_workers
+    from lightning_sentinel.trust.verify_evidence import verify_evidence
+
+    parser = argparse.ArgumentParser(
+        "lightning-sentinel verify-evidence",
+        description="Say whether the evidence of a ban holds, and who signed what. Needs neither the run nor other processes.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="a file of the folder sentinel/evidence in a run's log directory")
+    parser.add_argument("--known-workers", type=Path, metavar="LIST", help="the list on which all keys in the evidence must be")
+    given = parser.parse_args(arguments)
+    known = None if given.known_workers is None else read_known_workers(given.known_workers)
+    findings = verify_evidence(read_evidence(given.file), known)
+    if not findings.holds:
+        raise SystemExit(findings.verdict)
+    print(findings)
 
 
 def _lightning_cli(arguments: list[str]) -> None:
