@@ -1,7 +1,8 @@
 """The command ``lightning-sentinel``: LightningCLI with the strategies registered, benchmarks, and what is done to files of runs.
 
 ``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's own subcommands; ``benchmark`` measures this package;
-``consolidate`` makes one ordinary file of a sharded checkpoint; ``verify-evidence`` says whether the evidence of a ban holds.
+``consolidate`` makes one ordinary file of a sharded checkpoint; ``identity`` prints the public key of a worker's key file;
+``verify-evidence`` says whether the evidence of a ban holds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         if arguments[:1] == ["verify-evidence"]:
             _verify_evidence(arguments[1:])
+            return
+        if arguments[:1] == ["identity"]:
+            _identity(arguments[1:])
             return
         try:
             import jsonargparse  # noqa: F401
@@ -78,6 +82,17 @@ def _verify_evidence(arguments: list[str]) -> None:
     if not findings.holds:
         raise SystemExit(findings.verdict)
     print(findings)
+
+
+def _identity(arguments: list[str]) -> None:
+    from lightning_sentinel.trust.identity import Identity
+
+    parser = argparse.ArgumentParser(
+        "lightning-sentinel identity",
+        description="Print the public key of a worker's key file, as a list of known workers has it. A missing file is made.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="the key file, which SentinelStrategy(identity=FILE) takes")
+    print(Identity.kept(parser.parse_args(arguments).file).public)
 
 
 def _lightning_cli(arguments: list[str]) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import lightning_sentinel as ls
 from lightning_sentinel import cli
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.trust.identity import Identity
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -229,3 +230,14 @@ def test_the_throughput_benchmark_has_a_help(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         cli.main(["benchmark", "throughput", "--help"])
     assert "--workload.width" in capsys.readouterr().out
+
+
+def test_identity_prints_the_key_of_a_file_and_makes_a_missing_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "worker.key"
+    for _ in range(2):
+        cli.main(["identity", str(file)])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second == str(Identity.kept(file).public)
+    file.chmod(0o644)
+    with pytest.raises(SystemExit, match=r"ConfigurationError: Others than its owner may use the key file .*chmod 600"):
+        cli.main(["identity", str(file)])

@@ -15,6 +15,7 @@ from lightning_sentinel.config import Response
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.processes.admission import agree_on_admission
+from lightning_sentinel.trust.identity import PublicKey
 from lightning_sentinel.verification import Ledger
 from lightning_sentinel.verification.bans import Ban, bans_here, enter_bans, read_bans
 
@@ -36,10 +37,20 @@ class BanKeeper:
         self._rank = 0
         self._hosts: Sequence[str] = ()
         """The machine of each rank; empty if they are not known."""
+        self._keys: Sequence[str] = ()
+        """The public key of each rank; empty if they have none."""
         self._filed: list[Ban] | None = None
         """Bans in the file at the start of the run; ``None`` without a file."""
 
-    def admit(self, store: Store, rank: int, world_size: int, stages: int | None, replicas: int | None) -> tuple[int, ...]:
+    def admit(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        stages: int | None,
+        replicas: int | None,
+        key: PublicKey | None,
+    ) -> tuple[int, ...]:
         """The started ranks that form the mesh, in order; the same on all ranks.
 
         Args:
@@ -48,19 +59,21 @@ class BanKeeper:
             world_size: number of started processes.
             stages: number of stages, as the user gave it.
             replicas: number of replicas, as the user gave it.
+            key: of this process, if it has one.
         """
         path = self._response.ledger
         if path is None:
             return tuple(range(world_size))
-        return agree_on_admission(store, rank, world_size, path, stages, replicas)
+        return agree_on_admission(store, rank, world_size, path, stages, replicas, None if key is None else str(key))
 
-    def read(self, mesh: Mesh, rank: int, hosts: Sequence[str], broadcast: Callable[[Any], Any]) -> None:
+    def read(self, mesh: Mesh, rank: int, hosts: Sequence[str], keys: Sequence[PublicKey], broadcast: Callable[[Any], Any]) -> None:
         """Read the file of bans, if there is one. All ranks read it, so that all report its errors; what rank zero read counts.
 
         Args:
             mesh: all workers.
             rank: the rank of this process.
             hosts: the machine of each rank; empty if they are not known.
+            keys: of each rank; empty if they have none.
             broadcast: gives all ranks the value of rank zero.
 
         Raises:
@@ -69,7 +82,9 @@ class BanKeeper:
         self._mesh = mesh
         self._rank = rank
         self._hosts = hosts
+        self._keys = tuple(map(str, keys))
         self._ledger.hosts = dict(zip(mesh.workers, hosts))
+        self._ledger.keys = dict(zip(mesh.workers, self._keys))
         if self._response.ledger is None:
             return
         path = Path(self._response.ledger)
@@ -87,7 +102,7 @@ class BanKeeper:
     def take_over(self) -> None:
         """Enter the bans that the user names and those in the file into the ledger."""
         self._ledger.ban(0, [Worker.of(worker, "Response.banned") for worker in self._response.banned])
-        self._ledger.ban(0, bans_here(self._filed or [], self._mesh, self._hosts))
+        self._ledger.ban(0, bans_here(self._filed or [], self._mesh, self._hosts, self._keys))
 
     def resume(self, state: Mapping[str, Any], written_on: Mesh, step: int) -> list[str]:
         """Take over flags and bans from a checkpoint.
@@ -105,13 +120,15 @@ class BanKeeper:
         before.load_state_dict(state)
         imported = now.banned
         hosts = now.hosts
+        keys = now.keys
         told = []
         # The file has later bans than the checkpoint; and bans that are no longer in it were removed by the user.
-        here = bans_here(before.bans(written_on), self._mesh, self._hosts) if self._filed is None else []
+        here = bans_here(before.bans(written_on), self._mesh, self._hosts, self._keys) if self._filed is None else []
         one_machine = len(set(before.hosts.values())) == len(set(hosts.values())) == 1
         if written_on == self._mesh and (not before.hosts or not hosts or before.hosts == hosts or one_machine):
             now.load_state_dict(state)
             now.hosts = hosts
+            now.keys = keys
             now.banned_at = {worker: at for worker, at in before.banned_at.items() if worker in imported or worker in here}
         elif before.banned:
             told.append(_told(before, here, sorted(imported)))

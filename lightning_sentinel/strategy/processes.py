@@ -5,7 +5,7 @@ A virtual mesh has one process, which waits for no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,11 +20,14 @@ from lightning_sentinel.pipeline.checkpoints.resumption import data_generators, 
 from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
 from lightning_sentinel.pipeline.processes.admission import announce_end, stand_by
 from lightning_sentinel.pipeline.processes.hosts import host_name
+from lightning_sentinel.pipeline.processes.keys import exchange_keys
 from lightning_sentinel.pipeline.processes.liveness import Roster, connect
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
 from lightning_sentinel.pipeline.processes.torch_wire import backend_for
 from lightning_sentinel.pipeline.processes.wire import is_connected, world
 from lightning_sentinel.strategy.settings import StrategySettings
+from lightning_sentinel.trust.identity import Identity, PublicKey
+from lightning_sentinel.trust.known_workers import read_known_workers
 
 __all__ = ["Processes"]
 
@@ -44,6 +47,10 @@ class Processes:
         self.world_size = 1
         self.device = torch.device("cpu")
         """The device of this process."""
+        self._identity: Identity | None = None
+        self._known: Collection[PublicKey] | None = None
+        self.keys: tuple[PublicKey, ...] = ()
+        """The key of each rank, once the processes have met; none if they have no keys."""
 
     @property
     def mesh(self) -> Mesh:
@@ -65,6 +72,24 @@ class Processes:
         self.rank = rank
         self.world_size = world_size
         self.device = device
+
+    def identify(self) -> None:
+        """Read this process's key and the list of known workers, before any process waits for another.
+
+        Raises:
+            ConfigurationError: if one of the files is not what it should be.
+            MissingExtraError: if there is a key and the package ``cryptography`` is not installed.
+        """
+        settings = self.settings
+        if settings.identity is not None and self._identity is None:
+            self._identity = Identity.kept(str(settings.identity).replace("{rank}", str(self.rank)))
+        if settings.known_workers is not None:
+            self._known = read_known_workers(settings.known_workers)
+
+    @property
+    def own_key(self) -> PublicKey | None:
+        """The public key of this process; ``None`` if it has no key."""
+        return None if self._identity is None else self._identity.public
 
     # ----------------------------------------------------------------------------------------------------------- connecting
 
@@ -117,6 +142,8 @@ class Processes:
         self._roster = roster = Roster(self.mesh, self.rank, self._store, self.settings.timeout)
         with self.watching():
             roster.meet()
+            if not self.settings.virtual:
+                self.keys = exchange_keys(world(), self._identity, self._known)
         return (host_name(),) * self.mesh.size if self.settings.virtual else roster.hosts
 
     def report_failure(self, exception: BaseException) -> None:

@@ -140,7 +140,7 @@ class RankedStrategy(ReadableStrategy, ParallelStrategy):
         """Connect the processes; those that are left out stay in this method until the run ends."""
 
         def admit(store: Store) -> tuple[int, ...]:
-            return self._bans.admit(store, self.global_rank, self.world_size, self.stages, self.replicas)
+            return self._bans.admit(store, self.global_rank, self.world_size, self.stages, self.replicas, self._processes.own_key)
 
         environment = self.cluster_environment
         assert environment is not None and self.parallel_devices is not None

@@ -40,6 +40,8 @@ class StrategySettings:
     transport: Literal["auto", "device", "host"]
     state_dict_type: Literal["full", "sharded"]
     timeout: timedelta
+    identity: str | Path | None = None
+    known_workers: str | Path | None = None
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -110,6 +112,16 @@ class StrategySettings:
                 f"zero_stage={self.zero_stage} cannot be used with a pipeline: gradients and weights of a stage are needed whole."
                 " Use zero_stage=1, which shards the optimizer's state, or 0."
             )
+        if self.identity is not None and self.virtual:
+            raise ConfigurationError(
+                f"identity={str(self.identity)!r} needs engine='process': on a virtual mesh one process is all workers. Leave"
+                " identity out."
+            )
+        if self.known_workers is not None and self.identity is None:
+            raise ConfigurationError(
+                f"known_workers={str(self.known_workers)!r} admits workers by their keys, and this one has none. Give it a key"
+                " file: identity='worker.key' makes one, and `lightning-sentinel identity worker.key` prints its public key."
+            )
         if self.zero_stage == 1 and self.engine == "virtual":
             raise ConfigurationError(
                 "zero_stage=1 needs engine='process': on a virtual mesh all replicas of a stage share one optimizer state. Use"
@@ -141,6 +153,9 @@ class StrategySettings:
         _require(isinstance(checkpointing, bool), "activation_checkpointing", checkpointing, "True or False")
         named = self.sequential is None or isinstance(self.sequential, str)
         _require(named, "sequential", self.sequential, "None or the name of an attribute")
+        for name in ("identity", "known_workers"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, (str, Path)), name, value, "None or the path of a file")
 
 
 def _plain(value: Any) -> Any:

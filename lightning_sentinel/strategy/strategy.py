@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -81,6 +82,9 @@ class SentinelStrategy(CheckpointedStrategy):
         state_dict_type: ``"full"`` saves one ordinary file; with ``"sharded"`` a checkpoint is a directory to which each stage
             writes its own part, so that no process ever holds the whole model.
         timeout: how long any process waits for another before the run ends with an error that names the other.
+        identity: file of this worker's private key, made if it is missing; ``{rank}`` in the path is the rank, for workers that
+            share a file system. Bans then follow the key. Needs the extra ``trust``.
+        known_workers: file of the public keys that are admitted, one a line, with comments; ``None`` admits any.
         accelerator: this argument and the next four are those of every parallel strategy of Lightning; the Trainer sets them.
         parallel_devices: devices of this machine.
         cluster_environment: the environment that started the processes.
@@ -114,6 +118,8 @@ class SentinelStrategy(CheckpointedStrategy):
         transport: Literal["auto", "device", "host"] = "auto",
         state_dict_type: Literal["full", "sharded"] = "full",
         timeout: timedelta = timedelta(minutes=5),
+        identity: str | Path | None = None,
+        known_workers: str | Path | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -134,6 +140,8 @@ class SentinelStrategy(CheckpointedStrategy):
             transport=transport,
             state_dict_type=state_dict_type,
             timeout=timeout,
+            identity=identity,
+            known_workers=known_workers,
         )
         run = RunState(Processes(settings))
         super().__init__(
@@ -160,12 +168,13 @@ class SentinelStrategy(CheckpointedStrategy):
         trainer = self._trainer
         refuse_before_processes(trainer, self._settings, self.mesh, self._layer_sync is not None, self.precision_plugin)
         self._stage.forget()
+        self._processes.identify()
         super().setup_environment()
         add_callbacks(self._run, trainer, self._signals)
         with self._processes.watching():
             hosts = self._processes.meet()
             prepare(self.root_device, None if self._settings.virtual else self.timeout, self.local_rank)
-            self._bans.read(self.mesh, self.global_rank, hosts, self.broadcast)
+            self._bans.read(self.mesh, self.global_rank, hosts, self._processes.keys, self.broadcast)
         # Before data is prepared and split, so that all ranks split it alike.
         self._processes.share_generators()
         self._run.seed = seed_of_state()

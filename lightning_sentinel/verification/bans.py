@@ -2,6 +2,7 @@
 
 In a mesh on one machine a ban applies to a worker's place, because all workers share the machine. In a mesh of several it applies
 to the machine: whoever controls one of its processes controls them all, and another machine may have its place in the next run.
+Where workers have keys a ban applies to the key, wherever it turns up, and to the machine, but not to the place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 
-__all__ = ["Ban", "banned_hosts", "bans_here", "enter_bans", "read_bans"]
+__all__ = ["Ban", "banned_hosts", "banned_keys", "bans_here", "enter_bans", "read_bans"]
 
 _PATIENCE = 30.0
 """Seconds to wait for the lock of another process."""
@@ -38,6 +39,7 @@ class Ban:
         hosts: how many machines served the mesh.
         mesh: the mesh that it was part of; ``None`` if unknown.
         reason: why, in a word or two.
+        key: the worker's public key; ``None`` if it had none.
     """
 
     worker: Worker
@@ -47,11 +49,12 @@ class Ban:
     hosts: int = 0
     mesh: Mesh | None = None
     reason: str = "signals"
+    key: str | None = None
 
     @property
-    def place(self) -> tuple[Worker, str | None, Mesh | None]:
-        """What identifies a ban: a file keeps one per place."""
-        return self.worker, self.host, self.mesh
+    def place(self) -> tuple[Worker, str | None, Mesh | None, str | None]:
+        """What identifies a ban: a file keeps one per place and key."""
+        return self.worker, self.host, self.mesh, self.key
 
     def entry(self) -> dict[str, Any]:
         """The ban as a JSON object."""
@@ -64,12 +67,14 @@ class Ban:
             "hosts": self.hosts,
             "mesh": None if self.mesh is None else [self.mesh.stages, self.mesh.replicas],
             "reason": self.reason,
+            "key": self.key,
         }
 
     @classmethod
     def from_entry(cls, entry: Any) -> Ban:
         """The inverse of :meth:`entry`; also reads entries of :meth:`Ledger.export`."""
         host = entry.get("host")
+        key = entry.get("key")
         mesh = entry.get("mesh")
         return cls(
             Worker(int(entry["stage"]), int(entry["replica"])),
@@ -79,6 +84,7 @@ class Ban:
             int(entry.get("hosts", 0)),
             None if mesh is None else Mesh(*map(int, mesh)),
             str(entry.get("reason", "signals")),
+            None if key is None else str(key),
         )
 
 
@@ -93,18 +99,29 @@ def banned_hosts(bans: Iterable[Ban]) -> frozenset[str]:
     return frozenset(ban.host for ban in bans if ban.host is not None and ban.hosts > 1)
 
 
-def bans_here(bans: Iterable[Ban], mesh: Mesh, hosts: Sequence[str]) -> list[Worker]:
+def banned_keys(bans: Iterable[Ban]) -> frozenset[str]:
+    """The keys of banned workers.
+
+    Example:
+        >>> sorted(banned_keys([Ban(Worker(1, 0), 7, key="ed25519:a"), Ban(Worker(1, 1), 9)]))
+        ['ed25519:a']
+    """
+    return frozenset(ban.key for ban in bans if ban.key is not None)
+
+
+def bans_here(bans: Iterable[Ban], mesh: Mesh, hosts: Sequence[str], keys: Sequence[str] = ()) -> list[Worker]:
     """The workers of this mesh that earlier bans apply to.
 
     Args:
         bans: of earlier runs.
         mesh: of this run.
         hosts: the machine of each rank; empty if unknown.
+        keys: the public key of each rank; empty if workers have none.
 
     Returns:
-        the workers to ban, in order. If only places are known, or one machine serves the whole mesh then and now, the same places
-        of the same mesh. Else the machine decides: the banned place if the machine still has it in the same mesh, all of its places
-        if it has others, none if it is gone.
+        the workers to ban, in order: those with the key of a banned one. Without keys, then or now: if only places are known, or
+        one machine serves the whole mesh then and now, the same places of the same mesh. Else the machine decides: the banned
+        place if the machine still has it in the same mesh, all of its places if it has others, none if it is gone.
 
     Example:
         >>> ban = Ban(Worker(1, 1), 9, host="b", hosts=2, mesh=Mesh(2, 2))
@@ -114,6 +131,9 @@ def bans_here(bans: Iterable[Ban], mesh: Mesh, hosts: Sequence[str]) -> list[Wor
     here: set[Worker] = set()
     for ban in bans:
         same_mesh = ban.mesh is None or ban.mesh == mesh
+        if ban.key is not None and keys:
+            here |= {worker for worker, key in zip(mesh.workers, keys) if key == ban.key}
+            same_mesh = False
         if not hosts or ban.host is None:
             by_place = same_mesh
         elif ban.hosts <= 1:

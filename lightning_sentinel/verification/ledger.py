@@ -75,6 +75,8 @@ class Ledger:
     """The latest step for which a new shuffle was requested."""
     hosts: dict[Worker, str] = field(default_factory=dict)
     """The machine that serves a worker; empty if unknown."""
+    keys: dict[Worker, str] = field(default_factory=dict)
+    """The public key of a worker; empty if workers have none."""
 
     @property
     def banned(self) -> frozenset[Worker]:
@@ -196,14 +198,14 @@ class Ledger:
         return new
 
     def bans(self, mesh: Mesh) -> list[Ban]:
-        """All bans, with the machine that served each worker.
+        """All bans, with the machine that served each worker, and its key.
 
         Args:
             mesh: of this run.
         """
         hosts = len(set(self.hosts.values()))
         return [
-            Ban(worker, step, self.flags[worker], self.hosts.get(worker), hosts, mesh)
+            Ban(worker, step, self.flags[worker], self.hosts.get(worker), hosts, mesh, key=self.keys.get(worker))
             for worker, step in sorted(self.banned_at.items())
         ]
 
@@ -229,6 +231,7 @@ class Ledger:
                 "step": step,
                 "flags": self.flags[worker],
                 "host": self.hosts.get(worker),
+                "key": self.keys.get(worker),
             }
             for worker, step in sorted(self.banned_at.items())
         ]
@@ -259,6 +262,7 @@ class Ledger:
             for name in _COUNTS
         }
         hosts = [[worker.stage, worker.replica, host] for worker, host in sorted(self.hosts.items())]
+        keys = [[worker.stage, worker.replica, key] for worker, key in sorted(self.keys.items())]
         streaks = [[worker.stage, worker.replica, streak.state()] for worker, streak in sorted(self.streaks.items())]
         return {
             **entries,
@@ -267,6 +271,7 @@ class Ledger:
             "shuffled_at": self.shuffled_at,
             "audits": self.audits,
             "hosts": hosts,
+            "keys": keys,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -282,6 +287,7 @@ class Ledger:
         self.shuffled_at = state.get("shuffled_at")
         self.audits = state.get("audits", 0)
         self.hosts = {Worker(s, r): host for s, r, host in state.get("hosts", ())}
+        self.keys = {Worker(s, r): key for s, r, key in state.get("keys", ())}
 
 
 def _others(worker: Worker, workers: Collection[Worker]) -> list[Worker]:

@@ -91,7 +91,7 @@ def strategy_on(hosts: str, rank: int = 0, **response: Any) -> ls.SentinelStrate
     """Of a mesh that these machines serve, as it is once ranks have met."""
     strategy = ls.SentinelStrategy(2, len(hosts) // 2, response=ls.Response(**response), engine="virtual")
     served = served_by(hosts, strategy.mesh)
-    strategy._bans.read(strategy.mesh, rank, [served[worker] for worker in strategy.mesh.workers], lambda entries: entries)
+    strategy._bans.read(strategy.mesh, rank, [served[worker] for worker in strategy.mesh.workers], (), lambda entries: entries)
     strategy._bans.take_over()
     strategy._run.step = 20
     return strategy

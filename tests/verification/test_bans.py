@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,24 @@ def ban(host: str | None = "b", hosts: int = 2, mesh: Mesh | None = MESH, worker
 )
 def test_whom_a_ban_concerns_in_another_run(of: Ban, mesh: Mesh, hosts: str, expected: list[Worker]) -> None:
     assert bans_here([of], mesh, list(hosts)) == expected
+
+
+@pytest.mark.parametrize(
+    ("of", "hosts", "expected"),
+    [
+        (replace(ban("a", 1), key="eve"), "aaaa", [Worker(0, 1)]),  # not whoever has its place now
+        (replace(ban("b", 2), key="eve"), "acac", [Worker(0, 1)]),  # another machine, the same key
+        (replace(ban("b", 2), key="eve"), "abab", [Worker(0, 1), Worker(1, 1)]),  # the machine as well, whatever its keys
+        (replace(ban("b", 2), key="carol"), "acac", []),
+        (ban("a", 1), "aaaa", [W]),  # no key then: its place
+    ],
+    ids=["one machine", "another machine", "the machine too", "gone", "no key then"],
+)
+def test_a_ban_follows_the_key(of: Ban, hosts: str, expected: list[Worker]) -> None:
+    mesh = Mesh(2, 2)
+    keys = ["alice" if worker != Worker(0, 1) else "eve" for worker in mesh.workers]
+    assert bans_here([of], mesh, list(hosts), keys) == expected
+    assert Ban.from_entry(of.entry()) == of
 
 
 def test_only_machines_that_were_one_of_several_are_banned_as_a_whole() -> None:

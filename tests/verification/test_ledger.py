@@ -126,6 +126,7 @@ def test_the_state_is_plain() -> None:
         "shuffled_at": 4,
         "audits": 0,
         "hosts": [],
+        "keys": [],
     }
 
 

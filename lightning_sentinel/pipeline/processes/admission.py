@@ -28,7 +28,7 @@ from lightning_sentinel.errors import ConfigurationError, MalformedMessageError,
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.processes.hosts import host_name
 from lightning_sentinel.pipeline.processes.liveness import notes
-from lightning_sentinel.verification.bans import banned_hosts, read_bans
+from lightning_sentinel.verification.bans import banned_hosts, banned_keys, read_bans
 
 __all__ = ["Admission", "Candidate", "admit", "agree_on_admission", "announce_end", "outvoted", "stand_by"]
 
@@ -42,11 +42,18 @@ class Candidate(NamedTuple):
 
     Args:
         host: name of its machine.
-        banned: the machines that its ledger bans.
+        banned: the machines and the public keys that its ledger bans.
+        key: its public key, if it has one; that it is its own is proven once the mesh's processes have met.
     """
 
     host: str
     banned: tuple[str, ...]
+    key: str | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names by which it may be banned."""
+        return frozenset({self.host} if self.key is None else {self.host, self.key})
 
 
 class Admission(NamedTuple):
@@ -55,7 +62,7 @@ class Admission(NamedTuple):
     Args:
         mesh: the mesh.
         ranks: the original ranks of its processes, in order.
-        banned: machines that are left out.
+        banned: machines and keys that are left out.
     """
 
     mesh: Mesh
@@ -64,23 +71,26 @@ class Admission(NamedTuple):
 
 
 def outvoted(candidates: Sequence[Candidate]) -> frozenset[str]:
-    """The machines that a majority of the other machines bans; if all machines read the same ledger, those that it bans.
+    """The machines and keys that most other machines ban; if all machines read the same ledger, those that it bans.
 
-    Each machine has one vote, that of its lowest rank, and none about itself unless it is alone. So a banned machine can neither
-    admit itself nor exclude others.
+    Each machine has one vote, that of its lowest rank, and none about itself or its keys unless it is alone. So a banned machine
+    can neither admit itself nor exclude others.
 
     Example:
         >>> outvoted([Candidate("a", ("b",)), Candidate("b", ("a", "c")), Candidate("c", ("b",))])
         frozenset({'b'})
     """
     ballots: dict[str, tuple[str, ...]] = {}
+    names: dict[str, set[str]] = {}
     for candidate in candidates:
         ballots.setdefault(candidate.host, candidate.banned)
+        names.setdefault(candidate.host, set()).update(candidate.names)
+    here = set().union(*names.values())
     others = max(len(ballots) - 1, 1)
     votes = Counter(
-        host for voter, banned in ballots.items() for host in set(banned) & ballots.keys() if host != voter or len(ballots) == 1
+        name for voter, banned in ballots.items() for name in set(banned) & here if name not in names[voter] or len(ballots) == 1
     )
-    return frozenset(host for host, number in votes.items() if 2 * number > others)
+    return frozenset(name for name, number in votes.items() if 2 * number > others)
 
 
 def admit(candidates: Sequence[Candidate], ledger: Path | str, stages: int | None, replicas: int | None) -> Admission:
@@ -102,7 +112,7 @@ def admit(candidates: Sequence[Candidate], ledger: Path | str, stages: int | Non
         (Mesh(stages=2, replicas=2), (0, 1, 4, 5))
     """
     banned = outvoted(candidates)
-    left = [rank for rank, candidate in enumerate(candidates) if candidate.host not in banned]
+    left = [rank for rank, candidate in enumerate(candidates) if not candidate.names & banned]
     if banned:
         who = (
             f"{len(left)} of the {len(candidates)} processes are left, because {ledger} bans {', '.join(map(repr, sorted(banned)))}"
@@ -121,7 +131,13 @@ def admit(candidates: Sequence[Candidate], ledger: Path | str, stages: int | Non
 
 
 def agree_on_admission(
-    store: Store, rank: int, world_size: int, ledger: Path | str, stages: int | None, replicas: int | None
+    store: Store,
+    rank: int,
+    world_size: int,
+    ledger: Path | str,
+    stages: int | None,
+    replicas: int | None,
+    key: str | None = None,
 ) -> tuple[int, ...]:
     """Choose the processes of the mesh, the same on all ranks; print a message on a rank that is left out.
 
@@ -132,6 +148,7 @@ def agree_on_admission(
         ledger: path of the ledger.
         stages: number of stages, if given.
         replicas: number of replicas, if given.
+        key: public key of this process, if it has one.
 
     Returns:
         the original ranks of the mesh's processes, in order.
@@ -139,20 +156,21 @@ def agree_on_admission(
     Raises:
         MeshExhaustedError: if too few processes are left.
         ConfigurationError: if ``ledger`` is not a ledger, or if rank zero is banned and its process hosts the store.
-        MalformedMessageError: if a process's entry is not its machine and a list of banned machines.
+        MalformedMessageError: if a process's entry is not its machine, a list of banned machines and keys, and its key.
     """
-    own = banned_hosts(read_bans(ledger))
-    store.set(f"started/{rank}", json.dumps([host_name(), sorted(own)]))
+    filed = read_bans(ledger)
+    own = banned_hosts(filed) | banned_keys(filed)
+    store.set(f"started/{rank}", json.dumps([host_name(), sorted(own), key]))
     candidates = []
     for other in range(world_size):
         candidates.append(_candidate(store.get(f"started/{other}"), other))
     admission = admit(candidates, ledger, stages, replicas)
-    if candidates[0].host in admission.banned and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if candidates[0].names & admission.banned and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ConfigurationError(
             f"The run was started from {candidates[0].host!r}, where its processes would meet, and {ledger} bans that host. Start"
             " it from another machine, with that one's address, or remove its entries from the file."
         )
-    overruled = sorted(own & {candidate.host for candidate in candidates} - admission.banned)
+    overruled = sorted(own & frozenset().union(*(candidate.names for candidate in candidates)) - admission.banned)
     if overruled:
         warnings.warn(
             f"Here {ledger} bans {', '.join(map(repr, overruled))}, and on most machines it does not, so they take part. Give all"
@@ -160,23 +178,27 @@ def agree_on_admission(
             stacklevel=2,
         )
     if rank not in admission.ranks:
-        print(_why_left_out(candidates[rank].host, rank, len(candidates), admission, ledger), flush=True)
+        print(_why_left_out(candidates[rank], rank, len(candidates), admission, ledger), flush=True)
     return admission.ranks
 
 
 def _candidate(said: bytes, rank: int) -> Candidate:
     try:
-        host, banned = json.loads(said)
-        if isinstance(host, str) and isinstance(banned, list) and all(isinstance(one, str) for one in banned):
-            return Candidate(host, tuple(banned))
+        host, banned, key = json.loads(said)
+        texts = isinstance(banned, list) and all(isinstance(one, str) for one in banned)
+        if isinstance(host, str) and texts and (key is None or isinstance(key, str)):
+            return Candidate(host, tuple(banned), key)
     except (ValueError, TypeError, RecursionError):
         pass
     raise MalformedMessageError(f"Rank {rank} does not say where it is and whom it bans, but {said[:80]!r}.", rank=rank)
 
 
-def _why_left_out(host: str, rank: int, started: int, admission: Admission, ledger: Path | str) -> str:
-    if host in admission.banned:
-        why = f"{ledger} bans its host {host!r}. To let it in again remove the host's entries from the file, and restart"
+def _why_left_out(candidate: Candidate, rank: int, started: int, admission: Admission, ledger: Path | str) -> str:
+    if candidate.names & admission.banned:
+        by_host = candidate.host in admission.banned
+        what = f"host {candidate.host!r}" if by_host else f"key {candidate.key}"
+        kind = "host" if by_host else "key"
+        why = f"{ledger} bans its {what}. To let it in again remove the {kind}'s entries from the file, and restart"
     else:
         mesh = admission.mesh
         why = (

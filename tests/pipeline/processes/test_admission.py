@@ -51,6 +51,14 @@ def test_a_machine_is_banned_by_most_of_the_others(ballots: str, expected: str) 
     assert outvoted(candidates) == frozenset(expected)
 
 
+def test_a_key_is_banned_by_most_machines_but_its_own_wherever_it_is() -> None:
+    candidates = [Candidate("a", ("eve",)), Candidate("b", ("eve",), "eve"), Candidate("c", ("eve",)), Candidate("d", (), "bob")]
+    assert outvoted(candidates) == {"eve"}
+    assert outvoted([Candidate("a", ()), Candidate("b", ("bob",), "eve"), Candidate("c", (), "bob")]) == frozenset()
+    assert outvoted([Candidate("a", ("eve",), "eve"), Candidate("a", ("eve",), "bob")]) == {"eve"}
+    assert admit(candidates, FILE, stages=3, replicas=None).ranks == (0, 2, 3)
+
+
 @pytest.mark.parametrize(
     ("hosts", "banned", "stages", "replicas", "ranks", "mesh"),
     [
@@ -147,7 +155,7 @@ def test_without_a_file_all_take_part(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_who_is_overruled_says_so(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = HashStore()
     for rank, host in ((1, "b"), (2, "c")):
-        store.set(f"started/{rank}", json.dumps([host, []]))
+        store.set(f"started/{rank}", json.dumps([host, [], None]))
     monkeypatch.setattr(admission, "host_name", lambda: "a")
     with pytest.warns(
         UserWarning, match=r"ledger.json bans 'b', and on most machines it does not.*Give all machines the same file"
