@@ -151,16 +151,16 @@ def resume(directory: str, attacked: bool) -> dict[str, Any]:
             replicas=replicas,
             micro_batches=2,
             timeout=PATIENCE,
-            verification=ls.Verification(warmup_steps=10, false_positive_rate=0.06, seed=0),
-            response=ls.Response(audit_rate=None),
+            verification=ls.Verification(warmup_steps=5, false_positive_rate=0.12, seed=0),
+            response=ls.Response(audit_rate=None, ban_after=3),
         )
         module = Classifier("adamw")
         callbacks = (
-            [ls.AttackInjector({"name": "scale", "factor": 50.0}, workers=[ls.Worker(1, 1)], start_step=10)] if attacked else []
+            [ls.AttackInjector({"name": "scale", "factor": 50.0}, workers=[ls.Worker(1, 1)], start_step=5)] if attacked else []
         )
         run = trainer(strategy, devices, -1, callbacks, max_epochs=epochs)
-        # Cut at the end of an epoch of eight steps: in the middle Lightning would begin its data anew.
-        run.fit(module, loader(6, replicas), ckpt_path=source)
+        # Cut at the end of an epoch of four steps: in the middle Lightning would begin its data anew.
+        run.fit(module, loader(12, replicas), ckpt_path=source)
         run.save_checkpoint(path if name == "first" else path.with_suffix(f".{name}"))
         found[name] = {
             "weights": local_weights(module),
