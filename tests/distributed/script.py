@@ -20,6 +20,7 @@ if __name__ == "__main__":
         devices=int(os.environ["DEVICES"]),
         num_nodes=int(os.environ.get("NODES", "1")),
         max_epochs=1,
+        limit_train_batches=4,
         logger=logger,
         log_every_n_steps=1,
         enable_progress_bar=False,

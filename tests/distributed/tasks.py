@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -141,10 +142,8 @@ def fit_alone(
 
 def resume(directory: str, attacked: bool) -> dict[str, Any]:
     """Some steps, a checkpoint, some more; and the same steps in one go."""
-    import pathlib
-
     devices, replicas = 4, 2
-    path = pathlib.Path(directory) / f"attacked-{attacked}.ckpt"
+    path = Path(directory) / f"attacked-{attacked}.ckpt"
     found: dict[str, Any] = {}
     for name, epochs, source in (("whole", 3, None), ("first", 2, None), ("second", 3, path)):
         strategy = ls.SentinelStrategy(
@@ -152,16 +151,16 @@ def resume(directory: str, attacked: bool) -> dict[str, Any]:
             replicas=replicas,
             micro_batches=2,
             timeout=PATIENCE,
-            verification=ls.Verification(warmup_steps=10, false_positive_rate=0.06, seed=0),
-            response=ls.Response(audit_rate=None),
+            verification=ls.Verification(warmup_steps=5, false_positive_rate=0.12, seed=0),
+            response=ls.Response(audit_rate=None, ban_after=3),
         )
         module = Classifier("adamw")
         callbacks = (
-            [ls.AttackInjector({"name": "scale", "factor": 50.0}, workers=[ls.Worker(1, 1)], start_step=10)] if attacked else []
+            [ls.AttackInjector({"name": "scale", "factor": 50.0}, workers=[ls.Worker(1, 1)], start_step=5)] if attacked else []
         )
         run = trainer(strategy, devices, -1, callbacks, max_epochs=epochs)
-        # Cut at the end of an epoch of eight steps: in the middle Lightning would begin its data anew.
-        run.fit(module, loader(6, replicas), ckpt_path=source)
+        # Cut at the end of an epoch of four steps: in the middle Lightning would begin its data anew.
+        run.fit(module, loader(12, replicas), ckpt_path=source)
         run.save_checkpoint(path if name == "first" else path.with_suffix(f".{name}"))
         found[name] = {
             "weights": local_weights(module),
@@ -212,9 +211,26 @@ def logged_values(batch_size: int) -> dict[str, Any]:
     return {"metrics": metrics, "predictions": predictions}
 
 
-def attacked(engine: str, attack: Any, direction: str, audit_rate: float | None = None) -> dict[str, Any]:
-    """The same mesh, data and seeds on either engine."""
+ATTACKS: dict[str, tuple[Any, str, float | None]] = {
+    "sign": ("sign", "activation", None),
+    "scale": ({"name": "scale", "factor": 10.0}, "gradient", None),
+    "noise": ("noise", "both", None),
+    # Too little to be flagged, so that it is for the random audits to find.
+    "a little noise, audited": ({"name": "add_noise", "strength": 0.02}, "both", 0.2),
+}
+"""Attack, direction and rate of audits."""
+
+
+def attacked(engine: str, name: str | None, warm: Path | None = None) -> dict[str, Any]:
+    """The same mesh, data and seeds on either engine.
+
+    Args:
+        engine: ``"virtual"`` or ``"process"``.
+        name: of the attack; without one the run ends with the warm-up.
+        warm: a checkpoint of the end of the warm-up: written without an attack, gone on from with one.
+    """
     batch_size, warmup = 8, 20
+    attack, direction, audit_rate = ATTACKS[name] if name is not None else (None, "both", None)
     # Of two workers of a stage an audit bans nobody.
     stages, replicas = (3, 2) if audit_rate is None else (2, 3)
     virtual = engine == "virtual"
@@ -224,16 +240,26 @@ def attacked(engine: str, attack: Any, direction: str, audit_rate: float | None 
         micro_batches=2,
         verification=ls.Verification(warmup_steps=warmup, false_positive_rate=0.03, seed=0),
         response=ls.Response(audit_rate=audit_rate),
-        engine=engine,
+        engine=engine,  # type: ignore[arg-type]
         timeout=PATIENCE,
     )
+    # A worker that is flagged is banned after five steps; audits are drawn at random.
+    steps = warmup + (0 if attack is None else 8 if audit_rate is None else 10)
     module = Classifier("sgd")
-    injector = ls.AttackInjector(attack, workers=[ls.Worker(1, 1)], direction=direction)
+    injector = [] if attack is None else [ls.AttackInjector(attack, workers=[ls.Worker(1, 1)], direction=direction)]  # type: ignore[arg-type]
     data = loader(batch_size * replicas) if virtual else loader(batch_size, replicas)
-    trainer(strategy, 1 if virtual else stages * replicas, warmup + 10, [injector]).fit(module, data)
+    run = trainer(strategy, 1 if virtual else stages * replicas, steps, injector)
+    run.fit(module, data, ckpt_path=warm if injector else None)
+    if warm is not None and not injector:
+        run.save_checkpoint(warm)
     return {
         "weights": local_weights(module),
         "detections": strategy.detections,
         "banned": strategy.ledger.banned_at,
         "audits": strategy.ledger.audits,
     }
+
+
+def attacked_in_turn(engine: str, warm: Path) -> dict[str, dict[str, Any]]:
+    """All attacks: one in a whole run, the others after one and the same warm-up."""
+    return {name: attacked(engine, name, None if rate is not None else warm) for name, (_, _, rate) in ATTACKS.items()}

@@ -10,20 +10,24 @@ import pytest
 from lightning_sentinel.mesh import Mesh, Worker
 from tests.distributed import tasks, world
 
+Found = dict[str, dict[str, Any]]
+"""By attack what a run has found."""
 
-@pytest.mark.parametrize(
-    ("attack", "direction", "audit_rate"),
-    [
-        ("sign", "activation", None),
-        ({"name": "scale", "factor": 10.0}, "gradient", None),
-        ("noise", "both", None),
-        # Too little to be flagged, so that it is for the random audits to find.
-        ({"name": "add_noise", "strength": 0.02}, "both", 0.2),
-    ],
-)
-def test_the_virtual_engine_is_the_process_engine_in_one_process(attack: Any, direction: str, audit_rate: float | None) -> None:
-    ranks = world.run(tasks.attacked, 6, "process", attack, direction, audit_rate)
-    virtual = tasks.attacked("virtual", attack, direction, audit_rate)
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Found], Found]:
+    """What each rank has found, and the virtual mesh; the warm-up from which most attacks go on is that of the virtual mesh."""
+    warm = tmp_path_factory.mktemp("warm") / "warm.ckpt"
+    tasks.attacked("virtual", None, warm)
+    return world.run(tasks.attacked_in_turn, 6, "process", warm, timeout=160), tasks.attacked_in_turn("virtual", warm)
+
+
+# The first of them has the runs of all.
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("attack", tasks.ATTACKS)
+def test_the_virtual_engine_is_the_process_engine_in_one_process(attack: str, both: tuple[list[Found], Found]) -> None:
+    ranks, virtual = [rank[attack] for rank in both[0]], both[1][attack]
+    _, _, audit_rate = tasks.ATTACKS[attack]
     assert set(virtual["banned"]) == {Worker(1, 1)}
     mesh = Mesh(3, 2) if audit_rate is None else Mesh(2, 3)
     for number, rank in enumerate(ranks):

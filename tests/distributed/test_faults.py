@@ -26,6 +26,8 @@ from tests.distributed import tasks, world
 
 MESH = Mesh(stages=2, replicas=2)
 PATIENCE = timedelta(seconds=10)
+SHORT = timedelta(seconds=4)
+"""Where it is waited for."""
 BATCH = 2
 """When it happens."""
 
@@ -36,7 +38,7 @@ Send = Callable[[Tensor, Tensor, int, MessageId, int], None]
 
 
 def strategy(**options: Any) -> ls.SentinelStrategy:
-    return ls.SentinelStrategy(stages=2, replicas=2, micro_batches=2, timeout=PATIENCE, **options)
+    return ls.SentinelStrategy(**{"stages": 2, "replicas": 2, "micro_batches": 2, "timeout": PATIENCE} | options)
 
 
 # ------------------------------------------------------------------------------------------------------------ what is sent wrongly
@@ -86,7 +88,7 @@ def send_too_much(send: Send, signal: Tensor, tainted: Tensor, rank: int, messag
 
 
 def send_slowly(send: Send, signal: Tensor, tainted: Tensor, rank: int, message_id: MessageId, number: int) -> None:
-    threading.Event().wait(3 * PATIENCE.total_seconds())
+    threading.Event().wait(5 * SHORT.total_seconds())
     send(signal, tainted, rank, message_id, number)
 
 
@@ -115,95 +117,109 @@ def fit_sending(how: Any, by: int, options: dict[str, Any]) -> None:
 
 
 WARMUP = 16
-BAN_AFTER = 5
-FLAGS = ls.Response(audit_rate=None)
+BAN_AFTER = 3
+FLAGS = ls.Response(audit_rate=None, ban_after=BAN_AFTER)
 # Fences that take no more values than there are in so short a warm-up.
 VERIFICATION = ls.Verification(warmup_steps=WARMUP, false_positive_rate=0.05, seed=0)
 BEGIN = WARMUP + 2
 """The first batch of which something is sent wrongly, where the run is to go on."""
 
-MALFORMED = {
-    "gradient: another shape": (send_other_shape, 1),
-    "activation: another shape": (send_other_shape, 3),
-    "gradient: another dtype": (send_other_dtype, 1),
-    "activation: another dtype": (send_other_dtype, 3),
-    "gradient: early": (send_early, 1),
-    "gradient: late, from rank zero": (send_late, 0),
-    "activation: late, to rank zero": (send_late, 2),
-    "gradient: fewer elements than announced": (send_too_little, 1),
-    "activation: fewer elements than announced": (send_too_little, 3),
-    # The last, because what is sent a second time in the last step that it is listened to stays on the wire.
-    "gradient: twice": (send_twice, 1),
-}
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return warmed_up(tmp_path_factory.mktemp("warm"))
 
 
-def warmed_up(directory: Path) -> Path:
-    """A checkpoint of a clean run at the end of the warm-up, from which all cases go on."""
+def warmed_up(directory: Path, stages: int = 2) -> Path:
+    """A checkpoint of a clean run at the end of the warm-up, from which all cases go on: of the virtual mesh, which is cheaper."""
     path = directory / "warm.ckpt"
-    run = tasks.trainer(strategy(verification=VERIFICATION, response=FLAGS), 4, WARMUP)
-    run.fit(tasks.Classifier(), tasks.loader(6, 2))
+    ours = strategy(stages=stages, engine="virtual", verification=VERIFICATION, response=FLAGS)
+    run = tasks.trainer(ours, 1, WARMUP)
+    run.fit(tasks.Classifier(), tasks.loader(12))
     run.save_checkpoint(path)
     return path
 
 
-def fit_on(warm: Path, *callbacks: L.Callback) -> tuple[dict[ls.Worker, int], set[str], bool]:
-    """Who was banned and when, what was found, and whether the weights are finite."""
-    ours, module = strategy(verification=VERIFICATION, response=FLAGS), tasks.Classifier()
-    tasks.trainer(ours, 4, WARMUP + 9, callbacks).fit(module, tasks.loader(6, 2), ckpt_path=warm)
-    finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
-    return dict(ours.ledger.banned_at), {one.feature for one in ours.detections}, finite
+MALFORMED: list[dict[str, tuple[Any, int]]] = [
+    {"activation: another shape": (send_other_shape, 3), "gradient: another shape": (send_other_shape, 1)},
+    {"activation: another dtype": (send_other_dtype, 3), "gradient: another dtype": (send_other_dtype, 1)},
+    {"activation: late, to rank zero": (send_late, 2), "gradient: late, from rank zero": (send_late, 0)},
+    {"activation: fewer elements than announced": (send_too_little, 3), "gradient: early": (send_early, 1)},
+    {"gradient: fewer elements than announced": (send_too_little, 1)},
+    # The last, because what is sent a second time in the last step that it is listened to stays on the wire.
+    {"gradient: twice": (send_twice, 1)},
+]
+"""Of each run who sends what: the second begins after the first, of the other stage, is banned."""
 
 
-def fit_malformed(directory: Path) -> dict[str, Any]:
-    found, warm = {}, warmed_up(directory)
-    for what, (how, sender) in MALFORMED.items():
+def begins(runs: dict[str, Any]) -> dict[str, int]:
+    return {what: BEGIN + (BAN_AFTER + 1) * number for number, what in enumerate(runs)}
+
+
+def fit_malformed(warm: Path) -> list[Any]:
+    """Of each run who was banned and when, what was found of whom, whether the weights are finite, and what was said."""
+    found = []
+    for cases in MALFORMED:
+        senders = [Sends(how, sender, begins(cases)[what]) for what, (how, sender) in cases.items()]
+        ours, module = strategy(verification=VERIFICATION, response=FLAGS), tasks.Classifier()
+        run = tasks.trainer(ours, 4, max(begins(cases).values()) + BAN_AFTER + 1, senders)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            result = fit_on(warm, Sends(how, sender, BEGIN))
+            run.fit(module, tasks.loader(6, 2), ckpt_path=warm)
         told = [str(one.message) for one in said if "counts as a signal that is not finite" in str(one.message)]
-        found[what] = *result, told
+        features = {(one.worker, one.feature) for one in ours.detections}
+        found.append((dict(ours.ledger.banned_at), features, finite(module), told))
     return found
 
 
-def test_a_malformed_message_is_what_its_sender_answers_for(tmp_path: Path) -> None:
-    everyone = world.run(fit_malformed, 4, tmp_path, timeout=100)
-    for rank, found in enumerate(everyone):
-        for what, (_, sender) in MALFORMED.items():
-            banned, features, finite, told = found[what]
-            assert set(banned) == {MESH.worker(sender)}, (what, banned)
-            assert max(banned.values()) <= BEGIN + BAN_AFTER - 1, (what, banned)
-            assert "non_finite" in features, what
-            assert finite, what
-            # Whoever serves its lane of those of the other stage: where one is out of line by chance workers are shuffled.
-            receives = rank // 2 != sender // 2
-            assert len(told) <= receives, (what, told)
-            assert all(f"Rank {sender} sent" in line for line in told), told
-    for what in MALFORMED:
-        assert any(found[what][3] for found in everyone), what
+def finite(module: L.LightningModule) -> bool:
+    return all(bool(value.isfinite().all()) for value in module.state_dict().values())
 
 
-def fit_audited_to_the_end(how: Any) -> dict[str, Any]:
-    response = ls.Response(audit_rate=0.05)
-    ours, module = strategy(verification=VERIFICATION, response=response), tasks.Classifier()
-    callbacks = [Sends(how, 1, BEGIN)] if how is not None else []
-    tasks.trainer(ours, 4, WARMUP + 8, callbacks).fit(module, tasks.loader(6, 2))
-    return {"banned": dict(ours.ledger.banned_at), "weights": tasks.local_weights(module)}
+def test_a_malformed_message_is_what_its_sender_answers_for(warm: Path) -> None:
+    everyone = world.run(fit_malformed, 4, warm, timeout=100)
+    for number, cases in enumerate(MALFORMED):
+        heard: set[int] = set()
+        for rank, found in enumerate(everyone):
+            banned, features, sound, told = found[number]
+            assert set(banned) == {MESH.worker(sender) for _, sender in cases.values()}, (cases, banned)
+            assert sound, cases
+            for what, (_, sender) in cases.items():
+                worker = MESH.worker(sender)
+                assert banned[worker] <= begins(cases)[what] + BAN_AFTER - 1, (what, banned)
+                assert (worker, "non_finite") in features, what
+                # Whoever serves its lane of those of the other stage: where one is out of line by chance workers are shuffled.
+                receives = rank // 2 != sender // 2
+                lines = [line for line in told if f"Rank {sender} sent" in line]
+                assert len(lines) <= receives, (what, told)
+                heard |= {sender} if lines else set()
+            assert all(any(f"Rank {sender} sent" in line for _, sender in cases.values()) for line in told), told
+        assert heard == {sender for _, sender in cases.values()}, cases
 
 
-def fit_audited() -> dict[str, Any]:
-    return {"clean": fit_audited_to_the_end(None), "malformed": fit_audited_to_the_end(send_other_shape)}
+def fit_audited(warm: Path, engine: str, how: Any) -> dict[str, Any]:
+    ours = strategy(engine=engine, verification=VERIFICATION, response=ls.Response(audit_rate=0.05))
+    module, virtual = tasks.Classifier(), engine == "virtual"
+    callbacks = [] if how is None else [Sends(how, 1, BEGIN)]
+    data = tasks.loader(12) if virtual else tasks.loader(6, 2)
+    tasks.trainer(ours, 1 if virtual else 4, WARMUP + 8, callbacks).fit(module, data, ckpt_path=warm)
+    return {"banned": dict(ours.ledger.banned_at), "audits": ours.ledger.audits, "weights": tasks.local_weights(module)}
 
 
-def test_with_audits_a_malformed_message_costs_nothing() -> None:
+def test_with_audits_a_malformed_message_costs_nothing(warm: Path) -> None:
     """Its step is done again without its sender, whose work is done by others: the weights are those of a clean run.
 
     Of two workers nobody can tell which one is wrong, so nobody is banned.
     """
-    for found in world.run(fit_audited, 4, timeout=60):
-        assert found["clean"]["banned"] == {}
-        assert found["malformed"]["banned"] == {}
-        for name, value in found["clean"]["weights"].items():
-            torch.testing.assert_close(found["malformed"]["weights"][name], value, atol=1e-6, rtol=1e-5)
+    clean, seen = fit_audited(warm, "virtual", None), set[str]()
+    assert clean["banned"] == {}
+    for found in world.run(fit_audited, 4, warm, "process", send_other_shape):
+        assert found["banned"] == {}
+        assert found["audits"] != clean["audits"], "it was found out"
+        for name, value in found["weights"].items():
+            seen.add(name)
+            torch.testing.assert_close(value, clean["weights"][name], atol=1e-6, rtol=1e-5)
+    assert seen == set(clean["weights"])
 
 
 @pytest.mark.parametrize(
@@ -243,7 +259,7 @@ def test_a_longer_message_ends_its_receiver() -> None:
 
 
 def test_a_slow_sender_is_named() -> None:
-    results, failures = world.outcomes(fit_sending, 4, send_slowly, 1, {}, timeout=50, answers=3)
+    results, failures = world.outcomes(fit_sending, 4, send_slowly, 1, {"timeout": SHORT}, timeout=50, answers=3)
     assert not results
     assert set(failures) == {0, 2, 3}
     for failure in failures.values():
@@ -318,22 +334,18 @@ def zeros(signal: Tensor, context: Any) -> Tensor:
     return torch.zeros_like(signal)
 
 
-def fit_attacked(directory: Path) -> dict[str, Any]:
-    found, warm = {}, warmed_up(directory)
+def test_bad_signals_do_not_reach_the_weights(warm: Path) -> None:
+    """On the virtual mesh; between processes a malformed message counts as one that is not finite, and a taint is lost of zeros."""
     for attack in (nan, infinite, zeros):
         for worker in (ls.Worker(0, 1), ls.Worker(1, 1)):
-            injector = ls.AttackInjector(attack, workers=[worker], start_step=WARMUP + 2)
-            banned, _, finite = fit_on(warm, injector)
-            found[f"{attack.__name__} by {worker}"] = worker, banned, finite
-    return found
-
-
-def test_bad_signals_do_not_reach_the_weights(tmp_path: Path) -> None:
-    for found in world.run(fit_attacked, 4, tmp_path, timeout=80):
-        for what, (worker, banned, finite) in found.items():
+            what = f"{attack.__name__} by {worker}"
+            ours, module = strategy(engine="virtual", verification=VERIFICATION, response=FLAGS), tasks.Classifier()
+            injector = ls.AttackInjector(attack, workers=[worker], start_step=BEGIN)
+            tasks.trainer(ours, 1, BEGIN + BAN_AFTER + 2, [injector]).fit(module, tasks.loader(12), ckpt_path=warm)
+            banned = ours.ledger.banned_at
             assert set(banned) == {worker}, what
-            assert banned[worker] <= WARMUP + 2 + 5, what
-            assert finite, what
+            assert banned[worker] <= BEGIN + BAN_AFTER, what
+            assert finite(module), what
 
 
 class Watches(L.Callback):
@@ -348,23 +360,20 @@ class Watches(L.Callback):
         self.seen.append((int(ours.table.tainted[at].sum()), int(ours.table.flagged[at].sum())))
 
 
-def fit_losing_taints() -> tuple[Any, bool, list[tuple[int, int]]]:
-    ours, module = (
-        ls.SentinelStrategy(3, 2, 2, VERIFICATION, FLAGS, timeout=PATIENCE),
-        tasks.Classifier(),
-    )
+def fit_losing_taints(warm: Path) -> tuple[Any, bool, list[tuple[int, int]]]:
+    ours, module = strategy(stages=3, verification=VERIFICATION, response=ls.Response(audit_rate=None)), tasks.Classifier()
     attack = ls.AttackInjector(zeros, workers=[ls.Worker(0, 1)], direction="activation", start_step=WARMUP)
     watches = Watches()
-    tasks.trainer(ours, 6, WARMUP + 10, [attack, Sends(send_untainted, by=3), watches]).fit(module, tasks.loader(6, 2))
-    finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
-    return dict(ours.ledger.banned_at), finite, watches.seen[WARMUP : WARMUP + 5]
+    run = tasks.trainer(ours, 6, WARMUP + 10, [attack, Sends(send_untainted, by=3, since=WARMUP), watches])
+    run.fit(module, tasks.loader(6, 2), ckpt_path=warm)
+    return dict(ours.ledger.banned_at), finite(module), watches.seen[:5]
 
 
-def test_a_lost_taint_does_not_hide_the_liar() -> None:
-    for banned, finite, seen in world.run(fit_losing_taints, 6, timeout=80):
+def test_a_lost_taint_does_not_hide_the_liar(tmp_path: Path) -> None:
+    for banned, sound, seen in world.run(fit_losing_taints, 6, warmed_up(tmp_path, stages=3), timeout=80):
         assert set(banned) == {ls.Worker(0, 1)}
         # A little later than after five steps where the other of the stage is out of line by chance.
         assert banned[ls.Worker(0, 1)] <= WARMUP + 8
-        assert finite
+        assert sound
         # Who takes no taint away is behind the liar now and then, because while it is a suspect workers are shuffled.
         assert seen[0] == (0, 2) and all(tainted + flagged >= 2 for tainted, flagged in seen), "both micro-batches of each step"

@@ -15,6 +15,7 @@ from lightning_sentinel.mesh import Mesh
 from tests.distributed import campaign, tasks, world
 
 STAGES, REPLICAS, BATCH, STEPS, START = 3, 4, 6, 6, 2
+PROCESSES = Mesh(2, 3)
 GUILTY = [ls.Worker(1, 1), ls.Worker(2, 3), ls.Worker(0, 0)]
 """One of them speaks for its stage: to checkpoints, and to the stage that shares a weight with it."""
 ATTACKS = ["sign", {"name": "add_noise", "strength": 0.02}, "noise"]
@@ -28,15 +29,25 @@ class Sharing(tasks.Classifier):
         self.net[4].linear.weight = self.net[1].linear.weight
 
 
-def attacked() -> dict[str, Any]:
+OPTIONS = {"gradient_clip_val": 0.05, "limit_val_batches": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
+
+
+def attacked(mesh: Mesh, engine: str) -> dict[str, Any]:
     """Everything is recomputed: also what no feature shows, in a warm-up in which nobody is flagged."""
-    response = ls.Response(audit_rate=1.0)
-    strategy = ls.SentinelStrategy(STAGES, REPLICAS, micro_batches=3, response=response, timeout=tasks.PATIENCE)
-    module = Sharing("adamw")
-    injector = ls.AttackInjector(ATTACKS, workers=GUILTY, start_step=START)
-    options = {"gradient_clip_val": 0.05, "limit_val_batches": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
-    run = tasks.trainer(strategy, STAGES * REPLICAS, STEPS, [injector], **options)
-    run.fit(module, tasks.loader(BATCH, REPLICAS), tasks.loader(BATCH, REPLICAS))
+    virtual, response = engine == "virtual", ls.Response(audit_rate=1.0)
+    strategy = ls.SentinelStrategy(
+        mesh.stages,
+        mesh.replicas,
+        micro_batches=3,
+        response=response,
+        engine=engine,  # type: ignore[arg-type]
+        timeout=tasks.PATIENCE,
+    )
+    module, guilty = Sharing("adamw"), liars(mesh)
+    injector = ls.AttackInjector(list(guilty.values()), workers=list(guilty), start_step=START)
+    run = tasks.trainer(strategy, 1 if virtual else len(mesh.workers), STEPS, [injector], **OPTIONS)
+    data = [tasks.loader(BATCH * mesh.replicas) if virtual else tasks.loader(BATCH, mesh.replicas) for _ in range(2)]
+    run.fit(module, *data)
     metrics = {name: float(value) for name, value in run.callback_metrics.items() if not name.startswith("sentinel/")}
     assert strategy.wiring is not None
     return {
@@ -47,24 +58,44 @@ def attacked() -> dict[str, Any]:
     }
 
 
+def liars(mesh: Mesh) -> dict[ls.Worker, Any]:
+    """Those of them that the mesh has, and their attacks."""
+    return {worker: attack for worker, attack in zip(GUILTY, ATTACKS) if worker in mesh.workers}
+
+
+def check_attacked(mesh: Mesh, found: dict[str, Any], alone: dict[str, Any]) -> None:
+    # Of three workers of a stage or more one is banned the second time that it is found out; the first time it is left out of the
+    # step.
+    assert found["banned"] == dict.fromkeys(sorted(liars(mesh)), START + 1)
+    # No more than one of each stage: all other pipelines go on, with all of the data.
+    assert len(found["lanes"]) == mesh.replicas - 1
+    assert found["metrics"].keys() == alone["metrics"].keys()
+    for name, value in alone["metrics"].items():
+        assert math.isclose(found["metrics"][name], value, abs_tol=1e-5), name
+
+
+def check_weights(found: dict[str, Any], alone: dict[str, Any]) -> set[str]:
+    for name, value in found["weights"].items():
+        assert (value - alone["weights"][name]).abs().max() <= 1e-5, name
+    return set(found["weights"])
+
+
 def test_weights_and_metrics_after_bans_are_those_of_a_clean_run_on_the_same_data() -> None:
-    ranks = world.run(attacked, STAGES * REPLICAS, timeout=110)
-    options = {"gradient_clip_val": 0.05, "limit_val_batches": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
-    alone = tasks.fit_alone("adamw", STEPS, BATCH * REPLICAS, options, Sharing)
-    mesh, seen = Mesh(STAGES, REPLICAS), set()
+    ranks, seen = world.run(attacked, len(PROCESSES.workers), PROCESSES, "process", timeout=110), set[str]()
+    alone = tasks.fit_alone("adamw", STEPS, BATCH * PROCESSES.replicas, OPTIONS, Sharing)
     for number, rank in enumerate(ranks):
-        # Of four workers of a stage one is banned the second time that it is found out; the first time it is left out of the step.
-        assert rank["banned"] == dict.fromkeys(sorted(GUILTY), START + 1)
-        # Three of them, one of each stage: three of four pipelines go on, with all of the data.
-        assert len(rank["lanes"]) == 3
-        assert rank["metrics"].keys() == alone["metrics"].keys()
-        for name, value in alone["metrics"].items():
-            assert math.isclose(rank["metrics"][name], value, abs_tol=1e-5), name
-        if mesh.worker(number) not in GUILTY:
-            for name, value in rank["weights"].items():
-                seen.add(name)
-                assert (value - alone["weights"][name]).abs().max() <= 1e-5, name
+        check_attacked(PROCESSES, rank, alone)
+        if PROCESSES.worker(number) not in GUILTY:
+            seen |= check_weights(rank, alone)
     assert seen == set(alone["weights"])
+
+
+def test_the_same_of_one_liar_in_each_of_three_stages() -> None:
+    """On the virtual mesh."""
+    mesh = Mesh(STAGES, REPLICAS)
+    found, alone = attacked(mesh, "virtual"), tasks.fit_alone("adamw", STEPS, BATCH * REPLICAS, OPTIONS, Sharing)
+    check_attacked(mesh, found, alone)
+    assert check_weights(found, alone) == set(alone["weights"])
 
 
 MIXED = {ls.Worker(0, 1): "zeros", ls.Worker(1, 2): {"name": "scale", "factor": -1.0}, ls.Worker(2, 3): "random"}
@@ -103,6 +134,9 @@ def test_mixed_attacks_without_audits(tmp_path: Path) -> None:
     assert attacked["loss"] == pytest.approx(clean["loss"], rel=0.01)
 
 
+CORRUPTED_STEPS = 6
+
+
 class CorruptsGradients(L.Callback):
     """One worker is honest at the boundaries, and adds something else to its stage's gradients."""
 
@@ -127,7 +161,7 @@ def corrupted(rules: list[str]) -> dict[str, Any]:
         response = ls.Response(aggregation=rule)  # type: ignore[arg-type]
         strategy = ls.SentinelStrategy(2, 3, micro_batches=2, verification=None, response=response, timeout=tasks.PATIENCE)
         module = tasks.Classifier("sgd")
-        run = tasks.trainer(strategy, 6, 12, [CorruptsGradients()])
+        run = tasks.trainer(strategy, 6, CORRUPTED_STEPS, [CorruptsGradients()])
         run.fit(module, tasks.loader(8, 3))
         found[rule] = (float(run.callback_metrics["train_loss_step"]), tasks.local_weights(module))
     return found
@@ -136,7 +170,7 @@ def corrupted(rules: list[str]) -> dict[str, Any]:
 def test_a_worker_that_corrupts_its_stages_gradients_is_outvoted_by_every_robust_rule() -> None:
     rules = ["median", "trimmed_mean", "krum", "multi_krum", "centred_clipping"]
     ranks = world.run(corrupted, 6, [*rules, "mean"])
-    clean = tasks.fit_alone("sgd", 12, 24, {})["metrics"]["train_loss_step"]
+    clean = tasks.fit_alone("sgd", CORRUPTED_STEPS, 24, {})["metrics"]["train_loss_step"]
     for rule in rules:
         losses = [rank[rule][0] for rank in ranks]
         assert losses == [losses[0]] * 6

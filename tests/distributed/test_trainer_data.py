@@ -85,10 +85,12 @@ def test_ends_that_read_different_data_are_told() -> None:
 @pytest.mark.parametrize("audit_rate", [None, 0.1])
 def test_short_batches_and_empty_ones_after_a_ban(audit_rate: float | None) -> None:
     """The last batch of an epoch has fewer micro-batches; of the last of a prediction one replica has nothing."""
-    ranks = world.run(trainer_data_tasks.short_batches_verified, 6, audit_rate)
+    ranks = world.run(trainer_data_tasks.short_batches, 6, "process", audit_rate)
+    virtual = trainer_data_tasks.short_batches("virtual", audit_rate)
     labels = tasks.tokens(5).tensors[1].tolist()
-    for rank in ranks:
+    for found in (*ranks, virtual):
         # Of two workers an audit cannot tell which one lies: it is left out of every step anew.
-        assert rank["banned"] == ([Worker(0, 1)] if audit_rate is None else [])
-        assert rank["labels"] == [labels[:4], labels[4:]]
+        assert found["banned"] == ([Worker(0, 1)] if audit_rate is None else [])
+        assert found["labels"] == [labels[:4], labels[4:]]
+    for rank in ranks:
         assert_same_numbers(rank["metrics"], ranks[0]["metrics"])

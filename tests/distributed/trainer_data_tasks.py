@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_sentinel as ls
-from tests.distributed.tasks import tokens
+from tests.distributed.tasks import PATIENCE, tokens
 from tests.distributed.trainer_tasks import Counted, Whole, metrics_of, strategy, train_of, trainer, world_size
 
 
@@ -176,19 +176,31 @@ def ends_that_differ() -> None:
     trainer(strategy(2, 1), max_epochs=1).fit(Whole(), DataLoader(OfItsRank(), batch_size=None))
 
 
-def short_batches_verified(audit_rate: float | None) -> dict[str, Any]:
-    """Steps of different numbers of micro-batches, of which a liar takes part in some."""
-    where = strategy(
+def nan(signal: Tensor, context: ls.AttackContext) -> Tensor:
+    return torch.full_like(signal, torch.nan)
+
+
+def short_batches(engine: str, audit_rate: float | None) -> dict[str, Any]:
+    """Steps of different numbers of micro-batches, of which a liar takes part in some: on the virtual mesh after a warm-up, and
+    between processes at once, with what is no number."""
+    virtual, replicas = engine == "virtual", 1 if engine == "virtual" else 2
+    where = ls.SentinelStrategy(
         3,
         2,
         3,
         verification=ls.Verification(warmup_steps=12, false_positive_rate=0.04),
         response=ls.Response(audit_rate=audit_rate, ban_after=3),
+        engine=engine,  # type: ignore[arg-type]
+        timeout=PATIENCE,
     )
-    module, attack = Extra(), {"name": "scale", "factor": 30.0}
-    injector = ls.AttackInjector(attack, workers=[ls.Worker(0, 1)], direction="activation", start_step=16)
-    run = trainer(where, max_epochs=8, callbacks=[injector])
+    module, attack = Extra(), {"name": "scale", "factor": 30.0} if virtual else nan
+    start, epochs = (16, 8) if virtual else (1, 3)
+    injector = ls.AttackInjector(attack, workers=[ls.Worker(0, 1)], direction="activation", start_step=start)
+    run = trainer(where, max_epochs=epochs, callbacks=[injector])
     # Ten samples a replica: batches of four, four and two.
-    run.fit(module, train_of(DataLoader(Counted(20), batch_size=4)), DataLoader(Counted(9), batch_size=2))
-    predicted = run.predict(module, DataLoader(Counted(5), batch_size=2))
-    return {"banned": sorted(where.ledger.banned), "metrics": metrics_of(run), "labels": [p["labels"].tolist() for p in predicted]}
+    train, validation, predicted = (
+        DataLoader(Counted(samples), batch_size=size // replicas) for samples, size in ((20, 8), (9, 4), (5, 4))
+    )
+    run.fit(module, train_of(train), validation)
+    found = run.predict(module, predicted)
+    return {"banned": sorted(where.ledger.banned), "metrics": metrics_of(run), "labels": [p["labels"].tolist() for p in found]}
