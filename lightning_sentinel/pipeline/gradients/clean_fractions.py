@@ -42,7 +42,8 @@ class CleanFractionTally:
 
     Example:
         >>> from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-        >>>         >>> mesh = Mesh(stages=2, replicas=1)
+        >>> from lightning_sentinel.pipeline.step_plan import plan_step
+        >>> mesh = Mesh(stages=2, replicas=1)
         >>> tally = CleanFractionTally(mesh)
         >>> clean = torch.tensor([[[False, True]], [[True, True]]])  # stages x lanes x micro-batches
         >>> tally.add(clean, plan_step("training_step", mesh, BatchSizes(2, (4,))))
