@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""What can cross a boundary. The place in this tuple is what is signed: append only."""
+"""What can cross a boundary. The place in this tuple is what is sent and signed: append only, or count the versions up."""
 
 MOST_AXES = 8
 RUN_BYTES = 16

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.mesh import Direction
+from lightning_sentinel.trust.statements import DTYPES, MOST_AXES
 
 __all__ = [
     "DTYPES",
@@ -35,15 +36,11 @@ __all__ = [
     "extent",
 ]
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""What can cross a boundary. The place in this tuple goes over the wire: append only, or count ``_MAGIC`` up."""
-
-_MOST_AXES = 8
 # A message may be so many times as large as the largest one before it, or as the one that is due.
 _GROWTH = 16
 # Says that this is a header of ours, and in its last byte which layout it has.
 _MAGIC = int.from_bytes(b"sentine\x01", "big")
-HEADER_WORDS = 7 + _MOST_AXES
+HEADER_WORDS = 7 + MOST_AXES
 """Length of a header: magic and version, step, slot, kind, dtype, number, axes, and as many sizes as there can be axes."""
 
 
@@ -198,12 +195,12 @@ def encode(message_id: MessageId, shape: Sequence[int], dtype: torch.dtype, numb
         >>> encode(MessageId(12, 3, Kind.ACTIVATION), (2, 5), torch.float64)[1:]
         tensor([12,  3,  1,  1,  0,  2,  2,  5,  0,  0,  0,  0,  0,  0])
     """
-    if dtype not in DTYPES or len(shape) > _MOST_AXES:
+    if dtype not in DTYPES or len(shape) > MOST_AXES:
         raise PipelineModelError(
             f"A stage returned a tensor of shape {tuple(shape)} and dtype {dtype}. Between stages travels one floating-point tensor"
-            f" with at most {_MOST_AXES} axes: end the stage at a layer that returns one."
+            f" with at most {MOST_AXES} axes: end the stage at a layer that returns one."
         )
-    padding = [0] * (_MOST_AXES - len(shape))
+    padding = [0] * (MOST_AXES - len(shape))
     words = [_MAGIC, message_id.step, message_id.slot, message_id.kind, DTYPES.index(dtype), number, len(shape), *shape, *padding]
     return torch.tensor(words, dtype=torch.int64)
 
@@ -256,7 +253,7 @@ def extent(header: Tensor, expected: Expected) -> tuple[MessageId, torch.dtype, 
         >>> extent(encode(due, (2**31, 2**31), torch.float32), Expected.like(torch.ones(2, 4)))
     """
     magic, step, slot, kind, dtype, _, axes, *sizes = header.tolist()
-    known = magic == _MAGIC and kind in tuple(Kind) and 0 <= dtype < len(DTYPES) and 0 <= axes <= _MOST_AXES
+    known = magic == _MAGIC and kind in tuple(Kind) and 0 <= dtype < len(DTYPES) and 0 <= axes <= MOST_AXES
     if not known or min(sizes) < 0 or any(sizes[axes:]) or _elements(sizes[:axes], ignoring_zeros=True) > expected.most_elements:
         return None
     return MessageId(step, slot, Kind(kind)), DTYPES[dtype], _elements(sizes[:axes])
@@ -289,8 +286,8 @@ def _wrong_layout(dtype: int, number: int, axes: int, sizes: list[int], expected
         return f"has dtype {came}, and allowed are {', '.join(map(str, expected.dtypes))}"
     if number not in expected.numbers:
         return f"carries the number {number}, and allowed are {expected.numbers.start} to {expected.numbers.stop - 1}"
-    if not 0 <= axes <= _MOST_AXES:
-        return f"announces {axes} axes, and there can be 0 to {_MOST_AXES}"
+    if not 0 <= axes <= MOST_AXES:
+        return f"announces {axes} axes, and there can be 0 to {MOST_AXES}"
     if min(sizes) < 0 or any(sizes[axes:]):
         return f"announces {axes} axes and the sizes {sizes}, which must not be negative, and be 0 from there on"
     return ""

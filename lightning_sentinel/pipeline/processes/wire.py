@@ -1,7 +1,7 @@
 """The wire between ranks: everything that one rank sends to another goes through the wire of all ranks, :func:`world`.
 
 :class:`Wire` is the interface, with what is the same for all transports: bounds on sizes, and errors that name the peer. Another
-transport implements its eight abstract methods in a file of its own, as
+transport implements its abstract methods, all of them at the end of the class, in a file of its own, as
 :mod:`~lightning_sentinel.pipeline.processes.torch_wire` does for ``torch.distributed``. A test installs a faulty or hostile one.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -242,28 +242,17 @@ class Wire(ABC):
 
     # ------------------------------------------------------------------------------------------------------------------ errors
 
-    @contextmanager
-    def waiting_for(self, rank: int) -> Iterator[None]:
-        """Turn a lost connection into a ``WorkerLostError`` that names the peer."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not sounds_lost(error):
-                raise
-            raise WorkerLostError(f"Rank {rank} does not answer: {error}", rank=rank) from error
+    @staticmethod
+    def waiting_for(rank: int) -> AbstractContextManager[None]:
+        """A context that turns a lost connection into a ``WorkerLostError`` that names the peer."""
+        return _naming(f"Rank {rank} does not answer", rank)
 
-    @contextmanager
-    def waiting_for_all(self, what: str) -> Iterator[None]:
-        """Turn a connection that is lost in a collective into a ``WorkerLostError`` that names the ranks that take part."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not sounds_lost(error):
-                raise
-            others = [rank for rank in self.ranks if rank != self.rank]
-            only = others[0] if len(others) == 1 else None
-            who = f"Rank {only}" if only is not None else f"One of the ranks {', '.join(map(str, others))}"
-            raise WorkerLostError(f"{who} does not answer in an operation of all ({what}): {error}", rank=only) from error
+    def waiting_for_all(self, what: str) -> AbstractContextManager[None]:
+        """A context that turns a connection that is lost in a collective into a ``WorkerLostError`` that names the other ranks."""
+        others = [rank for rank in self.ranks if rank != self.rank]
+        only = others[0] if len(others) == 1 else None
+        who = f"Rank {only}" if only is not None else f"One of the ranks {', '.join(map(str, others))}"
+        return _naming(f"{who} does not answer in an operation of all ({what})", only)
 
     # -------------------------------------------------------------------------------------------- what a transport implements
 
@@ -293,6 +282,16 @@ class Wire(ABC):
 
     @abstractmethod
     def _barrier(self) -> None: ...
+
+
+@contextmanager
+def _naming(who: str, rank: int | None) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not sounds_lost(error):
+            raise
+        raise WorkerLostError(f"{who}: {error}", rank=rank) from error
 
 
 def _pieces(data: bytes) -> tuple[Tensor, Tensor]:

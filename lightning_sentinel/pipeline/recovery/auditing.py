@@ -11,7 +11,6 @@ sends the digest itself: else its neighbour could have it blamed. Which workers 
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -30,6 +29,7 @@ from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.waiting import on_host
+from lightning_sentinel.trust.digests import Algorithm, digest_of_tensor
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
 from lightning_sentinel.verification.tolerance import MEASURED, Tolerances, deviation
@@ -62,8 +62,7 @@ def digest(signal: Tensor) -> str:
         >>> digest(torch.ones(3)) == digest(torch.ones(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
         (True, False)
     """
-    data = signal.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(f"{signal.dtype} {tuple(signal.shape)} ".encode() + data).hexdigest()
+    return str(digest_of_tensor(signal, Algorithm.SHA256))
 
 
 class _Item(IntEnum):
