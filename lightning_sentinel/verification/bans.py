@@ -2,7 +2,7 @@
 
 In a mesh on one machine a ban applies to a worker's place, because all workers share the machine. In a mesh of several it applies
 to the machine: whoever controls one of its processes controls them all, and another machine may have its place in the next run.
-Where workers have keys a ban applies to the key, wherever it turns up, and to the machine, but not to the place.
+Where workers have keys a ban applies to the key, wherever it turns up; if it does not, to the machine, and never to the place.
 """
 
 from __future__ import annotations
@@ -119,9 +119,10 @@ def bans_here(bans: Iterable[Ban], mesh: Mesh, hosts: Sequence[str], keys: Seque
         keys: the public key of each rank; empty if workers have none.
 
     Returns:
-        the workers to ban, in order: those with the key of a banned one. Without keys, then or now: if only places are known, or
-        one machine serves the whole mesh then and now, the same places of the same mesh. Else the machine decides: the banned
-        place if the machine still has it in the same mesh, all of its places if it has others, none if it is gone.
+        the workers to ban, in order: the one with the banned worker's key, or all of its machine, of several, if the key is gone.
+        Without keys, then or now: if only places are known, or one machine serves the whole mesh then and now, the same places of
+        the same mesh. Else the machine decides: the banned place if the machine still has it in the same mesh, all of its places
+        if it has others, none if it is gone.
 
     Example:
         >>> ban = Ban(Worker(1, 1), 9, host="b", hosts=2, mesh=Mesh(2, 2))
@@ -130,10 +131,13 @@ def bans_here(bans: Iterable[Ban], mesh: Mesh, hosts: Sequence[str], keys: Seque
     """
     here: set[Worker] = set()
     for ban in bans:
-        same_mesh = ban.mesh is None or ban.mesh == mesh
-        if ban.key is not None and keys:
-            here |= {worker for worker, key in zip(mesh.workers, keys) if key == ban.key}
-            same_mesh = False
+        holders = {worker for worker, key in zip(mesh.workers, keys) if key == ban.key}
+        if holders:
+            here |= holders
+            continue
+        # Where workers have keys another one may have the place.
+        named = ban.key is not None and bool(keys)
+        same_mesh = not named and (ban.mesh is None or ban.mesh == mesh)
         if not hosts or ban.host is None:
             by_place = same_mesh
         elif ban.hosts <= 1:

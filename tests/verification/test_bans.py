@@ -75,11 +75,12 @@ def test_whom_a_ban_concerns_in_another_run(of: Ban, mesh: Mesh, hosts: str, exp
     [
         (replace(ban("a", 1), key="eve"), "aaaa", [Worker(0, 1)]),  # not whoever has its place now
         (replace(ban("b", 2), key="eve"), "acac", [Worker(0, 1)]),  # another machine, the same key
-        (replace(ban("b", 2), key="eve"), "abab", [Worker(0, 1), Worker(1, 1)]),  # the machine as well, whatever its keys
+        (replace(ban("b", 2), key="eve"), "abab", [Worker(0, 1)]),  # not the others of its machine
+        (replace(ban("b", 2), key="carol"), "abab", [Worker(0, 1), Worker(1, 1)]),  # the machine has other keys now
         (replace(ban("b", 2), key="carol"), "acac", []),
         (ban("a", 1), "aaaa", [W]),  # no key then: its place
     ],
-    ids=["one machine", "another machine", "the machine too", "gone", "no key then"],
+    ids=["one machine", "another machine", "its machine", "other keys", "gone", "no key then"],
 )
 def test_a_ban_follows_the_key(of: Ban, hosts: str, expected: list[Worker]) -> None:
     mesh = Mesh(2, 2)

@@ -66,15 +66,12 @@ class StageGroups:
     @property
     def own(self) -> Wire | None:
         """The result of the last call of :meth:`healthy`."""
-        return self._of(self.mesh.worker(self._rank).stage)
+        wire = self._wires.get((self.mesh.worker(self._rank).stage,))
+        return wire if wire is not None and self._rank in wire.ranks else None
 
     def across(self, stages: tuple[int, ...]) -> Wire:
         """The wire of these stages' healthy ranks, of which this rank must be one."""
         return self._wires[stages]
-
-    def _of(self, stage: int) -> Wire | None:
-        wire = self._wires.get((stage,))
-        return wire if wire is not None and self._rank in wire.ranks else None
 
 
 def first_healthy(mesh: Mesh, stage: int, banned: Collection[object]) -> int:
