@@ -32,10 +32,10 @@ class PipelineModelError(SentinelError, TypeError):
 class MissingExtraError(SentinelError, ImportError):
     """An optional dependency is needed and not installed."""
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
+    def __init__(self, package: str, extra: str, purpose: str, otherwise: str = "") -> None:
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed."
-            f" Install it with: pip install 'lightning-sentinel[{extra}]'"
+            f" Install it with: pip install 'lightning-sentinel[{extra}]'{otherwise}"
         )
 
 
@@ -79,6 +79,10 @@ class MalformedMessageError(SentinelError, ValueError):
 
 class MeshExhaustedError(SentinelError, RuntimeError):
     """So many workers are banned that no complete pipeline is left."""
+
+
+class TableMismatchError(SentinelError, RuntimeError):
+    """Ranks have seen different rows, or different votes, in the exchange of a step."""
 
 
 class PlanMismatchError(SentinelError, RuntimeError):

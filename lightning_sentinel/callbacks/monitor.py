@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sentinel.mesh import Direction, Mesh
+from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.metrics import AnomalyScore
 from lightning_sentinel.metrics.functional import nanmax
+from lightning_sentinel.trust.evidence import Evidence
+from lightning_sentinel.trust.evidence_files import file_name, write_evidence
 
 if TYPE_CHECKING:
     from lightning_sentinel.strategy import SentinelStrategy
@@ -32,7 +35,8 @@ class SentinelMonitor(L.Callback):
     ``sentinel/banned`` and ``sentinel/audits``: to every logger every ``Trainer(log_every_n_steps=...)`` batches, and for callbacks
     and the progress bar in each batch in which a worker was flagged or banned. If the Trainer has a logger, detections go to
     ``<log_dir>/sentinel/detections.jsonl``, one JSON object a line, and bans to ``<log_dir>/sentinel/ledger.json``, from which a
-    later run can start.
+    later run can start. What shows why a worker was banned goes to ``<log_dir>/sentinel/evidence``, a file for each ban by audits,
+    which ``lightning-sentinel verify-evidence`` checks without the run.
 
     Attributes:
         anomaly_score: mean scores of the run so far; ``anomaly_score.plot()`` draws them over the mesh.
@@ -96,7 +100,20 @@ class SentinelMonitor(L.Callback):
         if self._file is not None and len(ledger.banned) != self._banned:
             self._banned = len(ledger.banned)
             self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._write_evidence(strategy.evidence)
             ledger.export(self._file.with_name("ledger.json"))
+
+    def _write_evidence(self, evidence: Mapping[Worker, Evidence]) -> None:
+        """Write the evidence of bans for which there is no file yet."""
+        assert self._file is not None, "only the process that has a file writes"
+        folder = self._file.parent
+        for one in evidence.values():
+            if (folder / file_name(one)).exists():
+                continue
+            try:
+                write_evidence(one, folder.parent)
+            except OSError as error:
+                warnings.warn(f"The evidence against {one.banned} could not be written ({error}).", stacklevel=2)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Boundary, Direction
+from lightning_sentinel.pipeline.commitments.recorder import Recorder
 from lightning_sentinel.pipeline.local_worker import LocalWorker
-from lightning_sentinel.pipeline.messages.headers import NOTES, NOTHING, SIGNALS, Kind, MessageId
+from lightning_sentinel.pipeline.messages.headers import NOTES, NOTHING, SIGNALS, MessageId
 from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.step_checks import input_gradient
 from lightning_sentinel.pipeline.step_plan import StepPlan
+from lightning_sentinel.trust.statements import Kind, SignalId
 
 __all__ = ["Buffers", "StageBoundaries"]
 
@@ -32,14 +34,24 @@ class StageBoundaries:
         transport: sends signals and notes.
         inbox: receives signals and notes.
         cache: keeps signals until the step is settled.
+        recorder: records messages, so that this worker can be held to what it says about them.
         buffers: the schedule's buffers.
     """
 
-    def __init__(self, local: LocalWorker, transport: Transport, inbox: Inbox, cache: SignalCache, buffers: Buffers) -> None:
+    def __init__(
+        self,
+        local: LocalWorker,
+        transport: Transport,
+        inbox: Inbox,
+        cache: SignalCache,
+        recorder: Recorder,
+        buffers: Buffers,
+    ) -> None:
         self._local = local
         self._transport = transport
         self._inbox = inbox
         self._cache = cache
+        self._recorder = recorder
         self._buffers = buffers
         self._altered: Tensor | None = None
         """The next signal to send, as a simulated attacker has altered it."""
@@ -48,12 +60,18 @@ class StageBoundaries:
         """Begin a step: before its schedule runs."""
         guard = self._local.guard
         self._cache.begin(keeps=plan.audited)
+        self._recorder.begin(plan)
         replaces = plan.trains and guard is not None and guard.replaces_malformed
         self._inbox.begin(replaces, lets_nothing_in=not plan.trains)
 
-    def finish_notes(self) -> None:
-        """Wait until the notes of a step have been sent: after its schedule has run."""
+    def finish(self) -> bytes:
+        """Wait until the notes of a step have been sent: after its schedule has run.
+
+        Returns:
+            this worker's part of the step's commitments.
+        """
         self._transport.finish_notes()
+        return self._recorder.finish()
 
     def forget(self) -> None:
         """Free the memory of the step's signals, once no audit needs them any more."""
@@ -61,10 +79,10 @@ class StageBoundaries:
 
     def receive_activation(self, running: RunningStep, buffer_id: int, slot: int) -> None:
         sender = self._peer(running, self._local.stage - 1)
-        message_id = MessageId(running.plan.run, slot, Kind.ACTIVATION)
+        message_id = MessageId(running.plan.run, slot, SIGNALS[Direction.ACTIVATION])
         signal, tainted = self._inbox.activation(sender, message_id, running.work[slot].samples)
         if signal is not None:
-            self._cache.keep_received(Direction.ACTIVATION, slot, signal)
+            self._keep_received(running, Direction.ACTIVATION, slot, signal)
             signal.requires_grad_()
         self._buffers["inputs"][buffer_id] = signal
         self._buffers["taints"][buffer_id] = tainted
@@ -72,11 +90,18 @@ class StageBoundaries:
     def receive_gradient(self, running: RunningStep, buffer_id: int, slot: int) -> None:
         output = self._buffers["outputs"][buffer_id]
         sender = self._peer(running, self._local.stage + 1)
-        signal, tainted = self._inbox.gradient(sender, MessageId(running.plan.run, slot, Kind.GRADIENT), output)
-        self._cache.keep_received(Direction.GRADIENT, slot, signal)
+        signal, tainted = self._inbox.gradient(sender, MessageId(running.plan.run, slot, SIGNALS[Direction.GRADIENT]), output)
+        self._keep_received(running, Direction.GRADIENT, slot, signal)
         self._buffers["output_tensors"][buffer_id] = signal
         # A micro-batch that was left out on its way forward stays left out, whatever the gradient's taint is.
         self._buffers["taints"][buffer_id] = tainted | self._buffers["taints"][buffer_id]
+
+    def _keep_received(self, running: RunningStep, direction: Direction, slot: int, signal: Tensor) -> None:
+        self._cache.keep_received(direction, slot, signal)
+        boundary = Boundary(self._local.stage - (direction is Direction.ACTIVATION), direction)
+        # Who received no usable message says so by not saying what it received.
+        if not self._inbox.is_replaced(MessageId(running.plan.run, slot, SIGNALS[direction])):
+            self._recorder.received(SignalId(Kind.SIGNAL, boundary, self._lane(running), slot), signal)
 
     def verify_activation(self, running: RunningStep, buffer_id: int, slot: int) -> None:
         signal = self._buffers["inputs"][buffer_id].detach()
@@ -95,6 +120,7 @@ class StageBoundaries:
         note = None
         if before is not None and guard.compares_inputs:
             note = self._inbox.note(self._peer(running, before.sender), MessageId(running.plan.run, slot, NOTES[direction]))
+            self._recorder.received(SignalId(Kind.NOTE, before, self._lane(running), slot), note.values)
         signal, tainted = guard.receive(boundary, signal, self._buffers["taints"][buffer_id].view(1), note)
         self._buffers["taints"][buffer_id] = tainted[0]
         return signal
@@ -124,6 +150,7 @@ class StageBoundaries:
         self._altered = None
         self._cache.keep_sent(direction, slot, signal)
         boundary = Boundary(local.stage - (direction is Direction.GRADIENT), direction)
+        self._recorder.sent(SignalId(Kind.SIGNAL, boundary, self._lane(running), slot), signal, taint)
         is_new_shape = direction is Direction.ACTIVATION and self._inbox.is_new_shape(slot)
         self._transport.send(signal, taint, self._peer(running, boundary.receiver), message_id, is_new_shape)
         if running.plan.trains:
@@ -138,6 +165,7 @@ class StageBoundaries:
         values = note.values
         if local.adversary is not None:
             values = local.adversary.note(local.worker, values, running.plan.number)
+        self._recorder.sent(SignalId(Kind.NOTE, boundary, self._lane(running), slot), values)
         message_id = MessageId(running.plan.run, slot, NOTES[boundary.direction])
         self._transport.send_note(values, note.channels, self._peer(running, after.receiver), message_id)
 
@@ -149,7 +177,9 @@ class StageBoundaries:
 
     def _peer(self, running: RunningStep, stage: int) -> int:
         """The rank that serves ``stage`` in this worker's lane."""
-        wiring = running.plan.wiring
-        lane = wiring.lane(self._local.worker)
+        return self._local.mesh.rank(running.plan.wiring.worker(stage, self._lane(running)))
+
+    def _lane(self, running: RunningStep) -> int:
+        lane = running.plan.wiring.lane(self._local.worker)
         assert lane is not None, "a worker without a lane has no peers"
-        return self._local.mesh.rank(wiring.worker(stage, lane))
+        return lane

@@ -7,7 +7,7 @@ It keeps DeepSpeed's schedule of instructions and the buffers that they work on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
-from lightning_sentinel.mesh import Direction, Worker
+from lightning_sentinel.mesh import Direction
 from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
+from lightning_sentinel.pipeline.commitments.recorder import Recorder
+from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.computation import StageComputation
 from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.data.sample_exchange import SampleExchange
@@ -34,7 +36,9 @@ from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.processes.torch_wire import TorchWire
 from lightning_sentinel.pipeline.processes.wire import world
-from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence
+from lightning_sentinel.pipeline.recovery.auditing import Audits, Inputs
+from lightning_sentinel.pipeline.recovery.contradictions import settle_contradictions
+from lightning_sentinel.pipeline.recovery.evidence import evidence_of_bans
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
@@ -45,8 +49,7 @@ from lightning_sentinel.pipeline.stages.partition import StageModel
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.step_results import Ruling, StepOutcome, StepResult
 from lightning_sentinel.pipeline.steps import StepRunner
-from lightning_sentinel.verification.audit import Outcome
-from lightning_sentinel.verification.jury import Case
+from lightning_sentinel.trust.credentials import Credentials
 from lightning_sentinel.verification.tolerance import Tolerances
 from lightning_sentinel.wiring import MicroBatchId
 
@@ -64,6 +67,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         guard: verifies received signals; ``None`` for a plain pipeline.
         options: how gradients are aggregated, and by whom the optimizer is stepped.
         arithmetic: the precision that the stage computes in, and its device.
+        credentials: with which this worker signs what it says.
     """
 
     def __init__(
@@ -75,11 +79,13 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         guard: Guard | None,
         options: GradientOptions,
         arithmetic: Arithmetic,
+        credentials: Credentials,
     ) -> None:
         pipeline = stage_model.pipeline
         stage = stage_model.stage
         assert stage is not None
         self._arithmetic = arithmetic
+        self._credentials = credentials
         with keeping_groups(optimizer):
             super().__init__(
                 args=None,
@@ -100,11 +106,12 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._local = LocalWorker(worker, mesh, guard)
         self._steps = steps
         steps.leaves_out = self._local.excludes
-        self._exchange = Exchange(mesh, self.device)
+        transcript = Transcript(mesh, credentials)
+        self._exchange = Exchange(mesh, self.device, transcript)
         self._sample_exchange = SampleExchange(mesh, worker, self.device)
         inbox = Inbox(transport, self.device, self._try_out)
         cache = SignalCache()
-        self._boundaries = StageBoundaries(self._local, transport, inbox, cache, self.pipe_buffers)
+        self._boundaries = StageBoundaries(self._local, transport, inbox, cache, Recorder(worker, credentials), self.pipe_buffers)
         last_layer = stage_model.stage_layers(worker.stage)[-1]
         self._computation = StageComputation(
             self._local, stage, last_layer, steps, arithmetic, inbox, self.pipe_buffers, self.device
@@ -115,12 +122,12 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.gradients.make_equal(frozenset() if guard is None else guard.ledger.banned)
         recomputation = Recomputation(stage, self._local.is_last, steps, self.device, arithmetic.forward_context)
 
-        def recompute(direction: Direction, micro_batch_id: MicroBatchId, evidence: Evidence) -> Tensor:
-            return recomputation(direction, micro_batch_id, evidence, self._step_under_way)
+        def recompute(direction: Direction, micro_batch_id: MicroBatchId, given: Inputs) -> Tensor:
+            return recomputation(direction, micro_batch_id, given, self._step_under_way)
 
         tolerances = Tolerances(mesh, 0) if guard is None else guard.tolerances
         computed_in = recomputation.computed_in
-        self._audits = Audits(mesh, worker, cache, self._samples, recompute, tolerances, computed_in, self.device)
+        self._audits = Audits(mesh, worker, cache, self._samples, recompute, tolerances, transcript, computed_in)
         self._running: RunningStep | None = None
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
@@ -145,9 +152,11 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             self._run_schedule(plan, len(work))
         if not plan.trains or guard is None:
             return self._result(running)
-        self._boundaries.finish_notes()
+        commitments = self._boundaries.finish()
         rows = {boundary: guard.take_rows(boundary) for boundary in guard.verifiers if work}
-        return self._result(running, rows, self.gradients.broken() if guard.replaces_malformed else None, guard.refused)
+        return self._result(
+            running, rows, self.gradients.broken() if guard.replaces_malformed else None, guard.refused, commitments
+        )
 
     def _run_schedule(self, plan: StepPlan, micro_batches: int) -> None:
         kind = schedule.TrainSchedule if plan.trains else schedule.InferenceSchedule
@@ -160,9 +169,11 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         rows: dict[Any, Tensor] | None = None,
         broken: Tensor | None = None,
         refused: tuple[int, ...] = (),
+        commitments: bytes = b"",
     ) -> StepResult:
         steps = self._steps
-        return StepResult(running.losses[None], steps.recorder, rows, broken, steps.stops, steps.signals(), refused)
+        losses = running.losses[None]
+        return StepResult(losses, steps.recorder, rows, broken, steps.stops, steps.signals(), refused, commitments)
 
     def exchange(self, plan: StepPlan, result: StepResult) -> StepOutcome:
         return self._exchange.run(plan, result)
@@ -176,9 +187,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             guard.forget_step()
             self._boundaries.forget()
             return None
-        ask = self._ask if guard.audits else None
-        gradients = self.gradients
-        ruling = guard.settle(outcome.table, plan, gradients.sum, ask, gradients.apart, outcome.broken, outcome.refused)
+        ruling = self._ruling(guard, plan, outcome)
         # No audit needs the step's signals any more: this frees the memory for the optimizer step and for a validation.
         self._boundaries.forget()
         if ruling.excluded:
@@ -191,8 +200,25 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         lost = frozenset(plan.wiring.worker(stage, lane) for stage, lane in outcome.broken.any(dim=2).nonzero().tolist())
         if self._local.worker in lost:
             # The gradients that earlier batches accumulated are lost as well.
-            gradients.discard()
+            self.gradients.discard()
         return ruling._replace(lost=lost)
+
+    def _ruling(self, guard: Guard, plan: StepPlan, outcome: StepOutcome) -> Ruling:
+        assert outcome.table is not None, "without signals there is nothing to judge"
+        commitments = outcome.commitments
+        gradients = self.gradients
+        contradictions = [] if commitments is None else commitments.contradictions(plan.mesh, plan.wiring)
+        forgers = outcome.forgers - plan.banned
+        if guard.replaces_malformed and (contradictions or forgers):
+            return settle_contradictions(guard, outcome.table, plan, contradictions, forgers)
+        ask = None
+        if commitments is not None:
+            self._audits.begin(self.adversary)
+            ask = partial(self._audits.ask, plan=plan, commitments=commitments)
+        ruling = guard.settle(outcome.table, plan, gradients.sum, ask, gradients.apart, outcome.broken, outcome.refused)
+        if commitments is None:
+            return ruling
+        return ruling._replace(evidence=evidence_of_bans(ruling.banned, self._audits.testimonies, commitments, self._credentials))
 
     def returned(self) -> Any:
         running = self._step_under_way
@@ -206,16 +232,12 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     # --------------------------------------------------------------------------------------------------------------- audits
 
-    def _ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
-        self._audits.adversary = self.adversary
-        return self._audits.ask(asked, self._step_under_way.plan)
-
     def _samples(self, micro_batch_id: MicroBatchId) -> Any:
         return self._sample_exchange.packed(self._step_under_way.own, micro_batch_id)
 
     def _try_out(self, activation: Tensor, slot: int) -> Tensor:
         assigned = self._step_under_way.work[slot]
-        return self._audits.recompute(Direction.ACTIVATION, assigned.micro_batch_id, Evidence(assigned.batch, activation, None))
+        return self._audits.recompute(Direction.ACTIVATION, assigned.micro_batch_id, Inputs(assigned.batch, activation, None))
 
     # -------------------------------------------------------------------------------------------------------- what all share
 

@@ -1,4 +1,4 @@
-"""The one collective of a step: an all-gather of each rank's table rows, losses and logged values."""
+"""The one collective of a step: an all-gather of each rank's table rows, losses, logged values and commitments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError, PlanMismatchError
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments, decode
+from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.logs import LogRecorder, LogSchema
 from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.step_plan import StepPlan
@@ -34,11 +36,13 @@ class Exchange:
     Args:
         mesh: all workers, one a rank.
         device: the device of rows, weights and losses.
+        transcript: signs what this rank says, and gathers it.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, mesh: Mesh, device: torch.device, transcript: Transcript) -> None:
         self._mesh = mesh
         self._device = device
+        self._transcript = transcript
         self._schemas: dict[str, LogSchema] = {}
 
     def run(self, plan: StepPlan, result: StepResult) -> StepOutcome:
@@ -50,6 +54,7 @@ class Exchange:
 
         Raises:
             PlanMismatchError: on all ranks, if some have made another plan.
+            TableMismatchError: on all ranks, if they saw different things in the step before.
         """
         recorder = result.recorder
         schema = self._schemas.get(plan.log_key, LogSchema())
@@ -58,7 +63,8 @@ class Exchange:
         known = torch.tensor([float(plan.digest), float(recorder.schema.fingerprint), float(result.stops), *map(float, counts)])
         rows = torch.empty(0, device=self._device) if result.rows is None else self._padded_rows(result.rows, plan.wiring.slots)
         broken = torch.empty(0, device=self._device) if result.broken is None else result.broken.float().view(1)
-        everyone = self._gather(torch.cat((rows.flatten(), broken, result.losses[0], values)), known)
+        numbers = torch.cat((torch.cat((rows.flatten(), broken, result.losses[0], values)).cpu(), known))
+        everyone, parts, forgers = self._said_by_all(plan, numbers, result.commitments)
         sizes = [rows.numel(), len(broken), 3, len(values), 1, 2, len(result.signals), len(result.refused)]
         all_rows, all_broken, all_losses, all_values, digests, steps, signals, refused = everyone.split(sizes, dim=1)
         self._require_the_same_plan(digests[:, 0], plan)
@@ -68,7 +74,7 @@ class Exchange:
         log_values = all_values[last]
         if (fingerprints != schema.fingerprint).any():
             schema = self._schemas[plan.log_key] = self._agree(plan.log_key, recorder.schema, fingerprints, last[0])
-            log_values = self._gather(self._log_vector(recorder, schema))[last]
+            log_values = world().all_gather(self._log_vector(recorder, schema).cpu())[last]
 
         # Only of workers of the last stage: losses that other ranks report do not count.
         losses = all_losses[last]
@@ -82,7 +88,23 @@ class Exchange:
             skipped=is_skipped(losses),
             signals=tuple(int(count) for count in signals.nan_to_num(0, 0, 0).amax(dim=0).tolist()),
             refused=self._by_stage(refused.nan_to_num(0, 0, 0)) if result.refused else None,
+            commitments=self._commitments(plan, parts),
+            forgers=forgers,
         )
+
+    def _said_by_all(self, plan: StepPlan, numbers: Tensor, commitments: bytes) -> tuple[Tensor, list[bytes], frozenset[Worker]]:
+        """What all ranks say: numbers, ``(ranks, ...)`` float32, their parts of the commitments, and who forged the row before."""
+        moment = plan.moment(self._transcript.credentials.run)
+        size = numbers.nbytes
+        table = self._transcript.exchange(moment, numbers.numpy().tobytes() + commitments)
+        said = b"".join(row[:size] for row in table.rows)
+        everyone = torch.frombuffer(bytearray(said), dtype=torch.float32).view(self._mesh.size, -1)
+        return everyone, [row[size:] for row in table.rows], table.forgers
+
+    def _commitments(self, plan: StepPlan, parts: list[bytes]) -> StepCommitments | None:
+        if not plan.audited:
+            return None
+        return decode(parts, self._mesh, plan.wiring, plan.moment(self._transcript.credentials.run))
 
     def _require_the_same_plan(self, digests: Tensor, plan: StepPlan) -> None:
         # A non-finite digest says nothing about a plan, and must not end the run.
@@ -125,16 +147,6 @@ class Exchange:
         if recorder.schema.entries == schema.entries:
             return recorder.vector().to(self._device)
         return torch.zeros(schema.width, device=self._device)
-
-    def _gather(self, found: Tensor, known: Tensor | None = None) -> Tensor:
-        """All-gathers each rank's vector, on the host: ``(ranks, ...)``.
-
-        Args:
-            found: values on the device.
-            known: values on the host.
-        """
-        vector = found.cpu() if known is None else torch.cat((found.cpu(), known))
-        return world().all_gather(vector)
 
     def _agree(self, kind: str, mine: LogSchema, fingerprints: Tensor, source: int) -> LogSchema:
         """Adopt the names of one rank. All ranks call this, because all saw the same fingerprints."""

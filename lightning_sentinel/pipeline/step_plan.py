@@ -22,6 +22,7 @@ from lightning_sentinel.errors import MeshExhaustedError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
+from lightning_sentinel.trust.statements import Moment
 from lightning_sentinel.verification.ledger import Ledger
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 
@@ -76,6 +77,14 @@ class StepPlan:
     def log_key(self) -> str:
         """The key under which the names of logged values are agreed on: steps of one key log the same names."""
         return self.kind if self.loader is None else f"{self.kind}/{self.loader}"
+
+    def moment(self, run: bytes) -> Moment:
+        """When what is signed in this step is said.
+
+        Args:
+            run: 16 bytes that name the run.
+        """
+        return Moment(run, self.number, self.run)
 
     @cached_property
     def weights(self) -> Tensor:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor
 
 from lightning_sentinel.mesh import Boundary, Worker
+from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments
 from lightning_sentinel.pipeline.logs import LogRecorder, LogSchema
 from lightning_sentinel.pipeline.step_plan import StepPlan
+from lightning_sentinel.trust.evidence import Evidence
 from lightning_sentinel.verification import SignalTable, StepVerdict
 
 __all__ = ["Ruling", "StepOutcome", "StepResult", "is_skipped", "mean_loss"]
@@ -30,6 +33,7 @@ class StepResult:
         stops: whether the step asks for the end of training; counts for workers of the last stage.
         signals: how many operating-system signals of each kind this process has received; the same kinds on all ranks.
         refused: how often each worker of the stage contributed non-finite values to a reference update; empty if not checked.
+        commitments: this worker's part of :class:`StepCommitments`, encoded; empty in a step that is not audited.
     """
 
     losses: Tensor
@@ -39,6 +43,7 @@ class StepResult:
     stops: bool = False
     signals: Sequence[int] = ()
     refused: Sequence[int] = ()
+    commitments: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class StepOutcome:
         signals: of each kind of operating-system signal, the largest number that any process has received; empty if not asked for.
         refused: ``(stages, replicas, replicas)``, how often each worker has seen each worker of its stage contribute non-finite
             values to a reference update; ``None`` if not checked.
+        commitments: what workers say about the messages that they sent and received; ``None`` in a step that is not audited.
+        forgers: workers whose row of the step before bore no valid signature.
     """
 
     loss: float | None
@@ -68,6 +75,8 @@ class StepOutcome:
     skipped: bool = False
     signals: tuple[int, ...] = ()
     refused: Tensor | None = None
+    commitments: StepCommitments | None = None
+    forgers: frozenset[Worker] = frozenset()
 
 
 class Ruling(NamedTuple):
@@ -80,6 +89,9 @@ class Ruling(NamedTuple):
         redo: whether to repeat the step without the excluded workers, which takes a complete lane of the others.
         plan: the plan of the step that was judged.
         lost: workers whose gradients are lost, with those of earlier batches of the same step.
+        evidence: of bans that audits led to.
+        contradictions: workers that say different things about a message between them.
+        forgers: workers whose row of the step before bore no valid signature.
     """
 
     verdict: StepVerdict
@@ -88,6 +100,9 @@ class Ruling(NamedTuple):
     redo: bool
     plan: StepPlan
     lost: frozenset[Worker] = frozenset()
+    evidence: Mapping[Worker, Evidence] = MappingProxyType({})
+    contradictions: Sequence[tuple[Worker, Worker]] = ()
+    forgers: frozenset[Worker] = frozenset()
 
 
 def mean_loss(losses: Tensor, believed: bool) -> float | None:

@@ -41,6 +41,15 @@ def consequence(audited: bool, ban_after: int | None, left: int, replicas: int) 
     return f"{why}; {then}. {left} of {replicas} pipelines go on."
 
 
+def _otherwise(worker: Worker, ruling: Ruling) -> str:
+    """Why a worker is banned, if it is for another reason than its signals; empty if not."""
+    if worker in ruling.forgers:
+        return "its row of the step before bears no valid signature; the step is done again without it."
+    if any(worker in pair for pair in ruling.contradictions):
+        return "it contradicts more workers of one stage than can be malicious there; the step is done again without it."
+    return ""
+
+
 def keep_latest(detections: list[Detection], more: Sequence[Detection]) -> None:
     """Append detections, and drop the oldest beyond :data:`MOST_DETECTIONS`."""
     detections += more
@@ -85,7 +94,14 @@ class Announcements:
         say = trainer.lightning_module.print
         why = consequence(bool(ruling.excluded), self._ban_after, left, replicas)
         for worker in ruling.banned:
-            say(f"Banned {worker} at step {step}: {why}")
+            shown = f" Evidence: {ledger.evidence[worker]}." if worker in ledger.evidence else ""
+            say(f"Banned {worker} at step {step}: {_otherwise(worker, ruling) or why}{shown}")
+        for one, other in ruling.contradictions:
+            if not {one, other}.intersection(ruling.banned) and self._is_news(one, f"contradicts {other}"):
+                say(
+                    f"Contradiction at step {step}: {one} says that it sent {other} something else than {other} says that it"
+                    " received. One of the two lies, or the network does; the step is done again without them."
+                )
         then = "the step is done again without it" if ruling.excluded else "this run only reports it"
         for worker in sorted(verdict.guilty.difference(ruling.banned)):
             if self._is_news(worker, "guilty"):

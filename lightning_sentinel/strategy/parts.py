@@ -121,4 +121,4 @@ def _make_engine(run: RunState, model: StageModel, optimizer: Optimizer | None, 
     arithmetic = Arithmetic(precision, device)
     transport = Transport(device, settings.transport)
     options = GradientOptions(settings.response, settings.zero_stage == 1, settings.timeout)
-    return SentinelEngine(model, optimizer, steps, transport, run.guard, options, arithmetic)
+    return SentinelEngine(model, optimizer, steps, transport, run.guard, options, arithmetic, run.processes.credentials())

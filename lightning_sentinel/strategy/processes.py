@@ -20,12 +20,13 @@ from lightning_sentinel.pipeline.checkpoints.resumption import data_generators, 
 from lightning_sentinel.pipeline.messages.tensor_trees import broadcast_tree
 from lightning_sentinel.pipeline.processes.admission import announce_end, stand_by
 from lightning_sentinel.pipeline.processes.hosts import host_name
-from lightning_sentinel.pipeline.processes.keys import exchange_keys
+from lightning_sentinel.pipeline.processes.keys import exchange_keys, make_credentials
 from lightning_sentinel.pipeline.processes.liveness import Roster, connect
 from lightning_sentinel.pipeline.processes.renumbering import RenumberedEnvironment
 from lightning_sentinel.pipeline.processes.torch_wire import backend_for
 from lightning_sentinel.pipeline.processes.wire import is_connected, world
 from lightning_sentinel.strategy.settings import StrategySettings
+from lightning_sentinel.trust.credentials import Credentials
 from lightning_sentinel.trust.identity import Identity, PublicKey
 from lightning_sentinel.trust.known_workers import read_known_workers
 
@@ -49,8 +50,8 @@ class Processes:
         """The device of this process."""
         self._identity: Identity | None = None
         self._known: Collection[PublicKey] | None = None
-        self.keys: tuple[PublicKey, ...] = ()
-        """The key of each rank, once the processes have met; none if they have no keys."""
+        self._keys: tuple[PublicKey, ...] = ()
+        """The key of each rank, once the processes have met; none if nothing is signed."""
 
     @property
     def mesh(self) -> Mesh:
@@ -74,22 +75,33 @@ class Processes:
         self.device = device
 
     def identify(self) -> None:
-        """Read this process's key and the list of known workers, before any process waits for another.
+        """Read or draw this process's key, and read the list of known workers, before any process waits for another.
 
         Raises:
             ConfigurationError: if one of the files is not what it should be.
-            MissingExtraError: if there is a key and the package ``cryptography`` is not installed.
+            MissingExtraError: if something is to be signed and the package ``cryptography`` is not installed.
         """
         settings = self.settings
-        if settings.identity is not None and self._identity is None:
-            self._identity = Identity.kept(str(settings.identity).replace("{rank}", str(self.rank)))
+        if settings.signs and self._identity is None:
+            path = settings.key_file
+            self._identity = Identity.draw() if path is None else Identity.kept(path.replace("{rank}", str(self.rank)))
         if settings.known_workers is not None:
             self._known = read_known_workers(settings.known_workers)
 
     @property
     def own_key(self) -> PublicKey | None:
-        """The public key of this process; ``None`` if it has no key."""
-        return None if self._identity is None else self._identity.public
+        """The public key by which later runs will know this process; ``None`` if it has none that is kept."""
+        return None if self._identity is None or self.settings.key_file is None else self._identity.public
+
+    @property
+    def keys(self) -> tuple[PublicKey, ...]:
+        """The key of each rank, once the processes have met; none if the ranks have none that are kept."""
+        return () if self.settings.key_file is None else self._keys
+
+    def credentials(self) -> Credentials:
+        """What this process signs with from now on; a collective of all ranks."""
+        with self.watching():
+            return make_credentials(world(), self._identity, self._keys, self.mesh.workers)
 
     # ----------------------------------------------------------------------------------------------------------- connecting
 
@@ -143,7 +155,7 @@ class Processes:
         with self.watching():
             roster.meet()
             if not self.settings.virtual:
-                self.keys = exchange_keys(world(), self._identity, self._known)
+                self._keys = exchange_keys(world(), self._identity, self._known, self.settings.key_file is not None)
         return (host_name(),) * self.mesh.size if self.settings.virtual else roster.hosts
 
     def report_failure(self, exception: BaseException) -> None:

@@ -13,7 +13,10 @@ from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.verification.features import watched
 
-__all__ = ["StrategySettings", "differences"]
+__all__ = ["UNSIGNED", "StrategySettings", "differences"]
+
+UNSIGNED = "unsigned"
+"""The ``identity`` of workers that sign nothing."""
 
 _VIRTUAL_MESH = Mesh(stages=2, replicas=4)
 """The defaults of ``stages`` and ``replicas`` on a virtual mesh."""
@@ -52,6 +55,16 @@ class StrategySettings:
     def virtual(self) -> bool:
         """Whether the whole mesh is in one process."""
         return self.engine == "virtual"
+
+    @property
+    def signs(self) -> bool:
+        """Whether each process signs what it says."""
+        return self.verification is not None and not self.virtual and self.identity != UNSIGNED
+
+    @property
+    def key_file(self) -> str | None:
+        """The file of the key that each process keeps; ``None`` if it keeps none."""
+        return None if self.identity is None or self.identity == UNSIGNED else str(self.identity)
 
     @property
     def sharded(self) -> bool:
@@ -117,7 +130,12 @@ class StrategySettings:
                 f"identity={str(self.identity)!r} needs engine='process': on a virtual mesh one process is all workers. Leave"
                 " identity out."
             )
-        if self.known_workers is not None and self.identity is None:
+        if self.key_file is not None and self.verification is None:
+            raise ConfigurationError(
+                f"identity={str(self.identity)!r} signs what is verified, and verification=None verifies nothing. Leave identity"
+                " out, or give verification=Verification()."
+            )
+        if self.known_workers is not None and self.key_file is None:
             raise ConfigurationError(
                 f"known_workers={str(self.known_workers)!r} admits workers by their keys, and this one has none. Give it a key"
                 " file: identity='worker.key' makes one, and `lightning-sentinel identity worker.key` prints its public key."

@@ -83,7 +83,8 @@ class SentinelStrategy(CheckpointedStrategy):
             writes its own part, so that no process ever holds the whole model.
         timeout: how long any process waits for another before the run ends with an error that names the other.
         identity: file of this worker's private key, made if it is missing; ``{rank}`` in the path is the rank, for workers that
-            share a file system. Bans then follow the key. Needs the extra ``trust``.
+            share a file system. Bans then follow the key. ``None`` draws a key for this run; ``"unsigned"`` signs nothing, so that
+            nobody can be shown who said what, and does without the extra ``trust``.
         known_workers: file of the public keys that are admitted, one a line, with comments; ``None`` admits any.
         accelerator: this argument and the next four are those of every parallel strategy of Lightning; the Trainer sets them.
         parallel_devices: devices of this machine.

@@ -11,7 +11,7 @@ and slot (4 each); a digest is its algorithm (1) and value (32).
 =========  ====================================================================================================================
 statement  what follows
 =========  ====================================================================================================================
-signal     place; number of the dtype (1), tainted (1), number of axes (1), eight sizes (8 each, 0 beyond the axes); digest
+signal     place; tainted (1); digest
 row        digest of the row, digest of the table before
 vote       place; digest of the signed statement; outcome (1), live workers (4); digest of the finding
 =========  ====================================================================================================================
@@ -28,8 +28,6 @@ from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.trust.digests import Digest
 from lightning_sentinel.trust.statements import (
-    DTYPES,
-    MOST_AXES,
     Kind,
     Moment,
     RowStatement,
@@ -53,7 +51,7 @@ _SIGNAL = b"sentsig\x01"
 _ROW = b"sentrow\x01"
 _VOTE = b"sentvot\x01"
 _LAYOUTS = {
-    _SIGNAL: Struct(f">{_HEAD}{_PLACE}BBB{MOST_AXES}Q{_DIGEST}"),
+    _SIGNAL: Struct(f">{_HEAD}{_PLACE}B{_DIGEST}"),
     _ROW: Struct(f">{_HEAD}{_DIGEST}{_DIGEST}"),
     _VOTE: Struct(f">{_HEAD}{_PLACE}{_DIGEST}BI{_DIGEST}"),
 }
@@ -76,7 +74,7 @@ def encode(statement: Statement) -> bytes:
         (110, '00000000 0000000c 00000000 00000001 00000000')
     """
     if isinstance(statement, SignalStatement):
-        return _pack(_SIGNAL, statement, [*_place(statement.signal), *_of_tensor(statement), statement.digest.encode()])
+        return _pack(_SIGNAL, statement, [*_place(statement.signal), statement.tainted, statement.digest.encode()])
     if isinstance(statement, RowStatement):
         return _pack(_ROW, statement, [statement.row.encode(), statement.table_before.encode()])
     found = [statement.about.encode(), statement.outcome, statement.live, statement.finding.encode()]
@@ -125,8 +123,7 @@ def _pack(magic: bytes, statement: Statement, words: Sequence[Any]) -> bytes:
         return _LAYOUTS[magic].pack(magic, moment.run, moment.step, moment.attempt, sender.stage, sender.replica, *words)
     except struct.error as error:
         raise MalformedMessageError(
-            f"The {statement} cannot be encoded: {error}. Steps and sizes have 64 bits, outcomes 8, and other numbers 32; none is"
-            " negative."
+            f"The {statement} cannot be encoded: {error}. Steps have 64 bits, outcomes 8, and other numbers 32; none is negative."
         ) from None
 
 
@@ -141,25 +138,9 @@ def _signal_id(kind: int, direction: int, boundary: int, lane: int, slot: int) -
     return SignalId(Kind(kind), Boundary(boundary, _DIRECTIONS[direction]), lane, slot)
 
 
-def _of_tensor(statement: SignalStatement) -> list[int]:
-    shape = statement.shape
-    if len(shape) > MOST_AXES or statement.dtype not in DTYPES:
-        raise MalformedMessageError(
-            f"Nothing can be signed about a tensor of shape {tuple(shape)} and dtype {statement.dtype}: it has at most {MOST_AXES}"
-            f" axes, and one of the dtypes {', '.join(map(str, DTYPES))}."
-        )
-    padding = [0] * (MOST_AXES - len(shape))
-    return [DTYPES.index(statement.dtype), statement.tainted, len(shape), *shape, *padding]
-
-
 def _signal_statement(moment: Moment, sender: Worker, signal: SignalId, words: Sequence[Any]) -> SignalStatement:
-    dtype, tainted, axes, *sizes, digest = words
-    if dtype >= len(DTYPES):
-        raise MalformedMessageError(f"A statement came about a tensor of dtype number {dtype}; known are 0 to {len(DTYPES) - 1}.")
-    # Whatever has no meaning must be zero, or there would be several encodings of the same statement.
-    if tainted > 1 or axes > MOST_AXES or any(sizes[axes:]):
-        raise MalformedMessageError(
-            f"A statement came about a tensor of {axes} axes and the sizes {sizes}, tainted {tainted}. There are at most"
-            f" {MOST_AXES} axes, sizes are 0 from there on, and what is tainted is 0 or 1."
-        )
-    return SignalStatement(moment, sender, signal, tuple(sizes[:axes]), DTYPES[dtype], bool(tainted), Digest.decode(digest))
+    tainted, digest = words
+    # Or there would be several encodings of the same statement.
+    if tainted > 1:
+        raise MalformedMessageError(f"A statement came about a signal whose taint is {tainted}, and can be 0 or 1.")
+    return SignalStatement(moment, sender, signal, bool(tainted), Digest.decode(digest))

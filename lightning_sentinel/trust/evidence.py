@@ -21,7 +21,7 @@ from lightning_sentinel.trust.statements import RowStatement, SignalStatement, V
 
 __all__ = ["LIED", "MATCHES", "OUTCOMES", "Evidence", "Message", "Reason", "Recomputation", "Testimony", "finding_of"]
 
-OUTCOMES = ("matches", "lied", "activation withheld", "gradient withheld", "disputed")
+OUTCOMES = ("matches", "lied", "activation withheld", "gradient withheld", "disputed", "signal withheld")
 """Names of the outcomes of an audit by number, those of :class:`~lightning_sentinel.verification.audit.Outcome`."""
 
 MATCHES = 0
@@ -37,6 +37,8 @@ class Reason(str, Enum):
     """Most workers of its stage recomputed a signal that it had signed, and found another."""
     CONTRADICTED_ITSELF = "contradicted itself"
     """It signed two different statements about the same thing."""
+    WITHHELD = "withheld"
+    """It gave auditors another signal than it had sent, or received, by its own signed word."""
     FALSE_WORD = "false word"
     """As an auditor it signed the opposite of what most workers of its stage found."""
 

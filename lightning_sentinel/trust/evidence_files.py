@@ -24,7 +24,7 @@ from lightning_sentinel.trust.identity import PublicKey
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import VoteStatement
 
-__all__ = ["LARGEST_FILE", "VERSION", "read_evidence", "write_evidence"]
+__all__ = ["LARGEST_FILE", "VERSION", "file_name", "read_evidence", "write_evidence"]
 
 VERSION = 1
 """Of the format; counted up with every change."""
@@ -39,21 +39,30 @@ _LARGEST_NUMBER = 2**32 - 1
 T = TypeVar("T")
 
 
+def file_name(evidence: Evidence) -> str:
+    """The name of a ban's file, in the folder ``sentinel`` of a run's log directory.
+
+    Example:
+        >>> file_name(Evidence(Worker(1, 0), Reason.LIED, step=12, keys={}, messages=(), testimonies=()))
+        'evidence/step-00000012-stage-1-replica-0.json'
+    """
+    worker = evidence.banned
+    return f"evidence/step-{evidence.step:08}-stage-{worker.stage}-replica-{worker.replica}.json"
+
+
 def write_evidence(evidence: Evidence, log_dir: str | Path) -> Path:
     """Write the evidence of a ban below a run's log directory; the file is there when it is whole, and not before.
 
     Returns:
-        the path, ``<log_dir>/sentinel/evidence/step-<step>-stage-<stage>-replica-<replica>.json``.
+        the path, ``<log_dir>/sentinel/`` and :func:`file_name`.
 
     Raises:
         OSError: if it could not be written, with the path; a file that was there before is untouched.
     """
-    worker = evidence.banned
-    folder = Path(log_dir) / "sentinel" / "evidence"
-    target = folder / f"step-{evidence.step:08}-stage-{worker.stage}-replica-{worker.replica}.json"
+    target = Path(log_dir) / "sentinel" / file_name(evidence)
     part = target.with_name(f".{target.name}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with part.open("w") as file:
             file.write(json.dumps(_content(evidence), indent=1, allow_nan=False) + "\n")
             file.flush()

@@ -179,7 +179,8 @@ def _require_cryptography() -> None:
     try:
         import cryptography.exceptions  # noqa: F401
     except ImportError:
-        raise MissingExtraError("cryptography", "trust", "Signing what workers say") from None
+        otherwise = ". Or sign nothing: SentinelStrategy(identity='unsigned')."
+        raise MissingExtraError("cryptography", "trust", "Signing what workers say", otherwise) from None
 
 
 @lru_cache(maxsize=4096)

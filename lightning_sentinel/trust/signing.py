@@ -18,13 +18,12 @@ S = TypeVar("S", SignalStatement, RowStatement, VoteStatement)
 _WORDS = {
     "run": "is from another run: a replay",
     "step": "is of step {said}, not {due}: a replay, or out of its turn",
-    "attempt": "is of attempt {said} at its step, not {due}: a replay, or out of its turn",
+    "attempt": "is of attempt {said}, not {due}: a replay, or out of its turn",
     "kind": "is about a {said}, not a {due}",
     "boundary": "is about the boundary {said.name}, not {due.name}",
     "lane": "is of lane {said}, not {due}: a replay, or misplaced",
     "slot": "is of micro-batch {said}, not {due}: a replay, or misplaced",
     "sender": "is another worker's word: that of {said}, not of {due}",
-    "shape": "is about a tensor of shape {said}, not {due}",
     "digest": "is about other contents: {said} was signed, and what came is {due}",
     "row": "is about another row: {said} was signed, and what came is {due}",
 }

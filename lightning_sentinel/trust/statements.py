@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
-import torch
-
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Boundary, Worker
 from lightning_sentinel.trust.digests import Digest
 
 __all__ = [
-    "DTYPES",
-    "MOST_AXES",
     "RUN_BYTES",
     "Kind",
     "Moment",
@@ -30,10 +26,6 @@ __all__ = [
     "VoteStatement",
 ]
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""What can cross a boundary. The place in this tuple is what is sent and signed: append only, or count the versions up."""
-
-MOST_AXES = 8
 RUN_BYTES = 16
 
 
@@ -55,7 +47,7 @@ class Moment:
     Args:
         run: 16 bytes that no other run has.
         step: number of the training batch.
-        attempt: how often the step was done before.
+        attempt: runs of the schedule so far, repeated steps and evaluations included: no two of them have the same number.
 
     Raises:
         MalformedMessageError: if ``run`` is of another length.
@@ -121,18 +113,16 @@ class SignalStatement:
         moment: when.
         sender: who says so.
         signal: which message it is.
-        shape: of the tensor, at most ``MOST_AXES`` sizes.
-        dtype: of the tensor, one of ``DTYPES``.
         tainted: whether the sender knows that what it received was false, and its own signal therefore is.
-        digest: of the tensor, from :func:`~lightning_sentinel.trust.digests.digest_of_tensor`.
+        digest: of the tensor, its shape and its dtype, from :func:`~lightning_sentinel.trust.digests.digest_of_tensor`.
 
     Example:
+        >>> import torch
         >>> from lightning_sentinel.mesh import Direction
         >>> from lightning_sentinel.trust.digests import Algorithm, digest_of_tensor
-        >>> tensor = torch.ones(2, 5)
-        >>> signal = SignalId(Kind.SIGNAL, Boundary(1, Direction.ACTIVATION), lane=0, slot=3)
-        >>> digest = digest_of_tensor(tensor, Algorithm.SHA256)
-        >>> said = SignalStatement(Moment(bytes(16), 12, 0), Worker(1, 0), signal, (2, 5), tensor.dtype, False, digest)
+                >>> signal = SignalId(Kind.SIGNAL, Boundary(1, Direction.ACTIVATION), lane=0, slot=3)
+        >>> digest = digest_of_tensor(torch.ones(2, 5), Algorithm.SHA256)
+        >>> said = SignalStatement(Moment(bytes(16), 12, 0), Worker(1, 0), signal, False, digest)
         >>> print(said)
         activation signal from stage 1 to 2, lane 0, micro-batch 3, of step 12, attempt 0, by worker (stage 1, replica 0)
     """
@@ -140,8 +130,6 @@ class SignalStatement:
     moment: Moment
     sender: Worker
     signal: SignalId
-    shape: tuple[int, ...]
-    dtype: torch.dtype
     tainted: bool
     digest: Digest
 

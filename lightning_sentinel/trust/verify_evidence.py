@@ -108,6 +108,7 @@ def verify_evidence(evidence: Evidence, known: Collection[PublicKey] | None = No
 _ACCUSATIONS = {
     Reason.LIED: "sent a signal that most workers of its stage found to be false",
     Reason.CONTRADICTED_ITSELF: "signed two different statements about the same thing",
+    Reason.WITHHELD: "gave another signal to those who recomputed one than it had signed for",
     Reason.FALSE_WORD: "signed the opposite of what most workers of its stage found",
 }
 
@@ -189,12 +190,28 @@ def _ground(evidence: Evidence) -> str:
         share = f"{count} of {live} live workers of its stage"
         if evidence.reason is Reason.LIED and signal.sender == evidence.banned and outcome == LIED:
             grounds.append(f"{evidence.banned} signed the {signal.signal}, of {signal.moment}, and {share} found it to be false")
+        if evidence.reason is Reason.WITHHELD and _had_to_hand_over(evidence, signal, outcome):
+            words = f"{share} signed that they did not get {_WITHHELD[outcome]} the {signal.signal}, of {signal.moment}"
+            grounds.append(f"{words}, and it was for {evidence.banned} to give it to them")
         own = {vote.outcome for vote in votes if vote.sender == evidence.banned}
         opposite = {MATCHES: LIED, LIED: MATCHES}.get(outcome)
         if evidence.reason is Reason.FALSE_WORD and own == {opposite}:
             words = f"{evidence.banned} signed that the {signal.signal}, of {signal.moment}, {_PHRASES[own.pop()]}"
             grounds.append(f"{words}, and {share} signed the opposite")
     return "; ".join(grounds)
+
+
+_WITHHELD = {2: "the activation behind", 3: "the gradient behind", 5: "the elements of"}
+
+
+def _had_to_hand_over(evidence: Evidence, audited: SignalStatement, outcome: int) -> bool:
+    """Whether the banned worker, by its own signed word, served the lane and the stage that were to hand over what was missing."""
+    boundary = audited.signal.boundary
+    stages = {2: boundary.sender - 1, 3: boundary.sender + 1, 5: boundary.receiver}
+    place = (audited.moment, audited.signal.lane, audited.signal.slot)
+    own = [one for one in _signals(evidence) if one.sender == evidence.banned]
+    served = any((one.moment, one.signal.lane, one.signal.slot) == place for one in own)
+    return served and evidence.banned.stage == stages.get(outcome)
 
 
 _PHRASES = {MATCHES: "is true", LIED: "is false"}

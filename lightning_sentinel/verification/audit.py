@@ -32,6 +32,8 @@ class Outcome(IntEnum):
     """The worker that sent the sender its gradient gave the auditor another one."""
     DISPUTED = 4
     """The votes contradict each other, and no majority tells who lies. Only a stage's result, never one worker's vote."""
+    SIGNAL_WITHHELD = 5
+    """The worker that received the signal gave the auditor another one."""
 
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -40,6 +40,7 @@ class Ban:
         mesh: the mesh that it was part of; ``None`` if unknown.
         reason: why, in a word or two.
         key: the worker's public key; ``None`` if it had none.
+        evidence: file in the folder ``sentinel`` of the run's log directory that shows why; ``None`` if there is none.
     """
 
     worker: Worker
@@ -50,6 +51,7 @@ class Ban:
     mesh: Mesh | None = None
     reason: str = "signals"
     key: str | None = None
+    evidence: str | None = None
 
     @property
     def place(self) -> tuple[Worker, str | None, Mesh | None, str | None]:
@@ -68,6 +70,7 @@ class Ban:
             "mesh": None if self.mesh is None else [self.mesh.stages, self.mesh.replicas],
             "reason": self.reason,
             "key": self.key,
+            "evidence": self.evidence,
         }
 
     @classmethod
@@ -75,6 +78,7 @@ class Ban:
         """The inverse of :meth:`entry`; also reads entries of :meth:`Ledger.export`."""
         host = entry.get("host")
         key = entry.get("key")
+        evidence = entry.get("evidence")
         mesh = entry.get("mesh")
         return cls(
             Worker(int(entry["stage"]), int(entry["replica"])),
@@ -85,6 +89,7 @@ class Ban:
             None if mesh is None else Mesh(*map(int, mesh)),
             str(entry.get("reason", "signals")),
             None if key is None else str(key),
+            None if evidence is None else str(evidence),
         )
 
 

@@ -73,10 +73,14 @@ class Ledger:
     """The step from which a worker would be banned, if more of its stage could be."""
     shuffled_at: int | None = None
     """The latest step for which a new shuffle was requested."""
+    contradicted: dict[Worker, set[Worker]] = field(default_factory=dict)
+    """The workers that say something else than a worker does about a message between the two."""
     hosts: dict[Worker, str] = field(default_factory=dict)
     """The machine that serves a worker; empty if unknown."""
     keys: dict[Worker, str] = field(default_factory=dict)
     """The public key of a worker; empty if workers have none."""
+    evidence: dict[Worker, str] = field(default_factory=dict)
+    """The file in a run's folder ``sentinel`` that shows why a worker was banned."""
 
     @property
     def banned(self) -> frozenset[Worker]:
@@ -171,6 +175,45 @@ class Ledger:
             return []
         return self._condemn(step, [worker for worker in sorted(guilty) if self._is_enough(worker, mesh)], mesh)
 
+    def record_contradictions(
+        self, step: int, pairs: Collection[tuple[Worker, Worker]], forgers: Collection[Worker], mesh: Mesh
+    ) -> list[Worker]:
+        """Record which workers contradict each other about a message that one sent and the other received.
+
+        One of the two lies, and nobody can tell which. But a worker that contradicts more workers of one stage than can be
+        malicious there lies. In a stage of two, that cannot be told either.
+
+        Args:
+            step: number of the training batch.
+            pairs: the workers that contradict each other; from the next step on others are put beside them.
+            forgers: workers whose word bore no valid signature, which is a lie without doubt.
+            mesh: all workers.
+
+        Returns:
+            the workers that this step bans, in order.
+
+        Example:
+            >>> ledger, mesh, liar = Ledger(), Mesh(stages=2, replicas=3), Worker(0, 0)
+            >>> ledger.record_contradictions(7, [(liar, Worker(1, 0))], [], mesh)
+            []
+            >>> ledger.record_contradictions(8, [(liar, Worker(1, 2))], [], mesh)
+            [Worker(stage=0, replica=0)]
+        """
+        for one, other in pairs:
+            self.contradicted.setdefault(one, set()).add(other)
+            self.contradicted.setdefault(other, set()).add(one)
+        if pairs:
+            self.shuffled_at = step + 1
+        if self.ban_after is None:
+            return []
+        liars = [worker for pair in pairs for worker in pair if self._contradicts_too_many(worker, mesh)]
+        return self._condemn(step, {*forgers, *liars}, mesh)
+
+    def _contradicts_too_many(self, worker: Worker, mesh: Mesh) -> bool:
+        of_stages = Counter(other.stage for other in self.contradicted[worker])
+        live = {stage: mesh.replicas - sum(one.stage == stage for one in self.banned_at) for stage in of_stages}
+        return any(strikes_to_ban(live[stage]) is not None and count > most_bans(live[stage]) for stage, count in of_stages.items())
+
     def _is_enough(self, worker: Worker, mesh: Mesh) -> bool:
         needed = strikes_to_ban(mesh.replicas - self._of_stage(self.banned_at, worker))
         return needed is not None and self.strikes[worker] >= needed
@@ -205,7 +248,16 @@ class Ledger:
         """
         hosts = len(set(self.hosts.values()))
         return [
-            Ban(worker, step, self.flags[worker], self.hosts.get(worker), hosts, mesh, key=self.keys.get(worker))
+            Ban(
+                worker,
+                step,
+                self.flags[worker],
+                self.hosts.get(worker),
+                hosts,
+                mesh,
+                key=self.keys.get(worker),
+                evidence=self.evidence.get(worker),
+            )
             for worker, step in sorted(self.banned_at.items())
         ]
 
@@ -232,6 +284,7 @@ class Ledger:
                 "flags": self.flags[worker],
                 "host": self.hosts.get(worker),
                 "key": self.keys.get(worker),
+                "evidence": self.evidence.get(worker),
             }
             for worker, step in sorted(self.banned_at.items())
         ]
@@ -272,6 +325,12 @@ class Ledger:
             "audits": self.audits,
             "hosts": hosts,
             "keys": keys,
+            "evidence": [[worker.stage, worker.replica, name] for worker, name in sorted(self.evidence.items())],
+            "contradicted": [
+                [one.stage, one.replica, other.stage, other.replica]
+                for one, others in sorted(self.contradicted.items())
+                for other in sorted(others)
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -288,6 +347,10 @@ class Ledger:
         self.audits = state.get("audits", 0)
         self.hosts = {Worker(s, r): host for s, r, host in state.get("hosts", ())}
         self.keys = {Worker(s, r): key for s, r, key in state.get("keys", ())}
+        self.evidence = {Worker(s, r): name for s, r, name in state.get("evidence", ())}
+        self.contradicted = {}
+        for s, r, other_s, other_r in state.get("contradicted", ()):
+            self.contradicted.setdefault(Worker(s, r), set()).add(Worker(other_s, other_r))
 
 
 def _others(worker: Worker, workers: Collection[Worker]) -> list[Worker]:

@@ -21,7 +21,7 @@ from lightning_sentinel.verification.jury import Findings
 from lightning_sentinel.verification.table import SignalTable
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["MUCH_FURTHER", "Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits"]
+__all__ = ["MUCH_FURTHER", "Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits", "unjudged"]
 
 Audit = Callable[[Tensor], Findings]
 """Has the chosen signals, ``(boundaries, lanes, micro_batches)`` bool, recomputed."""
@@ -100,6 +100,32 @@ class StepVerdict:
     explained: Tensor
     clean: Tensor
     table: SignalTable
+
+
+def unjudged(table: SignalTable, mesh: Mesh) -> StepVerdict:
+    """The verdict on a step that will be done again for another reason than its signals: on nobody.
+
+    Args:
+        table: all signals of the step.
+        mesh: the workers.
+    """
+    nothing = torch.zeros_like(table.tainted)
+    return StepVerdict(
+        detections=(),
+        flagged=Counter(),
+        suspects=frozenset(),
+        unmistakable=frozenset(),
+        verified=frozenset(),
+        guilty=frozenset(),
+        disputed=frozenset(),
+        outvoted=frozenset(),
+        audits=0,
+        honest=nothing,
+        heard=nothing,
+        explained=nothing,
+        clean=torch.zeros(mesh.stages, *nothing.shape[1:], dtype=torch.bool),
+        table=table,
+    )
 
 
 def judge(
@@ -249,6 +275,10 @@ def _causes(findings: Findings, audited: Tensor, mesh: Mesh) -> tuple[Tensor, Te
                 confirmed[_sent_to(index, direction, mesh)] |= outcome == said
                 # Whether the signal computed from the withheld one is right is unknown.
                 explained[index] |= outcome == said
+        withheld = outcome == Outcome.SIGNAL_WITHHELD
+        if bool(withheld.any()):
+            confirmed[_sent_by_receiver(index, mesh)] |= withheld
+            explained[index] |= withheld
         found = found | (outcome != Outcome.MATCHES)
     return confirmed, disputed, explained
 
@@ -275,6 +305,13 @@ def _sent_to(index: int, direction: Direction, mesh: Mesh) -> int:
     """The boundary across which the sender of boundary ``index`` received its activation or gradient."""
     stage = mesh.boundaries[index].sender
     return mesh.boundaries.index(Boundary(stage - (direction is Direction.ACTIVATION), direction))
+
+
+def _sent_by_receiver(index: int, mesh: Mesh) -> int:
+    """A boundary across which the receiver of boundary ``index`` sends."""
+    boundary = mesh.boundaries[index]
+    back = next(direction for direction in Direction if direction is not boundary.direction)
+    return mesh.boundaries.index(mesh.after(boundary) or Boundary(boundary.index, back))
 
 
 def behind(signals: Tensor, mesh: Mesh) -> Tensor:

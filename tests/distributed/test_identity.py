@@ -17,7 +17,7 @@ def test_workers_prove_their_keys_and_strangers_are_refused_on_all_ranks(tmp_pat
         assert told["known"] == {"keys": [first, second], "banned": []}
         assert told["one of them"].startswith(f"The key of rank 1 ({second}) is not on the list of known workers.")
         assert told["shared"].startswith("Ranks 0 and 1 have the same key, ed25519:")
-        assert told["one without"].startswith("Rank(s) 1 have no key, and the others have.")
+        assert told["one without"].startswith("Rank(s) 1 have no key that is kept, and the others have.")
         # The ledger of an earlier run bans the key of rank 1, which served another place of another mesh.
         assert told["banned"].startswith("All workers of stage 0 are banned")
     entries = json.loads((tmp_path / "ledger.json").read_text())["banned"]

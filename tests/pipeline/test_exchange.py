@@ -13,17 +13,22 @@ from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError, PlanMismatchError
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.exchange import Exchange
 from lightning_sentinel.pipeline.logs import LoggingMicroBatch, LogRecorder
 from lightning_sentinel.pipeline.step_plan import StepPlan, plan_step
 from lightning_sentinel.pipeline.step_results import StepOutcome, StepResult
+from lightning_sentinel.trust.credentials import Credentials
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.table import COLUMNS, no_rows
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 from tests.pipeline.ranks import Ranks, ranks
 
 CPU = torch.device("cpu")
+RUN = bytes(16)
+_BOUND = 130
+"""Bytes at the end of a row: two digests and a signature."""
 Log = Callable[[LogRecorder, Worker, int], None]
 
 
@@ -39,6 +44,10 @@ def sizes_of(wiring: Wiring) -> BatchSizes:
 
 def plan_of(mesh: Mesh, wiring: Wiring) -> StepPlan:
     return replace(plan_step("training_step", mesh, sizes_of(wiring)), wiring=wiring)
+
+
+def exchange_of(mesh: Mesh) -> Exchange:
+    return Exchange(mesh, CPU, Transcript(mesh, Credentials(RUN)))
 
 
 def nothing(**said: Any) -> StepResult:
@@ -73,7 +82,7 @@ def exchanged(
     plan = plan_of(mesh, wiring)
 
     def work(rank: int) -> list[StepOutcome]:
-        worker, exchange = mesh.worker(rank), Exchange(mesh, CPU)
+        worker, exchange = mesh.worker(rank), exchange_of(mesh)
         lane = wiring.lane(worker)
         parts = () if lane is None else wiring.work[lane]
         last = worker.stage == mesh.stages - 1
@@ -148,7 +157,7 @@ def test_a_step_in_which_no_sample_counts_has_no_loss() -> None:
     with ranks(mesh.size) as world:
 
         def work(rank: int) -> StepOutcome:
-            return Exchange(mesh, CPU).run(plan_of(mesh, wiring), nothing())
+            return exchange_of(mesh).run(plan_of(mesh, wiring), nothing())
 
         assert [outcome.loss for outcome in world.run(work)] == [None, None]
 
@@ -181,7 +190,7 @@ def test_replicas_that_log_different_names_are_refused_on_all_ranks() -> None:
         if worker.stage:
             recorder.log(f"loss of {worker.replica}", 1.0)
         with pytest.raises(PipelineModelError, match=r"log different names in training_step; this rank logs .*Log the same"):
-            Exchange(mesh, CPU).run(plan_of(mesh, Wiring.of(mesh)), nothing(recorder=recorder))
+            exchange_of(mesh).run(plan_of(mesh, Wiring.of(mesh)), nothing(recorder=recorder))
         refused.append(rank)
 
     with ranks(mesh.size) as world:
@@ -196,7 +205,7 @@ def test_what_a_worker_without_a_lane_logs_is_not_asked_for() -> None:
         worker, recorder = mesh.worker(rank), LogRecorder(L.LightningModule())
         if worker.stage:
             recorder.log("loss" if worker.replica else "nonsense", 5.0 + worker.replica)
-        return Exchange(mesh, CPU).run(plan_of(mesh, wiring), nothing(recorder=recorder))
+        return exchange_of(mesh).run(plan_of(mesh, wiring), nothing(recorder=recorder))
 
     with ranks(mesh.size) as world:
         assert [outcome.logged for outcome in world.run(work)] == [{"loss": (6.0, 1.0)}] * 4
@@ -208,7 +217,7 @@ def test_one_step_that_asks_for_the_end_is_heard_by_all_and_nobody_else_is() -> 
     for asks, heard in [({Worker(1, 1)}, True), ({Worker(0, 0), Worker(0, 1)}, False), (set[Worker](), False)]:
 
         def work(rank: int, asks: set[Worker] = asks) -> bool:
-            return Exchange(mesh, CPU).run(plan_of(mesh, wiring), nothing(stops=mesh.worker(rank) in asks)).stops
+            return exchange_of(mesh).run(plan_of(mesh, wiring), nothing(stops=mesh.worker(rank) in asks)).stops
 
         with ranks(mesh.size) as world:
             assert world.run(work) == [heard] * mesh.size
@@ -220,9 +229,13 @@ def test_a_signal_that_one_process_has_had_is_known_to_all() -> None:
     had = [(0, 2), (1, 0), (0, 0), (0, 1)]
 
     def work(rank: int) -> tuple[int, ...]:
-        return Exchange(mesh, CPU).run(plan_of(mesh, wiring), nothing(signals=had[rank])).signals
+        return exchange_of(mesh).run(plan_of(mesh, wiring), nothing(signals=had[rank])).signals
 
-    for says in ({}, {3: lambda said: torch.full_like(said, torch.nan)}):
+    def no_numbers(said: Tensor) -> Tensor:
+        # NaN, as floats, in place of all but what binds it to the step before.
+        return torch.cat((torch.full_like(said[:-_BOUND], 255), said[-_BOUND:]))
+
+    for says in ({}, {3: no_numbers}):
         with ranks(mesh.size) as world:
             world.says = says
             assert world.run(work) == [(1, 2)] * mesh.size
@@ -234,7 +247,7 @@ def test_what_each_worker_has_seen_of_its_stage_is_known_to_all() -> None:
 
     def work(rank: int) -> Tensor | None:
         worker = mesh.worker(rank)
-        return Exchange(mesh, CPU).run(plan_of(mesh, wiring), nothing(refused=(10 * worker.stage + worker.replica, 7))).refused
+        return exchange_of(mesh).run(plan_of(mesh, wiring), nothing(refused=(10 * worker.stage + worker.replica, 7))).refused
 
     with ranks(mesh.size) as world:
         for refused in world.run(work):
@@ -277,7 +290,7 @@ def test_names_of_another_rank_are_bounded_and_typed(said: int | bytes, message:
         if mesh.worker(rank).stage == 1:
             log_loss(recorder, Worker(1, 0), 0)
         with pytest.raises(MalformedMessageError, match=message) as error:
-            Exchange(mesh, CPU).run(plan_of(mesh, Wiring.of(mesh)), nothing(recorder=recorder))
+            exchange_of(mesh).run(plan_of(mesh, Wiring.of(mesh)), nothing(recorder=recorder))
         refused.append(error.value.rank)
 
     with ranks(mesh.size) as world:
@@ -305,7 +318,7 @@ def test_ranks_with_another_plan_are_named_on_all_ranks(change: dict[str, Any]) 
     def work(rank: int) -> None:
         mine = replace(plan, **change) if rank == 2 else plan
         with pytest.raises(PlanMismatchError, match=r"another plan than most have rank 2 \(worker \(stage 0, replica 0\)\)"):
-            Exchange(mesh, CPU).run(mine, nothing())
+            exchange_of(mesh).run(mine, nothing())
         told.append(rank)
 
     with ranks(mesh.size) as world:
@@ -319,7 +332,7 @@ def test_of_two_ranks_that_disagree_both_are_named() -> None:
 
     def work(rank: int) -> None:
         with pytest.raises(PlanMismatchError, match=r"no plan is that of most of rank 0 .*, rank 1 "):
-            Exchange(mesh, CPU).run(replace(plan, seed=rank), nothing())
+            exchange_of(mesh).run(replace(plan, seed=rank), nothing())
 
     with ranks(mesh.size) as world:
         world.run(work)

@@ -8,8 +8,6 @@ from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.trust.digests import Algorithm, Digest, digest_of
 from lightning_sentinel.trust.identity import Identity
 from lightning_sentinel.trust.statements import (
-    DTYPES,
-    MOST_AXES,
     Kind,
     Moment,
     RowStatement,
@@ -32,7 +30,7 @@ def identity(worker: Worker) -> Identity:
     return Identity.seeded(0, str(worker))
 
 
-SIGNAL = SignalStatement(NOW, SENDER, PLACE, (2, 5), DTYPES[0], False, digest("a signal"))
+SIGNAL = SignalStatement(NOW, SENDER, PLACE, False, digest("a signal"))
 ROW = RowStatement(NOW, SENDER, digest("a row"), digest("a table"))
 VOTE = VoteStatement(NOW, Worker(1, 2), PLACE, digest("what was signed"), 1, 5, digest("what was found"))
 
@@ -42,8 +40,7 @@ MOMENTS = st.builds(Moment, st.binary(min_size=16, max_size=16), UINT64, UINT32)
 WORKERS = st.builds(Worker, UINT32, UINT32)
 PLACES = st.builds(SignalId, st.sampled_from(Kind), st.builds(Boundary, UINT32, st.sampled_from(Direction)), UINT32, UINT32)
 DIGESTS = st.builds(Digest, st.sampled_from(Algorithm), st.binary(min_size=32, max_size=32))
-SHAPES = st.lists(UINT64, max_size=MOST_AXES).map(tuple)
-SIGNALS = st.builds(SignalStatement, MOMENTS, WORKERS, PLACES, SHAPES, st.sampled_from(DTYPES), st.booleans(), DIGESTS)
+SIGNALS = st.builds(SignalStatement, MOMENTS, WORKERS, PLACES, st.booleans(), DIGESTS)
 ROWS = st.builds(RowStatement, MOMENTS, WORKERS, DIGESTS, DIGESTS)
 VOTES = st.builds(VoteStatement, MOMENTS, WORKERS, PLACES, DIGESTS, st.integers(0, 255), UINT32, DIGESTS)
 STATEMENTS = SIGNALS | ROWS | VOTES

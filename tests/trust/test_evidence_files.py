@@ -114,7 +114,7 @@ class TestRefusals:
             (lambda c: c.update(step=-1), "step is no whole number from 0"),
             (lambda c: c.update(step=True), "step is no whole number"),
             (lambda c: c.update(step=12.0), "step is no whole number"),
-            (lambda c: c.update(reason="dislike"), "reason is none of lied, contradicted itself, false word"),
+            (lambda c: c.update(reason="dislike"), "reason is none of lied, contradicted itself, withheld, false word"),
             (lambda c: c.update(reason=["lied"]), "reason is none of"),
             (lambda c: c["banned"].update(stage=2**32), "banned.stage is no whole number from 0 to 4294967295"),
             (lambda c: c.update(banned=[1, 0]), "banned has not exactly the fields stage, replica"),

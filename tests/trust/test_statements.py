@@ -4,13 +4,8 @@ import pytest
 
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Worker
-from lightning_sentinel.pipeline.messages import headers
-from lightning_sentinel.trust.statements import DTYPES, Moment, RowStatement
+from lightning_sentinel.trust.statements import Moment, RowStatement
 from tests.trust.statements import NOW, ROW, SIGNAL, VOTE
-
-
-def test_what_can_be_signed_is_what_can_cross_a_boundary() -> None:
-    assert DTYPES == headers.DTYPES
 
 
 @pytest.mark.parametrize("run", [b"", bytes(15), bytes(17)])

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError
 from lightning_sentinel.mesh import Direction
-from lightning_sentinel.trust.statements import DTYPES, MOST_AXES
 
 __all__ = [
     "DTYPES",
     "HEADER_WORDS",
+    "MOST_AXES",
     "NOTES",
     "NOTHING",
     "SIGNALS",
@@ -35,6 +35,11 @@ __all__ = [
     "encode",
     "extent",
 ]
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""What can cross a boundary. The place in this tuple is what is sent: append only, or count the version up."""
+
+MOST_AXES = 8
 
 # A message may be so many times as large as the largest one before it, or as the one that is due.
 _GROWTH = 16

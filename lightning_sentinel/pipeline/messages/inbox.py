@@ -44,6 +44,7 @@ class Inbox:
         self._news: dict[int, bool] = {}
         self._replaces = self._lets_nothing_in = False
         self._told_of: set[int | None] = set()
+        self._replaced: set[MessageId] = set()
 
     def begin(self, replaces: bool, lets_nothing_in: bool = False) -> None:
         """Begin a step.
@@ -55,6 +56,11 @@ class Inbox:
         self._replaces = replaces
         self._lets_nothing_in = lets_nothing_in
         self._news.clear()
+        self._replaced.clear()
+
+    def is_replaced(self, message_id: MessageId) -> bool:
+        """Whether a message of this step was malformed, and a signal of NaN went on in its place."""
+        return message_id in self._replaced
 
     def is_new_shape(self, slot: int) -> bool:
         """Whether a micro-batch's input has a shape that is new to this stage, or an earlier stage's input had a new one."""
@@ -95,7 +101,7 @@ class Inbox:
             if usual is None or not error.taken:
                 raise
             self._news[message_id.slot] = False
-            return self._nothing(usual, allowance.dtypes[0], error)
+            return self._nothing(message_id, usual, allowance.dtypes[0], error)
         self._news[message_id.slot] = bool(is_new_shape) or shape not in self._shapes
         self._shapes.add(shape)
         allowance.saw(signal, samples)
@@ -108,7 +114,7 @@ class Inbox:
         except MalformedMessageError as error:
             if not self._replaces or not error.taken:
                 raise
-            return self._nothing(output.shape, output.dtype, error)
+            return self._nothing(message_id, output.shape, output.dtype, error)
         return signal, tainted
 
     def note(self, rank: int, message_id: MessageId) -> Projection:
@@ -134,8 +140,11 @@ class Inbox:
                 taken=True,
             ) from error
 
-    def _nothing(self, shape: Sequence[int], dtype: torch.dtype, error: MalformedMessageError) -> tuple[Tensor, Tensor]:
+    def _nothing(
+        self, message_id: MessageId, shape: Sequence[int], dtype: torch.dtype, error: MalformedMessageError
+    ) -> tuple[Tensor, Tensor]:
         """A signal of NaN in place of a malformed message, for which the sender is blamed. Warns once per sender."""
+        self._replaced.add(message_id)
         if error.rank not in self._told_of:
             self._told_of.add(error.rank)
             warnings.warn(f"{error} It counts as a signal that is not finite.", RuntimeWarning, stacklevel=2)

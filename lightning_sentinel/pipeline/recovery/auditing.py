@@ -4,44 +4,47 @@ Another worker of the stage recomputes the signal. The previous stage's worker h
 stage's worker the gradient that it sent, the receiver the claimed signal, and a worker that loaded the samples hands those over.
 All ranks go through the same list in the same order, so that no two ranks wait for each other.
 
-The auditor checks an activation or gradient that it was handed against the digest of what the audited worker received. That worker
-sends the digest itself: else its neighbour could have it blamed. Which workers are asked, and whose vote counts, the jury decides
+Whoever hands over a signal has said what its digest is, in the collective of the step, before anybody knew what would be audited.
+So the auditor knows whether it is given the signal that was sent. Which workers are asked, and whose vote counts, the jury decides
 (:mod:`lightning_sentinel.verification.jury`).
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary
-from lightning_sentinel.mesh import Direction, Mesh, Worker
+from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments
+from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.data.sample_exchange import supplier, unpacked
-from lightning_sentinel.pipeline.messages.tensor_trees import Packed, pack, pack_all, receive_tree, send_packed
+from lightning_sentinel.pipeline.messages.tensor_trees import Packed, pack_all, receive_tree, send_packed
 from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
+from lightning_sentinel.pipeline.recovery.votes import VOTE_BYTES, Vote, decode, encode, says, testimony
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.waiting import on_host
-from lightning_sentinel.trust.digests import Algorithm, digest_of_tensor
+from lightning_sentinel.trust.digests import Digest, digest_of
+from lightning_sentinel.trust.evidence import Recomputation, Testimony
+from lightning_sentinel.trust.statements import Kind, SignalId
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
 from lightning_sentinel.verification.tolerance import MEASURED, Tolerances, deviation
 from lightning_sentinel.wiring import MicroBatchId
 
-__all__ = ["Audits", "Evidence", "digest"]
-
-_WORDS = tuple(word for word in Outcome if word is not Outcome.DISPUTED)
-"""The votes that one worker can cast."""
+__all__ = ["Audits", "Inputs"]
 
 
-class Evidence(NamedTuple):
+class Inputs(NamedTuple):
     """What a stage computed a signal from, as handed to an auditor.
 
     Args:
@@ -55,22 +58,11 @@ class Evidence(NamedTuple):
     gradient: Tensor | None
 
 
-def digest(signal: Tensor) -> str:
-    """A fingerprint of a signal: of its bytes, and of its shape and dtype, because the same bytes can be another signal.
-
-    Example:
-        >>> digest(torch.ones(3)) == digest(torch.ones(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
-        (True, False)
-    """
-    return str(digest_of_tensor(signal, Algorithm.SHA256))
-
-
 class _Item(IntEnum):
     BATCH = 0
     ACTIVATION = 1
     GRADIENT = 2
     CLAIMED = 3
-    RECEIVED = 4
 
 
 _Need = tuple[_Item, Worker]
@@ -82,17 +74,15 @@ class _Answer(NamedTuple):
 
     Args:
         word: its vote, unless it has recomputed the signal.
-        measured: from :func:`deviation`, on the device; ``None`` if the signal was not recomputed.
+        recomputed: the signal, on the device; ``None`` if it was not recomputed.
+        measured: from :func:`deviation`, on the device; ``None`` if the recomputed signal has another shape.
         allowed: the error up to which the signal matches.
     """
 
     word: Outcome
+    recomputed: Tensor | None = None
     measured: Tensor | None = None
     allowed: float = 0.0
-
-
-_KINDS = {_Item.BATCH: list, _Item.CLAIMED: Tensor, _Item.RECEIVED: dict}
-"""Types of the items that no digest vouches for. An audited worker that cannot send its own digests counts as a liar."""
 
 
 def _warn_of(audited: Worker, what: str) -> None:
@@ -109,8 +99,8 @@ class Audits:
         samples: returns ``[batch, samples, weight]`` of one of this replica's micro-batches.
         recompute: returns the signal that an honest worker of this stage sends, from its direction, micro-batch and evidence.
         tolerances: the errors up to which signals match.
+        transcript: with which this rank signs its votes, and binds itself to those that it heard.
         computed_in: returns the dtype in which this worker's device multiplies float32.
-        device: where signals are.
     """
 
     def __init__(
@@ -119,10 +109,10 @@ class Audits:
         worker: Worker,
         cache: SignalCache,
         samples: Callable[[MicroBatchId], Any],
-        recompute: Callable[[Direction, MicroBatchId, Evidence], Tensor],
+        recompute: Callable[[Direction, MicroBatchId, Inputs], Tensor],
         tolerances: Tolerances,
+        transcript: Transcript,
         computed_in: Callable[[], torch.dtype],
-        device: torch.device,
     ) -> None:
         self._mesh = mesh
         self._worker = worker
@@ -130,12 +120,22 @@ class Audits:
         self._samples = samples
         self.recompute = recompute
         self._tolerances = tolerances
+        self._transcript = transcript
         self._computed_in = computed_in
-        self._device = device
-        self.adversary: Adversary | None = None
-        """A simulated attacker, which may also lie in its votes."""
+        self._adversary: Adversary | None = None
+        self.testimonies: dict[SignalId, list[Testimony]] = {}
+        """The signed votes on the signals of the step under way."""
 
-    def ask(self, asked: Sequence[tuple[Case, Worker]], plan: StepPlan) -> list[Outcome]:
+    def begin(self, adversary: Adversary | None = None) -> None:
+        """Begin a step.
+
+        Args:
+            adversary: a simulated attacker, which may also lie in its votes.
+        """
+        self._adversary = adversary
+        self.testimonies = {}
+
+    def ask(self, asked: Sequence[tuple[Case, Worker]], plan: StepPlan, commitments: StepCommitments) -> list[Outcome]:
         """Have workers recompute signals; to be called by all ranks.
 
         The host waits for the device twice: for all items that this rank hands over, and for the errors of all signals that it
@@ -144,6 +144,7 @@ class Audits:
         Args:
             asked: the signals, those of a boundary in succession, and the worker that recomputes each.
             plan: the step's plan.
+            commitments: what workers said about the signals that they sent, before it was known which are audited.
 
         Returns:
             the vote of each of these workers.
@@ -156,20 +157,46 @@ class Audits:
         # One boundary at a time: no auditor holds more evidence than that of one boundary.
         for _, some in groupby(range(len(asked)), key=lambda number: asked[number][0].boundary):
             given = [(*asked[number], self._hand_over(*asked[number], needed[number], handed[number])) for number in some]
-            answers += [self._judge(case, items) if auditor == self._worker else None for case, auditor, items in given]
-        said = torch.zeros(len(asked), 1 + MEASURED)
-        for number, (word, measured) in self._decided(answers).items():
-            case, auditor = asked[number]
-            said[number, 0] = word if self.adversary is None else self.adversary.vote(auditor, case.audited, word)
-            said[number, 1:] = measured
-        everyone = world().all_gather(said)
-        # Only the auditor's own entry counts for a case, whatever other ranks put there.
-        values = [everyone[self._mesh.rank(auditor), number].tolist() for number, (_, auditor) in enumerate(asked)]
-        words = [Outcome(int(value)) if value in _WORDS else Outcome.MATCHES for value, *_ in values]
-        for word, (_, *numbers), (case, _) in zip(words, values, asked):
-            if word == Outcome.MATCHES:
-                self._tolerances.heard(self._mesh.boundaries.index(case.boundary), case.audited, numbers)
-        return words
+            answers += [
+                self._judge(case, items, commitments) if auditor == self._worker else None for case, auditor, items in given
+            ]
+        mine = self._decided(answers, asked)
+        empty = encode(Vote(Outcome.MATCHES))
+        said = b"".join(
+            encode(self._signed(mine[number], *asked[number], plan, commitments)) if number in mine else empty
+            for number in range(len(asked))
+        )
+        everyone = world().all_gather(torch.frombuffer(bytearray(said), dtype=torch.uint8))
+        self._transcript.hear(everyone)
+        return [self._heard(everyone, number, *asked[number], plan, commitments) for number in range(len(asked))]
+
+    def _signed(self, vote: Vote, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments) -> Vote:
+        credentials = self._transcript.credentials
+        about = commitments.sent[_signal_of(case)].statement
+        return replace(vote, signature=credentials.sign(says(vote, auditor, about, self._live(case, plan), credentials)).signature)
+
+    def _heard(
+        self, everyone: Tensor, number: int, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments
+    ) -> Outcome:
+        """The vote of an auditor, the same on all ranks. Only its own entry counts, and only if it is signed."""
+        # Whatever other ranks put there.
+        entry = everyone[self._mesh.rank(auditor), number * VOTE_BYTES : (number + 1) * VOTE_BYTES]
+        vote = decode(entry.numpy().tobytes())
+        credentials = self._transcript.credentials
+        signal = _signal_of(case)
+        statement = says(vote, auditor, commitments.sent[signal].statement, self._live(case, plan), credentials)
+        if credentials.keys:
+            words = testimony(vote, statement, credentials)
+            if words is None:
+                return Outcome.MATCHES
+            self.testimonies.setdefault(signal, []).append(words)
+        if vote.word == Outcome.MATCHES:
+            self._tolerances.heard(self._mesh.boundaries.index(case.boundary), case.audited, vote.measured)
+        return vote.word
+
+    def _live(self, case: Case, plan: StepPlan) -> int:
+        """Workers of the audited stage that are not banned."""
+        return sum(Worker(case.audited.stage, replica) not in plan.banned for replica in range(self._mesh.replicas))
 
     def _handed(self, asked: Sequence[tuple[Case, Worker]], needed: Sequence[Sequence[_Need]]) -> list[dict[_Item, Packed]]:
         """The items that this rank sends to the auditor of each case, packed for sending."""
@@ -180,8 +207,8 @@ class Audits:
             if giver == self._worker != asked[number][1]
         ]
         handed: list[dict[_Item, Packed]] = [{} for _ in asked]
-        for (number, item, held), packed in zip(wanted, pack_all(held for *_, held in wanted)):
-            handed[number][item] = pack(dict(zip(held, map(digest, packed[1])))) if item is _Item.RECEIVED else packed
+        for (number, item, _), packed in zip(wanted, pack_all(held for *_, held in wanted)):
+            handed[number][item] = packed
         return handed
 
     def _hand_over(self, case: Case, auditor: Worker, needs: Sequence[_Need], handed: dict[_Item, Packed]) -> dict[_Item, Any]:
@@ -214,7 +241,7 @@ class Audits:
             needs.append((_Item.ACTIVATION, wiring.worker(stage - 1, case.lane)))
         if backward and stage < last:
             needs.append((_Item.GRADIENT, wiring.worker(stage + 1, case.lane)))
-        return [*needs, (_Item.CLAIMED, wiring.worker(boundary.receiver, case.lane)), (_Item.RECEIVED, case.audited)]
+        return [*needs, (_Item.CLAIMED, wiring.worker(boundary.receiver, case.lane))]
 
     def _item(self, item: _Item, case: Case) -> Any:
         cache = self._cache
@@ -225,34 +252,32 @@ class Audits:
             return cache.sent[Direction.ACTIVATION, slot]
         if item is _Item.GRADIENT:
             return cache.sent[Direction.GRADIENT, slot]
-        if item is _Item.CLAIMED:
-            return cache.received[case.boundary.direction, slot]
-        found = {direction: cache.received.get((direction, slot)) for direction in Direction}
-        return {direction.value: signal for direction, signal in found.items() if signal is not None}
+        return cache.received[case.boundary.direction, slot]
 
-    def _judge(self, case: Case, items: dict[_Item, Any]) -> _Answer:
+    def _judge(self, case: Case, items: dict[_Item, Any], commitments: StepCommitments) -> _Answer:
         """This rank's vote on a signal, or the signal's error against the recomputed one.
 
-        Where evidence from other workers is unusable the rank warns, and the signal counts as matching: no worker is blamed for it.
+        Where samples from another worker are unusable the rank warns, and the signal counts as matching: no digest vouches for
+        samples, so no worker is blamed for them.
         """
-        untold = [item for item, kind in _KINDS.items() if item in items and not isinstance(items[item], kind)]
-        for item in untold:
-            _warn_of(case.audited, f"the {item.name.lower()} is {type(items[item]).__name__}")
-        if untold:
-            return _Answer(Outcome.LIED if _Item.RECEIVED in untold else Outcome.MATCHES)
-        digests = items[_Item.RECEIVED]
+        if _Item.BATCH in items and not isinstance(items[_Item.BATCH], list):
+            _warn_of(case.audited, f"the batch is {type(items[_Item.BATCH]).__name__}")
+            return _Answer(Outcome.MATCHES)
+        stage = case.boundary.sender
         given = (
-            (_Item.ACTIVATION, Direction.ACTIVATION, Outcome.ACTIVATION_WITHHELD),
-            (_Item.GRADIENT, Direction.GRADIENT, Outcome.GRADIENT_WITHHELD),
+            (_Item.CLAIMED, case.boundary, Outcome.SIGNAL_WITHHELD),
+            (_Item.ACTIVATION, Boundary(stage - 1, Direction.ACTIVATION), Outcome.ACTIVATION_WITHHELD),
+            (_Item.GRADIENT, Boundary(stage, Direction.GRADIENT), Outcome.GRADIENT_WITHHELD),
         )
-        for item, direction, outcome in given:
-            if item in items and not self._is(items[item], digests.get(direction.value)):
+        for item, boundary, outcome in given:
+            sent = commitments.sent_digest(SignalId(Kind.SIGNAL, boundary, case.lane, case.slot))
+            if item in items and not (isinstance(items[item], Tensor) and sent is not None and sent.names(items[item])):
                 return _Answer(outcome)
-        activation, gradient = (self._on_device(items.get(item)) for item in (_Item.ACTIVATION, _Item.GRADIENT))
         try:
             batch = unpacked(items[_Item.BATCH], self._mesh.rank(case.audited)) if _Item.BATCH in items else None
-            batch = apply_to_collection(batch, Tensor, self._on_device)
-            honest = self.recompute(case.boundary.direction, case.micro_batch_id, Evidence(batch, activation, gradient))
+            honest = self.recompute(
+                case.boundary.direction, case.micro_batch_id, Inputs(batch, items.get(_Item.ACTIVATION), items.get(_Item.GRADIENT))
+            )
         except Exception as error:
             if _Item.BATCH not in items:
                 raise
@@ -261,26 +286,37 @@ class Audits:
             return _Answer(Outcome.MATCHES)
         claimed = items[_Item.CLAIMED].to(honest.device)
         if claimed.shape != honest.shape:
-            return _Answer(Outcome.LIED)
+            return _Answer(Outcome.LIED, honest)
         index = self._mesh.boundaries.index(case.boundary)
         measured = deviation(claimed, honest, self._tolerances.seed_of(index))
         allowed = self._tolerances.allowed(index, case.audited, honest.dtype, self._computed_in())
-        return _Answer(Outcome.MATCHES, measured, allowed)
+        return _Answer(Outcome.MATCHES, honest, measured, allowed)
 
-    @staticmethod
-    def _decided(answers: Sequence[_Answer | None]) -> dict[int, tuple[Outcome, Tensor]]:
-        """Maps the number of each case that this rank audits to its vote and the measured error."""
+    def _decided(self, answers: Sequence[_Answer | None], asked: Sequence[tuple[Case, Worker]]) -> dict[int, Vote]:
+        """Maps the number of each case that this rank audits to its vote, not signed yet."""
         mine = {number: answer for number, answer in enumerate(answers) if answer is not None}
+        recomputed = {number: answer.recomputed for number, answer in mine.items() if answer.recomputed is not None}
         measured = {number: answer.measured for number, answer in mine.items() if answer.measured is not None}
-        (found,) = on_host([torch.stack(list(measured.values()))]) if measured else (torch.empty(0),)
-        decided = {number: (answer.word, torch.full((MEASURED,), torch.nan)) for number, answer in mine.items()}
-        for number, values in zip(measured, found):
-            decided[number] = Outcome.LIED if bool(values[0] > mine[number].allowed) else Outcome.MATCHES, values
-        return decided
+        errors, *signals = on_host([torch.stack(list(measured.values())) if measured else torch.empty(0), *recomputed.values()])
+        found = dict(zip(measured, errors.tolist()))
+        digests = {number: self._transcript.credentials.digest(signal) for number, signal in zip(recomputed, signals)}
+        return {
+            number: self._vote(answer, digests.get(number), found.get(number), *asked[number]) for number, answer in mine.items()
+        }
 
-    @staticmethod
-    def _is(given: Any, fingerprint: str | None) -> bool:
-        return isinstance(given, Tensor) and digest(given) == fingerprint
+    def _vote(self, answer: _Answer, recomputed: Digest | None, measured: list[float] | None, case: Case, auditor: Worker) -> Vote:
+        word = answer.word
+        error = math.inf if measured is None else measured[0]
+        if measured is not None:
+            word = Outcome.LIED if error > answer.allowed else Outcome.MATCHES
+        said = word if self._adversary is None else Outcome(self._adversary.vote(auditor, case.audited, word))
+        if said != word:
+            # Whoever lies says what its lie would follow from.
+            error = 0.0 if said == Outcome.MATCHES else math.inf
+            recomputed = recomputed or digest_of(b"", self._transcript.credentials.algorithm)
+        numbers = [math.nan] * MEASURED if measured is None else measured
+        return Vote(said, numbers, None if recomputed is None else Recomputation(recomputed, error, answer.allowed))
 
-    def _on_device(self, signal: Tensor | None) -> Tensor | None:
-        return None if signal is None else signal.to(self._device)
+
+def _signal_of(case: Case) -> SignalId:
+    return SignalId(Kind.SIGNAL, case.boundary, case.lane, case.slot)

@@ -134,11 +134,11 @@ class Guard:
         return tuple(self._updates.refused[Worker(self._worker.stage, replica)] for replica in range(self._mesh.replicas))
 
     def lane_seed(self, step: int) -> int | None:
-        """The seed that deals workers to lanes while one of them is a suspect; ``None`` while none is.
+        """The seed that deals workers to lanes while one of them is a suspect, or contradicts others; ``None`` while none is.
 
         Shuffling singles out a worker that makes others look bad: it is out of line whichever workers share its lane.
         """
-        order = self.ledger.order(step) if self.excludes else None
+        order = self.ledger.order(step) if self.replaces_malformed else None
         return None if order is None else derive_seed(self.secret, "lanes", order)
 
     def begin(self, plan: StepPlan) -> None:

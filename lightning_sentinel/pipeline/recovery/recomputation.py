@@ -1,4 +1,4 @@
-"""Recomputes from evidence the signal that an honest worker of a stage sends, without side effects on the rank that does so."""
+"""Recomputes the signal that an honest worker of a stage sends, without side effects on the rank that does so."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_sentinel.mesh import Direction
 from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.gradients.contributions import gradients_of
-from lightning_sentinel.pipeline.recovery.auditing import Evidence
+from lightning_sentinel.pipeline.recovery.auditing import Inputs
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.stages.stage import StageLayers
@@ -48,19 +49,19 @@ class Recomputation:
         with self.forward_context():
             return arithmetic(self.device)
 
-    def __call__(self, direction: Direction, micro_batch_id: MicroBatchId, evidence: Evidence, running: RunningStep) -> Tensor:
+    def __call__(self, direction: Direction, micro_batch_id: MicroBatchId, given: Inputs, running: RunningStep) -> Tensor:
         """The signal that an honest worker sends.
 
         Args:
             direction: an activation for the next stage, or a gradient for the previous one.
             micro_batch_id: the micro-batch.
-            evidence: the samples and signals that the worker received.
+            given: the samples and signals that the worker received, on any device.
             running: the step.
         """
         samples, weight = running.plan.sizes.work(*micro_batch_id)
         restore = Rewind((), list(self.stage.buffers()), self.device)
         # Copies, because a step may work on its batch in place.
-        arguments = (copied(evidence.batch), *running.arguments[1:])
+        arguments = (copied(apply_to_collection(given.batch, Tensor, self._on_device)), *running.arguments[1:])
         backward = direction is Direction.GRADIENT
         self.stage.seeds = seeds = running.plan.seeds(micro_batch_id)
         with ExitStack() as stack:
@@ -68,10 +69,10 @@ class Recomputation:
             for context in (torch.set_grad_enabled(backward), self.steps.unheard(), self.forward_context()):
                 stack.enter_context(context)
             seeds.seed_step(self.device)
-            if evidence.activation is None:
+            if given.activation is None:
                 inputs = leaf = self.steps.input_of("training_step", arguments)
             else:
-                leaf = evidence.activation.detach().requires_grad_(backward)
+                leaf = self._on_device(given.activation).detach().requires_grad_(backward)
                 inputs = leaf.clone()
             signal = self.stage(inputs)
             if backward:
@@ -85,7 +86,11 @@ class Recomputation:
                     if result is None:
                         return torch.zeros_like(leaf)
                     signal = loss_of(result, "training_step") * (weight * running.scale)
-                (found,) = gradients_of(signal, [leaf], evidence.gradient, own, self.stage.parameters())
+                gradient = None if given.gradient is None else self._on_device(given.gradient)
+                (found,) = gradients_of(signal, [leaf], gradient, own, self.stage.parameters())
                 assert found is not None, "what a stage was given reaches its end"
                 signal = found
         return signal.detach()
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)

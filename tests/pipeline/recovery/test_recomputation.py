@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_sentinel.mesh import Direction, Mesh
 from lightning_sentinel.models import llama
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
-from lightning_sentinel.pipeline.recovery.auditing import Evidence
+from lightning_sentinel.pipeline.recovery.auditing import Inputs
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.stages.stage import StageLayers
@@ -56,7 +56,7 @@ def recomputed(
     module = Classifier()
     layers = StageLayers(list(copy.deepcopy(stage).to(dtype)), 0, False, CPU, ["layer"] * len(stage))
     recompute = Recomputation(layers, False, StepRunner(module, module.net), CPU, context)
-    evidence = Evidence(None, activation.to(dtype), gradient.to(dtype))
+    evidence = Inputs(None, activation.to(dtype), gradient.to(dtype))
     return recompute, [recompute(direction, MicroBatchId(0, 0), evidence, RUNNING) for direction in Direction]
 
 
@@ -104,10 +104,10 @@ def test_samples_stay_as_they_are_and_a_step_without_a_loss_has_a_gradient_of_ze
     module, batch = Works(loss), {"x": torch.ones(2, 3), "y": torch.ones(2, 1)}
     layers = StageLayers([module.net], 0, False, CPU, ["layer"])
     recompute = Recomputation(layers, True, StepRunner(module, module.net), CPU, nullcontext)
-    first = Evidence(batch, None, None)
+    first = Inputs(batch, None, None)
     forward = [recompute(Direction.ACTIVATION, MicroBatchId(0, 0), first, RUNNING) for _ in range(2)]
     assert torch.equal(*forward) and torch.equal(forward[0], module.net(2 * torch.ones(2, 3)))
-    last = Evidence(batch, torch.ones(2, 3), None)
+    last = Inputs(batch, torch.ones(2, 3), None)
     backward = [recompute(Direction.GRADIENT, MicroBatchId(0, 0), last, RUNNING) for _ in range(2)]
     assert torch.equal(*backward) and torch.equal(backward[0], loss * module.net.weight.detach().expand(2, 3))
     assert all(parameter.grad is None for parameter in module.parameters())
