@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.trust.digests import Algorithm, Digest, digest_of
-from lightning_sentinel.trust.encoding import encode
 from lightning_sentinel.trust.identity import PublicKey
 from lightning_sentinel.trust.signing import Signed, fault
 from lightning_sentinel.trust.statements import Moment, RowStatement, SignalStatement, Transfer
@@ -60,10 +59,11 @@ class Causes:
         return self.equivocated | self.misreported
 
 
-def table_digest(rows: Iterable[RowStatement], algorithm: Algorithm) -> Digest:
+def table_digest(rows: Iterable[Signed[RowStatement]], algorithm: Algorithm) -> Digest:
     """The digest of a step's table: of what each worker signed about its row, in the order of the workers.
 
-    Statements, not only the rows' digests: what a worker said about the table before is part of the table.
+    Signed statements, not only the rows' digests: what a worker said about the table before is part of the table, and so is a
+    signature, whose validity has consequences.
 
     Args:
         rows: one of each worker that takes part, in any order; none for the table before the first step.
@@ -72,14 +72,15 @@ def table_digest(rows: Iterable[RowStatement], algorithm: Algorithm) -> Digest:
     Example:
         >>> from lightning_sentinel.trust.statements import Moment
         >>> moment, nothing = Moment(bytes(16), 0, 0), table_digest([], Algorithm.SHA256)
-        >>> rows = [RowStatement(moment, Worker(0, r), digest_of(b"row", Algorithm.SHA256), nothing) for r in (0, 1)]
+        >>> row = digest_of(b"row", Algorithm.SHA256)
+        >>> rows = [Signed(RowStatement(moment, Worker(0, r), row, nothing), bytes(64)) for r in (0, 1)]
         >>> table_digest(rows, Algorithm.SHA256) == table_digest(rows[::-1], Algorithm.SHA256)
         True
         >>> table_digest(rows, Algorithm.SHA256) == table_digest(rows[:1], Algorithm.SHA256)
         False
     """
     # Encodings of rows are of one length, so that their sequence can be read in one way only.
-    encoded = [encode(row) for row in sorted(rows, key=lambda row: row.sender)]
+    encoded = [row.encode() for row in sorted(rows, key=lambda row: row.statement.sender)]
     return digest_of(b"".join(encoded), algorithm)
 
 
@@ -102,9 +103,8 @@ def causes_of_difference(first: Copy, second: Copy, keys: Mapping[Worker, Public
         >>> identity = Identity.seeded(0, "eve")
         >>> copies = []
         >>> for replica, contents in enumerate((b"a row", b"another row")):
-        ...     row = RowStatement(now, eve, digest_of(contents, Algorithm.SHA256), nothing)
-        ...     said = table_digest([row], Algorithm.SHA256)
-        ...     copies.append(Copy(Worker(0, replica), said, {eve: sign(identity, row)}))
+        ...     row = sign(identity, RowStatement(now, eve, digest_of(contents, Algorithm.SHA256), nothing))
+        ...     copies.append(Copy(Worker(0, replica), table_digest([row], Algorithm.SHA256), {eve: row}))
         >>> causes_of_difference(*copies, {eve: identity.public}, now).liars
         frozenset({Worker(stage=0, replica=2)})
     """
@@ -112,9 +112,7 @@ def causes_of_difference(first: Copy, second: Copy, keys: Mapping[Worker, Public
     ours, theirs = genuine[first.holder], genuine[second.holder]
     equivocated = {worker for worker in ours.keys() & theirs.keys() if ours[worker] != theirs[worker]}
     altered = {holder: frozenset(keys.keys() - rows.keys()) for holder, rows in genuine.items()}
-    shown = {
-        copy.holder: table_digest((row.statement for row in copy.rows.values()), copy.said.algorithm) for copy in (first, second)
-    }
+    shown = {copy.holder: table_digest(copy.rows.values(), copy.said.algorithm) for copy in (first, second)}
     misreported = {copy.holder for copy in (first, second) if shown[copy.holder] != copy.said}
     return Causes(frozenset(equivocated), {holder: rows for holder, rows in altered.items() if rows}, frozenset(misreported))
 

@@ -36,7 +36,7 @@ def copy(holder: Worker, *changed: Signed[RowStatement], without: frozenset[Work
     """What an honest holder says and shows that was sent these rows."""
     rows = {worker: row(worker) for worker in MESH if worker not in without}
     rows |= {one.statement.sender: one for one in changed}
-    return Copy(holder, table_digest([one.statement for one in rows.values()], SHA), rows)
+    return Copy(holder, table_digest(rows.values(), SHA), rows)
 
 
 def causes(first: Copy, second: Copy) -> Causes:
@@ -47,15 +47,18 @@ def causes(first: Copy, second: Copy) -> Causes:
 
 class TestTables:
     def test_are_of_all_that_was_signed(self) -> None:
-        rows = [row(worker).statement for worker in MESH]
-        in_order = sorted(rows, key=lambda one: (one.sender.stage, one.sender.replica))
-        assert table_digest(rows, SHA).value == hashlib.sha256(b"".join(map(encode, in_order))).digest()
+        rows = [row(worker) for worker in MESH]
+        in_order = sorted(rows, key=lambda one: (one.statement.sender.stage, one.statement.sender.replica))
+        encoded = b"".join(encode(one.statement) + one.signature for one in in_order)
+        assert table_digest(rows, SHA).value == hashlib.sha256(encoded).digest()
 
     def test_every_field_of_every_row_counts(self) -> None:
-        rows = [row(worker).statement for worker in MESH]
+        rows = [row(worker) for worker in MESH]
+        *others, last = rows
         changes = [{"row": digest("x")}, {"table_before": digest("x")}, {"moment": Moment(RUN, 12, 1)}, {"sender": Worker(7, 7)}]
-        tables = [[*rows[:-1], dataclasses.replace(rows[-1], **change)] for change in changes]  # type: ignore[arg-type]
-        assert len({table_digest(table, SHA) for table in [rows, rows[:-1], [], *tables]}) == 7
+        tables = [[*others, Signed(dataclasses.replace(last.statement, **change), last.signature)] for change in changes]  # type: ignore[arg-type]
+        tables.append([*others, Signed(last.statement, bytes(64))])
+        assert len({table_digest(table, SHA) for table in [rows, others, [], *tables]}) == 8
 
 
 class TestCauses:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -121,70 +121,66 @@ class Transcript:
             row = digest_of(message[: DIGEST_BYTES - _TRAILER], self.credentials.algorithm)
             before = _digest(message[-SIGNATURE_BYTES - DIGEST_BYTES : -SIGNATURE_BYTES], self._nothing)
             rows[worker] = Signed(RowStatement(moment, worker, row, before), message[-SIGNATURE_BYTES:])
-        said = table_digest((one.statement for one in rows.values()), self.credentials.algorithm)
+        said = table_digest(rows.values(), self.credentials.algorithm)
         forgers = frozenset(worker for worker in _checked_workers(said, self._mesh) if not self.credentials.hold(rows[worker]))
         return _Checked(moment, said, rows, forgers)
 
     def _require_one_table(self, moment: Moment, everyone: Sequence[bytes], last: _Checked | None) -> None:
-        """All ranks come to the same conclusion, unless this table differs as well, which they know one step later."""
-        heard = [one[-_TRAILER : DIGEST_BYTES - _TRAILER] for one in everyone]
-        before = [one[DIGEST_BYTES - _TRAILER : -SIGNATURE_BYTES] for one in everyone]
-        if len(set(before)) > 1 and last is not None:
-            causes = self._causes(self._checked(moment, everyone), before, last)
-            raise TableMismatchError(f"{self._at(last.moment)}: {causes} {_REMEDY}")
-        if len({*zip(before, heard)}) > 1:
-            odd = self._names(self._unlike_most(list(zip(before, heard))))
+        """End the run if ranks saw different tables, or heard different votes; on all ranks, which see the same rows of this step.
+
+        A rank that does not, because a row was altered on its way to it, passes over the row: its signature does not hold any more.
+        All ranks know of that row one step later.
+        """
+        if len({one[-_TRAILER:-SIGNATURE_BYTES] for one in everyone}) == 1:
+            return
+        now = self._checked(moment, everyone)
+        said = {worker: one for worker, one in zip(self._mesh.workers, everyone) if worker not in now.forgers}
+        heard = {worker: one[-_TRAILER : DIGEST_BYTES - _TRAILER] for worker, one in said.items()}
+        before = {worker: one[DIGEST_BYTES - _TRAILER : -SIGNATURE_BYTES] for worker, one in said.items()}
+        if len(set(before.values())) > 1 and last is not None:
+            raise TableMismatchError(f"{self._at(last.moment)}: {self._causes(before, last)} {_REMEDY}")
+        if len(set(heard.values())) > 1:
+            odd = _names(_unlike_most(heard))
             raise TableMismatchError(f"Ranks have heard different votes: others than most have {odd}. {_REMEDY}")
 
     @staticmethod
     def _at(moment: Moment) -> str:
         return f"Ranks saw different rows in the exchange of step {moment.step}"
 
-    def _causes(self, now: _Checked, before: Sequence[bytes], last: _Checked) -> str:
+    def _causes(self, before: Mapping[Worker, bytes], last: _Checked) -> str:
         """Why ranks saw different tables in the step before, from the copies that they show.
 
         Args:
-            now: this step's table.
-            before: which table each rank says that it saw, in its row of this step.
+            before: which table each rank says that it saw, in its row of this step; without ranks whose row is not signed.
             last: the table of the step before.
         """
         shown = b"".join(_shown(last.rows[worker]) for worker in self._mesh.workers)
         gathered = world().all_gather(torch.frombuffer(bytearray(shown), dtype=torch.uint8))
-        copies = [self._copy(worker, before, one.numpy().tobytes(), last) for worker, one in zip(self._mesh.workers, gathered)]
-        odd = self._unlike_most(before)
+        everyone = dict(zip(self._mesh.workers, gathered))
+        copies = [self._copy(worker, said, everyone[worker].numpy().tobytes(), last) for worker, said in before.items()]
+        odd = _unlike_most(before)
         if not self.credentials.keys:
-            return f"another table than most saw {self._names(odd)}; without keys nobody can tell who changed what."
+            return f"another table than most saw {_names(odd)}; without keys nobody can tell who changed what."
         usual = next((copy for copy in copies if copy.holder not in odd), copies[0])
         words: dict[str, None] = {}
         for copy in copies:
             causes = causes_of_difference(usual, copy, self.credentials.keys, last.moment)
             for liar in sorted(causes.equivocated):
                 words[f"{liar} signed two different rows"] = None
-            # What a rank says that it saw is altered as well, if its row of this step is.
-            for liar in sorted(causes.misreported - now.forgers):
+            for liar in sorted(causes.misreported):
                 words[f"{liar} shows another table than the one that it signed for"] = None
             for holder, rows in sorted(causes.altered.items()):
-                words[f"{holder}, or who passes rows on to it, has altered the row of {self._names(rows)}"] = None
-        return "; ".join(words or [f"another table than most saw {self._names(odd)}"]) + "."
+                words[f"{holder}, or who passes rows on to it, has altered the row of {_names(rows)}"] = None
+        return "; ".join(words or [f"another table than most saw {_names(odd)}"]) + "."
 
-    def _copy(self, holder: Worker, before: Sequence[bytes], shown: bytes, last: _Checked) -> Copy:
+    def _copy(self, holder: Worker, said: bytes, shown: bytes, last: _Checked) -> Copy:
         size = len(shown) // self._mesh.size
         rows = {}
         for number, worker in enumerate(self._mesh.workers):
             one = shown[number * size : (number + 1) * size]
             row, earlier = (_digest(one[place : place + DIGEST_BYTES], self._nothing) for place in (0, DIGEST_BYTES))
             rows[worker] = Signed(RowStatement(last.moment, worker, row, earlier), one[2 * DIGEST_BYTES :])
-        return Copy(holder, _digest(before[self._mesh.rank(holder)], self._nothing), rows)
-
-    def _unlike_most(self, said: Sequence[object]) -> list[Worker]:
-        """The workers that say something else than most do; all of them, where there is no majority."""
-        (usual, count), *_ = Counter(said).most_common(1)
-        alike = usual if 2 * count > len(said) else None
-        return [worker for worker, one in zip(self._mesh.workers, said) if one != alike]
-
-    @staticmethod
-    def _names(workers: Sequence[Worker] | frozenset[Worker]) -> str:
-        return ", ".join(map(str, sorted(workers)))
+        return Copy(holder, _digest(said, self._nothing), rows)
 
 
 _REMEDY = (
@@ -204,6 +200,16 @@ def _checked_workers(table: Digest, mesh: Mesh) -> Sequence[Worker]:
     if mesh.size <= _MOST_CHECKED:
         return mesh.workers
     return random.Random(table.value).sample(mesh.workers, _MOST_CHECKED)
+
+
+def _unlike_most(said: Mapping[Worker, bytes]) -> list[Worker]:
+    """The workers that say something else than most do; all of them, where there is no majority."""
+    (usual, count), *_ = Counter(said.values()).most_common(1)
+    return [worker for worker, one in said.items() if one != usual or 2 * count <= len(said)]
+
+
+def _names(workers: Iterable[Worker]) -> str:
+    return ", ".join(map(str, sorted(workers)))
 
 
 def _shown(signed: Signed[RowStatement]) -> bytes:

@@ -19,10 +19,11 @@ __all__ = ["settle_contradictions"]
 def settle_contradictions(
     guard: Guard, table: SignalTable, plan: StepPlan, transfers: Collection[Transfer], forgers: frozenset[Worker]
 ) -> Ruling:
-    """Leave out the workers that contradict each other about a message, and do the step again.
+    """Do a step again, without one of two workers that contradict each other about a message.
 
     Nobody can tell which of the two lies. So neither is blamed, and other workers are put beside them from the next step on: who
-    contradicts more workers of one stage than can be malicious there is a liar.
+    contradicts more workers of one stage than can be malicious there is a liar. Who has contradicted more workers so far is left
+    out of this step, or the sender. One of the two is enough, because the other may be the only one left that has some samples.
 
     Args:
         guard: whose ledger counts contradictions.
@@ -34,7 +35,8 @@ def settle_contradictions(
     mesh = plan.mesh
     pairs = sorted({(transfer.sender, transfer.receiver) for transfer in transfers})
     banned = guard.ledger.record_contradictions(plan.number, pairs, forgers, mesh)
-    excluded = sorted({*forgers, *(worker for pair in pairs for worker in pair)})
+    contradicted = guard.ledger.contradicted
+    excluded = sorted({*forgers, *(max(pair, key=lambda worker: len(contradicted[worker])) for pair in pairs)})
     guard.forget_step()
     redo = any(Wiring.of(mesh, plan.absent.union(banned, excluded)).live)
     return Ruling(unjudged(table, mesh), banned, excluded, redo=redo, plan=plan, contradictions=pairs, forgers=forgers)
