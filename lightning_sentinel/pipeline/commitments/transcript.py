@@ -193,6 +193,7 @@ def _checked_workers(table: Digest, mesh: Mesh) -> Sequence[Worker]:
     """The workers whose signatures are checked in a step: all, or on a large mesh some that nobody knows before the table is made.
 
     Example:
+        >>> from lightning_sentinel.trust.digests import Algorithm
         >>> table = digest_of(b"a table", Algorithm.SHA256)
         >>> len(_checked_workers(table, Mesh(2, 4))), len(_checked_workers(table, Mesh(16, 16)))
         (8, 64)
