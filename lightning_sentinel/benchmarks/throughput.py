@@ -16,7 +16,7 @@ import logging
 import statistics
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,14 +35,31 @@ from lightning_sentinel.benchmarks.random_bytes import (
     random_bytes,
     random_bytes_layers,
 )
+from lightning_sentinel.benchmarks.trust_cost import EXAMPLES, StepTraffic, table_of_traffic
 from lightning_sentinel.config import DEFAULT_AUDIT_RATE, Response, Verification
-from lightning_sentinel.mesh import Worker
+from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.strategy import SentinelStrategy
+from lightning_sentinel.strategy.settings import UNSIGNED
 
 __all__ = ["Workload", "throughput"]
 
 _BARE = "bare DeepSpeed"
 _AUDITS = DEFAULT_AUDIT_RATE
+
+
+class Variant(NamedTuple):
+    """What the strategy is run with.
+
+    Args:
+        verification: how signals are verified.
+        response: what follows from a flag.
+        identity: whether workers sign what they say: ``None``, or ``"unsigned"``.
+    """
+
+    verification: Verification | None
+    response: Response
+    identity: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,37 +93,60 @@ class Workload:
         """Of a step of the whole mesh."""
         return self.sequence_length * self.micro_batch_size * self.micro_batches * self.replicas
 
-    def variants(self) -> dict[str, tuple[Verification | None, Response]]:
-        """What the strategy is run with; audits and bans need a second replica."""
+    def variants(self, trust: bool) -> dict[str, Variant]:
+        """What the strategy is run with; audits and bans need a second replica.
+
+        Args:
+            trust: whether to time what it costs that workers sign what they say.
+        """
         # A short warm-up, so that fences are fitted and applied in the timed steps. Fences fitted to so few steps flag much; what
         # follows from a flag is part of what is timed, but nobody may be banned.
         verification = Verification(warmup_steps=2)
-        found: dict[str, tuple[Verification | None, Response]] = {
-            "unverified": (None, Response(ban_after=None)),
-            "verified": (verification, Response(ban_after=None, audit_rate=None)),
-        }
+        flagging = Response(ban_after=None, audit_rate=None)
+        # A long warm-up: of audits those that are drawn are to be timed, not those of bad fences.
+        audited = Variant(Verification(warmup_steps=1000), Response(on_flag="log", ban_after=None, audit_rate=_AUDITS))
+        found = {"unverified": Variant(None, Response(ban_after=None))}
+        if trust:
+            found["verified"] = Variant(verification, flagging, UNSIGNED)
+            found["verified, signed"] = Variant(verification, flagging)
+            found[f"{_AUDITS:.0%} audited, not signed"] = audited._replace(identity=UNSIGNED)
+            found[f"{_AUDITS:.0%} audited, signed"] = audited
+            return found
+        found["verified"] = Variant(verification, flagging)
         if self.replicas > 1:
-            # A long warm-up: of audits those that are drawn are to be timed, not those of bad fences.
-            audited = Response(on_flag="log", ban_after=None, audit_rate=_AUDITS)
-            found[f"{_AUDITS:.0%} audited"] = (Verification(warmup_steps=1000), audited)
+            found[f"{_AUDITS:.0%} audited"] = audited
             banned = [Worker(self.stages - 1, self.replicas - 1)]
-            found["one banned"] = (verification, Response(ban_after=None, audit_rate=None, banned=banned))
+            found["one banned"] = Variant(verification, replace(flagging, banned=banned))
         return found
 
 
-def throughput(workload: Workload = Workload(), output: Path | None = None) -> None:
+def throughput(workload: Workload = Workload(), trust: bool = False, output: Path | None = None) -> None:
     """Time a step of bare DeepSpeed, of the strategy, and of the strategy with verification, audits, and a banned worker.
 
     Args:
         workload: what is trained.
+        trust: time instead what it costs that workers sign what they say, and show how many bytes they send for it. Takes two
+            replicas, because it is audits that need it.
         output: a file for the results, as JSON.
+
+    Raises:
+        ConfigurationError: if ``trust`` is asked of one replica.
     """
-    turns: dict[str, list[list[float]]] = on_ranks(_measure, workload.stages * workload.replicas, asdict(workload))
+    if trust and workload.replicas < 2:
+        raise ConfigurationError(
+            f"With {workload.replicas} replica nobody can audit, so nothing is signed. Add --workload.replicas 2."
+        )
+    turns: dict[str, list[list[float]]] = on_ranks(_measure, workload.stages * workload.replicas, asdict(workload), trust)
     seconds = {name: [turn.seconds for turn in map(_Time._make, found)] for name, found in turns.items()}
     cpu_seconds = {name: [turn.cpu_seconds for turn in map(_Time._make, found)] for name, found in turns.items()}
     title = f"width {workload.width}, {workload.stages} stages x {workload.replicas} replicas"
     Console().print(_table(f"{title}: time on the clock", seconds, workload.tokens))
     Console().print(_table(f"{title}: CPU time of all ranks", cpu_seconds, workload.tokens))
+    if trust:
+        mesh = Mesh(workload.stages, workload.replicas)
+        tokens = workload.sequence_length * workload.micro_batch_size
+        here = StepTraffic("this one, in bfloat16", mesh, workload.micro_batches, tokens, workload.width)
+        Console().print(table_of_traffic((here, *EXAMPLES)))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         results = {"workload": asdict(workload), "seconds": seconds, "cpu_seconds": cpu_seconds}
@@ -155,20 +195,20 @@ class _Time(NamedTuple):
         return _Time((stop.seconds - self.seconds) / steps, float(cpu_seconds) / steps)
 
 
-def _measure(settings: dict[str, Any]) -> dict[str, list[list[float]]]:
+def _measure(settings: dict[str, Any], trust: bool) -> dict[str, list[list[float]]]:
     """On every rank: let the variants take turns."""
     workload = Workload(**settings)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     # The first turn of the strategy starts the process group that the bare pipeline needs as well.
-    variants = workload.variants()
-    _lightning(workload, *variants["unverified"])
+    variants = workload.variants(trust)
+    _lightning(workload, variants["unverified"])
     names = (_BARE, *variants)
     times: dict[str, list[list[float]]] = {name: [] for name in names}
     for number in range(workload.rounds):
         first = number % len(names)
         for name in (*names[first:], *names[:first]):
-            times[name].append(list(_bare(workload) if name == _BARE else _lightning(workload, *variants[name])))
+            times[name].append(list(_bare(workload) if name == _BARE else _lightning(workload, variants[name])))
     return times
 
 
@@ -197,8 +237,10 @@ def _data(workload: Workload) -> TensorDataset:
     return random_bytes(samples * (workload.steps + _THROWN_AWAY), workload.sequence_length)
 
 
-def _lightning(workload: Workload, verification: Verification | None, response: Response) -> _Time:
-    strategy = SentinelStrategy(workload.stages, workload.replicas, workload.micro_batches, verification, response)
+def _lightning(workload: Workload, variant: Variant) -> _Time:
+    verification, response, identity = variant
+    size = workload.stages, workload.replicas, workload.micro_batches
+    strategy = SentinelStrategy(*size, verification, response, identity=identity)
     clock = _Clock(_THROWN_AWAY, workload.steps + _THROWN_AWAY - 1)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = L.Trainer(

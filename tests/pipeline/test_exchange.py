@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError, PipelineModelError, PlanMismatchError
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.pipeline.commitments.transcript import Transcript
+from lightning_sentinel.pipeline.commitments.transcript import BINDING_BYTES, Transcript
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.exchange import Exchange
 from lightning_sentinel.pipeline.logs import LoggingMicroBatch, LogRecorder
@@ -27,8 +27,6 @@ from tests.pipeline.ranks import Ranks, ranks
 
 CPU = torch.device("cpu")
 RUN = bytes(16)
-_BOUND = 130
-"""Bytes at the end of a row: two digests and a signature."""
 Log = Callable[[LogRecorder, Worker, int], None]
 
 
@@ -233,7 +231,7 @@ def test_a_signal_that_one_process_has_had_is_known_to_all() -> None:
 
     def no_numbers(said: Tensor) -> Tensor:
         # NaN, as floats, in place of all but what binds it to the step before.
-        return torch.cat((torch.full_like(said[:-_BOUND], 255), said[-_BOUND:]))
+        return torch.cat((torch.full_like(said[:-BINDING_BYTES], 255), said[-BINDING_BYTES:]))
 
     for says in ({}, {3: no_numbers}):
         with ranks(mesh.size) as world:

@@ -27,12 +27,13 @@ from lightning_sentinel.trust.identity import SIGNATURE_BYTES
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Moment, RowStatement
 
-__all__ = ["Table", "Transcript"]
+__all__ = ["BINDING_BYTES", "Table", "Transcript"]
 
 _MOST_CHECKED = 64
 """Signatures that a rank checks in a step: some 6 ms of a thread's time."""
 
-_TRAILER = 2 * DIGEST_BYTES + SIGNATURE_BYTES
+BINDING_BYTES = 2 * DIGEST_BYTES + SIGNATURE_BYTES
+"""At the end of a row: digests of the votes that its rank heard and of the table that it saw, and its signature."""
 
 
 class Table(NamedTuple):
@@ -109,7 +110,7 @@ class Transcript:
         self._require_one_table(moment, everyone, last)
         self._heard = self._nothing
         self._last = self._thread.submit(self._checked, moment, everyone)
-        return Table([one[:-_TRAILER] for one in everyone], frozenset() if last is None else last.forgers)
+        return Table([one[:-BINDING_BYTES] for one in everyone], frozenset() if last is None else last.forgers)
 
     def _last_checked(self) -> _Checked | None:
         return None if self._last is None else self._last.result()
@@ -118,7 +119,7 @@ class Transcript:
         """Check the signatures of a table; runs in the thread."""
         rows = {}
         for worker, message in zip(self._mesh.workers, everyone):
-            row = digest_of(message[: DIGEST_BYTES - _TRAILER], self.credentials.algorithm)
+            row = digest_of(message[: DIGEST_BYTES - BINDING_BYTES], self.credentials.algorithm)
             before = _digest(message[-SIGNATURE_BYTES - DIGEST_BYTES : -SIGNATURE_BYTES], self._nothing)
             rows[worker] = Signed(RowStatement(moment, worker, row, before), message[-SIGNATURE_BYTES:])
         said = table_digest(rows.values(), self.credentials.algorithm)
@@ -131,12 +132,12 @@ class Transcript:
         A rank that does not, because a row was altered on its way to it, passes over the row: its signature does not hold any more.
         All ranks know of that row one step later.
         """
-        if len({one[-_TRAILER:-SIGNATURE_BYTES] for one in everyone}) == 1:
+        if len({one[-BINDING_BYTES:-SIGNATURE_BYTES] for one in everyone}) == 1:
             return
         now = self._checked(moment, everyone)
         said = {worker: one for worker, one in zip(self._mesh.workers, everyone) if worker not in now.forgers}
-        heard = {worker: one[-_TRAILER : DIGEST_BYTES - _TRAILER] for worker, one in said.items()}
-        before = {worker: one[DIGEST_BYTES - _TRAILER : -SIGNATURE_BYTES] for worker, one in said.items()}
+        heard = {worker: one[-BINDING_BYTES : DIGEST_BYTES - BINDING_BYTES] for worker, one in said.items()}
+        before = {worker: one[DIGEST_BYTES - BINDING_BYTES : -SIGNATURE_BYTES] for worker, one in said.items()}
         if len(set(before.values())) > 1 and last is not None:
             raise TableMismatchError(f"{self._at(last.moment)}: {self._causes(before, last)} {_REMEDY}")
         if len(set(heard.values())) > 1:
