@@ -73,7 +73,7 @@ def _verify_evidence(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "lightning-sentinel verify-evidence",
         description="Say whether the evidence of a ban holds, and who signed what. Needs neither the run nor other processes."
-        " Runs of this version do not write evidence yet.",
+        " A run with a logger writes it to sentinel/evidence in its log directory.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a file of evidence")
     parser.add_argument("--known-workers", type=Path, metavar="LIST", help="the list on which all keys in the evidence must be")

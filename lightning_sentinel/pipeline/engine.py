@@ -38,7 +38,6 @@ from lightning_sentinel.pipeline.processes.torch_wire import TorchWire
 from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.recovery.auditing import Audits, Inputs
 from lightning_sentinel.pipeline.recovery.contradictions import settle_contradictions
-from lightning_sentinel.pipeline.recovery.evidence import evidence_of_bans
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
@@ -85,7 +84,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         stage = stage_model.stage
         assert stage is not None
         self._arithmetic = arithmetic
-        self._credentials = credentials
         with keeping_groups(optimizer):
             super().__init__(
                 args=None,
@@ -216,9 +214,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             self._audits.begin(self.adversary)
             ask = partial(self._audits.ask, plan=plan, commitments=commitments)
         ruling = guard.settle(outcome.table, plan, gradients.sum, ask, gradients.apart, outcome.broken, outcome.refused)
-        if commitments is None:
-            return ruling
-        return ruling._replace(evidence=evidence_of_bans(ruling.banned, self._audits.testimonies, commitments, self._credentials))
+        return ruling if commitments is None else ruling._replace(evidence=self._audits.evidence(ruling.banned, commitments))
 
     def returned(self) -> Any:
         running = self._step_under_way

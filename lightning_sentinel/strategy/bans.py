@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch.distributed import Store
@@ -15,6 +16,8 @@ from lightning_sentinel.config import Response
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.processes.admission import agree_on_admission
+from lightning_sentinel.trust.evidence import Evidence
+from lightning_sentinel.trust.evidence_files import file_name
 from lightning_sentinel.trust.identity import PublicKey
 from lightning_sentinel.verification import Ledger
 from lightning_sentinel.verification.bans import Ban, bans_here, enter_bans, read_bans
@@ -39,6 +42,8 @@ class BanKeeper:
         """The machine of each rank; empty if they are not known."""
         self._keys: Sequence[str] = ()
         """The public key of each rank; empty if they have none."""
+        self.evidence: dict[Worker, Evidence] = {}
+        """What shows why workers were banned in this run, as far as it can be shown."""
         self._filed: list[Ban] | None = None
         """Bans in the file at the start of the run; ``None`` without a file."""
 
@@ -136,8 +141,15 @@ class BanKeeper:
         self.keep(here)
         return told
 
-    def keep(self, workers: Collection[Worker]) -> None:
-        """Enter the bans of these workers in the file. The first rank whose machine has no banned worker writes it."""
+    def keep(self, workers: Collection[Worker], evidence: Mapping[Worker, Evidence] = MappingProxyType({})) -> None:
+        """Enter the bans of these workers in the file. The first rank whose machine has no banned worker writes it.
+
+        Args:
+            workers: that were banned.
+            evidence: what shows why, as far as it can be shown.
+        """
+        self.evidence.update(evidence)
+        self._ledger.evidence.update({worker: file_name(one) for worker, one in evidence.items()})
         banned = {self._ledger.hosts.get(worker) for worker in self._ledger.banned}
         writer = next((rank for rank, host in enumerate(self._hosts) if host not in banned), 0)
         if workers and self._rank == writer:

@@ -17,7 +17,6 @@ from lightning_sentinel.strategy.bans import BanKeeper
 from lightning_sentinel.strategy.data import PipelineData, loader_number
 from lightning_sentinel.strategy.results import SharedResults
 from lightning_sentinel.strategy.run_state import RunState
-from lightning_sentinel.trust.evidence_files import file_name
 from lightning_sentinel.wiring import Wiring
 
 __all__ = ["MeshSteps"]
@@ -116,9 +115,7 @@ class MeshSteps:
         run.table = ruling.verdict.table
         run.wiring = ruling.plan.wiring
         keep_latest(run.detections, ruling.verdict.detections)
-        run.evidence.update(ruling.evidence)
-        run.ledger.evidence.update({worker: file_name(one) for worker, one in ruling.evidence.items()})
-        self._bans.keep(ruling.banned)
+        self._bans.keep(ruling.banned, ruling.evidence)
         announce_detections(self._trainer, ruling.verdict.detections)
         absent = ruling.plan.absent.union(ruling.banned, ruling.excluded)
         self._announcements.tell(self._trainer, ruling, run.ledger, len(Wiring.of(run.mesh, absent).lanes))

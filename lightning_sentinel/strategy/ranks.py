@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lightning_sentinel.strategy.bans import BanKeeper
 from lightning_sentinel.strategy.readable import ReadableStrategy
 from lightning_sentinel.strategy.refusals import check_replicas, refuse_launch
 from lightning_sentinel.strategy.run_state import RunState
+from lightning_sentinel.trust.evidence import Evidence
 
 __all__ = ["RankedStrategy"]
 
@@ -51,6 +53,14 @@ class RankedStrategy(ReadableStrategy, ParallelStrategy):
     def worker(self) -> Worker:
         """The worker that this process is."""
         return self.mesh.worker(self.global_rank)
+
+    @property
+    def evidence(self) -> Mapping[Worker, Evidence]:
+        """What shows why workers were banned: the signed signals and votes of bans by audits. The same on all ranks.
+
+        ``SentinelMonitor`` writes it to files, which ``lightning-sentinel verify-evidence`` checks.
+        """
+        return self._bans.evidence
 
     @property
     @override

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import fields
 from datetime import timedelta
 from typing import Literal
 
 from lightning_sentinel.config import Response, Verification
-from lightning_sentinel.mesh import Worker
 from lightning_sentinel.strategy.run_state import RunState
-from lightning_sentinel.trust.evidence import Evidence
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
 from lightning_sentinel.wiring import Wiring
 
@@ -85,14 +82,6 @@ class ReadableStrategy:
     @property
     def timeout(self) -> timedelta:
         return self._settings.timeout
-
-    @property
-    def evidence(self) -> Mapping[Worker, Evidence]:
-        """What shows why workers were banned: the signed signals and votes of bans by audits. The same on all ranks.
-
-        ``SentinelMonitor`` writes it to files, which ``lightning-sentinel verify-evidence`` checks.
-        """
-        return self._run.evidence
 
     @property
     def ledger(self) -> Ledger:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.checkpoints.full import StageState, collect, speakers
 from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition
 from lightning_sentinel.pipeline.engine_protocol import Engine
@@ -14,7 +14,6 @@ from lightning_sentinel.pipeline.randomness import SeparateRandomness
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.strategy.processes import Processes
 from lightning_sentinel.strategy.settings import StrategySettings
-from lightning_sentinel.trust.evidence import Evidence
 from lightning_sentinel.verification import Detection, Ledger, SignalTable
 from lightning_sentinel.wiring import Wiring
 
@@ -32,8 +31,6 @@ class RunState:
         self.processes = processes
         self.ledger = Ledger(processes.settings.response.ban_after)
         self.detections: list[Detection] = []
-        self.evidence: dict[Worker, Evidence] = {}
-        """What shows why workers were banned, as far as it can be shown."""
         self.table: SignalTable | None = None
         """All signals of the last training batch with their scores."""
         self.wiring: Wiring | None = None

@@ -21,7 +21,7 @@ from lightning_sentinel.verification.jury import Findings
 from lightning_sentinel.verification.table import SignalTable
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["MUCH_FURTHER", "Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits", "unjudged"]
+__all__ = ["MUCH_FURTHER", "Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits"]
 
 Audit = Callable[[Tensor], Findings]
 """Has the chosen signals, ``(boundaries, lanes, micro_batches)`` bool, recomputed."""
@@ -100,32 +100,6 @@ class StepVerdict:
     explained: Tensor
     clean: Tensor
     table: SignalTable
-
-
-def unjudged(table: SignalTable, mesh: Mesh) -> StepVerdict:
-    """The verdict on a step that will be done again for another reason than its signals: on nobody.
-
-    Args:
-        table: all signals of the step.
-        mesh: the workers.
-    """
-    nothing = torch.zeros_like(table.tainted)
-    return StepVerdict(
-        detections=(),
-        flagged=Counter(),
-        suspects=frozenset(),
-        unmistakable=frozenset(),
-        verified=frozenset(),
-        guilty=frozenset(),
-        disputed=frozenset(),
-        outvoted=frozenset(),
-        audits=0,
-        honest=nothing,
-        heard=nothing,
-        explained=nothing,
-        clean=torch.zeros(mesh.stages, *nothing.shape[1:], dtype=torch.bool),
-        table=table,
-    )
 
 
 def judge(

@@ -3,15 +3,19 @@ workers that nothing catches, because they corrupt gradients inside their stage.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 
 import lightning_sentinel as ls
 from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.trust.evidence_files import read_evidence
+from lightning_sentinel.trust.verify_evidence import verify_evidence
 from tests.distributed import campaign, tasks, world
 
 STAGES, REPLICAS, BATCH, STEPS, START = 3, 4, 6, 6, 2
@@ -32,7 +36,7 @@ class Sharing(tasks.Classifier):
 OPTIONS = {"gradient_clip_val": 0.05, "limit_val_batches": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
 
 
-def attacked(mesh: Mesh, engine: str) -> dict[str, Any]:
+def attacked(mesh: Mesh, engine: str, folder: Path | None = None) -> dict[str, Any]:
     """Everything is recomputed: also what no feature shows, in a warm-up in which nobody is flagged."""
     virtual, response = engine == "virtual", ls.Response(audit_rate=1.0)
     strategy = ls.SentinelStrategy(
@@ -45,7 +49,8 @@ def attacked(mesh: Mesh, engine: str) -> dict[str, Any]:
     )
     module, guilty = Sharing("adamw"), liars(mesh)
     injector = ls.AttackInjector(list(guilty.values()), workers=list(guilty), start_step=START)
-    run = tasks.trainer(strategy, 1 if virtual else len(mesh.workers), STEPS, [injector], **OPTIONS)
+    logger = False if folder is None else CSVLogger(folder, name="")
+    run = tasks.trainer(strategy, 1 if virtual else len(mesh.workers), STEPS, [injector], logger=logger, **OPTIONS)
     data = [tasks.loader(BATCH * mesh.replicas) if virtual else tasks.loader(BATCH, mesh.replicas) for _ in range(2)]
     run.fit(module, *data)
     metrics = {name: float(value) for name, value in run.callback_metrics.items() if not name.startswith("sentinel/")}
@@ -55,6 +60,7 @@ def attacked(mesh: Mesh, engine: str) -> dict[str, Any]:
         "metrics": metrics,
         "banned": strategy.ledger.banned_at,
         "lanes": strategy.wiring.lanes,
+        "shown": {worker: verify_evidence(evidence).holds for worker, evidence in strategy.evidence.items()},
     }
 
 
@@ -80,14 +86,22 @@ def check_weights(found: dict[str, Any], alone: dict[str, Any]) -> set[str]:
     return set(found["weights"])
 
 
-def test_weights_and_metrics_after_bans_are_those_of_a_clean_run_on_the_same_data() -> None:
-    ranks, seen = world.run(attacked, len(PROCESSES.workers), PROCESSES, "process", timeout=110), set[str]()
+def test_weights_and_metrics_after_bans_are_those_of_a_clean_run_on_the_same_data(tmp_path: Path) -> None:
+    """And each ban leaves a file that shows without the run why it was."""
+    ranks, seen = world.run(attacked, len(PROCESSES.workers), PROCESSES, "process", tmp_path, timeout=110), set[str]()
     alone = tasks.fit_alone("adamw", STEPS, BATCH * PROCESSES.replicas, OPTIONS, Sharing)
     for number, rank in enumerate(ranks):
         check_attacked(PROCESSES, rank, alone)
         if PROCESSES.worker(number) not in GUILTY:
             seen |= check_weights(rank, alone)
+        assert rank["shown"] == dict.fromkeys(liars(PROCESSES), True)
     assert seen == set(alone["weights"])
+    folder = tmp_path / "version_0" / "sentinel"
+    banned = json.loads((folder / "ledger.json").read_text())["banned"]
+    named = {ls.Worker(entry["stage"], entry["replica"]): entry["evidence"] for entry in banned}
+    for worker in liars(PROCESSES):
+        findings = verify_evidence(read_evidence(folder / named[worker]))
+        assert findings.verdict.startswith(f"The evidence holds: {worker} signed the "), findings.verdict
 
 
 def test_the_same_of_one_liar_in_each_of_three_stages() -> None:

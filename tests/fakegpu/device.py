@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,9 @@ class Reads:
         self.counts.clear()
 
     def note(self) -> None:
-        self.counts[_caller()] += 1
+        # A thread beside the schedule may wait: the host goes on.
+        if threading.current_thread() is threading.main_thread():
+            self.counts[_caller()] += 1
 
 
 reads = Reads()

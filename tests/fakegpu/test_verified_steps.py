@@ -62,9 +62,9 @@ def test_processes_that_share_a_device_wait_once_a_step() -> None:
         assert audited["audits"] > 0 and not audited["banned"]
         for name, value in found["weights"].items():
             torch.testing.assert_close(value, plain["weights"][name], rtol=0, atol=1e-6)
-        end, audits = {"pipeline/exchange.py:_gather": 1}, {"pipeline/recovery/auditing.py:_decided": 1}
+        end, audits = {"pipeline/exchange.py:run": 1}, {"pipeline/recovery/auditing.py:_decided": 1}
         # In the first batch names are agreed on, and the ends see whether they have read the same, for which nobody waits.
-        agreed = {"pipeline/exchange.py:_gather": 2}
+        agreed = {"pipeline/exchange.py:run": 2}
         assert [of_the_package(step) for step in found["reads"]] == [agreed, *[end] * (len(found["reads"]) - 1)]
         assert [of_the_package(step) for step in audited["reads"]] == [
             agreed | audits,

@@ -127,7 +127,48 @@ def test_the_state_is_plain() -> None:
         "audits": 0,
         "hosts": [],
         "keys": [],
+        "contradicted": [],
+        "evidence": [],
     }
+
+
+class TestContradictions:
+    MESH = Mesh(3, 4)
+    LIAR = Worker(1, 2)
+
+    def told(self, *partners: Worker, forgers: tuple[Worker, ...] = (), ban_after: int | None = 5) -> tuple[Ledger, list[Worker]]:
+        """The ledger after a step for each of these partners of the liar, and whom it has banned."""
+        ledger = Ledger(ban_after)
+        banned = [
+            one
+            for step, other in enumerate(partners)
+            for one in ledger.record_contradictions(step, [(self.LIAR, other)], (), self.MESH)
+        ]
+        return ledger, banned + ledger.record_contradictions(9, [], forgers, self.MESH)
+
+    def test_one_is_no_proof_and_gives_both_other_neighbours(self) -> None:
+        ledger, banned = self.told(Worker(0, 0), Worker(0, 0), Worker(2, 1))
+        assert not banned
+        assert ledger.order(3) == 3 and ledger.order(2) is None
+
+    def test_more_of_one_stage_than_can_lie_there_are(self) -> None:
+        assert self.told(Worker(0, 0), Worker(0, 3))[1] == [self.LIAR]
+
+    def test_of_two_live_workers_nobody_can_tell(self) -> None:
+        ledger = Ledger()
+        ledger.ban(0, [Worker(0, 1), Worker(0, 2)])
+        for step, other in enumerate((Worker(0, 0), Worker(0, 3))):
+            assert not ledger.record_contradictions(step, [(self.LIAR, other)], (), self.MESH)
+
+    def test_whose_word_nobody_signed_is_banned_at_once_where_anybody_is(self) -> None:
+        assert self.told(forgers=(self.LIAR,))[1] == [self.LIAR]
+        assert not self.told(Worker(0, 0), Worker(0, 3), forgers=(self.LIAR,), ban_after=None)[1]
+
+    def test_they_are_kept(self) -> None:
+        ledger, _ = self.told(Worker(0, 0))
+        again = Ledger()
+        again.load_state_dict(ledger.state_dict())
+        assert again.contradicted == {self.LIAR: {Worker(0, 0)}, Worker(0, 0): {self.LIAR}}
 
 
 def test_loading_replaces_what_was_known() -> None:

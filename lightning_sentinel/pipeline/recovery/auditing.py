@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from enum import IntEnum
 from itertools import groupby
@@ -29,12 +29,13 @@ from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.data.sample_exchange import supplier, unpacked
 from lightning_sentinel.pipeline.messages.tensor_trees import Packed, pack_all, receive_tree, send_packed
 from lightning_sentinel.pipeline.processes.wire import world
+from lightning_sentinel.pipeline.recovery.evidence import evidence_of_bans
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.recovery.votes import VOTE_BYTES, Vote, decode, encode, says, testimony
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.waiting import on_host
 from lightning_sentinel.trust.digests import Digest, digest_of
-from lightning_sentinel.trust.evidence import Recomputation, Testimony
+from lightning_sentinel.trust.evidence import Evidence, Recomputation, Testimony
 from lightning_sentinel.trust.statements import Kind, SignalId
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
@@ -169,6 +170,10 @@ class Audits:
         everyone = world().all_gather(torch.frombuffer(bytearray(said), dtype=torch.uint8))
         self._transcript.hear(everyone)
         return [self._heard(everyone, number, *asked[number], plan, commitments) for number in range(len(asked))]
+
+    def evidence(self, banned: Collection[Worker], commitments: StepCommitments) -> dict[Worker, Evidence]:
+        """What the votes of this step show against the workers that it bans; see :func:`evidence_of_bans`."""
+        return evidence_of_bans(banned, self.testimonies, commitments, self._transcript.credentials)
 
     def _signed(self, vote: Vote, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments) -> Vote:
         credentials = self._transcript.credentials

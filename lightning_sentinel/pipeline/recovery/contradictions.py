@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 
-from lightning_sentinel.mesh import Worker
+import torch
+
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.step_results import Ruling
 from lightning_sentinel.trust.statements import Transfer
-from lightning_sentinel.verification import SignalTable
-from lightning_sentinel.verification.verdicts import unjudged
+from lightning_sentinel.verification import SignalTable, StepVerdict
 from lightning_sentinel.wiring import Wiring
 
 __all__ = ["settle_contradictions"]
@@ -39,4 +41,25 @@ def settle_contradictions(
     excluded = sorted({*forgers, *(max(pair, key=lambda worker: len(contradicted[worker])) for pair in pairs)})
     guard.forget_step()
     redo = any(Wiring.of(mesh, plan.absent.union(banned, excluded)).live)
-    return Ruling(unjudged(table, mesh), banned, excluded, redo=redo, plan=plan, contradictions=pairs, forgers=forgers)
+    return Ruling(_no_verdict(table, mesh), banned, excluded, redo=redo, plan=plan, contradictions=pairs, forgers=forgers)
+
+
+def _no_verdict(table: SignalTable, mesh: Mesh) -> StepVerdict:
+    """On a step that will be done again for another reason than its signals."""
+    nothing = torch.zeros_like(table.tainted)
+    return StepVerdict(
+        detections=(),
+        flagged=Counter(),
+        suspects=frozenset(),
+        unmistakable=frozenset(),
+        verified=frozenset(),
+        guilty=frozenset(),
+        disputed=frozenset(),
+        outvoted=frozenset(),
+        audits=0,
+        honest=nothing,
+        heard=nothing,
+        explained=nothing,
+        clean=torch.zeros(mesh.stages, *nothing.shape[1:], dtype=torch.bool),
+        table=table,
+    )

@@ -44,7 +44,9 @@ def refusals(found: Sequence[Any], kind: type[Exception]) -> set[str]:
 
 def test_a_key_on_some_ranks_only_is_refused_on_all() -> None:
     (said,) = refusals(exchanged([ALICE, None, BOB, None]), ConfigurationError)
-    assert said.startswith("Rank(s) 1, 3 have no key, and the others have. Give SentinelStrategy(identity=...) on every machine")
+    assert said.startswith(
+        "Rank(s) 1, 3 have no key, and the others have. Give the same SentinelStrategy(identity=...) on every machine"
+    )
 
 
 def test_two_workers_with_one_key_are_refused_on_all() -> None:
