@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only as of_fabric
@@ -21,3 +23,9 @@ def _warnings_come_from_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """A strategy that a test made for another rank does not silence the tests after it."""
     for guard in (rank_zero_only, of_fabric):
         monkeypatch.setattr(guard, "rank", 0)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collecting garbage need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
