@@ -1,13 +1,20 @@
-"""One thread for what tests compute: it is small, and threads that wait for each other on busy cores cost more than they save."""
+"""What all tests have in common. Imports are where they are needed: the process that deals tests to others runs none itself."""
 
 from __future__ import annotations
 
-import pytest
-import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only as of_fabric
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+import gc
 
-torch.set_num_threads(1)
+import pytest
+
+
+def pytest_collection_finish() -> None:
+    import torch
+
+    # Tests compute little, and threads that wait for each other on busy cores cost more than they save.
+    torch.set_num_threads(1)
+    # What was imported stays: collecting garbage need not look through it again and again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -19,5 +26,8 @@ def _secrets_are_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _warnings_come_from_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """A strategy that a test made for another rank does not silence the tests after it."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only as of_fabric
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
     for guard in (rank_zero_only, of_fabric):
         monkeypatch.setattr(guard, "rank", 0)

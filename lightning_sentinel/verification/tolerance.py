@@ -24,16 +24,16 @@ from lightning_sentinel.verification.audit import relative_error, tolerance
 from lightning_sentinel.verification.axes import as_tokens
 from lightning_sentinel.verification.projection import unit_directions
 
-__all__ = ["MEASURED", "Tolerances", "deviation"]
+__all__ = ["ALARM", "DIRECTIONS", "MEASURED", "Tolerances", "deviation"]
 
-_DIRECTIONS = 8
-MEASURED = 2 + _DIRECTIONS
+DIRECTIONS = 8
+MEASURED = 2 + DIRECTIONS
 """Floats that measure how far apart two signals are: the error, and signed errors along the signal and secret directions."""
 
 _MULTIPLE = 4.0
 _FLOOR = 1 / 10
 _COHERENT = 1 / 50
-_ALARM = 25.0
+ALARM = 25.0
 """Threshold for the squared sum of signed errors over the sum of their squares: 1 on average if they are independent, and hardly
 ever as large by chance (6e-7 for a normal distribution); with errors that are all alike it is their number."""
 
@@ -57,7 +57,7 @@ def deviation(claimed: Tensor, recomputed: Tensor, seed: int) -> Tensor:
     squared = honest.square().mean() + 1e-30
     along = (difference * honest).mean() / squared
     # A direction is a unit vector: about one over the root of the channels of a constant error lies along it.
-    directions = unit_directions(honest.shape[-1], _DIRECTIONS, seed, honest.device)
+    directions = unit_directions(honest.shape[-1], DIRECTIONS, seed, honest.device)
     signed = difference.mean(dim=(0, 1)) @ directions / squared.sqrt()
     return torch.cat((error.view(1), along.view(1), signed)).nan_to_num(torch.inf, torch.inf, -torch.inf)
 
@@ -115,7 +115,7 @@ class Tolerances:
         """Whether the signed errors of a sender add up, where rounding errors cancel out, to more than ``least`` on average."""
         sums = self._sums[index, sender.replica].abs()
         squares = self._squares[index, sender.replica]
-        coherent = sums.square() > _ALARM * squares
+        coherent = sums.square() > ALARM * squares
         return bool((coherent & (sums > least * self._audits[index, sender.replica])).any())
 
     def heard(self, index: int, sender: Worker, measured: Sequence[float]) -> None:

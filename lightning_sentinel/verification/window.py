@@ -144,6 +144,8 @@ class FenceWindow:
 
     def _settle(self) -> None:
         """Update the shape until it is settled: once half of the window is filled, and it holds enough values for the rate."""
+        if bool(self.settled.all()):
+            return
         fresh = fit_fences(self.values, self._rule.rate, True, self._rule.watched, self.resolution)
         workers = self.deviations.shape[2]
         away = (self.values - fresh.mean[:, None]).abs()

@@ -1,5 +1,7 @@
 """What the fork server imports once, so that ranks need not: all that they import of themselves in a short run."""
 
+import gc
+
 import deepspeed
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.moe.ep_repack
@@ -8,6 +10,8 @@ import pytest
 import torch
 import torchmetrics
 import transformers
+import transformers.modeling_layers
+import transformers.modeling_utils
 from deepspeed.runtime.pipe import engine
 from rich import _emoji_codes
 
@@ -29,3 +33,7 @@ __all__ = [
     "torchmetrics",
     "transformers",
 ]
+
+# Ranks need not look through what was imported, which they share with the server until they touch it.
+gc.collect()
+gc.freeze()

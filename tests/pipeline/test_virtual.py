@@ -115,10 +115,10 @@ def test_predictions_and_checkpoints_are_those_of_an_ordinary_module(tmp_path: A
 @pytest.mark.parametrize(("direction", "attack"), [("activation", {"name": "scale", "factor": 20.0}), ("gradient", "random")])
 def test_malicious_workers_are_banned_and_nobody_else(direction: Any, attack: Any) -> None:
     guilty = {ls.Worker(1, 0), ls.Worker(2, 3), ls.Worker(1, 5)}
-    strategy = virtual(4, 8, verification=ls.Verification(warmup_steps=40))
+    strategy = virtual(4, 8, verification=ls.Verification(warmup_steps=20))
     injector = ls.AttackInjector(attack, workers=sorted(guilty), direction=direction)
     module = tasks.Classifier("adamw", depth=6)
-    tasks.trainer(strategy, 1, 55, [injector]).fit(module, tasks.loader(32))
+    tasks.trainer(strategy, 1, 35, [injector]).fit(module, tasks.loader(32))
     assert strategy.ledger.banned == guilty
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
