@@ -8,7 +8,19 @@ from lightning_sentinel import attacks
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["BROKEN", "COLLUDING", "FAULTY", "HIDDEN", "IMITATING", "NAMED", "PUBLISHED", "SUBTLE", "SWEPT", "WITHIN", "attack_named"]
+__all__ = [
+    "BROKEN",
+    "COLLUDING",
+    "FAULTY",
+    "HIDDEN",
+    "IMITATING",
+    "NAMED",
+    "PUBLISHED",
+    "SUBTLE",
+    "SWEPT",
+    "WITHIN",
+    "attack_named",
+]
 
 
 def _attack(name: str, **parameters: Any) -> dict[str, Any]:
@@ -80,17 +92,13 @@ BROKEN: dict[str, Any] = {
     "exponent bit, forward": _attack("bit_flip", bit=1, phase="forward", rate=_RATE),
     "exponent bit, backward_input": _attack("bit_flip", bit=1, phase="backward_input", rate=_RATE),
     "exponent bit, backward_weight": _attack("bit_flip", bit=1, phase="backward_weight", rate=_RATE),
-    "sign bit": _attack("bit_flip", bit=0, rate=_RATE),
     "any bit": _attack("bit_flip", rate=_RATE),
     "any bit of a factor": _attack("bit_flip", operand="left", rate=_RATE),
-    "four bits": _attack("bit_flip", flips=4, rate=_RATE),
     "wrong address": _attack("wrong_address", rate=_RATE),
     "misplaced tile": _attack("misplaced_tile", rate=_RATE),
-    "stuck tile": _attack("stuck_tile", rate=_RATE),
     "stale tile": _attack("stuck_tile", stale=True, rate=_RATE),
     "silent corruption": _attack("silent_corruption", rate=_RATE),
     "silent corruption, rare": _attack("silent_corruption", rate=_RATE / 10),
-    "silent corruption, backward_weight": _attack("silent_corruption", phase="backward_weight", rate=_RATE),
 }
 """Those of a processor that sometimes multiplies matrices wrongly."""
 
