@@ -17,6 +17,7 @@ from lightning_sentinel.benchmarks.detection.bars import misses
 from lightning_sentinel.benchmarks.detection.figures import draw, require_matplotlib
 from lightning_sentinel.benchmarks.detection.measures import Measures
 from lightning_sentinel.benchmarks.detection.results import Group, as_csv, as_json, grouped, rows
+from lightning_sentinel.benchmarks.detection.rivals_table import beside_rivals
 from lightning_sentinel.benchmarks.detection.runs import Campaign, Folder, write_atomically
 from lightning_sentinel.benchmarks.detection.scenarios import METHODS, Scenario, choose
 from lightning_sentinel.benchmarks.detection.suites import SUITES, Request, scenarios
@@ -221,6 +222,8 @@ def _write(suite: str, groups: Sequence[Group], folder: Path) -> None:
     write_atomically(folder / "results.csv", as_csv(runs))
     write_atomically(folder / "results.json", as_json(runs))
     write_atomically(folder / "table.md", markdown(title, groups))
+    if suite == "faults":
+        write_atomically(folder / "rivals.md", beside_rivals(title, groups))
     draw(suite, groups, folder)
     console.print(f"Written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}", highlight=False)
 

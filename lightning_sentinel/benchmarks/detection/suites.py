@@ -261,7 +261,7 @@ SUITES: dict[str, Suite] = {
         attacks=BROKEN,
         directions=("both",),
         fraction=1 / 6,
-        training=Training(stages=4, replicas=6, micro_batches=1, steps=120),
+        training=Training(stages=4, replicas=6, micro_batches=1),
     ),
     "strength": Suite("Is what goes undetected harmless?", _attacks, attacks=SWEPT),
     "clean": Suite(
