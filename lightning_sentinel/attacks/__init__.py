@@ -5,10 +5,12 @@ from __future__ import annotations
 from lightning_sentinel.attacks.adversary import Adversary
 from lightning_sentinel.attacks.context import Attack, AttackContext
 from lightning_sentinel.attacks.delay import Delay
-from lightning_sentinel.attacks.faults import BadRows, FlippedBits, GradientContribution, NonFinite, Site
+from lightning_sentinel.attacks.faults import BadRows, GradientContribution, NonFinite, Site
 from lightning_sentinel.attacks.imitation import MomentumNoise, Surrogate
 from lightning_sentinel.attacks.library import Bias, InvisibleNoise, Ones, RandomSign, RandomValue, Scale, Zeros
 from lightning_sentinel.attacks.misplaced import Permute, Swap
+from lightning_sentinel.attacks.product_faults import BitFlip, MisplacedTile, SilentCorruption, StuckTile, WrongAddress
+from lightning_sentinel.attacks.products import Phase, Product
 from lightning_sentinel.attacks.registry import AttackSpec, available, get, resolve
 from lightning_sentinel.attacks.shortcut import FlipResidual, Identity, ReceivedNoise
 from lightning_sentinel.attacks.subtle import AddNoise, Drift, Frame, Local
@@ -22,28 +24,34 @@ __all__ = [
     "AttackSpec",
     "BadRows",
     "Bias",
+    "BitFlip",
     "Collude",
     "Delay",
     "Drift",
     "FlipResidual",
-    "FlippedBits",
     "Frame",
     "GradientContribution",
     "Identity",
     "Intermittent",
     "InvisibleNoise",
     "Local",
+    "MisplacedTile",
     "MomentumNoise",
     "NonFinite",
     "Ones",
     "Permute",
+    "Phase",
+    "Product",
     "RandomSign",
     "RandomValue",
     "ReceivedNoise",
     "Scale",
+    "SilentCorruption",
     "Site",
+    "StuckTile",
     "Surrogate",
     "Swap",
+    "WrongAddress",
     "Zeros",
     "available",
     "get",

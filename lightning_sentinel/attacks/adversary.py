@@ -7,6 +7,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Literal
 
@@ -15,13 +16,18 @@ from torch import Tensor
 
 from lightning_sentinel.attacks.context import Attack, AttackContext
 from lightning_sentinel.attacks.faults import Site, site_of
+from lightning_sentinel.attacks.products import Phase, Product, Products
 from lightning_sentinel.attacks.registry import LIBRARY, AttackSpec, resolve
 from lightning_sentinel.attacks.wrappers import Wrapper
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.seeds import derive_seed
 
-__all__ = ["Adversary"]
+__all__ = ["Adversary", "Witness"]
+
+Witness = Callable[[Worker, str, int, int, Tensor, Tensor], None]
+"""Takes the worker, what it made (``"activation"``, ``"gradient"`` or ``"weights"``, for the gradients of all its weights as one
+vector), the step, the micro-batch's index, what it made, and what it should have."""
 
 
 class Adversary:
@@ -80,6 +86,10 @@ class Adversary:
         """How malicious workers vote on signals that they were asked to recompute; ``None``: honestly."""
         self.notes: Callable[[Worker, Tensor], Tensor] | None = None
         """The notes that malicious workers send with their signals; ``None``: honest ones."""
+        self.witness: Witness | None = None
+        """Told what a malicious worker made and what an honest one would have, in the virtual mesh: the ground truth of faults."""
+        self._products: dict[tuple[Worker, int], Products] = {}
+        """The products of micro-batches that are between their forward and their backward pass."""
         _warn_of_majority(mesh, self._workers)
 
     @property
@@ -166,6 +176,26 @@ class Adversary:
             output.register_hook(wrong)
         return output
 
+    def computing(self, worker: Worker, step: int, micro_batch: int, backward: bool) -> AbstractContextManager[None]:
+        """A context for a pass of ``worker`` through its layers, in which results of matrix products may be wrong.
+
+        The forward pass of a micro-batch comes before its backward pass; others may come in between.
+        """
+        if self.fails(worker, step) is not Site.PRODUCT:
+            return nullcontext()
+        attack = self._attacks[worker]
+        products = self._products.pop((worker, micro_batch), Products()) if backward else Products()
+        if not backward:
+            self._products[worker, micro_batch] = products
+
+        def wrong(result: Tensor, product: Product) -> Tensor:
+            direction = Direction.ACTIVATION if product.phase is Phase.FORWARD else Direction.GRADIENT
+            if direction not in self._directions:
+                return result
+            return _checked_result(attack, result, self._context(worker, direction, step, micro_batch, result, product=product))
+
+        return products.seen(wrong, backward)
+
     def weight_gradient(self, gradient: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
         """The tensor that ``worker`` adds to the gradient of one of its stage's weights in place of ``gradient``."""
         if self.fails(worker, step) is not Site.WEIGHTS:
@@ -174,7 +204,14 @@ class Adversary:
         return _checked_result(self._attacks[worker], gradient, context)
 
     def _context(
-        self, worker: Worker, direction: Direction, step: int, micro_batch: int, signal: Tensor, received: Tensor | None = None
+        self,
+        worker: Worker,
+        direction: Direction,
+        step: int,
+        micro_batch: int,
+        signal: Tensor,
+        received: Tensor | None = None,
+        product: Product | None = None,
     ) -> AttackContext:
         return AttackContext.seeded(
             self._seed,
@@ -185,6 +222,7 @@ class Adversary:
             received=None if received is None else received.detach(),
             device=signal.device,
             start_step=self._start_step,
+            product=product,
         )
 
     def vote(self, juror: Worker, audited: Worker, word: int) -> int:

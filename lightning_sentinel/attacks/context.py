@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_sentinel.attacks.products import Product
 from lightning_sentinel.mesh import Direction, Worker
 from lightning_sentinel.seeds import derive_seed
 
@@ -29,6 +30,7 @@ class AttackContext:
         seed: the adversary's seed, for draws that are not per signal: see :meth:`seed_for`.
         start_step: the first step that the adversary tampers with.
         colluding: whether all malicious workers draw the same: see :meth:`together`.
+        product: the matrix product whose result is altered; ``None`` where something else is.
 
     Example:
         >>> import torch
@@ -48,6 +50,7 @@ class AttackContext:
     seed: int = 0
     start_step: int = 0
     colluding: bool = False
+    product: Product | None = None
 
     @classmethod
     def seeded(
@@ -61,11 +64,25 @@ class AttackContext:
         received: Tensor | None = None,
         device: torch.device | str = "cpu",
         start_step: int = 0,
+        product: Product | None = None,
     ) -> AttackContext:
-        """A context whose generator, on ``device``, depends only on ``seed`` and on which signal this is."""
-        generator = torch.Generator(device=device)
-        generator.manual_seed(derive_seed(seed, worker.stage, worker.replica, direction, step, micro_batch))
-        return cls(step, micro_batch, worker, direction, received, generator, seed, start_step)
+        """A context whose generator, on ``device``, depends only on ``seed`` and on which signal or product this is."""
+        context = cls(step, micro_batch, worker, direction, received, torch.Generator(device), seed, start_step, product=product)
+        context.generator.manual_seed(derive_seed(seed, worker.stage, worker.replica, *context.place))
+        return context
+
+    @property
+    def place(self) -> tuple[int | str, ...]:
+        """Which of a worker's signals or products this is, for draws that are its own.
+
+        Example:
+            >>> from lightning_sentinel.attacks import AttackContext
+            >>> from lightning_sentinel.mesh import Direction, Worker
+            >>> AttackContext.seeded(0, Worker(1, 0), Direction.GRADIENT, step=7).place
+            ('gradient', 7, 0)
+        """
+        product = () if self.product is None else (self.product.phase.value, self.product.number)
+        return (self.direction.value, self.step, self.micro_batch, *product)
 
     def seed_for(self, *parts: int | str) -> int:
         """A seed for draws that other signals share: the same for the same ``parts``, run and worker.
@@ -86,7 +103,7 @@ class AttackContext:
         """The same context with draws that depend on direction, step and micro-batch, and not on the worker."""
         shared = replace(self, colluding=True)
         generator = torch.Generator(device=self.generator.device)
-        generator.manual_seed(shared.seed_for(self.direction, self.step, self.micro_batch))
+        generator.manual_seed(shared.seed_for(*self.place))
         return replace(shared, generator=generator)
 
 

@@ -1,7 +1,8 @@
 """Faults of computation: a broken worker's own layers return wrong values, where the other attacks alter sent signals.
 
 They strike inside the graph, so later layers compute with wrong values, forward and backward: the worker's weight gradients are hit
-as well as its signals. In the formulas ``h`` is the output of the first layer of the worker's stage, or its gradient.
+as well as its signals. In the formulas ``h`` is the output of the first layer of the worker's stage, or its gradient. Faults inside
+matrix products are in ``product_faults.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lightning_sentinel.attacks.context import AttackContext
 from lightning_sentinel.attacks.signals import by_channel, channel_axis, is_integer, is_share, require
 from lightning_sentinel.attacks.subtle import Local
 
-__all__ = ["BadRows", "FlippedBits", "GradientContribution", "NonFinite", "Site", "site_of"]
+__all__ = ["BadRows", "GradientContribution", "NonFinite", "Site", "site_of"]
 
 
 class Site(Enum):
@@ -28,6 +29,8 @@ class Site(Enum):
     """The signals that a worker sends."""
     LAYER = "layer"
     """The output of one of its layers."""
+    PRODUCT = "product"
+    """The results of the matrix products in its layers."""
     WEIGHTS = "weights"
     """The gradients of its weights, which stay within the stage."""
 
@@ -79,46 +82,8 @@ class NonFinite:
 
 
 @dataclass
-class FlippedBits:
-    """A bit flips in some elements of a layer's output, drawn anew for each signal (ours).
-
-    Args:
-        bit: which one, counted from the sign, which is 0; the exponent follows.
-        count: in how many elements.
-
-    Raises:
-        ConfigurationError: if ``bit`` is none of the 16 that all dtypes have, or ``count`` no integer above 0.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sentinel import attacks
-        >>> from lightning_sentinel.mesh import Direction, Worker
-        >>> context = attacks.AttackContext.seeded(0, Worker(1, 0), Direction.ACTIVATION)
-        >>> attacks.FlippedBits(bit=0)(torch.ones(1), context)
-        tensor([-1.])
-    """
-
-    bit: int = 2
-    count: int = 1
-    site: ClassVar[Site] = Site.LAYER
-
-    def __post_init__(self) -> None:
-        require(is_integer(self.bit) and 0 <= self.bit < 16, self, "bit", "an integer from 0 to 15")
-        require(is_integer(self.count) and self.count > 0, self, "count", "an integer above 0")
-
-    def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
-        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[signal.element_size()]
-        bits = 8 * signal.element_size()
-        # The sign bit of a signed integer is a negative number.
-        mask = 1 << (bits - 1 - self.bit) if self.bit else -(1 << (bits - 1))
-        flipped = (signal.detach().contiguous().view(integers) ^ mask).view(signal.dtype)
-        rank = torch.rand(signal.numel(), generator=context.generator, device=signal.device).argsort()
-        return torch.where((rank < self.count).view(signal.shape), flipped, signal)
-
-
-@dataclass
 class BadRows:
-    """A layer leaves rows of its result zero, or puts garbage there, as a kernel does that skips a tile (ours).
+    """A layer, of any kind, leaves rows of its result zero, or puts garbage there (ours).
 
     A row is a sample of (B, F), a token of (B, T, C) or a pixel of (B, C, H, W).
 

@@ -1,14 +1,15 @@
-"""Sums over past steps that can be taken back: the memory of attacks that learn from honest signals."""
+"""What attacks remember of honest signals, such that a step can be taken back: sums over past steps, and the signal before."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["DecayedSums", "Sums"]
+__all__ = ["DecayedSums", "History", "Sums"]
 
 Sums = tuple[Tensor, ...]
 
@@ -67,3 +68,42 @@ class DecayedSums:
         new = tuple(sum(column[1:], column[0]) for column in zip(*parts))
         self._past = new if self._past is None else tuple(self.decay * old + one for old, one in zip(self._past, new))
         self._present = {}
+
+
+@dataclass
+class History:
+    """The value before the present one, in several sequences whose steps may be done again.
+
+    Of each sequence at most one step and one value are kept.
+
+    Example:
+        >>> import torch
+        >>> history = History()
+        >>> for step in (0, 1, 1, 2):
+        ...     print(history.before("mine", step, 0, torch.tensor(10 * step)).item())
+        0
+        0
+        0
+        10
+    """
+
+    _sequences: dict[Hashable, deque[tuple[tuple[int, int], Tensor]]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """How many values are kept."""
+        return sum(map(len, self._sequences.values()))
+
+    def before(self, key: Hashable, step: int, micro_batch: int, value: Tensor) -> Tensor:
+        """Remember a value. Returns the one before it, or itself if there is none or it differs in shape, dtype or device."""
+        history = self._sequences.setdefault(key, deque())
+        now = (step, micro_batch)
+        while history and history[-1][0] >= now:
+            history.pop()
+        before = history[-1][1] if history else value
+        # A copy, since pipeline engines reuse their send buffers.
+        history.append((now, value.detach().clone()))
+        # The step may be done again, and then needs the last value of the step before.
+        while len(history) > 1 and history[1][0][0] < step:
+            history.popleft()
+        fits = (before.shape, before.dtype, before.device) == (value.shape, value.dtype, value.device)
+        return before if fits else value

@@ -5,19 +5,16 @@ Every statistic of a batch stays the same, so only features that relate a signal
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_sentinel.attacks.context import AttackContext
+from lightning_sentinel.attacks.memory import History
 from lightning_sentinel.attacks.signals import channel_axis
-from lightning_sentinel.mesh import Direction, Worker
 
 __all__ = ["Permute", "Swap"]
-
-_When = tuple[int, int]
 
 
 @dataclass
@@ -75,28 +72,14 @@ class Swap:
         [0.0, 0.0, 1.0, 10.0, 11.0, 20.0]
     """
 
-    _histories: dict[tuple[Worker, Direction], deque[tuple[_When, Tensor]]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _history: History = field(default_factory=History, init=False, repr=False, compare=False)
 
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
-        before = self._before(signal, context)
-        fits = (before.shape, before.dtype, before.device) == (signal.shape, signal.dtype, signal.device)
-        return (before if fits else signal).clone()
+        return self._before(signal, context).clone()
 
     def observe(self, signal: Tensor, context: AttackContext) -> None:
         """Remembers a signal that is sent honestly, so that the attack can start at full strength."""
         self._before(signal, context)
 
     def _before(self, signal: Tensor, context: AttackContext) -> Tensor:
-        history = self._histories.setdefault((context.worker, context.direction), deque())
-        now = (context.step, context.micro_batch)
-        while history and history[-1][0] >= now:
-            history.pop()
-        before = history[-1][1] if history else signal
-        # A copy, since pipeline engines reuse their send buffers.
-        history.append((now, signal.detach().clone()))
-        # The step may be done again, and then needs the last signal of the step before.
-        while len(history) > 1 and history[1][0][0] < context.step:
-            history.popleft()
-        return before
+        return self._history.before((context.worker, context.direction), context.step, context.micro_batch, signal)

@@ -9,10 +9,11 @@ from typing import Any
 
 from lightning_sentinel.attacks.context import Attack
 from lightning_sentinel.attacks.delay import Delay
-from lightning_sentinel.attacks.faults import BadRows, FlippedBits, GradientContribution, NonFinite
+from lightning_sentinel.attacks.faults import BadRows, GradientContribution, NonFinite
 from lightning_sentinel.attacks.imitation import MomentumNoise, Surrogate
 from lightning_sentinel.attacks.library import Bias, InvisibleNoise, Ones, RandomSign, RandomValue, Scale, Zeros
 from lightning_sentinel.attacks.misplaced import Permute, Swap
+from lightning_sentinel.attacks.product_faults import BitFlip, MisplacedTile, SilentCorruption, StuckTile, WrongAddress
 from lightning_sentinel.attacks.shortcut import FlipResidual, Identity, ReceivedNoise
 from lightning_sentinel.attacks.subtle import AddNoise, Drift, Frame, Local
 from lightning_sentinel.attacks.wrappers import Collude, Intermittent
@@ -27,16 +28,17 @@ LIBRARY: dict[str, Callable[..., Attack]] = {
     "add_noise": AddNoise,
     "bad_rows": BadRows,
     "bias": Bias,
+    "bit_flip": BitFlip,
     "collude": Collude,
     "delay": Delay,
     "drift": Drift,
     "flip_residual": FlipResidual,
-    "flipped_bits": FlippedBits,
     "frame": Frame,
     "gradient_contribution": GradientContribution,
     "identity": Identity,
     "intermittent": Intermittent,
     "local": Local,
+    "misplaced_tile": MisplacedTile,
     "momentum_noise": MomentumNoise,
     "noise": InvisibleNoise,
     "non_finite": NonFinite,
@@ -46,8 +48,11 @@ LIBRARY: dict[str, Callable[..., Attack]] = {
     "received_noise": ReceivedNoise,
     "scale": Scale,
     "sign": RandomSign,
+    "silent_corruption": SilentCorruption,
+    "stuck_tile": StuckTile,
     "surrogate": Surrogate,
     "swap": Swap,
+    "wrong_address": WrongAddress,
     "zeros": Zeros,
 }
 
@@ -58,9 +63,9 @@ def available() -> tuple[str, ...]:
     Example:
         >>> from lightning_sentinel import attacks
         >>> print(*attacks.available())  # doctest: +NORMALIZE_WHITESPACE
-        add_noise bad_rows bias collude delay drift flip_residual flipped_bits frame gradient_contribution identity
-        intermittent local momentum_noise noise non_finite ones permute random received_noise scale sign surrogate swap
-        zeros
+        add_noise bad_rows bias bit_flip collude delay drift flip_residual frame gradient_contribution identity
+        intermittent local misplaced_tile momentum_noise noise non_finite ones permute random received_noise scale sign
+        silent_corruption stuck_tile surrogate swap wrong_address zeros
     """
     return tuple(sorted(LIBRARY))
 

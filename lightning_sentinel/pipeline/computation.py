@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -99,7 +99,8 @@ class StageComputation:
         before = self._statistics.copies() if self._steps.leaves_out and running.plan.trains else []
         outputs = None
         if inputs is not None:
-            with self._computing(running, slot), self._stage.failing(self._fault(running, slot)):
+            fault, products = self._fault(running, slot), self._products(running, slot, backward=False)
+            with self._computing(running, slot), self._stage.failing(fault), products:
                 outputs = self._stage(inputs)
         if before and isinstance(outputs, Tensor):
             self._statistics.put_back(before, self._buffers["taints"][buffer_id] | ~outputs.isfinite().all())
@@ -135,7 +136,7 @@ class StageComputation:
     def backward(self, running: RunningStep, buffer_id: int, slot: int) -> None:
         outputs = self._buffers["outputs"][buffer_id]
         inputs = self._buffers["inputs"][buffer_id]
-        with changed(self._parameters, self._changes(running, buffer_id, slot)):
+        with changed(self._parameters, self._changes(running, buffer_id, slot)), self._products(running, slot, backward=True):
             if outputs is None:
                 if isinstance(inputs, Tensor) and inputs.requires_grad:
                     inputs.grad = torch.zeros_like(inputs)
@@ -193,3 +194,10 @@ class StageComputation:
         if local.adversary is None or not running.plan.trains or not local.adversary.fails(local.worker, number):
             return None
         return partial(local.adversary.layer_output, worker=local.worker, step=number, micro_batch=slot)
+
+    def _products(self, running: RunningStep, slot: int, backward: bool) -> AbstractContextManager[None]:
+        """A context for a pass through the layers, in which a simulated fault alters results of matrix products."""
+        local = self._local
+        if local.adversary is None or not running.plan.trains:
+            return nullcontext()
+        return local.adversary.computing(local.worker, running.plan.number, slot, backward)

@@ -207,13 +207,23 @@ class VirtualBoundaries:
                 self.measure(boundary, replica, batch, pieces[number], honest)
         return torch.cat(pieces)
 
+    @property
+    def measures(self) -> bool:
+        """Whether anybody asks how far what was sent is from the honest signal."""
+        adversary = self._workers.adversary
+        return self._workers.audits or (adversary is not None and adversary.witness is not None)
+
     def measure(self, boundary: Boundary, replica: int, batch: MicroBatch, sent: Tensor, honest: Tensor) -> None:
-        """Measure for audits the error of the sent signal against the honest one."""
+        """Measure for audits the error of the sent signal against the honest one, and tell the adversary's witness of both."""
         guard = self._workers.guard
+        adversary = self._workers.adversary
         if guard is not None and guard.audits:
             index = self._workers.mesh.boundaries.index(boundary)
             measured = deviation(sent, honest, guard.tolerances.seed_of(index))
             batch.running.measured.setdefault(index, {})[batch.place(replica)] = honest.dtype, measured
+        if adversary is not None and adversary.witness is not None:
+            worker, slot = batch.worker(boundary.sender, replica)
+            adversary.witness(worker, boundary.direction.value, batch.step, slot, sent, honest)
 
     def lanes(self, batch: MicroBatch) -> Tensor | None:
         """:meth:`MicroBatch.lanes` on the device."""

@@ -7,7 +7,8 @@ what it computes, the replicas go through one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -95,22 +96,23 @@ class VirtualPasses:
         signals: list[Any] = [side_by_side([batch.runs[replica].inputs for replica in group]) for group in batch.groups]
         for stage in range(last + 1):
             leaves = [signal.detach().requires_grad_() for signal in signals] if stage else signals
-            faults = [self._fault(stage, group[0], batch) if batch.apart else None for group in batch.groups]
-            outputs = [
-                self._stages.forward_counted(
-                    stage, leaf, [seeds[replica] for replica in group], fault, self._left_out(batch, group)
-                )
-                for leaf, group, fault in zip(leaves, batch.groups, faults)
-            ]
+            outputs = []
+            for leaf, group in zip(leaves, batch.groups):
+                fault = self._layer_fault(stage, group[0], batch) if batch.apart else None
+                with self._products(stage, group[0], batch, backward=False):
+                    outputs.append(
+                        self._stages.forward_counted(
+                            stage, leaf, [seeds[replica] for replica in group], fault, self._left_out(batch, group)
+                        )
+                    )
             batch.leaves.append(leaves)
             batch.outputs.append(outputs)
             if stage < last:
                 layer = self._stages.model.stage_layers(stage)[-1]
                 sent = [checked_signal(one, layer, stage).detach() for one in outputs]
                 boundary = Boundary(stage, Direction.ACTIVATION)
-                for (replica, *_), fault in zip(batch.groups, faults):
-                    if fault is not None:
-                        self._compare(boundary, replica, batch, sent[replica], partial(self._honest, stage, replica, batch))
+                for replica in self._failing(stage, batch):
+                    self._compare(boundary, replica, batch, sent[replica], partial(self._honest, stage, replica, batch))
                 signals = self._boundaries.cross(boundary, sent, leaves, batch)
 
     def _left_out(self, batch: MicroBatch, group: Sequence[int]) -> Callable[[], Tensor] | None:
@@ -140,10 +142,9 @@ class VirtualPasses:
                 return
             boundary = Boundary(stage - 1, Direction.GRADIENT)
             sent = [leaf.grad for leaf in batch.leaves[stage]]
-            for (replica, *_), gradient in zip(batch.groups, gradients):
-                if batch.apart and self._fault(stage, replica, batch) is not None:
-                    honest = partial(self._honest_gradient, stage, replica, batch, gradient)
-                    self._compare(boundary, replica, batch, sent[replica], honest)
+            for replica in self._failing(stage, batch):
+                honest = partial(self._honest_gradient, stage, replica, batch, gradients[replica])
+                self._compare(boundary, replica, batch, sent[replica], honest)
             received = gradients = list(self._boundaries.cross(boundary, sent, received, batch))
             ends = list(batch.outputs[stage - 1])
 
@@ -206,7 +207,8 @@ class VirtualPasses:
                 continue
             if not end.requires_grad or not inputs:
                 continue
-            found = gradients_of(end, inputs, gradient, own)
+            with self._products(stage, replica, batch, backward=True):
+                found = gradients_of(end, inputs, gradient, own)
             if leaf is not None:
                 leaf.grad = found.pop()
             if left_out[replica]:
@@ -215,6 +217,7 @@ class VirtualPasses:
             if workers.adversary is not None:
                 altered = partial(workers.adversary.weight_gradient, worker=worker, step=batch.step, micro_batch=slot)
                 found = [None if one is None else altered(one) for one in found]
+                self._witness_weights(stage, replica, batch, gradient, found)
             if workers.replaces_malformed and bool(broken(found, self._device)):
                 batch.running.broken[stage, replica, batch.index] = True
                 continue
@@ -233,20 +236,55 @@ class VirtualPasses:
         serving = {wiring.worker(stage, lane) for stage in range(plan.mesh.stages) for lane in wiring.lanes}
         return any(adversary.fails(worker, plan.number) for worker in serving)
 
-    def _fault(self, stage: int, replica: int, batch: MicroBatch) -> Callable[[Tensor], Tensor] | None:
+    def _failing(self, stage: int, batch: MicroBatch) -> list[int]:
+        """The replicas whose micro-batch a worker of a stage computes with a simulated fault that its signals may show."""
+        adversary = self._workers.adversary
+        if adversary is None or not batch.apart:
+            return []
+        workers = [batch.worker(stage, replica)[0] for replica in range(len(batch.parts))]
+        return [at for at, worker in enumerate(workers) if adversary.fails(worker, batch.step) in (Site.LAYER, Site.PRODUCT)]
+
+    def _layer_fault(self, stage: int, replica: int, batch: MicroBatch) -> Callable[[Tensor], Tensor] | None:
         adversary = self._workers.adversary
         worker, slot = batch.worker(stage, replica)
         if adversary is None or adversary.fails(worker, batch.step) is not Site.LAYER:
             return None
         return partial(adversary.layer_output, worker=worker, step=batch.step, micro_batch=slot)
 
+    def _products(self, stage: int, replica: int, batch: MicroBatch, backward: bool) -> AbstractContextManager[None]:
+        """A context for a replica's pass through a stage, in which a simulated fault alters results of matrix products."""
+        adversary = self._workers.adversary
+        if adversary is None or not batch.apart:
+            return nullcontext()
+        worker, slot = batch.worker(stage, replica)
+        return adversary.computing(worker, batch.step, slot, backward)
+
     def _compare(self, boundary: Boundary, replica: int, batch: MicroBatch, sent: Tensor, honest: Callable[[], Tensor]) -> None:
-        """Measure for audits how far a fault moved a signal from the honest one, which is computed without side effects."""
-        if not self._workers.audits:
+        """Measure how far a fault moved a signal from the honest one, which is computed without side effects."""
+        if self._boundaries.measures:
+            with self._aside(boundary.sender):
+                self._boundaries.measure(boundary, replica, batch, sent, honest().detach())
+
+    def _witness_weights(
+        self, stage: int, replica: int, batch: MicroBatch, gradient: Tensor | None, found: Sequence[Tensor | None]
+    ) -> None:
+        """Tell the adversary's witness what a faulty worker adds to the gradients of its stage, and what an honest one would."""
+        adversary = self._workers.adversary
+        worker, slot = batch.worker(stage, replica)
+        if adversary is None or adversary.witness is None or not adversary.fails(worker, batch.step):
             return
-        restore = Rewind((), self._stages.buffers(boundary.sender), self._device)
+        parameters = [parameter for parameter in self._stages.untied.parameters[stage] if parameter.requires_grad]
+        with self._aside(stage):
+            honest = self._honest_gradients(stage, replica, batch, gradient, parameters)
+        both = [torch.cat([one.flatten() for one in some if one is not None]) for some in (found, honest)]
+        adversary.witness(worker, "weights", batch.step, slot, both[0], both[1])
+
+    @contextmanager
+    def _aside(self, stage: int) -> Iterator[None]:
+        """A context in which layers and steps run without side effects."""
+        restore = Rewind((), self._stages.buffers(stage), self._device)
         with self._steps.unheard():
-            self._boundaries.measure(boundary, replica, batch, sent, honest().detach())
+            yield
         restore()
 
     @torch.no_grad()
@@ -255,7 +293,17 @@ class VirtualPasses:
         return output
 
     def _honest_gradient(self, stage: int, replica: int, batch: MicroBatch, gradient: Tensor | None) -> Tensor:
-        leaf = batch.leaves[stage][replica].detach().requires_grad_()
+        (found,) = self._honest_gradients(stage, replica, batch, gradient, [])
+        assert found is not None, "what a stage was given reaches its end"
+        return found
+
+    def _honest_gradients(
+        self, stage: int, replica: int, batch: MicroBatch, gradient: Tensor | None, parameters: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The gradients that an honest worker gets for ``parameters``; without any, the one that it sends back."""
+        leaf = batch.leaves[stage][replica]
+        leaf = leaf.detach().requires_grad_() if stage else leaf
+        inputs = list(parameters) or [leaf]
         end = self._stages.forward(stage, leaf, [batch.seeds[replica]])
         own = None
         if stage == self._stages.last:
@@ -266,11 +314,9 @@ class VirtualPasses:
             result = self._answered(replica, batch, run, end, torch.tensor(True, device=self._device))
             loss = self._loss_of(replica, batch, result)
             if loss is None:
-                return torch.zeros_like(leaf)
+                return [torch.zeros_like(one) for one in inputs]
             end = loss * (dealt.weights[batch.index] * batch.scale)
-        (found,) = gradients_of(end, [leaf], gradient, own, self._stages.untied.parameters[stage])
-        assert found is not None, "what a stage was given reaches its end"
-        return found
+        return gradients_of(end, inputs, gradient, own, self._stages.untied.parameters[stage])
 
 
 def _add_together(end: Tensor | None, gradient: Tensor | None, leaf: Tensor | None, own: Callable[[Tensor], None] | None) -> None:

@@ -12,8 +12,9 @@ def test_available_is_sorted_and_complete():
     published = {"zeros", "ones", "random", "scale", "sign", "bias", "delay", "noise", "momentum_noise"}
     misplaced, shortcuts = {"permute", "swap"}, {"identity", "received_noise", "flip_residual", "surrogate"}
     subtle, wrappers = {"add_noise", "drift", "local", "frame"}, {"intermittent", "collude"}
-    faults = {"bad_rows", "flipped_bits", "gradient_contribution", "non_finite"}
-    assert set(names) == published | misplaced | shortcuts | subtle | wrappers | faults
+    faults = {"bad_rows", "gradient_contribution", "non_finite"}
+    of_products = {"bit_flip", "misplaced_tile", "silent_corruption", "stuck_tile", "wrong_address"}
+    assert set(names) == published | misplaced | shortcuts | subtle | wrappers | faults | of_products
 
 
 @pytest.mark.parametrize("name", attacks.available())

@@ -10,24 +10,28 @@ from lightning_sentinel.attacks import available, get
 from lightning_sentinel.mesh import Direction, Worker
 from tests.attacks.tools import SHAPES, context, signal_of
 
-NOT_FINITE = {"gradient_contribution", "non_finite"}
-"""What they send is that by design."""
+NOT_FINITE = {"bit_flip", "gradient_contribution", "non_finite", "silent_corruption"}
+"""What they send may be that by design."""
 RANDOM = {
     "add_noise",
     "bad_rows",
+    "bit_flip",
     "collude",
-    "flipped_bits",
     "local",
+    "misplaced_tile",
     "momentum_noise",
     "noise",
     "permute",
     "random",
     "received_noise",
     "sign",
+    "silent_corruption",
+    "wrong_address",
 }
 VARIANTS = [
     *((name, {}) for name in available()),
     ("delay", {"steps": 1}),
+    ("stuck_tile", {"stale": True}),
     ("surrogate", {"noise": True}),
     ("collude", {"attack": {"name": "intermittent", "attack": "swap"}}),
 ]

@@ -1,4 +1,4 @@
-"""Faults inside layers, by themselves; what runs make of them is in tests/pipeline/test_computation_faults.py."""
+"""Faults of whole layers, by themselves; what runs make of them is in tests/pipeline/test_computation_faults.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_sentinel.attacks import Adversary, BadRows, FlippedBits, GradientContribution, NonFinite, Site, get
+from lightning_sentinel.attacks import Adversary, BadRows, GradientContribution, NonFinite, Site, get
 from lightning_sentinel.attacks.faults import site_of
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Direction, Mesh, Worker
@@ -17,7 +17,9 @@ LIAR, OTHER = Worker(1, 0), Worker(1, 1)
 MESH = Mesh(3, 4)
 
 
-@pytest.mark.parametrize(("name", "site"), [("zeros", "message"), ("non_finite", "layer"), ("gradient_contribution", "weights")])
+@pytest.mark.parametrize(
+    ("name", "site"), [("zeros", "message"), ("non_finite", "layer"), ("bit_flip", "product"), ("gradient_contribution", "weights")]
+)
 def test_where_an_attack_strikes_is_seen_through_what_is_around_it(name, site):
     assert site_of(get(name)).value == site
     assert site_of(get("collude", attack={"name": "intermittent", "attack": name})).value == site
@@ -32,18 +34,6 @@ def test_values_that_are_not_finite_for_some_steps(value):
     assert not NonFinite(value, steps=None)(torch.ones(1), context(step=10**6)).isfinite()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bit", [0, 2, 9])
-def test_one_bit_of_some_elements_is_another(dtype, bit):
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    signal = signal_of((4, 6), dtype)
-    sent = FlippedBits(bit, count=3)(signal, context())
-    differ = signal.view(integers) ^ sent.view(integers)
-    changed = differ[differ != 0]
-    assert len(changed) == 3 and len(changed.unique()) == 1
-    assert int(changed[0]) & (2 ** (8 * dtype.itemsize) - 1) == 1 << (8 * dtype.itemsize - 1 - bit)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("garbled", [False, True])
 def test_some_rows_are_wrong_as_a_whole(shape, garbled):
@@ -54,7 +44,7 @@ def test_some_rows_are_wrong_as_a_whole(shape, garbled):
     assert int(rows.any(dim=1).sum()) == round(0.5 * len(rows))
 
 
-@pytest.mark.parametrize("name", ["bad_rows", "flipped_bits", "non_finite"])
+@pytest.mark.parametrize("name", ["bad_rows", "non_finite"])
 def test_a_fault_is_part_of_the_graph(name):
     signal = signal_of((4, 6)).requires_grad_()
     sent = get(name)(signal, context())
@@ -68,8 +58,6 @@ def test_a_fault_is_part_of_the_graph(name):
     [
         (lambda: NonFinite(1.0), "value must be NaN or an infinity"),
         (lambda: NonFinite(steps=0), "steps must be an integer above 0"),
-        (lambda: FlippedBits(16), "bit must be an integer from 0 to 15"),
-        (lambda: FlippedBits(count=0), "count must be an integer above 0"),
         (lambda: BadRows(0.0), "share must be a number above 0"),
         (lambda: GradientContribution("1e-3"), r"\(str\) cannot work: factor must be a number"),
     ],

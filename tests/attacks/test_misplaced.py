@@ -73,7 +73,7 @@ class TestSwap:
         for step in range(10):
             for micro_batch in range(3):
                 self.send(attack, step, micro_batch)
-                assert len(attack._histories[WORKER, Direction.ACTIVATION]) <= 4
+                assert len(attack._history) <= 4
 
     def test_honest_where_the_shape_changed(self):
         attack = Swap()

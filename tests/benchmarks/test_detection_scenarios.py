@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lightning_sentinel import attacks
-from lightning_sentinel.benchmarks.detection.attacks import HIDDEN, NAMED, PUBLISHED, attack_named
+from lightning_sentinel.benchmarks.detection.attacks import BROKEN, HIDDEN, NAMED, PUBLISHED, attack_named
 from lightning_sentinel.benchmarks.detection.scenarios import METHODS, NO_ATTACK, Scenario, Training
 from lightning_sentinel.benchmarks.detection.suites import SUITES, Request, scenarios
 from lightning_sentinel.errors import ConfigurationError
@@ -103,6 +103,13 @@ def test_the_places_suite_has_liars_at_both_ends_in_one_pipeline_and_late() -> N
     assert places["one pipeline", "gradient"].workers == tuple((stage, 0) for stage in range(1, 7))
     late = places["late start", "activation"]
     assert late.make_verification().warmup_steps == 30 and late.training.warmup_steps == 60 and late.fraction == 0.375
+
+
+def test_one_worker_of_each_middle_stage_is_broken() -> None:
+    runs = [run for run in scenarios("faults", request_of("faults")) if run.attacked]
+    assert {run.attack for run in runs} == set(BROKEN) and {run.direction for run in runs} == {"both"}
+    assert {round(run.fraction * run.training.replicas, 9) for run in runs if run.fraction} == {1}
+    assert {attacks.resolve(run.spec).rate for run in runs} == {0.02, 0.002}
 
 
 def test_the_clean_suite_changes_the_data_under_a_learning_rate_that_decays() -> None:

@@ -22,6 +22,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "robust": (WEIGHTS, {"response": {"aggregation": "median"}}, {}),
     "sharded": (WEIGHTS, {"zero_stage": 1, "response": {"ban_after": None}}, {}),
     "tied": (WEIGHTS, {}, {}),
+    "product": ({"name": "bit_flip", "bit": 0, "rate": 0.5}, {}, {}),
 }
 """Attack, settings of the strategy, and of the Trainer."""
 

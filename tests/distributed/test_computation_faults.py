@@ -16,7 +16,8 @@ def test_what_is_spoiled_is_left_out_as_on_the_virtual_mesh() -> None:
             found = rank[case]
             assert fault_tasks.finite(found["weights"]) and fault_tasks.is_number(found["loss"]), (case, number)
             assert found["banned"] == [], case
-            assert set(found["flags"]) == {fault_tasks.WORKER}, case
+            # A sign here and there is not odd enough for a flag, and so it is in the weights.
+            assert set(found["flags"]) == (set() if case == "product" else {fault_tasks.WORKER}), case
             if expected is not None:
                 assert (found["flags"], found["found"]) == (expected["flags"], expected["found"]), case
                 for name, value in found["weights"].items():

@@ -131,7 +131,7 @@ def test_a_training_that_diverges_everywhere_is_nobodys_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    "attack", [{"name": "non_finite", "steps": None}, "bad_rows", {"name": "flipped_bits", "bit": 1, "count": 4}]
+    "attack", [{"name": "non_finite", "steps": None}, "bad_rows", {"name": "bit_flip", "bit": 2, "count": 4}, "wrong_address"]
 )
 @pytest.mark.parametrize("direction", ["activation", "gradient"])
 def test_audits_find_whose_layers_compute_something_else(attack: Any, direction: Any) -> None:
@@ -141,6 +141,37 @@ def test_audits_find_whose_layers_compute_something_else(attack: Any, direction:
     tasks.trainer(strategy, 1, fault_tasks.STEPS, [injector]).fit(module, tasks.loader(8))
     assert strategy.ledger.banned == {ls.Worker(1, 1)}
     assert_close(tasks.local_weights(module), expected)
+
+
+@pytest.mark.parametrize(
+    ("attack", "seen"),
+    [
+        ({"name": "bit_flip", "bit": 0, "phase": "forward"}, {"activation", "gradient", "weights"}),
+        ({"name": "bit_flip", "bit": 0, "phase": "backward_input"}, {"gradient", "weights"}),
+        ({"name": "bit_flip", "bit": 0, "phase": "backward_weight"}, {"weights"}),
+        ({"name": "gradient_contribution", "factor": 2.0}, {"weights"}),
+        ("sign", {"activation", "gradient"}),
+    ],
+)
+@pytest.mark.parametrize("rate", [None, 1.0])
+def test_a_witness_is_told_what_was_made_and_what_should_have_been(attack: Any, seen: set[str], rate: float | None) -> None:
+    """Whether or not there are audits, which compare the same signals."""
+    told: dict[str, set[tuple[ls.Worker, int, int]]] = {}
+    strategy, module = virtual(3, 3, response=ls.Response(audit_rate=rate, ban_after=None)), tasks.Classifier("sgd")
+
+    def witness(worker: ls.Worker, made: str, step: int, micro_batch: int, found: Tensor, honest: Tensor) -> None:
+        assert found.shape == honest.shape and found.dtype == honest.dtype
+        if not torch.equal(found, honest):
+            told.setdefault(made, set()).add((worker, step, micro_batch))
+
+    class Witnesses(tasks.L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            strategy.adversary.witness = witness
+
+    injector = ls.AttackInjector(attack, workers=[(1, 1)], start_step=1)
+    tasks.trainer(strategy, 1, 3, [injector, Witnesses()]).fit(module, tasks.loader(6))
+    assert set(told) == seen
+    assert all(places <= {(ls.Worker(1, 1), step, slot) for step in (1, 2) for slot in (0, 1)} for places in told.values())
 
 
 class Counts(tasks.Classifier):

@@ -8,7 +8,19 @@ from lightning_sentinel import attacks
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["COLLUDING", "FAULTY", "HIDDEN", "IMITATING", "NAMED", "PUBLISHED", "SUBTLE", "SWEPT", "WITHIN", "attack_named"]
+__all__ = [
+    "BROKEN",
+    "COLLUDING",
+    "FAULTY",
+    "HIDDEN",
+    "IMITATING",
+    "NAMED",
+    "PUBLISHED",
+    "SUBTLE",
+    "SWEPT",
+    "WITHIN",
+    "attack_named",
+]
 
 
 def _attack(name: str, **parameters: Any) -> dict[str, Any]:
@@ -68,12 +80,27 @@ COLLUDING: dict[str, Any] = {"collude": "collude", "frame": "frame"}
 
 FAULTY: dict[str, Any] = {
     "non_finite": _attack("non_finite", steps=None),
-    "flipped_bits": "flipped_bits",
     "bad_rows": "bad_rows",
     "garbled_rows": _attack("bad_rows", garbled=True),
     "gradient_contribution": "gradient_contribution",
 }
 """Those of a worker whose layers compute something else, whatever it sends."""
+
+_RATE = 0.02
+
+BROKEN: dict[str, Any] = {
+    "exponent bit, forward": _attack("bit_flip", bit=1, phase="forward", rate=_RATE),
+    "exponent bit, backward_input": _attack("bit_flip", bit=1, phase="backward_input", rate=_RATE),
+    "exponent bit, backward_weight": _attack("bit_flip", bit=1, phase="backward_weight", rate=_RATE),
+    "any bit": _attack("bit_flip", rate=_RATE),
+    "any bit of a factor": _attack("bit_flip", operand="left", rate=_RATE),
+    "wrong address": _attack("wrong_address", rate=_RATE),
+    "misplaced tile": _attack("misplaced_tile", rate=_RATE),
+    "stale tile": _attack("stuck_tile", stale=True, rate=_RATE),
+    "silent corruption": _attack("silent_corruption", rate=_RATE),
+    "silent corruption, rare": _attack("silent_corruption", rate=_RATE / 10),
+}
+"""Those of a processor that sometimes multiplies matrices wrongly."""
 
 _STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
     "scale": ("factor", (0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.5)),
@@ -90,7 +117,7 @@ SWEPT: dict[str, Any] = {
 WITHIN: dict[str, Any] = {name: name for name in INSIDERS}
 """Those of who knows more than a worker should."""
 
-NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | SWEPT
+NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | BROKEN | SWEPT
 
 
 def attack_named(name: str) -> Any:

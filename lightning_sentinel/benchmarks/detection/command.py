@@ -17,6 +17,7 @@ from lightning_sentinel.benchmarks.detection.bars import misses
 from lightning_sentinel.benchmarks.detection.figures import draw, require_matplotlib
 from lightning_sentinel.benchmarks.detection.measures import Measures
 from lightning_sentinel.benchmarks.detection.results import Group, as_csv, as_json, grouped, rows
+from lightning_sentinel.benchmarks.detection.rivals_table import beside_rivals
 from lightning_sentinel.benchmarks.detection.runs import Campaign, Folder, write_atomically
 from lightning_sentinel.benchmarks.detection.scenarios import METHODS, Scenario, choose
 from lightning_sentinel.benchmarks.detection.suites import SUITES, Request, scenarios
@@ -32,7 +33,18 @@ _TABLE_WIDTH = 140
 
 def detection(
     suite: Literal[
-        "attacks", "mixed", "share", "ablation", "replicas", "collusion", "places", "insiders", "strength", "clean", "quick"
+        "attacks",
+        "mixed",
+        "share",
+        "ablation",
+        "replicas",
+        "collusion",
+        "places",
+        "insiders",
+        "faults",
+        "strength",
+        "clean",
+        "quick",
     ] = "attacks",
     quick: bool = False,
     output: Path = Path("benchmark-detection"),
@@ -60,8 +72,8 @@ def detection(
     Args:
         suite: which question to answer: each attack by itself, malicious workers that do different things, the share of malicious
             workers, parts of the detector left out, the number of replicas, workers that act together, workers at the ends of the
-            pipeline, in one pipeline or that start late, those who know more than they should or lie as auditors, the strength of
-            an attack, or nobody malicious at all.
+            pipeline, in one pipeline or that start late, those who know more than they should or lie as auditors, processors
+            that multiply wrongly, the strength of an attack, or nobody malicious at all.
         quick: the suite "quick" in a few minutes, with an exit status of 1 if detection got worse.
         output: folder for results; nothing is written outside it.
         stages: pipeline stages, 8 in most suites.
@@ -210,6 +222,8 @@ def _write(suite: str, groups: Sequence[Group], folder: Path) -> None:
     write_atomically(folder / "results.csv", as_csv(runs))
     write_atomically(folder / "results.json", as_json(runs))
     write_atomically(folder / "table.md", markdown(title, groups))
+    if suite == "faults":
+        write_atomically(folder / "rivals.md", beside_rivals(title, groups))
     draw(suite, groups, folder)
     console.print(f"Written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}", highlight=False)
 

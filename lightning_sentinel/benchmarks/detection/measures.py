@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_sentinel.benchmarks.detection.insiders import Insider, Within
 from lightning_sentinel.benchmarks.detection.scenarios import Scenario, Training
 from lightning_sentinel.benchmarks.detection.training import LanguageModel, fit, make_strategy, validation_loss
+from lightning_sentinel.benchmarks.detection.truth import GradientNorms, Truth
 from lightning_sentinel.callbacks import AttackInjector
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.metrics import DetectionF1, DetectionPrecision, DetectionRecall
@@ -44,6 +45,9 @@ class Measures:
         steps: how many there were.
         validation_loss: at the end; ``None`` if it is not finite.
         seconds_per_step: of wall-clock time.
+        flagged_at: stage, replica and step of the first flag of every guilty worker that no audit cleared.
+        works: what guilty workers made that was wrong, as rows of :class:`Work`.
+        norms: of the gradients of every step, the warm-up included; ``None`` where one is not finite.
     """
 
     guilty: list[list[int]]
@@ -62,6 +66,9 @@ class Measures:
     steps: int
     validation_loss: float | None
     seconds_per_step: float
+    flagged_at: list[list[int]] = field(default_factory=list)
+    works: list[list[float]] = field(default_factory=list)
+    norms: list[float | None] = field(default_factory=list)
 
 
 def measure(scenario: Scenario, warmup: Path | None) -> Measures:
@@ -70,7 +77,7 @@ def measure(scenario: Scenario, warmup: Path | None) -> Measures:
     strategy = make_strategy(scenario)
     module = LanguageModel(training, scenario.seed)
     observer = _Observer(training, scenario.direction)
-    callbacks: list[L.Callback] = [observer]
+    callbacks: list[L.Callback] = [observer, observer.norms]
     if scenario.attacked:
         attack = scenario.make_attack()
         observer.injector = AttackInjector(
@@ -96,12 +103,21 @@ class _Observer(L.Callback):
     training: Training
     direction: str
     injector: AttackInjector | None = None
+    truth: Truth = field(default_factory=Truth)
+    norms: GradientNorms = field(default_factory=GradientNorms)
     honest: int = 0
     tampered: int = 0
     steps: int = 0
     audits_before: int = 0
     began: float = field(default=0.0)
     ended: float = field(default=0.0)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, SentinelStrategy)
+        if strategy.adversary is not None:
+            strategy.adversary.witness = self.truth
 
     @override
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -151,6 +167,9 @@ class _Observer(L.Callback):
         guilty = self.guilty
         seen = [detection for detection in strategy.detections if detection.step >= self.start]
         mine = [one for one in seen if one.worker in guilty and self.tampers_with(one.direction) and one.confirmed is not False]
+        flagged: dict[Worker, int] = {}
+        for one in mine:
+            flagged[one.worker] = min(one.step, flagged.get(one.worker, one.step))
         precision, recall, f1 = _scores(ledger.banned, guilty, mesh)
         return Measures(
             guilty=[[worker.stage, worker.replica] for worker in sorted(guilty)],
@@ -169,6 +188,9 @@ class _Observer(L.Callback):
             steps=self.steps,
             validation_loss=loss,
             seconds_per_step=(self.ended - self.began) / max(1, self.steps),
+            flagged_at=[[worker.stage, worker.replica, step] for worker, step in sorted(flagged.items())],
+            works=[work.row for work in self.truth.works],
+            norms=self.norms.norms,
         )
 
 

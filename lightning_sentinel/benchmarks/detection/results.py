@@ -51,6 +51,8 @@ class Row:
         measures["iterations"] = " ".join(map(str, iterations))
         measures["guilty"] = " ".join(f"{stage}:{replica}" for stage, replica in self.measures.guilty)
         measures["banned_at"] = " ".join(f"{stage}:{replica}@{step}" for stage, replica, step in self.measures.banned_at)
+        for long in ("flagged_at", "works", "norms"):  # in the run's own file
+            del measures[long]
         training = asdict(scenario.training)
         del training["steps"]  # the measured number of steps bears the name
         return {

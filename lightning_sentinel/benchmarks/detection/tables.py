@@ -10,7 +10,7 @@ from rich.table import Table
 from lightning_sentinel.benchmarks.detection.results import Group
 from lightning_sentinel.benchmarks.detection.summary import summary
 
-__all__ = ["markdown", "terminal"]
+__all__ = ["loss", "markdown", "percent", "setting", "terminal"]
 
 _COLUMNS = (
     "attack",
@@ -48,14 +48,14 @@ def markdown(title: str, groups: Sequence[Group]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in names:
         members = [found[name, method] for method in (*methods, "unprotected") if (name, method) in found]
-        alone = _loss(_first(group.unprotected_gap for group in members))
+        alone = loss(_first(group.unprotected_gap for group in members))
         cells = [_cell(found.get((name, method))) for method in methods]
         lines.append("| " + " | ".join([*(name if varied else name[:2]), alone, *cells]) + " |")
     short = summary(groups)
-    return "\n".join([f"# {title}", "", _setting(groups), "", *short, *([""] if short else []), _EXPLAINED, "", *lines]) + "\n"
+    return "\n".join([f"# {title}", "", setting(groups), "", *short, *([""] if short else []), _EXPLAINED, "", *lines]) + "\n"
 
 
-def _setting(groups: Sequence[Group]) -> str:
+def setting(groups: Sequence[Group]) -> str:
     """What was run, in one sentence; where a suite varies it, all values."""
     runs = [row.scenario for group in groups for row in group.rows]
 
@@ -82,13 +82,13 @@ def _cell(group: Group | None) -> str:
     if group is None:
         return _NOTHING
     if group.scenario.attacked:
-        parts = [_percent(group.f1), _NOTHING if group.iterations is None else f"{group.iterations:.1f}"]
+        parts = [percent(group.f1), _NOTHING if group.iterations is None else f"{group.iterations:.1f}"]
     else:
-        parts = [f"{_percent(group.false_positive_rate, ' %')} flagged"]
+        parts = [f"{percent(group.false_positive_rate, ' %')} flagged"]
     parts.append(f"{group.false_bans:.1f}")
     if group.audit_share:
-        parts.append(_percent(group.audit_share, " %"))
-    parts.append(_loss(group.gap))
+        parts.append(percent(group.audit_share, " %"))
+    parts.append(loss(group.gap))
     return " / ".join(parts)
 
 
@@ -119,22 +119,24 @@ def _cells(group: Group) -> list[str]:
         direction,
         variant,
         group.scenario.method,
-        _percent(group.f1),
+        percent(group.f1),
         _NOTHING if group.iterations is None else f"{group.iterations:.1f}",
-        _percent(group.false_positive_rate, " %"),
+        percent(group.false_positive_rate, " %"),
         f"{group.false_bans:.1f}",
-        _percent(group.audit_share, " %"),
-        _loss(group.gap),
-        _loss(group.unprotected_gap),
+        percent(group.audit_share, " %"),
+        loss(group.gap),
+        loss(group.unprotected_gap),
         runs,
     ]
 
 
-def _percent(value: float | None, unit: str = "") -> str:
+def percent(value: float | None, unit: str = "") -> str:
+    """A share, as text; a dash where there is none."""
     return _NOTHING if value is None else f"{100 * value:.1f}{unit}"
 
 
-def _loss(value: float | None) -> str:
+def loss(value: float | None) -> str:
+    """A difference of losses, as text."""
     if value is None:
         return _NOTHING
     return "diverged" if value == float("inf") else f"{value:+.3f}"

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sentinel.benchmarks.detection.scenarios import Scenario, Training
 from lightning_sentinel.benchmarks.detection.text import VOCABULARY, Corpus, corpus
+from lightning_sentinel.benchmarks.detection.truth import GradientNorms
 from lightning_sentinel.models import gpt, llama
 from lightning_sentinel.strategy import SentinelStrategy
 
@@ -156,7 +157,7 @@ def train_warmup(scenario: Scenario, path: Path) -> None:
     """Train the honest warm-up of a scenario and save it, at once or not at all."""
     honest = scenario.warmup
     module = LanguageModel(honest.training, honest.seed)
-    trainer = fit(honest, make_strategy(honest), module, honest.training.warmup_steps)
+    trainer = fit(honest, make_strategy(honest), module, honest.training.warmup_steps, [GradientNorms()])
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with _quietly():

@@ -49,6 +49,7 @@ class Rewind:
         for parameter, gradient in zip(self._parameters, self._gradients):
             parameter.grad = gradient
         for buffer, before in self._buffers:
-            buffer.copy_(before)
+            # By its data, which autograd does not count as a change: a backward pass that is yet to come may need the same values.
+            buffer.data.copy_(before)
         self._draw_again()
         self._undo_steps()
