@@ -10,9 +10,10 @@ from lightning_sentinel.attacks.imitation import MomentumNoise, Surrogate
 from lightning_sentinel.attacks.library import Bias, InvisibleNoise, Ones, RandomSign, RandomValue, Scale, Zeros
 from lightning_sentinel.attacks.misplaced import Permute, Swap
 from lightning_sentinel.attacks.registry import AttackSpec, available, get, resolve
+from lightning_sentinel.attacks.roles import FalseNotes, FalseRows, FalseVotes
 from lightning_sentinel.attacks.shortcut import FlipResidual, Identity, ReceivedNoise
 from lightning_sentinel.attacks.subtle import AddNoise, Drift, Frame, Local
-from lightning_sentinel.attacks.wrappers import Collude, Intermittent
+from lightning_sentinel.attacks.wrappers import Collude, Intermittent, Several
 
 __all__ = [
     "AddNoise",
@@ -25,6 +26,9 @@ __all__ = [
     "Collude",
     "Delay",
     "Drift",
+    "FalseNotes",
+    "FalseRows",
+    "FalseVotes",
     "FlipResidual",
     "FlippedBits",
     "Frame",
@@ -41,6 +45,7 @@ __all__ = [
     "RandomValue",
     "ReceivedNoise",
     "Scale",
+    "Several",
     "Site",
     "Surrogate",
     "Swap",

@@ -13,9 +13,10 @@ from lightning_sentinel.attacks.faults import BadRows, FlippedBits, GradientCont
 from lightning_sentinel.attacks.imitation import MomentumNoise, Surrogate
 from lightning_sentinel.attacks.library import Bias, InvisibleNoise, Ones, RandomSign, RandomValue, Scale, Zeros
 from lightning_sentinel.attacks.misplaced import Permute, Swap
+from lightning_sentinel.attacks.roles import FalseNotes, FalseRows, FalseVotes
 from lightning_sentinel.attacks.shortcut import FlipResidual, Identity, ReceivedNoise
 from lightning_sentinel.attacks.subtle import AddNoise, Drift, Frame, Local
-from lightning_sentinel.attacks.wrappers import Collude, Intermittent
+from lightning_sentinel.attacks.wrappers import Collude, Intermittent, Several
 from lightning_sentinel.errors import ConfigurationError
 
 __all__ = ["LIBRARY", "AttackSpec", "available", "get", "resolve"]
@@ -30,6 +31,9 @@ LIBRARY: dict[str, Callable[..., Attack]] = {
     "collude": Collude,
     "delay": Delay,
     "drift": Drift,
+    "false_notes": FalseNotes,
+    "false_rows": FalseRows,
+    "false_votes": FalseVotes,
     "flip_residual": FlipResidual,
     "flipped_bits": FlippedBits,
     "frame": Frame,
@@ -45,6 +49,7 @@ LIBRARY: dict[str, Callable[..., Attack]] = {
     "random": RandomValue,
     "received_noise": ReceivedNoise,
     "scale": Scale,
+    "several": Several,
     "sign": RandomSign,
     "surrogate": Surrogate,
     "swap": Swap,
@@ -58,9 +63,9 @@ def available() -> tuple[str, ...]:
     Example:
         >>> from lightning_sentinel import attacks
         >>> print(*attacks.available())  # doctest: +NORMALIZE_WHITESPACE
-        add_noise bad_rows bias collude delay drift flip_residual flipped_bits frame gradient_contribution identity
-        intermittent local momentum_noise noise non_finite ones permute random received_noise scale sign surrogate swap
-        zeros
+        add_noise bad_rows bias collude delay drift false_notes false_rows false_votes flip_residual flipped_bits frame
+        gradient_contribution identity intermittent local momentum_noise noise non_finite ones permute random received_noise
+        scale several sign surrogate swap zeros
     """
     return tuple(sorted(LIBRARY))
 

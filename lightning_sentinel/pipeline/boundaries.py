@@ -137,7 +137,8 @@ class StageBoundaries:
             return
         values = note.values
         if local.adversary is not None:
-            values = local.adversary.note(local.worker, values, running.plan.number)
+            neighbour = self._local.mesh.worker(self._peer(running, boundary.receiver))
+            values = local.adversary.note(values, local.worker, neighbour, boundary.direction, running.plan.number, slot)
         message_id = MessageId(running.plan.run, slot, NOTES[boundary.direction])
         self._transport.send_note(values, note.channels, self._peer(running, after.receiver), message_id)
 

@@ -11,9 +11,10 @@ def test_available_is_sorted_and_complete():
     assert list(names) == sorted(names)
     published = {"zeros", "ones", "random", "scale", "sign", "bias", "delay", "noise", "momentum_noise"}
     misplaced, shortcuts = {"permute", "swap"}, {"identity", "received_noise", "flip_residual", "surrogate"}
-    subtle, wrappers = {"add_noise", "drift", "local", "frame"}, {"intermittent", "collude"}
+    subtle, wrappers = {"add_noise", "drift", "local", "frame"}, {"intermittent", "collude", "several"}
     faults = {"bad_rows", "flipped_bits", "gradient_contribution", "non_finite"}
-    assert set(names) == published | misplaced | shortcuts | subtle | wrappers | faults
+    roles = {"false_notes", "false_rows", "false_votes"}
+    assert set(names) == published | misplaced | shortcuts | subtle | wrappers | faults | roles
 
 
 @pytest.mark.parametrize("name", attacks.available())

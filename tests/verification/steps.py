@@ -92,8 +92,9 @@ class Step:
         """
         table, asked = SignalTable(self.rows), []
 
-        def audit(signals: Tensor) -> Findings:
+        def audit(signals: Tensor, rows: Tensor) -> Findings:
             asked.append(signals.clone())
+            self.only_rows = rows
             return Findings(lies.long(), outvoted or {})  # also of signals that nobody asked about, which must not count
 
         drawn = torch.zeros_like(lies, dtype=torch.bool) if drawn is None else drawn

@@ -8,7 +8,19 @@ from lightning_sentinel import attacks
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["COLLUDING", "FAULTY", "HIDDEN", "IMITATING", "NAMED", "PUBLISHED", "SUBTLE", "SWEPT", "WITHIN", "attack_named"]
+__all__ = [
+    "COLLUDING",
+    "FAULTY",
+    "HIDDEN",
+    "IMITATING",
+    "NAMED",
+    "PUBLISHED",
+    "ROLES",
+    "SUBTLE",
+    "SWEPT",
+    "WITHIN",
+    "attack_named",
+]
 
 
 def _attack(name: str, **parameters: Any) -> dict[str, Any]:
@@ -87,10 +99,24 @@ SWEPT: dict[str, Any] = {
 }
 """The same kinds from harmless to gross."""
 
-WITHIN: dict[str, Any] = {name: name for name in INSIDERS}
-"""Those of who knows more than a worker should."""
+_LIES = _attack("scale", factor=-1.0)
 
-NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | SWEPT
+ROLES: dict[str, Any] = {
+    "false votes": "false_votes",
+    "lies and false votes": _attack("several", attacks=[_LIES, "false_votes"]),
+    "false notes": "false_notes",
+    "lies and false notes": _attack("several", attacks=[_LIES, "false_notes"]),
+    "invented rows": _attack("false_rows", hide=None, invent=3.0),
+    "hidden lies": _attack("several", attacks=[_LIES, "false_rows"]),
+    "lies called tainted": _attack("several", attacks=[_LIES, _attack("false_rows", hide="taint")]),
+    "lies in every role": _attack("several", attacks=[_LIES, _attack("false_rows", invent=3.0), "false_notes", "false_votes"]),
+}
+"""Those of receivers, of makers of notes and of auditors, alone and beside lies of their allies."""
+
+WITHIN: dict[str, Any] = {name: name for name in INSIDERS} | ROLES
+"""Those of who knows more than a worker should, or lies beside what it sends."""
+
+NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | SWEPT | ROLES
 
 
 def attack_named(name: str) -> Any:

@@ -160,7 +160,10 @@ class Audits:
         said = torch.zeros(len(asked), 1 + MEASURED)
         for number, (word, measured) in self._decided(answers).items():
             case, auditor = asked[number]
-            said[number, 0] = word if self.adversary is None else self.adversary.vote(auditor, case.audited, word)
+            direction = case.boundary.direction
+            said[number, 0] = (
+                word if self.adversary is None else self.adversary.vote(word, auditor, case.audited, direction, plan.number)
+            )
             said[number, 1:] = measured
         everyone = world().all_gather(said)
         # Only the auditor's own entry counts for a case, whatever other ranks put there.
