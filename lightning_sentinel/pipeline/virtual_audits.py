@@ -92,7 +92,7 @@ class VirtualAudits:
             else:
                 again = guard.verifiers[case.boundary].measure_again(*receipt)[0].cpu()
                 calibration = guard.calibration
-                fences = calibration.alone.fences.of(index), calibration.among_peers.fences.of(index)
+                fences = calibration.fences_at_receipt(index), calibration.among_peers.fences.of(index)
                 false = is_false_row(self._table.rows[place], again, *fences)
             self._false[key] = false
         return self._false[key]

@@ -1,15 +1,16 @@
 """What workers report besides signals: whether the row of a receiver and the note of a sender are what they must be.
 
 Both follow from signals alone, so whoever has those recomputes them: a row is what a verifier measures, a note is a projection. Two
-devices may round differently. How much is allowed for that is chosen by what it can do.
-
-A *row*: a feature may be off by a quarter of the way from its centre to its fence, of the narrower of both fences, so that what
-remains hidden or invented is at most a quarter of a score; but always by four times its resolution, which no fence tells apart
-either, and never by more than a quarter: most features are logarithms, and that is a factor of 1.28. Before there are fences the
-latter counts.
+devices may round differently. How much is allowed for that is chosen by what it can do, and by what honest devices were seen to do.
 
 A *note* may be off by what signals in float32 may be off, a thousandth of its norm, because notes are computed in float32 whatever
-the signal's dtype.
+the signal's dtype. With factors rounded to TF32 they were 0.0003 off.
+
+A *row* may be off in a feature by a quarter of the way from its centre to its fence, the narrower one of both, so that what remains
+hidden or invented is at most a quarter of a score; before there are fences by 0.25, as most features are logarithms a factor of
+1.28. At least it may be off by four times its resolution, which no fence tells apart either. And features of what a stage changed
+may be off by the thousandth that notes may be off, over the relative change: where that is 0.01 TF32 moved them by 0.04, of 0.1
+that are allowed, where it is 0.001 by 0.15, of 1.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.verification.audit import Outcome, relative_error, tolerance
-from lightning_sentinel.verification.features import FEATURES, resolution
+from lightning_sentinel.verification.features import FAMILIES, FEATURES, resolution
 from lightning_sentinel.verification.fences import Fences
 from lightning_sentinel.verification.jury import Subject
-from lightning_sentinel.verification.table import COLUMNS, SignalTable
+from lightning_sentinel.verification.table import COLUMNS, MAX_SCORE, SignalTable
 from lightning_sentinel.verification.verdicts import Detection, StepVerdict
 
 __all__ = ["NOTE", "ROW", "allowed_difference", "is_false_note", "is_false_row", "with_reports"]
@@ -38,53 +39,60 @@ NOTE = "note"
 
 _SHARE_OF_A_FENCE = 0.25
 _RESOLUTIONS = 4
-_MOST = 0.25
+_WITHOUT_FENCES = 0.25
+_ROUNDING = tolerance(torch.float32)
+_SCORE = 0.01
+"""A score follows from the features of its own row; this is far more than its rounding."""
+
+_CHANGE = FEATURES.index("change")
+_OF_CHANGES = torch.tensor([name in (*FAMILIES["input_output"], "lowest_cosine", "peak_residual") for name in FEATURES])
 
 
-def allowed_difference(alone: Fences, among_peers: Fences, positions: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
-    """How far a reported row may be from the recomputed one: in each feature ``(F,)``, and in the score, 0-dim.
+def allowed_difference(row: Tensor, at_receipt: Fences, among_peers: Fences) -> Tensor:
+    """How far a reported row may be from the recomputed one in each feature, ``(F,)``.
 
     Args:
-        alone: the boundary's fences for single signals.
+        row: ``(len(COLUMNS),)``, the recomputed one.
+        at_receipt: the boundary's fences for single signals.
         among_peers: its fences for signals that are compared across replicas.
-        positions: of the signal, 0-dim.
-        channels: of the signal, 0-dim.
 
     Example:
-        >>> features, score = allowed_difference(*[Fences.open(len(FEATURES))] * 2, torch.tensor(16), torch.tensor(64))
-        >>> features.unique(), score
-        (tensor([0.2500]), tensor(0.2500))
+        >>> row = torch.zeros(len(COLUMNS))
+        >>> row[_CHANGE] = torch.tensor(0.002).log()  # A stage that hardly changes anything.
+        >>> allowed = allowed_difference(row, *[Fences.open(len(FEATURES))] * 2)
+        >>> {name: round(float(allowed[FEATURES.index(name)]), 2) for name in ("norm", "change")}
+        {'norm': 0.25, 'change': 0.5}
     """
-    ways = [way for fences in (alone, among_peers) for way in (fences.upper - fences.centre, fences.centre - fences.lower)]
-    narrowest = torch.stack(ways).amin(dim=0)
-    allowed = torch.maximum(_SHARE_OF_A_FENCE * narrowest, _RESOLUTIONS * resolution(positions, channels)).clamp(max=_MOST)
-    # A score is the largest over features, in units of the fences at receipt.
-    at_receipt = torch.minimum(*ways[:2])
-    return allowed, (allowed / at_receipt).amax().clamp(min=_SHARE_OF_A_FENCE)
+    ways = [way for fences in (at_receipt, among_peers) for way in (fences.upper - fences.centre, fences.centre - fences.lower)]
+    share = (_SHARE_OF_A_FENCE * torch.stack(ways).amin(dim=0)).clamp(max=_WITHOUT_FENCES)
+    positions, channels = (row[COLUMNS.index(name)] for name in ("positions", "channels"))
+    rounding = torch.where(_OF_CHANGES, _ROUNDING / row[_CHANGE].exp(), 0.0)
+    return torch.stack((share, _RESOLUTIONS * resolution(positions, channels), rounding)).amax(dim=0)
 
 
-def is_false_row(told: Tensor, recomputed: Tensor, alone: Fences, among_peers: Fences) -> bool:
+def is_false_row(told: Tensor, recomputed: Tensor, at_receipt: Fences, among_peers: Fences) -> bool:
     """Whether a row is not that of the signal, both ``(len(COLUMNS),)`` on the host.
 
-    What rounding has no part in must be equal: whether the signal was tainted, whether it is finite, and its size.
+    What rounding has no part in must be equal: whether the signal was tainted, whether it is finite, and its size. The score must
+    be that of the features beside it.
 
     Args:
         told: as its receiver reported it.
         recomputed: by another worker of the receiver's stage.
-        alone: as in :func:`allowed_difference`.
-        among_peers: the same.
+        at_receipt: the fences in force when the signal was received.
+        among_peers: as in :func:`allowed_difference`.
     """
     one, other = (SignalTable.believed(row.view(1, 1, 1, -1)).rows.flatten() for row in (told, recomputed))
     exact = [COLUMNS.index(name) for name in ("tainted", "positions", "channels")]
-    worst, score = COLUMNS.index("worst"), COLUMNS.index("score")
-    broken = bool(other[worst] < 0)
-    if bool(one[worst] < 0) != broken or not torch.equal(one[exact], other[exact]):
+    broken = [bool(row[COLUMNS.index("worst")] < 0) for row in (one, other)]
+    if broken[0] != broken[1] or not torch.equal(one[exact], other[exact]):
         return True
-    if broken:
+    if broken[0]:
         return False
-    features, scores = allowed_difference(alone, among_peers, *other[exact[1:]])
-    off = (one - other).abs()
-    return bool((off[: len(FEATURES)] > features).any() | (off[score] > scores * other[score].clamp(min=1)))
+    features, score = one[: len(FEATURES)], one[COLUMNS.index("score")]
+    follows = at_receipt.scores(features).max().clamp(max=MAX_SCORE)
+    off = (features - other[: len(FEATURES)]).abs() > allowed_difference(other, at_receipt, among_peers)
+    return bool(off.any() | ((score - follows).abs() > _SCORE * follows.clamp(min=1)))
 
 
 def is_false_note(told: Tensor, projected: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ ROLES: dict[str, Any] = {
     "lies and false notes": _attack("several", attacks=[_LIES, "false_notes"]),
     "invented rows": _attack("false_rows", hide=None, invent=3.0),
     "hidden lies": _attack("several", attacks=[_LIES, "false_rows"]),
+    "hidden bias": _attack("several", attacks=[_attack("bias", strength=0.1), "false_rows", "false_votes"]),
     "lies called tainted": _attack("several", attacks=[_LIES, _attack("false_rows", hide="taint")]),
     "lies in every role": _attack("several", attacks=[_LIES, _attack("false_rows", invent=3.0), "false_notes", "false_votes"]),
 }

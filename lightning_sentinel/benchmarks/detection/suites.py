@@ -195,7 +195,7 @@ def _places(request: Request) -> Iterator[Scenario]:
     yield from request.attacked_runs(variant="late start", verification={"warmup_steps": max(1, training.warmup_steps // 2)})
 
 
-_HIDDEN_BY_ALLIES = ("hidden lies", "lies called tainted", "lies in every role")
+_HIDDEN_BY_ALLIES = ("hidden lies", "hidden bias", "lies called tainted", "lies in every role")
 
 
 def _insiders(request: Request) -> Iterator[Scenario]:
