@@ -35,6 +35,8 @@ class Step:
         self._column("score").fill_(score)
         self._column("positions").fill_(6)
         self.live = torch.ones(replicas, dtype=torch.bool)
+        self.only_rows = torch.zeros(0)
+        """Signals of which only the rows were audited, as asked last."""
 
     def _column(self, name: str) -> Tensor:
         return self.rows[..., COLUMNS.index(name)]
