@@ -95,7 +95,9 @@ class StageBoundaries:
         note = None
         if before is not None and guard.compares_inputs:
             note = self._inbox.note(self._peer(running, before.sender), MessageId(running.plan.run, slot, NOTES[direction]))
-        signal, tainted = guard.receive(boundary, signal, self._buffers["taints"][buffer_id].view(1), note)
+        sender = self._local.mesh.worker(self._peer(running, boundary.sender))
+        report = self._local.report(boundary, sender, running.plan.number, slot)
+        signal, tainted = guard.receive(boundary, signal, self._buffers["taints"][buffer_id].view(1), note, report=report)
         self._buffers["taints"][buffer_id] = tainted[0]
         return signal
 

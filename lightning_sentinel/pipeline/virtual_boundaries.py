@@ -236,7 +236,7 @@ class VirtualBoundaries:
         if adversary is None or not adversary.liars(Site.ROWS).intersection(receivers):
             return None
         index = self._workers.mesh.boundaries.index(boundary)
-        usual = torch.cat((guard.calibration.trend[index], torch.zeros(1))).to(sent.device)
+        usual = guard.calibration.usual_row(index).to(sent.device)
         notes = [None] * len(group) if note is None else [note._replace(values=one) for one in note.values.chunk(len(group))]
         received = [Receipt(*of_one) for of_one in zip(sent.detach().chunk(len(group)), tainted.chunk(len(group)), notes)]
 

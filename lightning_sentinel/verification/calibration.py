@@ -236,6 +236,10 @@ class Calibration:
         """The fences for a single signal, without peers."""
         return self.alone.fences.of(boundary).around(self.trend[boundary].nan_to_num())
 
+    def usual_row(self, boundary: int) -> Tensor:
+        """The row of an ordinary signal, ``(F + 1,)``: the trend of its features, NaN where unknown, and that it is not tainted."""
+        return torch.cat((self.trend[boundary], torch.zeros(1)))
+
     def fit(self) -> None:
         """Fit all fences to the remembered values, once the warm-up is over."""
         if self.warmed_up:

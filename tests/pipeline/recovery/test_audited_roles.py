@@ -77,7 +77,7 @@ def test_false_rows_are_reported_and_not_learned_from_where_nothing_follows(clea
 
 
 class SaysWhatIsTrue:
-    """Where the attacker might report another row, it reports its own: so the virtual mesh measures each of them again by itself."""
+    """Where an attacker might report another row, it reports its own: so the virtual mesh measures each of them again."""
 
     site = Site.ROWS
 
