@@ -19,6 +19,7 @@ from lightning_sentinel.callbacks import AttackInjector
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.metrics import DetectionF1, DetectionPrecision, DetectionRecall
 from lightning_sentinel.strategy import SentinelStrategy
+from lightning_sentinel.verification.reports import NOTE, ROW
 
 __all__ = ["Measures", "measure"]
 
@@ -150,7 +151,8 @@ class _Observer(L.Callback):
         ledger = strategy.ledger
         guilty = self.guilty
         seen = [detection for detection in strategy.detections if detection.step >= self.start]
-        mine = [one for one in seen if one.worker in guilty and self.tampers_with(one.direction) and one.confirmed is not False]
+        sent = [one for one in seen if one.feature not in (ROW, NOTE)]
+        mine = [one for one in sent if one.worker in guilty and self.tampers_with(one.direction) and one.confirmed is not False]
         precision, recall, f1 = _scores(ledger.banned, guilty, mesh)
         return Measures(
             guilty=[[worker.stage, worker.replica] for worker in sorted(guilty)],
