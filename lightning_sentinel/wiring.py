@@ -112,6 +112,11 @@ class Wiring:
         lane = self.serving[worker.stage].index(worker.replica)
         return lane if self.live[lane] else None
 
+    def sent_by(self, workers: Collection[Worker], mesh: Mesh) -> Tensor:
+        """``(boundaries, lanes)`` bool, whether one of these workers sends the signals of a lane across a boundary."""
+        lanes = range(mesh.replicas)
+        return torch.tensor([[self.worker(boundary.sender, lane) in workers for lane in lanes] for boundary in mesh.boundaries])
+
     def arrange(self, values: Tensor) -> Tensor:
         """Rearrange values of micro-batches from replicas to lanes; zero in a lane's empty slots.
 

@@ -12,9 +12,10 @@ from lightning_sentinel.attacks.misplaced import Permute, Swap
 from lightning_sentinel.attacks.product_faults import BitFlip, MisplacedTile, SilentCorruption, StuckTile, WrongAddress
 from lightning_sentinel.attacks.products import Phase, Product
 from lightning_sentinel.attacks.registry import AttackSpec, available, get, resolve
+from lightning_sentinel.attacks.roles import FalseNotes, FalseRows, FalseVotes
 from lightning_sentinel.attacks.shortcut import FlipResidual, Identity, ReceivedNoise
 from lightning_sentinel.attacks.subtle import AddNoise, Drift, Frame, Local
-from lightning_sentinel.attacks.wrappers import Collude, Intermittent
+from lightning_sentinel.attacks.wrappers import Collude, Intermittent, Several
 
 __all__ = [
     "AddNoise",
@@ -28,6 +29,9 @@ __all__ = [
     "Collude",
     "Delay",
     "Drift",
+    "FalseNotes",
+    "FalseRows",
+    "FalseVotes",
     "FlipResidual",
     "Frame",
     "GradientContribution",
@@ -46,6 +50,7 @@ __all__ = [
     "RandomValue",
     "ReceivedNoise",
     "Scale",
+    "Several",
     "SilentCorruption",
     "Site",
     "StuckTile",

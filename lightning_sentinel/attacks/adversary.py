@@ -18,7 +18,7 @@ from lightning_sentinel.attacks.context import Attack, AttackContext
 from lightning_sentinel.attacks.faults import Site, site_of
 from lightning_sentinel.attacks.products import Phase, Product, Products
 from lightning_sentinel.attacks.registry import LIBRARY, AttackSpec, resolve
-from lightning_sentinel.attacks.wrappers import Wrapper
+from lightning_sentinel.attacks.wrappers import Several, Wrapper, parts_of
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.seeds import derive_seed
@@ -31,17 +31,18 @@ vector), the step, the micro-batch's index, what it made, and what it should hav
 
 
 class Adversary:
-    """Makes some workers of a mesh tamper with what they send. The same arguments give the same run, bit for bit.
+    """Makes some workers of a mesh lie, in what they send or say. The same arguments give the same run, bit for bit.
 
     Args:
         attacks: what the workers do: a name, a mapping of ``name`` and parameters, a callable, or a sequence of these,
-            of which each malicious worker then draws one.
+            of which each malicious worker then draws one; ``several`` is an attack that does more than one thing.
         mesh: the mesh that is attacked.
         workers: the malicious workers. Give either these or ``fraction``.
         fraction: share of malicious workers, between 0 and 1. In every middle stage ``round(fraction * replicas)``
             workers, at least one, are drawn. The first and last stage stay honest, as in SENTINEL (arXiv 2603.03592).
         start_step: first step that is tampered with.
-        direction: which of the signals of a malicious worker are tampered with.
+        direction: which of the signals of a malicious worker are tampered with, and of which signals its rows, notes and votes are
+            false.
         seed: seed of all draws: of the workers, of their attacks and of the randomness in these.
 
     Raises:
@@ -82,14 +83,11 @@ class Adversary:
         self._start_step = start_step
         self._directions = frozenset(Direction if direction == "both" else (Direction(direction),))
         self._seed = seed
-        self.votes: Callable[[Worker, Worker, int], int] | None = None
-        """How malicious workers vote on signals that they were asked to recompute; ``None``: honestly."""
-        self.notes: Callable[[Worker, Tensor], Tensor] | None = None
-        """The notes that malicious workers send with their signals; ``None``: honest ones."""
         self.witness: Witness | None = None
         """Told what a malicious worker made and what an honest one would have, in the virtual mesh: the ground truth of faults."""
         self._products: dict[tuple[Worker, int], Products] = {}
         """The products of micro-batches that are between their forward and their backward pass."""
+        self._parts = {worker: parts_of(attack) for worker, attack in self._attacks.items()}
         _warn_of_majority(mesh, self._workers)
 
     @property
@@ -139,33 +137,37 @@ class Adversary:
         Raises:
             ConfigurationError: if an attack returns anything else, or changes the honest signal in place.
         """
-        if not self._watches(worker, direction) or site_of(self._attacks[worker]) is not Site.MESSAGE:
+        if not self._watches(worker, direction):
             return signal
-        attack = self._attacks[worker]
-        observe = getattr(attack, "observe", None)
         active = self.tampers(worker, direction, step)
-        if not active and observe is None:
-            return signal
-        context = self._context(worker, direction, step, micro_batch, signal, received)
-        honest = signal.detach()
-        with torch.no_grad():
-            if observe is not None and not active:
-                observe(honest, context)
-                return signal
-            return _checked_result(attack, honest, context)
+        sent = signal
+        for attack in self._at(worker, Site.MESSAGE):
+            observe = getattr(attack, "observe", None)
+            if not active and observe is None:
+                continue
+            context = self._context(worker, direction, step, micro_batch, signal, received)
+            with torch.no_grad():
+                if active:
+                    sent = _checked_result(attack, sent.detach(), context)
+                elif observe is not None:
+                    observe(signal.detach(), context)
+        return sent
 
     def fails(self, worker: Worker, step: int) -> Site | None:
         """Where a worker's computation is faulty in a step; ``None`` if it is not, even if the worker sends another signal."""
-        if worker not in self._workers or step < self._start_step:
+        if step < self._start_step:
             return None
-        site = site_of(self._attacks[worker])
-        return None if site is Site.MESSAGE else site
+        return next((site for site in (Site.LAYER, Site.PRODUCT, Site.WEIGHTS) if self._at(worker, site)), None)
 
     def layer_output(self, output: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
         """The tensor that a layer of ``worker`` returns for ``output``, in the same graph; its gradient may be hit as well."""
-        if self.fails(worker, step) is not Site.LAYER:
+        if step < self._start_step:
             return output
-        attack = self._attacks[worker]
+        for attack in self._at(worker, Site.LAYER):
+            output = self._faulty(attack, output, worker, step, micro_batch)
+        return output
+
+    def _faulty(self, attack: Attack, output: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
         if Direction.ACTIVATION in self._directions:
             output = _checked_result(attack, output, self._context(worker, Direction.ACTIVATION, step, micro_batch, output))
         if Direction.GRADIENT in self._directions and output.requires_grad:
@@ -181,9 +183,9 @@ class Adversary:
 
         The forward pass of a micro-batch comes before its backward pass; others may come in between.
         """
-        if self.fails(worker, step) is not Site.PRODUCT:
+        attacks = self._at(worker, Site.PRODUCT) if step >= self._start_step else []
+        if not attacks:
             return nullcontext()
-        attack = self._attacks[worker]
         products = self._products.pop((worker, micro_batch), Products()) if backward else Products()
         if not backward:
             self._products[worker, micro_batch] = products
@@ -192,16 +194,67 @@ class Adversary:
             direction = Direction.ACTIVATION if product.phase is Phase.FORWARD else Direction.GRADIENT
             if direction not in self._directions:
                 return result
-            return _checked_result(attack, result, self._context(worker, direction, step, micro_batch, result, product=product))
+            for attack in attacks:
+                context = self._context(worker, direction, step, micro_batch, result, product=product)
+                result = _checked_result(attack, result, context)
+            return result
 
         return products.seen(wrong, backward)
 
     def weight_gradient(self, gradient: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
         """The tensor that ``worker`` adds to the gradient of one of its stage's weights in place of ``gradient``."""
-        if self.fails(worker, step) is not Site.WEIGHTS:
+        if step < self._start_step:
             return gradient
-        context = self._context(worker, Direction.GRADIENT, step, micro_batch, gradient)
-        return _checked_result(self._attacks[worker], gradient, context)
+        for attack in self._at(worker, Site.WEIGHTS):
+            context = self._context(worker, Direction.GRADIENT, step, micro_batch, gradient)
+            gradient = _checked_result(attack, gradient, context)
+        return gradient
+
+    def row(
+        self, row: Tensor, usual: Tensor, receiver: Worker, sender: Worker, direction: Direction, step: int, micro_batch: int
+    ) -> Tensor:
+        """The row that ``receiver`` reports of a signal of ``sender``.
+
+        Args:
+            row: the honest one, ``(F + 1,)``: the features, and last whether the signal was tainted.
+            usual: ``(F + 1,)``, the row that is usual at this boundary.
+        """
+        return self._said(Site.ROWS, row, receiver, sender, direction, step, micro_batch, usual)
+
+    def note(self, values: Tensor, maker: Worker, neighbour: Worker, direction: Direction, step: int, micro_batch: int) -> Tensor:
+        """The note that ``maker`` sends on a signal to ``neighbour``: the projection ``values`` on secret directions, or a lie."""
+        return self._said(Site.NOTES, values, maker, neighbour, direction, step, micro_batch)
+
+    def vote(self, word: int, juror: Worker, audited: Worker, direction: Direction, step: int) -> int:
+        """The vote of ``juror`` on what ``audited`` sent or said, for which it found ``word``: 0 if it matches, 1 if it does not.
+
+        The process engine asks on the rank of ``juror``.
+        """
+        return int(self._said(Site.VOTES, torch.tensor(float(word)), juror, audited, direction, step, 0))
+
+    def liars(self, site: Site) -> frozenset[Worker]:
+        """The workers whose attack strikes there."""
+        return frozenset(worker for worker in self._workers if self._at(worker, site))
+
+    def _said(
+        self,
+        site: Site,
+        honest: Tensor,
+        worker: Worker,
+        about: Worker,
+        direction: Direction,
+        step: int,
+        micro_batch: int,
+        received: Tensor | None = None,
+    ) -> Tensor:
+        """What ``worker`` says of ``about`` in place of what is true."""
+        said = honest
+        if not self.tampers(worker, direction, step):
+            return said
+        for attack in self._at(worker, site):
+            context = self._context(worker, direction, step, micro_batch, said, received)
+            said = _checked_result(attack, said, replace(context, about=about, allies=self._workers))
+        return said
 
     def _context(
         self,
@@ -225,18 +278,9 @@ class Adversary:
             product=product,
         )
 
-    def vote(self, juror: Worker, audited: Worker, word: int) -> int:
-        """The vote of ``juror`` on a signal of ``audited`` for which it found ``word``: 0 if it matches, 1 if it does not.
-
-        A malicious juror votes as :attr:`votes` says, if set. The process engine asks on the rank of ``juror``.
-        """
-        return word if self.votes is None or juror not in self._workers else self.votes(juror, audited, word)
-
-    def note(self, worker: Worker, values: Tensor, step: int) -> Tensor:
-        """The note that ``worker`` sends with a signal: its projection on secret directions, ``values``, or a lie."""
-        if self.notes is None or worker not in self._workers or step < self._start_step:
-            return values
-        return self.notes(worker, values)
+    def _at(self, worker: Worker, site: Site) -> list[Attack]:
+        """The parts of a worker's attack that strike there; none if it is honest."""
+        return [attack for attack in self._parts.get(worker, ()) if site_of(attack) is site]
 
     def _watches(self, worker: Worker, direction: Direction) -> bool:
         return worker in self._workers and direction in self._directions
@@ -288,6 +332,8 @@ def _own(attack: Attack) -> Attack:
     # A callable of the user's may hold anything (a model, an open file), so only attacks of the library are copied.
     if type(attack) not in LIBRARY.values():
         return attack
+    if isinstance(attack, Several):
+        return Several([_own(part) for part in parts_of(attack)])
     return replace(attack, attack=_own(attack.inner)) if isinstance(attack, Wrapper) else copy.deepcopy(attack)
 
 

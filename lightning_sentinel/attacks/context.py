@@ -25,12 +25,16 @@ class AttackContext:
         worker: the malicious worker.
         direction: whether the signal is an activation or a gradient.
         received: the signal that the worker itself received in this direction: the activation of the stage before or the gradient
-            of the stage after. At the pipeline's ends ``None``, or the input of the first stage, such as token ids.
+            of the stage after. At the pipeline's ends ``None``, or the input of the first stage, such as token ids. For a row, the
+            row that is usual at its boundary.
         generator: source of randomness on the signal's device, fresh for every signal.
         seed: the adversary's seed, for draws that are not per signal: see :meth:`seed_for`.
         start_step: the first step that the adversary tampers with.
         colluding: whether all malicious workers draw the same: see :meth:`together`.
         product: the matrix product whose result is altered; ``None`` where something else is.
+        about: the worker that a row, a note or a vote speaks of: the sender of the signal, the worker whose signal is compared with
+            the note, the audited one; ``None`` for a signal.
+        allies: all malicious workers.
 
     Example:
         >>> import torch
@@ -51,6 +55,13 @@ class AttackContext:
     start_step: int = 0
     colluding: bool = False
     product: Product | None = None
+    about: Worker | None = None
+    allies: frozenset[Worker] = frozenset()
+
+    @property
+    def about_ally(self) -> bool:
+        """Whether a row, a note or a vote speaks of a malicious worker."""
+        return self.about in self.allies
 
     @classmethod
     def seeded(

@@ -33,6 +33,12 @@ class Site(Enum):
     """The results of the matrix products in its layers."""
     WEIGHTS = "weights"
     """The gradients of its weights, which stay within the stage."""
+    ROWS = "rows"
+    """The rows that it reports: its measurements of the signals that it receives."""
+    NOTES = "notes"
+    """The notes on its signals, which the verifiers of the next stage compare with what that stage makes of them."""
+    VOTES = "votes"
+    """Its votes in audits."""
 
 
 def site_of(attack: object) -> Site:

@@ -14,9 +14,10 @@ from lightning_sentinel.attacks.imitation import MomentumNoise, Surrogate
 from lightning_sentinel.attacks.library import Bias, InvisibleNoise, Ones, RandomSign, RandomValue, Scale, Zeros
 from lightning_sentinel.attacks.misplaced import Permute, Swap
 from lightning_sentinel.attacks.product_faults import BitFlip, MisplacedTile, SilentCorruption, StuckTile, WrongAddress
+from lightning_sentinel.attacks.roles import FalseNotes, FalseRows, FalseVotes
 from lightning_sentinel.attacks.shortcut import FlipResidual, Identity, ReceivedNoise
 from lightning_sentinel.attacks.subtle import AddNoise, Drift, Frame, Local
-from lightning_sentinel.attacks.wrappers import Collude, Intermittent
+from lightning_sentinel.attacks.wrappers import Collude, Intermittent, Several
 from lightning_sentinel.errors import ConfigurationError
 
 __all__ = ["LIBRARY", "AttackSpec", "available", "get", "resolve"]
@@ -32,6 +33,9 @@ LIBRARY: dict[str, Callable[..., Attack]] = {
     "collude": Collude,
     "delay": Delay,
     "drift": Drift,
+    "false_notes": FalseNotes,
+    "false_rows": FalseRows,
+    "false_votes": FalseVotes,
     "flip_residual": FlipResidual,
     "frame": Frame,
     "gradient_contribution": GradientContribution,
@@ -47,6 +51,7 @@ LIBRARY: dict[str, Callable[..., Attack]] = {
     "random": RandomValue,
     "received_noise": ReceivedNoise,
     "scale": Scale,
+    "several": Several,
     "sign": RandomSign,
     "silent_corruption": SilentCorruption,
     "stuck_tile": StuckTile,
@@ -63,9 +68,9 @@ def available() -> tuple[str, ...]:
     Example:
         >>> from lightning_sentinel import attacks
         >>> print(*attacks.available())  # doctest: +NORMALIZE_WHITESPACE
-        add_noise bad_rows bias bit_flip collude delay drift flip_residual frame gradient_contribution identity
-        intermittent local misplaced_tile momentum_noise noise non_finite ones permute random received_noise scale sign
-        silent_corruption stuck_tile surrogate swap wrong_address zeros
+        add_noise bad_rows bias bit_flip collude delay drift false_notes false_rows false_votes flip_residual frame
+        gradient_contribution identity intermittent local misplaced_tile momentum_noise noise non_finite ones permute random
+        received_noise scale several sign silent_corruption stuck_tile surrogate swap wrong_address zeros
     """
     return tuple(sorted(LIBRARY))
 

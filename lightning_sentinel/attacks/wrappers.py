@@ -1,9 +1,10 @@
-"""Attacks that wrap another attack: in some steps instead of always, or together instead of each worker for itself."""
+"""Attacks that wrap others: in some steps instead of always, together instead of each worker for itself, or several at once."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
@@ -11,11 +12,12 @@ from torch import Tensor
 from lightning_sentinel.attacks.context import Attack, AttackContext
 from lightning_sentinel.attacks.faults import Site, site_of
 from lightning_sentinel.attacks.signals import is_share, require
+from lightning_sentinel.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from lightning_sentinel.attacks.registry import AttackSpec
 
-__all__ = ["Collude", "Intermittent", "Wrapper"]
+__all__ = ["Collude", "Intermittent", "Several", "Wrapper", "parts_of"]
 
 
 @dataclass
@@ -121,3 +123,55 @@ class Collude(Wrapper):
 
     def observe(self, signal: Tensor, context: AttackContext) -> None:
         super().observe(signal, context.together())
+
+
+@dataclass
+class Several:
+    """Does several things at once: ``h' = attack_n(... attack_1(h))`` where more than one alters the same thing (ours).
+
+    A malicious worker that lies in several roles sends false signals, reports false rows and votes falsely, for instance.
+
+    Args:
+        attacks: each a name, a mapping of ``name`` and parameters, or a callable.
+
+    Raises:
+        ConfigurationError: if there are none, or one of them does not exist.
+
+    Example:
+        >>> from lightning_sentinel import attacks
+        >>> attacks.get("several", attacks=["zeros", {"name": "false_votes", "accuse": False}])
+        Several(attacks=(Zeros(), FalseVotes(accuse=False, cover=True)))
+    """
+
+    attacks: Sequence[AttackSpec] = ("scale", "false_rows", "false_notes", "false_votes")
+
+    def __post_init__(self) -> None:
+        from lightning_sentinel.attacks.registry import resolve
+
+        if isinstance(self.attacks, str) or not isinstance(self.attacks, Sequence) or not self.attacks:
+            raise ConfigurationError(
+                f"Several(attacks={self.attacks!r}) cannot work: attacks must be a list of at least one attack."
+            )
+        self.attacks = tuple(resolve(spec) for spec in self.attacks)
+
+    def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
+        """What is sent in place of a signal; the adversary carries out the parts that strike elsewhere."""
+        sent = signal.clone()
+        for attack in parts_of(self):
+            if site_of(attack) is Site.MESSAGE:
+                sent = attack(sent, context)
+        return sent
+
+
+def parts_of(attack: Attack) -> tuple[Attack, ...]:
+    """The attacks that one consists of, each of which strikes in one place.
+
+    Example:
+        >>> parts_of(Intermittent(Several(["zeros", "false_votes"]), probability=0.1))[0]
+        Intermittent(attack=Zeros(), probability=0.1)
+    """
+    if isinstance(attack, Several):
+        return tuple(part for one in attack.attacks for part in parts_of(cast("Attack", one)))
+    if isinstance(attack, Wrapper) and len(parts := parts_of(attack.inner)) > 1:
+        return tuple(replace(attack, attack=part) for part in parts)
+    return (attack,)

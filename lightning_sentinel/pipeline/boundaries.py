@@ -121,7 +121,9 @@ class StageBoundaries:
         if before is not None and guard.compares_inputs:
             note = self._inbox.note(self._peer(running, before.sender), MessageId(running.plan.run, slot, NOTES[direction]))
             self._recorder.received(SignalId(Kind.NOTE, before, self._lane(running), slot), note.values)
-        signal, tainted = guard.receive(boundary, signal, self._buffers["taints"][buffer_id].view(1), note)
+        sender = self._local.mesh.worker(self._peer(running, boundary.sender))
+        report = self._local.report(boundary, sender, running.plan.number, slot)
+        signal, tainted = guard.receive(boundary, signal, self._buffers["taints"][buffer_id].view(1), note, report=report)
         self._buffers["taints"][buffer_id] = tainted[0]
         return signal
 
@@ -164,7 +166,8 @@ class StageBoundaries:
             return
         values = note.values
         if local.adversary is not None:
-            values = local.adversary.note(local.worker, values, running.plan.number)
+            neighbour = self._local.mesh.worker(self._peer(running, boundary.receiver))
+            values = local.adversary.note(values, local.worker, neighbour, boundary.direction, running.plan.number, slot)
         self._recorder.sent(SignalId(Kind.NOTE, boundary, self._lane(running), slot), values)
         message_id = MessageId(running.plan.run, slot, NOTES[boundary.direction])
         self._transport.send_note(values, note.channels, self._peer(running, after.receiver), message_id)

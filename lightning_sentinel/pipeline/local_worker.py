@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_sentinel.attacks import Adversary
-from lightning_sentinel.mesh import Mesh, Worker
+from torch import Tensor
+
+from lightning_sentinel.attacks import Adversary, Site
+from lightning_sentinel.mesh import Boundary, Mesh, Worker
 from lightning_sentinel.pipeline.recovery.guard import Guard
+from lightning_sentinel.verification.verifier import Report
 
 __all__ = ["LocalWorker"]
 
@@ -43,3 +46,17 @@ class LocalWorker:
     def excludes(self) -> bool:
         """Whether flagged micro-batches are kept out of the weights at receipt."""
         return self.guard is not None and self.guard.excludes
+
+    def report(self, boundary: Boundary, sender: Worker, step: int, slot: int) -> Report | None:
+        """What this worker reports of a signal that it received, in place of what it measured; ``None`` if it is honest."""
+        adversary = self.adversary
+        if adversary is None or self.guard is None or self.worker not in adversary.liars(Site.ROWS):
+            return None
+        usual = self.guard.calibration.usual_row(self.mesh.boundaries.index(boundary))
+
+        def report(measured: Tensor) -> Tensor:
+            (row,) = measured
+            told = adversary.row(row, usual.to(row.device), self.worker, sender, boundary.direction, step, slot)
+            return told[None]
+
+        return report

@@ -39,6 +39,7 @@ from lightning_sentinel.pipeline.virtual_stages import VirtualStages
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import arithmetic
+from lightning_sentinel.verification.jury import Subject
 from lightning_sentinel.wiring import MicroBatchId
 
 __all__ = ["VirtualEngine"]
@@ -207,8 +208,10 @@ class VirtualEngine:
             return None
         running = self._running
         assert running is not None, "a step is settled after it has run"
-        ask = VirtualAudits(self._workers, running, self._computed_in).ask if self.guard.audits else None
-        ruling = self.guard.settle(outcome.table, plan, lambda vector: vector, ask, broken=outcome.broken)
+        audits = VirtualAudits(self._workers, running, outcome.table, self._computed_in)
+        ask = audits.ask if self.guard.audits else None
+        everything = tuple(Subject)
+        ruling = self.guard.settle(outcome.table, plan, lambda vector: vector, ask, broken=outcome.broken, subjects=everything)
         if ruling.excluded:
             running.take_back()
         return ruling

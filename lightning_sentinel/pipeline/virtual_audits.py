@@ -7,63 +7,92 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lightning_sentinel.mesh import Worker
+from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.virtual_boundaries import VirtualStep
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
+from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import Outcome
-from lightning_sentinel.verification.jury import Case
+from lightning_sentinel.verification.jury import Case, Subject
+from lightning_sentinel.verification.reports import is_false_row
 from lightning_sentinel.verification.tolerance import MEASURED
 
 __all__ = ["VirtualAudits"]
 
 
 class VirtualAudits:
-    """The votes of auditors on the signals of one step.
+    """The votes of auditors on the signals, rows and notes of one step.
 
-    This process computed each worker's honest signal before an adversary replaced it, so an audit looks up the measured error. The
-    adversary may replace the vote of a worker that it controls.
+    This process computed each worker's honest signal and note before an adversary replaced them, so an audit looks up the measured
+    error. A row that may be false is measured again, from what its receiver was sent. The adversary may replace the votes of
+    workers that it controls.
 
     Args:
         workers: the workers of the mesh.
         running: the step.
+        table: the rows of the step, as receivers reported them.
         computed_in: the dtype in which the device multiplies float32.
     """
 
-    def __init__(self, workers: VirtualWorkers, running: VirtualStep, computed_in: Callable[[], torch.dtype]) -> None:
+    def __init__(
+        self, workers: VirtualWorkers, running: VirtualStep, table: SignalTable, computed_in: Callable[[], torch.dtype]
+    ) -> None:
         self._workers = workers
         self._running = running
+        self._table = table
         self._computed_in = computed_in
         self._errors: dict[int, dict[tuple[int, int], list[float]]] | None = None
         """Measured errors of the step's signals, by boundary and place; ``None`` before the step's first audit."""
+        self._false: dict[tuple[Subject, int, int, int], bool] = {}
+        """Whether rows and notes are false, as far as they were asked about."""
 
     def ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
         """The votes of workers on cases."""
         guard = self._workers.guard
         assert guard is not None, "it is what asks"
-        if not asked:
-            return []
-        errors = self._known_errors()
-        tolerances = guard.tolerances
         adversary = self._workers.adversary
         votes = []
         for case, juror in asked:
             index = self._workers.mesh.boundaries.index(case.boundary)
-            place = (case.lane, case.slot)
-            measured = self._running.measured.get(index, {})
-            found = errors.get(index, {}).get(place, [0.0] * MEASURED)
-            dtype = measured[place][0] if place in measured else torch.float32
-            lied = found[0] > tolerances.allowed(index, case.audited, dtype, self._computed_in())
-            vote = Outcome.LIED if lied else Outcome.MATCHES
-            votes.append(vote if adversary is None else Outcome(adversary.vote(juror, case.audited, vote)))
-            if votes[-1] == Outcome.MATCHES:
-                tolerances.heard(index, case.audited, found)
+            found = self._error(index, case) if case.subject is Subject.SIGNAL else None
+            false = self._is_false(guard, index, case) if found is None else self._is_lie(guard, index, case, found)
+            vote = Outcome.LIED if false else Outcome.MATCHES
+            if adversary is not None:
+                step = self._running.plan.number
+                vote = Outcome(adversary.vote(vote, juror, case.audited, case.boundary.direction, step))
+            votes.append(vote)
+            if found is not None and vote == Outcome.MATCHES:
+                guard.tolerances.heard(index, case.audited, found)
         return votes
 
-    def _known_errors(self) -> dict[int, dict[tuple[int, int], list[float]]]:
-        """The host waits for the device only at a step's first audit."""
+    def _is_lie(self, guard: Guard, index: int, case: Case, found: Sequence[float]) -> bool:
+        """Whether a signal with these errors does not match."""
+        measured = self._running.measured.get(index, {}).get((case.lane, case.slot))
+        dtype = torch.float32 if measured is None else measured[0]
+        return found[0] > guard.tolerances.allowed(index, case.audited, dtype, self._computed_in())
+
+    def _error(self, index: int, case: Case) -> list[float]:
+        """The errors of a signal. The host waits for the device only at a step's first audit."""
         if self._errors is None:
             measured = [found for places in self._running.measured.values() for _, found in places.values()]
             values = iter(torch.stack(measured).tolist() if measured else ())
             self._errors = {
                 boundary: {place: next(values) for place in places} for boundary, places in self._running.measured.items()
             }
-        return self._errors
+        return self._errors.get(index, {}).get((case.lane, case.slot), [0.0] * MEASURED)
+
+    def _is_false(self, guard: Guard, index: int, case: Case) -> bool:
+        """Whether a row or a note is false."""
+        place = index, case.lane, case.slot
+        key = case.subject, *place
+        if key not in self._false:
+            if case.subject is Subject.NOTE:
+                false = bool(self._running.notes.get(place, False))
+            elif (receipt := self._running.receipts.get(place)) is None:
+                false = False
+            else:
+                again = guard.verifiers[case.boundary].measure_again(*receipt)[0].cpu()
+                calibration = guard.calibration
+                fences = calibration.fences_at_receipt(index), calibration.among_peers.fences.of(index)
+                false = is_false_row(self._table.rows[place], again, *fences)
+            self._false[key] = false
+        return self._false[key]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_sentinel.attacks import Adversary
+from lightning_sentinel.attacks import Adversary, Site
 from lightning_sentinel.mesh import Boundary, Worker
 from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
@@ -20,10 +20,26 @@ from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.steps import StepRun
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
 from lightning_sentinel.verification.projection import Projection
+from lightning_sentinel.verification.reports import is_false_note
 from lightning_sentinel.verification.tolerance import deviation
+from lightning_sentinel.verification.verifier import Report
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 
-__all__ = ["MicroBatch", "VirtualBoundaries", "VirtualStep"]
+__all__ = ["MicroBatch", "Receipt", "VirtualBoundaries", "VirtualStep"]
+
+
+class Receipt(NamedTuple):
+    """What a receiver was sent that reported something else of it.
+
+    Args:
+        signal: of one sender.
+        tainted: ``(1,)`` bool.
+        note: on what the sender had received, as it came; ``None`` at the ends of the pipeline.
+    """
+
+    signal: Tensor
+    tainted: Tensor
+    note: Projection | None
 
 
 @dataclass
@@ -50,6 +66,10 @@ class VirtualStep:
     """The rows of the batch, and what the step returned for them."""
     measured: dict[int, dict[tuple[int, int], tuple[torch.dtype, Tensor]]] = field(default_factory=dict)
     """A signal's dtype and its error against the honest signal, by boundary index, lane and slot, for signals that may differ."""
+    receipts: dict[tuple[int, int, int], Receipt] = field(default_factory=dict)
+    """What was sent across a boundary, by its index, lane and slot, where the receiver may report something else."""
+    notes: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    """Whether the note on what a sender received is false, 0-dim bool, by the place of what it sent; for notes that may be."""
     undo: Callable[[], None] | None = None
     """Undoes the step; ``None`` if it never has to be."""
     broken: Tensor = field(init=False)
@@ -174,23 +194,64 @@ class VirtualBoundaries:
             projected = self._noted(boundary, guard.project(boundary, received.detach()), group, batch)
         lanes = self.lanes(batch)
         if len(group) == len(batch.parts):
-            return guard.receive(boundary, sent, tainted, projected, lanes)
+            report = self._report(guard, boundary, group, sent, tainted, projected, batch)
+            return guard.receive(boundary, sent, tainted, projected, lanes, report=report)
         places = torch.tensor(group, device=self._workers.device)
         lanes = places if lanes is None else lanes[places]
-        signals, found = guard.receive(boundary, sent, tainted[places], projected, lanes, group)
+        report = self._report(guard, boundary, group, sent, tainted[places], projected, batch)
+        signals, found = guard.receive(boundary, sent, tainted[places], projected, lanes, group, report)
         return signals, tainted.index_copy(0, places, found)
 
     def _noted(self, boundary: Boundary, note: Projection | None, group: Sequence[int], batch: MicroBatch) -> Projection | None:
         """The note on the signals that the senders of a boundary received, as the workers that sent those signals report it."""
-        before = self._workers.mesh.before(boundary)
+        mesh = self._workers.mesh
+        before = mesh.before(boundary)
         adversary = self._workers.adversary
-        if adversary is None or adversary.notes is None or note is None or before is None:
+        if adversary is None or note is None or before is None or not adversary.liars(Site.NOTES):
             return note
         pieces = list(note.values.chunk(len(group)))
         for number, replica in enumerate(group):
-            worker, _ = batch.worker(before.sender, replica)
-            pieces[number] = adversary.note(worker, pieces[number], batch.step)
+            honest = pieces[number]
+            maker, slot = batch.worker(before.sender, replica)
+            neighbour, _ = batch.worker(boundary.sender, replica)
+            pieces[number] = adversary.note(honest, maker, neighbour, boundary.direction, batch.step, slot)
+            if pieces[number] is not honest:
+                place = mesh.boundaries.index(boundary), *batch.place(replica)
+                batch.running.notes[place] = is_false_note(pieces[number], honest)
         return note._replace(values=torch.cat(pieces))
+
+    def _report(
+        self,
+        guard: Guard,
+        boundary: Boundary,
+        group: Sequence[int],
+        sent: Tensor,
+        tainted: Tensor,
+        note: Projection | None,
+        batch: MicroBatch,
+    ) -> Report | None:
+        """What the receivers of a group's signals report of them; ``None`` if that is what they measure."""
+        adversary = self._workers.adversary
+        receivers = [batch.worker(boundary.receiver, replica)[0] for replica in group]
+        if adversary is None or not adversary.liars(Site.ROWS).intersection(receivers):
+            return None
+        index = self._workers.mesh.boundaries.index(boundary)
+        usual = guard.calibration.usual_row(index).to(sent.device)
+        notes = [None] * len(group) if note is None else [note._replace(values=one) for one in note.values.chunk(len(group))]
+        received = [Receipt(*of_one) for of_one in zip(sent.detach().chunk(len(group)), tainted.chunk(len(group)), notes)]
+
+        def report(measured: Tensor) -> Tensor:
+            rows = list(measured)
+            for number, (replica, receiver) in enumerate(zip(group, receivers)):
+                honest = rows[number]
+                sender, slot = batch.worker(boundary.sender, replica)
+                rows[number] = adversary.row(honest, usual, receiver, sender, boundary.direction, batch.step, slot)
+                if rows[number] is not honest and guard.audits:
+                    place = index, *batch.place(replica)
+                    batch.running.receipts[place] = received[number]
+            return torch.stack(rows)
+
+        return report
 
     def _tampered(
         self, adversary: Adversary, boundary: Boundary, group: Sequence[int], sent: Tensor, received: Any, batch: MicroBatch

@@ -236,6 +236,10 @@ class Calibration:
         """The fences for a single signal, without peers."""
         return self.alone.fences.of(boundary).around(self.trend[boundary].nan_to_num())
 
+    def usual_row(self, boundary: int) -> Tensor:
+        """The row of an ordinary signal, ``(F + 1,)``: the trend of its features, NaN where unknown, and that it is not tainted."""
+        return torch.cat((self.trend[boundary], torch.zeros(1)))
+
     def fit(self) -> None:
         """Fit all fences to the remembered values, once the warm-up is over."""
         if self.warmed_up:
@@ -250,6 +254,11 @@ class Calibration:
         """
         alone, among_peers = ((~window.values[..., 0].isnan()).sum(dim=1) for window in (self.alone, self.among_peers))
         return torch.where(by_peers, among_peers, alone) >= values_needed(self._config)
+
+    def as_far_as_known(self, assessment: Assessment) -> Assessment:
+        """Lets only non-finite signals be out of line where fences have seen too little: for where no audit reviews a flag."""
+        open_to_all = ~self.knows_enough(assessment.by_peers)[:, None, None] & (assessment.worst >= 0)
+        return assessment._replace(score=torch.where(open_to_all, assessment.score.clamp(max=1.0), assessment.score))
 
     def state_of(self, boundary: int) -> dict[str, Tensor]:
         """The state of one boundary: tensors only, all copies."""

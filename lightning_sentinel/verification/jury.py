@@ -1,4 +1,8 @@
-"""Votes in an audit: one worker recomputes a signal, and if it reports a mismatch, all others of the stage recompute it too.
+"""Votes in an audit: one worker recomputes something, and if it reports a mismatch, all others of its stage recompute it too.
+
+Three things are recomputed where a signal is audited. The *signal*, by the sender's stage. The receiver's *row*, by the receiver's
+stage, which measures the signal that was sent, with the note that came. And that *note*, by the receiver's stage as well, which has
+the secret directions: it is the projection of what the sender was sent.
 
 Fewer than half of a stage's workers lie, so the majority tells the truth. Pure functions weigh votes, and a class collects them;
 the engine does the recomputing.
@@ -7,6 +11,7 @@ the engine does the recomputing.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -17,21 +22,35 @@ from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 
-__all__ = ["Ask", "Case", "Findings", "Judgement", "Jury", "most_bans", "strikes_to_ban", "weigh"]
+__all__ = ["Ask", "Case", "Decision", "Findings", "Judgement", "Jury", "Subject", "most_bans", "strikes_to_ban", "weigh"]
 
 _ALL_DECIDE = 5
 _TWO_STRIKES = 3
+_MANY = 3
+"""Of two workers either may be the liar; where there are fewer than three, none of another stage is blamed on their word."""
+
+
+class Subject(IntEnum):
+    """What is recomputed in an audit."""
+
+    SIGNAL = 0
+    """The signal, from what its sender received."""
+    ROW = 1
+    """What its receiver reported of it, from the signal and the note."""
+    NOTE = 2
+    """The note that the receiver compared it with, from what the sender was sent."""
 
 
 class Case(NamedTuple):
-    """One signal that is audited.
+    """One signal, row or note that is audited.
 
     Args:
-        boundary: that it crossed.
+        boundary: that the signal crossed.
         lane: of its micro-batch.
         slot: of its micro-batch in the lane.
         micro_batch_id: the micro-batch that it was computed from.
-        audited: the sender.
+        audited: the sender of the signal, the receiver that reported the row, or the worker that made the note.
+        subject: what is recomputed.
     """
 
     boundary: Boundary
@@ -39,14 +58,20 @@ class Case(NamedTuple):
     slot: int
     micro_batch_id: MicroBatchId
     audited: Worker
+    subject: Subject = Subject.SIGNAL
+
+    @property
+    def stage(self) -> int:
+        """The stage whose workers recompute it."""
+        return self.boundary.sender if self.subject is Subject.SIGNAL else self.boundary.receiver
 
 
 Ask = Callable[[Sequence[tuple[Case, Worker]]], Sequence[Outcome]]
-"""Has workers recompute signals, and returns the vote of each."""
+"""Has workers recompute what cases are about, and returns the vote of each. Of rows and notes: whether they match, or ``LIED``."""
 
 
 class Judgement(NamedTuple):
-    """A stage's decision on one of its signals.
+    """A stage's decision on a case.
 
     Args:
         outcome: that of the majority; ``DISPUTED`` where none decides.
@@ -57,6 +82,13 @@ class Judgement(NamedTuple):
     outvoted: frozenset[Worker]
 
 
+class Decision(NamedTuple):
+    """What was decided of a row or a note of which one worker said that it does not match."""
+
+    case: Case
+    judgement: Judgement
+
+
 class Findings(NamedTuple):
     """Results of audits.
 
@@ -64,10 +96,12 @@ class Findings(NamedTuple):
         outcome: ``(boundaries, lanes, slots)``, values of :class:`Outcome`; a signal that no worker could recompute counts as
             matching.
         outvoted: workers that voted the opposite of the majority, by the place of the signal.
+        reports: decisions on rows and notes.
     """
 
     outcome: Tensor
     outvoted: Mapping[tuple[int, int, int], frozenset[Worker]]
+    reports: tuple[Decision, ...] = ()
 
 
 def most_bans(replicas: int) -> int:
@@ -100,15 +134,17 @@ def strikes_to_ban(live: int) -> int | None:
     return 1 if live >= _ALL_DECIDE else 2
 
 
-def weigh(votes: Mapping[Worker, Outcome], live: int) -> Judgement:
+def weigh(votes: Mapping[Worker, Outcome], live: int, stands: bool = True) -> Judgement:
     """Decide a case by its votes.
 
-    The sender stands by its signal, which is a vote as well. A decision needs more than half of the votes, and one against the
-    sender more votes than there can be liars: so a few workers cannot decide because others were not asked.
+    A worker whose own stage decides stands by what it sent, which is a vote as well. A decision needs more than half of the votes,
+    and one against the audited worker more votes than there can be liars: so a few workers cannot decide because others were not
+    asked.
 
     Args:
-        votes: of the other workers of the stage that were asked.
-        live: workers of the stage that are not banned, the sender included.
+        votes: of the workers of the stage that were asked.
+        live: workers of the stage that are not banned, the audited one included if it is of this stage.
+        stands: whether the audited worker is of this stage.
 
     Example:
         >>> others = [Worker(1, replica) for replica in range(1, 5)]
@@ -117,11 +153,11 @@ def weigh(votes: Mapping[Worker, Outcome], live: int) -> Judgement:
         >>> weigh({others[0]: Outcome.LIED}, live=2).outcome.name
         'DISPUTED'
     """
-    said = [Outcome.MATCHES, *votes.values()]
+    said = [Outcome.MATCHES, *votes.values()] if stands else list(votes.values())
     liars = (live - 1) // 2
     for outcome in sorted(set(said)):
         count = said.count(outcome)
-        if 2 * count > len(said) and (outcome == Outcome.MATCHES or count > liars):
+        if 2 * count > len(said) and (outcome == Outcome.MATCHES or (count > liars and (stands or live >= _MANY))):
             break
     else:
         return Judgement(Outcome.DISPUTED, frozenset())
@@ -131,7 +167,7 @@ def weigh(votes: Mapping[Worker, Outcome], live: int) -> Judgement:
 
 
 class Jury:
-    """Collects votes: draws a worker to recompute a signal, and asks all others of the stage if that one reports a mismatch.
+    """Collects votes: draws a worker to recompute something, and asks all others of its stage if that one reports a mismatch.
 
     Args:
         mesh: all workers.
@@ -154,9 +190,7 @@ class Jury:
             >>> Jury(Mesh(2, 3), seed=0).others(Worker(1, 0), {Worker(1, 2)}, 7, 1, 0, 0)
             [Worker(stage=1, replica=1)]
         """
-        stage = [Worker(audited.stage, replica) for replica in range(self._mesh.replicas) if replica != audited.replica]
-        fit = [worker for worker in stage if worker not in unheard]
-        return sorted(fit, key=lambda worker: derive_seed(self._seed, "auditor", *place, worker.replica))
+        return self._in_order(audited.stage, {*unheard, audited}, "auditor", *place)
 
     def hear(
         self,
@@ -166,34 +200,77 @@ class Jury:
         muted: Collection[Worker],
         step: int,
         ask: Ask,
+        rows: Tensor | None = None,
+        subjects: Collection[Subject] = (Subject.SIGNAL,),
     ) -> Findings:
         """Audit signals of a step; the same on all ranks. Calls ``ask`` twice, however many signals and boundaries there are.
 
         Args:
-            signals: ``(boundaries, lanes, slots)`` bool, signals to audit.
+            signals: ``(boundaries, lanes, slots)`` bool, signals to audit, with the rows and the notes on them.
             wiring: which worker served which lane.
             banned: workers that take part in nothing.
             muted: workers whose votes no longer count.
             step: number of the training batch.
-            ask: has workers recompute signals.
+            ask: has workers recompute.
+            rows: ``(boundaries, lanes, slots)`` bool, further signals, of which only the rows are audited.
+            subjects: what they can recompute.
         """
-        places = {self._case(wiring, *place): (place[0], place[1], place[2]) for place in signals.nonzero().tolist()}
-        unheard = {*banned, *muted}
-        asked = {case: self.others(case.audited, unheard, step, *place) for case, place in places.items()}
-        first = [(case, queue[0]) for case, queue in asked.items() if queue]
+        only_rows = torch.zeros_like(signals) if rows is None else rows & ~signals
+        queues = self._queues(signals, only_rows, wiring, {*banned, *muted}, step, subjects)
+        first = [(case, queue[0]) for case, queue in queues.items() if queue]
         votes = {case: {auditor: word} for (case, auditor), word in zip(first, ask(first))}
         claimed = [case for case, said in votes.items() if any(word != Outcome.MATCHES for word in said.values())]
-        more = [(case, juror) for case in claimed for juror in asked[case][1:]]
+        more = [(case, juror) for case in claimed for juror in queues[case][1:]]
         for (case, juror), word in zip(more, ask(more)):
             votes[case][juror] = word
         outcome = torch.zeros(signals.shape, dtype=torch.long)
         outvoted: dict[tuple[int, int, int], frozenset[Worker]] = {}
+        reports = []
         for case in claimed:
-            live = sum(Worker(case.audited.stage, replica) not in banned for replica in range(self._mesh.replicas))
-            judged = weigh(votes[case], live)
-            outcome[places[case]] = judged.outcome
-            outvoted[places[case]] = judged.outvoted
-        return Findings(outcome, outvoted)
+            live = sum(Worker(case.stage, replica) not in banned for replica in range(self._mesh.replicas))
+            judged = weigh(votes[case], live, stands=case.audited.stage == case.stage)
+            if case.subject is Subject.SIGNAL:
+                place = self._mesh.boundaries.index(case.boundary), case.lane, case.slot
+                outcome[place] = judged.outcome
+                outvoted[place] = judged.outvoted
+            else:
+                reports.append(Decision(case, judged))
+        return Findings(outcome, outvoted, tuple(reports))
+
+    def _queues(
+        self,
+        signals: Tensor,
+        rows: Tensor,
+        wiring: Wiring,
+        unheard: Collection[Worker],
+        step: int,
+        subjects: Collection[Subject],
+    ) -> dict[Case, list[Worker]]:
+        """The cases of a step, and who recomputes each, in the order in which they are asked; one boundary after the other."""
+        queues = {}
+        for index, lane, slot in (signals | rows).nonzero().tolist():
+            place = step, index, lane, slot
+            case = self._case(wiring, index, lane, slot)
+            is_audited = bool(signals[index, lane, slot])
+            if is_audited:
+                queues[case] = self.others(case.audited, unheard, *place)
+            if Subject.ROW not in subjects and Subject.NOTE not in subjects:
+                continue
+            receiver = wiring.worker(case.boundary.receiver, lane)
+            others = self._in_order(receiver.stage, {*unheard, receiver}, "auditor of reports", *place)
+            if Subject.ROW in subjects:
+                queues[case._replace(audited=receiver, subject=Subject.ROW)] = others
+            before = self._mesh.before(case.boundary)
+            if Subject.NOTE in subjects and before is not None and is_audited:
+                # Who is asked first about the row, for which it needs the note, is asked first about the note.
+                own = [] if receiver in unheard else [receiver]
+                queues[case._replace(audited=wiring.worker(before.sender, lane), subject=Subject.NOTE)] = others + own
+        return queues
+
+    def _in_order(self, stage: int, unheard: Collection[Worker], what: str, *place: int) -> list[Worker]:
+        workers = [Worker(stage, replica) for replica in range(self._mesh.replicas)]
+        fit = [worker for worker in workers if worker not in unheard]
+        return sorted(fit, key=lambda worker: derive_seed(self._seed, what, *place, worker.replica))
 
     def _case(self, wiring: Wiring, index: int, lane: int, slot: int) -> Case:
         boundary = self._mesh.boundaries[index]

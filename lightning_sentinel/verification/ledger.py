@@ -90,6 +90,14 @@ class Ledger:
     def total_flags(self) -> int:
         return self.flags.total()
 
+    @property
+    def last_found(self) -> dict[int, int]:
+        """The step in which somebody was last banned or lost its word, by stage."""
+        found: dict[int, int] = {}
+        for worker, when in (*self.banned_at.items(), *self.muted.items()):
+            found[worker.stage] = max(when, found.get(worker.stage, when))
+        return found
+
     def order(self, step: int) -> int | None:
         """The number of the shuffle by which workers serve pipelines: a new one in every step while shuffling could clear a
         suspect, and the last of these for some steps after; ``None`` if each worker serves its own pipeline."""

@@ -17,14 +17,14 @@ from lightning_sentinel.verification.audit import Outcome, causal_order
 from lightning_sentinel.verification.calibration import Assessment
 from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS, DOUBT
 from lightning_sentinel.verification.features import FEATURES
-from lightning_sentinel.verification.jury import Findings
+from lightning_sentinel.verification.jury import Decision, Findings
 from lightning_sentinel.verification.table import SignalTable
 from lightning_sentinel.wiring import Wiring
 
 __all__ = ["MUCH_FURTHER", "Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits"]
 
-Audit = Callable[[Tensor], Findings]
-"""Has the chosen signals, ``(boundaries, lanes, micro_batches)`` bool, recomputed."""
+Audit = Callable[[Tensor, Tensor], Findings]
+"""Has signals, ``(boundaries, lanes, micro_batches)`` bool, recomputed with the rows and notes on them; of others only the rows."""
 
 _ALONE = 1.5
 """The score up to which a sender without peers is cleared."""
@@ -48,7 +48,8 @@ class Detection:
         direction: activation or gradient.
         score: how far out; 1 is the fence.
         feature: the feature that is furthest out, or ``"non_finite"``; ``"weight_gradient"`` for a non-finite contribution to the
-            stage's weight gradients, and ``"lesson"`` for one to its references.
+            stage's weight gradients, and ``"lesson"`` for one to its references; ``"row"`` and ``"note"`` for a false report of the
+            worker on a signal.
         audited: whether the signal was recomputed by another worker.
         confirmed: the outcome of the audit: ``False`` exonerates the sender; ``None`` without an audit, or where it is disputed.
     """
@@ -84,6 +85,7 @@ class StepVerdict:
             may be the cause.
         clean: ``(stages, lanes, micro_batches)`` bool, whether the gradient of a micro-batch counts at a stage.
         table: the step's signals with their final scores.
+        reports: what was decided of rows and notes that one worker did not confirm.
     """
 
     detections: tuple[Detection, ...]
@@ -100,6 +102,7 @@ class StepVerdict:
     explained: Tensor
     clean: Tensor
     table: SignalTable
+    reports: tuple[Decision, ...] = ()
 
 
 def judge(
@@ -192,7 +195,9 @@ def judge_with_audits(
     suspected = one_each & (heights > ALARM)[..., None]
     wanted = valid & (flagged | suspected | drawn)
     audited = _audited(wanted, flagged, flagged & ~drawn & ~suspected, assessment.score, mesh)
-    findings = audit(audited)
+    # Who says that a signal was tainted keeps it from being judged: at the same rate that word is looked at.
+    unjudged = drawn & table.tainted & torch.tensor(wiring.live)[:, None]
+    findings = audit(audited, unjudged)
     confirmed, disputed, explained = _causes(findings, audited, mesh)
     outvoted = [workers for place, workers in findings.outvoted.items() if audited[place]]
     false = confirmed | disputed
@@ -216,6 +221,7 @@ def judge_with_audits(
         explained=explained,
         clean=torch.tensor(wiring.live)[None, :, None].expand(mesh.stages, *valid.shape[1:]),
         table=scored,
+        reports=findings.reports,
     )
 
 

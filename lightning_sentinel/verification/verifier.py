@@ -6,7 +6,7 @@ References are updated once it is known which signals were honest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,10 @@ from lightning_sentinel.verification.projection import PROJECTED, Projection, Se
 from lightning_sentinel.verification.references import Contribution, References
 from lightning_sentinel.verification.table import MAX_SCORE, signal_rows
 
-__all__ = ["BoundaryVerifier", "Inspection"]
+__all__ = ["BoundaryVerifier", "Inspection", "Report"]
+
+Report = Callable[[Tensor], Tensor]
+"""Takes what was measured of signals, ``(senders, len(FEATURES) + 1)``, last whether they are tainted; returns what is reported."""
 
 
 class Inspection(NamedTuple):
@@ -84,6 +87,7 @@ class BoundaryVerifier:
         received: Projection | None = None,
         lanes: Tensor | None = None,
         of: int | None = None,
+        report: Report | None = None,
     ) -> Inspection:
         """Measure the signals that this process received in one micro-batch, and keep their sums for :meth:`learn`.
 
@@ -95,23 +99,47 @@ class BoundaryVerifier:
             lanes: ``(senders,)``, the lanes that they serve; ``None`` if they are in order. A worker may have sent several of the
                 signals.
             of: how many lanes there are, if not as many as senders: signals of other shapes come in a separate call.
+            report: what a simulated attacker reports in place of what was measured; ``None`` for an honest receiver.
         """
-        rows, flagged = self._inspect(signals.detach(), tainted, received, lanes, of)
+        rows, flagged = self._inspect(signals.detach(), tainted, received, lanes, of, report)
         return Inspection(rows.clone(), flagged.clone())  # Outside of inference mode, so that autograd can use them.
+
+    @torch.inference_mode()
+    def measure_again(self, signals: Tensor, tainted: Tensor, received: Projection | None = None) -> Tensor:
+        """The rows ``(senders, len(COLUMNS))`` that an honest receiver reports of signals, without keeping anything of them.
+
+        For an audit of what another receiver reported: until the step's signals are learned from, references and fences are those
+        that were in force at receipt. Arguments are those of :meth:`inspect`.
+        """
+        measured = self._measure(signals.detach(), len(tainted), received)
+        return self._judged(measured, tainted, torch.ones(1, device=self._device)).rows.clone()
 
     # Most operations here are on a few floats, and without the bookkeeping for views and versions each takes a fifth less time.
     @torch.inference_mode()
     def _inspect(
-        self, signals: Tensor, tainted: Tensor, received: Projection | None, lanes: Tensor | None, of: int | None
+        self,
+        signals: Tensor,
+        tainted: Tensor,
+        received: Projection | None,
+        lanes: Tensor | None,
+        of: int | None,
+        report: Report | None,
     ) -> Inspection:
         measured = self._measure(signals, len(tainted), received)
+        if report is not None:
+            told = report(torch.cat((measured.features, tainted[:, None].to(measured.features.dtype)), dim=1))
+            measured, tainted = measured._replace(features=told[:, :-1]), told[:, -1] != 0
+        limits = self.limits if lanes is None or len(self.limits) == 1 else self.limits[lanes]
+        found = self._judged(measured, tainted, limits)
+        self._keep(measured, found.flagged, ~tainted & measured.finite, lanes, len(tainted) if of is None else of)
+        return found
+
+    def _judged(self, measured: Measurement, tainted: Tensor, limits: Tensor) -> Inspection:
         broken = ~measured.finite
         highest = self.fences.scores(measured.features).max(dim=1)
         score = highest.values.clamp(max=MAX_SCORE).masked_fill(broken, MAX_SCORE)
         worst = highest.indices.masked_fill(broken, -1)
-        limits = self.limits if lanes is None or len(self.limits) == 1 else self.limits[lanes]
         flagged = (score > limits) & ~tainted
-        self._keep(measured, flagged, ~(tainted | broken), lanes, len(tainted) if of is None else of)
         return Inspection(signal_rows(measured.features, score, worst, flagged, tainted, *measured.means.shape[1:]), flagged)
 
     def _measure(self, signals: Tensor, senders: int, received: Projection | None) -> Measurement:

@@ -11,10 +11,11 @@ def test_available_is_sorted_and_complete():
     assert list(names) == sorted(names)
     published = {"zeros", "ones", "random", "scale", "sign", "bias", "delay", "noise", "momentum_noise"}
     misplaced, shortcuts = {"permute", "swap"}, {"identity", "received_noise", "flip_residual", "surrogate"}
-    subtle, wrappers = {"add_noise", "drift", "local", "frame"}, {"intermittent", "collude"}
+    subtle, wrappers = {"add_noise", "drift", "local", "frame"}, {"intermittent", "collude", "several"}
     faults = {"bad_rows", "gradient_contribution", "non_finite"}
     of_products = {"bit_flip", "misplaced_tile", "silent_corruption", "stuck_tile", "wrong_address"}
-    assert set(names) == published | misplaced | shortcuts | subtle | wrappers | faults | of_products
+    roles = {"false_notes", "false_rows", "false_votes"}
+    assert set(names) == published | misplaced | shortcuts | subtle | wrappers | faults | of_products | roles
 
 
 @pytest.mark.parametrize("name", attacks.available())

@@ -14,6 +14,7 @@ import torch
 
 from lightning_sentinel import cli
 from lightning_sentinel.benchmarks.detection import command, runs
+from lightning_sentinel.benchmarks.detection.attacks import WITHIN
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS
 from lightning_sentinel.benchmarks.detection.measures import Measures, measure
 from lightning_sentinel.benchmarks.detection.results import Group
@@ -208,18 +209,18 @@ def test_signals_are_counted_by_who_sent_them_when_others_serve_a_lane() -> None
     assert found.tampered_flagged <= found.tampered_signals <= 1.1 * found.tampered_flagged
 
 
-@pytest.mark.parametrize("name", INSIDERS)
+@pytest.mark.parametrize("name", [*INSIDERS, "false votes", "false notes", "invented rows"])
 def test_insiders_do_what_they_say_and_have_nobody_honest_banned(name: str) -> None:
     # So wide that the directions do not see everything.
     training, liars = replace(TINY, stages=4, replicas=5, warmup_steps=8, steps=4, width=64), ((1, 1), (2, 3))
-    settings = {"training": training, "attack": name, "spec": name, "direction": "both", "workers": liars}
+    settings = {"training": training, "attack": name, "spec": WITHIN[name], "direction": "both", "workers": liars}
     found = measure(attack("duplicated", **settings), None)
-    lies = name not in ("false notes", "false votes")
-    assert found.false_bans == 0 and found.recall == float(lies) and found.steps == 4
+    # A false vote costs an honest worker nothing, and its author its word.
+    assert found.false_bans == 0 and found.recall == float(name != "false votes") and found.steps == 4
     honest = measure(Scenario("unprotected", 0, training), None)
     unprotected = measure(attack("unprotected", **settings), None)
-    # What is sent in place of an honest signal changes the training; a note and a vote do not.
-    assert (unprotected.validation_loss != honest.validation_loss) == lies
+    # What is sent in place of an honest signal changes the training; a note, a row and a vote do not.
+    assert (unprotected.validation_loss != honest.validation_loss) == (name in INSIDERS)
     assert found.validation_loss == pytest.approx(honest.validation_loss, abs=1e-4)
 
 

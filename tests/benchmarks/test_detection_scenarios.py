@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lightning_sentinel import attacks
+from lightning_sentinel.attacks.wrappers import parts_of
 from lightning_sentinel.benchmarks.detection.attacks import BROKEN, HIDDEN, NAMED, PUBLISHED, attack_named
 from lightning_sentinel.benchmarks.detection.scenarios import METHODS, NO_ATTACK, Scenario, Training
 from lightning_sentinel.benchmarks.detection.suites import SUITES, Request, scenarios
@@ -176,8 +177,8 @@ def test_every_attack_is_one_of_the_library(name: str) -> None:
 
 
 def test_the_benchmark_misses_no_attack_of_the_library() -> None:
-    used = {spec if isinstance(spec, str) else spec["name"] for spec in NAMED.values()}
-    assert used == set(attacks.available())
+    used = {type(part) for spec in NAMED.values() for part in (attacks.resolve(spec), *parts_of(attacks.resolve(spec)))}
+    assert used == {type(attacks.get(name)) for name in attacks.available()}
 
 
 def test_what_the_ablation_leaves_out_exists() -> None:

@@ -35,6 +35,8 @@ class Step:
         self._column("score").fill_(score)
         self._column("positions").fill_(6)
         self.live = torch.ones(replicas, dtype=torch.bool)
+        self.only_rows = torch.zeros(0)
+        """Signals of which only the rows were audited, as asked last."""
 
     def _column(self, name: str) -> Tensor:
         return self.rows[..., COLUMNS.index(name)]
@@ -92,8 +94,9 @@ class Step:
         """
         table, asked = SignalTable(self.rows), []
 
-        def audit(signals: Tensor) -> Findings:
+        def audit(signals: Tensor, rows: Tensor) -> Findings:
             asked.append(signals.clone())
+            self.only_rows = rows
             return Findings(lies.long(), outvoted or {})  # also of signals that nobody asked about, which must not count
 
         drawn = torch.zeros_like(lies, dtype=torch.bool) if drawn is None else drawn

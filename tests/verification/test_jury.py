@@ -3,18 +3,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.verification import Ledger
 from lightning_sentinel.verification.audit import Outcome
-from lightning_sentinel.verification.jury import Case, Jury, weigh
+from lightning_sentinel.verification.jury import Case, Jury, Subject, weigh
 from lightning_sentinel.wiring import Wiring
 
 MATCHES, LIED, DISPUTED = Outcome.MATCHES, Outcome.LIED, Outcome.DISPUTED
@@ -119,6 +121,92 @@ def test_who_was_withheld_something_is_not_outvoted() -> None:
     assert weigh(votes, 6) == (Outcome.GRADIENT_WITHHELD, frozenset())
     votes = dict.fromkeys(others[:1], Outcome.GRADIENT_WITHHELD) | dict.fromkeys(others[1:], LIED)
     assert weigh(votes, 6) == (LIED, frozenset())
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(replicas=st.integers(1, 9), seed=st.integers(0, 9999), muted=st.integers(0, 4), data=st.data())
+def test_a_minority_of_another_stage_never_convicts_who_made_an_honest_note(
+    replicas: int, seed: int, muted: int, data: st.DataObject
+) -> None:
+    stage = [Worker(2, replica) for replica in range(replicas)]
+    liars = set(Random(seed).sample(stage, (replicas - 1) // 2))
+    lied = data.draw(st.booleans())
+    heard = stage[: max(1, replicas - min(muted, (replicas - 1) // 2))]
+    truth = LIED if lied else MATCHES
+    votes = {worker: data.draw(st.sampled_from([MATCHES, LIED])) if worker in liars else truth for worker in heard}
+    judged = weigh(votes, replicas, stands=False)
+    assert lied or judged.outcome in (MATCHES, DISPUTED)
+    if len(heard) == replicas:
+        assert judged.outcome == (truth if replicas > 2 or not lied else DISPUTED)
+        assert judged.outvoted <= liars
+
+
+# --- What is asked beside signals
+
+
+def asked_about(signals: Tensor, rows: Tensor, false: Mapping[Subject, int], liars: Collection[Worker] = ()) -> Any:
+    """What is found, and the questions by round, in a mesh of four stages of five where some subjects at stage 1 are false."""
+    rounds: list[list[tuple[Case, Worker]]] = []
+
+    def ask(asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
+        rounds.append(list(asked))
+        return [Outcome((case.subject in false) ^ (juror in liars)) for case, juror in asked]
+
+    wiring = Wiring.of(Mesh(4, 5), micro_batches=1)
+    return Jury(Mesh(4, 5), 0).hear(signals, wiring, (), (), 7, ask, rows, tuple(Subject)), rounds
+
+
+def place_of(boundary: Boundary, lane: int) -> Tensor:
+    signals = torch.zeros(6, 5, 1, dtype=torch.bool)
+    signals[Mesh(4, 5).boundaries.index(boundary), lane] = True
+    return signals
+
+
+A, G = Direction.ACTIVATION, Direction.GRADIENT
+
+
+@pytest.mark.parametrize(
+    ("boundary", "maker"),
+    [
+        (Boundary(1, A), 0),
+        (Boundary(2, A), 1),
+        (Boundary(0, A), None),
+        (Boundary(1, G), 3),
+        (Boundary(0, G), 2),
+        (Boundary(2, G), None),
+    ],
+)
+def test_where_a_signal_is_audited_its_row_and_the_note_on_its_input_are(boundary: Boundary, maker: int | None) -> None:
+    nothing = torch.zeros(6, 5, 1, dtype=torch.bool)
+    found, (first, second) = asked_about(place_of(boundary, 2), nothing, {})
+    assert not found.reports and not second
+    audited = {case.subject: case.audited for case, _ in first}
+    expected = {Subject.SIGNAL: Worker(boundary.sender, 2), Subject.ROW: Worker(boundary.receiver, 2)}
+    assert audited == expected | ({} if maker is None else {Subject.NOTE: Worker(maker, 2)})
+    jurors = {case.subject: juror for case, juror in first}
+    assert jurors[Subject.SIGNAL].stage == boundary.sender and jurors[Subject.ROW].stage == boundary.receiver
+    assert jurors.get(Subject.NOTE, jurors[Subject.ROW]) == jurors[Subject.ROW], "who has the note for the row checks it"
+    assert all(case.audited != juror for case, juror in first)
+
+
+@pytest.mark.parametrize(("subject", "liars"), [(Subject.ROW, [Worker(2, 4)]), (Subject.NOTE, [Worker(2, 0), Worker(2, 4)])])
+def test_all_of_the_receivers_stage_decide_on_a_row_and_on_a_note(subject: Subject, liars: list[Worker]) -> None:
+    boundary, nothing = Boundary(1, A), torch.zeros(6, 5, 1, dtype=torch.bool)
+    found, (first, second) = asked_about(place_of(boundary, 2), nothing, {subject: 1}, liars)
+    (decision,) = [one for one in found.reports if one.case.subject is subject]
+    assert decision.judgement.outcome == LIED and decision.judgement.outvoted == set(liars)
+    jurors = [juror for case, juror in (*first, *second) if case.subject is subject]
+    # The receiver stands by its row; of a note of another stage it is a witness as good as any.
+    others = {Worker(2, replica) for replica in range(5)} - ({Worker(2, 2)} if subject is Subject.ROW else set())
+    assert set(jurors) == others and len(jurors) == len(others)
+    honest, _ = asked_about(place_of(boundary, 2), nothing, {}, liars)
+    assert all(one.judgement.outcome == MATCHES for one in honest.reports)
+
+
+def test_of_signals_that_cannot_be_judged_only_the_row_is_audited() -> None:
+    nothing = torch.zeros(6, 5, 1, dtype=torch.bool)
+    _, (first, _) = asked_about(nothing, place_of(Boundary(1, G), 3), {})
+    assert [(case.subject, case.audited) for case, _ in first] == [(Subject.ROW, Worker(1, 3))]
 
 
 # --- A long run with lying auditors

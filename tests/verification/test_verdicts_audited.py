@@ -147,6 +147,16 @@ def test_what_nobody_can_tell_is_nobodys_guilt_and_nothing_to_learn_from() -> No
     assert verdict.outvoted == {Worker(1, 0)} and verdict.audits == outcomes.numel() - len(causal_order(Step().mesh)[2:])
 
 
+def test_who_says_that_a_signal_was_tainted_is_looked_at_where_it_was_drawn() -> None:
+    everything = torch.ones(6, 3, MICRO_BATCHES, dtype=torch.bool)
+    step = Step().taint(1, A, 1, [2]).ban(2)
+    _, asked = step.audited(torch.zeros_like(everything), drawn=everything)
+    at = step.mesh.boundaries.index(Boundary(1, A)), 1, 2
+    assert not asked[at] and step.only_rows[at] and step.only_rows.sum() == 1
+    step.audited(torch.zeros_like(everything))
+    assert not step.only_rows.any()
+
+
 # --- Neighbours that hand over something else than they sent
 
 

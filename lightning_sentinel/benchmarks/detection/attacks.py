@@ -16,6 +16,7 @@ __all__ = [
     "IMITATING",
     "NAMED",
     "PUBLISHED",
+    "ROLES",
     "SUBTLE",
     "SWEPT",
     "WITHIN",
@@ -114,10 +115,25 @@ SWEPT: dict[str, Any] = {
 }
 """The same kinds from harmless to gross."""
 
-WITHIN: dict[str, Any] = {name: name for name in INSIDERS}
-"""Those of who knows more than a worker should."""
+_LIES = _attack("scale", factor=-1.0)
 
-NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | BROKEN | SWEPT
+ROLES: dict[str, Any] = {
+    "false votes": "false_votes",
+    "lies and false votes": _attack("several", attacks=[_LIES, "false_votes"]),
+    "false notes": "false_notes",
+    "lies and false notes": _attack("several", attacks=[_LIES, "false_notes"]),
+    "invented rows": _attack("false_rows", hide=None, invent=3.0),
+    "hidden lies": _attack("several", attacks=[_LIES, "false_rows"]),
+    "hidden bias": _attack("several", attacks=[_attack("bias", strength=0.1), "false_rows", "false_votes"]),
+    "lies called tainted": _attack("several", attacks=[_LIES, _attack("false_rows", hide="taint")]),
+    "lies in every role": _attack("several", attacks=[_LIES, _attack("false_rows", invent=3.0), "false_notes", "false_votes"]),
+}
+"""Those of receivers, of makers of notes and of auditors, alone and beside lies of their allies."""
+
+WITHIN: dict[str, Any] = {name: name for name in INSIDERS} | ROLES
+"""Those of who knows more than a worker should, or lies beside what it sends."""
+
+NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | BROKEN | SWEPT | ROLES
 
 
 def attack_named(name: str) -> Any:

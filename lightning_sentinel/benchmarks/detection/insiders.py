@@ -1,4 +1,4 @@
-"""Attacks of those who know more than a worker should: the secret directions, the cumulative sums, or whose word counts.
+"""Attacks of those who know more than a worker should: the secret directions or the cumulative sums.
 
 They need a hold of the run that they attack, so they are no part of the library that a user chooses from.
 """
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_sentinel.attacks import AttackContext
 from lightning_sentinel.config import Verification
-from lightning_sentinel.mesh import Boundary, Direction, Worker
+from lightning_sentinel.mesh import Boundary, Direction
 from lightning_sentinel.strategy import SentinelStrategy
 from lightning_sentinel.verification.drift import DOUBT
 from lightning_sentinel.verification.projection import SecretDirections
@@ -24,21 +24,13 @@ __all__ = ["INSIDERS", "Insider", "Within"]
 
 
 class Insider:
-    """Sends honest signals and says the truth; each of its kinds does something else.
-
-    Args:
-        workers: who is malicious, once it is known.
-    """
+    """Sends honest signals; each of its kinds does something else."""
 
     def __init__(self) -> None:
         self.strategy: SentinelStrategy | None = None
-        self.workers: frozenset[Worker] = frozenset()
 
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
         return signal
-
-    votes: Callable[[Worker, Worker, int], int] | None = None
-    notes: Callable[[Worker, Tensor], Tensor] | None = None
 
 
 class UnseenExchange(Insider):
@@ -82,28 +74,6 @@ class BiasBelowItsSum(Insider):
         return signal + self.strength * signal.std() * direction / direction.norm() * signal.shape[-1] ** 0.5
 
 
-class FalseVotes(Insider):
-    """Says that honest signals do not match, and that those of its like do."""
-
-    def __init__(self, lies: bool = False) -> None:
-        super().__init__()
-        self.lies = lies
-
-    @override
-    def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
-        return -signal if self.lies else signal
-
-    def votes(self, juror: Worker, audited: Worker, word: int) -> int:
-        return int(audited not in self.workers)
-
-
-class FalseNotes(Insider):
-    """Sends honest signals, and has the worker behind look as if it had made something else of them."""
-
-    def notes(self, worker: Worker, values: Tensor) -> Tensor:
-        return values.roll(1, 0)
-
-
 def _boundary(context: AttackContext) -> Boundary:
     return Boundary(context.worker.stage - (context.direction is Direction.GRADIENT), context.direction)
 
@@ -112,9 +82,6 @@ INSIDERS: dict[str, Callable[[], Insider]] = {
     "unseen exchange": UnseenExchange,
     "other order": OtherOrder,
     "bias below its sum": BiasBelowItsSum,
-    "false notes": FalseNotes,
-    "false votes": FalseVotes,
-    "lies and false votes": lambda: FalseVotes(lies=True),
 }
 """By name."""
 
@@ -129,6 +96,3 @@ class Within(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         strategy: Any = trainer.strategy
         self._insider.strategy = strategy
-        self._insider.workers = strategy.adversary.workers
-        strategy.adversary.votes = self._insider.votes
-        strategy.adversary.notes = self._insider.notes

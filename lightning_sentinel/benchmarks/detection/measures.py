@@ -20,6 +20,7 @@ from lightning_sentinel.callbacks import AttackInjector
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.metrics import DetectionF1, DetectionPrecision, DetectionRecall
 from lightning_sentinel.strategy import SentinelStrategy
+from lightning_sentinel.verification.reports import NOTE, ROW
 
 __all__ = ["Measures", "measure"]
 
@@ -166,7 +167,8 @@ class _Observer(L.Callback):
         ledger = strategy.ledger
         guilty = self.guilty
         seen = [detection for detection in strategy.detections if detection.step >= self.start]
-        mine = [one for one in seen if one.worker in guilty and self.tampers_with(one.direction) and one.confirmed is not False]
+        sent = [one for one in seen if one.feature not in (ROW, NOTE)]
+        mine = [one for one in sent if one.worker in guilty and self.tampers_with(one.direction) and one.confirmed is not False]
         flagged: dict[Worker, int] = {}
         for one in mine:
             flagged[one.worker] = min(one.step, flagged.get(one.worker, one.step))

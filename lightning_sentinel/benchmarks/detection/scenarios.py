@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from lightning_sentinel.attacks import resolve
+from lightning_sentinel.attacks.wrappers import parts_of
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS, Insider
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
@@ -213,7 +214,7 @@ class Scenario:
         if self.attacked and isinstance(self.make_attack(), Insider):
             return False
         specs = self.spec if isinstance(self.spec, (list, tuple)) else [self.spec]
-        return self.attacked and any(hasattr(resolve(spec), "observe") for spec in specs)
+        return self.attacked and any(hasattr(part, "observe") for spec in specs for part in parts_of(resolve(spec)))
 
     def make_attack(self) -> Any:
         """What the injector is given: an insider of that name, or the attack as it is described."""

@@ -195,12 +195,19 @@ def _places(request: Request) -> Iterator[Scenario]:
     yield from request.attacked_runs(variant="late start", verification={"warmup_steps": max(1, training.warmup_steps // 2)})
 
 
+_HIDDEN_BY_ALLIES = ("hidden lies", "hidden bias", "lies called tainted", "lies in every role")
+
+
 def _insiders(request: Request) -> Iterator[Scenario]:
     yield from request.honest_runs()
     yield from request.attacked_runs()
     training = request.training
-    # As many at both ends as in the middle, where there is nothing that a sender had received.
     liars = range(max(1, round(request.fraction * training.replicas)))
+    # Whoever lies sends it to an ally, but at the ends of the pipeline.
+    lanes = tuple((stage, replica) for stage in range(1, training.stages - 1) for replica in liars)
+    among_allies = {name: spec for name, spec in request.attacks.items() if name in _HIDDEN_BY_ALLIES}
+    yield from replace(request, attacks=among_allies).attacked_runs(variant="same pipelines", workers=lanes)
+    # As many at both ends as in the middle, where there is nothing that a sender had received.
     ends = tuple((stage, replica) for stage in (0, training.stages - 1) for replica in liars)
     if "other order" in request.attacks:
         yield from replace(request, attacks=_named("other order")).attacked_runs(variant="first and last stage", workers=ends)

@@ -161,7 +161,7 @@ class Audits:
             answers += [
                 self._judge(case, items, commitments) if auditor == self._worker else None for case, auditor, items in given
             ]
-        mine = self._decided(answers, asked)
+        mine = self._decided(answers, asked, plan.number)
         empty = encode(Vote(Outcome.MATCHES))
         said = b"".join(
             encode(self._signed(mine[number], *asked[number], plan, commitments)) if number in mine else empty
@@ -297,7 +297,7 @@ class Audits:
         allowed = self._tolerances.allowed(index, case.audited, honest.dtype, self._computed_in())
         return _Answer(Outcome.MATCHES, honest, measured, allowed)
 
-    def _decided(self, answers: Sequence[_Answer | None], asked: Sequence[tuple[Case, Worker]]) -> dict[int, Vote]:
+    def _decided(self, answers: Sequence[_Answer | None], asked: Sequence[tuple[Case, Worker]], step: int) -> dict[int, Vote]:
         """Maps the number of each case that this rank audits to its vote, not signed yet."""
         mine = {number: answer for number, answer in enumerate(answers) if answer is not None}
         recomputed = {number: answer.recomputed for number, answer in mine.items() if answer.recomputed is not None}
@@ -306,15 +306,20 @@ class Audits:
         found = dict(zip(measured, errors.tolist()))
         digests = {number: self._transcript.credentials.digest(signal) for number, signal in zip(recomputed, signals)}
         return {
-            number: self._vote(answer, digests.get(number), found.get(number), *asked[number]) for number, answer in mine.items()
+            number: self._vote(answer, digests.get(number), found.get(number), *asked[number], step)
+            for number, answer in mine.items()
         }
 
-    def _vote(self, answer: _Answer, recomputed: Digest | None, measured: list[float] | None, case: Case, auditor: Worker) -> Vote:
+    def _vote(
+        self, answer: _Answer, recomputed: Digest | None, measured: list[float] | None, case: Case, auditor: Worker, step: int
+    ) -> Vote:
         word = answer.word
         error = math.inf if measured is None else measured[0]
         if measured is not None:
             word = Outcome.LIED if error > answer.allowed else Outcome.MATCHES
-        said = word if self._adversary is None else Outcome(self._adversary.vote(auditor, case.audited, word))
+        said = word
+        if self._adversary is not None:
+            said = Outcome(self._adversary.vote(word, auditor, case.audited, case.boundary.direction, step))
         if said != word:
             # Whoever lies says what its lie would follow from.
             error = 0.0 if said == Outcome.MATCHES else math.inf

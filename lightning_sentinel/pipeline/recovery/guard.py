@@ -36,12 +36,14 @@ from lightning_sentinel.verification.calibration import Assessment
 from lightning_sentinel.verification.contributions import Refusals, with_refusals, without_broken
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.fences import Fences
-from lightning_sentinel.verification.jury import Ask, Jury
+from lightning_sentinel.verification.jury import Ask, Findings, Jury, Subject
 from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.references import Contribution
+from lightning_sentinel.verification.reports import with_reports
 from lightning_sentinel.verification.table import rows_by_sender
 from lightning_sentinel.verification.tolerance import Tolerances
 from lightning_sentinel.verification.verdicts import MUCH_FURTHER, behind
+from lightning_sentinel.verification.verifier import Report
 from lightning_sentinel.wiring import Wiring
 
 __all__ = ["Guard"]
@@ -184,6 +186,7 @@ class Guard:
         received: Projection | None = None,
         lanes: Tensor | None = None,
         replicas: Sequence[int] | None = None,
+        report: Report | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Verify the signals of one micro-batch; to be called in the order of micro-batches.
 
@@ -194,12 +197,14 @@ class Guard:
             received: the signals that the senders received, from :meth:`project`.
             lanes: ``(senders,)``, the lanes that the senders serve; ``None`` if in order.
             replicas: the replicas whose batches these are; ``None`` for all.
+            report: what a simulated attacker reports in place of what it measured.
 
         Returns:
             the signals to go on with, and the taint to pass on.
         """
         verifier = self.verifiers[boundary]
-        rows, flagged = verifier.inspect(signals, tainted, received, lanes, None if replicas is None else self._mesh.replicas)
+        of = None if replicas is None else self._mesh.replicas
+        rows, flagged = verifier.inspect(signals, tainted, received, lanes, of, report)
         self._rows[boundary].append((range(len(rows)) if replicas is None else replicas, rows))
         if self.audits:
             return signals, tainted
@@ -225,6 +230,7 @@ class Guard:
         apart: Apart | None = None,
         broken: Tensor | None = None,
         refused: Tensor | None = None,
+        subjects: Collection[Subject] = (Subject.SIGNAL,),
     ) -> Ruling:
         """Judge the step, enter it into the ledger, and learn from it.
 
@@ -232,10 +238,11 @@ class Guard:
             table: the step's signals, the same on all ranks.
             plan: the step's plan.
             sum_over_replicas: adds a vector over the replicas of this stage.
-            ask: has workers recompute signals; ``None`` without audits.
+            ask: has workers recompute; ``None`` without audits.
             apart: gathers a vector from each replica of this stage; ``None`` if all replicas are in this process.
             broken: ``(stages, lanes, micro_batches)`` bool, whether the weight gradients are unusable; ``None`` if not checked.
             refused: ``(stages, replicas, replicas)``, :attr:`refused` as each rank reports it; ``None`` if not checked.
+            subjects: what ``ask`` can have recomputed; the same on all ranks.
         """
         wiring = plan.wiring
         step = plan.number
@@ -243,12 +250,14 @@ class Guard:
         assessment = self._assess(table, wiring)
         heights = self.calibration.heights(wiring)
         if ask is not None:
-            verdict = self._judge_with_audits(table, assessment, heights, plan, ask)
+            no_notes = () if self.compares_inputs else (Subject.NOTE,)
+            hear = partial(self._jury.hear, ask=ask, subjects=frozenset(subjects).difference(no_notes))
+            verdict = self._judge_with_audits(table, assessment, heights, plan, hear)
             exonerated = Counter(detection.worker for detection in verdict.detections if detection.confirmed is False)
             found = verdict.audits, verdict.flagged, exonerated, verdict.guilty, verdict.outvoted
             banned = self.ledger.record_audits(step, *found, self._mesh)
         else:
-            assessment = self._as_far_as_known(assessment)
+            assessment = self.calibration.as_far_as_known(assessment)
             verdict = judge(table, assessment, heights, self._mesh, wiring, step, excludes)
             scores = {one.worker: one.score for one in sorted(verdict.detections, key=lambda one: one.score)}
             observed = verdict.flagged, verdict.suspects, verdict.verified
@@ -265,7 +274,7 @@ class Guard:
             self.ledger.flags.update(news)
         if banned or excluded:
             # Workers behind a liar are not to blame for how their signals looked.
-            self.calibration.forget_sums(behind(self._sent_by({*banned, *excluded}, wiring), self._mesh), wiring)
+            self.calibration.forget_sums(behind(wiring.sent_by({*banned, *excluded}, self._mesh), self._mesh), wiring)
         if excluded:
             self.forget_step()
         else:
@@ -275,23 +284,19 @@ class Guard:
         redo = bool(excluded) and any(Wiring.of(self._mesh, plan.absent.union(banned, excluded)).live)
         return Ruling(verdict, banned, excluded, redo=redo, plan=plan)
 
-    def _as_far_as_known(self, assessment: Assessment) -> Assessment:
-        """Lets only non-finite signals be out of line where fences have seen too little: without audits no flag is reviewed."""
-        open_to_all = ~self.calibration.knows_enough(assessment.by_peers)[:, None, None] & (assessment.worst >= 0)
-        return assessment._replace(score=torch.where(open_to_all, assessment.score.clamp(max=1.0), assessment.score))
-
     def _judge_with_audits(
-        self, table: SignalTable, assessment: Assessment, heights: Tensor, plan: StepPlan, ask: Ask
+        self, table: SignalTable, assessment: Assessment, heights: Tensor, plan: StepPlan, hear: Callable[..., Findings]
     ) -> StepVerdict:
         assert self._schedule is not None
         ledger = self.ledger
-        audit = partial(self._jury.hear, wiring=plan.wiring, banned=ledger.banned, muted=ledger.muted, step=plan.number, ask=ask)
-        found: dict[int, int] = {}
-        for worker, when in (*ledger.banned_at.items(), *ledger.muted.items()):
-            found[worker.stage] = max(when, found.get(worker.stage, when))
-        drawn = plan.wiring.arrange(self._schedule.draw(plan.number, plan.sizes.micro_batches, found))
+
+        def audit(signals: Tensor, rows: Tensor) -> Findings:
+            return hear(signals, plan.wiring, ledger.banned, ledger.muted, plan.number, rows=rows)
+
+        drawn = plan.wiring.arrange(self._schedule.draw(plan.number, plan.sizes.micro_batches, ledger.last_found))
         one_each = self._schedule.one_each(plan.number, assessment.valid)
-        return judge_with_audits(table, assessment, heights, drawn, one_each, audit, self._mesh, plan.wiring, plan.number)
+        seen = table, assessment, heights, drawn, one_each
+        return with_reports(judge_with_audits(*seen, audit, self._mesh, plan.wiring, plan.number), self._mesh, plan.number)
 
     def forget_step(self) -> None:
         """Discard the step's rows and sums: the step will be repeated, or left out of the training."""
@@ -299,11 +304,6 @@ class Guard:
             verifier.forget_step()
         for rows in self._rows.values():
             rows.clear()
-
-    def _sent_by(self, workers: Collection[Worker], wiring: Wiring) -> Tensor:
-        """``(boundaries, lanes)`` bool, whether one of these workers sent the signals of the lane across the boundary."""
-        lanes = range(self._mesh.replicas)
-        return torch.tensor([[wiring.worker(b.sender, lane) in workers for lane in lanes] for b in self._mesh.boundaries])
 
     def _assess(self, table: SignalTable, wiring: Wiring) -> Assessment:
         banned = torch.zeros(self._mesh.stages, self._mesh.replicas, dtype=torch.bool)

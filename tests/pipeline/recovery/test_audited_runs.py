@@ -230,18 +230,10 @@ def test_a_whole_stage_of_liars_costs_batches_and_not_the_run() -> None:
 
 
 def test_jurors_that_lie_ban_nobody_and_cover_for_nobody(clean: Run) -> None:
-    def with_votes(attack: Any, votes: Any) -> Run:
-        class Lies(ls.AttackInjector):
-            def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-                super().setup(trainer, pl_module, stage)
-                trainer.strategy.adversary.votes = votes  # type: ignore[attr-defined]
-
-        return Run(None, module=tasks.Classifier("adamw"), more=[Lies(attack, workers=LIARS, start_step=START)])
-
-    accuse = with_votes(lambda signal, context: signal, lambda juror, audited, word: int(audited not in LIARS))
+    accuse = Run("false_votes", LIARS)
     assert not accuse.ledger.banned and set(accuse.ledger.muted) == set(LIARS)
     assert_same_weights(clean, accuse, tolerance=0.0)
-    cover = with_votes(ATTACKS["hardly noticeable"], lambda juror, audited, word: int(audited not in LIARS))
+    cover = Run(ls.attacks.get("several", attacks=[ATTACKS["hardly noticeable"], "false_votes"]), LIARS)
     assert cover.ledger.banned == set(LIARS)
     assert_same_weights(clean, cover)
 
