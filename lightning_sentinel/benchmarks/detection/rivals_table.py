@@ -32,8 +32,8 @@ _EXPLAINED = (
     " broken workers that were banned, of those that did harm / steps from a worker's first harmful fault to its ban / honest"
     " workers banned, in all / validation loss above the clean run's. *Replay* of a neighbour's micro-batch, with as large a share"
     " recomputed as *audited* has: workers that are expected to be found / steps. Under the norms: steps with a harmful fault"
-    " in which the alarm rang / runs in which it did / steps to the first. Where nobody is broken: honest signals"
-    " flagged, or steps with an alarm."
+    " in which the alarm rang / runs in which it did / steps to the first. Where nobody is broken:"
+    " honest signals flagged, or steps with an alarm."
 )
 
 
