@@ -30,6 +30,8 @@ class StepResult:
         stops: whether the step asks for the end of training; counts for workers of the last stage.
         signals: how many operating-system signals of each kind this process has received; the same kinds on all ranks.
         refused: how often each worker of the stage contributed non-finite values to a reference update; empty if not checked.
+        contribution: ``(SKETCHED,)``, the sketch of what this worker adds to the weight gradients of its stage; of all in one
+            process ``(stages, replicas, SKETCHED)``; ``None`` if not checked, which is the same on all ranks.
     """
 
     losses: Tensor
@@ -39,6 +41,7 @@ class StepResult:
     stops: bool = False
     signals: Sequence[int] = ()
     refused: Sequence[int] = ()
+    contribution: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class StepOutcome:
         signals: of each kind of operating-system signal, the largest number that any process has received; empty if not asked for.
         refused: ``(stages, replicas, replicas)``, how often each worker has seen each worker of its stage contribute non-finite
             values to a reference update; ``None`` if not checked.
+        contributions: ``(stages, replicas, SKETCHED)``, the sketch of what each worker adds to the weight gradients of its stage;
+            ``None`` if not checked.
     """
 
     loss: float | None
@@ -68,6 +73,7 @@ class StepOutcome:
     skipped: bool = False
     signals: tuple[int, ...] = ()
     refused: Tensor | None = None
+    contributions: Tensor | None = None
 
 
 class Ruling(NamedTuple):

@@ -9,8 +9,9 @@ import torch
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.virtual_boundaries import VirtualStep
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
-from lightning_sentinel.verification.audit import Outcome
-from lightning_sentinel.verification.jury import Case
+from lightning_sentinel.verification.audit import Outcome, tolerance
+from lightning_sentinel.verification.jury import Case, ContributionCase
+from lightning_sentinel.verification.sketches import sketch_error
 from lightning_sentinel.verification.tolerance import MEASURED
 
 __all__ = ["VirtualAudits"]
@@ -56,6 +57,17 @@ class VirtualAudits:
             votes.append(vote if adversary is None else Outcome(adversary.vote(juror, case.audited, vote)))
             if votes[-1] == Outcome.MATCHES:
                 tolerances.heard(index, case.audited, found)
+        return votes
+
+    def ask_of_contributions(self, asked: Sequence[tuple[ContributionCase, Worker]]) -> list[Outcome]:
+        """The votes of workers on contributions to weight gradients; a contribution that is not looked at is honest."""
+        adversary = self._workers.adversary
+        votes = []
+        for case, juror in asked:
+            known = self._running.contributed.get(case.audited)
+            lied = known is not None and bool(sketch_error(known.added, known.honest) > tolerance(known.dtype, self._computed_in()))
+            vote = Outcome.LIED if lied else Outcome.MATCHES
+            votes.append(vote if adversary is None else Outcome(adversary.vote(juror, case.audited, vote)))
         return votes
 
     def _known_errors(self) -> dict[int, dict[tuple[int, int], list[float]]]:

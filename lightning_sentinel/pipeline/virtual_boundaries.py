@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,21 @@ from lightning_sentinel.verification.projection import Projection
 from lightning_sentinel.verification.tolerance import deviation
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 
-__all__ = ["MicroBatch", "VirtualBoundaries", "VirtualStep"]
+__all__ = ["Contributed", "MicroBatch", "VirtualBoundaries", "VirtualStep"]
+
+
+class Contributed(NamedTuple):
+    """What a worker adds to the weight gradients of its stage.
+
+    Args:
+        added: the sketch of it.
+        honest: the sketch of what an honest worker adds.
+        dtype: of the gradients.
+    """
+
+    added: Tensor
+    honest: Tensor
+    dtype: torch.dtype
 
 
 @dataclass
@@ -50,6 +64,8 @@ class VirtualStep:
     """The rows of the batch, and what the step returned for them."""
     measured: dict[int, dict[tuple[int, int], tuple[torch.dtype, Tensor]]] = field(default_factory=dict)
     """A signal's dtype and its error against the honest signal, by boundary index, lane and slot, for signals that may differ."""
+    contributed: dict[Worker, Contributed] = field(default_factory=dict)
+    """What workers add to the weight gradients of their stages, of those that are looked at."""
     undo: Callable[[], None] | None = None
     """Undoes the step; ``None`` if it never has to be."""
     broken: Tensor = field(init=False)
@@ -59,6 +75,12 @@ class VirtualStep:
         """Undo the step, so that it can be repeated."""
         assert self.undo is not None, "a step that may be undone is remembered"
         self.undo()
+
+    def contribute(self, worker: Worker, one: Contributed) -> None:
+        """Record what a worker adds to weight gradients for one micro-batch."""
+        before = self.contributed.get(worker)
+        together = one if before is None else Contributed(before.added + one.added, before.honest + one.honest, one.dtype)
+        self.contributed[worker] = together
 
     def __post_init__(self) -> None:
         mesh = self.plan.mesh

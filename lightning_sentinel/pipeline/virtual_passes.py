@@ -25,7 +25,7 @@ from lightning_sentinel.pipeline.stages.groups import alike, of_replicas, side_b
 from lightning_sentinel.pipeline.step_checks import checked_signal, loss_of
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.steps import StepRun, StepRunner
-from lightning_sentinel.pipeline.virtual_boundaries import MicroBatch, VirtualBoundaries
+from lightning_sentinel.pipeline.virtual_boundaries import Contributed, MicroBatch, VirtualBoundaries
 from lightning_sentinel.pipeline.virtual_stages import VirtualStages
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
 from lightning_sentinel.wiring import MicroBatchId
@@ -211,10 +211,7 @@ class VirtualPasses:
                 leaf.grad = found.pop()
             if left_out[replica]:
                 continue
-            worker, slot = batch.worker(stage, replica)
-            if workers.adversary is not None:
-                altered = partial(workers.adversary.weight_gradient, worker=worker, step=batch.step, micro_batch=slot)
-                found = [None if one is None else altered(one) for one in found]
+            found = self._added(stage, replica, batch, found)
             if workers.replaces_malformed and bool(broken(found, self._device)):
                 batch.running.broken[stage, replica, batch.index] = True
                 continue
@@ -224,10 +221,31 @@ class VirtualPasses:
 
     # ------------------------------------------------------------------------------------------------------- simulated faults
 
-    def anybody_fails(self, plan: StepPlan) -> bool:
-        """Whether a worker that serves in this step has a simulated fault in its computation."""
+    def _added(self, stage: int, replica: int, batch: MicroBatch, honest: list[Tensor | None]) -> list[Tensor | None]:
+        """The gradients that a worker adds to those of its stage in place of the honest ones."""
+        workers = self._workers
+        if workers.adversary is None:
+            return honest
+        worker, slot = batch.worker(stage, replica)
+        alter = partial(workers.adversary.weight_gradient, worker=worker, step=batch.step, micro_batch=slot)
+        added = [None if one is None else alter(one) for one in honest]
+        if workers.shows_contributions and workers.guard is not None:
+            sketch = partial(workers.guard.contributions.sketch, stage, device=self._device)
+            true = sketch(honest)
+            lies = workers.adversary.fails(worker, batch.step) is not None
+            dtype = next((one.dtype for one in honest if one is not None), torch.float32)
+            batch.running.contribute(worker, Contributed(sketch(added) if lies else true, true, dtype))
+        return added
+
+    def runs_apart(self, plan: StepPlan) -> bool:
+        """Whether replicas run one by one: because a worker that serves in this step has a simulated fault in its computation.
+
+        Or because any worker has one in its weight gradients: honest ones are to be learned from the first step on.
+        """
         adversary = self._workers.adversary
         wiring = plan.wiring
+        if self._workers.shows_contributions:
+            return True
         if adversary is None or not any(adversary.fails(worker, plan.number) for worker in adversary.workers):
             return False
         serving = {wiring.worker(stage, lane) for stage in range(plan.mesh.stages) for lane in wiring.lanes}

@@ -164,6 +164,11 @@ class Calibration:
             centre=found.centre,
         )
 
+    def as_far_as_known(self, assessment: Assessment) -> Assessment:
+        """Lets only non-finite signals be out of line where fences have seen too little: without audits no flag is reviewed."""
+        open_to_all = ~self.knows_enough(assessment.by_peers)[:, None, None] & (assessment.worst >= 0)
+        return assessment._replace(score=torch.where(open_to_all, assessment.score.clamp(max=1.0), assessment.score))
+
     def _recent(self, score: Tensor, counted: Tensor, senders: Tensor) -> Tensor:
         """``self.recent`` after this step; workers not observed in it keep their value."""
         highest = torch.where(counted, score, 0.0).amax(dim=2).clamp(max=_FURTHEST)

@@ -1,4 +1,4 @@
-"""Votes in an audit: one worker recomputes a signal, and if it reports a mismatch, all others of the stage recompute it too.
+"""Votes in an audit: one worker recomputes a signal or a weight gradient, and if it reports a mismatch, all others of the stage do.
 
 Fewer than half of a stage's workers lie, so the majority tells the truth. Pure functions weigh votes, and a class collects them;
 the engine does the recomputing.
@@ -7,7 +7,7 @@ the engine does the recomputing.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,19 @@ from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 
-__all__ = ["Ask", "Case", "Findings", "Judgement", "Jury", "most_bans", "strikes_to_ban", "weigh"]
+__all__ = [
+    "Ask",
+    "AskOfContributions",
+    "Case",
+    "ContributionCase",
+    "Findings",
+    "Judgement",
+    "Jury",
+    "decide",
+    "most_bans",
+    "strikes_to_ban",
+    "weigh",
+]
 
 _ALL_DECIDE = 5
 _TWO_STRIKES = 3
@@ -41,8 +53,25 @@ class Case(NamedTuple):
     audited: Worker
 
 
+class ContributionCase(NamedTuple):
+    """One worker's contribution to the weight gradients of its stage in a step, which is audited.
+
+    Args:
+        lane: that the worker served.
+        audited: the worker.
+    """
+
+    lane: int
+    audited: Worker
+
+
+AnyCase = TypeVar("AnyCase", Case, ContributionCase)
+
 Ask = Callable[[Sequence[tuple[Case, Worker]]], Sequence[Outcome]]
 """Has workers recompute signals, and returns the vote of each."""
+
+AskOfContributions = Callable[[Sequence[tuple[ContributionCase, Worker]]], Sequence[Outcome]]
+"""Has workers recompute contributions to weight gradients, and returns the vote of each."""
 
 
 class Judgement(NamedTuple):
@@ -130,6 +159,33 @@ def weigh(votes: Mapping[Worker, Outcome], live: int) -> Judgement:
     return Judgement(outcome, frozenset(worker for worker, word in votes.items() if word == opposite))
 
 
+def decide(
+    asked: Mapping[AnyCase, Sequence[Worker]],
+    live: Callable[[AnyCase], int],
+    ask: Callable[[Sequence[tuple[AnyCase, Worker]]], Sequence[Outcome]],
+) -> dict[AnyCase, Judgement]:
+    """Decide the cases in which an auditor says anything but *matches*; calls ``ask`` twice, however many cases there are.
+
+    Args:
+        asked: the workers that can recompute, by case, in the order in which they are asked: the first, and if that one reports a
+            mismatch all others.
+        live: how many workers of a case's stage are not banned.
+        ask: has workers recompute.
+
+    Example:
+        >>> case, others = ContributionCase(0, Worker(1, 0)), [Worker(1, 1), Worker(1, 2)]
+        >>> decide({case: others}, lambda case: 3, lambda asked: [Outcome.LIED] * len(asked))[case].outcome.name
+        'LIED'
+    """
+    first = [(case, queue[0]) for case, queue in asked.items() if queue]
+    votes = {case: {auditor: word} for (case, auditor), word in zip(first, ask(first))}
+    claimed = [case for case, said in votes.items() if any(word != Outcome.MATCHES for word in said.values())]
+    more = [(case, juror) for case in claimed for juror in asked[case][1:]]
+    for (case, juror), word in zip(more, ask(more)):
+        votes[case][juror] = word
+    return {case: weigh(votes[case], live(case)) for case in claimed}
+
+
 class Jury:
     """Collects votes: draws a worker to recompute a signal, and asks all others of the stage if that one reports a mismatch.
 
@@ -180,20 +236,36 @@ class Jury:
         places = {self._case(wiring, *place): (place[0], place[1], place[2]) for place in signals.nonzero().tolist()}
         unheard = {*banned, *muted}
         asked = {case: self.others(case.audited, unheard, step, *place) for case, place in places.items()}
-        first = [(case, queue[0]) for case, queue in asked.items() if queue]
-        votes = {case: {auditor: word} for (case, auditor), word in zip(first, ask(first))}
-        claimed = [case for case, said in votes.items() if any(word != Outcome.MATCHES for word in said.values())]
-        more = [(case, juror) for case in claimed for juror in asked[case][1:]]
-        for (case, juror), word in zip(more, ask(more)):
-            votes[case][juror] = word
         outcome = torch.zeros(signals.shape, dtype=torch.long)
         outvoted: dict[tuple[int, int, int], frozenset[Worker]] = {}
-        for case in claimed:
-            live = sum(Worker(case.audited.stage, replica) not in banned for replica in range(self._mesh.replicas))
-            judged = weigh(votes[case], live)
+        for case, judged in decide(asked, lambda case: self.live(case.audited.stage, banned), ask).items():
             outcome[places[case]] = judged.outcome
             outvoted[places[case]] = judged.outvoted
         return Findings(outcome, outvoted)
+
+    def hear_contributions(
+        self,
+        cases: Sequence[ContributionCase],
+        banned: Collection[Worker],
+        muted: Collection[Worker],
+        step: int,
+        ask: AskOfContributions,
+    ) -> dict[ContributionCase, Judgement]:
+        """Audit contributions to weight gradients; returns the decisions on those that an auditor says do not match.
+
+        Args:
+            cases: the contributions.
+            ask: has workers recompute contributions.
+
+        The other arguments are those of :meth:`hear`.
+        """
+        unheard = {*banned, *muted}
+        asked = {case: self.others(case.audited, unheard, step, case.audited.stage, case.audited.replica) for case in cases}
+        return decide(asked, lambda case: self.live(case.audited.stage, banned), ask)
+
+    def live(self, stage: int, banned: Collection[Worker]) -> int:
+        """How many workers of a stage are not banned."""
+        return sum(Worker(stage, replica) not in banned for replica in range(self._mesh.replicas))
 
     def _case(self, wiring: Wiring, index: int, lane: int, slot: int) -> Case:
         boundary = self._mesh.boundaries[index]

@@ -21,7 +21,7 @@ SKETCHED = _SIDE * _SIDE
 
 
 class GradientSketch:
-    """Projects the gradients of a stage: ``sum of R G C`` over its parameters, each as a matrix ``G``, with random signs ``R``, ``C``.
+    """Projects the gradients of a stage: the sum of ``R G C`` over its parameters, each as a matrix ``G``, with random signs.
 
     ``R`` is ``(8, rows)`` and ``C`` is ``(columns, 8)``, in units of ``8 ** -0.5``, so that a sketch is as long as the gradient in
     the root mean square over seeds, and the difference of two sketches as long as that of the gradients. It is linear, takes two

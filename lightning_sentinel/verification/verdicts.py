@@ -6,7 +6,7 @@ Pure functions of data that all ranks hold, so that all ranks decide the same wi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ from lightning_sentinel.verification.jury import Findings
 from lightning_sentinel.verification.table import SignalTable
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["MUCH_FURTHER", "Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits"]
+__all__ = ["MUCH_FURTHER", "Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits", "sent_by"]
 
 Audit = Callable[[Tensor], Findings]
 """Has the chosen signals, ``(boundaries, lanes, micro_batches)`` bool, recomputed."""
@@ -289,6 +289,12 @@ def behind(signals: Tensor, mesh: Mesh) -> Tensor:
     result = torch.zeros_like(signals)
     result[order] = (along.cumsum(dim=0) - along) > 0
     return result
+
+
+def sent_by(workers: Collection[Worker], mesh: Mesh, wiring: Wiring) -> Tensor:
+    """``(boundaries, lanes)`` bool, whether one of these workers sent the signals of the lane across the boundary."""
+    lanes = range(mesh.replicas)
+    return torch.tensor([[wiring.worker(boundary.sender, lane) in workers for lane in lanes] for boundary in mesh.boundaries])
 
 
 def _first_along_the_way(out: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ def test_a_step_in_which_nothing_is_left_does_nothing() -> None:
 @pytest.mark.parametrize("clip", [{}, {"gradient_clip_val": 0.05}])
 def test_weight_gradients_that_are_not_finite_are_left_out_of_their_stage_and_told(clip: dict[str, Any]) -> None:
     """The other stages count the micro-batches, so a parameter of theirs gets what a plain run gives it, for one step."""
-    strategy, module = virtual(2, 4), tasks.Classifier("sgd")
+    strategy, module = virtual(2, 4, response=ls.Response(gradient_audit_rate=None)), tasks.Classifier("sgd")
     injector = ls.AttackInjector("gradient_contribution", workers=[(1, 2)], start_step=0)
     run = tasks.trainer(strategy, 1, 3, [injector], **clip)
     run.fit(module, tasks.loader(16))

@@ -8,7 +8,7 @@ all ranks from the same table.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
+from lightning_sentinel.pipeline.recovery.contribution_checks import ContributionChecks, Contributions
 from lightning_sentinel.pipeline.recovery.reference_updates import Apart, ReferenceUpdates
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.step_results import Ruling
@@ -41,12 +42,13 @@ from lightning_sentinel.verification.projection import Projection, SecretDirecti
 from lightning_sentinel.verification.references import Contribution
 from lightning_sentinel.verification.table import rows_by_sender
 from lightning_sentinel.verification.tolerance import Tolerances
-from lightning_sentinel.verification.verdicts import MUCH_FURTHER, behind
+from lightning_sentinel.verification.verdicts import MUCH_FURTHER, behind, sent_by
 from lightning_sentinel.wiring import Wiring
 
 __all__ = ["Guard"]
 
 _SECRET = "secret/seed"
+_CONTRIBUTIONS = "contributions/"
 
 
 class Guard:
@@ -97,6 +99,7 @@ class Guard:
         self._schedule = None if self._rate is None else AuditSchedule(self._mesh, self._rate, seed)
         self._jury = Jury(self._mesh, seed)
         self.tolerances.seed = seed
+        self.contributions = ContributionChecks(self._mesh, verification, self._response)
         for verifier in self.verifiers.values():
             verifier.use_secret(verification)
 
@@ -225,6 +228,7 @@ class Guard:
         apart: Apart | None = None,
         broken: Tensor | None = None,
         refused: Tensor | None = None,
+        contributions: Contributions | None = None,
     ) -> Ruling:
         """Judge the step, enter it into the ledger, and learn from it.
 
@@ -236,6 +240,7 @@ class Guard:
             apart: gathers a vector from each replica of this stage; ``None`` if all replicas are in this process.
             broken: ``(stages, lanes, micro_batches)`` bool, whether the weight gradients are unusable; ``None`` if not checked.
             refused: ``(stages, replicas, replicas)``, :attr:`refused` as each rank reports it; ``None`` if not checked.
+            contributions: what workers add to the weight gradients of their stages; ``None`` if none is audited.
         """
         wiring = plan.wiring
         step = plan.number
@@ -244,11 +249,13 @@ class Guard:
         heights = self.calibration.heights(wiring)
         if ask is not None:
             verdict = self._judge_with_audits(table, assessment, heights, plan, ask)
+            if contributions is not None:
+                verdict = self.contributions.judged(verdict, contributions, plan, self.ledger)
             exonerated = Counter(detection.worker for detection in verdict.detections if detection.confirmed is False)
             found = verdict.audits, verdict.flagged, exonerated, verdict.guilty, verdict.outvoted
             banned = self.ledger.record_audits(step, *found, self._mesh)
         else:
-            assessment = self._as_far_as_known(assessment)
+            assessment = self.calibration.as_far_as_known(assessment)
             verdict = judge(table, assessment, heights, self._mesh, wiring, step, excludes)
             scores = {one.worker: one.score for one in sorted(verdict.detections, key=lambda one: one.score)}
             observed = verdict.flagged, verdict.suspects, verdict.verified
@@ -265,7 +272,7 @@ class Guard:
             self.ledger.flags.update(news)
         if banned or excluded:
             # Workers behind a liar are not to blame for how their signals looked.
-            self.calibration.forget_sums(behind(self._sent_by({*banned, *excluded}, wiring), self._mesh), wiring)
+            self.calibration.forget_sums(behind(sent_by({*banned, *excluded}, self._mesh, wiring), self._mesh), wiring)
         if excluded:
             self.forget_step()
         else:
@@ -274,11 +281,6 @@ class Guard:
             self._put_fences()
         redo = bool(excluded) and any(Wiring.of(self._mesh, plan.absent.union(banned, excluded)).live)
         return Ruling(verdict, banned, excluded, redo=redo, plan=plan)
-
-    def _as_far_as_known(self, assessment: Assessment) -> Assessment:
-        """Lets only non-finite signals be out of line where fences have seen too little: without audits no flag is reviewed."""
-        open_to_all = ~self.calibration.knows_enough(assessment.by_peers)[:, None, None] & (assessment.worst >= 0)
-        return assessment._replace(score=torch.where(open_to_all, assessment.score.clamp(max=1.0), assessment.score))
 
     def _judge_with_audits(
         self, table: SignalTable, assessment: Assessment, heights: Tensor, plan: StepPlan, ask: Ask
@@ -299,11 +301,6 @@ class Guard:
             verifier.forget_step()
         for rows in self._rows.values():
             rows.clear()
-
-    def _sent_by(self, workers: Collection[Worker], wiring: Wiring) -> Tensor:
-        """``(boundaries, lanes)`` bool, whether one of these workers sent the signals of the lane across the boundary."""
-        lanes = range(self._mesh.replicas)
-        return torch.tensor([[wiring.worker(b.sender, lane) in workers for lane in lanes] for b in self._mesh.boundaries])
 
     def _assess(self, table: SignalTable, wiring: Wiring) -> Assessment:
         banned = torch.zeros(self._mesh.stages, self._mesh.replicas, dtype=torch.bool)
@@ -374,6 +371,7 @@ class Guard:
         }
         if learned:
             learned[_SECRET] = torch.tensor(self.secret)
+            learned |= {f"{_CONTRIBUTIONS}{name}": value for name, value in self.contributions.state_dict().items()}
         return learned
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -397,4 +395,6 @@ class Guard:
         if _SECRET in state:
             # With this run's own secret the loaded values would mean nothing: they were measured along other directions.
             self._keep_secret(replace(self._secret, seed=int(state[_SECRET])))
+        said = {name.removeprefix(_CONTRIBUTIONS): value for name, value in state.items() if name.startswith(_CONTRIBUTIONS)}
+        self.contributions.load_state_dict(said)
         self._put_fences()
