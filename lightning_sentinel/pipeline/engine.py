@@ -8,6 +8,8 @@ It keeps DeepSpeed's schedule of instructions and the buffers that they work on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.processes.torch_wire import TorchWire
 from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.recovery.auditing import Audits, Evidence
+from lightning_sentinel.pipeline.recovery.contribution_audits import AuditsOfProcess, ContributionAudits, StageRecomputation
+from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
@@ -46,7 +50,7 @@ from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.step_results import Ruling, StepOutcome, StepResult
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.verification.audit import Outcome
-from lightning_sentinel.verification.jury import Case
+from lightning_sentinel.verification.jury import Case, ContributionCase
 from lightning_sentinel.verification.tolerance import Tolerances
 from lightning_sentinel.wiring import MicroBatchId
 
@@ -118,9 +122,16 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         def recompute(direction: Direction, micro_batch_id: MicroBatchId, evidence: Evidence) -> Tensor:
             return recomputation(direction, micro_batch_id, evidence, self._step_under_way)
 
+        def recompute_weights(micro_batch_id: MicroBatchId, evidence: Evidence) -> list[Tensor | None]:
+            return recomputation.weight_gradients(micro_batch_id, evidence, self._step_under_way)
+
         tolerances = Tolerances(mesh, 0) if guard is None else guard.tolerances
         computed_in = recomputation.computed_in
-        self._audits = Audits(mesh, worker, cache, self._samples, recompute, tolerances, computed_in, self.device)
+        of_stage = StageRecomputation(self._samples, recompute_weights, self._sketch, computed_in)
+        self._audits = AuditsOfProcess(
+            Audits(mesh, worker, cache, self._samples, recompute, tolerances, computed_in, self.device),
+            ContributionAudits(mesh, worker, cache, of_stage, self.device),
+        )
         self._running: RunningStep | None = None
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
@@ -139,6 +150,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         if plan.audited:
             buffers = list(self.module.buffers())
             running.undo = Rewind(self.gradients.parameters, buffers, self.device, self._steps.remember())
+        before = self._sketched(plan)
         self._boundaries.begin(plan)
         self._steps.new_records()
         if work:
@@ -147,7 +159,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             return self._result(running)
         self._boundaries.finish_notes()
         rows = {boundary: guard.take_rows(boundary) for boundary in guard.verifiers if work}
-        return self._result(running, rows, self.gradients.broken() if guard.replaces_malformed else None, guard.refused)
+        result = self._result(running, rows, self.gradients.broken() if guard.replaces_malformed else None, guard.refused)
+        after = self._sketched(plan)
+        return result if before is None or after is None else replace(result, contribution=after - before)
 
     def _run_schedule(self, plan: StepPlan, micro_batches: int) -> None:
         kind = schedule.TrainSchedule if plan.trains else schedule.InferenceSchedule
@@ -177,8 +191,13 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             self._boundaries.forget()
             return None
         ask = self._ask if guard.audits else None
+        contributions = None
+        if outcome.contributions is not None:
+            contributions = Contributions(outcome.contributions, partial(self._ask_of, outcome.contributions))
         gradients = self.gradients
-        ruling = guard.settle(outcome.table, plan, gradients.sum, ask, gradients.apart, outcome.broken, outcome.refused)
+        ruling = guard.settle(
+            outcome.table, plan, gradients.sum, ask, gradients.apart, outcome.broken, outcome.refused, contributions
+        )
         # No audit needs the step's signals any more: this frees the memory for the optimizer step and for a validation.
         self._boundaries.forget()
         if ruling.excluded:
@@ -207,15 +226,33 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     # --------------------------------------------------------------------------------------------------------------- audits
 
     def _ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
-        self._audits.adversary = self.adversary
-        return self._audits.ask(asked, self._step_under_way.plan)
+        self._audits.signals.adversary = self.adversary
+        return self._audits.signals.ask(asked, self._step_under_way.plan)
+
+    def _ask_of(self, sketches: Tensor, asked: Sequence[tuple[ContributionCase, Worker]]) -> list[Outcome]:
+        self._audits.contributions.adversary = self.adversary
+        return self._audits.contributions.ask(asked, self._step_under_way.plan, sketches)
+
+    def _sketched(self, plan: StepPlan) -> Tensor | None:
+        """The sketch of the gradients that the stage has now; ``None`` if contributions are not audited."""
+        if not plan.trains or self.guard is None or not self.guard.contributions.audits:
+            return None
+        return self._sketch([parameter.grad for parameter in self.gradients.parameters])
+
+    def _sketch(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The sketch of gradients of the stage, without the factor of the loss."""
+        guard = self.guard
+        assert guard is not None, "without a guard there are no audits"
+        return guard.contributions.sketch(self._local.stage, gradients, self.device) / self._step_under_way.scale
 
     def _samples(self, micro_batch_id: MicroBatchId) -> Any:
         return self._sample_exchange.packed(self._step_under_way.own, micro_batch_id)
 
     def _try_out(self, activation: Tensor, slot: int) -> Tensor:
         assigned = self._step_under_way.work[slot]
-        return self._audits.recompute(Direction.ACTIVATION, assigned.micro_batch_id, Evidence(assigned.batch, activation, None))
+        return self._audits.signals.recompute(
+            Direction.ACTIVATION, assigned.micro_batch_id, Evidence(assigned.batch, activation, None)
+        )
 
     # -------------------------------------------------------------------------------------------------------- what all share
 

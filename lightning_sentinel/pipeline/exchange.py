@@ -58,9 +58,10 @@ class Exchange:
         known = torch.tensor([float(plan.digest), float(recorder.schema.fingerprint), float(result.stops), *map(float, counts)])
         rows = torch.empty(0, device=self._device) if result.rows is None else self._padded_rows(result.rows, plan.wiring.slots)
         broken = torch.empty(0, device=self._device) if result.broken is None else result.broken.float().view(1)
-        everyone = self._gather(torch.cat((rows.flatten(), broken, result.losses[0], values)), known)
-        sizes = [rows.numel(), len(broken), 3, len(values), 1, 2, len(result.signals), len(result.refused)]
-        all_rows, all_broken, all_losses, all_values, digests, steps, signals, refused = everyone.split(sizes, dim=1)
+        contribution = torch.empty(0, device=self._device) if result.contribution is None else result.contribution
+        everyone = self._gather(torch.cat((rows.flatten(), broken, contribution, result.losses[0], values)), known)
+        sizes = [rows.numel(), len(broken), len(contribution), 3, len(values), 1, 2, len(result.signals), len(result.refused)]
+        all_rows, all_broken, contributions, all_losses, all_values, digests, steps, signals, refused = everyone.split(sizes, dim=1)
         self._require_the_same_plan(digests[:, 0], plan)
 
         last = [self._mesh.rank(plan.wiring.worker(self._mesh.stages - 1, lane)) for lane in plan.working_lanes]
@@ -82,6 +83,7 @@ class Exchange:
             skipped=is_skipped(losses),
             signals=tuple(int(count) for count in signals.nan_to_num(0, 0, 0).amax(dim=0).tolist()),
             refused=self._by_stage(refused.nan_to_num(0, 0, 0)) if result.refused else None,
+            contributions=None if result.contribution is None else self._by_stage(contributions),
         )
 
     def _require_the_same_plan(self, digests: Tensor, plan: StepPlan) -> None:
