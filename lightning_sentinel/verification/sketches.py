@@ -15,7 +15,7 @@ from lightning_sentinel.seeds import derive_seed
 
 __all__ = ["SKETCHED", "GradientSketch", "sketch_error"]
 
-_SIDE = 8
+_SIDE = 12
 SKETCHED = _SIDE * _SIDE
 """Numbers in a sketch."""
 
@@ -23,8 +23,8 @@ SKETCHED = _SIDE * _SIDE
 class GradientSketch:
     """Projects the gradients of a stage: the sum of ``R G C`` over its parameters, each as a matrix ``G``, with random signs.
 
-    ``R`` is ``(8, rows)`` and ``C`` is ``(columns, 8)``, in units of ``8 ** -0.5``, so that a sketch is as long as the gradient in
-    the root mean square over seeds, and the difference of two sketches as long as that of the gradients. It is linear, takes two
+    ``R`` is ``(12, rows)`` and ``C`` is ``(columns, 12)``, in units of ``12 ** -0.5``, so that a sketch is as long as the gradient
+    in the root mean square over seeds, and the difference of two sketches as long as that of the gradients. It is linear, takes two
     thin matrix products a parameter, and needs memory for rows and columns, not for their product. Signs are drawn on the CPU and
     kept on the device, so that workers on different devices project along the same directions.
 
@@ -36,7 +36,7 @@ class GradientSketch:
         >>> sketch = GradientSketch(seed=0)
         >>> one, twice = sketch([gradient, None]), sketch([2 * gradient, None])
         >>> one.shape, bool(torch.allclose(twice, 2 * one)), round(float(one.norm() / gradient.norm()), 1)
-        (torch.Size([64]), True, 0.9)
+        (torch.Size([144]), True, 1.1)
     """
 
     def __init__(self, seed: int) -> None:
@@ -60,7 +60,7 @@ class GradientSketch:
         return total.flatten() / _SIDE
 
     def _drawn(self, number: int, axis: str, length: int, like: Tensor) -> Tensor:
-        """Signs ``(8, length)`` of one axis of a parameter."""
+        """Signs ``(12, length)`` of one axis of a parameter."""
         key = number, axis, length, like.device
         if key not in self._signs:
             generator = torch.Generator().manual_seed(derive_seed(self._seed, axis, number))

@@ -8,7 +8,19 @@ from lightning_sentinel import attacks
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["COLLUDING", "FAULTY", "HIDDEN", "IMITATING", "NAMED", "PUBLISHED", "SUBTLE", "SWEPT", "WITHIN", "attack_named"]
+__all__ = [
+    "COLLUDING",
+    "CONTRIBUTED",
+    "FAULTY",
+    "HIDDEN",
+    "IMITATING",
+    "NAMED",
+    "PUBLISHED",
+    "SUBTLE",
+    "SWEPT",
+    "WITHIN",
+    "attack_named",
+]
 
 
 def _attack(name: str, **parameters: Any) -> dict[str, Any]:
@@ -75,6 +87,17 @@ FAULTY: dict[str, Any] = {
 }
 """Those of a worker whose layers compute something else, whatever it sends."""
 
+CONTRIBUTED: dict[str, Any] = {
+    "weights x1": _attack("gradient_contribution", factor=1.0),
+    "weights x-1": _attack("gradient_contribution", factor=-1.0),
+    "weights x10": _attack("gradient_contribution", factor=10.0),
+    "weights x0": _attack("gradient_contribution", factor=0.0),
+    "weights bias 0.3": _attack("gradient_contribution", factor=1.0, bias=0.3),
+    "weights bias 0.1": _attack("gradient_contribution", factor=1.0, bias=0.1),
+}
+"""Those of a worker that sends honest signals, and adds something else to its stage's weight gradients. The first is no attack: it
+has contributions looked at where nobody lies."""
+
 _STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
     "scale": ("factor", (0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.5)),
     "bias": ("strength", (0.01, 0.03, 0.1, 0.3, 1.0)),
@@ -90,7 +113,7 @@ SWEPT: dict[str, Any] = {
 WITHIN: dict[str, Any] = {name: name for name in INSIDERS}
 """Those of who knows more than a worker should."""
 
-NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | SWEPT
+NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | CONTRIBUTED | SWEPT
 
 
 def attack_named(name: str) -> Any:

@@ -32,7 +32,18 @@ _TABLE_WIDTH = 140
 
 def detection(
     suite: Literal[
-        "attacks", "mixed", "share", "ablation", "replicas", "collusion", "places", "insiders", "strength", "clean", "quick"
+        "attacks",
+        "mixed",
+        "share",
+        "ablation",
+        "replicas",
+        "collusion",
+        "places",
+        "insiders",
+        "contributions",
+        "strength",
+        "clean",
+        "quick",
     ] = "attacks",
     quick: bool = False,
     output: Path = Path("benchmark-detection"),
@@ -60,8 +71,8 @@ def detection(
     Args:
         suite: which question to answer: each attack by itself, malicious workers that do different things, the share of malicious
             workers, parts of the detector left out, the number of replicas, workers that act together, workers at the ends of the
-            pipeline, in one pipeline or that start late, those who know more than they should or lie as auditors, the strength of
-            an attack, or nobody malicious at all.
+            pipeline, in one pipeline or that start late, those who know more than they should or lie as auditors, those who corrupt
+            weight gradients inside their stage, the strength of an attack, or nobody malicious at all.
         quick: the suite "quick" in a few minutes, with an exit status of 1 if detection got worse.
         output: folder for results; nothing is written outside it.
         stages: pipeline stages, 8 in most suites.

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_sentinel.attacks import resolve
+from lightning_sentinel.attacks import Site, resolve
+from lightning_sentinel.attacks.faults import site_of
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS, Insider
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
@@ -209,11 +210,14 @@ class Scenario:
 
     @property
     def remembers(self) -> bool:
-        """Whether the attack learns from honest signals, and so has to see the warm-up."""
-        if self.attacked and isinstance(self.make_attack(), Insider):
+        """Whether the attack has to see the warm-up, because it learns from honest signals.
+
+        Or because it is on weight gradients, at which the virtual mesh looks only where somebody is to corrupt them.
+        """
+        if not self.attacked or isinstance(self.make_attack(), Insider):
             return False
-        specs = self.spec if isinstance(self.spec, (list, tuple)) else [self.spec]
-        return self.attacked and any(hasattr(resolve(spec), "observe") for spec in specs)
+        attacks = [resolve(spec) for spec in (self.spec if isinstance(self.spec, (list, tuple)) else [self.spec])]
+        return any(hasattr(attack, "observe") or site_of(attack) is Site.WEIGHTS for attack in attacks)
 
     def make_attack(self) -> Any:
         """What the injector is given: an insider of that name, or the attack as it is described."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_sentinel.benchmarks.detection.attacks import COLLUDING, HIDDEN, PUBLISHED, SWEPT, WITHIN, attack_named
+from lightning_sentinel.benchmarks.detection.attacks import COLLUDING, CONTRIBUTED, HIDDEN, PUBLISHED, SWEPT, WITHIN, attack_named
 from lightning_sentinel.benchmarks.detection.scenarios import Scenario, Training, choose
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.verification.features import FAMILIES
@@ -250,6 +250,15 @@ SUITES: dict[str, Suite] = {
         _insiders,
         methods=("unprotected", "sentinel", "audited"),
         attacks=WITHIN,
+        directions=("both",),
+        fraction=1 / 3,
+        training=Training(stages=6, replicas=6),
+    ),
+    "contributions": Suite(
+        "Who corrupts weight gradients inside a stage?",
+        _attacks,
+        methods=("unprotected", "audited"),
+        attacks=CONTRIBUTED,
         directions=("both",),
         fraction=1 / 3,
         training=Training(stages=6, replicas=6),

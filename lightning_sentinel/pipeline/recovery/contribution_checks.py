@@ -62,9 +62,7 @@ class ContributionChecks:
         self._repeats = response.on_flag == "exclude"
         self._seed = verification.seed
         self._jury = Jury(mesh, derive_seed(self._seed, "contributions"))
-        # What is out of line is recomputed about as often as what is drawn.
-        rate = min(verification.false_positive_rate, self._rate or 1.0)
-        self._scores = ContributionScores(mesh, verification, rate)
+        self._scores = ContributionScores(mesh, verification)
         self._sketches = [GradientSketch(derive_seed(self._seed, "sketch", stage)) for stage in range(mesh.stages)]
 
     @property
@@ -99,10 +97,10 @@ class ContributionChecks:
         verdict = with_contributions(verdict, cases, judged, scores, plan.wiring, plan.number)
         found = verdict.guilty | verdict.disputed
         if scored is not None and not (found and self._repeats):
-            honest = weights > 0
+            liars = torch.zeros_like(wanted)
             for worker in found:
-                honest[worker.stage, worker.replica] = False
-            self._scores.learn(scored, honest)
+                liars[worker.stage, worker.replica] = True
+            self._scores.learn(scored, (weights > 0) & ~liars, cleared=wanted & ~liars)
         return verdict
 
     def _drawn(self, step: int) -> Tensor:
