@@ -122,12 +122,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         def recompute(direction: Direction, micro_batch_id: MicroBatchId, evidence: Evidence) -> Tensor:
             return recomputation(direction, micro_batch_id, evidence, self._step_under_way)
 
-        def recompute_weights(micro_batch_id: MicroBatchId, evidence: Evidence) -> list[Tensor | None]:
-            return recomputation.weight_gradients(micro_batch_id, evidence, self._step_under_way)
-
         tolerances = Tolerances(mesh, 0) if guard is None else guard.tolerances
         computed_in = recomputation.computed_in
-        of_stage = StageRecomputation(self._samples, recompute_weights, self._sketch, computed_in)
+        of_stage = StageRecomputation(self._samples, partial(self._weights_again, recomputation), self._sketch, computed_in)
         self._audits = AuditsOfProcess(
             Audits(mesh, worker, cache, self._samples, recompute, tolerances, computed_in, self.device),
             ContributionAudits(mesh, worker, cache, of_stage, self.device),
@@ -232,6 +229,9 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _ask_of(self, sketches: Tensor, asked: Sequence[tuple[ContributionCase, Worker]]) -> list[Outcome]:
         self._audits.contributions.adversary = self.adversary
         return self._audits.contributions.ask(asked, self._step_under_way.plan, sketches)
+
+    def _weights_again(self, recomputation: Recomputation, micro_batch_id: MicroBatchId, evidence: Evidence) -> list[Tensor | None]:
+        return recomputation.weight_gradients(micro_batch_id, evidence, self._step_under_way)
 
     def _sketched(self, plan: StepPlan) -> Tensor | None:
         """The sketch of the gradients that the stage has now; ``None`` if contributions are not audited."""
