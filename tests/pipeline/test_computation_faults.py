@@ -143,6 +143,10 @@ def test_audits_find_whose_layers_compute_something_else(attack: Any, direction:
     assert_close(tasks.local_weights(module), expected)
 
 
+def test_audits_find_who_corrupts_weight_gradients() -> None:
+    fault_tasks.check_corrupted(fault_tasks.corrupted(3, 4, "virtual"), 3, 4)
+
+
 class Counts(tasks.Classifier):
     """Has a BatchNorm in the last stage, and metrics that add up and that keep what they saw."""
 
