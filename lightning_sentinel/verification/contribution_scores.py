@@ -41,8 +41,8 @@ _FURTHEST = 2.0
 """How many times as far as the median replica's a deviation counts at most as noise."""
 _FEWEST = 2
 _RATE = 0.05
-"""Share of honest contributions that fences are fitted to leave outside. After the warm-up, in which gradients spread most, one in
-five hundred was (``docs/benchmarks/detection.md``); and what is outside is only recomputed."""
+"""Share of honest contributions that fences are fitted to leave outside; what is outside is only recomputed. Fences leave room for
+more than the values that they were fitted to, so that far fewer are: see the detection benchmark."""
 _RELATIVE = 1e-6
 """Differences that are smaller, relative to the gradient, are rounding."""
 _TINY = 1e-30
