@@ -114,6 +114,9 @@ class Response:
             second time where it has three or four, and never where it has two. A flag whose signal matches is dropped. 1 recomputes
             everything. The default holds wherever a stage has at least two replicas; where it has one, no worker can recompute
             anything, and the run says so. ``None``: no audits, flags alone decide.
+        gradient_audit_rate: share of all workers whose contribution to the weight gradients of their stage is recomputed as a whole
+            in a step, drawn at random; contributions that are out of line are recomputed as well. Decided as for signals. ``None``
+            recomputes none, and so does ``audit_rate=None``.
         aggregation: how the gradients of a stage's workers become one. ``"mean"`` believes all workers that are not banned; the
             other rules bound what a minority of them can do: ``"trimmed_mean"`` and ``"median"`` of every coordinate (Yin et al.,
             2018), ``"krum"`` and ``"multi_krum"`` (Blanchard et al., 2017), ``"centred_clipping"`` (Karimireddy et al., 2021).
@@ -136,12 +139,14 @@ class Response:
     Example:
         >>> import lightning_sentinel as ls
         >>> ls.Response(on_flag="log", ban_after=None)
-        Response(on_flag='log', ban_after=None, audit_rate=0.01, aggregation='mean', tolerated=None, banned=(), ledger=None)
+        Response(on_flag='log', ban_after=None, audit_rate=0.01, gradient_audit_rate=0.005, aggregation='mean', tolerated=None, \
+banned=(), ledger=None)
     """
 
     on_flag: Literal["exclude", "log"] = "exclude"
     ban_after: int | None = 5
     audit_rate: float | None = DEFAULT_AUDIT_RATE
+    gradient_audit_rate: float | None = 0.005
     aggregation: Aggregation = "mean"
     tolerated: int | None = None
     banned: Sequence[Worker | tuple[int, int]] = ()
@@ -152,9 +157,10 @@ class Response:
         for name in ("ban_after", "tolerated"):
             value = getattr(self, name)
             _require(value is None or is_whole(value, 1), f"Response.{name}", value, "None or a whole number, at least 1")
-        rate = self.audit_rate
         rule = "None, or a share above 0 and at most 1: attacks that no feature shows are found by chance alone"
-        _require(rate is None or (_is_number(rate) and 0 < rate <= 1), "Response.audit_rate", rate, rule)
+        for name in ("audit_rate", "gradient_audit_rate"):
+            rate = getattr(self, name)
+            _require(rate is None or (_is_number(rate) and 0 < rate <= 1), f"Response.{name}", rate, rule)
         names = get_args(Aggregation)
         _require(self.aggregation in names, "Response.aggregation", self.aggregation, f"one of {', '.join(map(repr, names))}")
         ledger = self.ledger
@@ -183,3 +189,12 @@ class Response:
             (0.01, None)
         """
         return self.audit_rate if mesh.replicas > 1 and mesh.stages > 1 else None
+
+    def gradient_audit_rate_of(self, mesh: Mesh) -> float | None:
+        """The share of contributions to weight gradients that is audited on a mesh; ``None`` where signals are not audited either.
+
+        Example:
+            >>> Response().gradient_audit_rate_of(Mesh(stages=2, replicas=2))
+            0.005
+        """
+        return None if self.audit_rate_of(mesh) is None else self.gradient_audit_rate

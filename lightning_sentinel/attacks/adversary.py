@@ -159,6 +159,11 @@ class Adversary:
             return None
         return next((site for site in (Site.LAYER, Site.PRODUCT, Site.WEIGHTS) if self._at(worker, site)), None)
 
+    @property
+    def corrupts_weight_gradients(self) -> bool:
+        """Whether the attack of any worker is on weight gradients, in some step or other."""
+        return any(site_of(attack) is Site.WEIGHTS for attack in self._attacks.values())
+
     def layer_output(self, output: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
         """The tensor that a layer of ``worker`` returns for ``output``, in the same graph; its gradient may be hit as well."""
         if step < self._start_step:

@@ -127,13 +127,16 @@ class BadRows:
 
 @dataclass
 class GradientContribution:
-    """A worker's contribution to its stage's weight gradients is multiplied: ``g' = factor * g`` (ours). Its signals are honest.
+    """A worker adds something else to its stage's weight gradients: ``g' = factor * g + bias * rms(g)`` (ours).
+
+    Its signals are honest. The bias has the same sign everywhere and in every step, so that it adds up in the weights.
 
     Args:
-        factor: NaN, an infinity, or any number.
+        factor: NaN, an infinity, or any number: -1 turns the gradient round, 0 leaves the work to others.
+        bias: any finite number; relative to the root mean square of each weight's gradient.
 
     Raises:
-        ConfigurationError: if ``factor`` is no number.
+        ConfigurationError: if ``factor`` is no number, or ``bias`` no finite one.
 
     Example:
         >>> import torch
@@ -142,14 +145,20 @@ class GradientContribution:
         >>> context = attacks.AttackContext.seeded(0, Worker(1, 0), Direction.GRADIENT)
         >>> attacks.GradientContribution(factor=-1.0)(torch.ones(2), context)
         tensor([-1., -1.])
+        >>> attacks.GradientContribution(factor=1.0, bias=0.1)(torch.tensor([3.0, -3.0]), context)
+        tensor([ 3.3000, -2.7000])
     """
 
     factor: float = math.nan
+    bias: float = 0.0
     site: ClassVar[Site] = Site.WEIGHTS
 
     def __post_init__(self) -> None:
-        number = isinstance(self.factor, (int, float)) and not isinstance(self.factor, bool)
-        require(number, self, "factor", "a number")
+        for name in ("factor", "bias"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            require(number and (name == "factor" or math.isfinite(value)), self, name, "a number")
 
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
-        return signal * self.factor
+        sent = signal * self.factor
+        return sent + self.bias * signal.square().mean().sqrt() if self.bias else sent

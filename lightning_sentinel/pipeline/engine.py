@@ -7,6 +7,8 @@ It keeps DeepSpeed's schedule of instructions and the buffers that they work on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +40,8 @@ from lightning_sentinel.pipeline.processes.torch_wire import TorchWire
 from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.recovery.auditing import Audits, Inputs
 from lightning_sentinel.pipeline.recovery.contradictions import settle_contradictions
+from lightning_sentinel.pipeline.recovery.contribution_audits import AuditsOfProcess, ContributionAudits, StageRecomputation
+from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
@@ -125,7 +129,11 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
         tolerances = Tolerances(mesh, 0) if guard is None else guard.tolerances
         computed_in = recomputation.computed_in
-        self._audits = Audits(mesh, worker, cache, self._samples, recompute, tolerances, transcript, computed_in)
+        of_stage = StageRecomputation(self._samples, partial(self._weights_again, recomputation), self._sketch, computed_in)
+        self._audits = AuditsOfProcess(
+            Audits(mesh, worker, cache, self._samples, recompute, tolerances, transcript, computed_in),
+            ContributionAudits(mesh, worker, cache, of_stage, transcript),
+        )
         self._running: RunningStep | None = None
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
@@ -144,6 +152,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         if plan.audited:
             buffers = list(self.module.buffers())
             running.undo = Rewind(self.gradients.parameters, buffers, self.device, self._steps.remember())
+        before = self._sketched(plan)
         self._boundaries.begin(plan)
         self._steps.new_records()
         if work:
@@ -152,9 +161,10 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             return self._result(running)
         commitments = self._boundaries.finish()
         rows = {boundary: guard.take_rows(boundary) for boundary in guard.verifiers if work}
-        return self._result(
-            running, rows, self.gradients.broken() if guard.replaces_malformed else None, guard.refused, commitments
-        )
+        broken = self.gradients.broken() if guard.replaces_malformed else None
+        result = self._result(running, rows, broken, guard.refused, commitments)
+        after = self._sketched(plan)
+        return result if before is None or after is None else replace(result, contribution=after - before)
 
     def _run_schedule(self, plan: StepPlan, micro_batches: int) -> None:
         kind = schedule.TrainSchedule if plan.trains else schedule.InferenceSchedule
@@ -212,9 +222,25 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         ask = None
         if commitments is not None:
             self._audits.begin(self.adversary)
-            ask = partial(self._audits.ask, plan=plan, commitments=commitments)
-        ruling = guard.settle(outcome.table, plan, gradients.sum, ask, gradients.apart, outcome.broken, outcome.refused)
-        return ruling if commitments is None else ruling._replace(evidence=self._audits.evidence(ruling.banned, commitments))
+            ask = partial(self._audits.signals.ask, plan=plan, commitments=commitments)
+        contributions = None
+        if outcome.contributions is not None and commitments is not None:
+            sketches = outcome.contributions
+            again = partial(self._audits.contributions.ask, plan=plan, sketches=sketches, commitments=commitments)
+            contributions = Contributions(sketches, again)
+        ruling = guard.settle(
+            outcome.table,
+            plan,
+            gradients.sum,
+            ask,
+            gradients.apart,
+            broken=outcome.broken,
+            refused=outcome.refused,
+            contributions=contributions,
+        )
+        return (
+            ruling if commitments is None else ruling._replace(evidence=self._audits.signals.evidence(ruling.banned, commitments))
+        )
 
     def returned(self) -> Any:
         running = self._step_under_way
@@ -228,12 +254,28 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     # --------------------------------------------------------------------------------------------------------------- audits
 
+    def _weights_again(self, recomputation: Recomputation, micro_batch_id: MicroBatchId, given: Inputs) -> list[Tensor | None]:
+        return recomputation.weight_gradients(micro_batch_id, given, self._step_under_way)
+
+    def _sketched(self, plan: StepPlan) -> Tensor | None:
+        """The sketch of the gradients that the stage has now; ``None`` if contributions are not audited."""
+        if not plan.trains or self.guard is None or not self.guard.contributions.audits:
+            return None
+        return self._sketch([parameter.grad for parameter in self.gradients.parameters])
+
+    def _sketch(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The sketch of gradients of the stage, without the factor of the loss."""
+        guard = self.guard
+        assert guard is not None, "without a guard there are no audits"
+        return guard.contributions.sketch(self._local.stage, gradients, self.device) / self._step_under_way.scale
+
     def _samples(self, micro_batch_id: MicroBatchId) -> Any:
         return self._sample_exchange.packed(self._step_under_way.own, micro_batch_id)
 
     def _try_out(self, activation: Tensor, slot: int) -> Tensor:
         assigned = self._step_under_way.work[slot]
-        return self._audits.recompute(Direction.ACTIVATION, assigned.micro_batch_id, Inputs(assigned.batch, activation, None))
+        given = Inputs(assigned.batch, activation, None)
+        return self._audits.signals.recompute(Direction.ACTIVATION, assigned.micro_batch_id, given)
 
     # -------------------------------------------------------------------------------------------------------- what all share
 

@@ -63,10 +63,11 @@ class Exchange:
         known = torch.tensor([float(plan.digest), float(recorder.schema.fingerprint), float(result.stops), *map(float, counts)])
         rows = torch.empty(0, device=self._device) if result.rows is None else self._padded_rows(result.rows, plan.wiring.slots)
         broken = torch.empty(0, device=self._device) if result.broken is None else result.broken.float().view(1)
-        numbers = torch.cat((torch.cat((rows.flatten(), broken, result.losses[0], values)).cpu(), known))
-        everyone, parts, forgers = self._said_by_all(plan, numbers, result.commitments)
-        sizes = [rows.numel(), len(broken), 3, len(values), 1, 2, len(result.signals), len(result.refused)]
-        all_rows, all_broken, all_losses, all_values, digests, steps, signals, refused = everyone.split(sizes, dim=1)
+        contribution = torch.empty(0, device=self._device) if result.contribution is None else result.contribution
+        found = torch.cat((rows.flatten(), broken, contribution, result.losses[0], values))
+        everyone, parts, forgers = self._said_by_all(plan, torch.cat((found.cpu(), known)), result.commitments)
+        sizes = [rows.numel(), len(broken), len(contribution), 3, len(values), 1, 2, len(result.signals), len(result.refused)]
+        all_rows, all_broken, contributions, all_losses, all_values, digests, steps, signals, refused = everyone.split(sizes, dim=1)
         self._require_the_same_plan(digests[:, 0], plan)
 
         last = [self._mesh.rank(plan.wiring.worker(self._mesh.stages - 1, lane)) for lane in plan.working_lanes]
@@ -90,6 +91,7 @@ class Exchange:
             refused=self._by_stage(refused.nan_to_num(0, 0, 0)) if result.refused else None,
             commitments=self._commitments(plan, parts),
             forgers=forgers,
+            contributions=None if result.contribution is None else self._by_stage(contributions),
         )
 
     def _said_by_all(self, plan: StepPlan, numbers: Tensor, commitments: bytes) -> tuple[Tensor, list[bytes], frozenset[Worker]]:

@@ -34,6 +34,8 @@ class StepResult:
         signals: how many operating-system signals of each kind this process has received; the same kinds on all ranks.
         refused: how often each worker of the stage contributed non-finite values to a reference update; empty if not checked.
         commitments: this worker's part of :class:`StepCommitments`, encoded; empty in a step that is not audited.
+        contribution: ``(SKETCHED,)``, the sketch of what this worker adds to the weight gradients of its stage; of all in one
+            process ``(stages, replicas, SKETCHED)``; ``None`` if not checked, which is the same on all ranks.
     """
 
     losses: Tensor
@@ -44,6 +46,7 @@ class StepResult:
     signals: Sequence[int] = ()
     refused: Sequence[int] = ()
     commitments: bytes = b""
+    contribution: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class StepOutcome:
             values to a reference update; ``None`` if not checked.
         commitments: what workers say about the messages that they sent and received; ``None`` in a step that is not audited.
         forgers: workers whose row of the step before bore no valid signature.
+        contributions: ``(stages, replicas, SKETCHED)``, the sketch of what each worker adds to the weight gradients of its stage;
+            ``None`` if not checked.
     """
 
     loss: float | None
@@ -77,6 +82,7 @@ class StepOutcome:
     refused: Tensor | None = None
     commitments: StepCommitments | None = None
     forgers: frozenset[Worker] = frozenset()
+    contributions: Tensor | None = None
 
 
 class Ruling(NamedTuple):

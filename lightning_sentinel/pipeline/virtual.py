@@ -20,11 +20,12 @@ from torch.optim import Optimizer
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.errors import PipelineModelError
-from lightning_sentinel.mesh import Boundary
+from lightning_sentinel.mesh import Boundary, Worker
 from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.gradients.contributions import broken
 from lightning_sentinel.pipeline.gradients.virtual_gradients import VirtualGradients
+from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import join, plain, reorder
@@ -40,6 +41,7 @@ from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import arithmetic
 from lightning_sentinel.verification.jury import Subject
+from lightning_sentinel.verification.sketches import SKETCHED
 from lightning_sentinel.wiring import MicroBatchId
 
 __all__ = ["VirtualEngine"]
@@ -101,7 +103,7 @@ class VirtualEngine:
             refuse_frozen(self._stages.model.layers.module)
         if self.guard is not None:
             self.guard.begin(plan)
-        apart = self._passes.anybody_fails(plan)
+        apart = self._passes.runs_apart(plan)
         return self._run_training(VirtualStep(plan, arguments, batch, self.keeps_results, apart))
 
     def _run_training(self, running: VirtualStep) -> StepResult:
@@ -126,7 +128,16 @@ class VirtualEngine:
         self._returned = _joined(running.results)
         looks = workers.replaces_malformed and not running.apart
         spoiled = broken((parameter.grad for parameter in self._stages.parameters), device) if looks else None
-        return StepResult(losses, self._steps.recorder, self._received(running), spoiled)
+        return StepResult(losses, self._steps.recorder, self._received(running), spoiled, contribution=self._contributed(running))
+
+    def _contributed(self, running: VirtualStep) -> Tensor | None:
+        if not self._workers.shows_contributions:
+            return None
+        mesh = self._workers.mesh
+        nothing = torch.zeros(SKETCHED, device=self._workers.device)
+        workers = [Worker(stage, replica) for stage in range(mesh.stages) for replica in range(mesh.replicas)]
+        added = [running.contributed[worker].added if worker in running.contributed else nothing for worker in workers]
+        return torch.stack(added).view(mesh.stages, mesh.replicas, SKETCHED)
 
     def _received(self, running: VirtualStep) -> dict[Boundary, Tensor] | None:
         if self.guard is None or not self._workers.mesh.boundaries or not running.called:
@@ -158,7 +169,9 @@ class VirtualEngine:
         looks = plan.trains and self._workers.replaces_malformed
         spoiled = torch.zeros(1, device=self._workers.device) if result.broken is None else result.broken.float().view(1)
         rows = [] if result.rows is None else [torch.stack([result.rows[boundary] for boundary in self._workers.mesh.boundaries])]
-        losses, spoiled, logged, *read = _on_host(result.losses, spoiled, result.recorder.vector(), *rows)
+        contributed = [] if result.contribution is None else [result.contribution]
+        losses, spoiled, logged, *read = _on_host(result.losses, spoiled, result.recorder.vector(), *contributed, *rows)
+        contributions = read.pop(0) if contributed else None
         apart = None if self._running is None or not looks else plan.wiring.arrange(self._running.broken)
         outcome = StepOutcome(
             loss=mean_loss(losses, believed=not looks),
@@ -167,6 +180,7 @@ class VirtualEngine:
             schema=schema,
             logged=schema.reduce(logged[None]),
             skipped=is_skipped(losses),
+            contributions=contributions,
         )
         return outcome, bool(spoiled)
 
@@ -209,9 +223,18 @@ class VirtualEngine:
         running = self._running
         assert running is not None, "a step is settled after it has run"
         audits = VirtualAudits(self._workers, running, outcome.table, self._computed_in)
-        ask = audits.ask if self.guard.audits else None
-        everything = tuple(Subject)
-        ruling = self.guard.settle(outcome.table, plan, lambda vector: vector, ask, broken=outcome.broken, subjects=everything)
+        contributions = None
+        if self.guard.contributions.audits:
+            contributions = Contributions(outcome.contributions, audits.ask_of_contributions)
+        ruling = self.guard.settle(
+            outcome.table,
+            plan,
+            lambda vector: vector,
+            audits.ask if self.guard.audits else None,
+            broken=outcome.broken,
+            subjects=tuple(Subject),
+            contributions=contributions,
+        )
         if ruling.excluded:
             running.take_back()
         return ruling

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lightning_sentinel.mesh import Worker
+from lightning_sentinel.mesh import Direction, Worker
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.virtual_boundaries import VirtualStep
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
 from lightning_sentinel.verification import SignalTable
-from lightning_sentinel.verification.audit import Outcome
-from lightning_sentinel.verification.jury import Case, Subject
+from lightning_sentinel.verification.audit import Outcome, tolerance
+from lightning_sentinel.verification.jury import Case, ContributionCase, Subject
 from lightning_sentinel.verification.reports import is_false_row
+from lightning_sentinel.verification.sketches import sketch_error
 from lightning_sentinel.verification.tolerance import MEASURED
 
 __all__ = ["VirtualAudits"]
@@ -62,6 +63,19 @@ class VirtualAudits:
             votes.append(vote)
             if found is not None and vote == Outcome.MATCHES:
                 guard.tolerances.heard(index, case.audited, found)
+        return votes
+
+    def ask_of_contributions(self, asked: Sequence[tuple[ContributionCase, Worker]]) -> list[Outcome]:
+        """The votes of workers on contributions to weight gradients; a contribution that is not looked at is honest."""
+        adversary = self._workers.adversary
+        votes = []
+        for case, juror in asked:
+            known = self._running.contributed.get(case.audited)
+            lied = known is not None and bool(sketch_error(known.added, known.honest) > tolerance(known.dtype, self._computed_in()))
+            vote = Outcome.LIED if lied else Outcome.MATCHES
+            if adversary is not None:
+                vote = Outcome(adversary.vote(vote, juror, case.audited, Direction.GRADIENT, self._running.plan.number))
+            votes.append(vote)
         return votes
 
     def _is_lie(self, guard: Guard, index: int, case: Case, found: Sequence[float]) -> bool:

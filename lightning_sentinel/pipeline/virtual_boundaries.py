@@ -25,7 +25,7 @@ from lightning_sentinel.verification.tolerance import deviation
 from lightning_sentinel.verification.verifier import Report
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 
-__all__ = ["MicroBatch", "Receipt", "VirtualBoundaries", "VirtualStep"]
+__all__ = ["Contributed", "MicroBatch", "Receipt", "VirtualBoundaries", "VirtualStep"]
 
 
 class Receipt(NamedTuple):
@@ -40,6 +40,20 @@ class Receipt(NamedTuple):
     signal: Tensor
     tainted: Tensor
     note: Projection | None
+
+
+class Contributed(NamedTuple):
+    """What a worker adds to the weight gradients of its stage.
+
+    Args:
+        added: the sketch of it.
+        honest: the sketch of what an honest worker adds.
+        dtype: of the gradients.
+    """
+
+    added: Tensor
+    honest: Tensor
+    dtype: torch.dtype
 
 
 @dataclass
@@ -70,6 +84,8 @@ class VirtualStep:
     """What was sent across a boundary, by its index, lane and slot, where the receiver may report something else."""
     notes: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     """Whether the note on what a sender received is false, 0-dim bool, by the place of what it sent; for notes that may be."""
+    contributed: dict[Worker, Contributed] = field(default_factory=dict)
+    """What workers add to the weight gradients of their stages, of those that are looked at."""
     undo: Callable[[], None] | None = None
     """Undoes the step; ``None`` if it never has to be."""
     broken: Tensor = field(init=False)
@@ -79,6 +95,12 @@ class VirtualStep:
         """Undo the step, so that it can be repeated."""
         assert self.undo is not None, "a step that may be undone is remembered"
         self.undo()
+
+    def contribute(self, worker: Worker, one: Contributed) -> None:
+        """Record what a worker adds to weight gradients for one micro-batch."""
+        before = self.contributed.get(worker)
+        together = one if before is None else Contributed(before.added + one.added, before.honest + one.honest, one.dtype)
+        self.contributed[worker] = together
 
     def __post_init__(self) -> None:
         mesh = self.plan.mesh

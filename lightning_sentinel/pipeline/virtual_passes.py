@@ -26,7 +26,7 @@ from lightning_sentinel.pipeline.stages.groups import alike, of_replicas, side_b
 from lightning_sentinel.pipeline.step_checks import checked_signal, loss_of
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.steps import StepRun, StepRunner
-from lightning_sentinel.pipeline.virtual_boundaries import MicroBatch, VirtualBoundaries
+from lightning_sentinel.pipeline.virtual_boundaries import Contributed, MicroBatch, VirtualBoundaries
 from lightning_sentinel.pipeline.virtual_stages import VirtualStages
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
 from lightning_sentinel.wiring import MicroBatchId
@@ -213,11 +213,7 @@ class VirtualPasses:
                 leaf.grad = found.pop()
             if left_out[replica]:
                 continue
-            worker, slot = batch.worker(stage, replica)
-            if workers.adversary is not None:
-                altered = partial(workers.adversary.weight_gradient, worker=worker, step=batch.step, micro_batch=slot)
-                found = [None if one is None else altered(one) for one in found]
-                self._witness_weights(stage, replica, batch, gradient, found)
+            found = self._added(stage, replica, batch, gradient, found)
             if workers.replaces_malformed and bool(broken(found, self._device)):
                 batch.running.broken[stage, replica, batch.index] = True
                 continue
@@ -227,10 +223,36 @@ class VirtualPasses:
 
     # ------------------------------------------------------------------------------------------------------- simulated faults
 
-    def anybody_fails(self, plan: StepPlan) -> bool:
-        """Whether a worker that serves in this step has a simulated fault in its computation."""
+    def _added(
+        self, stage: int, replica: int, batch: MicroBatch, gradient: Tensor | None, computed: list[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The gradients that a worker adds to those of its stage in place of those that it has computed."""
+        workers = self._workers
+        adversary = workers.adversary
+        if adversary is None:
+            return computed
+        worker, slot = batch.worker(stage, replica)
+        alter = partial(adversary.weight_gradient, worker=worker, step=batch.step, micro_batch=slot)
+        added = [None if one is None else alter(one) for one in computed]
+        self._witness_weights(stage, replica, batch, gradient, added)
+        if workers.shows_contributions and workers.guard is not None:
+            sketch = partial(workers.guard.contributions.sketch, stage, device=self._device)
+            site = adversary.fails(worker, batch.step)
+            faulty = site in (Site.LAYER, Site.PRODUCT)
+            true = sketch(self._honest_weights(stage, replica, batch, gradient) if faulty else computed)
+            dtype = next((one.dtype for one in computed if one is not None), torch.float32)
+            batch.running.contribute(worker, Contributed(true if site is None else sketch(added), true, dtype))
+        return added
+
+    def runs_apart(self, plan: StepPlan) -> bool:
+        """Whether replicas run one by one: because a worker that serves in this step has a simulated fault in its computation.
+
+        Or because any worker has one in its weight gradients: honest ones are to be learned from the first step on.
+        """
         adversary = self._workers.adversary
         wiring = plan.wiring
+        if self._workers.shows_contributions:
+            return True
         if adversary is None or not any(adversary.fails(worker, plan.number) for worker in adversary.workers):
             return False
         serving = {wiring.worker(stage, lane) for stage in range(plan.mesh.stages) for lane in wiring.lanes}
@@ -273,11 +295,15 @@ class VirtualPasses:
         worker, slot = batch.worker(stage, replica)
         if adversary is None or adversary.witness is None or not adversary.fails(worker, batch.step):
             return
-        parameters = [parameter for parameter in self._stages.untied.parameters[stage] if parameter.requires_grad]
-        with self._aside(stage):
-            honest = self._honest_gradients(stage, replica, batch, gradient, parameters)
+        honest = self._honest_weights(stage, replica, batch, gradient)
         both = [torch.cat([one.flatten() for one in some if one is not None]) for some in (found, honest)]
         adversary.witness(worker, "weights", batch.step, slot, both[0], both[1])
+
+    def _honest_weights(self, stage: int, replica: int, batch: MicroBatch, gradient: Tensor | None) -> list[Tensor | None]:
+        """The gradients that an honest worker adds to those of its stage."""
+        parameters = [parameter for parameter in self._stages.untied.parameters[stage] if parameter.requires_grad]
+        with self._aside(stage):
+            return self._honest_gradients(stage, replica, batch, gradient, parameters)
 
     @contextmanager
     def _aside(self, stage: int) -> Iterator[None]:

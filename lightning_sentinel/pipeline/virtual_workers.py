@@ -40,6 +40,12 @@ class VirtualWorkers:
         return self.guard is not None and self.guard.replaces_malformed
 
     @property
+    def shows_contributions(self) -> bool:
+        """Whether each worker's contribution to weight gradients is looked at, because a simulated attacker corrupts some."""
+        corrupted = self.adversary is not None and self.adversary.corrupts_weight_gradients
+        return corrupted and self.guard is not None and self.guard.contributions.audits
+
+    @property
     def audits(self) -> bool:
         """Whether workers recompute each other's signals."""
         return self.guard is not None and self.guard.audits

@@ -164,6 +164,11 @@ class Calibration:
             centre=found.centre,
         )
 
+    def as_far_as_known(self, assessment: Assessment) -> Assessment:
+        """Lets only non-finite signals be out of line where fences have seen too little: without audits no flag is reviewed."""
+        open_to_all = ~self.knows_enough(assessment.by_peers)[:, None, None] & (assessment.worst >= 0)
+        return assessment._replace(score=torch.where(open_to_all, assessment.score.clamp(max=1.0), assessment.score))
+
     def _recent(self, score: Tensor, counted: Tensor, senders: Tensor) -> Tensor:
         """``self.recent`` after this step; workers not observed in it keep their value."""
         highest = torch.where(counted, score, 0.0).amax(dim=2).clamp(max=_FURTHEST)
@@ -254,11 +259,6 @@ class Calibration:
         """
         alone, among_peers = ((~window.values[..., 0].isnan()).sum(dim=1) for window in (self.alone, self.among_peers))
         return torch.where(by_peers, among_peers, alone) >= values_needed(self._config)
-
-    def as_far_as_known(self, assessment: Assessment) -> Assessment:
-        """Lets only non-finite signals be out of line where fences have seen too little: for where no audit reviews a flag."""
-        open_to_all = ~self.knows_enough(assessment.by_peers)[:, None, None] & (assessment.worst >= 0)
-        return assessment._replace(score=torch.where(open_to_all, assessment.score.clamp(max=1.0), assessment.score))
 
     def state_of(self, boundary: int) -> dict[str, Tensor]:
         """The state of one boundary: tensors only, all copies."""

@@ -1,26 +1,28 @@
-"""Non-finite contributions to sums over a stage: they are left out, and their worker is reported."""
+"""Contributions to sums over a stage: non-finite ones are left out and reported, and audits decide on weight gradients."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Direction, Mesh, Worker
+from lightning_sentinel.verification.audit import Outcome
+from lightning_sentinel.verification.jury import ContributionCase, Judgement
 from lightning_sentinel.verification.table import MAX_SCORE
 from lightning_sentinel.verification.verdicts import Detection, StepVerdict
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["LESSON", "WEIGHT_GRADIENT", "Refusals", "with_refusals", "without_broken"]
+__all__ = ["LESSON", "WEIGHT_GRADIENT", "Refusals", "with_contributions", "with_refusals", "without_broken"]
 
 LESSON = "lesson"
 """The ``feature`` of a detection for a non-finite contribution to a stage's references."""
 
 WEIGHT_GRADIENT = "weight_gradient"
-"""The ``feature`` of a detection for a non-finite weight gradient."""
+"""The ``feature`` of a detection for a contribution to weight gradients."""
 
 
 def without_broken(
@@ -105,3 +107,53 @@ def with_refusals(verdict: StepVerdict, news: Counter[Worker], step: int) -> Ste
     """The verdict with a detection for each worker with a new non-finite contribution to its stage's references."""
     detections = [Detection(step, 0, worker, Direction.ACTIVATION, MAX_SCORE, LESSON) for worker in sorted(news)]
     return replace(verdict, detections=(*verdict.detections, *detections))
+
+
+def with_contributions(
+    verdict: StepVerdict,
+    audited: Sequence[ContributionCase],
+    judged: Mapping[ContributionCase, Judgement],
+    scores: Tensor,
+    wiring: Wiring,
+    step: int,
+) -> StepVerdict:
+    """The verdict with what audits of contributions to weight gradients have found.
+
+    Who handed an auditor another signal than the audited worker had received answers for that, as in audits of signals.
+
+    Args:
+        verdict: of the step's signals, of which none is a lie.
+        audited: the contributions that were audited.
+        judged: the decisions on those that an auditor said do not match.
+        scores: ``(stages, replicas)``, how far out each contribution is.
+        wiring: which worker served which lane.
+        step: number of the training batch.
+    """
+    guilty: set[Worker] = set()
+    disputed: set[Worker] = set()
+    outvoted: set[Worker] = set()
+    detections = []
+    for case in audited:
+        outcome, others = judged.get(case, Judgement(Outcome.MATCHES, frozenset()))
+        outvoted |= others
+        worker, stage = case.audited, case.audited.stage
+        direction = Direction.GRADIENT
+        if outcome == Outcome.ACTIVATION_WITHHELD:
+            worker, direction = wiring.worker(stage - 1, case.lane), Direction.ACTIVATION
+        elif outcome == Outcome.GRADIENT_WITHHELD:
+            worker = wiring.worker(stage + 1, case.lane)
+        score = min(float(scores[stage, case.audited.replica]), MAX_SCORE)
+        lied = outcome not in (Outcome.MATCHES, Outcome.DISPUTED)
+        (guilty if lied else disputed if outcome == Outcome.DISPUTED else set()).add(worker)
+        if score > 1 or outcome != Outcome.MATCHES:
+            confirmed = None if outcome == Outcome.DISPUTED else lied
+            detections.append(Detection(step, 0, worker, direction, score, WEIGHT_GRADIENT, audited=True, confirmed=confirmed))
+    return replace(
+        verdict,
+        detections=(*verdict.detections, *detections),
+        flagged=verdict.flagged + Counter(guilty | disputed),
+        guilty=verdict.guilty | guilty,
+        disputed=verdict.disputed | disputed,
+        outvoted=verdict.outvoted | outvoted,
+        audits=verdict.audits + len(audited),
+    )

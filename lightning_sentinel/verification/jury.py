@@ -2,7 +2,7 @@
 
 Three things are recomputed where a signal is audited. The *signal*, by the sender's stage. The receiver's *row*, by the receiver's
 stage, which measures the signal that was sent, with the note that came. And that *note*, by the receiver's stage as well, which has
-the secret directions: it is the projection of what the sender was sent.
+the secret directions: it is the projection of what the sender was sent. Weight gradients are audited by themselves.
 
 Fewer than half of a stage's workers lie, so the majority tells the truth. Pure functions weigh votes, and a class collects them;
 the engine does the recomputing.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,21 @@ from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 
-__all__ = ["Ask", "Case", "Decision", "Findings", "Judgement", "Jury", "Subject", "most_bans", "strikes_to_ban", "weigh"]
+__all__ = [
+    "Ask",
+    "AskOfContributions",
+    "Case",
+    "ContributionCase",
+    "Decision",
+    "Findings",
+    "Judgement",
+    "Jury",
+    "Subject",
+    "decide",
+    "most_bans",
+    "strikes_to_ban",
+    "weigh",
+]
 
 _ALL_DECIDE = 5
 _TWO_STRIKES = 3
@@ -66,8 +80,30 @@ class Case(NamedTuple):
         return self.boundary.sender if self.subject is Subject.SIGNAL else self.boundary.receiver
 
 
+class ContributionCase(NamedTuple):
+    """One worker's contribution to the weight gradients of its stage in a step, which is audited.
+
+    Args:
+        lane: that the worker served.
+        audited: the worker.
+    """
+
+    lane: int
+    audited: Worker
+
+    @property
+    def stage(self) -> int:
+        """The stage whose workers recompute it."""
+        return self.audited.stage
+
+
+AnyCase = TypeVar("AnyCase", Case, ContributionCase)
+
 Ask = Callable[[Sequence[tuple[Case, Worker]]], Sequence[Outcome]]
 """Has workers recompute what cases are about, and returns the vote of each. Of rows and notes: whether they match, or ``LIED``."""
+
+AskOfContributions = Callable[[Sequence[tuple[ContributionCase, Worker]]], Sequence[Outcome]]
+"""Has workers recompute contributions to weight gradients, and returns the vote of each."""
 
 
 class Judgement(NamedTuple):
@@ -166,6 +202,33 @@ def weigh(votes: Mapping[Worker, Outcome], live: int, stands: bool = True) -> Ju
     return Judgement(outcome, frozenset(worker for worker, word in votes.items() if word == opposite))
 
 
+def decide(
+    asked: Mapping[AnyCase, Sequence[Worker]],
+    live: Callable[[AnyCase], int],
+    ask: Callable[[Sequence[tuple[AnyCase, Worker]]], Sequence[Outcome]],
+) -> dict[AnyCase, Judgement]:
+    """Decide the cases in which an auditor says anything but *matches*; calls ``ask`` twice, however many cases there are.
+
+    Args:
+        asked: the workers that can recompute, by case, in the order in which they are asked: the first, and if that one reports a
+            mismatch all others.
+        live: how many workers of a case's stage are not banned.
+        ask: has workers recompute.
+
+    Example:
+        >>> case, others = ContributionCase(0, Worker(1, 0)), [Worker(1, 1), Worker(1, 2)]
+        >>> decide({case: others}, lambda case: 3, lambda asked: [Outcome.LIED] * len(asked))[case].outcome.name
+        'LIED'
+    """
+    first = [(case, queue[0]) for case, queue in asked.items() if queue]
+    votes = {case: {auditor: word} for (case, auditor), word in zip(first, ask(first))}
+    claimed = [case for case, said in votes.items() if any(word != Outcome.MATCHES for word in said.values())]
+    more = [(case, juror) for case in claimed for juror in asked[case][1:]]
+    for (case, juror), word in zip(more, ask(more)):
+        votes[case][juror] = word
+    return {case: weigh(votes[case], live(case), stands=case.audited.stage == case.stage) for case in claimed}
+
+
 class Jury:
     """Collects votes: draws a worker to recompute something, and asks all others of its stage if that one reports a mismatch.
 
@@ -217,18 +280,10 @@ class Jury:
         """
         only_rows = torch.zeros_like(signals) if rows is None else rows & ~signals
         queues = self._queues(signals, only_rows, wiring, {*banned, *muted}, step, subjects)
-        first = [(case, queue[0]) for case, queue in queues.items() if queue]
-        votes = {case: {auditor: word} for (case, auditor), word in zip(first, ask(first))}
-        claimed = [case for case, said in votes.items() if any(word != Outcome.MATCHES for word in said.values())]
-        more = [(case, juror) for case in claimed for juror in queues[case][1:]]
-        for (case, juror), word in zip(more, ask(more)):
-            votes[case][juror] = word
         outcome = torch.zeros(signals.shape, dtype=torch.long)
         outvoted: dict[tuple[int, int, int], frozenset[Worker]] = {}
         reports = []
-        for case in claimed:
-            live = sum(Worker(case.stage, replica) not in banned for replica in range(self._mesh.replicas))
-            judged = weigh(votes[case], live, stands=case.audited.stage == case.stage)
+        for case, judged in decide(queues, lambda case: self.live(case.stage, banned), ask).items():
             if case.subject is Subject.SIGNAL:
                 place = self._mesh.boundaries.index(case.boundary), case.lane, case.slot
                 outcome[place] = judged.outcome
@@ -271,6 +326,30 @@ class Jury:
         workers = [Worker(stage, replica) for replica in range(self._mesh.replicas)]
         fit = [worker for worker in workers if worker not in unheard]
         return sorted(fit, key=lambda worker: derive_seed(self._seed, what, *place, worker.replica))
+
+    def hear_contributions(
+        self,
+        cases: Sequence[ContributionCase],
+        banned: Collection[Worker],
+        muted: Collection[Worker],
+        step: int,
+        ask: AskOfContributions,
+    ) -> dict[ContributionCase, Judgement]:
+        """Audit contributions to weight gradients; returns the decisions on those that an auditor says do not match.
+
+        Args:
+            cases: the contributions.
+            ask: has workers recompute contributions.
+
+        The other arguments are those of :meth:`hear`.
+        """
+        unheard = {*banned, *muted}
+        asked = {case: self.others(case.audited, unheard, step, case.audited.stage, case.audited.replica) for case in cases}
+        return decide(asked, lambda case: self.live(case.audited.stage, banned), ask)
+
+    def live(self, stage: int, banned: Collection[Worker]) -> int:
+        """How many workers of a stage are not banned."""
+        return sum(Worker(stage, replica) not in banned for replica in range(self._mesh.replicas))
 
     def _case(self, wiring: Wiring, index: int, lane: int, slot: int) -> Case:
         boundary = self._mesh.boundaries[index]

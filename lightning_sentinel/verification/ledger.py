@@ -10,6 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification.bans import Ban
@@ -85,6 +88,13 @@ class Ledger:
     @property
     def banned(self) -> frozenset[Worker]:
         return frozenset(self.banned_at)
+
+    def banned_senders(self, mesh: Mesh) -> Tensor:
+        """``(boundaries, replicas)`` bool, whether the worker of a boundary's sending stage is banned."""
+        banned = torch.zeros(mesh.stages, mesh.replicas, dtype=torch.bool)
+        for worker in self.banned_at:
+            banned[worker.stage, worker.replica] = True
+        return banned[[boundary.sender for boundary in mesh.boundaries]]
 
     @property
     def total_flags(self) -> int:

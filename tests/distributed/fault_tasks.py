@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 import lightning_sentinel as ls
+from lightning_sentinel.verification.contributions import WEIGHT_GRADIENT
 from tests.distributed import tasks
 
 STEPS, BATCH, REPLICAS = 4, 4, 3
@@ -63,8 +64,62 @@ def faulty(engine: str, case: str) -> dict[str, Any]:
     }
 
 
+CORRUPTING = {
+    ls.Worker(0, 2): {"name": "gradient_contribution", "factor": -1.0},
+    ls.Worker(1, 1): {"name": "gradient_contribution", "factor": 1.0, "bias": 0.02},
+    ls.Worker(2, 0): {"name": "gradient_contribution", "factor": 10.0},
+}
+"""Workers of which all signals are honest, and what they add to weight gradients. No fence would show the second."""
+CORRUPTED_FROM = 1
+ACCUMULATED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
+
+
+class Each:
+    """The attack of each of them."""
+
+    site = "weights"
+
+    def __call__(self, signal: Tensor, context: ls.attacks.AttackContext) -> Tensor:
+        return ls.attacks.resolve(CORRUPTING[context.worker])(signal, context)
+
+
+def corrupted(stages: int, replicas: int, engine: str) -> dict[str, Any]:
+    """Two steps of two batches, clipped, where one worker of each stage corrupts its weight gradients, and all are recomputed."""
+    virtual = engine == "virtual"
+    strategy = ls.SentinelStrategy(
+        stages,
+        replicas,
+        micro_batches=2,
+        response=ls.Response(gradient_audit_rate=1.0),
+        engine=engine,  # type: ignore[arg-type]
+        timeout=tasks.PATIENCE,
+    )
+    module = Sharing("adamw")
+    workers = [worker for worker in CORRUPTING if worker.stage < stages]
+    injector = ls.AttackInjector(Each(), workers=workers, start_step=CORRUPTED_FROM)
+    data = tasks.loader(BATCH * replicas) if virtual else tasks.loader(BATCH, replicas)
+    tasks.trainer(strategy, 1 if virtual else stages * replicas, STEPS // 2, [injector], **ACCUMULATED).fit(module, data)
+    return {
+        "weights": tasks.local_weights(module),
+        "banned": strategy.ledger.banned_at,
+        "found": {(one.step, one.worker, one.feature, one.confirmed) for one in strategy.detections},
+    }
+
+
+def check_corrupted(found: dict[str, Any], stages: int, replicas: int, weighs: bool = True) -> None:
+    """Of three or four workers one is banned the second time that it is found out; before, it is left out of the step."""
+    workers = [worker for worker in sorted(CORRUPTING) if worker.stage < stages]
+    assert found["banned"] == dict.fromkeys(workers, CORRUPTED_FROM + 1)
+    steps = (CORRUPTED_FROM, CORRUPTED_FROM + 1)
+    assert found["found"] == {(step, worker, WEIGHT_GRADIENT, True) for worker in workers for step in steps}
+    if weighs:
+        alone = tasks.fit_alone("adamw", STEPS // 2, BATCH * replicas, ACCUMULATED, Sharing)["weights"]
+        for name, value in found["weights"].items():
+            assert (value - alone[name]).abs().max() <= 1e-5, name
+
+
 def all_cases() -> dict[str, dict[str, Any]]:
-    return {case: faulty("process", case) for case in CASES}
+    return {case: faulty("process", case) for case in CASES} | {"corrupted": corrupted(2, REPLICAS, "process")}
 
 
 def finite(weights: dict[str, Tensor]) -> bool:

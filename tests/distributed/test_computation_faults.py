@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from lightning_sentinel.mesh import Mesh
 from tests.distributed import fault_tasks, world
 
 
-def test_what_is_spoiled_is_left_out_as_on_the_virtual_mesh() -> None:
-    ranks = world.run(fault_tasks.all_cases, 2 * fault_tasks.REPLICAS, timeout=110)
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return world.run(fault_tasks.all_cases, 2 * fault_tasks.REPLICAS, timeout=110)
+
+
+def test_who_corrupts_weight_gradients_is_banned_and_the_weights_are_those_of_a_clean_run(ranks: list[dict[str, Any]]) -> None:
+    for number, rank in enumerate(ranks):
+        honest = Mesh(2, fault_tasks.REPLICAS).worker(number) not in fault_tasks.CORRUPTING
+        fault_tasks.check_corrupted(rank["corrupted"], 2, fault_tasks.REPLICAS, weighs=honest)
+
+
+def test_what_is_spoiled_is_left_out_as_on_the_virtual_mesh(ranks: list[dict[str, Any]]) -> None:
     mesh = Mesh(2, fault_tasks.REPLICAS)
     for case in fault_tasks.CASES:
         expected = None if case == "robust" else fault_tasks.faulty("virtual", case)

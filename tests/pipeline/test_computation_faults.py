@@ -110,7 +110,7 @@ def test_a_step_in_which_nothing_is_left_does_nothing() -> None:
 @pytest.mark.parametrize("clip", [{}, {"gradient_clip_val": 0.05}])
 def test_weight_gradients_that_are_not_finite_are_left_out_of_their_stage_and_told(clip: dict[str, Any]) -> None:
     """The other stages count the micro-batches, so a parameter of theirs gets what a plain run gives it, for one step."""
-    strategy, module = virtual(2, 4), tasks.Classifier("sgd")
+    strategy, module = virtual(2, 4, response=ls.Response(gradient_audit_rate=None)), tasks.Classifier("sgd")
     injector = ls.AttackInjector("gradient_contribution", workers=[(1, 2)], start_step=0)
     run = tasks.trainer(strategy, 1, 3, [injector], **clip)
     run.fit(module, tasks.loader(16))
@@ -172,6 +172,10 @@ def test_a_witness_is_told_what_was_made_and_what_should_have_been(attack: Any, 
     tasks.trainer(strategy, 1, 3, [injector, Witnesses()]).fit(module, tasks.loader(6))
     assert set(told) == seen
     assert all(places <= {(ls.Worker(1, 1), step, slot) for step in (1, 2) for slot in (0, 1)} for places in told.values())
+
+
+def test_audits_find_who_corrupts_weight_gradients() -> None:
+    fault_tasks.check_corrupted(fault_tasks.corrupted(3, 4, "virtual"), 3, 4)
 
 
 class Counts(tasks.Classifier):

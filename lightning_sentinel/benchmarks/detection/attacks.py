@@ -11,6 +11,7 @@ from lightning_sentinel.errors import ConfigurationError
 __all__ = [
     "BROKEN",
     "COLLUDING",
+    "CONTRIBUTED",
     "FAULTY",
     "HIDDEN",
     "IMITATING",
@@ -102,6 +103,16 @@ BROKEN: dict[str, Any] = {
     "silent corruption, rare": _attack("silent_corruption", rate=_RATE / 10),
 }
 """Those of a processor that sometimes multiplies matrices wrongly."""
+CONTRIBUTED: dict[str, Any] = {
+    "weights x1": _attack("gradient_contribution", factor=1.0),
+    "weights x-1": _attack("gradient_contribution", factor=-1.0),
+    "weights x10": _attack("gradient_contribution", factor=10.0),
+    "weights x0": _attack("gradient_contribution", factor=0.0),
+    "weights bias 0.3": _attack("gradient_contribution", factor=1.0, bias=0.3),
+    "weights bias 0.1": _attack("gradient_contribution", factor=1.0, bias=0.1),
+}
+"""Those of a worker that sends honest signals, and adds something else to its stage's weight gradients. The first is no attack: it
+has contributions looked at where nobody lies."""
 
 _STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
     "scale": ("factor", (0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.5)),
@@ -133,7 +144,7 @@ ROLES: dict[str, Any] = {
 WITHIN: dict[str, Any] = {name: name for name in INSIDERS} | ROLES
 """Those of who knows more than a worker should, or lies beside what it sends."""
 
-NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | BROKEN | SWEPT | ROLES
+NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | CONTRIBUTED | BROKEN | SWEPT | ROLES
 
 
 def attack_named(name: str) -> Any:

@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_sentinel.benchmarks.detection.attacks import BROKEN, COLLUDING, HIDDEN, PUBLISHED, SWEPT, WITHIN, attack_named
+from lightning_sentinel.benchmarks.detection.attacks import (
+    BROKEN,
+    COLLUDING,
+    CONTRIBUTED,
+    HIDDEN,
+    PUBLISHED,
+    SWEPT,
+    WITHIN,
+    attack_named,
+)
 from lightning_sentinel.benchmarks.detection.scenarios import Scenario, Training, choose
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.verification.features import FAMILIES
@@ -269,6 +278,15 @@ SUITES: dict[str, Suite] = {
         directions=("both",),
         fraction=1 / 6,
         training=Training(stages=4, replicas=6, micro_batches=1),
+    ),
+    "contributions": Suite(
+        "Who corrupts weight gradients inside a stage?",
+        _attacks,
+        methods=("unprotected", "audited"),
+        attacks=CONTRIBUTED,
+        directions=("both",),
+        fraction=1 / 3,
+        training=Training(stages=6, replicas=6),
     ),
     "strength": Suite("Is what goes undetected harmless?", _attacks, attacks=SWEPT),
     "clean": Suite(

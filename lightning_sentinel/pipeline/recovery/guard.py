@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
+from lightning_sentinel.pipeline.recovery.contribution_checks import ContributionChecks, Contributions
 from lightning_sentinel.pipeline.recovery.reference_updates import Apart, ReferenceUpdates
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.step_results import Ruling
@@ -49,6 +50,7 @@ from lightning_sentinel.wiring import Wiring
 __all__ = ["Guard"]
 
 _SECRET = "secret/seed"
+_CONTRIBUTIONS = "contributions/"
 
 
 class Guard:
@@ -99,6 +101,7 @@ class Guard:
         self._schedule = None if self._rate is None else AuditSchedule(self._mesh, self._rate, seed)
         self._jury = Jury(self._mesh, seed)
         self.tolerances.seed = seed
+        self.contributions = ContributionChecks(self._mesh, verification, self._response)
         for verifier in self.verifiers.values():
             verifier.use_secret(verification)
 
@@ -136,10 +139,8 @@ class Guard:
         return tuple(self._updates.refused[Worker(self._worker.stage, replica)] for replica in range(self._mesh.replicas))
 
     def lane_seed(self, step: int) -> int | None:
-        """The seed that deals workers to lanes while one of them is a suspect, or contradicts others; ``None`` while none is.
-
-        Shuffling singles out a worker that makes others look bad: it is out of line whichever workers share its lane.
-        """
+        """The seed that deals workers to lanes while one of them is a suspect, or contradicts others; ``None`` while none is."""
+        # Shuffling singles out a worker that makes others look bad: it is out of line whichever workers share its lane.
         order = self.ledger.order(step) if self.replaces_malformed else None
         return None if order is None else derive_seed(self.secret, "lanes", order)
 
@@ -168,10 +169,7 @@ class Guard:
         return [] if lane is None else [lane]
 
     def project(self, boundary: Boundary, signal: Tensor) -> Projection | None:
-        """The projection, along secret directions, of a signal that the senders of ``boundary`` received, for its verifiers.
-
-        ``None`` if the method does not compare inputs.
-        """
+        """The projection of what senders of ``boundary`` received on secret directions; ``None`` if inputs are not compared."""
         if not self.compares_inputs:
             return None
         if boundary not in self._secrets:
@@ -231,6 +229,7 @@ class Guard:
         broken: Tensor | None = None,
         refused: Tensor | None = None,
         subjects: Collection[Subject] = (Subject.SIGNAL,),
+        contributions: Contributions | None = None,
     ) -> Ruling:
         """Judge the step, enter it into the ledger, and learn from it.
 
@@ -243,16 +242,19 @@ class Guard:
             broken: ``(stages, lanes, micro_batches)`` bool, whether the weight gradients are unusable; ``None`` if not checked.
             refused: ``(stages, replicas, replicas)``, :attr:`refused` as each rank reports it; ``None`` if not checked.
             subjects: what ``ask`` can have recomputed; the same on all ranks.
+            contributions: what workers add to the weight gradients of their stages; ``None`` if none is audited.
         """
         wiring = plan.wiring
         step = plan.number
         excludes = self.replaces_malformed
-        assessment = self._assess(table, wiring)
+        assessment = self.calibration.assess(table, wiring, self.ledger.banned_senders(self._mesh))
         heights = self.calibration.heights(wiring)
         if ask is not None:
             no_notes = () if self.compares_inputs else (Subject.NOTE,)
             hear = partial(self._jury.hear, ask=ask, subjects=frozenset(subjects).difference(no_notes))
             verdict = self._judge_with_audits(table, assessment, heights, plan, hear)
+            if contributions is not None:
+                verdict = self.contributions.judged(verdict, contributions, plan, self.ledger)
             exonerated = Counter(detection.worker for detection in verdict.detections if detection.confirmed is False)
             found = verdict.audits, verdict.flagged, exonerated, verdict.guilty, verdict.outvoted
             banned = self.ledger.record_audits(step, *found, self._mesh)
@@ -304,12 +306,6 @@ class Guard:
             verifier.forget_step()
         for rows in self._rows.values():
             rows.clear()
-
-    def _assess(self, table: SignalTable, wiring: Wiring) -> Assessment:
-        banned = torch.zeros(self._mesh.stages, self._mesh.replicas, dtype=torch.bool)
-        for worker in self.ledger.banned:
-            banned[worker.stage, worker.replica] = True
-        return self.calibration.assess(table, wiring, banned[[boundary.sender for boundary in self._mesh.boundaries]])
 
     def _learn(
         self,
@@ -374,6 +370,7 @@ class Guard:
         }
         if learned:
             learned[_SECRET] = torch.tensor(self.secret)
+            learned |= {f"{_CONTRIBUTIONS}{name}": value for name, value in self.contributions.state_dict().items()}
         return learned
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -397,4 +394,6 @@ class Guard:
         if _SECRET in state:
             # With this run's own secret the loaded values would mean nothing: they were measured along other directions.
             self._keep_secret(replace(self._secret, seed=int(state[_SECRET])))
+        said = {name.removeprefix(_CONTRIBUTIONS): value for name, value in state.items() if name.startswith(_CONTRIBUTIONS)}
+        self.contributions.load_state_dict(said)
         self._put_fences()
