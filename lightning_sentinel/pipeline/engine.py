@@ -123,10 +123,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.gradients = StageGradients(stage, mesh, worker, options, arithmetic, tied, *stepped)
         self.gradients.make_equal(frozenset() if guard is None else guard.ledger.banned)
         recomputation = Recomputation(stage, self._local.is_last, steps, self.device, arithmetic.forward_context)
-
-        def recompute(direction: Direction, micro_batch_id: MicroBatchId, given: Inputs) -> Tensor:
-            return recomputation(direction, micro_batch_id, given, self._step_under_way)
-
+        recompute = partial(self._signal_again, recomputation)
         tolerances = Tolerances(mesh, 0) if guard is None else guard.tolerances
         computed_in = recomputation.computed_in
         of_stage = StageRecomputation(self._samples, partial(self._weights_again, recomputation), self._sketch, computed_in)
@@ -253,6 +250,11 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         )
 
     # --------------------------------------------------------------------------------------------------------------- audits
+
+    def _signal_again(
+        self, recomputation: Recomputation, direction: Direction, micro_batch_id: MicroBatchId, given: Inputs
+    ) -> Tensor:
+        return recomputation(direction, micro_batch_id, given, self._step_under_way)
 
     def _weights_again(self, recomputation: Recomputation, micro_batch_id: MicroBatchId, given: Inputs) -> list[Tensor | None]:
         return recomputation.weight_gradients(micro_batch_id, given, self._step_under_way)

@@ -49,7 +49,7 @@ def test_a_mesh_in_one_process_waits_once_a_step(on_host: tuple[dict[str, Any], 
     honest, lied = audited["reads"][: fits.LIES_FROM], audited["reads"][fits.LIES_FROM :]
     assert [of_the_package(step) for step in honest] == [once] * len(honest)
     # A batch with a lie is run twice, and audits of the first time read who lied.
-    twice = {"pipeline/virtual.py:_on_host": 2, "pipeline/virtual_audits.py:_known_errors": 1}
+    twice = {"pipeline/virtual.py:_on_host": 2, "pipeline/virtual_audits.py:_error": 1}
     assert of_the_package(lied[0]) == twice and all(of_the_package(step) in (once, twice) for step in lied)
     assert set(audited["banned"]) == {ls.Worker(1, 1)}
 
