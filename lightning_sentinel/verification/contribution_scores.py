@@ -24,7 +24,15 @@ from lightning_sentinel.verification.sketches import SKETCHED
 from lightning_sentinel.verification.table import MAX_SCORE
 from lightning_sentinel.verification.window import FenceRule, FenceWindow
 
-__all__ = ["CONTRIBUTION_FEATURES", "ContributionScores", "Reference", "Scored", "contribution_features", "whitening_of"]
+__all__ = [
+    "CONTRIBUTION_FEATURES",
+    "ContributionScores",
+    "Reference",
+    "Scored",
+    "among_replicas",
+    "contribution_features",
+    "whitening_of",
+]
 
 CONTRIBUTION_FEATURES = ("size", "distance", "direction", "persistence")
 """The logarithm of a contribution's norm; that of its Mahalanobis distance to the median replica; the moving average of its
@@ -59,6 +67,7 @@ class Reference(NamedTuple):
         covariance: ``(stages, SKETCHED, SKETCHED)``, of honest deviations around their moving averages.
         agreement: ``(stages, replicas)``, moving average of each worker's cosine with the others.
         whitening: ``(stages, SKETCHED, SKETCHED)``, from :func:`whitening_of` the covariance some steps ago.
+        votes: ``(stages, replicas, F)``, each worker's features when it last contributed, before the median was subtracted.
     """
 
     momentum: Tensor
@@ -66,6 +75,7 @@ class Reference(NamedTuple):
     covariance: Tensor
     agreement: Tensor
     whitening: Tensor
+    votes: Tensor
 
     @classmethod
     def empty(cls, stages: int, replicas: int) -> Reference:
@@ -77,6 +87,7 @@ class Reference(NamedTuple):
             covariance=torch.zeros_like(identity),
             agreement=zeros(stages, replicas),
             whitening=identity,
+            votes=torch.full((stages, replicas, len(CONTRIBUTION_FEATURES)), torch.nan, dtype=torch.float64),
         )
 
     def trusted(self, present: Tensor) -> Tensor:
@@ -99,12 +110,14 @@ class Scored(NamedTuple):
         features: ``(stages, replicas, F)``; NaN where there is no contribution, or it is not finite.
         means: ``(stages, replicas, SKETCHED)``, sketches of mean gradients; NaN likewise.
         agreement: ``(stages, replicas)``, the moving average of each worker's cosine with the others, this step included.
+        votes: ``(stages, replicas, F)``, the features before their median was subtracted.
     """
 
     score: Tensor
     features: Tensor
     means: Tensor
     agreement: Tensor
+    votes: Tensor
 
 
 def whitening_of(covariance: Tensor, lengths: Tensor) -> Tensor:
@@ -127,6 +140,8 @@ def whitening_of(covariance: Tensor, lengths: Tensor) -> Tensor:
 
 def contribution_features(means: Tensor, known: Reference) -> tuple[Tensor, Tensor]:
     """The features of a step's contributions, ``(stages, replicas, F)``, and the new agreement, ``(stages, replicas)``.
+
+    They are yet to be compared with those of the other replicas.
 
     Args:
         means: ``(stages, replicas, SKETCHED)``, sketches of mean gradients; NaN where a worker has none.
@@ -158,11 +173,27 @@ def contribution_features(means: Tensor, known: Reference) -> tuple[Tensor, Tens
         agreement,
         (deviations.norm(dim=-1) + _TINY).log(),
     ]
-    features = torch.stack(relative, dim=-1).masked_fill(~present[..., None], torch.nan)
-    features = features - median(features, dim=1)[:, None]
+    return torch.stack(relative, dim=-1).masked_fill(~present[..., None], torch.nan), agreement
+
+
+def among_replicas(features: Tensor, votes: Tensor) -> Tensor:
+    """Features ``(stages, replicas, F)`` relative to the median replica.
+
+    Args:
+        features: from :func:`contribution_features`.
+        votes: of the same shape, the earlier features of workers that rest in this step, else NaN: of those that are left most may
+            be liars.
+
+    Example:
+        >>> features, votes = torch.full((1, 5, 4), torch.nan), torch.full((1, 5, 4), torch.nan)
+        >>> features[0, :4, 0], votes[0, 4:, 0] = torch.tensor([0.0, 1.0, 9.0, 9.0]), 0.5
+        >>> among_replicas(features, votes)[0, :, 0]
+        tensor([-1.,  0.,  8.,  8., nan])
+    """
+    relative = features - median(torch.where(features.isnan(), votes, features), dim=1)[:, None]
     # Deviations that cancel out are nobody's fault, and neither are those that begin anew.
-    features[..., -1].clamp_(min=0.0)
-    return features, agreement
+    relative[..., -1].clamp_(min=0.0)
+    return relative
 
 
 class ContributionScores:
@@ -186,25 +217,28 @@ class ContributionScores:
         self._known = Reference.empty(mesh.stages, mesh.replicas)
         self._senders = torch.arange(mesh.replicas).expand(mesh.stages, -1)
 
-    def assess(self, sketches: Tensor, weights: Tensor) -> Scored:
+    def assess(self, sketches: Tensor, weights: Tensor, absent: Tensor | None = None) -> Scored:
         """Score the contributions of a step.
 
         Args:
             sketches: ``(stages, replicas, SKETCHED)``, of summed gradients.
             weights: ``(stages, replicas)``, how much data each is of; 0 for a worker that contributes nothing.
+            absent: ``(stages, replicas)`` bool, workers that are banned or found out, with which nobody is compared; ``None`` if
+                there are none.
         """
         present = weights > 0
         finite = present & sketches.isfinite().all(dim=-1)
         # In double precision squares of what float32 holds do not overflow.
         means = (sketches.double() / weights[..., None]).masked_fill(~finite[..., None], torch.nan)
         found, agreement = contribution_features(means, self._known)
-        features = found.float()
+        unheard = present if absent is None else present | absent
+        features = among_replicas(found, self._known.votes.masked_fill(unheard[..., None], torch.nan)).float()
         fences = Fences(*(part[:, None] for part in self._window.fences.parts()))
         score = torch.where(finite, fences.scores(features).amax(dim=-1), 0.0)
         # Where most of a stage have such gradients, the training overflows.
         usable = 2 * finite.sum(dim=1) >= present.sum(dim=1)
         score = score.masked_fill(present & ~finite & usable[:, None], MAX_SCORE).clamp(max=MAX_SCORE)
-        return Scored(score, features, means, agreement)
+        return Scored(score, features, means, agreement, found)
 
     def learn(self, scored: Scored, honest: Tensor, cleared: Tensor) -> None:
         """Learn from a step.
@@ -227,7 +261,7 @@ class ContributionScores:
             self._window.fit()
 
     def _follow(self, scored: Scored, honest: Tensor) -> None:
-        momentum, deviations, covariance, agreement, whitening = self._known
+        momentum, deviations, covariance, agreement, whitening, votes = self._known
         means = scored.means.masked_fill(~honest[..., None], torch.nan)
         centre = median(means, dim=1)
         pointing = median(means.masked_fill(~self._known.trusted(honest)[..., None], torch.nan), dim=1)
@@ -249,6 +283,7 @@ class ContributionScores:
             torch.where(seen[:, None, None], spread if first else torch.lerp(spread, covariance, _COVARIANCE_BETA), covariance),
             torch.where(honest, scored.agreement, agreement),
             whitening,
+            torch.where(honest[..., None], scored.votes, votes),
         )
         if self._steps % _STEPS_BETWEEN_FITS == 0:
             lengths = median(means.norm(dim=-1), dim=1).nan_to_num()
@@ -268,7 +303,8 @@ class ContributionScores:
         self._steps = int(state["steps"])
         saved = Reference(**{name: state[name].cpu().clone() for name in Reference._fields})
         if saved.deviations.shape != self._known.deviations.shape:
-            saved = saved._replace(deviations=self._known.deviations, agreement=self._known.agreement)
+            own = self._known
+            saved = saved._replace(deviations=own.deviations, agreement=own.agreement, votes=own.votes)
         self._known = saved
         for stage in range(len(self._senders)):
             prefix = f"{stage}."

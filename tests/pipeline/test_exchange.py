@@ -334,3 +334,18 @@ def test_of_two_ranks_that_disagree_both_are_named() -> None:
 
     with ranks(mesh.size) as world:
         world.run(work)
+
+
+def test_contributions_are_known_by_worker_to_all_ranks() -> None:
+    mesh = Mesh(2, 3)
+    wiring = Wiring.of(mesh, {Worker(0, 2)})
+
+    def work(rank: int) -> Tensor | None:
+        worker = mesh.worker(rank)
+        sketch = torch.tensor([float(worker.stage), float(worker.replica), torch.nan])
+        return Exchange(mesh, CPU).run(plan_of(mesh, wiring), nothing(contribution=sketch)).contributions
+
+    with ranks(mesh.size) as world:
+        for found in world.run(work):
+            assert found[..., :2].tolist() == [[[stage, replica] for replica in range(3)] for stage in range(2)]
+            assert found[..., 2].isnan().all()

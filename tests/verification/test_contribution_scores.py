@@ -8,7 +8,13 @@ from torch import Tensor
 
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Mesh
-from lightning_sentinel.verification.contribution_scores import ContributionScores, Reference, contribution_features
+from lightning_sentinel.verification.contribution_scores import (
+    CONTRIBUTION_FEATURES,
+    ContributionScores,
+    Reference,
+    among_replicas,
+    contribution_features,
+)
 from lightning_sentinel.verification.sketches import SKETCHED
 from lightning_sentinel.verification.table import MAX_SCORE
 
@@ -68,6 +74,19 @@ def test_two_of_six_are_found_within_some_steps(name: str) -> None:
     assert share <= 0.02
 
 
+def test_half_of_those_that_are_at_work_are_found_as_long_as_others_rest() -> None:
+    """Where other stages are hit by bans two of six rest, and the two liars are half of those that do not."""
+    generator = torch.Generator().manual_seed(0)
+    scores = ContributionScores(Mesh(1, REPLICAS), Verification(warmup_steps=WARMUP))
+    everyone = torch.ones(1, REPLICAS)
+    for _ in range(WARMUP + 1):
+        scored = scores.assess(noise_of(generator)[:1], everyone)
+        scores.learn(scored, everyone > 0, scored.score > 1)
+    sketches, weights = noise_of(generator)[:1], torch.tensor([[0.0, 1, 0, 1, 1, 1]])
+    sketches[0, LIARS] *= 10
+    assert (scores.assess(sketches, weights).score > 1).tolist() == [[False, True, False, False, True, False]]
+
+
 def test_a_contribution_that_is_not_finite_is_out_of_line_unless_most_are() -> None:
     scores, weights = ContributionScores(Mesh(1, 4), Verification()), torch.ones(1, 4)
     sketches = torch.ones(1, 4, SKETCHED)
@@ -80,8 +99,10 @@ def test_a_contribution_that_is_not_finite_is_out_of_line_unless_most_are() -> N
 def test_who_contributes_nothing_is_not_scored_nor_changes_the_others() -> None:
     means = torch.randn(1, 4, SKETCHED, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     missing = torch.cat((means, torch.full((1, 1, SKETCHED), torch.nan, dtype=torch.float64)), dim=1)
-    features, _ = contribution_features(means, Reference.empty(1, 4))
-    others, agreement = contribution_features(missing, Reference.empty(1, 5))
+    nobody = torch.full((1, 5, len(CONTRIBUTION_FEATURES)), torch.nan)
+    features = among_replicas(contribution_features(means, Reference.empty(1, 4))[0], nobody[:, :4])
+    raw, agreement = contribution_features(missing, Reference.empty(1, 5))
+    others = among_replicas(raw, nobody)
     torch.testing.assert_close(others[:, :4], features)
     assert others[0, 4].isnan().all() and float(agreement[0, 4]) == 0
 
