@@ -343,7 +343,7 @@ def test_contributions_are_known_by_worker_to_all_ranks() -> None:
     def work(rank: int) -> Tensor | None:
         worker = mesh.worker(rank)
         sketch = torch.tensor([float(worker.stage), float(worker.replica), torch.nan])
-        return Exchange(mesh, CPU).run(plan_of(mesh, wiring), nothing(contribution=sketch)).contributions
+        return exchange_of(mesh).run(plan_of(mesh, wiring), nothing(contribution=sketch)).contributions
 
     with ranks(mesh.size) as world:
         for found in world.run(work):
