@@ -50,7 +50,7 @@ _FURTHEST = 2.0
 _FEWEST = 2
 _RATE = 0.05
 """Share of honest contributions that fences are fitted to leave outside; what is outside is only recomputed. Fences leave room for
-more than the values that they were fitted to, so that far fewer are: see the detection benchmark."""
+more than the values that they were fitted to, so that far fewer are."""
 _RELATIVE = 1e-6
 """Differences that are smaller, relative to the gradient, are rounding."""
 _TINY = 1e-30
