@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -32,7 +33,7 @@ WARP = 32
 
 
 @dataclass
-class ProductFault:
+class ProductFault(ABC):
     """Base of faults in matrix products: chooses which products are struck.
 
     Args:
@@ -68,9 +69,9 @@ class ProductFault:
         """The result of a product that is not struck."""
         return result.clone()
 
+    @abstractmethod
     def struck(self, result: Tensor, context: AttackContext, draws: random.Random) -> Tensor:
         """The wrong result of a product."""
-        raise NotImplementedError
 
 
 @dataclass

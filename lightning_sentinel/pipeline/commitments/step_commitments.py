@@ -42,6 +42,11 @@ class StepCommitments:
         signed = self.sent.get(signal)
         return None if signed is None else signed.statement.digest
 
+    def agrees(self, signal: SignalId) -> bool:
+        """Whether the sender says what it sent, and the receiver that it got the same."""
+        sent = self.sent_digest(signal)
+        return sent is not None and sent == self.received.get(signal)
+
     def contradictions(self, mesh: Mesh, wiring: Wiring) -> list[Transfer]:
         """The messages about which sender and receiver disagree, in order; with those signals about which both are silent.
 

@@ -150,8 +150,12 @@ class Audits:
         Returns:
             the vote of each of these workers.
         """
-        if not asked:
-            return []
+        # Nobody can judge a signal of which nobody knows what was sent: this run only reports, or the step would be done again.
+        known = [one for one in asked if commitments.agrees(_signal_of(one[0]))]
+        words = iter(self._ask(known, plan, commitments) if known else ())
+        return [next(words) if commitments.agrees(_signal_of(case)) else Outcome.MATCHES for case, _ in asked]
+
+    def _ask(self, asked: Sequence[tuple[Case, Worker]], plan: StepPlan, commitments: StepCommitments) -> list[Outcome]:
         needed = [self._needs(case, plan) for case, _ in asked]
         handed = self._handed(asked, needed)
         answers: list[_Answer | None] = []
@@ -189,6 +193,9 @@ class Audits:
         vote = decode(entry.numpy().tobytes())
         credentials = self._transcript.credentials
         signal = _signal_of(case)
+        if not credentials.hold(commitments.sent[signal]):
+            # The sender has signed a row in which it does not sign its signal.
+            return Outcome.LIED
         statement = says(vote, auditor, commitments.sent[signal].statement, self._live(case, plan), credentials)
         if credentials.keys:
             words = testimony(vote, statement, credentials)

@@ -25,6 +25,7 @@ from lightning_sentinel.trust.credentials import Credentials
 from lightning_sentinel.trust.digests import Algorithm
 from lightning_sentinel.trust.evidence import Reason, Testimony
 from lightning_sentinel.trust.identity import Identity
+from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Kind, Moment, SignalId, SignalStatement
 from lightning_sentinel.trust.verify_evidence import verify_evidence
 from lightning_sentinel.verification.audit import Outcome
@@ -135,6 +136,7 @@ class Toy:
         own = credentials(self.mesh, sender)
         said = SignalStatement(Moment(RUN, 3, 1), sender, place, False, own.digest(signal))
         self.commitments.sent[place] = own.sign(said)
+        self.commitments.received[place] = said.digest
 
     def _loss_gradient(self, output: Tensor, part: MicroBatchId) -> Tensor:
         return 0.5 * (output - self.batches[part][1])
@@ -364,6 +366,20 @@ def test_a_vote_that_its_auditor_has_not_signed_blames_nobody() -> None:
 
     assert torch.equal(toy.audit(boundary, signals, says={toy.asked(boundary, 0, 0)[0]: forged}), expected(toy, {}))
     assert not toy.testimonies
+
+
+def test_of_a_signal_about_which_its_sender_is_silent_nobody_says_anything() -> None:
+    boundary = Boundary(0, A)
+    toy = Toy(Mesh(2, 3), {(boundary, 1, 0), (boundary, 2, 1)})
+    del toy.commitments.sent[SignalId(Kind.SIGNAL, boundary, 1, 0)]
+    assert torch.equal(toy.audit(boundary), expected(toy, {(2, 1): LIED}))
+
+
+def test_a_signal_that_its_sender_has_not_signed_is_a_lie() -> None:
+    boundary, toy = Boundary(0, A), Toy(Mesh(2, 3))
+    place = SignalId(Kind.SIGNAL, boundary, 1, 0)
+    toy.commitments.sent[place] = Signed(toy.commitments.sent[place].statement, bytes(64))
+    assert torch.equal(toy.audit(boundary), expected(toy, {(1, 0): LIED}))
 
 
 def test_of_a_lie_there_are_the_signed_words_of_all_others() -> None:
