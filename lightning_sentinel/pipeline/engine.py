@@ -235,9 +235,12 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             refused=outcome.refused,
             contributions=contributions,
         )
-        return (
-            ruling if commitments is None else ruling._replace(evidence=self._audits.signals.evidence(ruling.banned, commitments))
-        )
+        if commitments is None:
+            return ruling
+        evidence = self._audits.signals.evidence(ruling.banned, commitments)
+        # Where a run only reports they lead to nothing, and are told.
+        pairs = sorted({(transfer.sender, transfer.receiver) for transfer in contradictions})
+        return ruling._replace(evidence=evidence, contradictions=pairs)
 
     def returned(self) -> Any:
         running = self._step_under_way

@@ -100,7 +100,8 @@ class Announcements:
             if not {one, other}.intersection(ruling.banned) and self._is_news(one, f"contradicts {other}"):
                 say(
                     f"Contradiction at step {step}: {one} says that it sent {other} something else than {other} says that it"
-                    " received. One of the two lies, or the network does; the step is done again without one of them."
+                    " received. One of the two lies, or the network does; "
+                    + ("the step is done again without one of them." if ruling.excluded else "this run only reports it.")
                 )
         then = "the step is done again without it" if ruling.excluded else "this run only reports it"
         for worker in sorted(verdict.guilty.difference(ruling.banned)):

@@ -22,7 +22,7 @@ from lightning_sentinel.verification.jury import ContributionCase, Judgement, Ju
 from lightning_sentinel.verification.sketches import SKETCHED, GradientSketch
 from lightning_sentinel.wiring import MicroBatchId
 from tests.pipeline.ranks import ranks
-from tests.pipeline.recovery.test_auditing import SAMPLES, Toy, credentials
+from tests.pipeline.recovery.toys import SAMPLES, Toy, credentials
 
 A, G = Direction.ACTIVATION, Direction.GRADIENT
 
