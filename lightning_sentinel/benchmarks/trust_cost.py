@@ -74,26 +74,30 @@ EXAMPLES = (
 """Trainings on machines that are connected by 1 Gbit/s; on paper."""
 
 
+def _readable(size: float) -> str:
+    """A number of bytes in few characters.
+
+    Example:
+        >>> _readable(264), _readable(23042), _readable(805306368)
+        ('264 B', '23 kB', '805 MB')
+    """
+    for unit, scale in (("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.0f} {unit}"
+    return f"{size:.0f} B"
+
+
 def table_of_traffic(trainings: tuple[StepTraffic, ...]) -> Table:
-    """Bytes of a step, and the seconds that 1 Gbit/s takes for them."""
+    """Bytes of a worker in a step, and the seconds that 1 Gbit/s takes for them.
+
+    Its signals, its row, the digests and signatures in the row by which it is bound, those for each signal, and the rows of all.
+    """
     table = Table(title="A worker's bytes in a step, and what 1 Gbit/s takes for them")
-    for heading in (
-        "",
-        "signals",
-        "row",
-        "of it commitments",
-        "a signal",
-        "table of all rows",
-        "signals (s)",
-        "table (s)",
-        "share",
-    ):
+    for heading in ("", "signals", "row", "bound by", "a signal", "all rows", "signals", "all rows", "share"):
         table.add_column(heading, justify="right" if heading else "left")
     for one in trainings:
-        seconds = (f"{8 * size / _GIGABIT:.2f}" for size in (one.signal_bytes, one.table_bytes))
         a_signal = one.commitment_bytes / (len(Direction) * one.micro_batches)
-        sizes = (one.signal_bytes, one.row_bytes, one.commitment_bytes)
-        table.add_row(
-            one.name, *(f"{size:,}" for size in sizes), f"{a_signal:.0f}", f"{one.table_bytes:,}", *seconds, f"{one.share:.2%}"
-        )
+        sizes = map(_readable, (one.signal_bytes, one.row_bytes, one.commitment_bytes, a_signal, one.table_bytes))
+        seconds = (f"{8 * size / _GIGABIT:.2f} s" for size in (one.signal_bytes, one.table_bytes))
+        table.add_row(one.name, *sizes, *seconds, f"{one.share:.2%}")
     return table
