@@ -7,10 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from torch import Tensor
 
 from lightning_sentinel.mesh import Worker
-from lightning_sentinel.pipeline.commitments.step_commitments import encode
+from lightning_sentinel.pipeline.commitments.step_commitments import Received, encode
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.trust.credentials import Credentials
-from lightning_sentinel.trust.digests import Digest
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Moment, SignalId, SignalStatement
 
@@ -33,7 +32,7 @@ class Recorder:
         self._credentials = credentials
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commitments")
         self._sent: dict[SignalId, Future[Signed[SignalStatement]]] = {}
-        self._received: dict[SignalId, Future[Digest]] = {}
+        self._received: dict[SignalId, Future[Received]] = {}
         self._plan: StepPlan | None = None
 
     def begin(self, plan: StepPlan) -> None:
@@ -53,13 +52,13 @@ class Recorder:
             moment = self._plan.moment(self._credentials.run)
             self._sent[signal] = self._thread.submit(self._signed, moment, signal, tensor.detach(), tainted)
 
-    def received(self, signal: SignalId, tensor: Tensor) -> None:
-        """Record a message that this worker receives."""
+    def received(self, signal: SignalId, tensor: Tensor, tainted: Tensor | None = None) -> None:
+        """Record a message that this worker receives; arguments are those of :meth:`sent`."""
         if self._plan is not None and self._plan.audited:
-            self._received[signal] = self._thread.submit(self._credentials.digest, tensor.detach())
+            self._received[signal] = self._thread.submit(self._content, tensor.detach(), tainted)
 
     def finish(self) -> bytes:
-        """This worker's part of the step's commitments, of which :func:`step_commitments.encode` says what it is.
+        """What this worker says about the step's messages, as :func:`step_commitments.encode` puts it.
 
         Waits for the thread. Empty in a step that is not audited.
         """
@@ -76,6 +75,8 @@ class Recorder:
         self._received.clear()
 
     def _signed(self, moment: Moment, signal: SignalId, tensor: Tensor, tainted: Tensor | None) -> Signed[SignalStatement]:
-        digest = self._credentials.digest(tensor)
-        statement = SignalStatement(moment, self._worker, signal, tainted is not None and bool(tainted), digest)
-        return self._credentials.sign(statement)
+        content = self._content(tensor, tainted)
+        return self._credentials.sign(SignalStatement(moment, self._worker, signal, *content))
+
+    def _content(self, tensor: Tensor, tainted: Tensor | None) -> Received:
+        return Received(tainted is not None and bool(tainted), self._credentials.digest(tensor))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
@@ -18,11 +19,24 @@ from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Kind, Moment, SignalId, SignalStatement, Transfer
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["StepCommitments", "decode", "encode", "length"]
+__all__ = ["Received", "StepCommitments", "decode", "encode", "length"]
 
 _SENT_BYTES = 1 + DIGEST_BYTES + SIGNATURE_BYTES
-_BYTES = _SENT_BYTES + DIGEST_BYTES
-"""Of one place: taint, digest and signature of what was sent, then the digest of what was received."""
+_RECEIVED_BYTES = 1 + DIGEST_BYTES
+_BYTES = _SENT_BYTES + _RECEIVED_BYTES
+"""Of one place: taint, digest and signature of what was sent, then taint and digest of what was received."""
+
+
+class Received(NamedTuple):
+    """What a receiver says that it received.
+
+    Args:
+        tainted: whether the message came with the taint flag; a note has none.
+        digest: of the tensor.
+    """
+
+    tainted: bool
+    digest: Digest
 
 
 @dataclass
@@ -31,21 +45,28 @@ class StepCommitments:
 
     Args:
         sent: what senders say, and sign.
-        received: the digest of what receivers say that they received.
+        received: what receivers say that they received.
+        sealed: the seals of what workers have drawn for the step.
     """
 
     sent: dict[SignalId, Signed[SignalStatement]] = field(default_factory=dict)
-    received: dict[SignalId, Digest] = field(default_factory=dict)
+    received: dict[SignalId, Received] = field(default_factory=dict)
+    sealed: dict[Worker, Digest] = field(default_factory=dict)
 
     def sent_digest(self, signal: SignalId) -> Digest | None:
         """The digest of what the sender says that it sent; ``None`` if it says nothing."""
         signed = self.sent.get(signal)
         return None if signed is None else signed.statement.digest
 
+    def is_tainted(self, signal: SignalId) -> bool:
+        """Whether the sender says that it left the micro-batch out."""
+        signed = self.sent.get(signal)
+        return signed is not None and signed.statement.tainted
+
     def agrees(self, signal: SignalId) -> bool:
         """Whether the sender says what it sent, and the receiver that it got the same."""
-        sent = self.sent_digest(signal)
-        return sent is not None and sent == self.received.get(signal)
+        signed = self.sent.get(signal)
+        return signed is not None and _content(signed.statement) == self.received.get(signal)
 
     def contradictions(self, mesh: Mesh, wiring: Wiring) -> list[Transfer]:
         """The messages about which sender and receiver disagree, in order; with those signals about which both are silent.
@@ -54,8 +75,8 @@ class StepCommitments:
             mesh: all workers.
             wiring: which worker served which lane.
         """
-        sent = {_transfer(signal, mesh, wiring): one.statement.digest for signal, one in self.sent.items()}
-        received = {_transfer(signal, mesh, wiring): digest for signal, digest in self.received.items()}
+        sent = {_transfer(signal, mesh, wiring): _content(one.statement) for signal, one in self.sent.items()}
+        received = {_transfer(signal, mesh, wiring): one for signal, one in self.received.items()}
         silent = [one for one in _signals(mesh, wiring) if one not in self.sent and one not in self.received]
         return sorted([*mismatches(sent, received), *(_transfer(signal, mesh, wiring) for signal in silent)])
 
@@ -68,19 +89,19 @@ def length(slots: int) -> int:
 
     Example:
         >>> length(slots=4)
-        2096
+        2145
     """
-    return _BYTES * len(Kind) * len(Direction) * slots
+    return _BYTES * len(Kind) * len(Direction) * slots + DIGEST_BYTES
 
 
 def encode(
-    sent: Mapping[SignalId, Signed[SignalStatement]], received: Mapping[SignalId, Digest], worker: Worker, lane: int, slots: int
+    sent: Mapping[SignalId, Signed[SignalStatement]], received: Mapping[SignalId, Received], worker: Worker, lane: int, slots: int
 ) -> bytes:
-    """A worker's part.
+    """A worker's part, to which its seal is still to be added.
 
     Args:
         sent: what it says about the messages that it sent.
-        received: the digests of the messages that it received.
+        received: what it says about the messages that it received.
         worker: whose part it is.
         lane: that the worker serves.
         slots: the most micro-batches of a lane.
@@ -91,8 +112,8 @@ def encode(
         said = bytes(_SENT_BYTES)
         if signed is not None:
             said = bytes([signed.statement.tainted]) + signed.statement.digest.encode() + signed.signature
-        digest = received.get(incoming)
-        pieces += [said, bytes(DIGEST_BYTES) if digest is None else digest.encode()]
+        got = received.get(incoming)
+        pieces += [said, bytes(_RECEIVED_BYTES) if got is None else bytes([got.tainted]) + got.digest.encode()]
     return b"".join(pieces)
 
 
@@ -107,6 +128,9 @@ def decode(parts: Sequence[bytes], mesh: Mesh, wiring: Wiring, moment: Moment) -
     """
     found = StepCommitments()
     for worker, part in zip(mesh.workers, parts):
+        seal = _digest(part[-DIGEST_BYTES:])
+        if seal is not None:
+            found.sealed[worker] = seal
         lane = wiring.lane(worker)
         for number, (outgoing, incoming) in enumerate(_places(worker.stage, lane or 0, wiring.slots)):
             place = part[number * _BYTES : (number + 1) * _BYTES]
@@ -128,9 +152,14 @@ def _add_sent(found: StepCommitments, place: bytes, moment: Moment, worker: Work
 
 
 def _add_received(found: StepCommitments, place: bytes, signal: SignalId) -> None:
-    digest = _digest(place)
+    digest = _digest(place[1:])
     if digest is not None:
-        found.received[signal] = digest
+        found.received[signal] = Received(place[0] != 0, digest)
+
+
+def _content(statement: SignalStatement) -> Received:
+    """What the receiver of a message should have received."""
+    return Received(statement.tainted, statement.digest)
 
 
 def _digest(encoded: bytes) -> Digest | None:
