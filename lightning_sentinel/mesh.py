@@ -232,6 +232,11 @@ class Mesh:
         behind, replica = divmod(rank, self.replicas)
         return Worker(self.stages - 1 - behind, replica)
 
+    @property
+    def by_stage(self) -> list[Worker]:
+        """All workers, in the order of their stages."""
+        return [worker for stage in range(self.stages) for worker in self.of_stage(stage)]
+
     def of_stage(self, stage: int) -> list[Worker]:
         """The workers of a stage."""
         return [Worker(stage, replica) for replica in range(self.replicas)]

@@ -7,6 +7,7 @@ in private what they recompute: the audited worker cannot know beforehand.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = [
     "Drawn",
     "arithmetic",
     "causal_order",
+    "honest_by_stage",
     "made_of_data",
     "one_each",
     "relative_error",
@@ -189,41 +191,55 @@ class AuditSchedule:
             banned: workers that take part in nothing.
             muted: workers whose votes do not count; they draw nothing.
         """
-        rates = self.rates(step, found).tolist()
         work = torch.zeros(len(wiring.work), wiring.slots, dtype=torch.bool)
         for lane in wiring.lanes:
             work[lane, : len(wiring.work[lane])] = True
-        return Drawn(
-            self._drawn("signals", self._senders, draws, rates, work, wiring, banned, muted),
-            self._drawn("rows", self._receivers, draws, rates, work, wiring, banned, muted),
-        )
+        rates = self.rates(step, found)
+        honest = honest_by_stage(self._mesh, banned, muted)
+        common = draws, rates, honest, work, wiring, {*banned, *muted}
+        return Drawn(self._drawn("signals", self._senders, *common), self._drawn("rows", self._receivers, *common))
 
     def _drawn(
         self,
         what: str,
         stages: Sequence[int],
         draws: Draws,
-        rates: Sequence[float],
+        rates: Tensor,
+        honest: Sequence[int],
         work: Tensor,
         wiring: Wiring,
-        banned: Collection[Worker],
-        muted: Collection[Worker],
+        unheard: Collection[Worker],
     ) -> Tensor:
         """What the workers of each boundary's stage in ``stages`` draw of what others of it send or report."""
         mesh = self._mesh
-        drawn = torch.zeros(mesh.replicas, len(stages), *work.shape, dtype=torch.bool)
-        for stage in sorted(set(stages)):
-            boundaries = [index for index, one in enumerate(stages) if one == stage]
-            live = [worker for worker in mesh.of_stage(stage) if worker not in banned]
-            honest = surely_honest(len(live), sum(worker in muted for worker in live))
-            chances = torch.tensor([chance_of_each(rates[index], honest) for index in boundaries], dtype=torch.float64)
-            serving = torch.tensor(wiring.serving[stage])
-            for worker in live:
-                if worker not in muted:
-                    numbers = draws.uniform(worker, what, len(boundaries), *work.shape)
-                    others = work & (serving != worker.replica)[:, None]
-                    drawn[worker.replica, boundaries] = (numbers < chances[:, None, None]) & others
-        return drawn
+        directions = list(Direction)
+        numbers = draws.uniform(mesh.by_stage, what, len(directions), *work.shape)
+        numbers = numbers.view(mesh.stages, mesh.replicas, len(directions), *work.shape)
+        across = [directions.index(boundary.direction) for boundary in mesh.boundaries]
+        chances = [chance_of_each(rate, honest[stage]) for rate, stage in zip(rates.tolist(), stages)]
+        drawn = numbers[stages, :, across].movedim(1, 0) < torch.tensor(chances, dtype=torch.float64)[:, None, None]
+        return drawn & _may_draw(mesh, stages, wiring, unheard)[..., None] & work
+
+
+def honest_by_stage(mesh: Mesh, banned: Collection[Worker], muted: Collection[Worker]) -> list[int]:
+    """Of each stage, how many workers draw what a liar of it sends, whoever is malicious, from :func:`surely_honest`.
+
+    Args:
+        mesh: all workers.
+        banned: workers that take part in nothing.
+        muted: workers whose votes do not count.
+    """
+    live = Counter(worker.stage for worker in mesh.workers if worker not in banned)
+    silent = Counter(worker.stage for worker in muted if worker not in banned)
+    return [surely_honest(live[stage], silent[stage]) for stage in range(mesh.stages)]
+
+
+def _may_draw(mesh: Mesh, stages: Sequence[int], wiring: Wiring, unheard: Collection[Worker]) -> Tensor:
+    """``(replicas, boundaries, lanes)`` bool, whether a worker of a boundary's stage may audit another one's lane."""
+    replicas = torch.arange(mesh.replicas)
+    serving = torch.tensor(wiring.serving)[stages]
+    heard = torch.tensor([worker not in unheard for worker in mesh.by_stage]).view(mesh.stages, mesh.replicas)
+    return (serving != replicas[:, None, None]) & heard[stages].T[..., None]
 
 
 def one_each(draws: Draws, valid: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ import math
 from typing import NamedTuple
 
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.verification.draws import surely_honest
 
 __all__ = [
     "Wait",
     "chance_met",
-    "chance_met_in_private",
     "chance_met_in_step",
     "chance_of_false_ban",
     "chance_of_false_finding",
@@ -40,45 +40,31 @@ class Wait(NamedTuple):
     late: int
 
 
-def chance_met(rate: float, others: int, silent: int = 0) -> float:
-    """The chance that a lie is found by audits that all ranks draw from one secret seed, by :class:`AuditSchedule` and
-    :class:`Jury`.
+def chance_met(rate: float, live: int, silent: int = 0) -> float:
+    """The chance that a lie is found by audits that each worker draws for itself, as :class:`AuditSchedule` has it.
+
+    Among those that recompute a signal is one of the honest ones that have drawn it, whoever else has drawn it
+    (:class:`Jury`). So a lie is found if any of them has.
 
     Args:
         rate: share of the signals of the boundary that is audited.
-        others: live workers of the stage beside the liar, one of which is asked first.
-        silent: how many of them say of any lie that it matches.
+        live: workers of the stage that are not banned, the liar among them.
+        silent: how many of the others draw nothing, or say of any lie that it matches.
 
     Example:
-        >>> chance_met(0.01, others=5), chance_met(0.01, others=5, silent=1)
-        (0.01, 0.008)
+        >>> [round(chance_met(0.01, live=6, silent=silent), 5) for silent in (0, 1, 2)]
+        [0.01248, 0.01, 0.00751]
     """
     _check_share("rate", rate)
-    _check_part("silent", silent, "others", others)
-    return rate * (others - silent) / others if others else 0.0
-
-
-def chance_met_in_private(rate: float, auditors: int, honest: int) -> float:
-    """The chance that a lie is found by audits that each worker draws for itself, with ``rate / auditors``.
-
-    Args:
-        rate: signals that are recomputed, as a share of those that are sent, if all auditors draw.
-        auditors: workers that share the work, as for :func:`lightning_sentinel.trust.draws.chance_of_each`.
-        honest: workers that do draw: honest replicas of the stage beside the liar.
-
-    Example:
-        >>> round(chance_met_in_private(0.01, auditors=5, honest=5), 5), round(chance_met_in_private(0.01, auditors=5, honest=4), 5)
-        (0.00996, 0.00798)
-    """
-    _check_share("rate", rate)
-    return 1 - (1 - rate / auditors) ** honest if auditors else 0.0
+    _check_part("silent", silent, "live", live - 1)
+    return 1 - (1 - rate) ** ((live - 1 - silent) / surely_honest(live))
 
 
 def chance_met_in_step(chance: float, signals: int, lying: float = 1.0) -> float:
     """The chance that a liar is met in a step.
 
     Args:
-        chance: that a lie is met, from :func:`chance_met` or :func:`chance_met_in_private`.
+        chance: that a lie is met, from :func:`chance_met`.
         signals: of the worker in a step, in both directions.
         lying: share of its signals that are lies, each by itself.
 

@@ -193,12 +193,13 @@ def judge_with_audits(
     valid = assessment.valid
     flagged = assessment.valid & (assessment.score > 1)
     # One signal of a sender tells whether it drifts away because it lies; no worker knows beforehand which.
-    suspected = one_each & (heights > ALARM)[..., None]
+    suspected = valid & one_each & (heights > ALARM)[..., None]
     any_drawn = drawn.signals.any(dim=0)
-    known = valid & (flagged | suspected)
+    known = flagged | suspected
     only_flagged = flagged & ~any_drawn & ~suspected
-    audited = _audited(known | (valid & any_drawn), flagged, only_flagged, assessment.score, mesh)
-    # Rows are drawn by themselves, those of tainted signals as well: who says that a signal was tainted keeps it from being judged.
+    # Also of tainted signals: or whoever says that its own is tainted could send anything.
+    wanted = known | (any_drawn & torch.tensor(wiring.live)[:, None])
+    audited = _audited(wanted, flagged, only_flagged, assessment.score, mesh)
     findings = audit(Auditable(audited & known, drawn._replace(signals=drawn.signals & audited)))
     confirmed, disputed, explained = _causes(findings, audited, mesh)
     outvoted = [workers for place, workers in findings.outvoted.items() if audited[place]]

@@ -12,11 +12,13 @@ from torch import Tensor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
+from lightning_sentinel.pipeline.recovery.audited_verdicts import Auditors
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.step_plan import StepPlan, StepPlanner
 from lightning_sentinel.pipeline.step_results import Ruling
 from lightning_sentinel.verification import Ledger, SignalTable, StepVerdict
-from lightning_sentinel.verification.jury import Case
+from lightning_sentinel.verification.draws import Draws
+from lightning_sentinel.verification.jury import Case, Subject
 from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.projection import Projection
 from lightning_sentinel.wiring import MicroBatchId
@@ -192,9 +194,10 @@ class Pipelines:
                 self.run_micro_batch(group, micro_batch, tamper)
         self.table = self.exchange()
         total = self.sum_over_guards()
-        ask = self.ask if self.guard.audits else None
+        draws = Draws.seeded(MESH, 0, self.step_number)
+        auditors = Auditors(draws, self.ask) if self.guard.audits else None
         rulings = [
-            guard.settle(self.table, self.plan, (lambda vector: vector) if total is None else (lambda vector: total), ask)
+            guard.settle(self.table, self.plan, (lambda vector: vector) if total is None else (lambda vector: total), auditors)
             for guard in self.guards
         ]
         self.excluded = self.step_number, self.plan.absent.union(rulings[0].excluded)
@@ -202,9 +205,15 @@ class Pipelines:
 
     def ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
         """The truth, unless a juror is one of those that say the opposite."""
-        places = [(MESH.boundaries.index(case.boundary), case.lane, case.slot) for case, _ in asked]
-        self.asked += [(index, case, juror) for (index, *_), (case, juror) in zip(places, asked)]
-        return [Outcome(self.lies[place] ^ (juror in self.false_jurors)) for place, (_, juror) in zip(places, asked)]
+        words = []
+        for case, juror in asked:
+            index = MESH.boundaries.index(case.boundary)
+            if case.subject is Subject.SIGNAL:
+                self.asked.append((index, case, juror))
+                words.append(Outcome(self.lies[index, case.lane, case.slot] ^ (juror in self.false_jurors)))
+            else:
+                words.append(Outcome.MATCHES)
+        return words
 
     def audited(self) -> Tensor:
         """What was audited since :attr:`asked` was emptied, ``(boundaries, replicas, micro_batches)`` bool, by samples."""

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.verification import COLUMNS, SignalTable, StepVerdict, judge, judge_with_audits
+from lightning_sentinel.verification.audit import Drawn
 from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS
 from lightning_sentinel.verification.features import FEATURES
-from lightning_sentinel.verification.jury import Findings
+from lightning_sentinel.verification.jury import Auditable, Findings
 from lightning_sentinel.verification.table import MAX_SCORE
 from lightning_sentinel.wiring import Wiring
 from tests.verification.tools import as_received, compared
@@ -35,8 +36,6 @@ class Step:
         self._column("score").fill_(score)
         self._column("positions").fill_(6)
         self.live = torch.ones(replicas, dtype=torch.bool)
-        self.only_rows = torch.zeros(0)
-        """Signals of which only the rows were audited, as asked last."""
 
     def _column(self, name: str) -> Tensor:
         return self.rows[..., COLUMNS.index(name)]
@@ -94,16 +93,18 @@ class Step:
         """
         table, asked = SignalTable(self.rows), []
 
-        def audit(signals: Tensor, rows: Tensor) -> Findings:
-            asked.append(signals.clone())
-            self.only_rows = rows
+        def audit(audited: Auditable) -> Findings:
+            asked.append(audited.signals | audited.drawn.signals.any(dim=0))
             return Findings(lies.long(), outvoted or {})  # also of signals that nobody asked about, which must not count
 
-        drawn = torch.zeros_like(lies, dtype=torch.bool) if drawn is None else drawn
+        # By the first of its stage; of two or more it is the same.
+        nothing = torch.zeros(self.mesh.replicas, *lies.shape, dtype=torch.bool)
+        by_one = nothing.clone()
+        by_one[0] = False if drawn is None else drawn
         heights, assessment = self.heights(ALARM + 1, drifting), compared(table, self.live)
         one_each = torch.zeros_like(assessment.valid)
         one_each[..., ASKED] = True
-        verdict = judge_with_audits(table, assessment, heights, drawn, one_each, audit, self.mesh, self.wiring, 7)
+        verdict = judge_with_audits(table, assessment, heights, Drawn(by_one, nothing), one_each, audit, self.mesh, self.wiring, 7)
         (once,) = asked
         return verdict, once
 

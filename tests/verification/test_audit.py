@@ -8,26 +8,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sentinel.mesh import Boundary, Direction, Mesh
-from lightning_sentinel.verification.audit import AuditSchedule, causal_order, made_of_data, relative_error, tolerance
+from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.verification.audit import (
+    AuditSchedule,
+    causal_order,
+    made_of_data,
+    one_each,
+    relative_error,
+    tolerance,
+)
+from lightning_sentinel.verification.draws import Draws
+from lightning_sentinel.wiring import Wiring
 
 MESH = Mesh(3, 4)
 
 
-def draws(schedule: AuditSchedule, steps: int, found: dict[int, int] | None = None, micro_batches: int = 2) -> Tensor:
-    """``(steps, boundaries, lanes, micro_batches)`` bool."""
-    return torch.stack([schedule.draw(step, micro_batches, found or {}) for step in range(steps)])
+def draws(
+    mesh: Mesh, rate: float, steps: int, found: dict[int, int] | None = None, micro_batches: int = 2, seed: int = 0, every: int = 1
+) -> Tensor:
+    """Signals that any worker draws, ``(steps, boundaries, lanes, micro_batches)`` bool."""
+    schedule, wiring = AuditSchedule(mesh, rate), Wiring.of(mesh, micro_batches=micro_batches)
+    drawn = [schedule.draw(Draws.seeded(mesh, seed, step), step, found or {}, wiring) for step in range(0, steps, every)]
+    return torch.stack([one.signals.any(dim=0) for one in drawn])
 
 
 def test_a_rate_of_one_draws_everything() -> None:
-    assert draws(AuditSchedule(MESH, 1.0, seed=0), 50).all()
-    assert draws(AuditSchedule(MESH, 1.0, seed=0), 50, found={1: 10}).all()
+    assert draws(MESH, 1.0, 50).all()
+    assert draws(MESH, 1.0, 50, found={1: 10}).all()
 
 
 @pytest.mark.parametrize("seldom", [1, 7])
 def test_a_liar_is_met_after_so_many_lies_however_seldom_it_lies(seldom: int) -> None:
     rate, lies = 0.1, 600
-    drawn = draws(AuditSchedule(Mesh(6, 4), rate, seed=2), lies * seldom, micro_batches=1)[::seldom, ~made_of_data(Mesh(6, 4))]
+    drawn = draws(Mesh(6, 4), rate, lies * seldom, micro_batches=1, seed=2, every=seldom)[:, ~made_of_data(Mesh(6, 4))]
     drawn = drawn.flatten(1)
     waits = drawn.float().argmax(dim=0).double()[drawn.any(dim=0)]
     # 32 places: the mean of as many geometric waits, within four of its deviations.
@@ -35,8 +48,8 @@ def test_a_liar_is_met_after_so_many_lies_however_seldom_it_lies(seldom: int) ->
 
 
 def test_what_was_audited_says_nothing_of_what_will_be() -> None:
-    mesh = Mesh(4, 8)
-    drawn = draws(AuditSchedule(mesh, 0.1, seed=1), 400, micro_batches=4)[:, ~made_of_data(mesh)].flatten(1)
+    mesh = Mesh(6, 4)
+    drawn = draws(mesh, 0.1, 400, micro_batches=4, seed=1)[:, ~made_of_data(mesh)].flatten(1)
     assert abs(drawn.float().mean().item() - 0.1) < 0.003
     # As often right after an audit of the same place, and in each number of steps after it, as at any time.
     for later in range(1, 20):
@@ -49,23 +62,22 @@ def test_what_was_audited_says_nothing_of_what_will_be() -> None:
 @pytest.mark.parametrize(("stages", "factor"), [(2, 2.0), (3, 3.0), (4, 4.0), (8, 4.0)])
 def test_what_can_be_compared_with_nothing_is_audited_more_often_at_no_more_than_twice_the_cost(stages: int, factor: float) -> None:
     mesh = Mesh(stages, 4)
-    rates = AuditSchedule(mesh, 0.01, seed=0).rates(7, {})
+    rates = AuditSchedule(mesh, 0.01).rates(7, {})
     ends = [
         mesh.boundaries.index(Boundary(0, Direction.ACTIVATION)),
         mesh.boundaries.index(Boundary(stages - 2, Direction.GRADIENT)),
     ]
     assert rates[ends].tolist() == pytest.approx([0.01 * factor] * 2)
     assert rates.mean() <= 0.02 + 1e-9 and (rates.sort().values[:-2] == rates.min()).all()
-    drawn = draws(AuditSchedule(mesh, 0.02, seed=0), 500).float().mean(dim=(0, 2, 3))
+    drawn = draws(mesh, 0.02, 500).float().mean(dim=(0, 2, 3))
     assert drawn.tolist() == pytest.approx((2 * rates).tolist(), rel=0.35)
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.05])
 @pytest.mark.parametrize("stage", [0, 2])
 def test_after_a_worker_was_found_out_the_rate_is_higher_for_thirty_steps_and_most_in_its_stage(rate: float, stage: int) -> None:
-    mesh, ban = Mesh(5, 6), 7
-    schedule = AuditSchedule(mesh, rate, seed=3)
-    usual, after = draws(schedule, 200), draws(schedule, 200, {stage: ban})
+    mesh, ban = Mesh(5, 4), 7
+    usual, after = draws(mesh, rate, 200, seed=3), draws(mesh, rate, 200, {stage: ban}, seed=3)
     assert torch.equal(usual[ban + 31 :], after[ban + 31 :])
     alert, ends = after[ban : ban + 31], made_of_data(mesh)
     of_stage = torch.tensor([boundary.sender == stage for boundary in mesh.boundaries])
@@ -78,34 +90,46 @@ def test_after_a_worker_was_found_out_the_rate_is_higher_for_thirty_steps_and_mo
 
 
 def test_one_signal_of_each_sender_is_any_of_them_that_says_something() -> None:
-    schedule, generator = AuditSchedule(MESH, 0.5, seed=3), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(5)
     for step in range(200):
         valid = torch.rand(4, 4, 5, generator=generator) < 0.6
-        chosen = schedule.one_each(step, valid)
+        chosen = one_each(Draws.seeded(MESH, 3, step), valid)
         assert torch.equal(chosen.sum(dim=2) == 1, valid.any(dim=2)) and not (chosen & ~valid).any()
         counts += chosen.sum(dim=(0, 1))
     assert (counts / counts.sum() - 0.2).abs().max() < 0.03
 
 
-def test_audits_follow_the_seed_alone() -> None:
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    one, again, other = (draws(AuditSchedule(MESH, 0.5, seed), 10) for seed in (5, 5, 6))
-    assert torch.equal(torch.rand(2), expected)
-    assert torch.equal(one, again) and not torch.equal(one, other)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**63 - 1])
-def test_any_integer_is_a_seed(seed: int) -> None:
-    assert AuditSchedule(MESH, 0.5, seed).draw(10**9, 2, {}).shape == (4, 4, 2)
-
-
 def test_a_mesh_of_one_stage_has_nothing_to_draw() -> None:
-    schedule = AuditSchedule(Mesh(1, 4), 0.5, seed=0)
-    assert schedule.draw(0, 2, {}).shape == (0, 4, 2)
-    assert schedule.one_each(0, torch.zeros(0, 4, 2, dtype=torch.bool)).shape == (0, 4, 2)
+    mesh = Mesh(1, 4)
+    assert draws(mesh, 0.5, 1).shape == (1, 0, 4, 2)
+    assert one_each(Draws.seeded(mesh, 0, 0), torch.zeros(0, 4, 2, dtype=torch.bool)).shape == (0, 4, 2)
+
+
+@pytest.mark.parametrize("what", ["signals", "rows"])
+def test_workers_draw_what_others_of_their_stage_send_and_report_where_there_is_work(what: str) -> None:
+    mesh, banned, muted = Mesh(3, 5), {Worker(1, 0)}, {Worker(1, 3)}
+    wiring = Wiring.of(mesh, banned, 2, shuffled=5)
+    drawn = getattr(AuditSchedule(mesh, 1.0).draw(Draws.seeded(mesh, 0, 7), 7, {}, wiring, banned, muted), what)
+    for index, boundary in enumerate(mesh.boundaries):
+        stage = boundary.sender if what == "signals" else boundary.receiver
+        for lane in range(mesh.replicas):
+            for slot in range(wiring.slots):
+                is_work = wiring.live[lane] and slot < len(wiring.work[lane])
+                others = set(mesh.of_stage(stage)) - banned - muted - {wiring.worker(stage, lane)}
+                expected = {worker.replica for worker in others} if is_work else set()
+                assert set(drawn[:, index, lane, slot].nonzero().flatten().tolist()) == expected
+
+
+def test_who_has_said_nothing_draws_nothing_and_changes_what_nobody_else_draws() -> None:
+    mesh, wiring, schedule = Mesh(2, 5), Wiring.of(Mesh(2, 5), micro_batches=8), AuditSchedule(Mesh(2, 5), 0.5)
+    everyone = Draws.seeded(mesh, 0, 7)
+    silent = Draws({worker: number for worker, number in everyone.numbers.items() if worker != Worker(0, 2)})
+    before, after = schedule.draw(everyone, 7, {}, wiring).signals, schedule.draw(silent, 7, {}, wiring).signals
+    of_stage = torch.tensor([boundary.sender == 0 for boundary in mesh.boundaries])
+    assert before[2][of_stage].any() and not after[2][of_stage].any()
+    before[2][of_stage.nonzero()] = False
+    assert torch.equal(before, after)
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)

@@ -67,6 +67,6 @@ def test_one_is_asked_first_and_all_others_if_it_finds_another_contribution(repl
         return [Outcome.LIED if case.audited == Worker(1, 0) else Outcome.MATCHES for case, _ in asked]
 
     cases = [ContributionCase(lane, Worker(1, lane)) for lane in range(2)]
-    found = Jury(Mesh(2, replicas), 0).hear_contributions(cases, (), (), STEP, ask)  # type: ignore[arg-type]
+    found = Jury(Mesh(2, replicas)).hear_contributions(dict.fromkeys(cases), (), (), STEP, ask)  # type: ignore[arg-type]
     assert {case: judgement.outcome for case, judgement in found.items()} == {cases[0]: expected}
     assert len(rounds) == 2 and rounds[0] | rounds[1] >= {Worker(1, replica) for replica in range(1, replicas)}

@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
 
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.trust.draws import chance_of_each, draw_audits, private_generator
-from lightning_sentinel.trust.statements import Kind, SignalId, Transfer
 from lightning_sentinel.verification import Ledger
 from lightning_sentinel.verification.audit import AuditSchedule, made_of_data
+from lightning_sentinel.verification.draws import Draws
 from lightning_sentinel.verification.guarantees import (
     Wait,
     chance_met,
-    chance_met_in_private,
     chance_met_in_step,
     chance_of_false_ban,
     chance_of_false_finding,
@@ -30,14 +29,21 @@ from lightning_sentinel.verification.guarantees import (
     steps_until_met,
     steps_until_met_twice,
 )
-from lightning_sentinel.verification.jury import Case, Jury
-from lightning_sentinel.verification.majority import strikes_to_ban, weigh
+from lightning_sentinel.verification.jury import Auditable, Case, Jury, Subject
+from lightning_sentinel.verification.majority import most_liars, strikes_to_ban, weigh
 from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.wiring import Wiring
 
 MATCHES, LIED = Outcome.MATCHES, Outcome.LIED
 SURELY = 0.001
 """How unlikely a figure of a simulation may be under the formula."""
+
+
+def drawn(mesh: Mesh, rate: float, steps: int, signals: int) -> Tensor:
+    """Signals that any worker draws, ``(steps, boundaries, lanes, signals)`` bool."""
+    schedule, wiring = AuditSchedule(mesh, rate), Wiring.of(mesh, micro_batches=signals)
+    own = (schedule.draw(Draws.seeded(mesh, 5, step), step, {}, wiring) for step in range(steps))
+    return torch.stack([one.signals.any(dim=0) for one in own])
 
 
 def follows(waits: Sequence[int], chance: float) -> bool:
@@ -61,12 +67,12 @@ def almost(simulated: Sequence[float], mean: float) -> bool:
 def test_steps_until_a_liar_is_met_are_geometric(rate: float, lying: float, signals: int) -> None:
     """Hundreds of liars at once, whose lies are drawn by nobody who knows the audits."""
     mesh = Mesh(10, 24)
-    schedule, generator = AuditSchedule(mesh, rate, seed=5), torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     inner = ~made_of_data(mesh)
-    chance = chance_met_in_step(chance_met(rate, others=23), signals, lying)
+    chance = chance_met_in_step(chance_met(rate, live=24), signals, lying)
     expected = steps_until_met(chance)
     steps = 8 * round(expected.mean)
-    met = torch.stack([schedule.draw(step, signals, {})[inner] for step in range(steps)])
+    met = drawn(mesh, rate, steps, signals)[:, inner]
     met &= torch.rand(met.shape, generator=generator) < lying
     found = met.any(dim=3)
     assert found.any(dim=0).float().mean() > 0.99
@@ -78,34 +84,43 @@ def test_steps_until_a_liar_is_met_are_geometric(rate: float, lying: float, sign
 
 def test_the_ends_of_the_pipeline_are_met_sooner_by_the_factor() -> None:
     mesh, rate = Mesh(3, 60), 0.02
-    schedule = AuditSchedule(mesh, rate, seed=2)
-    drawn = torch.stack([schedule.draw(step, 1, {})[made_of_data(mesh)] for step in range(150)]).flatten(1)
-    waits = (drawn.int().argmax(dim=0) + 1)[drawn.any(dim=0)].tolist()
-    assert follows(waits, chance_met(3 * rate, others=59))
+    met = drawn(mesh, rate, 150, 1)[:, made_of_data(mesh)].flatten(1)
+    waits = (met.int().argmax(dim=0) + 1)[met.any(dim=0)].tolist()
+    assert follows(waits, chance_met(3 * rate, live=60))
 
 
-@pytest.mark.parametrize(("replicas", "silent"), [(6, 0), (6, 2), (5, 1)])
-def test_who_draws_in_private_meets_a_lie_with_the_chance_of_all_that_draw(replicas: int, silent: int) -> None:
-    rate, lies = 0.3, 3000
-    liar = Worker(1, 0)
-    sent = [Transfer(liar, Worker(2, 0), SignalId(Kind.SIGNAL, Boundary(1, Direction.ACTIVATION), 0, slot)) for slot in range(lies)]
-    each = chance_of_each(rate, replicas - 1)
-    met: set[Transfer] = set()
-    for replica in range(1 + silent, replicas):
-        met |= set(draw_audits(sent, Worker(1, replica), each, lies, private_generator(3, replica)))
-    chance = chance_met_in_private(rate, replicas - 1, replicas - 1 - silent)
-    assert stats.binomtest(len(met), lies, chance).pvalue > SURELY
-    # With as many draws as are surely honest the rate is met, but for lies that are met twice.
-    honest = replicas - 1 - silent
-    assert rate - rate**2 / 2 <= chance_met_in_private(rate, honest, honest) <= rate
+@pytest.mark.parametrize(("replicas", "silent"), [(6, 0), (6, 1), (6, 2), (5, 1), (9, 3)])
+def test_a_lie_is_met_if_an_honest_worker_draws_it_whatever_accomplices_draw_and_say(replicas: int, silent: int) -> None:
+    """Those that draw everything would like to be asked in place of the honest ones."""
+    rate, mesh, liar = 0.3, Mesh(2, replicas), Worker(0, 0)
+    accomplices = {Worker(0, 1 + number) for number in range(silent)}
+    schedule, wiring, met, steps = AuditSchedule(mesh, rate), Wiring.of(mesh, micro_batches=8), 0, 250
+    factor = 2  # Of two stages both send what is made of data.
+
+    def ask(asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
+        return [LIED if case.audited == liar and juror not in accomplices else MATCHES for case, juror in asked]
+
+    for step in range(steps):
+        draws = Draws.seeded(mesh, 3, step)
+        own = schedule.draw(draws, step, {}, wiring)
+        for accomplice in accomplices:
+            own.signals[accomplice.replica, 0, 0] = True
+        nothing = torch.zeros(own.signals.shape[1:], dtype=torch.bool)
+        found = Jury(mesh).hear(Auditable(nothing, own), wiring, (), (), draws.coin, ask, (Subject.SIGNAL,))
+        met += int((found.outcome[0, 0] == LIED).sum())
+    if silent < most_liars(replicas):
+        assert stats.binomtest(met, steps * 8, chance_met(factor * rate, replicas, silent)).pvalue > SURELY
+        assert chance_met(rate, replicas, silent) >= rate - 1e-12, "with as many accomplices as there can be"
+    else:
+        assert chance_met(rate, replicas, silent) < rate
 
 
-def test_an_accomplice_that_is_asked_first_lets_a_lie_pass() -> None:
+def test_an_accomplice_that_is_asked_first_lets_a_flag_pass() -> None:
     mesh, accomplices = Mesh(2, 6), {Worker(0, 1), Worker(0, 2)}
-    jury = Jury(mesh, seed=4)
-    firsts = [jury.others(Worker(0, 0), (), step, 0, 0, 0)[0] for step in range(2000)]
+    jury = Jury(mesh)
+    firsts = [jury.others(Worker(0, 0), (), coin, 0, 0, 0)[0] for coin in range(2000)]
     met = sum(first not in accomplices for first in firsts)
-    assert stats.binomtest(met, 2000, chance_met(1.0, others=5, silent=2)).pvalue > SURELY
+    assert stats.binomtest(met, 2000, 3 / 5).pvalue > SURELY
 
 
 class Stage:
@@ -113,19 +128,21 @@ class Stage:
 
     def __init__(self, replicas: int, seed: int, word: Callable[[Worker, Worker], Outcome], rate: float) -> None:
         self.mesh, self.word = Mesh(3, replicas), word
-        self.jury, self.ledger, self.schedule = Jury(self.mesh, seed), Ledger(), AuditSchedule(self.mesh, rate, seed)
+        self.jury, self.ledger, self.schedule, self.seed = Jury(self.mesh), Ledger(), AuditSchedule(self.mesh, rate), seed
         self.index = self.mesh.boundaries.index(Boundary(1, Direction.ACTIVATION))
 
     def step(self, step: int, signals: int) -> set[Worker]:
         """Audits of what the middle stage sends forward, and whom they find to lie."""
         found = {worker.stage: when for worker, when in self.ledger.muted.items()}
-        drawn = self.schedule.draw(step, signals, found)
-        drawn[torch.arange(len(drawn)) != self.index] = False
         wiring = Wiring.of(self.mesh, self.ledger.banned, signals)
-        drawn &= torch.tensor(wiring.live)[:, None]
-        if not drawn.any():
+        unheard = self.ledger.banned, self.ledger.muted
+        draws = Draws.seeded(self.mesh, self.seed, step)
+        own = self.schedule.draw(draws, step, found, wiring, *unheard)
+        own.signals[:, torch.arange(len(self.mesh.boundaries)) != self.index] = False
+        if not own.signals.any():
             return set()
-        findings = self.jury.hear(drawn, wiring, self.ledger.banned, self.ledger.muted, step, self.ask)
+        audited = Auditable(torch.zeros(own.signals.shape[1:], dtype=torch.bool), own)
+        findings = self.jury.hear(audited, wiring, *unheard, draws.coin, self.ask, (Subject.SIGNAL,))
         guilty = {wiring.worker(1, lane) for _, lane, _ in (findings.outcome == LIED).nonzero().tolist()}
         outvoted = frozenset().union(*findings.outvoted.values())
         self.ledger.record_audits(step, 0, Counter(guilty), Counter(), guilty, outvoted, self.mesh)
@@ -152,7 +169,7 @@ def test_a_ban_takes_one_meeting_of_five_replicas_and_two_of_four_the_second_on_
 
     waits = [banned_after(Stage(replicas, seed, honest, rate), liar, signals=2) for seed in range(runs)]
     assert None not in waits
-    usual, alert = (chance_met_in_step(factor * rate, signals=2) for factor in (1, 3))
+    usual, alert = (chance_met_in_step(chance_met(factor * rate, replicas), signals=2) for factor in (1, 3))
     once, twice = steps_until_met(usual).mean, steps_until_met_twice(usual, alert)
     assert strikes_to_ban(replicas) == (1 if replicas == 5 else 2)
     assert almost([wait or 0 for wait in waits], once if replicas == 5 else twice)
@@ -168,13 +185,12 @@ def test_of_two_replicas_nobody_is_ever_banned() -> None:
 @pytest.mark.parametrize("lies", [1, 4])
 def test_lies_that_get_into_the_weights_before_the_first_is_met(lies: int) -> None:
     rate, mesh = 0.1, Mesh(10, 24)
-    schedule = AuditSchedule(mesh, rate, seed=9)
-    met = torch.stack([schedule.draw(step, lies, {})[~made_of_data(mesh)] for step in range(120)]).any(dim=3).flatten(1)
+    met = drawn(mesh, rate, 120, lies)[:, ~made_of_data(mesh)].any(dim=3).flatten(1)
     spoilt = lies * met.int().argmax(dim=0).double()
-    expected = lies_that_count(rate, lies)
+    expected = lies_that_count(chance_met(rate, live=24), lies)
     assert almost(spoilt.tolist(), expected.mean)
     assert (spoilt > expected.late).double().mean() < 0.03
-    assert expected.mean <= lies_that_count(rate).mean == pytest.approx((1 - rate) / rate)
+    assert expected.mean <= lies_that_count(rate, lies).mean <= lies_that_count(rate).mean == pytest.approx((1 - rate) / rate)
 
 
 def test_no_strategy_gets_more_lies_through() -> None:
@@ -201,10 +217,10 @@ def most_of(said: list[Outcome]) -> bool:
 @pytest.mark.parametrize(("replicas", "liars", "drawn"), [(6, 2, 3), (6, 2, 2), (7, 3, 3), (6, 2, 4)])
 def test_drawn_witnesses_find_honest_workers_guilty_as_often_as_the_formula_says(replicas: int, liars: int, drawn: int) -> None:
     """In the order in which a jury asks; 20 % of two witnesses after the first auditor, with two liars among five."""
-    jury, audited, trials = Jury(Mesh(2, replicas), seed=1), Worker(0, 0), 3000
+    jury, audited, trials = Jury(Mesh(2, replicas)), Worker(0, 0), 3000
     guilty = 0
     for step in range(trials):
-        asked = jury.others(audited, (), step, 0, 0, 0)[:drawn]
+        asked = jury.others(audited, (), step, 0, 0, 0)[:drawn]  # Each step has another coin.
         said = [LIED if worker.replica <= liars else MATCHES for worker in asked]
         guilty += said[0] == LIED and most_of(said)
     chance = chance_of_false_finding(replicas, liars, drawn)
@@ -228,7 +244,7 @@ def test_if_all_vote_none_is_found_guilty_as_long_as_liars_are_no_more_than_half
 
 @pytest.mark.parametrize(("replicas", "liars", "erring"), [(5, 2, 0.2), (5, 0, 0.4), (4, 1, 0.3), (3, 1, 0.2), (6, 2, 0.3)])
 def test_honest_workers_that_err_count_as_liars_while_they_do(replicas: int, liars: int, erring: float) -> None:
-    generator, jury, trials = Random(2), Jury(Mesh(2, replicas), seed=3), 3000
+    generator, jury, trials = Random(2), Jury(Mesh(2, replicas)), 3000
     guilty = 0
     for step in range(trials):
         asked = jury.others(Worker(0, 0), (), step, 0, 0, 0)
@@ -286,8 +302,8 @@ def test_a_stage_is_lost_by_chance_no_more_often_than_the_formula_says(stages: i
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda: chance_met(1.5, 3),
-        lambda: chance_met(0.1, 3, silent=4),
+        lambda: chance_met(1.5, 4),
+        lambda: chance_met(0.1, 4, silent=4),
         lambda: chance_met_in_step(-0.1, 2),
         lambda: chance_of_false_finding(4, 4),
         lambda: chance_of_false_finding(4, 1, drawn=5),
@@ -302,5 +318,5 @@ def test_what_is_no_chance_is_refused(ask: Callable[[], float]) -> None:
 def test_who_is_never_met_and_who_always_is() -> None:
     assert steps_until_met(1.0) == Wait(1.0, 1, 1)
     assert math.isinf(steps_until_met(0.0).mean) and math.isinf(lies_that_count(0.0).mean)
-    assert chance_met(0.5, others=0) == chance_met_in_private(0.5, 0, 0) == 0.0
+    assert chance_met(0.5, live=1) == 0.0
     assert math.isinf(steps_until_met_twice(0.0, 0.0))

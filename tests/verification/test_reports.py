@@ -14,13 +14,14 @@ from torch import Tensor
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.verification import COLUMNS
+from lightning_sentinel.verification.audit import relative_error
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.fences import Fences, fit_fences
 from lightning_sentinel.verification.jury import Case, Decision, Subject
 from lightning_sentinel.verification.majority import Judgement
 from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.projection import Projection, SecretDirections
-from lightning_sentinel.verification.reports import is_false_note, is_false_row, with_reports
+from lightning_sentinel.verification.reports import NOTE_TOLERANCE, ROW_TOLERANCE, row_error, with_reports
 from lightning_sentinel.verification.verifier import BoundaryVerifier
 from lightning_sentinel.wiring import MicroBatchId
 from tests.verification.steps import MICRO_BATCHES, Step
@@ -66,7 +67,7 @@ class Seen:
 
     def is_false(self, told: Tensor, again: Tensor, fences: Fences | None = None) -> bool:
         fences = self.fences if fences is None else fences
-        return is_false_row(told, again, fences, fences)
+        return row_error(told, again, fences, fences) > ROW_TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -86,7 +87,7 @@ def test_no_honest_receiver_is_found_to_lie_because_devices_round_differently(ch
         elsewhere = rounded.measure_again(as_tf32(sent), HONEST, note)[0]
         for told in (beside, elsewhere):
             assert not seen.is_false(told, alone)
-        assert not is_false_note(secret.project(as_tf32(sent)).values, SECRET.project(sent).values)
+        assert relative_error(secret.project(as_tf32(sent)).values, SECRET.project(sent).values) <= NOTE_TOLERANCE
 
 
 def test_what_is_measured_again_is_what_was_reported_and_nothing_is_kept_of_it() -> None:
@@ -143,7 +144,7 @@ def test_a_signal_that_is_not_finite_has_any_features() -> None:
 @pytest.mark.parametrize(("off", "false"), [(0.0, False), (0.0005, False), (0.002, True), (math.nan, True)])
 def test_a_note_may_be_off_by_a_thousandth(off: float, false: bool) -> None:
     _, note = Seen(0.3).signal()
-    assert bool(is_false_note(note.values * (1 + off), note.values)) == false
+    assert bool(relative_error(note.values * (1 + off), note.values) > NOTE_TOLERANCE) == false
 
 
 # --- What follows

@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification import guarantees, steering
 from lightning_sentinel.verification.audit import AuditSchedule, made_of_data
-from lightning_sentinel.verification.guarantees import lies_that_count
+from lightning_sentinel.verification.draws import Draws
+from lightning_sentinel.verification.guarantees import chance_met, lies_that_count
 from lightning_sentinel.verification.steering import (
     audits_until_noticed,
     chance_of_false_alarm,
@@ -26,6 +27,7 @@ from lightning_sentinel.verification.steering import (
     reordering_error,
 )
 from lightning_sentinel.verification.tolerance import ALARM, DIRECTIONS, MEASURED, Tolerances, deviation
+from lightning_sentinel.wiring import Wiring
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST = 1e-3
@@ -67,16 +69,17 @@ def test_a_liar_moves_weights_as_far_as_the_lies_that_are_not_met() -> None:
     """A loss whose gradient is the same everywhere: 64 liars that all push the same way, until an audit meets them."""
     rate, replicas, learning_rate, error, momentum = 0.1, 8, 0.1, 3.0, 0.5
     mesh = Mesh(5, replicas)
-    schedule = AuditSchedule(mesh, rate, seed=6)
+    schedule, wiring = AuditSchedule(mesh, rate), Wiring.of(mesh)
     inner = ~made_of_data(mesh)
-    free = torch.stack([~schedule.draw(step, 1, {})[inner].flatten() for step in range(150)]).double().cumprod(dim=0)
+    drawn = [schedule.draw(Draws.seeded(mesh, 6, step), step, {}, wiring).signals.any(dim=0)[inner] for step in range(150)]
+    free = (~torch.stack(drawn).flatten(1)).double().cumprod(dim=0)
     moved = torch.nn.Parameter(torch.zeros(free.shape[1], dtype=torch.float64))
     optimizer = torch.optim.SGD([moved], lr=learning_rate, momentum=momentum)
     for unmet in free:
         moved.grad = unmet * error / replicas
         optimizer.step()
     moved = moved.detach().abs()
-    lies = lies_that_count(rate)
+    lies = lies_that_count(chance_met(rate, replicas))
     expected = largest_drift(lies.mean, learning_rate, replicas, error, momentum=momentum)
     assert abs(moved.mean() - expected) < 4 * moved.std() / len(moved) ** 0.5
     assert (moved <= largest_drift(lies.late, learning_rate, replicas, error, momentum=momentum) + 1e-9).double().mean() > 0.96

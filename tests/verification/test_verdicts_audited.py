@@ -28,20 +28,20 @@ def audited_steps(draw: st.DrawFn) -> tuple[Step, Tensor, Tensor, Tensor]:
     return step, some(draw(st.sampled_from([0, 0.1, 0.5])), *shape), some(0.2, *shape), some(0.1, *shape[:2])
 
 
-def followed_by_hand(step: Step, wanted: Tensor, anyway: Tensor, lies: Tensor) -> np.ndarray:
+def followed_by_hand(step: Step, flagged: Tensor, anyway: Tensor, lies: Tensor) -> np.ndarray:
     """What is audited: each micro-batch on its way, up to the first lie, without flags that follow from one that was dropped."""
     score = step.rows[..., COLUMNS.index("score")]
-    audited = np.zeros(wanted.shape, dtype=bool)
-    for lane, m in np.ndindex(wanted.shape[1:]):
+    audited = np.zeros(flagged.shape, dtype=bool)
+    for lane, m in np.ndindex(flagged.shape[1:]):
         oddity = 0.0
         for index in causal_order(step.mesh):
             at = index, lane, m
-            if not wanted[at] or (not anyway[at] and score[at] <= 2 * oddity):
+            if not anyway[at] and (not flagged[at] or score[at] <= 2 * oddity):
                 continue
             audited[at] = True
             if lies[at]:
                 break
-            oddity = max(oddity, float(score[at]) if score[at] > 1 else 0.0)
+            oddity = max(oddity, float(score[at]) if flagged[at] else 0.0)
     return audited
 
 
@@ -55,11 +55,14 @@ def test_audits_find_liars_and_nobody_else(case: tuple[Step, Tensor, Tensor, Ten
     valid = (tainted == 0) & step.live[:, None]
     suspected = torch.zeros_like(valid)
     suspected[..., ASKED] = drifting
-    wanted = valid & ((score > 1) | drawn | suspected)
-    audited = torch.from_numpy(followed_by_hand(step, wanted, drawn | suspected, lies))
+    suspected &= valid
+    flagged = valid & (score > 1)
+    # What was drawn is audited whether it is said to be tainted or not.
+    anyway = (drawn & step.live[:, None]) | suspected
+    audited = torch.from_numpy(followed_by_hand(step, flagged, anyway, lies))
     lied, behind = first_of_each_micro_batch((audited & lies).numpy(), mesh)
     # Asked at once, before anybody is known to have lied; what is behind a lie does not count.
-    assert torch.equal(asked, torch.from_numpy(followed_by_hand(step, wanted, drawn | suspected, torch.zeros_like(lies))))
+    assert torch.equal(asked, torch.from_numpy(followed_by_hand(step, flagged, anyway, torch.zeros_like(lies))))
     assert not (audited & ~asked).any()
     assert verdict.audits == int(audited.sum())
 
@@ -67,7 +70,7 @@ def test_audits_find_liars_and_nobody_else(case: tuple[Step, Tensor, Tensor, Ten
         return Counter(Worker(mesh.boundaries[index].sender, lane) for index, lane, _ in np.argwhere(signals).tolist())
 
     assert verdict.flagged == workers(lied) and verdict.guilty == set(workers(lied)) and not verdict.suspects
-    dropped = (audited & ((score > 1) | suspected)).numpy() & ~lied
+    dropped = (audited & (flagged | suspected)).numpy() & ~lied
     listed = [(d.worker, d.direction, d.micro_batch, d.confirmed) for d in verdict.detections]
     assert listed == [
         (Worker(mesh.boundaries[index].sender, lane), mesh.boundaries[index].direction, m, bool(lied[index, lane, m]))
@@ -148,14 +151,15 @@ def test_what_nobody_can_tell_is_nobodys_guilt_and_nothing_to_learn_from() -> No
     assert verdict.outvoted == {Worker(1, 0)} and verdict.audits == outcomes.numel() - len(causal_order(Step().mesh)[2:])
 
 
-def test_who_says_that_a_signal_was_tainted_is_looked_at_where_it_was_drawn() -> None:
+def test_a_signal_that_is_said_to_be_tainted_is_audited_where_it_was_drawn() -> None:
     everything = torch.ones(6, 3, MICRO_BATCHES, dtype=torch.bool)
-    step = Step().taint(1, A, 1, [2]).ban(2)
-    _, asked = step.audited(torch.zeros_like(everything), drawn=everything)
-    at = step.mesh.boundaries.index(Boundary(1, A)), 1, 2
-    assert not asked[at] and step.only_rows[at] and step.only_rows.sum() == 1
-    step.audited(torch.zeros_like(everything))
-    assert not step.only_rows.any()
+    step, live = Step().taint(1, A, 1, [2]).ban(2), torch.tensor([True, True, False])
+    lies, at = torch.zeros_like(everything), (Step().mesh.boundaries.index(Boundary(1, A)), 1, 2)
+    lies[at] = True
+    verdict, asked = step.audited(lies, drawn=everything)
+    assert asked[at] and verdict.guilty == {Worker(1, 1)}
+    assert not asked[:, ~live].any()
+    assert not step.audited(lies)[1].any(), "no score tells anything of it"
 
 
 # --- Neighbours that hand over something else than they sent

@@ -17,9 +17,10 @@ from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.verification import Ledger, StepVerdict
+from lightning_sentinel.verification.audit import honest_by_stage
 from lightning_sentinel.verification.contribution_scores import ContributionScores
 from lightning_sentinel.verification.contributions import with_contributions
-from lightning_sentinel.verification.draws import Draws, chance_of_each, surely_honest
+from lightning_sentinel.verification.draws import Draws, chance_of_each
 from lightning_sentinel.verification.jury import AskOfContributions, ContributionCase, Jury
 from lightning_sentinel.verification.sketches import GradientSketch
 
@@ -123,16 +124,12 @@ class ContributionChecks:
     def _drawn(self, draws: Draws, ledger: Ledger) -> Tensor:
         """``(replicas, stages, replicas)`` bool, whose contributions are audited whatever their scores, by the one that draws."""
         mesh = self._mesh
-        drawn = torch.zeros(mesh.replicas, mesh.stages, mesh.replicas, dtype=torch.bool)
-        for stage in range(mesh.stages):
-            live = [worker for worker in mesh.of_stage(stage) if worker not in ledger.banned]
-            honest = surely_honest(len(live), sum(worker in ledger.muted for worker in live))
-            chance = chance_of_each(self._rate or 1.0, honest)
-            for worker in live:
-                if worker not in ledger.muted:
-                    drawn[worker.replica, stage] = draws.uniform(worker, "contributions", mesh.replicas) < chance
-                    drawn[worker.replica, stage, worker.replica] = False
-        return drawn
+        unheard = {*ledger.banned, *ledger.muted}
+        numbers = draws.uniform(mesh.by_stage, "contributions", mesh.replicas).view(mesh.stages, mesh.replicas, mesh.replicas)
+        honest = honest_by_stage(mesh, ledger.banned, ledger.muted)
+        chances = torch.tensor([chance_of_each(self._rate or 1.0, count) for count in honest], dtype=torch.float64)
+        heard = ~self._among(unheard)[..., None] & ~torch.eye(mesh.replicas, dtype=torch.bool)
+        return ((numbers < chances[:, None, None]) & heard).movedim(1, 0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lightning_sentinel as ls
 from lightning_sentinel.attacks import AttackContext
 from lightning_sentinel.pipeline.step_plan import StepPlan
+from lightning_sentinel.verification.jury import Subject
 from lightning_sentinel.wiring import Wiring
 from tests.distributed import tasks
 
@@ -48,13 +49,14 @@ class Attempts(L.Callback):
             self.audited.append(torch.zeros(BOUNDARIES, REPLICAS, MICRO_BATCHES, dtype=torch.bool))
             return run(plan, *rest)
 
-        def listened(table: Any, plan: StepPlan, total: Any, ask: Any, **more: Any) -> Any:
+        def listened(table: Any, plan: StepPlan, total: Any, auditors: Any, **more: Any) -> Any:
             def heard(asked: Any) -> Any:
                 for case, _ in asked:
-                    self.audited[-1][(boundaries.index(case.boundary), *case.micro_batch_id)] = True
-                return ask(asked)
+                    if case.subject is Subject.SIGNAL:
+                        self.audited[-1][(boundaries.index(case.boundary), *case.micro_batch_id)] = True
+                return auditors.ask(asked)
 
-            return settle(table, plan, total, None if ask is None else heard, **more)
+            return settle(table, plan, total, None if auditors is None else auditors._replace(ask=heard), **more)
 
         engine.run, engine.guard.settle = counted, listened
 

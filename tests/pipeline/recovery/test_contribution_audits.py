@@ -14,8 +14,8 @@ from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-from lightning_sentinel.pipeline.recovery.auditing import Inputs
 from lightning_sentinel.pipeline.recovery.contribution_audits import ContributionAudits, StageRecomputation
+from lightning_sentinel.pipeline.recovery.examination import Inputs
 from lightning_sentinel.pipeline.step_plan import plan_step
 from lightning_sentinel.verification.jury import ContributionCase, Jury
 from lightning_sentinel.verification.majority import Judgement
@@ -78,7 +78,7 @@ class Contributing(Toy):
             audits = ContributionAudits(self.mesh, worker, self.kept[rank], recomputed, transcript)
             audits.adversary = self.adversary
             ask = partial(audits.ask, plan=plan, sketches=table, commitments=self.commitments)
-            found = Jury(self.mesh, 11).hear_contributions(cases, self.banned, (), 3, ask)
+            found = Jury(self.mesh).hear_contributions(dict.fromkeys(cases), self.banned, (), 3, ask)
             return {case.audited: judgement for case, judgement in found.items()}
 
         with ranks(self.mesh.size) as world:
@@ -123,7 +123,7 @@ def test_samples_on_which_no_step_can_work_blame_nobody() -> None:
 
 def test_an_auditor_that_lies_is_outvoted() -> None:
     toy = contributing(replicas=5)
-    first = Jury(toy.mesh, 11).others(Worker(1, 0), (), 3, 1, 0)[0]
+    first = Jury(toy.mesh).others(Worker(1, 0), (), 3, 1, 0)[0]
     toy.adversary = Adversary("false_votes", toy.mesh, workers=[first])
     found = toy.heard(audited=[Worker(1, 0)])[Worker(1, 0)]
     assert found.outcome == Outcome.MATCHES and found.outvoted == {first}

@@ -12,6 +12,7 @@ from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.recovery.contribution_checks import ContributionChecks, Contributions, weights_of_workers
 from lightning_sentinel.pipeline.step_plan import plan_step
 from lightning_sentinel.verification import Ledger
+from lightning_sentinel.verification.draws import Draws
 from lightning_sentinel.verification.jury import ContributionCase
 from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.sketches import SKETCHED
@@ -37,12 +38,16 @@ def checks(rate: float | None = 0.25, **settings: object) -> ContributionChecks:
     return ContributionChecks(MESH, Verification(seed=1), Response(gradient_audit_rate=rate, **settings))  # type: ignore[arg-type]
 
 
+def drawn(step: int = 0) -> Draws:
+    return Draws.seeded(MESH, 1, step)
+
+
 def test_workers_are_drawn_at_the_rate_and_those_without_a_lane_never() -> None:
     stage, steps, absent = Stage(), 400, Worker(1, 2)
     some = checks()
     for number in range(steps):
         plan = plan_step("training_step", MESH, SIZES, number=number, banned={absent})
-        some.judged(NOTHING, Contributions(None, stage), plan, Ledger())
+        some.judged(NOTHING, Contributions(None, stage), drawn(number), plan, Ledger())
     assert absent not in stage.asked
     assert len(stage.asked) / (steps * MESH.stages * (MESH.replicas - 1)) == pytest.approx(0.25, abs=0.02)
 
@@ -50,24 +55,24 @@ def test_workers_are_drawn_at_the_rate_and_those_without_a_lane_never() -> None:
 def test_a_liar_is_found_and_its_step_is_not_learned() -> None:
     liar, plan = Worker(1, 2), plan_step("training_step", MESH, SIZES)
     some, sketches = checks(rate=1.0), torch.ones(MESH.stages, MESH.replicas, SKETCHED)
-    verdict = some.judged(NOTHING, Contributions(sketches, Stage([liar])), plan, Ledger())
+    verdict = some.judged(NOTHING, Contributions(sketches, Stage([liar])), drawn(), plan, Ledger())
     assert verdict.guilty == {liar} and verdict.audits == len(MESH.workers)
     assert int(some.state_dict()["steps"]) == 0
-    assert not some.judged(NOTHING, Contributions(sketches, Stage()), plan, Ledger()).guilty
+    assert not some.judged(NOTHING, Contributions(sketches, Stage()), drawn(), plan, Ledger()).guilty
     assert int(some.state_dict()["steps"]) == 1
 
 
 def test_a_run_that_only_reports_goes_on_learning_from_the_others() -> None:
     plan, some = plan_step("training_step", MESH, SIZES), checks(rate=1.0, on_flag="log", ban_after=None)
     claims = Contributions(torch.ones(MESH.stages, MESH.replicas, SKETCHED), Stage([Worker(1, 2)]))
-    assert some.judged(NOTHING, claims, plan, Ledger()).guilty == {Worker(1, 2)}
+    assert some.judged(NOTHING, claims, drawn(), plan, Ledger()).guilty == {Worker(1, 2)}
     assert int(some.state_dict()["steps"]) == 1
 
 
 def test_behind_a_false_signal_no_contribution_is_looked_at() -> None:
     stage, plan = Stage(), plan_step("training_step", MESH, SIZES)
     liar = replace(NOTHING, guilty=frozenset({Worker(0, 1)}))
-    assert checks(rate=1.0).judged(liar, Contributions(None, stage), plan, Ledger()) is liar and not stage.asked
+    assert checks(rate=1.0).judged(liar, Contributions(None, stage), drawn(), plan, Ledger()) is liar and not stage.asked
 
 
 @pytest.mark.parametrize("settings", [{"rate": None}, {"audit_rate": None}])

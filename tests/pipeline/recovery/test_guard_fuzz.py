@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.config import Response
+from lightning_sentinel.pipeline.recovery.audited_verdicts import Auditors
 from lightning_sentinel.verification import COLUMNS, SignalTable
+from lightning_sentinel.verification.draws import Draws
 from lightning_sentinel.verification.outcomes import Outcome
-from tests.pipeline.pipelines import MICRO_BATCHES, WARMUP, Pipelines, honest, planned
+from tests.pipeline.pipelines import MESH, MICRO_BATCHES, WARMUP, Pipelines, honest, planned
 
 NUMBERS = st.one_of(
     st.floats(width=32, allow_nan=True, allow_infinity=True),
@@ -56,8 +58,8 @@ def test_no_table_crashes_a_guard(
     assert table.rows.isfinite().all() and table.column("positions").max() <= 2**20
     outcomes = []
     for guard in (copy.deepcopy(pipelines.guard), copy.deepcopy(pipelines.guard)):
-        ask = (lambda asked: [Outcome.MATCHES] * len(asked)) if guard.audits else None
-        ruling = guard.settle(table, pipelines.plan, lambda vector: vector, ask)
+        auditors = Auditors(Draws.seeded(MESH, 0, 7), lambda asked: [Outcome.MATCHES] * len(asked)) if guard.audits else None
+        ruling = guard.settle(table, pipelines.plan, lambda vector: vector, auditors)
         assert any(planned(guard, pipelines.step_number + 1).wiring.live), "whatever a table says, it never ends a run"
         outcomes.append((ruling.banned, ruling.redo, ruling.verdict.flagged, guard.ledger.state_dict()))
         learned = [value for name, value in guard.state_dict().items() if name.endswith(("momentum.value", "trend"))]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_sentinel.mesh import Direction, Mesh
 from lightning_sentinel.models import llama
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes, MicroBatches
-from lightning_sentinel.pipeline.recovery.auditing import Inputs
+from lightning_sentinel.pipeline.recovery.examination import Inputs
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.stages.stage import StageLayers

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments
+from lightning_sentinel.pipeline.commitments.step_commitments import Received, StepCommitments
 from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.recovery.auditing import Audits
-from lightning_sentinel.pipeline.recovery.examination import Inputs
+from lightning_sentinel.pipeline.recovery.examination import Inputs, SignalExamination
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.step_plan import plan_step
 from lightning_sentinel.trust.credentials import Credentials
@@ -24,7 +24,9 @@ from lightning_sentinel.trust.digests import Algorithm
 from lightning_sentinel.trust.evidence import Testimony
 from lightning_sentinel.trust.identity import Identity
 from lightning_sentinel.trust.statements import Kind, Moment, SignalId, SignalStatement
-from lightning_sentinel.verification.jury import Case, Jury
+from lightning_sentinel.verification import SignalTable
+from lightning_sentinel.verification.audit import Drawn
+from lightning_sentinel.verification.jury import Auditable, Case, Jury, Subject
 from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.tolerance import Tolerances
 from lightning_sentinel.wiring import MicroBatchId, Wiring
@@ -102,7 +104,7 @@ class Toy:
         own = credentials(self.mesh, sender)
         said = SignalStatement(Moment(RUN, 3, 1), sender, place, False, own.digest(signal))
         self.commitments.sent[place] = own.sign(said)
-        self.commitments.received[place] = said.digest
+        self.commitments.received[place] = Received(said.tainted, said.digest)
 
     def _loss_gradient(self, output: Tensor, part: MicroBatchId) -> Tensor:
         return 0.5 * (output - self.batches[part][1])
@@ -152,14 +154,17 @@ class Toy:
 
             recompute = self.recompute.get(rank, self.honest(worker.stage))
             transcript = Transcript(self.mesh, credentials(self.mesh, worker))
-            common = self.tolerances[rank], transcript, lambda: torch.float32
-            audits = Audits(self.mesh, worker, self.kept[rank], samples, recompute, *common)
-            audits.begin(self.adversary)
+            tolerances, cache = self.tolerances[rank], self.kept[rank]
+            signals = SignalExamination(self.mesh, cache, samples, recompute, tolerances, lambda: torch.float32)
+            audits = Audits(self.mesh, worker, signals, None, tolerances, lambda: cache.room, transcript)
+            audits.begin(SignalTable(torch.empty(0)), self.adversary)
 
             def ask(asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
                 return audits.ask(asked, plan, self.commitments)
 
-            found = Jury(self.mesh, 11).hear(of_step, self.wiring, self.banned, (), step, ask)
+            nothing = torch.zeros(self.mesh.replicas, *of_step.shape, dtype=torch.bool)
+            audited = Auditable(of_step, Drawn(nothing, nothing))
+            found = Jury(self.mesh).hear(audited, self.wiring, self.banned, (), step, ask, (Subject.SIGNAL,))
             self.outvoted = frozenset().union(*found.outvoted.values())
             self.testimonies = audits.testimonies
             return found.outcome if boundary is None else found.outcome[places[0]]
@@ -174,7 +179,7 @@ class Toy:
     def asked(self, boundary: Boundary, lane: int, slot: int, step: int = 3) -> list[int]:
         """The ranks of those that recompute a signal, in order."""
         index, audited = self.mesh.boundaries.index(boundary), self.wiring.worker(boundary.sender, lane)
-        return [self.mesh.rank(one) for one in Jury(self.mesh, 11).others(audited, self.banned, step, index, lane, slot)]
+        return [self.mesh.rank(one) for one in Jury(self.mesh).others(audited, self.banned, step, index, lane, slot)]
 
 
 def expected(toy: Toy, found: dict[tuple[int, int], Outcome]) -> Tensor:
