@@ -17,6 +17,7 @@ from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.step_checks import input_gradient
 from lightning_sentinel.pipeline.step_plan import StepPlan
+from lightning_sentinel.trust.digests import Digest
 from lightning_sentinel.trust.statements import Kind, SignalId
 
 __all__ = ["Buffers", "StageBoundaries"]
@@ -64,14 +65,17 @@ class StageBoundaries:
         replaces = plan.trains and guard is not None and guard.replaces_malformed
         self._inbox.begin(replaces, lets_nothing_in=not plan.trains)
 
-    def finish(self) -> bytes:
+    def finish(self, seal: Digest | None) -> bytes:
         """Wait until the notes of a step have been sent: after its schedule has run.
+
+        Args:
+            seal: of what this worker has drawn for the step.
 
         Returns:
             this worker's part of the step's commitments.
         """
         self._transport.finish_notes()
-        return self._recorder.finish()
+        return self._recorder.finish(seal)
 
     def forget(self) -> None:
         """Free the memory of the step's signals, once no audit needs them any more."""

@@ -170,7 +170,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             self._run_schedule(plan, len(work))
         if not plan.trains or guard is None:
             return self._result(running)
-        commitments = self._boundaries.finish() + self._draws.seal(plan)
+        commitments = self._boundaries.finish(self._draws.seal(plan))
         rows = {boundary: guard.take_rows(boundary) for boundary in guard.verifiers if work}
         broken = self.gradients.broken() if guard.replaces_malformed else None
         result = self._result(running, rows, broken, guard.refused, commitments)

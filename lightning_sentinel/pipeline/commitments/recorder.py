@@ -10,6 +10,7 @@ from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.commitments.step_commitments import Received, encode
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.trust.credentials import Credentials
+from lightning_sentinel.trust.digests import Digest
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Moment, SignalId, SignalStatement
 
@@ -57,10 +58,13 @@ class Recorder:
         if self._plan is not None and self._plan.audited:
             self._received[signal] = self._thread.submit(self._content, tensor.detach(), tainted)
 
-    def finish(self) -> bytes:
-        """What this worker says about the step's messages, as :func:`step_commitments.encode` puts it.
+    def finish(self, seal: Digest | None) -> bytes:
+        """This worker's part of the step's commitments, of which :func:`step_commitments.encode` says what it is.
 
         Waits for the thread. Empty in a step that is not audited.
+
+        Args:
+            seal: of what the worker has drawn for the step.
         """
         plan = self._plan
         if plan is None or not plan.audited:
@@ -68,7 +72,7 @@ class Recorder:
         sent = {signal: future.result() for signal, future in self._sent.items()}
         received = {signal: future.result() for signal, future in self._received.items()}
         self._forget()
-        return encode(sent, received, self._worker, plan.wiring.lane(self._worker) or 0, plan.wiring.slots)
+        return encode(sent, received, seal, self._worker, plan.wiring.lane(self._worker) or 0, plan.wiring.slots)
 
     def _forget(self) -> None:
         self._sent.clear()

@@ -38,15 +38,15 @@ class SealedDraws:
         self._transcript = transcript
         self._number = bytes(NUMBER_BYTES)
 
-    def seal(self, plan: StepPlan) -> bytes:
-        """Draw for a step, and return the seal that goes into this rank's row; nothing in a step that is not audited."""
+    def seal(self, plan: StepPlan) -> Digest | None:
+        """Draw for a step, and return the seal that goes into this rank's row; ``None`` in a step that is not audited."""
         if not plan.audited:
-            return b""
+            return None
         if self._seed is None:
             self._number = os.urandom(NUMBER_BYTES)
         else:
             self._number = own_number(self._seed, self._worker, plan.number).to_bytes(NUMBER_BYTES, "big")
-        return self._sealed(self._number, self._worker, plan).encode()
+        return self._sealed(self._number, self._worker, plan)
 
     def open(self, plan: StepPlan, sealed: Mapping[Worker, Digest]) -> tuple[Draws, frozenset[Worker]]:
         """Say what this rank has drawn, and hear what others have; a collective.

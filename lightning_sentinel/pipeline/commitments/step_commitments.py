@@ -95,13 +95,19 @@ def length(slots: int) -> int:
 
 
 def encode(
-    sent: Mapping[SignalId, Signed[SignalStatement]], received: Mapping[SignalId, Received], worker: Worker, lane: int, slots: int
+    sent: Mapping[SignalId, Signed[SignalStatement]],
+    received: Mapping[SignalId, Received],
+    seal: Digest | None,
+    worker: Worker,
+    lane: int,
+    slots: int,
 ) -> bytes:
-    """A worker's part, to which its seal is still to be added.
+    """A worker's part.
 
     Args:
         sent: what it says about the messages that it sent.
         received: what it says about the messages that it received.
+        seal: of what it has drawn for the step; ``None`` shows none.
         worker: whose part it is.
         lane: that the worker serves.
         slots: the most micro-batches of a lane.
@@ -114,7 +120,7 @@ def encode(
             said = bytes([signed.statement.tainted]) + signed.statement.digest.encode() + signed.signature
         got = received.get(incoming)
         pieces += [said, bytes(_RECEIVED_BYTES) if got is None else bytes([got.tainted]) + got.digest.encode()]
-    return b"".join(pieces)
+    return b"".join([*pieces, bytes(DIGEST_BYTES) if seal is None else seal.encode()])
 
 
 def decode(parts: Sequence[bytes], mesh: Mesh, wiring: Wiring, moment: Moment) -> StepCommitments:

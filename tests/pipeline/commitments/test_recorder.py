@@ -4,7 +4,7 @@ import torch
 
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.commitments.recorder import Recorder
-from lightning_sentinel.pipeline.commitments.step_commitments import decode, length
+from lightning_sentinel.pipeline.commitments.step_commitments import Received, decode, length
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.step_plan import plan_step
 from lightning_sentinel.trust.credentials import Credentials
@@ -23,13 +23,13 @@ def test_what_was_sent_and_received_is_said_and_signed_once_the_step_is_over() -
     plan = plan_step("training_step", MESH, BatchSizes(2, (4,)), number=3, run=5, audited=True)
     for repeat in range(2):
         recorder.begin(plan)
-        recorder.received(RECEIVED, torch.ones(2, 3))
+        recorder.received(RECEIVED, torch.ones(2, 3), torch.tensor(True))
         if repeat:
             recorder.sent(SENT, torch.full((2, 3), 2.0), torch.tensor(True))
-            said = recorder.finish()
+            said = recorder.finish(None)
     nobody = bytes(length(plan.wiring.slots))
     found = decode([nobody, said, nobody], MESH, plan.wiring, Moment(bytes(16), 3, 5))
-    assert found.received == {RECEIVED: digest_of_tensor(torch.ones(2, 3), Algorithm.SHA256)}
+    assert found.received == {RECEIVED: Received(True, digest_of_tensor(torch.ones(2, 3), Algorithm.SHA256))}
     assert list(found.sent) == [SENT]
     signed = found.sent[SENT]
     assert signed.verifies(identity.public) and signed.statement.tainted
@@ -41,4 +41,4 @@ def test_nothing_is_said_of_a_step_that_is_not_audited() -> None:
     recorder.begin(plan_step("training_step", MESH, BatchSizes(2, (4,))))
     recorder.sent(SENT, torch.ones(1))
     recorder.received(RECEIVED, torch.ones(1))
-    assert recorder.finish() == b""
+    assert recorder.finish(None) == b""

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments, decode, encode, length
+from lightning_sentinel.pipeline.commitments.step_commitments import Received, StepCommitments, decode, encode, length
 from lightning_sentinel.trust.credentials import Credentials
 from lightning_sentinel.trust.digests import Algorithm, Digest, digest_of
 from lightning_sentinel.trust.identity import Identity
@@ -48,6 +48,14 @@ def digest(signal: SignalId) -> Digest:
     return digest_of(str(signal).encode(), Algorithm.SHA256)
 
 
+def got(signal: SignalId) -> Received:
+    return Received(signal.slot == 1, digest(signal))
+
+
+def sealed_by(worker: Worker) -> Digest:
+    return digest_of(str(worker).encode(), Algorithm.SHA256)
+
+
 def signed(signal: SignalId, wiring: Wiring) -> Signed[SignalStatement]:
     worker = sender(signal, wiring)
     own = Credentials(RUN, identity=Identity.seeded(0, str(worker)))
@@ -59,7 +67,8 @@ def parts(mesh: Mesh, wiring: Wiring) -> list[bytes]:
     return [
         encode(
             {signal: signed(signal, wiring) for signal in everything if sender(signal, wiring) == worker},
-            {signal: digest(signal) for signal in everything if receiver(signal, wiring) == worker},
+            {signal: got(signal) for signal in everything if receiver(signal, wiring) == worker},
+            sealed_by(worker),
             worker,
             wiring.lane(worker) or 0,
             wiring.slots,
@@ -81,7 +90,8 @@ def test_what_each_says_of_what_it_sent_and_received_is_known_to_all(
     found = decode(said, mesh, wiring, NOW)
     everything = signals(mesh, wiring)
     assert found.sent == {signal: signed(signal, wiring) for signal in everything}
-    assert found.received == {signal: digest(signal) for signal in everything}
+    assert found.received == {signal: got(signal) for signal in everything}
+    assert found.sealed == {worker: sealed_by(worker) for worker in mesh.workers}
     assert found.contradictions(mesh, wiring) == []
 
 
@@ -108,9 +118,15 @@ class TestContradictions:
 
     def test_of_a_signal_are_between_its_sender_and_its_receiver(self) -> None:
         found = self.found()
-        found.received[self.SIGNAL] = digest(self.NOTE)
+        found.received[self.SIGNAL] = Received(False, digest(self.NOTE))
         (one,) = found.contradictions(self.MESH, self.WIRING)
         assert one == (Worker(0, 1), Worker(1, 1), self.SIGNAL)
+
+    def test_the_taint_of_a_signal_is_part_of_what_it_says(self) -> None:
+        found = self.found()
+        found.received[self.SIGNAL] = found.received[self.SIGNAL]._replace(tainted=True)
+        (one,) = found.contradictions(self.MESH, self.WIRING)
+        assert one.signal == self.SIGNAL and not found.agrees(self.SIGNAL)
 
     def test_of_a_note_are_between_its_maker_and_the_worker_behind_its_neighbour(self) -> None:
         found = self.found()

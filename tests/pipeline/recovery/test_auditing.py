@@ -275,7 +275,7 @@ def test_who_was_not_asked_has_no_vote() -> None:
 def test_what_a_simulated_attacker_says_is_what_its_rank_says() -> None:
     """The votes of the adversary, in the process engine."""
     mesh, boundary = Mesh(2, 3), Boundary(0, A)
-    toy, liar = Toy(mesh), Worker(0, 1)
+    toy, liar = Toy(mesh), Worker(0, 0)
     toy.adversary = Adversary("false_votes", mesh, workers=[liar])
     signals = expected(toy, {(2, 0): LIED, (2, 1): LIED}).bool()
     slots = [slot for slot in range(2) if toy.asked(boundary, 2, slot)[0] == mesh.rank(liar)]
