@@ -130,8 +130,6 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.gradients.make_equal(frozenset() if guard is None else guard.ledger.banned)
         recomputation = Recomputation(stage, self._local.is_last, steps, self.device, arithmetic.forward_context)
         self._audits = self._make_audits(recomputation, cache, transcript)
-        seed = None if guard is None else guard.seed_of_draws
-        self._draws = SealedDraws(mesh, worker, seed, transcript)
         self._running: RunningStep | None = None
 
     def _make_audits(self, recomputation: Recomputation, cache: SignalCache, transcript: Transcript) -> AuditsOfProcess:
@@ -145,6 +143,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         return AuditsOfProcess(
             Audits(mesh, worker, signals, reports, tolerances, lambda: cache.room, transcript),
             ContributionAudits(mesh, worker, cache, of_stage, transcript),
+            SealedDraws(mesh, worker, None if guard is None else guard.seed_of_draws, transcript),
         )
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
@@ -170,7 +169,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             self._run_schedule(plan, len(work))
         if not plan.trains or guard is None:
             return self._result(running)
-        commitments = self._boundaries.finish(self._draws.seal(plan))
+        commitments = self._boundaries.finish(self._audits.draws.seal(plan))
         rows = {boundary: guard.take_rows(boundary) for boundary in guard.verifiers if work}
         broken = self.gradients.broken() if guard.replaces_malformed else None
         result = self._result(running, rows, broken, guard.refused, commitments)
@@ -231,7 +230,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             return settle_contradictions(guard, outcome.table, plan, contradictions, forgers)
         auditors = None
         if commitments is not None:
-            draws, sealed_otherwise = self._draws.open(plan, commitments.sealed)
+            draws, sealed_otherwise = self._audits.draws.open(plan, commitments.sealed)
             if guard.replaces_malformed and sealed_otherwise:
                 return settle_contradictions(guard, outcome.table, plan, (), sealed_otherwise)
             auditors = self._auditors(plan, outcome, draws, commitments)

@@ -239,7 +239,8 @@ def attacked(engine: str, name: str | None, warm: Path | None = None) -> dict[st
         replicas,
         micro_batches=2,
         verification=ls.Verification(warmup_steps=warmup, false_positive_rate=0.03, seed=0),
-        response=ls.Response(audit_rate=audit_rate),
+        # A virtual mesh scores contributions to weight gradients only where somebody corrupts them, which nobody does here.
+        response=ls.Response(audit_rate=audit_rate, gradient_audit_rate=None),
         engine=engine,  # type: ignore[arg-type]
         timeout=PATIENCE,
     )

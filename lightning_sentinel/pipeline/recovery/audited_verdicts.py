@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
 from lightning_sentinel.pipeline.step_plan import StepPlan
@@ -39,14 +40,15 @@ class AuditedVerdicts:
     Args:
         mesh: all workers.
         rate: share of signals that is audited whatever their scores, in (0, 1].
-        compares_inputs: whether notes are sent, so that these are audited as well.
+        verification: how signals are verified, with the seed that the user gave.
     """
 
-    def __init__(self, mesh: Mesh, rate: float, compares_inputs: bool) -> None:
+    def __init__(self, mesh: Mesh, rate: float, verification: Verification) -> None:
         self._mesh = mesh
+        self.seed = verification.seed
         self._schedule = AuditSchedule(mesh, rate)
         self._jury = Jury(mesh)
-        self._subjects = tuple(Subject) if compares_inputs else (Subject.SIGNAL, Subject.ROW)
+        self._subjects = tuple(Subject) if verification.method != "paper" else (Subject.SIGNAL, Subject.ROW)
 
     def judge(
         self, table: SignalTable, assessment: Assessment, heights: Tensor, plan: StepPlan, auditors: Auditors, ledger: Ledger

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.pipeline.commitments.sealed_draws import SealedDraws
 from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments
 from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.data.sample_exchange import supplier, unpacked
@@ -202,10 +203,12 @@ class AuditsOfProcess(NamedTuple):
     Args:
         messages: of signals, rows and notes.
         contributions: of weight gradients.
+        draws: which of these it draws.
     """
 
     messages: Audits
     contributions: ContributionAudits
+    draws: SealedDraws
 
     def begin(self, table: SignalTable, adversary: Adversary | None) -> None:
         """Begin to settle a step.

@@ -80,11 +80,9 @@ class Guard:
         self._device = device
         self._response = response
         rate = response.audit_rate_of(mesh)
-        self._audited = None if rate is None else AuditedVerdicts(mesh, rate, compares_inputs=verification.method != "paper")
+        self._audited = None if rate is None else AuditedVerdicts(mesh, rate, verification)
         self.ledger = ledger
         self.calibration = Calibration(mesh, verification)
-        self.seed_of_draws = verification.seed
-        """The seed of private draws in a repeatable run; ``None`` if each worker draws what nobody can foresee."""
         if verification.seed is None:
             verification = replace(verification, seed=secret_seed() if secret is None else secret)
         self.verifiers = {boundary: BoundaryVerifier(boundary, verification, device) for boundary in boundaries}
@@ -110,6 +108,11 @@ class Guard:
         """The seed that workers must not know."""
         assert self._secret.seed is not None, "drawn at the start"
         return self._secret.seed
+
+    @property
+    def seed_of_draws(self) -> int | None:
+        """The seed of private draws in a repeatable run; ``None`` if each worker draws what nobody can foresee."""
+        return None if self._audited is None else self._audited.seed
 
     @property
     def audits(self) -> bool:

@@ -112,7 +112,9 @@ def test_a_receiver_that_reports_another_row_than_it_measured_has_lied(row: Any)
 
 
 @pytest.mark.parametrize(
-    "note", [other_samples, lambda note: note._replace(channels=16), lambda note: note._replace(values=note.values[:1])], ids=str
+    "note",
+    [other_samples, lambda note: note._replace(channels=16), lambda note: note._replace(values=note.values[:1])],
+    ids=["other samples", "other channels", "fewer samples"],
 )
 def test_a_note_of_anything_else_than_its_signal_is_its_makers_lie(note: Any) -> None:
     if note is other_samples:
@@ -128,11 +130,19 @@ def test_a_note_of_anything_else_than_its_signal_is_its_makers_lie(note: Any) ->
     assert audited.is_false(Subject.NOTE)
 
 
+HANDED = {
+    "nothing": None,
+    "another tensor": torch.zeros(2, 3, 8),
+    "another note": [torch.zeros(2, 3, 8), 8],
+    "a name": ["a", 8],
+    "no count of channels": [torch.zeros(1), 8.0],
+    "a number": 3,
+}
+
+
 @pytest.mark.parametrize("subject", [Subject.ROW, Subject.NOTE])
 @pytest.mark.parametrize("name", ["signal", "note"])
-@pytest.mark.parametrize(
-    "handed", [None, torch.zeros(2, 3, 8), [torch.zeros(2, 3, 8), 8], ["a", 8], [torch.zeros(1), 8.0], 3], ids=str
-)
+@pytest.mark.parametrize("handed", HANDED.values(), ids=HANDED)
 def test_who_hands_over_something_else_than_what_is_named_in_the_table_has_lied(subject: Subject, name: str, handed: Any) -> None:
     assert Audited().examine(subject, **{name: handed}).word is LIED
 
