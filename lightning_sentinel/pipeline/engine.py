@@ -42,6 +42,8 @@ from lightning_sentinel.pipeline.recovery.auditing import Audits, Inputs
 from lightning_sentinel.pipeline.recovery.contradictions import settle_contradictions
 from lightning_sentinel.pipeline.recovery.contribution_audits import AuditsOfProcess, ContributionAudits, StageRecomputation
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
+from lightning_sentinel.pipeline.recovery.evidence import BanEvidence
+from lightning_sentinel.pipeline.recovery.flag_records import FencesOfStep
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
@@ -130,6 +132,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self._audits = AuditsOfProcess(
             Audits(mesh, worker, cache, self._samples, recompute, tolerances, transcript, computed_in),
             ContributionAudits(mesh, worker, cache, of_stage, transcript),
+            BanEvidence(mesh, transcript),
         )
         self._running: RunningStep | None = None
 
@@ -215,7 +218,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         contradictions = [] if commitments is None else commitments.contradictions(plan.mesh, plan.wiring)
         forgers = outcome.forgers - plan.banned
         if guard.replaces_malformed and (contradictions or forgers):
-            return settle_contradictions(guard, outcome.table, plan, contradictions, forgers)
+            ruling = settle_contradictions(guard, outcome.table, plan, contradictions, forgers)
+            return self._audits.evidence.of_contradictions(ruling)
         ask = None
         if commitments is not None:
             self._audits.begin(self.adversary)
@@ -225,6 +229,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             sketches = outcome.contributions
             again = partial(self._audits.contributions.ask, plan=plan, sketches=sketches, commitments=commitments)
             contributions = Contributions(sketches, again)
+        fences = FencesOfStep.of(guard.calibration)
         ruling = guard.settle(
             outcome.table,
             plan,
@@ -236,11 +241,10 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             contributions=contributions,
         )
         if commitments is None:
-            return ruling
-        evidence = self._audits.signals.evidence(ruling.banned, commitments)
+            return self._audits.evidence.of_flags(outcome.table, ruling, guard.ledger, fences)
         # Where a run only reports they lead to nothing, and are told.
         pairs = sorted({(transfer.sender, transfer.receiver) for transfer in contradictions})
-        return ruling._replace(evidence=evidence, contradictions=pairs)
+        return self._audits.shown(ruling._replace(contradictions=pairs), commitments)
 
     def returned(self) -> Any:
         running = self._step_under_way

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import IntEnum
 from itertools import groupby
@@ -29,13 +29,12 @@ from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.data.sample_exchange import supplier, unpacked
 from lightning_sentinel.pipeline.messages.tensor_trees import Packed, pack_all, receive_tree, send_packed
 from lightning_sentinel.pipeline.processes.wire import world
-from lightning_sentinel.pipeline.recovery.evidence import evidence_of_bans
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
-from lightning_sentinel.pipeline.recovery.votes import VOTE_BYTES, Vote, decode, encode, says, testimony
+from lightning_sentinel.pipeline.recovery.votes import Vote, encode, lie_of, of_auditor, says, testimony
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.waiting import on_host
-from lightning_sentinel.trust.digests import Digest, digest_of
-from lightning_sentinel.trust.evidence import Evidence, Recomputation, Testimony
+from lightning_sentinel.trust.digests import Digest
+from lightning_sentinel.trust.evidence import Recomputation, Testimony
 from lightning_sentinel.trust.statements import Kind, SignalId
 from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
@@ -125,7 +124,7 @@ class Audits:
         self._computed_in = computed_in
         self._adversary: Adversary | None = None
         self.testimonies: dict[SignalId, list[Testimony]] = {}
-        """The signed votes on the signals of the step under way."""
+        """The votes on the signals of the step under way, as far as they are signed where votes have to be."""
 
     def begin(self, adversary: Adversary | None = None) -> None:
         """Begin a step.
@@ -175,10 +174,6 @@ class Audits:
         self._transcript.hear(everyone)
         return [self._heard(everyone, number, *asked[number], plan, commitments) for number in range(len(asked))]
 
-    def evidence(self, banned: Collection[Worker], commitments: StepCommitments) -> dict[Worker, Evidence]:
-        """What the votes of this step show against the workers that it bans; see :func:`evidence_of_bans`."""
-        return evidence_of_bans(banned, self.testimonies, commitments, self._transcript.credentials)
-
     def _signed(self, vote: Vote, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments) -> Vote:
         credentials = self._transcript.credentials
         about = commitments.sent[_signal_of(case)].statement
@@ -188,20 +183,17 @@ class Audits:
         self, everyone: Tensor, number: int, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments
     ) -> Outcome:
         """The vote of an auditor, the same on all ranks. Only its own entry counts, and only if it is signed."""
-        # Whatever other ranks put there.
-        entry = everyone[self._mesh.rank(auditor), number * VOTE_BYTES : (number + 1) * VOTE_BYTES]
-        vote = decode(entry.numpy().tobytes())
+        vote = of_auditor(everyone, self._mesh.rank(auditor), number)
         credentials = self._transcript.credentials
         signal = _signal_of(case)
         if not credentials.hold(commitments.sent[signal]):
             # The sender has signed a row in which it does not sign its signal.
             return Outcome.LIED
         statement = says(vote, auditor, commitments.sent[signal].statement, self._live(case, plan), credentials)
-        if credentials.keys:
-            words = testimony(vote, statement, credentials)
-            if words is None:
-                return Outcome.MATCHES
-            self.testimonies.setdefault(signal, []).append(words)
+        words = testimony(vote, statement, credentials)
+        if words is None:
+            return Outcome.MATCHES
+        self.testimonies.setdefault(signal, []).append(words)
         if vote.word == Outcome.MATCHES:
             self._tolerances.heard(self._mesh.boundaries.index(case.boundary), case.audited, vote.measured)
         return vote.word
@@ -324,15 +316,12 @@ class Audits:
         error = math.inf if measured is None else measured[0]
         if measured is not None:
             word = Outcome.LIED if error > answer.allowed else Outcome.MATCHES
-        said = word
-        if self._adversary is not None:
-            said = Outcome(self._adversary.vote(word, auditor, case.audited, case.boundary.direction, step))
-        if said != word:
-            # Whoever lies says what its lie would follow from.
-            error = 0.0 if said == Outcome.MATCHES else math.inf
-            recomputed = recomputed or digest_of(b"", self._transcript.credentials.algorithm)
         numbers = [math.nan] * MEASURED if measured is None else measured
-        return Vote(said, numbers, None if recomputed is None else Recomputation(recomputed, error, answer.allowed))
+        vote = Vote(word, numbers, None if recomputed is None else Recomputation(recomputed, error, answer.allowed))
+        if self._adversary is None:
+            return vote
+        said = Outcome(self._adversary.vote(word, auditor, case.audited, case.boundary.direction, step))
+        return lie_of(vote, said, self._transcript.credentials.algorithm)
 
 
 def _signal_of(case: Case) -> SignalId:
