@@ -26,6 +26,7 @@ from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.gradients.contributions import broken
 from lightning_sentinel.pipeline.gradients.virtual_gradients import VirtualGradients
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
+from lightning_sentinel.pipeline.recovery.flag_records import FencesOfStep
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import join, plain, reorder
@@ -35,6 +36,7 @@ from lightning_sentinel.pipeline.step_results import Ruling, StepOutcome, StepRe
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.virtual_audits import VirtualAudits
 from lightning_sentinel.pipeline.virtual_boundaries import MicroBatch, VirtualBoundaries, VirtualStep
+from lightning_sentinel.pipeline.virtual_evidence import VirtualEvidence
 from lightning_sentinel.pipeline.virtual_passes import VirtualPasses
 from lightning_sentinel.pipeline.virtual_stages import VirtualStages
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
@@ -79,6 +81,7 @@ class VirtualEngine:
         steps.leaves_out = self._workers.excludes
         self._running: VirtualStep | None = None
         self._returned: Any = None
+        self._evidence = VirtualEvidence(stage_model.mesh)
 
     @property
     def guard(self) -> Guard | None:
@@ -226,6 +229,7 @@ class VirtualEngine:
         contributions = None
         if self.guard.contributions.audits:
             contributions = Contributions(outcome.contributions, audits.ask_of_contributions)
+        fences = FencesOfStep.of(self.guard.calibration)
         ruling = self.guard.settle(
             outcome.table,
             plan,
@@ -237,7 +241,10 @@ class VirtualEngine:
         )
         if ruling.excluded:
             running.take_back()
-        return ruling
+        secret = self.guard.secret
+        if self.guard.audits:
+            return self._evidence.of_audits(ruling, audits, running, secret)
+        return self._evidence.of_flags(outcome.table, ruling, self.guard.ledger, fences, secret)
 
 
 def _joined(results: Sequence[tuple[Sequence[int], Any]]) -> Any:
