@@ -61,7 +61,7 @@ class VirtualAudits:
     ) -> None:
         self._workers = workers
         self._running = running
-        self._table = table
+        self.table = table
         self._computed_in = computed_in
         self._errors: dict[int, dict[tuple[int, int], list[float]]] | None = None
         """Measured errors of the step's signals, by boundary and place; ``None`` before the step's first audit."""
@@ -139,7 +139,7 @@ class VirtualAudits:
                 again = guard.verifiers[case.boundary].measure_again(*receipt)[0].cpu()
                 calibration = guard.calibration
                 fences = calibration.fences_at_receipt(index), calibration.among_peers.fences.of(index)
-                false = is_false_row(self._table.rows[place], again, *fences)
+                false = is_false_row(self.table.rows[place], again, *fences)
             self._false[key] = false
         return self._false[key]
 

@@ -84,6 +84,8 @@ class VirtualStep:
     """What was sent across a boundary, and the honest signal, by its index, lane and slot, for signals that may differ."""
     receipts: dict[tuple[int, int, int], Receipt] = field(default_factory=dict)
     """What was sent across a boundary, by its index, lane and slot, where the receiver may report something else."""
+    false_notes: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """The note on what a sender received, as it came, and the honest one, by the place of what it sent, where they differ."""
     notes: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     """Whether the note on what a sender received is false, 0-dim bool, by the place of what it sent; for notes that may be."""
     contributed: dict[Worker, Contributed] = field(default_factory=dict)
@@ -242,6 +244,7 @@ class VirtualBoundaries:
             if pieces[number] is not honest:
                 place = mesh.boundaries.index(boundary), *batch.place(replica)
                 batch.running.notes[place] = is_false_note(pieces[number], honest)
+                batch.running.false_notes[place] = pieces[number], honest
         return note._replace(values=torch.cat(pieces))
 
     def _report(

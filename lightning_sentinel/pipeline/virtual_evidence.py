@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from lightning_sentinel.errors import MissingExtraError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments
@@ -25,9 +27,10 @@ from lightning_sentinel.pipeline.virtual_boundaries import VirtualStep
 from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.trust.credentials import Credentials
 from lightning_sentinel.trust.digests import Digest, digest_of
-from lightning_sentinel.trust.evidence import Recomputation, Testimony
+from lightning_sentinel.trust.evidence import Recomputation, Testimony, finding_of
 from lightning_sentinel.trust.identity import Identity
-from lightning_sentinel.trust.statements import RUN_BYTES, Kind, Moment, RowStatement, SignalId, SignalStatement
+from lightning_sentinel.trust.signing import Signed
+from lightning_sentinel.trust.statements import RUN_BYTES, Kind, Moment, RowStatement, SignalId, SignalStatement, VoteStatement
 from lightning_sentinel.verification import Ledger, SignalTable
 from lightning_sentinel.verification.jury import Case, ContributionCase, Subject
 
@@ -115,45 +118,68 @@ class _Signing:
         return replace(self.credentials, identity=self._identities.get(worker))
 
     def heard(self, audits: VirtualAudits, running: VirtualStep) -> Heard:
-        """What workers would have said of the signals and contributions for which somebody is banned."""
-        heard = Heard(StepCommitments(), {}, {}, {})
+        """What workers would have said of that for which somebody is banned."""
+        messages: dict[SignalId, list[Testimony]] = {}
+        in_rows: dict[Worker, list[Testimony]] = {}
+        rows: dict[Worker, SignedRow] = {}
+        commitments = StepCommitments()
         for case, answers in audits.answers.items():
-            if case.audited not in self._guilty:
+            worker = case.audited
+            if worker not in self._guilty:
                 continue
-            if isinstance(case, ContributionCase):
-                heard = self._with_contribution(heard, case, answers, running)
-            elif case.subject is Subject.SIGNAL:
-                heard = self._with_signal(heard, case, answers, running)
-        return heard
+            if isinstance(case, ContributionCase) or case.subject is Subject.ROW:
+                rows[worker] = self._row_of(worker, _contents(worker, running, audits.table), self._now)
+                in_rows.setdefault(worker, []).extend(self._on_row(case, answers, running, audits.table))
+                continue
+            place = self._mesh.boundaries.index(case.boundary), case.lane, case.slot
+            # Of what is as it should be nobody has kept the elements.
+            kept = (running.kept if case.subject is Subject.SIGNAL else running.false_notes).get(place)
+            if kept is not None:
+                about = self._signed(case, kept[0])
+                commitments.sent[about.statement.signal] = about
+                messages[about.statement.signal] = self._on_message(about.statement, answers, kept[1], case.stage)
+        return Heard(commitments, messages, in_rows, rows)
 
-    def _with_signal(self, heard: Heard, case: Case, answers: Answers, running: VirtualStep) -> Heard:
-        """Add what is said of a signal; of one that is as it should be nobody has kept the elements."""
-        place = self._mesh.boundaries.index(case.boundary), case.lane, case.slot
-        if place not in running.kept:
-            return heard
-        sent, honest = running.kept[place]
+    def _signed(self, case: Case, sent: Tensor) -> Signed[SignalStatement]:
+        """What the sender of a signal or a note signs."""
+        boundary, kind = case.boundary, Kind.SIGNAL
+        if case.subject is Subject.NOTE:
+            before = self._mesh.before(boundary)
+            assert before is not None, "without a signal before there is no note"
+            boundary, kind = before, Kind.NOTE
         own = self.of(case.audited)
-        signal = SignalId(Kind.SIGNAL, case.boundary, case.lane, case.slot)
-        about = own.sign(SignalStatement(self._now, case.audited, signal, False, own.digest(sent)))
-        heard.commitments.sent[signal] = about
-        live = self._live(case.audited)
-        votes = self._votes(answers, own.digest(honest), lambda vote, juror: says(vote, juror, about.statement, live, own))
-        return heard._replace(signals={**heard.signals, signal: votes})
+        signal = SignalId(kind, boundary, case.lane, case.slot)
+        return own.sign(SignalStatement(self._now, case.audited, signal, False, own.digest(sent)))
 
-    def _with_contribution(self, heard: Heard, case: ContributionCase, answers: Answers, running: VirtualStep) -> Heard:
-        """Add what is said of a contribution; one that is not looked at is honest."""
-        audited = case.audited
-        known = running.contributed.get(audited)
-        if known is None:
-            return heard
-        sketch = known.added.cpu()
-        credentials, now, live = self.credentials, self._now, self._live(audited)
-        recomputed = digest_of(sketch_bytes(known.honest.cpu()), credentials.algorithm)
-        votes = self._votes(
-            answers, recomputed, lambda vote, juror: says_of_weights(vote, juror, audited, sketch, now, live, credentials)
+    def _on_message(self, about: SignalStatement, answers: Answers, honest: Tensor, stage: int) -> list[Testimony]:
+        live, credentials = self._live(stage), self.credentials
+        return self._votes(answers, credentials.digest(honest), lambda vote, juror: says(vote, juror, about, live, credentials))
+
+    def _on_row(self, case: Case | ContributionCase, answers: Answers, running: VirtualStep, table: SignalTable) -> list[Testimony]:
+        """The votes on a row, or on a contribution; one that is not looked at is honest."""
+        audited, live, now, credentials = case.audited, self._live(case.stage), self._now, self.credentials
+        algorithm = credentials.algorithm
+        if isinstance(case, ContributionCase):
+            known = running.contributed.get(audited)
+            if known is None:
+                return []
+            sketch = known.added.cpu()
+            recomputed = digest_of(sketch_bytes(known.honest.cpu()), algorithm)
+            return self._votes(
+                answers, recomputed, lambda vote, juror: says_of_weights(vote, juror, audited, sketch, now, live, credentials)
+            )
+        signal = SignalId(Kind.SIGNAL, case.boundary, case.lane, case.slot)
+        reported = table.rows[self._mesh.boundaries.index(case.boundary), case.lane, case.slot]
+        named = digest_of(reported.numpy().tobytes(), algorithm)
+        # Nobody keeps the row that is measured again.
+        recomputed = digest_of(b"", algorithm)
+        return self._votes(
+            answers,
+            recomputed,
+            lambda vote, juror: VoteStatement(
+                now, juror, signal, named, vote.word, live, finding_of(vote.recomputation, algorithm)
+            ),
         )
-        rows = {**heard.rows, audited: self._row_of(audited, sketch_bytes(sketch), now)}
-        return heard._replace(contributions={**heard.contributions, audited: votes}, rows=rows)
 
     def _votes(self, answers: Answers, recomputed: Digest, says_so: Callable[[Vote, Worker], Any]) -> list[Testimony]:
         """The signed votes of those that answered.
@@ -186,11 +212,20 @@ class _Signing:
     def _now(self) -> Moment:
         return self._plan.moment(self.credentials.run)
 
-    def _live(self, audited: Worker) -> int:
-        return sum(Worker(audited.stage, replica) not in self._plan.banned for replica in range(self._mesh.replicas))
+    def _live(self, stage: int) -> int:
+        return sum(Worker(stage, replica) not in self._plan.banned for replica in range(self._mesh.replicas))
 
     def _row_of(self, worker: Worker, contents: bytes, moment: Moment) -> SignedRow:
         """A row with what matters of it. Tables of a virtual mesh are not chained: no relay could alter one."""
         algorithm = self.credentials.algorithm
         statement = RowStatement(moment, worker, digest_of(contents, algorithm), digest_of(b"", algorithm))
         return SignedRow(self.of(worker).sign(statement), contents)
+
+
+def _contents(worker: Worker, running: VirtualStep, table: SignalTable) -> bytes:
+    """Of a worker's row: what it reports of signals that it received, and the sketch of its weight gradients."""
+    lane = running.plan.wiring.lane(worker)
+    received = [index for index, boundary in enumerate(running.plan.mesh.boundaries) if boundary.receiver == worker.stage]
+    reported = b"" if lane is None else table.rows[received, lane].numpy().tobytes()
+    known = running.contributed.get(worker)
+    return reported + (b"" if known is None else sketch_bytes(known.added.cpu()))

@@ -40,13 +40,12 @@ def ground_of(evidence: Evidence) -> str:
 
 
 def _of_audit(evidence: Evidence) -> str:
-    """What most of a stage found false of what the banned worker sent, or added to the weight gradients."""
-    of_weights = evidence.reason is Reason.CONTRIBUTION
+    """What most of a stage found false of what the banned worker sent, reported, or added to the weight gradients."""
     grounds = []
     for matter, found in _decided(evidence):
-        if (matter.signal is None) == of_weights and matter.audited == evidence.banned and found.outcome == LIED:
-            did = "published in its row what it adds to" if of_weights else "signed"
-            grounds.append(f"{evidence.banned} {did} {matter.name} and {_share(found)} found it to be false")
+        if matter.shows is evidence.reason and matter.audited == evidence.banned and found.outcome == LIED:
+            did = "published in its row what it adds to" if matter.shows is Reason.CONTRIBUTION else "signed"
+            grounds.append(f"{evidence.banned} {did} {matter.name} and {_share(found, matter)} found it to be false")
     return "; ".join(grounds)
 
 
@@ -54,7 +53,7 @@ def _of_withholding(evidence: Evidence) -> str:
     grounds = []
     for matter, found in _decided(evidence):
         if _had_to_hand_over(evidence, matter, found.outcome):
-            words = f"{_share(found)} signed that they did not get {_WITHHELD[found.outcome]} {matter.name}"
+            words = f"{_share(found, matter)} signed that they did not get {_WITHHELD[found.outcome]} {matter.name}"
             grounds.append(f"{words} and it was for {evidence.banned} to give it to them")
     return "; ".join(grounds)
 
@@ -65,7 +64,7 @@ def _of_false_word(evidence: Evidence) -> str:
         own = {vote.outcome for vote in matter.votes if vote.sender == evidence.banned}
         if own == {{MATCHES: LIED, LIED: MATCHES}.get(found.outcome)}:
             words = f"{evidence.banned} signed that {matter.name} {_PHRASES[own.pop()]}"
-            grounds.append(f"{words}, and {_share(found)} signed the opposite")
+            grounds.append(f"{words}, and {_share(found, matter)} signed the opposite")
     return "; ".join(grounds)
 
 
@@ -78,12 +77,14 @@ def _decided(evidence: Evidence) -> Iterator[tuple[Matter, Finding]]:
         yield matter, majority(evidence, matter)
 
 
-def _share(found: Finding) -> str:
-    return f"{found.votes} of {found.live} live workers of its stage"
+def _share(found: Finding, matter: Matter) -> str:
+    return f"{found.votes} of {found.live} live workers of {'its stage' if matter.stands else f'stage {matter.stage}'}"
 
 
 def _had_to_hand_over(evidence: Evidence, matter: Matter, outcome: int) -> bool:
     """Whether the banned worker, by its own signed word, served the lane and the stage that were to hand over what was missing."""
+    if matter.shows not in (Reason.LIED, Reason.CONTRIBUTION):
+        return False
     signals = [one.statement for one in evidence.messages if isinstance(one.statement, SignalStatement)]
     own = [one for one in signals if one.sender == evidence.banned and one.moment == matter.moment]
     if matter.signal is None:
@@ -196,11 +197,6 @@ def _of_flags(evidence: Evidence) -> str:
     return "" if record is None or record.fault(evidence.banned) else record.ground(evidence.banned)
 
 
-def _of_reports(evidence: Evidence) -> str:
-    """Rows and notes are recomputed on the virtual mesh only, whose workers do not sign votes on them."""
-    return ""
-
-
 _RULES: dict[Reason, Callable[[Evidence], str]] = {
     Reason.LIED: _of_audit,
     Reason.CONTRIBUTION: _of_audit,
@@ -210,6 +206,6 @@ _RULES: dict[Reason, Callable[[Evidence], str]] = {
     Reason.CONTRADICTED_OTHERS: _of_contradictions,
     Reason.FORGED: _of_forgery,
     Reason.FLAGGED: _of_flags,
-    Reason.ROW: _of_reports,
-    Reason.NOTE: _of_reports,
+    Reason.ROW: _of_audit,
+    Reason.NOTE: _of_audit,
 }

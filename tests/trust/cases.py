@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.trust.commitments import table_digest
-from lightning_sentinel.trust.digests import Algorithm, digest_of
+from lightning_sentinel.trust.digests import Algorithm, Digest, digest_of
 from lightning_sentinel.trust.encoding import encode
 from lightning_sentinel.trust.evidence import LIED, MATCHES, Evidence, Reason, Recomputation, Testimony, finding_of
 from lightning_sentinel.trust.parts import decode_part, encode_part, part_length
@@ -101,6 +101,35 @@ def of_a_contribution(outcomes: Mapping[int, int] | None = None) -> Evidence:
 NEXT_STAGE = [Worker(2, replica) for replica in range(5)]
 TWO_STAGES = KEYS | {worker: identity(worker).public for worker in NEXT_STAGE}
 SLOTS = 2
+REPORTED = struct.pack(f"{len(COLUMNS)}f", *range(len(COLUMNS)))
+
+
+def vote_of(juror: Worker, place: SignalId, about: Digest, outcome: int, live: int = 5) -> Testimony:
+    found = Recomputation(digest(f"what {juror} recomputed"), {MATCHES: 1e-6, LIED: 0.8}[outcome], TOLERANCE)
+    vote = VoteStatement(NOW, juror, place, about, outcome, live, finding_of(found, SHA))
+    return Testimony(sign(identity(juror), vote), found)
+
+
+def of_a_false_row(outcomes: Mapping[int, int] | None = None) -> Evidence:
+    """Worker 0 of the next stage reports something else of the signal than most others of that stage measure."""
+    contents = b"others, " + REPORTED + b"and more"
+    said = {1: MATCHES, 2: LIED, 3: LIED, 4: LIED} if outcomes is None else outcomes
+    named = digest_of(REPORTED, SHA)
+    votes = tuple(vote_of(NEXT_STAGE[replica], PLACE, named, outcome) for replica, outcome in said.items())
+    keys = {worker: TWO_STAGES[worker] for worker in NEXT_STAGE}
+    return Evidence(NEXT_STAGE[0], Reason.ROW, 12, keys, (row(NEXT_STAGE[0], contents),), votes, (contents,))
+
+
+def of_a_false_note(outcomes: Mapping[int, int] | None = None, live: int = 5) -> Evidence:
+    """Worker 0 sends another note than those of the stage behind the next one make of its signal."""
+    place = SignalId(Kind.NOTE, Boundary(1, Direction.ACTIVATION), lane=0, slot=3)
+    note = signal(STAGE[0], signal=place)
+    readers = [Worker(3, replica) for replica in range(5)]
+    said = dict.fromkeys(range(2, 5), LIED) if outcomes is None else outcomes
+    named = digest_of(encode(note.statement), SHA)
+    votes = tuple(vote_of(readers[replica], place, named, outcome, live) for replica, outcome in said.items())
+    keys = {STAGE[0]: KEYS[STAGE[0]]} | {worker: identity(worker).public for worker in readers}
+    return Evidence(STAGE[0], Reason.NOTE, 12, keys, (note,), votes)
 
 
 def part_of(worker: Worker, moment: Moment, lane: int, received: str = "", sent: str = "what it sent") -> bytes:
@@ -193,6 +222,8 @@ EVERY_REASON = {
     "two words": of_a_contradiction,
     "false word": of_a_false_word,
     "weights": of_a_contribution,
+    "row": of_a_false_row,
+    "note": of_a_false_note,
     "contradictions": of_contradictions,
     "forged row": of_a_forged_row,
     "unsigned message": of_unsigned_messages,

@@ -29,8 +29,11 @@ from tests.trust.cases import (
     NEXT_STAGE,
     SKETCH,
     STAGE,
+    TWO_STAGES,
     flagged_step,
     of_a_contribution,
+    of_a_false_note,
+    of_a_false_row,
     of_a_forged_row,
     of_a_lie,
     of_contradictions,
@@ -42,7 +45,7 @@ from tests.trust.cases import (
 )
 from tests.trust.statements import NOW, RUN, identity
 
-PROVEN = ("lie", "two words", "false word", "weights", "contradictions", "forged row", "unsigned message")
+PROVEN = ("lie", "two words", "false word", "weights", "row", "note", "contradictions", "forged row", "unsigned message")
 
 
 def refuted(evidence: Evidence) -> str:
@@ -244,6 +247,35 @@ class TestWeightGradients:
     def test_an_auditor_that_lied_about_it(self) -> None:
         evidence = dataclasses.replace(of_a_contribution(), reason=Reason.FALSE_WORD, banned=STAGE[1])
         assert f"{STAGE[1]} signed that the weight gradients of {STAGE[0]}" in verify_evidence(evidence).verdict
+
+
+class TestRowsAndNotes:
+    def test_in_words(self) -> None:
+        found = verify_evidence(of_a_false_row()).verdict
+        words = f"{NEXT_STAGE[0]} signed what {NEXT_STAGE[0]} reported of the activation signal from stage 1 to 2, lane 0,"
+        assert f"{words} micro-batch 3, of step 12, attempt 0, and 3 of 5 live workers of its stage found it to be false" in found
+        found = verify_evidence(of_a_false_note()).verdict
+        words = f"{STAGE[0]} signed the activation note from stage 1 to 2, lane 0, micro-batch 3, of step 12, attempt 0,"
+        assert f"{words} and 3 of 5 live workers of stage 3 found it to be false" in found
+
+    def test_who_made_a_note_has_no_vote_on_it(self) -> None:
+        """Two of three and three of four decide, as those of its own stage they would be outvoted or even."""
+        assert verify_evidence(of_a_false_note({0: LIED, 1: LIED}, live=3)).proves
+        assert verify_evidence(of_a_false_note({0: LIED, 1: LIED, 2: LIED}, live=4)).proves
+        for few, live in (({0: LIED, 1: LIED}, 2), ({0: LIED, 1: LIED}, 4), ({0: LIED, 1: MATCHES}, 3)):
+            assert "nothing in it shows that" in refuted(of_a_false_note(few, live))
+
+    def test_fewer_than_most(self) -> None:
+        assert "nothing in it shows that" in refuted(of_a_false_row({1: LIED, 2: LIED, 3: MATCHES, 4: MATCHES}))
+
+    def test_neither_is_evidence_of_another_reason(self) -> None:
+        for evidence in (of_a_false_row(), of_a_false_note()):
+            for reason in (Reason.LIED, Reason.CONTRIBUTION, Reason.WITHHELD):
+                assert "nothing in it shows that" in refuted(dataclasses.replace(evidence, reason=reason))
+
+    def test_votes_of_another_stage(self) -> None:
+        evidence = dataclasses.replace(of_a_false_row(), testimonies=of_a_lie().testimonies, keys=TWO_STAGES)
+        assert "is not about a signal in the evidence" in refuted(evidence)
 
 
 class TestContradictions:

@@ -16,7 +16,7 @@ from lightning_sentinel.trust.evidence import Evidence, Reason, Testimony
 from lightning_sentinel.trust.identity import SIGNATURE_BYTES, PublicKey
 from lightning_sentinel.trust.records import FlagRecord
 from lightning_sentinel.trust.signing import S, Signed
-from lightning_sentinel.trust.statements import RowStatement, SignalId, SignalStatement
+from lightning_sentinel.trust.statements import ContributionVote, Kind, RowStatement, SignalId, SignalStatement, VoteStatement
 from lightning_sentinel.trust.verify_evidence import verify_evidence
 from lightning_sentinel.verification import Ledger, SignalTable
 from lightning_sentinel.verification.contributions import WEIGHT_GRADIENT
@@ -36,14 +36,14 @@ class Heard(NamedTuple):
 
     Args:
         commitments: what workers say about the signals that they sent.
-        signals: the votes on signals.
-        contributions: the votes on contributions to weight gradients, by the audited worker.
+        messages: the votes on signals and notes.
+        in_rows: the votes on what stands in a worker's row: contributions to weight gradients, and what it reports of signals.
         rows: the rows of the step.
     """
 
     commitments: StepCommitments
-    signals: Mapping[SignalId, Sequence[Testimony]]
-    contributions: Mapping[Worker, Sequence[Testimony]]
+    messages: Mapping[SignalId, Sequence[Testimony]]
+    in_rows: Mapping[Worker, Sequence[Testimony]]
     rows: Mapping[Worker, SignedRow]
 
 
@@ -87,13 +87,13 @@ class BanEvidence:
         self,
         ruling: Ruling,
         commitments: StepCommitments,
-        signals: Mapping[SignalId, Sequence[Testimony]],
-        contributions: Mapping[Worker, Sequence[Testimony]],
+        messages: Mapping[SignalId, Sequence[Testimony]],
+        in_rows: Mapping[Worker, Sequence[Testimony]],
     ) -> Ruling:
         """The ruling on a step with audits, with its evidence; the other arguments are those of :class:`Heard`."""
         if not ruling.banned:
             return ruling
-        heard = Heard(commitments, signals, contributions, self._transcript.rows())
+        heard = Heard(commitments, messages, in_rows, self._transcript.rows())
         return ruling._replace(evidence=of_audits(reasons_of(ruling), ruling.plan.number, heard, self._transcript.credentials))
 
     def of_flags(self, table: SignalTable, ruling: Ruling, ledger: Ledger, fences: FencesOfStep) -> Ruling:
@@ -205,37 +205,40 @@ def _reason(worker: Worker, detections: Sequence[Detection]) -> Reason:
 
 def _candidates(worker: Worker, heard: Heard, credentials: Credentials) -> Iterator[Evidence]:
     """What each vote of a step may show against a worker."""
-    for signal, votes in heard.signals.items():
-        yield _of_signal(worker, signal, votes, heard.commitments, credentials)
-    for audited, votes in heard.contributions.items():
-        yield _of_contribution(worker, audited, votes, heard, credentials)
+    for signal, votes in heard.messages.items():
+        yield _of_message(worker, signal, votes, heard.commitments, credentials)
+    for audited, votes in heard.in_rows.items():
+        of_weights = [one for one in votes if isinstance(one.vote.statement, ContributionVote)]
+        yield _in_row(worker, audited, of_weights, Reason.CONTRIBUTION, heard, credentials)
+        of_reports = [one for one in votes if isinstance(one.vote.statement, VoteStatement)]
+        yield _in_row(worker, audited, of_reports, Reason.ROW, heard, credentials)
     if worker in heard.rows and credentials.keys:
         stage = {other for other in credentials.keys if other.stage == worker.stage}
         yield _of_rows(worker, Reason.FORGED, (heard.rows[worker],), stage, credentials)
 
 
-def _of_signal(
+def _of_message(
     worker: Worker, signal: SignalId, votes: Sequence[Testimony], commitments: StepCommitments, credentials: Credentials
 ) -> Evidence:
     about = commitments.sent[signal]
     messages = [about]
-    reason = Reason.LIED
+    reason = Reason.NOTE if signal.kind is Kind.NOTE else Reason.LIED
     if about.statement.sender != worker:
         # What it sent of the same micro-batch shows that it was its part to hand over what was asked for.
         lane = [one for key, one in commitments.sent.items() if (key.lane, key.slot) == (signal.lane, signal.slot)]
         messages += [one for one in lane if one.statement.sender == worker][:1]
         reason = Reason.WITHHELD
-    named = {other for other in credentials.keys if other.stage == signal.boundary.sender} | {worker}
+    stages = {about.statement.sender.stage, *(one.vote.statement.sender.stage for one in votes)}
+    named = {other for other in credentials.keys if other.stage in stages} | {worker}
     shown = tuple(_as_signed(one, credentials) for one in messages)
     return Evidence(worker, reason, about.statement.moment.step, _keys(named, credentials), shown, tuple(votes))
 
 
-def _of_contribution(
-    worker: Worker, audited: Worker, votes: Sequence[Testimony], heard: Heard, credentials: Credentials
+def _in_row(
+    worker: Worker, audited: Worker, votes: Sequence[Testimony], reason: Reason, heard: Heard, credentials: Credentials
 ) -> Evidence:
     row = heard.rows[audited]
     row = row._replace(signed=_as_signed(row.signed, credentials))
-    reason = Reason.CONTRIBUTION
     signals: list[Signed[SignalStatement]] = []
     if worker != audited:
         # What both sent shows that they served the same lane, so that it was its part to hand over what was asked for.
