@@ -41,8 +41,8 @@ __all__ = ["LARGEST_FILE", "VERSION", "file_name", "read_evidence", "write_evide
 VERSION = 2
 """Of the format; counted up with every change."""
 
-LARGEST_FILE = 4 * 2**20
-"""In bytes. A vote has about 500 and a row some thousands, so that this is room for hundreds of both."""
+LARGEST_FILE = 32 * 2**20
+"""In bytes. A vote has about 500, and a row of a mesh with 64 micro-batches 46,000: this is room for hundreds of both."""
 
 _FORMAT = "lightning-sentinel evidence"
 _FIELDS = (

@@ -76,6 +76,16 @@ class FlagRecord:
         habit: in which share of recent steps an honest worker of its stage was a suspect.
         earlier: :meth:`Streak.state` of the steps of its streak before ``steps``, which were not kept.
         steps: the latest steps of its streak, in order.
+
+    Example:
+        >>> from lightning_sentinel.mesh import Direction
+        >>> liar, place = Worker(1, 0), Boundary(1, Direction.ACTIVATION)
+        >>> signal = FlaggedSignal(place, 0, 0, Worker(2, 0), bytes(ROW_BYTES), 3.0, "norm", NO_FENCES, True)
+        >>> steps = [FlaggedStep(step, (signal,), Sighting((), (Worker(1, 1),), False)) for step in range(5)]
+        >>> FlagRecord(5, 0.0, Streak().state(), tuple(steps)).fault(liar)
+        ''
+        >>> FlagRecord(5, 0.0, Streak().state(), tuple(steps[:4])).fault(liar)
+        '4 steps as a suspect are less than the rule asks for, which bans after 5'
     """
 
     ban_after: int

@@ -209,8 +209,9 @@ def _messages(evidence: Evidence) -> Iterator[Said]:
         statement = message.statement
         digest = statement.digest if isinstance(statement, SignalStatement) else statement.row
         said = _said(evidence, message, f"{statement}: {str(digest)[:23]}")
-        is_forged = forged is not None and (statement, message.signature) == (forged.statement, forged.signature)
-        yield Said(said.words, said.key, "", "forged") if is_forged else said
+        # The digest of the table, which others have signed, has the signatures of all rows in it, valid or not.
+        in_table = forged is not None and isinstance(statement, RowStatement) and statement.moment == forged.statement.moment
+        yield Said(said.words, said.key, "", "forged") if in_table and said.fault and said.key is not None else said
 
 
 def _votes(evidence: Evidence) -> Iterator[Said]:

@@ -156,11 +156,11 @@ def of_contradictions(others: int = 3, lies: str = "something else") -> Evidence
     return Evidence(STAGE[0], Reason.CONTRADICTED_OTHERS, 9 + others, TWO_STAGES, tuple(messages), (), tuple(contents))
 
 
-def of_a_forged_row(witnesses: int = 3, forged: bool = True) -> Evidence:
-    """Worker 0 has signed its row with another key; all say in the next step which table they saw."""
+def of_a_forged_row(witnesses: int = 3, forgers: Sequence[int] = (0,)) -> Evidence:
+    """Some workers have signed their rows with another key; all say in the next step which table they saw."""
     before = [row(worker, f"row of {worker}".encode()) for worker in STAGE]
-    if forged:
-        before[0] = sign(identity(Worker(9, 9)), before[0].statement)
+    for forger in forgers:
+        before[forger] = sign(identity(Worker(9, 9)), before[forger].statement)
     later = Moment(RUN, 13, 1)
     seen = table_digest(before, SHA)
     after = [RowStatement(later, worker, digest("a row"), seen) for worker in STAGE[:witnesses]]

@@ -80,7 +80,7 @@ class TestRefusals:
 
     def test_of_a_large_file(self, path: Path) -> None:
         path.write_bytes(path.read_bytes() + b" " * LARGEST_FILE)
-        assert "is larger than 4,194,304 bytes, and no evidence is." in refusal(path)
+        assert "is larger than 33,554,432 bytes, and no evidence is." in refusal(path)
 
     @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.8, 0.999])
     def test_of_a_file_that_was_cut_off(self, path: Path, share: float) -> None:

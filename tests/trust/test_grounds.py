@@ -319,11 +319,16 @@ class TestForgery:
         assert found.verdict == f"The evidence holds: {says} {STAGE[0]} bears a signature that is not its own."
         assert "\nforged           row of step 12, attempt 0, by worker (stage 1, replica 0)" in str(found)
 
+    def test_two_in_one_table(self) -> None:
+        evidence = of_a_forged_row(forgers=(0, 1))
+        for liar in STAGE[:2]:
+            assert f"the row of {liar} bears a signature" in verify_evidence(dataclasses.replace(evidence, banned=liar)).verdict
+
     def test_that_few_saw(self) -> None:
         assert "nothing in it shows that" in refuted(of_a_forged_row(witnesses=2))
 
     def test_a_row_that_is_signed(self) -> None:
-        assert "nothing in it shows that" in refuted(of_a_forged_row(forged=False))
+        assert "nothing in it shows that" in refuted(of_a_forged_row(forgers=()))
 
     def test_a_table_that_nobody_saw(self) -> None:
         """Whoever keeps the file may put any row into it, and any signature on it."""
@@ -332,6 +337,8 @@ class TestForgery:
         changed = dataclasses.replace(evidence, messages=(other, *evidence.messages[1:]))  # type: ignore[arg-type]
         assert "nothing in it shows that" in refuted(changed)
         assert "bears no valid signature" in refuted(dataclasses.replace(evidence, banned=STAGE[1]))
+        stranger = dataclasses.replace(evidence, keys={worker: key for worker, key in KEYS.items() if worker != STAGE[3]})
+        assert "is of a worker whose key is not in the evidence" in refuted(stranger)
 
     def test_a_message_that_its_sender_did_not_sign(self) -> None:
         found = verify_evidence(of_unsigned_messages())
