@@ -18,7 +18,7 @@ from lightning_sentinel.trust.grounds import ACCUSATIONS, forged_row, ground_of
 from lightning_sentinel.trust.identity import SIGNATURE_BYTES, PublicKey
 from lightning_sentinel.trust.matters import fault_of_vote, matters, rows_with_contents
 from lightning_sentinel.trust.records import FlaggedSignal
-from lightning_sentinel.trust.statements import SignalStatement
+from lightning_sentinel.trust.statements import RowStatement, SignalStatement
 
 __all__ = ["Findings", "Said", "verify_evidence"]
 
