@@ -232,6 +232,10 @@ class Mesh:
         behind, replica = divmod(rank, self.replicas)
         return Worker(self.stages - 1 - behind, replica)
 
+    def of_stage(self, stage: int) -> list[Worker]:
+        """The workers of a stage."""
+        return [Worker(stage, replica) for replica in range(self.replicas)]
+
     def stage_ranks(self, stage: int) -> range:
         """The ranks of all replicas of ``stage``, which hold the same weights."""
         first = (self.stages - 1 - stage) * self.replicas

@@ -82,7 +82,7 @@ class StageBoundaries:
         message_id = MessageId(running.plan.run, slot, SIGNALS[Direction.ACTIVATION])
         signal, tainted = self._inbox.activation(sender, message_id, running.work[slot].samples)
         if signal is not None:
-            self._keep_received(running, Direction.ACTIVATION, slot, signal)
+            self._keep_received(running, Direction.ACTIVATION, slot, signal, tainted)
             signal.requires_grad_()
         self._buffers["inputs"][buffer_id] = signal
         self._buffers["taints"][buffer_id] = tainted
@@ -91,17 +91,17 @@ class StageBoundaries:
         output = self._buffers["outputs"][buffer_id]
         sender = self._peer(running, self._local.stage + 1)
         signal, tainted = self._inbox.gradient(sender, MessageId(running.plan.run, slot, SIGNALS[Direction.GRADIENT]), output)
-        self._keep_received(running, Direction.GRADIENT, slot, signal)
+        self._keep_received(running, Direction.GRADIENT, slot, signal, tainted)
         self._buffers["output_tensors"][buffer_id] = signal
         # A micro-batch that was left out on its way forward stays left out, whatever the gradient's taint is.
         self._buffers["taints"][buffer_id] = tainted | self._buffers["taints"][buffer_id]
 
-    def _keep_received(self, running: RunningStep, direction: Direction, slot: int, signal: Tensor) -> None:
+    def _keep_received(self, running: RunningStep, direction: Direction, slot: int, signal: Tensor, tainted: Tensor) -> None:
         self._cache.keep_received(direction, slot, signal)
         boundary = Boundary(self._local.stage - (direction is Direction.ACTIVATION), direction)
         # Who received no usable message says so by not saying what it received.
         if not self._inbox.is_replaced(MessageId(running.plan.run, slot, SIGNALS[direction])):
-            self._recorder.received(SignalId(Kind.SIGNAL, boundary, self._lane(running), slot), signal)
+            self._recorder.received(SignalId(Kind.SIGNAL, boundary, self._lane(running), slot), signal, tainted)
 
     def verify_activation(self, running: RunningStep, buffer_id: int, slot: int) -> None:
         signal = self._buffers["inputs"][buffer_id].detach()
@@ -120,7 +120,9 @@ class StageBoundaries:
         note = None
         if before is not None and guard.compares_inputs:
             note = self._inbox.note(self._peer(running, before.sender), MessageId(running.plan.run, slot, NOTES[direction]))
-            self._recorder.received(SignalId(Kind.NOTE, before, self._lane(running), slot), note.values)
+            if running.plan.audited:
+                self._cache.keep_note_received(direction, slot, note)
+                self._recorder.received(SignalId(Kind.NOTE, before, self._lane(running), slot), note.whole)
         sender = self._local.mesh.worker(self._peer(running, boundary.sender))
         report = self._local.report(boundary, sender, running.plan.number, slot)
         signal, tainted = guard.receive(boundary, signal, self._buffers["taints"][buffer_id].view(1), note, report=report)
@@ -164,13 +166,15 @@ class StageBoundaries:
         note = None if local.guard is None or after is None else local.guard.project(after, signal)
         if note is None or after is None:
             return
-        values = note.values
         if local.adversary is not None:
             neighbour = self._local.mesh.worker(self._peer(running, boundary.receiver))
-            values = local.adversary.note(values, local.worker, neighbour, boundary.direction, running.plan.number, slot)
-        self._recorder.sent(SignalId(Kind.NOTE, boundary, self._lane(running), slot), values)
+            told = local.adversary.note(note.values, local.worker, neighbour, boundary.direction, running.plan.number, slot)
+            note = note._replace(values=told)
+        if running.plan.audited:
+            self._cache.keep_note_sent(boundary.direction, slot, note)
+            self._recorder.sent(SignalId(Kind.NOTE, boundary, self._lane(running), slot), note.whole)
         message_id = MessageId(running.plan.run, slot, NOTES[boundary.direction])
-        self._transport.send_note(values, note.channels, self._peer(running, after.receiver), message_id)
+        self._transport.send_note(note.values, note.channels, self._peer(running, after.receiver), message_id)
 
     def _outgoing(self, direction: Direction, buffer_id: int) -> Tensor:
         if direction is Direction.ACTIVATION:

@@ -25,6 +25,8 @@ from lightning_sentinel.pipeline import schedule
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import StageBoundaries
 from lightning_sentinel.pipeline.commitments.recorder import Recorder
+from lightning_sentinel.pipeline.commitments.sealed_draws import SealedDraws
+from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments
 from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.computation import StageComputation
 from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
@@ -38,14 +40,17 @@ from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.processes.torch_wire import TorchWire
 from lightning_sentinel.pipeline.processes.wire import world
-from lightning_sentinel.pipeline.recovery.auditing import Audits, Inputs
+from lightning_sentinel.pipeline.recovery.audited_verdicts import Auditors
+from lightning_sentinel.pipeline.recovery.auditing import Audits
 from lightning_sentinel.pipeline.recovery.contradictions import settle_contradictions
 from lightning_sentinel.pipeline.recovery.contribution_audits import AuditsOfProcess, ContributionAudits, StageRecomputation
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
 from lightning_sentinel.pipeline.recovery.evidence import BanEvidence
+from lightning_sentinel.pipeline.recovery.examination import Inputs, SignalExamination
 from lightning_sentinel.pipeline.recovery.flag_records import FencesOfStep
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
+from lightning_sentinel.pipeline.recovery.report_examination import ReportExamination
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.results.predictions import share_predictions
@@ -55,6 +60,7 @@ from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.step_results import Ruling, StepOutcome, StepResult
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.trust.credentials import Credentials
+from lightning_sentinel.verification.draws import Draws
 from lightning_sentinel.verification.tolerance import Tolerances
 from lightning_sentinel.wiring import MicroBatchId
 
@@ -125,16 +131,24 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         self.gradients = StageGradients(stage, mesh, worker, options, arithmetic, tied, *stepped)
         self.gradients.make_equal(frozenset() if guard is None else guard.ledger.banned)
         recomputation = Recomputation(stage, self._local.is_last, steps, self.device, arithmetic.forward_context)
-        recompute = partial(self._signal_again, recomputation)
+        self._audits = self._make_audits(recomputation, cache, transcript)
+        seed = None if guard is None else guard.seed_of_draws
+        self._draws = SealedDraws(mesh, worker, seed, transcript)
+        self._running: RunningStep | None = None
+
+    def _make_audits(self, recomputation: Recomputation, cache: SignalCache, transcript: Transcript) -> AuditsOfProcess:
+        guard, mesh, worker = self.guard, self._local.mesh, self._local.worker
         tolerances = Tolerances(mesh, 0) if guard is None else guard.tolerances
         computed_in = recomputation.computed_in
+        recompute = partial(self._signal_again, recomputation)
+        signals = SignalExamination(mesh, cache, self._samples, recompute, tolerances, computed_in)
+        reports = None if guard is None else ReportExamination(mesh, cache, guard, self.device)
         of_stage = StageRecomputation(self._samples, partial(self._weights_again, recomputation), self._sketch, computed_in)
-        self._audits = AuditsOfProcess(
-            Audits(mesh, worker, cache, self._samples, recompute, tolerances, transcript, computed_in),
+        return AuditsOfProcess(
+            Audits(mesh, worker, signals, reports, tolerances, lambda: cache.room, transcript),
             ContributionAudits(mesh, worker, cache, of_stage, transcript),
             BanEvidence(mesh, transcript),
         )
-        self._running: RunningStep | None = None
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
 
@@ -159,7 +173,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             self._run_schedule(plan, len(work))
         if not plan.trains or guard is None:
             return self._result(running)
-        commitments = self._boundaries.finish()
+        commitments = self._boundaries.finish() + self._draws.seal(plan)
         rows = {boundary: guard.take_rows(boundary) for boundary in guard.verifiers if work}
         broken = self.gradients.broken() if guard.replaces_malformed else None
         result = self._result(running, rows, broken, guard.refused, commitments)
@@ -214,37 +228,37 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _ruling(self, guard: Guard, plan: StepPlan, outcome: StepOutcome) -> Ruling:
         assert outcome.table is not None, "without signals there is nothing to judge"
         commitments = outcome.commitments
-        gradients = self.gradients
         contradictions = [] if commitments is None else commitments.contradictions(plan.mesh, plan.wiring)
         forgers = outcome.forgers - plan.banned
         if guard.replaces_malformed and (contradictions or forgers):
             ruling = settle_contradictions(guard, outcome.table, plan, contradictions, forgers)
             return self._audits.evidence.of_contradictions(ruling)
-        ask = None
+        auditors = None
         if commitments is not None:
-            self._audits.begin(self.adversary)
-            ask = partial(self._audits.signals.ask, plan=plan, commitments=commitments)
-        contributions = None
-        if outcome.contributions is not None and commitments is not None:
-            sketches = outcome.contributions
-            again = partial(self._audits.contributions.ask, plan=plan, sketches=sketches, commitments=commitments)
-            contributions = Contributions(sketches, again)
+            draws, sealed_otherwise = self._draws.open(plan, commitments.sealed)
+            if guard.replaces_malformed and sealed_otherwise:
+                ruling = settle_contradictions(guard, outcome.table, plan, (), sealed_otherwise)
+                return self._audits.evidence.of_seals(ruling)
+            auditors = self._auditors(plan, outcome, draws, commitments)
+        gradients = self.gradients
+        shares = gradients.sum, auditors, gradients.apart
         fences = FencesOfStep.of(guard.calibration)
-        ruling = guard.settle(
-            outcome.table,
-            plan,
-            gradients.sum,
-            ask,
-            gradients.apart,
-            broken=outcome.broken,
-            refused=outcome.refused,
-            contributions=contributions,
-        )
+        ruling = guard.settle(outcome.table, plan, *shares, broken=outcome.broken, refused=outcome.refused)
         if commitments is None:
             return self._audits.evidence.of_flags(outcome.table, ruling, guard.ledger, fences)
         # Where a run only reports they lead to nothing, and are told.
         pairs = sorted({(transfer.sender, transfer.receiver) for transfer in contradictions})
         return self._audits.shown(ruling._replace(contradictions=pairs), commitments)
+
+    def _auditors(self, plan: StepPlan, outcome: StepOutcome, draws: Draws, commitments: StepCommitments) -> Auditors:
+        assert outcome.table is not None, "without signals nothing is audited"
+        self._audits.begin(outcome.table, self.adversary)
+        contributions = None
+        if outcome.contributions is not None:
+            sketches = outcome.contributions
+            again = partial(self._audits.contributions.ask, plan=plan, sketches=sketches, commitments=commitments)
+            contributions = Contributions(sketches, again)
+        return Auditors(draws, partial(self._audits.messages.ask, plan=plan, commitments=commitments), contributions)
 
     def returned(self) -> Any:
         running = self._step_under_way
@@ -284,7 +298,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
     def _try_out(self, activation: Tensor, slot: int) -> Tensor:
         assigned = self._step_under_way.work[slot]
         given = Inputs(assigned.batch, activation, None)
-        return self._audits.signals.recompute(Direction.ACTIVATION, assigned.micro_batch_id, given)
+        return self._audits.messages.signals.recompute(Direction.ACTIVATION, assigned.micro_batch_id, given)
 
     # -------------------------------------------------------------------------------------------------------- what all share
 

@@ -25,6 +25,7 @@ from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.gradients.contributions import broken
 from lightning_sentinel.pipeline.gradients.virtual_gradients import VirtualGradients
+from lightning_sentinel.pipeline.recovery.audited_verdicts import Auditors
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
 from lightning_sentinel.pipeline.recovery.flag_records import FencesOfStep
 from lightning_sentinel.pipeline.recovery.guard import Guard
@@ -42,7 +43,7 @@ from lightning_sentinel.pipeline.virtual_stages import VirtualStages
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import arithmetic
-from lightning_sentinel.verification.jury import Subject
+from lightning_sentinel.verification.draws import Draws
 from lightning_sentinel.verification.sketches import SKETCHED
 from lightning_sentinel.wiring import MicroBatchId
 
@@ -226,25 +227,23 @@ class VirtualEngine:
         running = self._running
         assert running is not None, "a step is settled after it has run"
         audits = VirtualAudits(self._workers, running, outcome.table, self._computed_in)
-        contributions = None
-        if self.guard.contributions.audits:
-            contributions = Contributions(outcome.contributions, audits.ask_of_contributions)
+        auditors = self._auditors(self.guard, running, outcome, audits) if self.guard.audits else None
         fences = FencesOfStep.of(self.guard.calibration)
-        ruling = self.guard.settle(
-            outcome.table,
-            plan,
-            lambda vector: vector,
-            audits.ask if self.guard.audits else None,
-            broken=outcome.broken,
-            subjects=tuple(Subject),
-            contributions=contributions,
-        )
+        ruling = self.guard.settle(outcome.table, plan, lambda vector: vector, auditors, broken=outcome.broken)
         if ruling.excluded:
             running.take_back()
         secret = self.guard.secret
         if self.guard.audits:
             return self._evidence.of_audits(ruling, audits, running, secret)
         return self._evidence.of_flags(outcome.table, ruling, self.guard.ledger, fences, secret)
+
+    def _auditors(self, guard: Guard, running: VirtualStep, outcome: StepOutcome, audits: VirtualAudits) -> Auditors:
+        contributions = None
+        if guard.contributions.audits:
+            contributions = Contributions(outcome.contributions, audits.ask_of_contributions)
+        plan = running.plan
+        seed = guard.secret if guard.seed_of_draws is None else guard.seed_of_draws
+        return Auditors(Draws.seeded(plan.mesh, seed, plan.number), audits.ask, contributions)
 
 
 def _joined(results: Sequence[tuple[Sequence[int], Any]]) -> Any:

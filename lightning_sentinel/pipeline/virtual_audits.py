@@ -13,9 +13,10 @@ from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.virtual_boundaries import VirtualStep
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
 from lightning_sentinel.verification import SignalTable
-from lightning_sentinel.verification.audit import Outcome, tolerance
+from lightning_sentinel.verification.audit import tolerance
 from lightning_sentinel.verification.jury import Case, ContributionCase, Subject
-from lightning_sentinel.verification.reports import is_false_row
+from lightning_sentinel.verification.outcomes import Outcome
+from lightning_sentinel.verification.reports import ROW_TOLERANCE, row_error
 from lightning_sentinel.verification.sketches import sketch_error
 from lightning_sentinel.verification.tolerance import MEASURED
 
@@ -139,7 +140,7 @@ class VirtualAudits:
                 again = guard.verifiers[case.boundary].measure_again(*receipt)[0].cpu()
                 calibration = guard.calibration
                 fences = calibration.fences_at_receipt(index), calibration.among_peers.fences.of(index)
-                false = is_false_row(self.table.rows[place], again, *fences)
+                false = row_error(self.table.rows[place], again, *fences) > ROW_TOLERANCE
             self._false[key] = false
         return self._false[key]
 

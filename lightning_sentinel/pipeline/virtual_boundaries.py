@@ -19,8 +19,9 @@ from lightning_sentinel.pipeline.stages.groups import of_replicas, together
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.steps import StepRun
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
+from lightning_sentinel.verification.audit import relative_error
 from lightning_sentinel.verification.projection import Projection
-from lightning_sentinel.verification.reports import is_false_note
+from lightning_sentinel.verification.reports import NOTE_TOLERANCE
 from lightning_sentinel.verification.tolerance import deviation
 from lightning_sentinel.verification.verifier import Report
 from lightning_sentinel.wiring import MicroBatchId, Wiring
@@ -243,7 +244,7 @@ class VirtualBoundaries:
             pieces[number] = adversary.note(honest, maker, neighbour, boundary.direction, batch.step, slot)
             if pieces[number] is not honest:
                 place = mesh.boundaries.index(boundary), *batch.place(replica)
-                batch.running.notes[place] = is_false_note(pieces[number], honest)
+                batch.running.notes[place] = relative_error(pieces[number], honest) > NOTE_TOLERANCE
                 batch.running.false_notes[place] = pieces[number], honest
         return note._replace(values=torch.cat(pieces))
 

@@ -27,10 +27,11 @@ from lightning_sentinel.pipeline.virtual_boundaries import VirtualStep
 from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.trust.credentials import Credentials
 from lightning_sentinel.trust.digests import Digest, digest_of
-from lightning_sentinel.trust.evidence import Recomputation, Testimony, finding_of
+from lightning_sentinel.trust.encoding import encode
+from lightning_sentinel.trust.evidence import Recomputation, Testimony
 from lightning_sentinel.trust.identity import Identity
 from lightning_sentinel.trust.signing import Signed
-from lightning_sentinel.trust.statements import RUN_BYTES, Kind, Moment, RowStatement, SignalId, SignalStatement, VoteStatement
+from lightning_sentinel.trust.statements import RUN_BYTES, Kind, Moment, RowStatement, SignalId, SignalStatement
 from lightning_sentinel.verification import Ledger, SignalTable
 from lightning_sentinel.verification.jury import Case, ContributionCase, Subject
 
@@ -152,8 +153,13 @@ class _Signing:
         return own.sign(SignalStatement(self._now, case.audited, signal, False, own.digest(sent)))
 
     def _on_message(self, about: SignalStatement, answers: Answers, honest: Tensor, stage: int) -> list[Testimony]:
-        live, credentials = self._live(stage), self.credentials
-        return self._votes(answers, credentials.digest(honest), lambda vote, juror: says(vote, juror, about, live, credentials))
+        live, algorithm = self._live(stage), self.credentials.algorithm
+        named = digest_of(encode(about), algorithm)
+        return self._votes(
+            answers,
+            self.credentials.digest(honest),
+            lambda vote, juror: says(vote, juror, about.moment, about.signal, named, live, algorithm),
+        )
 
     def _on_row(self, case: Case | ContributionCase, answers: Answers, running: VirtualStep, table: SignalTable) -> list[Testimony]:
         """The votes on a row, or on a contribution; one that is not looked at is honest."""
@@ -176,9 +182,7 @@ class _Signing:
         return self._votes(
             answers,
             recomputed,
-            lambda vote, juror: VoteStatement(
-                now, juror, signal, named, vote.word, live, finding_of(vote.recomputation, algorithm)
-            ),
+            lambda vote, juror: says(vote, juror, now, signal, named, live, algorithm),
         )
 
     def _votes(self, answers: Answers, recomputed: Digest, says_so: Callable[[Vote, Worker], Any]) -> list[Testimony]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import lightning as L
@@ -57,10 +56,9 @@ def make_guard(run: RunState, bans: BanKeeper) -> Guard | None:
     worker = None if settings.virtual else processes.worker
     bans.take_over()
     received = [boundary for boundary in mesh.boundaries if worker is None or boundary.receiver == worker.stage]
-    if verification.seed is None:
-        # Not kept in the settings, which loggers and files show, nor derived from the seed of the run, which all workers know.
-        verification = replace(verification, seed=processes.broadcast(secret_seed()))
-    return Guard(mesh, received, worker, verification, settings.response, run.ledger, processes.device)
+    # Not kept in the settings, which loggers and files show, nor derived from the seed of the run, which all workers know.
+    secret = processes.broadcast(secret_seed()) if verification.seed is None else None
+    return Guard(mesh, received, worker, verification, settings.response, run.ledger, processes.device, secret)
 
 
 def make_data(run: RunState, trainer: L.Trainer, model: StageModel) -> PipelineData:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.mesh import Mesh
-from lightning_sentinel.verification.jury import most_bans, strikes_to_ban
+from lightning_sentinel.verification.majority import most_bans, strikes_to_ban
 
 __all__ = ["protection", "shortcoming"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.trust.digests import Algorithm, Digest, digest_of
@@ -17,6 +18,9 @@ from lightning_sentinel.trust.signing import Signed, fault
 from lightning_sentinel.trust.statements import Moment, RowStatement, SignalStatement, Transfer
 
 __all__ = ["Causes", "Claim", "Copy", "causes_of_difference", "mismatches", "settle_by_showing", "table_digest"]
+
+Content = TypeVar("Content")
+"""What a message holds: its digest, alone or with more."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,12 @@ def causes_of_difference(first: Copy, second: Copy, keys: Mapping[Worker, Public
     return Causes(frozenset(equivocated), {holder: rows for holder, rows in altered.items() if rows}, frozenset(misreported))
 
 
-def mismatches(sent: Mapping[Transfer, Digest], received: Mapping[Transfer, Digest]) -> list[Transfer]:
+def mismatches(sent: Mapping[Transfer, Content], received: Mapping[Transfer, Content]) -> list[Transfer]:
     """The messages about which sender and receiver disagree, in order.
 
     Args:
-        sent: the digests of what senders say that they sent.
-        received: the digests of what receivers say that they received with a valid signature.
+        sent: what senders say that they sent, such as digests.
+        received: what receivers say that they received.
 
     Example:
         >>> from lightning_sentinel.mesh import Boundary, Direction

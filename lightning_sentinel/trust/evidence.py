@@ -56,6 +56,8 @@ class Reason(str, Enum):
     """About messages between them it said something else than more workers of one stage than can be malicious there."""
     FORGED = "forged signature"
     """It gave its row, or the messages that it names in its row, a signature that is not its own."""
+    SEAL = "did not open its seal"
+    """It showed no seal of what it had drawn for audits, or did not open it. Nobody signs what is shown, so it is a record."""
     FLAGGED = "flagged"
     """By flags alone, which nobody recomputed."""
 

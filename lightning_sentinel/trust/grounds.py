@@ -12,7 +12,7 @@ from lightning_sentinel.trust.matters import Finding, Matter, majority, matters,
 from lightning_sentinel.trust.parts import Part, disagreement, read_row
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Moment, RowStatement, SignalStatement
-from lightning_sentinel.verification.jury import most_bans, strikes_to_ban
+from lightning_sentinel.verification.majority import most_bans, strikes_to_ban
 
 __all__ = ["ACCUSATIONS", "forged_row", "ground_of"]
 
@@ -26,6 +26,7 @@ ACCUSATIONS = {
     Reason.NOTE: "sent a note that most workers of the stage that it was for found to be false",
     Reason.CONTRADICTED_OTHERS: "contradicts more workers of one stage than can be malicious there",
     Reason.FORGED: "gave its word a signature that is not its own",
+    Reason.SEAL: "did not show what it had drawn and sealed",
     Reason.FLAGGED: "was out of line in as many steps as the rule asks for",
 }
 
@@ -205,6 +206,7 @@ _RULES: dict[Reason, Callable[[Evidence], str]] = {
     Reason.CONTRADICTED_ITSELF: _of_two_words,
     Reason.CONTRADICTED_OTHERS: _of_contradictions,
     Reason.FORGED: _of_forgery,
+    Reason.SEAL: lambda evidence: "",
     Reason.FLAGGED: _of_flags,
     Reason.ROW: _of_audit,
     Reason.NOTE: _of_audit,

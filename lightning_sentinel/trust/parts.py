@@ -17,14 +17,27 @@ from lightning_sentinel.trust.identity import SIGNATURE_BYTES, PublicKey
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Kind, Moment, SignalId, SignalStatement
 
-__all__ = ["Part", "decode_part", "disagreement", "encode_part", "part_length", "read_row"]
+__all__ = ["Part", "Received", "decode_part", "disagreement", "encode_part", "part_length", "read_row", "seal_in"]
 
 _SENT_BYTES = 1 + DIGEST_BYTES + SIGNATURE_BYTES
-_BYTES = _SENT_BYTES + DIGEST_BYTES
-"""Of one place: taint, digest and signature of what was sent, then the digest of what was received."""
+_RECEIVED_BYTES = 1 + DIGEST_BYTES
+_BYTES = _SENT_BYTES + _RECEIVED_BYTES
+"""Of one place: taint, digest and signature of what was sent, then taint and digest of what was received."""
 _KINDS = len(Kind) * len(Direction)
 _TRIED = 4
 """Signatures of a row that are tried with each lane and number of micro-batches: an honest worker's all hold with one of these."""
+
+
+class Received(NamedTuple):
+    """What a receiver says that it received.
+
+    Args:
+        tainted: whether the message came with the taint flag; a note has none.
+        digest: of the tensor.
+    """
+
+    tainted: bool
+    digest: Digest
 
 
 class Part(NamedTuple):
@@ -35,41 +48,41 @@ class Part(NamedTuple):
         lane: that it served.
         slots: the most micro-batches of a lane in the step.
         sent: what it says about the messages that it sent, with its signatures, which may be anything.
-        received: the digests of those that it received.
+        received: what it says about those that it received.
     """
 
     worker: Worker
     lane: int
     slots: int
     sent: dict[SignalId, Signed[SignalStatement]]
-    received: dict[SignalId, Digest]
+    received: dict[SignalId, Received]
 
 
 def part_length(slots: int) -> int:
-    """Of a worker's part, in bytes.
+    """Of a worker's part, in bytes, with the seal of what it has drawn at the end.
 
     Args:
         slots: the most micro-batches of a lane.
 
     Example:
         >>> part_length(slots=4)
-        2096
+        2145
     """
-    return _BYTES * _KINDS * slots
+    return _BYTES * _KINDS * slots + DIGEST_BYTES
 
 
 def encode_part(
-    sent: Mapping[SignalId, Signed[SignalStatement]], received: Mapping[SignalId, Digest], worker: Worker, lane: int, slots: int
+    sent: Mapping[SignalId, Signed[SignalStatement]], received: Mapping[SignalId, Received], worker: Worker, lane: int, slots: int
 ) -> bytes:
-    """A worker's part; the arguments are those of :class:`Part`."""
+    """A worker's part, to which its seal is still to be added; the arguments are those of :class:`Part`."""
     pieces = []
     for outgoing, incoming in _places(worker.stage, lane, slots):
         signed = sent.get(outgoing)
         said = bytes(_SENT_BYTES)
         if signed is not None:
             said = bytes([signed.statement.tainted]) + signed.statement.digest.encode() + signed.signature
-        digest = received.get(incoming)
-        pieces += [said, bytes(DIGEST_BYTES) if digest is None else digest.encode()]
+        got = received.get(incoming)
+        pieces += [said, bytes(_RECEIVED_BYTES) if got is None else bytes([got.tainted]) + got.digest.encode()]
     return b"".join(pieces)
 
 
@@ -77,7 +90,7 @@ def decode_part(part: bytes, worker: Worker, lane: int, slots: int, moment: Mome
     """What a worker says, whatever the bytes are: a place that cannot be read says nothing.
 
     Args:
-        part: :func:`part_length` bytes.
+        part: :func:`part_length` bytes, with or without the seal.
         worker: whose part it is.
         lane: that the worker served.
         slots: the most micro-batches of a lane.
@@ -88,13 +101,18 @@ def decode_part(part: bytes, worker: Worker, lane: int, slots: int, moment: Mome
         place = part[number * _BYTES : (number + 1) * _BYTES]
         if not any(place):
             continue
-        sent, received = _digest(place[1 : 1 + DIGEST_BYTES]), _digest(place[_SENT_BYTES:])
+        sent, received = _digest(place[1 : 1 + DIGEST_BYTES]), _digest(place[_SENT_BYTES + 1 :])
         if sent is not None:
             statement = SignalStatement(moment, worker, outgoing, place[0] != 0, sent)
             found.sent[outgoing] = Signed(statement, place[1 + DIGEST_BYTES : _SENT_BYTES])
         if received is not None:
-            found.received[incoming] = received
+            found.received[incoming] = Received(place[_SENT_BYTES] != 0, received)
     return found
+
+
+def seal_in(part: bytes) -> Digest | None:
+    """The seal at the end of a part; ``None`` if it has none."""
+    return _digest(part[-DIGEST_BYTES:])
 
 
 def read_row(contents: bytes, worker: Worker, moment: Moment, key: PublicKey, lanes: int) -> Part | None:
@@ -113,7 +131,8 @@ def read_row(contents: bytes, worker: Worker, moment: Moment, key: PublicKey, la
     Returns:
         the part; ``None`` if the worker has signed none of the messages in it.
     """
-    for slots in range(1, (len(contents) - DIGEST_BYTES) // part_length(1) + 1):
+    most = (len(contents) - 2 * DIGEST_BYTES) // (_BYTES * _KINDS)
+    for slots in range(1, most + 1):
         part = contents[-DIGEST_BYTES - part_length(slots) : -DIGEST_BYTES]
         for lane in range(lanes):
             found = decode_part(part, worker, lane, slots, moment)
@@ -135,7 +154,8 @@ def disagreement(one: Part, other: Part) -> SignalId | None:
         incoming = {received for _, received in _places(receiver.worker.stage, receiver.lane, receiver.slots)}
         for signal, _ in _places(sender.worker.stage, sender.lane, sender.slots):
             said = sender.sent.get(signal)
-            if signal in incoming and (None if said is None else said.statement.digest) != receiver.received.get(signal):
+            sent = None if said is None else Received(said.statement.tainted, said.statement.digest)
+            if signal in incoming and sent != receiver.received.get(signal):
                 return signal
     return None
 

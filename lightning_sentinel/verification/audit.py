@@ -1,39 +1,33 @@
 """Audits: another replica of the same stage recomputes a signal, and the two are compared.
 
-All replicas of a stage hold the same weights, so another replica reproduces an honest worker's signal up to rounding. All ranks
-choose the audited signals from the same data and a secret seed: the audited worker cannot know beforehand.
+All replicas of a stage hold the same weights, so another replica reproduces an honest worker's signal up to rounding. Workers draw
+in private what they recompute: the audited worker cannot know beforehand.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from enum import IntEnum
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_sentinel.mesh import Direction, Mesh
-from lightning_sentinel.seeds import derive_seed
+from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.verification.axes import as_tokens
+from lightning_sentinel.verification.draws import Draws, chance_of_each, surely_honest
+from lightning_sentinel.wiring import Wiring
 
-__all__ = ["AuditSchedule", "Outcome", "arithmetic", "causal_order", "made_of_data", "relative_error", "tolerance"]
-
-
-class Outcome(IntEnum):
-    """The result of an audit of one signal."""
-
-    MATCHES = 0
-    LIED = 1
-    """The signal is not what an honest worker computes from the sender's inputs."""
-    ACTIVATION_WITHHELD = 2
-    """The worker that sent the sender its activation gave the auditor another one."""
-    GRADIENT_WITHHELD = 3
-    """The worker that sent the sender its gradient gave the auditor another one."""
-    DISPUTED = 4
-    """The votes contradict each other, and no majority tells who lies. Only a stage's result, never one worker's vote."""
-    SIGNAL_WITHHELD = 5
-    """The worker that received the signal gave the auditor another one."""
+__all__ = [
+    "AuditSchedule",
+    "Drawn",
+    "arithmetic",
+    "causal_order",
+    "made_of_data",
+    "one_each",
+    "relative_error",
+    "tolerance",
+]
 
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -114,11 +108,24 @@ def made_of_data(mesh: Mesh) -> Tensor:
     return torch.tensor([boundary.sender == first[boundary.direction] for boundary in mesh.boundaries], dtype=torch.bool)
 
 
-class AuditSchedule:
-    """Draws the signals that are audited whatever their scores.
+class Drawn(NamedTuple):
+    """What workers have drawn to recompute in a step, ``(replicas, boundaries, lanes, slots)`` bool, by the replica that draws.
 
-    Each signal is drawn independently, with probability ``rate``, from a secret seed: past audits say nothing about the next. So an
-    audit hits a lying worker after ``1 / rate`` lies on average, however seldom it lies, and no lie is ever safe.
+    Args:
+        signals: drawn by workers of the sender's stage.
+        rows: what receivers report of signals, drawn by workers of the receiver's stage.
+    """
+
+    signals: Tensor
+    rows: Tensor
+
+
+class AuditSchedule:
+    """Which signals and rows are audited whatever their scores, from what workers draw in private.
+
+    Each live worker of a stage draws each signal that another one of its stage sends, and each row that another one reports, by
+    itself. One of those that are surely honest draws it with probability ``rate``, so an audit hits a lying worker after
+    ``1 / rate`` lies on average, however seldom it lies, and no lie is ever safe.
 
     Activations of the first stage and gradients of the last have no received signal to be compared with, so features show a liar
     there least: these signals are drawn up to four times as often, as long as the audits at most double in all. And where one
@@ -129,27 +136,26 @@ class AuditSchedule:
     Args:
         mesh: the workers.
         rate: share of signals, in (0, 1].
-        seed: secret.
 
     Example:
-        >>> schedule = AuditSchedule(Mesh(3, 4), rate=0.5, seed=0)
-        >>> schedule.draw(step=7, micro_batches=2, found={}).shape
-        torch.Size([4, 4, 2])
-        >>> AuditSchedule(Mesh(3, 4), rate=0.01, seed=0).rates(7, found={}).tolist()
+        >>> schedule, mesh = AuditSchedule(Mesh(3, 4), rate=0.5), Mesh(3, 4)
+        >>> schedule.draw(Draws.seeded(mesh, 0, step=7), 7, {}, Wiring.of(mesh, micro_batches=2)).signals.shape
+        torch.Size([4, 4, 4, 2])
+        >>> AuditSchedule(mesh, rate=0.01).rates(7, found={}).tolist()
         [0.03, 0.01, 0.01, 0.03]
     """
 
-    def __init__(self, mesh: Mesh, rate: float, seed: int) -> None:
+    def __init__(self, mesh: Mesh, rate: float) -> None:
         self._mesh = mesh
-        self._seed = seed
         more = min(_FACTOR_AT_THE_ENDS, 1 + len(mesh.boundaries) / 2)
         self._of_data = made_of_data(mesh)
         self._rates = rate * torch.where(self._of_data, more, 1.0).double()
         self._alert = _ALERT_FACTOR * rate
-        self._stages = torch.tensor([boundary.sender for boundary in mesh.boundaries])
+        self._senders = [boundary.sender for boundary in mesh.boundaries]
+        self._receivers = [boundary.receiver for boundary in mesh.boundaries]
 
     def rates(self, step: int, found: Mapping[int, int]) -> Tensor:
-        """Share of each boundary's signals that is drawn in a step, ``(boundaries,)``.
+        """Share of each boundary's signals that is drawn in a step by honest workers, ``(boundaries,)``.
 
         Args:
             step: number of the training batch.
@@ -158,34 +164,85 @@ class AuditSchedule:
         alert = [stage for stage, last in found.items() if step - last <= _ALERT_STEPS]
         rates = self._rates.clamp(min=self._alert) if alert else self._rates.clone()
         for stage in alert:
-            of_stage = self._stages == stage
+            of_stage = torch.tensor(self._senders) == stage
             rates[of_stage] = _ALERT_FACTOR * self._rates[of_stage]
         if any(step - found.get(stage, -math.inf) <= _STEPS_OF_EVERYTHING for stage in (0, self._mesh.stages - 1)):
             rates[self._of_data] = 1.0
         return rates.clamp(max=1.0)
 
-    def draw(self, step: int, micro_batches: int, found: Mapping[int, int]) -> Tensor:
-        """The signals to audit in a step, ``(boundaries, replicas, micro_batches)`` bool, by the replica that owns the samples.
+    def draw(
+        self,
+        draws: Draws,
+        step: int,
+        found: Mapping[int, int],
+        wiring: Wiring,
+        banned: Collection[Worker] = (),
+        muted: Collection[Worker] = (),
+    ) -> Drawn:
+        """The signals and rows to audit in a step.
 
         Args:
+            draws: of the step.
             step: number of the training batch.
-            micro_batches: of each replica.
             found: the step in which a worker was last found to lie, by stage.
+            wiring: which worker serves which lane.
+            banned: workers that take part in nothing.
+            muted: workers whose votes do not count; they draw nothing.
         """
-        return self._uniform("audits", step, micro_batches) < self.rates(step, found)[:, None, None]
+        rates = self.rates(step, found).tolist()
+        work = torch.zeros(len(wiring.work), wiring.slots, dtype=torch.bool)
+        for lane in wiring.lanes:
+            work[lane, : len(wiring.work[lane])] = True
+        return Drawn(
+            self._drawn("signals", self._senders, draws, rates, work, wiring, banned, muted),
+            self._drawn("rows", self._receivers, draws, rates, work, wiring, banned, muted),
+        )
 
-    def one_each(self, step: int, valid: Tensor) -> Tensor:
-        """One valid signal of each sender, drawn; argument and result are ``(boundaries, lanes, slots)`` bool."""
-        drawn = torch.where(valid, self._uniform("one each", step, valid.shape[2]), -1.0)
-        chosen = torch.zeros_like(valid)
-        if valid.numel():
-            chosen.scatter_(2, drawn.argmax(dim=2, keepdim=True), True)
-        return chosen & valid
+    def _drawn(
+        self,
+        what: str,
+        stages: Sequence[int],
+        draws: Draws,
+        rates: Sequence[float],
+        work: Tensor,
+        wiring: Wiring,
+        banned: Collection[Worker],
+        muted: Collection[Worker],
+    ) -> Tensor:
+        """What the workers of each boundary's stage in ``stages`` draw of what others of it send or report."""
+        mesh = self._mesh
+        drawn = torch.zeros(mesh.replicas, len(stages), *work.shape, dtype=torch.bool)
+        for stage in sorted(set(stages)):
+            boundaries = [index for index, one in enumerate(stages) if one == stage]
+            live = [worker for worker in mesh.of_stage(stage) if worker not in banned]
+            honest = surely_honest(len(live), sum(worker in muted for worker in live))
+            chances = torch.tensor([chance_of_each(rates[index], honest) for index in boundaries], dtype=torch.float64)
+            serving = torch.tensor(wiring.serving[stage])
+            for worker in live:
+                if worker not in muted:
+                    numbers = draws.uniform(worker, what, len(boundaries), *work.shape)
+                    others = work & (serving != worker.replica)[:, None]
+                    drawn[worker.replica, boundaries] = (numbers < chances[:, None, None]) & others
+        return drawn
 
-    def _uniform(self, what: str, step: int, slots: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, what, step))
-        shape = len(self._mesh.boundaries), self._mesh.replicas, slots
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+def one_each(draws: Draws, valid: Tensor) -> Tensor:
+    """One valid signal of each sender, which nobody knows beforehand.
+
+    Args:
+        draws: of the step.
+        valid: ``(boundaries, lanes, slots)`` bool, as the result.
+
+    Example:
+        >>> chosen = one_each(Draws.seeded(Mesh(2, 3), 0, step=7), torch.ones(2, 3, 4, dtype=torch.bool))
+        >>> chosen.sum(dim=2).tolist()
+        [[1, 1, 1], [1, 1, 1]]
+    """
+    numbers = torch.where(valid, draws.together("one each", *valid.shape), -1.0)
+    chosen = torch.zeros_like(valid)
+    if valid.numel():
+        chosen.scatter_(2, numbers.argmax(dim=2, keepdim=True), True)
+    return chosen & valid
 
 
 def causal_order(mesh: Mesh) -> list[int]:

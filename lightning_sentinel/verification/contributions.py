@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Direction, Mesh, Worker
-from lightning_sentinel.verification.audit import Outcome
-from lightning_sentinel.verification.jury import ContributionCase, Judgement
+from lightning_sentinel.verification.jury import ContributionCase
+from lightning_sentinel.verification.majority import Judgement
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.table import MAX_SCORE
 from lightning_sentinel.verification.verdicts import Detection, StepVerdict
 from lightning_sentinel.wiring import Wiring

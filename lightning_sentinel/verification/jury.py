@@ -1,4 +1,7 @@
-"""Votes in an audit: one worker recomputes something, and if it reports a mismatch, all others of its stage recompute it too.
+"""Votes in an audit: some workers recompute something, and if one reports a mismatch, all others of the stage recompute it too.
+
+First are asked: who has drawn it in private, of these as many as guarantee that an honest one is among them; and where it is
+audited for a reason that all know, such as a score, one whom chance chooses.
 
 Three things are recomputed where a signal is audited. The *signal*, by the sender's stage. The receiver's *row*, by the receiver's
 stage, which measures the signal that was sent, with the note that came. And that *note*, by the receiver's stage as well, which has
@@ -19,29 +22,24 @@ from torch import Tensor
 
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
 from lightning_sentinel.seeds import derive_seed
-from lightning_sentinel.verification.audit import Outcome
+from lightning_sentinel.verification.audit import Drawn
+from lightning_sentinel.verification.majority import Judgement, most_liars, weigh
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 
 __all__ = [
     "Ask",
     "AskOfContributions",
+    "Asked",
+    "Auditable",
     "Case",
     "ContributionCase",
     "Decision",
     "Findings",
-    "Judgement",
     "Jury",
     "Subject",
     "decide",
-    "most_bans",
-    "strikes_to_ban",
-    "weigh",
 ]
-
-_ALL_DECIDE = 5
-_TWO_STRIKES = 3
-_MANY = 3
-"""Of two workers either may be the liar; where there are fewer than three, none of another stage is blamed on their word."""
 
 
 class Subject(IntEnum):
@@ -106,16 +104,16 @@ AskOfContributions = Callable[[Sequence[tuple[ContributionCase, Worker]]], Seque
 """Has workers recompute contributions to weight gradients, and returns the vote of each."""
 
 
-class Judgement(NamedTuple):
-    """A stage's decision on a case.
+class Asked(NamedTuple):
+    """The workers that can recompute something.
 
     Args:
-        outcome: that of the majority; ``DISPUTED`` where none decides.
-        outvoted: workers that voted the opposite.
+        first: those that do.
+        others: those that do so as well if one of the first reports a mismatch.
     """
 
-    outcome: Outcome
-    outvoted: frozenset[Worker]
+    first: Sequence[Worker]
+    others: Sequence[Worker]
 
 
 class Decision(NamedTuple):
@@ -140,217 +138,207 @@ class Findings(NamedTuple):
     reports: tuple[Decision, ...] = ()
 
 
-def most_bans(replicas: int) -> int:
-    """How many workers of a stage may be banned for what they sent: fewer than half, or one of two.
-
-    Detection assumes that no more are malicious; so there is always a pipeline left.
-
-    Example:
-        >>> [most_bans(replicas) for replicas in (1, 2, 3, 4, 5, 6)]
-        [0, 1, 1, 1, 2, 2]
-    """
-    return 1 if replicas == 2 else (replicas - 1) // 2
-
-
-def strikes_to_ban(live: int) -> int | None:
-    """In how many steps most of a stage must find a worker to lie before it is banned; ``None``: it never is.
-
-    Of five workers, two may lie and three still agree. Of three or four, one more wrong vote would be a majority. Of two, each has
-    only the other for a witness.
-
-    Args:
-        live: workers of the stage that are not banned.
-
-    Example:
-        >>> [strikes_to_ban(live) for live in (2, 3, 4, 5)]
-        [None, 2, 2, 1]
-    """
-    if live < _TWO_STRIKES:
-        return None
-    return 1 if live >= _ALL_DECIDE else 2
-
-
-def weigh(votes: Mapping[Worker, Outcome], live: int, stands: bool = True) -> Judgement:
-    """Decide a case by its votes.
-
-    A worker whose own stage decides stands by what it sent, which is a vote as well. A decision needs more than half of the votes,
-    and one against the audited worker more votes than there can be liars: so a few workers cannot decide because others were not
-    asked.
-
-    Args:
-        votes: of the workers of the stage that were asked.
-        live: workers of the stage that are not banned, the audited one included if it is of this stage.
-        stands: whether the audited worker is of this stage.
-
-    Example:
-        >>> others = [Worker(1, replica) for replica in range(1, 5)]
-        >>> weigh(dict.fromkeys(others[:2], Outcome.LIED) | dict.fromkeys(others[2:], Outcome.MATCHES), live=5).outcome.name
-        'MATCHES'
-        >>> weigh({others[0]: Outcome.LIED}, live=2).outcome.name
-        'DISPUTED'
-    """
-    said = [Outcome.MATCHES, *votes.values()] if stands else list(votes.values())
-    liars = (live - 1) // 2
-    for outcome in sorted(set(said)):
-        count = said.count(outcome)
-        if 2 * count > len(said) and (outcome == Outcome.MATCHES or (count > liars and (stands or live >= _MANY))):
-            break
-    else:
-        return Judgement(Outcome.DISPUTED, frozenset())
-    # A worker whose input was withheld is not to blame for its vote.
-    opposite = {Outcome.MATCHES: Outcome.LIED, Outcome.LIED: Outcome.MATCHES}.get(outcome)
-    return Judgement(outcome, frozenset(worker for worker, word in votes.items() if word == opposite))
-
-
 def decide(
-    asked: Mapping[AnyCase, Sequence[Worker]],
+    asked: Mapping[AnyCase, Asked],
     live: Callable[[AnyCase], int],
     ask: Callable[[Sequence[tuple[AnyCase, Worker]]], Sequence[Outcome]],
 ) -> dict[AnyCase, Judgement]:
     """Decide the cases in which an auditor says anything but *matches*; calls ``ask`` twice, however many cases there are.
 
     Args:
-        asked: the workers that can recompute, by case, in the order in which they are asked: the first, and if that one reports a
-            mismatch all others.
+        asked: the workers that can recompute, by case.
         live: how many workers of a case's stage are not banned.
         ask: has workers recompute.
 
     Example:
-        >>> case, others = ContributionCase(0, Worker(1, 0)), [Worker(1, 1), Worker(1, 2)]
-        >>> decide({case: others}, lambda case: 3, lambda asked: [Outcome.LIED] * len(asked))[case].outcome.name
+        >>> case, one, other = ContributionCase(0, Worker(1, 0)), Worker(1, 1), Worker(1, 2)
+        >>> decide({case: Asked([one], [other])}, lambda case: 3, lambda asked: [Outcome.LIED] * len(asked))[case].outcome.name
         'LIED'
     """
-    first = [(case, queue[0]) for case, queue in asked.items() if queue]
-    votes = {case: {auditor: word} for (case, auditor), word in zip(first, ask(first))}
+    first = [(case, auditor) for case, workers in asked.items() for auditor in workers.first]
+    votes: dict[AnyCase, dict[Worker, Outcome]] = {}
+    for (case, auditor), word in zip(first, ask(first)):
+        votes.setdefault(case, {})[auditor] = word
     claimed = [case for case, said in votes.items() if any(word != Outcome.MATCHES for word in said.values())]
-    more = [(case, juror) for case in claimed for juror in asked[case][1:]]
+    more = [(case, juror) for case in claimed for juror in asked[case].others]
     for (case, juror), word in zip(more, ask(more)):
         votes[case][juror] = word
     return {case: weigh(votes[case], live(case), stands=case.audited.stage == case.stage) for case in claimed}
 
 
+class Auditable(NamedTuple):
+    """What is to be audited in a step, ``(boundaries, lanes, slots)`` bool each.
+
+    Args:
+        signals: for a reason that all know.
+        drawn: signals and rows that workers have drawn, of :class:`~lightning_sentinel.verification.audit.Drawn`.
+    """
+
+    signals: Tensor
+    drawn: Drawn
+
+
 class Jury:
-    """Collects votes: draws a worker to recompute something, and asks all others of its stage if that one reports a mismatch.
+    """Collects votes: has some workers recompute something, and all others of the stage if one of these reports a mismatch.
 
     Args:
         mesh: all workers.
-        seed: secret, so that no worker knows beforehand which is asked.
     """
 
-    def __init__(self, mesh: Mesh, seed: int) -> None:
+    def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._seed = seed
 
-    def others(self, audited: Worker, unheard: Collection[Worker], *place: int) -> list[Worker]:
-        """The workers that can recompute a signal, in the order in which they are asked.
+    def others(self, audited: Worker, unheard: Collection[Worker], coin: int, *place: int) -> list[Worker]:
+        """The workers that can recompute a signal, in a random order.
 
         Args:
             audited: the sender.
             unheard: workers that are asked nothing.
-            place: of the signal: step, boundary, lane, slot.
+            coin: of the step, from :class:`~lightning_sentinel.verification.draws.Draws`.
+            place: of the signal: boundary, lane, slot.
 
         Example:
-            >>> Jury(Mesh(2, 3), seed=0).others(Worker(1, 0), {Worker(1, 2)}, 7, 1, 0, 0)
+            >>> Jury(Mesh(2, 3)).others(Worker(1, 0), {Worker(1, 2)}, 7, 1, 0, 0)
             [Worker(stage=1, replica=1)]
         """
-        return self._in_order(audited.stage, {*unheard, audited}, "auditor", *place)
+        return self._in_order(audited.stage, {*unheard, audited}, coin, "auditor", *place)
 
     def hear(
         self,
-        signals: Tensor,
+        audited: Auditable,
         wiring: Wiring,
         banned: Collection[Worker],
         muted: Collection[Worker],
-        step: int,
+        coin: int,
         ask: Ask,
-        rows: Tensor | None = None,
-        subjects: Collection[Subject] = (Subject.SIGNAL,),
+        subjects: Collection[Subject] = tuple(Subject),
     ) -> Findings:
         """Audit signals of a step; the same on all ranks. Calls ``ask`` twice, however many signals and boundaries there are.
 
         Args:
-            signals: ``(boundaries, lanes, slots)`` bool, signals to audit, with the rows and the notes on them.
+            audited: signals to audit for a reason that all know, with the rows and the notes on them, and what workers have drawn.
             wiring: which worker served which lane.
             banned: workers that take part in nothing.
             muted: workers whose votes no longer count.
-            step: number of the training batch.
+            coin: of the step, from :class:`~lightning_sentinel.verification.draws.Draws`.
             ask: has workers recompute.
-            rows: ``(boundaries, lanes, slots)`` bool, further signals, of which only the rows are audited.
             subjects: what they can recompute.
         """
-        only_rows = torch.zeros_like(signals) if rows is None else rows & ~signals
-        queues = self._queues(signals, only_rows, wiring, {*banned, *muted}, step, subjects)
-        outcome = torch.zeros(signals.shape, dtype=torch.long)
+        signals = self._signals(audited, wiring, banned, {*banned, *muted}, coin)
+        reports = self._reports(audited, wiring, banned, {*banned, *muted}, coin, subjects)
+        outcome = torch.zeros(audited.signals.shape, dtype=torch.long)
         outvoted: dict[tuple[int, int, int], frozenset[Worker]] = {}
-        reports = []
-        for case, judged in decide(queues, lambda case: self.live(case.stage, banned), ask).items():
+        decisions = []
+        # One boundary after the other, so that no auditor holds more than what it needs for one.
+        asked = dict(sorted((signals | reports).items(), key=lambda one: self._mesh.boundaries.index(one[0].boundary)))
+        for case, judged in decide(asked, lambda case: self.live(case.stage, banned), ask).items():
             if case.subject is Subject.SIGNAL:
                 place = self._mesh.boundaries.index(case.boundary), case.lane, case.slot
                 outcome[place] = judged.outcome
                 outvoted[place] = judged.outvoted
             else:
-                reports.append(Decision(case, judged))
-        return Findings(outcome, outvoted, tuple(reports))
+                decisions.append(Decision(case, judged))
+        return Findings(outcome, outvoted, tuple(decisions))
 
-    def _queues(
-        self,
-        signals: Tensor,
-        rows: Tensor,
-        wiring: Wiring,
-        unheard: Collection[Worker],
-        step: int,
-        subjects: Collection[Subject],
-    ) -> dict[Case, list[Worker]]:
-        """The cases of a step, and who recomputes each, in the order in which they are asked; one boundary after the other."""
-        queues = {}
-        for index, lane, slot in (signals | rows).nonzero().tolist():
-            place = step, index, lane, slot
+    def _signals(
+        self, audited: Auditable, wiring: Wiring, banned: Collection[Worker], unheard: Collection[Worker], coin: int
+    ) -> dict[Case, Asked]:
+        """The signals of a step that are audited, and who recomputes each."""
+        drawn = audited.drawn.signals
+        cases = {}
+        for index, lane, slot in (audited.signals | drawn.any(dim=0)).nonzero().tolist():
             case = self._case(wiring, index, lane, slot)
-            is_audited = bool(signals[index, lane, slot])
-            if is_audited:
-                queues[case] = self.others(case.audited, unheard, *place)
-            if Subject.ROW not in subjects and Subject.NOTE not in subjects:
-                continue
+            everyone = self.others(case.audited, unheard, coin, index, lane, slot)
+            drawers = drawn[:, index, lane, slot].nonzero().flatten().tolist()
+            known = bool(audited.signals[index, lane, slot])
+            cases[case] = _asked(everyone, drawers, known, self.live(case.stage, banned))
+        return cases
+
+    def _reports(
+        self,
+        audited: Auditable,
+        wiring: Wiring,
+        banned: Collection[Worker],
+        unheard: Collection[Worker],
+        coin: int,
+        subjects: Collection[Subject],
+    ) -> dict[Case, Asked]:
+        """The rows and notes of a step that are audited, and who recomputes each."""
+        drawn = audited.drawn.rows
+        cases = {}
+        for index, lane, slot in (audited.signals | drawn.any(dim=0)).nonzero().tolist():
+            case = self._case(wiring, index, lane, slot)
             receiver = wiring.worker(case.boundary.receiver, lane)
-            others = self._in_order(receiver.stage, {*unheard, receiver}, "auditor of reports", *place)
+            everyone = self._in_order(receiver.stage, {*unheard, receiver}, coin, "auditor of reports", index, lane, slot)
+            drawers = drawn[:, index, lane, slot].nonzero().flatten().tolist()
+            known = bool(audited.signals[index, lane, slot])
+            asked = _asked(everyone, drawers, known, self.live(receiver.stage, banned))
             if Subject.ROW in subjects:
-                queues[case._replace(audited=receiver, subject=Subject.ROW)] = others
+                cases[case._replace(audited=receiver, subject=Subject.ROW)] = asked
             before = self._mesh.before(case.boundary)
-            if Subject.NOTE in subjects and before is not None and is_audited:
+            if Subject.NOTE in subjects and before is not None:
                 # Who is asked first about the row, for which it needs the note, is asked first about the note.
                 own = [] if receiver in unheard else [receiver]
-                queues[case._replace(audited=wiring.worker(before.sender, lane), subject=Subject.NOTE)] = others + own
-        return queues
+                maker = wiring.worker(before.sender, lane)
+                cases[case._replace(audited=maker, subject=Subject.NOTE)] = asked._replace(others=[*asked.others, *own])
+        return cases
 
-    def _in_order(self, stage: int, unheard: Collection[Worker], what: str, *place: int) -> list[Worker]:
-        workers = [Worker(stage, replica) for replica in range(self._mesh.replicas)]
-        fit = [worker for worker in workers if worker not in unheard]
-        return sorted(fit, key=lambda worker: derive_seed(self._seed, what, *place, worker.replica))
+    def _in_order(self, stage: int, unheard: Collection[Worker], coin: int, what: str, *place: int) -> list[Worker]:
+        fit = [worker for worker in self._mesh.of_stage(stage) if worker not in unheard]
+        return sorted(fit, key=lambda worker: derive_seed(coin, what, *place, worker.replica))
 
     def hear_contributions(
         self,
-        cases: Sequence[ContributionCase],
+        cases: Mapping[ContributionCase, Sequence[int] | None],
         banned: Collection[Worker],
         muted: Collection[Worker],
-        step: int,
+        coin: int,
         ask: AskOfContributions,
     ) -> dict[ContributionCase, Judgement]:
         """Audit contributions to weight gradients; returns the decisions on those that an auditor says do not match.
 
         Args:
-            cases: the contributions.
+            cases: the contributions that are audited, and the replicas that have drawn each; ``None`` where one is audited for a
+                reason that all know.
             ask: has workers recompute contributions.
 
         The other arguments are those of :meth:`hear`.
         """
         unheard = {*banned, *muted}
-        asked = {case: self.others(case.audited, unheard, step, case.audited.stage, case.audited.replica) for case in cases}
-        return decide(asked, lambda case: self.live(case.audited.stage, banned), ask)
+        asked = {}
+        for case, drawers in cases.items():
+            everyone = self.others(case.audited, unheard, coin, case.audited.stage, case.audited.replica)
+            asked[case] = _asked(everyone, drawers or (), drawers is None, self.live(case.stage, banned))
+        return decide(asked, lambda case: self.live(case.stage, banned), ask)
 
     def live(self, stage: int, banned: Collection[Worker]) -> int:
         """How many workers of a stage are not banned."""
-        return sum(Worker(stage, replica) not in banned for replica in range(self._mesh.replicas))
+        return sum(worker not in banned for worker in self._mesh.of_stage(stage))
 
     def _case(self, wiring: Wiring, index: int, lane: int, slot: int) -> Case:
         boundary = self._mesh.boundaries[index]
         return Case(boundary, lane, slot, wiring.work[lane][slot], wiring.worker(boundary.sender, lane))
+
+
+def _asked(everyone: Sequence[Worker], drawers: Collection[int], known: bool, live: int) -> Asked:
+    """Who is asked first, and who then.
+
+    Whoever sends a lie has fewer accomplices than there can be malicious workers in its stage: among as many of those that drew the
+    signal an honest one is, and more need not recompute it.
+
+    Args:
+        everyone: that can recompute it, in a random order.
+        drawers: replicas that have drawn it.
+        known: whether there is a reason to audit it that all know. Then the first of all is asked, whoever has drawn it: else an
+            accomplice could always be first by drawing everything.
+        live: workers of the stage that are not banned.
+
+    Example:
+        >>> workers = [Worker(1, replica) for replica in (4, 2, 5, 0, 3)]
+        >>> [[one.replica for one in _asked(workers, {0, 2, 3}, known, live=6).first] for known in (False, True)]
+        [[2, 0], [4, 2, 0]]
+    """
+    chosen = [worker for worker in everyone if worker.replica in drawers][: max(1, most_liars(live))]
+    if known:
+        chosen = list(dict.fromkeys([*everyone[:1], *chosen]))
+    return Asked(chosen, [worker for worker in everyone if worker not in chosen])

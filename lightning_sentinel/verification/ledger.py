@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification.bans import Ban
-from lightning_sentinel.verification.jury import most_bans, strikes_to_ban
+from lightning_sentinel.verification.majority import most_bans, strikes_to_ban
 from lightning_sentinel.verification.streaks import Habits, Streak, is_proof, sighting
 
 __all__ = ["Ledger"]

@@ -60,6 +60,11 @@ class Projection(NamedTuple):
     values: Tensor
     channels: int
 
+    @property
+    def whole(self) -> Tensor:
+        """All of it in one tensor, ``(B * T * min(C, PROJECTED) + 1,)``: what a digest of it is of."""
+        return torch.cat((self.values.flatten(), self.values.new_full((1,), self.channels)))
+
 
 class SecretDirections:
     """The secret directions of one boundary.

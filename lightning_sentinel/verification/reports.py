@@ -15,6 +15,7 @@ that are allowed, where it is 0.001 by 0.15, of 1.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -22,20 +23,27 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh
-from lightning_sentinel.verification.audit import Outcome, relative_error, tolerance
+from lightning_sentinel.verification.audit import tolerance
 from lightning_sentinel.verification.features import FAMILIES, FEATURES, resolution
 from lightning_sentinel.verification.fences import Fences
 from lightning_sentinel.verification.jury import Subject
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.table import COLUMNS, MAX_SCORE, SignalTable
 from lightning_sentinel.verification.verdicts import Detection, StepVerdict
 
-__all__ = ["NOTE", "ROW", "allowed_difference", "is_false_note", "is_false_row", "with_reports"]
+__all__ = ["NOTE", "NOTE_TOLERANCE", "ROW", "ROW_TOLERANCE", "allowed_difference", "row_error", "with_reports"]
 
 ROW = "row"
 """The ``feature`` of a detection for a receiver's row that is not that of the signal."""
 
 NOTE = "note"
 """The ``feature`` of a detection for a note that is not the projection of its maker's signal."""
+
+ROW_TOLERANCE = 1.0
+"""The largest error of a true row."""
+
+NOTE_TOLERANCE = tolerance(torch.float32)
+"""The largest error, by :func:`~lightning_sentinel.verification.audit.relative_error`, of a true note."""
 
 _SHARE_OF_A_FENCE = 0.25
 _RESOLUTIONS = 4
@@ -70,11 +78,12 @@ def allowed_difference(row: Tensor, at_receipt: Fences, among_peers: Fences) -> 
     return torch.stack((share, _RESOLUTIONS * resolution(positions, channels), rounding)).amax(dim=0)
 
 
-def is_false_row(told: Tensor, recomputed: Tensor, at_receipt: Fences, among_peers: Fences) -> bool:
-    """Whether a row is not that of the signal, both ``(len(COLUMNS),)`` on the host.
+def row_error(told: Tensor, recomputed: Tensor, at_receipt: Fences, among_peers: Fences) -> float:
+    """How far a row is from that of the signal, in allowed differences: a false row is more than 1 away. Both rows are
+    ``(len(COLUMNS),)`` on the host.
 
-    What rounding has no part in must be equal: whether the signal was tainted, whether it is finite, and its size. The score must
-    be that of the features beside it.
+    What rounding has no part in must be equal: whether the signal was tainted, whether it is finite, and its size; if not the row
+    is infinitely far away. The score must be that of the features beside it.
 
     Args:
         told: as its receiver reported it.
@@ -86,18 +95,13 @@ def is_false_row(told: Tensor, recomputed: Tensor, at_receipt: Fences, among_pee
     exact = [COLUMNS.index(name) for name in ("tainted", "positions", "channels")]
     broken = [bool(row[COLUMNS.index("worst")] < 0) for row in (one, other)]
     if broken[0] != broken[1] or not torch.equal(one[exact], other[exact]):
-        return True
+        return math.inf
     if broken[0]:
-        return False
+        return 0.0
     features, score = one[: len(FEATURES)], one[COLUMNS.index("score")]
     follows = at_receipt.scores(features).max().clamp(max=MAX_SCORE)
-    off = (features - other[: len(FEATURES)]).abs() > allowed_difference(other, at_receipt, among_peers)
-    return bool(off.any() | ((score - follows).abs() > _SCORE * follows.clamp(min=1)))
-
-
-def is_false_note(told: Tensor, projected: Tensor) -> Tensor:
-    """Whether a note is not the projection of its maker's signal, 0-dim bool on the device of both, of equal shapes."""
-    return relative_error(told, projected) > tolerance(torch.float32)
+    off = (features - other[: len(FEATURES)]).abs() / allowed_difference(other, at_receipt, among_peers)
+    return float(torch.maximum(off.max(), (score - follows).abs() / (_SCORE * follows.clamp(min=1))))
 
 
 def with_reports(verdict: StepVerdict, mesh: Mesh, step: int) -> StepVerdict:

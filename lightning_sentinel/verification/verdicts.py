@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.verification.audit import Outcome, causal_order
+from lightning_sentinel.verification.audit import Drawn, causal_order
 from lightning_sentinel.verification.calibration import Assessment
 from lightning_sentinel.verification.drift import ALARM, ALARM_WITHOUT_AUDITS, DOUBT
 from lightning_sentinel.verification.features import FEATURES
-from lightning_sentinel.verification.jury import Decision, Findings
+from lightning_sentinel.verification.jury import Auditable, Decision, Findings
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.table import SignalTable
 from lightning_sentinel.wiring import Wiring
 
 __all__ = ["MUCH_FURTHER", "Audit", "Detection", "StepVerdict", "behind", "judge", "judge_with_audits"]
 
-Audit = Callable[[Tensor, Tensor], Findings]
-"""Has signals, ``(boundaries, lanes, micro_batches)`` bool, recomputed with the rows and notes on them; of others only the rows."""
+Audit = Callable[[Auditable], Findings]
+"""Has signals, rows and notes recomputed."""
 
 _ALONE = 1.5
 """The score up to which a sender without peers is cleared."""
@@ -167,7 +168,7 @@ def judge_with_audits(
     table: SignalTable,
     assessment: Assessment,
     heights: Tensor,
-    drawn: Tensor,
+    drawn: Drawn,
     one_each: Tensor,
     audit: Audit,
     mesh: Mesh,
@@ -182,7 +183,7 @@ def judge_with_audits(
     recomputed at once.
 
     Args:
-        drawn: ``(boundaries, lanes, micro_batches)`` bool, signals audited whatever their scores.
+        drawn: what workers have drawn: signals and rows audited whatever their scores.
         one_each: ``(boundaries, lanes, micro_batches)`` bool, the signal of each sender that is audited if its cumulative sum is
             high.
         audit: has signals recomputed; called once.
@@ -193,11 +194,12 @@ def judge_with_audits(
     flagged = assessment.valid & (assessment.score > 1)
     # One signal of a sender tells whether it drifts away because it lies; no worker knows beforehand which.
     suspected = one_each & (heights > ALARM)[..., None]
-    wanted = valid & (flagged | suspected | drawn)
-    audited = _audited(wanted, flagged, flagged & ~drawn & ~suspected, assessment.score, mesh)
-    # Who says that a signal was tainted keeps it from being judged: at the same rate that word is looked at.
-    unjudged = drawn & table.tainted & torch.tensor(wiring.live)[:, None]
-    findings = audit(audited, unjudged)
+    any_drawn = drawn.signals.any(dim=0)
+    known = valid & (flagged | suspected)
+    only_flagged = flagged & ~any_drawn & ~suspected
+    audited = _audited(known | (valid & any_drawn), flagged, only_flagged, assessment.score, mesh)
+    # Rows are drawn by themselves, those of tainted signals as well: who says that a signal was tainted keeps it from being judged.
+    findings = audit(Auditable(audited & known, drawn._replace(signals=drawn.signals & audited)))
     confirmed, disputed, explained = _causes(findings, audited, mesh)
     outvoted = [workers for place, workers in findings.outvoted.items() if audited[place]]
     false = confirmed | disputed

@@ -16,8 +16,8 @@ from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.step_plan import StepPlan, StepPlanner
 from lightning_sentinel.pipeline.step_results import Ruling
 from lightning_sentinel.verification import Ledger, SignalTable, StepVerdict
-from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.projection import Projection
 from lightning_sentinel.wiring import MicroBatchId
 

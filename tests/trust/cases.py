@@ -13,7 +13,7 @@ from lightning_sentinel.trust.commitments import table_digest
 from lightning_sentinel.trust.digests import Algorithm, Digest, digest_of
 from lightning_sentinel.trust.encoding import encode
 from lightning_sentinel.trust.evidence import LIED, MATCHES, Evidence, Reason, Recomputation, Testimony, finding_of
-from lightning_sentinel.trust.parts import decode_part, encode_part, part_length
+from lightning_sentinel.trust.parts import Received, decode_part, encode_part, part_length
 from lightning_sentinel.trust.records import FlaggedSignal, FlaggedStep, FlagRecord
 from lightning_sentinel.trust.signing import Signed, sign
 from lightning_sentinel.trust.statements import (
@@ -140,8 +140,13 @@ def part_of(worker: Worker, moment: Moment, lane: int, received: str = "", sent:
     for slot in range(SLOTS):
         place = SignalId(Kind.SIGNAL, out, lane, slot)
         messages[place] = sign(identity(worker), SignalStatement(moment, worker, place, False, digest(f"{sent} {out} {slot}")))
-        digests[SignalId(Kind.SIGNAL, back, lane, slot)] = digest(f"{received or 'what it sent'} {back} {slot}")
-    return b"its scores and more" + encode_part(messages, digests, worker, lane, SLOTS) + digest("votes").encode()
+        digests[SignalId(Kind.SIGNAL, back, lane, slot)] = Received(False, digest(f"{received or 'what it sent'} {back} {slot}"))
+    return (
+        b"its scores and more"
+        + encode_part(messages, digests, worker, lane, SLOTS)
+        + digest("seal").encode()
+        + digest("votes").encode()
+    )
 
 
 def of_contradictions(others: int = 3, lies: str = "something else") -> Evidence:
@@ -176,7 +181,12 @@ def of_unsigned_messages(unsigned: int = 1) -> Evidence:
     messages = {place: Signed(found.sent[place].statement, found.sent[place].signature) for place in places}
     for place in places[:unsigned]:
         messages[place] = Signed(messages[place].statement, bytes(63) + b"\x01")
-    said = b"its scores and more" + encode_part(messages, found.received, STAGE[0], 2, SLOTS) + digest("votes").encode()
+    said = (
+        b"its scores and more"
+        + encode_part(messages, found.received, STAGE[0], 2, SLOTS)
+        + digest("seal").encode()
+        + digest("votes").encode()
+    )
     return Evidence(STAGE[0], Reason.FORGED, 12, KEYS, (row(STAGE[0], said),), (), (said,))
 
 

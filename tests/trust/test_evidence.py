@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_sentinel.trust.digests import digest_of
 from lightning_sentinel.trust.evidence import LIED, MATCHES, OUTCOMES, Recomputation, finding_of
-from lightning_sentinel.verification.audit import Outcome
+from lightning_sentinel.verification.outcomes import Outcome
 from tests.trust.cases import SHA
 from tests.trust.statements import DIGESTS, digest
 

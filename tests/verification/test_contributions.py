@@ -5,9 +5,10 @@ import torch
 
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.verification import Detection, StepVerdict
-from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.contributions import WEIGHT_GRADIENT, with_contributions
-from lightning_sentinel.verification.jury import ContributionCase, Judgement, Jury
+from lightning_sentinel.verification.jury import ContributionCase, Jury
+from lightning_sentinel.verification.majority import Judgement
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.wiring import Wiring
 from tests.verification.steps import Step
 

@@ -17,7 +17,7 @@ from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.trust.draws import chance_of_each, draw_audits, private_generator
 from lightning_sentinel.trust.statements import Kind, SignalId, Transfer
 from lightning_sentinel.verification import Ledger
-from lightning_sentinel.verification.audit import AuditSchedule, Outcome, made_of_data
+from lightning_sentinel.verification.audit import AuditSchedule, made_of_data
 from lightning_sentinel.verification.guarantees import (
     Wait,
     chance_met,
@@ -30,7 +30,9 @@ from lightning_sentinel.verification.guarantees import (
     steps_until_met,
     steps_until_met_twice,
 )
-from lightning_sentinel.verification.jury import Case, Jury, strikes_to_ban, weigh
+from lightning_sentinel.verification.jury import Case, Jury
+from lightning_sentinel.verification.majority import strikes_to_ban, weigh
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.wiring import Wiring
 
 MATCHES, LIED = Outcome.MATCHES, Outcome.LIED

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.verification import Ledger
-from lightning_sentinel.verification.audit import Outcome
-from lightning_sentinel.verification.jury import Case, Jury, Subject, weigh
+from lightning_sentinel.verification.jury import Case, Jury, Subject
+from lightning_sentinel.verification.majority import weigh
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.wiring import Wiring
 
 MATCHES, LIED, DISPUTED = Outcome.MATCHES, Outcome.LIED, Outcome.DISPUTED

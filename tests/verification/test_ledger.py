@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification import Ledger
-from lightning_sentinel.verification.jury import most_bans
+from lightning_sentinel.verification.majority import most_bans
 
 W, OTHER = Worker(1, 0), Worker(2, 1)
 MESH = Mesh(stages=3, replicas=5)

@@ -14,10 +14,11 @@ from torch import Tensor
 from lightning_sentinel.config import Verification
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.verification import COLUMNS
-from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.fences import Fences, fit_fences
-from lightning_sentinel.verification.jury import Case, Decision, Judgement, Subject
+from lightning_sentinel.verification.jury import Case, Decision, Subject
+from lightning_sentinel.verification.majority import Judgement
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.reports import is_false_note, is_false_row, with_reports
 from lightning_sentinel.verification.verifier import BoundaryVerifier

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_sentinel.mesh import Boundary, Worker
 from lightning_sentinel.verification import COLUMNS
-from lightning_sentinel.verification.audit import Outcome, causal_order
+from lightning_sentinel.verification.audit import causal_order
+from lightning_sentinel.verification.outcomes import Outcome
 from tests.verification.steps import ASKED, MICRO_BATCHES, A, G, Step, first_of_each_micro_batch, steps
 
 

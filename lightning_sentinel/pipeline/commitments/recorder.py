@@ -9,8 +9,7 @@ from torch import Tensor
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.trust.credentials import Credentials
-from lightning_sentinel.trust.digests import Digest
-from lightning_sentinel.trust.parts import encode_part
+from lightning_sentinel.trust.parts import Received, encode_part
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Moment, SignalId, SignalStatement
 
@@ -33,7 +32,7 @@ class Recorder:
         self._credentials = credentials
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commitments")
         self._sent: dict[SignalId, Future[Signed[SignalStatement]]] = {}
-        self._received: dict[SignalId, Future[Digest]] = {}
+        self._received: dict[SignalId, Future[Received]] = {}
         self._plan: StepPlan | None = None
 
     def begin(self, plan: StepPlan) -> None:
@@ -53,10 +52,10 @@ class Recorder:
             moment = self._plan.moment(self._credentials.run)
             self._sent[signal] = self._thread.submit(self._signed, moment, signal, tensor.detach(), tainted)
 
-    def received(self, signal: SignalId, tensor: Tensor) -> None:
-        """Record a message that this worker receives."""
+    def received(self, signal: SignalId, tensor: Tensor, tainted: Tensor | None = None) -> None:
+        """Record a message that this worker receives; arguments are those of :meth:`sent`."""
         if self._plan is not None and self._plan.audited:
-            self._received[signal] = self._thread.submit(self._credentials.digest, tensor.detach())
+            self._received[signal] = self._thread.submit(self._content, tensor.detach(), tainted)
 
     def finish(self) -> bytes:
         """This worker's part of the step's commitments, of which :func:`encode_part` says what it is.
@@ -76,6 +75,8 @@ class Recorder:
         self._received.clear()
 
     def _signed(self, moment: Moment, signal: SignalId, tensor: Tensor, tainted: Tensor | None) -> Signed[SignalStatement]:
-        digest = self._credentials.digest(tensor)
-        statement = SignalStatement(moment, self._worker, signal, tainted is not None and bool(tainted), digest)
-        return self._credentials.sign(statement)
+        content = self._content(tensor, tainted)
+        return self._credentials.sign(SignalStatement(moment, self._worker, signal, *content))
+
+    def _content(self, tensor: Tensor, tainted: Tensor | None) -> Received:
+        return Received(tainted is not None and bool(tainted), self._credentials.digest(tensor))

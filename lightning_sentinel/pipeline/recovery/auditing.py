@@ -1,92 +1,43 @@
-"""Audits between processes: which workers hand evidence to an auditor, and how the auditor judges the signal from it.
+"""Audits between processes: workers hand an auditor what it needs, it examines the case, and all hear its vote.
 
-Another worker of the stage recomputes the signal. The previous stage's worker hands it the activation that it sent, the next
-stage's worker the gradient that it sent, the receiver the claimed signal, and a worker that loaded the samples hands those over.
-All ranks go through the same list in the same order, so that no two ranks wait for each other.
-
-Whoever hands over a signal has said what its digest is, in the collective of the step, before anybody knew what would be audited.
-So the auditor knows whether it is given the signal that was sent. Which workers are asked, and whose vote counts, the jury decides
+All ranks go through the same list in the same order, so that no two ranks wait for each other. Whoever hands over a signal or a
+note has said what its digest is, in the collective of the step, before anybody knew what would be audited. So the auditor knows
+whether it is given what was sent. Which workers are asked, and whose vote counts, the jury decides
 (:mod:`lightning_sentinel.verification.jury`).
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from enum import IntEnum
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary
-from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments
 from lightning_sentinel.pipeline.commitments.transcript import Transcript
-from lightning_sentinel.pipeline.data.sample_exchange import supplier, unpacked
 from lightning_sentinel.pipeline.messages.tensor_trees import Packed, pack_all, receive_tree, send_packed
 from lightning_sentinel.pipeline.processes.wire import world
-from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
+from lightning_sentinel.pipeline.recovery.examination import Examination, Examined, Item, Need, SignalExamination, signal_of
+from lightning_sentinel.pipeline.recovery.report_examination import ReportExamination, note_of
 from lightning_sentinel.pipeline.recovery.votes import Vote, encode, lie_of, of_auditor, says, testimony
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.waiting import on_host
-from lightning_sentinel.trust.digests import Digest
+from lightning_sentinel.trust.digests import digest_of
+from lightning_sentinel.trust.encoding import encode as encode_statement
 from lightning_sentinel.trust.evidence import Recomputation, Testimony
-from lightning_sentinel.trust.statements import Kind, SignalId
-from lightning_sentinel.verification.audit import Outcome
-from lightning_sentinel.verification.jury import Case
-from lightning_sentinel.verification.tolerance import MEASURED, Tolerances, deviation
-from lightning_sentinel.wiring import MicroBatchId
+from lightning_sentinel.trust.statements import SignalId, VoteStatement
+from lightning_sentinel.verification import SignalTable
+from lightning_sentinel.verification.jury import Case, Subject
+from lightning_sentinel.verification.outcomes import Outcome
+from lightning_sentinel.verification.tolerance import MEASURED, Tolerances
 
-__all__ = ["Audits", "Inputs"]
-
-
-class Inputs(NamedTuple):
-    """What a stage computed a signal from, as handed to an auditor.
-
-    Args:
-        batch: the samples, at the ends of the pipeline.
-        activation: the activation that the audited worker received; ``None`` at the first stage.
-        gradient: if the signal is a gradient, the gradient that the audited worker received; ``None`` at the last stage.
-    """
-
-    batch: Any
-    activation: Tensor | None
-    gradient: Tensor | None
-
-
-class _Item(IntEnum):
-    BATCH = 0
-    ACTIVATION = 1
-    GRADIENT = 2
-    CLAIMED = 3
-
-
-_Need = tuple[_Item, Worker]
-"""An item that an auditor needs, and the worker that hands it over."""
-
-
-class _Answer(NamedTuple):
-    """An auditor's answer to a case.
-
-    Args:
-        word: its vote, unless it has recomputed the signal.
-        recomputed: the signal, on the device; ``None`` if it was not recomputed.
-        measured: from :func:`deviation`, on the device; ``None`` if the recomputed signal has another shape.
-        allowed: the error up to which the signal matches.
-    """
-
-    word: Outcome
-    recomputed: Tensor | None = None
-    measured: Tensor | None = None
-    allowed: float = 0.0
-
-
-def _warn_of(audited: Worker, what: str) -> None:
-    warnings.warn(f"A signal of {audited} could not be audited with what others gave for it: {what}.", stacklevel=2)
+__all__ = ["Audits"]
 
 
 class Audits:
@@ -95,76 +46,93 @@ class Audits:
     Args:
         mesh: all workers.
         worker: the worker that this rank is.
-        cache: the signals that this rank sent and received.
-        samples: returns ``[batch, samples, weight]`` of one of this replica's micro-batches.
-        recompute: returns the signal that an honest worker of this stage sends, from its direction, micro-batch and evidence.
+        signals: how signals are examined.
+        reports: how rows and notes are; ``None`` if nothing is verified.
         tolerances: the errors up to which signals match.
+        room: bytes that an item may take at most.
         transcript: with which this rank signs its votes, and binds itself to those that it heard.
-        computed_in: returns the dtype in which this worker's device multiplies float32.
     """
 
     def __init__(
         self,
         mesh: Mesh,
         worker: Worker,
-        cache: SignalCache,
-        samples: Callable[[MicroBatchId], Any],
-        recompute: Callable[[Direction, MicroBatchId, Inputs], Tensor],
+        signals: SignalExamination,
+        reports: ReportExamination | None,
         tolerances: Tolerances,
+        room: Callable[[], int],
         transcript: Transcript,
-        computed_in: Callable[[], torch.dtype],
     ) -> None:
         self._mesh = mesh
         self._worker = worker
-        self._cache = cache
-        self._samples = samples
-        self.recompute = recompute
+        self.signals = signals
+        self._reports = reports
         self._tolerances = tolerances
+        self._room = room
         self._transcript = transcript
-        self._computed_in = computed_in
         self._adversary: Adversary | None = None
         self.testimonies: dict[SignalId, list[Testimony]] = {}
-        """The votes on the signals of the step under way, as far as they are signed where votes have to be."""
+        """The votes on signals and notes of the step under way, as far as they are signed where votes have to be."""
+        self.on_rows: dict[Worker, list[Testimony]] = {}
+        """Those on what workers report in their rows."""
 
-    def begin(self, adversary: Adversary | None = None) -> None:
-        """Begin a step.
+    def begin(self, table: SignalTable, adversary: Adversary | None = None) -> None:
+        """Begin to settle a step.
 
         Args:
+            table: the step's rows.
             adversary: a simulated attacker, which may also lie in its votes.
         """
         self._adversary = adversary
         self.testimonies = {}
+        self.on_rows = {}
+        if self._reports is not None:
+            self._reports.table = table
 
     def ask(self, asked: Sequence[tuple[Case, Worker]], plan: StepPlan, commitments: StepCommitments) -> list[Outcome]:
-        """Have workers recompute signals; to be called by all ranks.
+        """Have workers recompute signals, rows and notes; to be called by all ranks.
 
-        The host waits for the device twice: for all items that this rank hands over, and for the errors of all signals that it
-        recomputes.
+        The host waits for the device twice: for all items that this rank hands over, and for the errors of all that it recomputes.
 
         Args:
-            asked: the signals, those of a boundary in succession, and the worker that recomputes each.
+            asked: the cases, those of a boundary in succession, and the worker that recomputes each.
             plan: the step's plan.
-            commitments: what workers said about the signals that they sent, before it was known which are audited.
+            commitments: what workers said about the messages that they sent, before it was known which are audited.
 
         Returns:
             the vote of each of these workers.
         """
-        # Nobody can judge a signal of which nobody knows what was sent: this run only reports, or the step would be done again.
-        known = [one for one in asked if commitments.agrees(_signal_of(one[0]))]
+        # Nobody can judge a message of which nobody knows what was sent: this run only reports, or the step would be done again.
+        known = [one for one in asked if self._is_known(one[0], commitments)]
         words = iter(self._ask(known, plan, commitments) if known else ())
-        return [next(words) if commitments.agrees(_signal_of(case)) else Outcome.MATCHES for case, _ in asked]
+        return [next(words) if self._is_known(case, commitments) else Outcome.MATCHES for case, _ in asked]
+
+    def _is_known(self, case: Case, commitments: StepCommitments) -> bool:
+        """Whether sender and receiver agree on the messages that a case is about."""
+        names = [signal_of(case)]
+        note = note_of(case, self._mesh)
+        if note is not None and case.subject is not Subject.SIGNAL and self._reports is not None and self._reports.has_notes:
+            names.append(note)
+        return all(commitments.agrees(name) for name in names)
+
+    def _examination(self, case: Case) -> Examination:
+        if case.subject is Subject.SIGNAL:
+            return self.signals
+        assert self._reports is not None, "rows and notes are audited where signals are verified"
+        return self._reports
 
     def _ask(self, asked: Sequence[tuple[Case, Worker]], plan: StepPlan, commitments: StepCommitments) -> list[Outcome]:
-        needed = [self._needs(case, plan) for case, _ in asked]
+        needed = [self._examination(case).needs(case, plan) for case, _ in asked]
         handed = self._handed(asked, needed)
-        answers: list[_Answer | None] = []
-        # One boundary at a time: no auditor holds more evidence than that of one boundary.
+        found: list[Examined | None] = []
+        # One boundary at a time: no auditor holds more than what it needs for one boundary.
         for _, some in groupby(range(len(asked)), key=lambda number: asked[number][0].boundary):
             given = [(*asked[number], self._hand_over(*asked[number], needed[number], handed[number])) for number in some]
-            answers += [
-                self._judge(case, items, commitments) if auditor == self._worker else None for case, auditor, items in given
+            found += [
+                self._examination(case).examine(case, items, commitments) if auditor == self._worker else None
+                for case, auditor, items in given
             ]
-        mine = self._decided(answers, asked, plan.number)
+        mine = self._decided(found, asked, plan.number)
         empty = encode(Vote(Outcome.MATCHES))
         said = b"".join(
             encode(self._signed(mine[number], *asked[number], plan, commitments)) if number in mine else empty
@@ -175,9 +143,26 @@ class Audits:
         return [self._heard(everyone, number, *asked[number], plan, commitments) for number in range(len(asked))]
 
     def _signed(self, vote: Vote, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments) -> Vote:
+        statement = self._statement(vote, case, auditor, plan, commitments)
+        return replace(vote, signature=self._transcript.credentials.sign(statement).signature)
+
+    def _statement(self, vote: Vote, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments) -> VoteStatement:
+        """What an auditor signs: which message its vote is about, or which row, and what it found."""
         credentials = self._transcript.credentials
-        about = commitments.sent[_signal_of(case)].statement
-        return replace(vote, signature=credentials.sign(says(vote, auditor, about, self._live(case, plan), credentials)).signature)
+        live = sum(worker not in plan.banned for worker in self._mesh.of_stage(case.stage))
+        if case.subject is Subject.ROW:
+            assert self._reports is not None and self._reports.table is not None, "there is a table where a row is audited"
+            row = self._reports.table.rows[self._mesh.boundaries.index(case.boundary), case.lane, case.slot]
+            named = digest_of(row.numpy().tobytes(), credentials.algorithm)
+            return says(vote, auditor, plan.moment(credentials.run), signal_of(case), named, live, credentials.algorithm)
+        about = commitments.sent[self._name(case)].statement
+        named = digest_of(encode_statement(about), credentials.algorithm)
+        return says(vote, auditor, about.moment, about.signal, named, live, credentials.algorithm)
+
+    def _name(self, case: Case) -> SignalId:
+        """The message that a case is about."""
+        note = note_of(case, self._mesh)
+        return note if case.subject is Subject.NOTE and note is not None else signal_of(case)
 
     def _heard(
         self, everyone: Tensor, number: int, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments
@@ -185,144 +170,76 @@ class Audits:
         """The vote of an auditor, the same on all ranks. Only its own entry counts, and only if it is signed."""
         vote = of_auditor(everyone, self._mesh.rank(auditor), number)
         credentials = self._transcript.credentials
-        signal = _signal_of(case)
-        if not credentials.hold(commitments.sent[signal]):
-            # The sender has signed a row in which it does not sign its signal.
+        name = self._name(case)
+        if case.subject is not Subject.ROW and not credentials.hold(commitments.sent[name]):
+            # The sender has signed a row in which it does not sign its message.
             return Outcome.LIED
-        statement = says(vote, auditor, commitments.sent[signal].statement, self._live(case, plan), credentials)
-        words = testimony(vote, statement, credentials)
+        words = testimony(vote, self._statement(vote, case, auditor, plan, commitments), credentials)
         if words is None:
             return Outcome.MATCHES
-        self.testimonies.setdefault(signal, []).append(words)
-        if vote.word == Outcome.MATCHES:
+        if case.subject is Subject.ROW:
+            self.on_rows.setdefault(case.audited, []).append(words)
+        else:
+            self.testimonies.setdefault(name, []).append(words)
+        if vote.word == Outcome.MATCHES and case.subject is Subject.SIGNAL:
             self._tolerances.heard(self._mesh.boundaries.index(case.boundary), case.audited, vote.measured)
         return vote.word
 
-    def _live(self, case: Case, plan: StepPlan) -> int:
-        """Workers of the audited stage that are not banned."""
-        return sum(Worker(case.audited.stage, replica) not in plan.banned for replica in range(self._mesh.replicas))
-
-    def _handed(self, asked: Sequence[tuple[Case, Worker]], needed: Sequence[Sequence[_Need]]) -> list[dict[_Item, Packed]]:
+    def _handed(self, asked: Sequence[tuple[Case, Worker]], needed: Sequence[Sequence[Need]]) -> list[dict[Item, Packed]]:
         """The items that this rank sends to the auditor of each case, packed for sending."""
         wanted = [
-            (number, item, self._item(item, asked[number][0]))
+            (number, item, self._examination(asked[number][0]).item(item, asked[number][0]))
             for number, needs in enumerate(needed)
             for item, giver in needs
             if giver == self._worker != asked[number][1]
         ]
-        handed: list[dict[_Item, Packed]] = [{} for _ in asked]
+        handed: list[dict[Item, Packed]] = [{} for _ in asked]
         for (number, item, _), packed in zip(wanted, pack_all(held for *_, held in wanted)):
             handed[number][item] = packed
         return handed
 
-    def _hand_over(self, case: Case, auditor: Worker, needs: Sequence[_Need], handed: dict[_Item, Packed]) -> dict[_Item, Any]:
+    def _hand_over(self, case: Case, auditor: Worker, needs: Sequence[Need], handed: dict[Item, Packed]) -> dict[Item, Any]:
         """Send or receive the items that an auditor needs. Returns them on the auditor's rank."""
-        items: dict[_Item, Any] = {}
+        items: dict[Item, Any] = {}
         for item, giver in needs:
             if item in handed:
                 send_packed(handed[item], self._mesh.rank(auditor))
             elif giver == auditor == self._worker:
-                items[item] = self._item(item, case)
+                items[item] = self._examination(case).item(item, case)
             elif auditor == self._worker:
-                items[item] = receive_tree(self._mesh.rank(giver), self._room)
+                items[item] = receive_tree(self._mesh.rank(giver), self._room())
         return items
 
-    @property
-    def _room(self) -> int:
-        return 64 * max(self._cache.largest, 2**20)
-
-    def _needs(self, case: Case, plan: StepPlan) -> list[_Need]:
-        """The items that the auditor of a case needs, in the order in which they are sent."""
-        boundary = case.boundary
-        wiring = plan.wiring
-        stage = boundary.sender
-        last = self._mesh.stages - 1
-        backward = boundary.direction is Direction.GRADIENT
-        needs: list[_Need] = []
-        if stage == 0 or (backward and stage == last):
-            needs.append((_Item.BATCH, supplier(case.micro_batch_id, stage, self._mesh, plan.absent, case.audited)))
-        if stage > 0:
-            needs.append((_Item.ACTIVATION, wiring.worker(stage - 1, case.lane)))
-        if backward and stage < last:
-            needs.append((_Item.GRADIENT, wiring.worker(stage + 1, case.lane)))
-        return [*needs, (_Item.CLAIMED, wiring.worker(boundary.receiver, case.lane))]
-
-    def _item(self, item: _Item, case: Case) -> Any:
-        cache = self._cache
-        slot = case.slot
-        if item is _Item.BATCH:
-            return self._samples(case.micro_batch_id)
-        if item is _Item.ACTIVATION:
-            return cache.sent[Direction.ACTIVATION, slot]
-        if item is _Item.GRADIENT:
-            return cache.sent[Direction.GRADIENT, slot]
-        return cache.received[case.boundary.direction, slot]
-
-    def _judge(self, case: Case, items: dict[_Item, Any], commitments: StepCommitments) -> _Answer:
-        """This rank's vote on a signal, or the signal's error against the recomputed one.
-
-        Where samples from another worker are unusable the rank warns, and the signal counts as matching: no digest vouches for
-        samples, so no worker is blamed for them.
-        """
-        if _Item.BATCH in items and not isinstance(items[_Item.BATCH], list):
-            _warn_of(case.audited, f"the batch is {type(items[_Item.BATCH]).__name__}")
-            return _Answer(Outcome.MATCHES)
-        stage = case.boundary.sender
-        given = (
-            (_Item.CLAIMED, case.boundary, Outcome.SIGNAL_WITHHELD),
-            (_Item.ACTIVATION, Boundary(stage - 1, Direction.ACTIVATION), Outcome.ACTIVATION_WITHHELD),
-            (_Item.GRADIENT, Boundary(stage, Direction.GRADIENT), Outcome.GRADIENT_WITHHELD),
-        )
-        for item, boundary, outcome in given:
-            sent = commitments.sent_digest(SignalId(Kind.SIGNAL, boundary, case.lane, case.slot))
-            if item in items and not (isinstance(items[item], Tensor) and sent is not None and sent.names(items[item])):
-                return _Answer(outcome)
-        try:
-            batch = unpacked(items[_Item.BATCH], self._mesh.rank(case.audited)) if _Item.BATCH in items else None
-            honest = self.recompute(
-                case.boundary.direction, case.micro_batch_id, Inputs(batch, items.get(_Item.ACTIVATION), items.get(_Item.GRADIENT))
-            )
-        except Exception as error:
-            if _Item.BATCH not in items:
-                raise
-            # The samples come from another worker, and may be such that no step can work on them.
-            _warn_of(case.audited, f"no step can work on the samples ({type(error).__name__}: {error})")
-            return _Answer(Outcome.MATCHES)
-        claimed = items[_Item.CLAIMED].to(honest.device)
-        if claimed.shape != honest.shape:
-            return _Answer(Outcome.LIED, honest)
-        index = self._mesh.boundaries.index(case.boundary)
-        measured = deviation(claimed, honest, self._tolerances.seed_of(index))
-        allowed = self._tolerances.allowed(index, case.audited, honest.dtype, self._computed_in())
-        return _Answer(Outcome.MATCHES, honest, measured, allowed)
-
-    def _decided(self, answers: Sequence[_Answer | None], asked: Sequence[tuple[Case, Worker]], step: int) -> dict[int, Vote]:
+    def _decided(self, found: Sequence[Examined | None], asked: Sequence[tuple[Case, Worker]], step: int) -> dict[int, Vote]:
         """Maps the number of each case that this rank audits to its vote, not signed yet."""
-        mine = {number: answer for number, answer in enumerate(answers) if answer is not None}
-        recomputed = {number: answer.recomputed for number, answer in mine.items() if answer.recomputed is not None}
-        measured = {number: answer.measured for number, answer in mine.items() if answer.measured is not None}
-        errors, *signals = on_host([torch.stack(list(measured.values())) if measured else torch.empty(0), *recomputed.values()])
-        found = dict(zip(measured, errors.tolist()))
-        digests = {number: self._transcript.credentials.digest(signal) for number, signal in zip(recomputed, signals)}
+        mine = {number: one for number, one in enumerate(found) if one is not None}
+        recomputed = {number: one.recomputed for number, one in mine.items() if one.recomputed is not None}
+        measured = {number: one.measured for number, one in mine.items() if one.measured is not None}
+        on_the_host = on_host([*measured.values(), *recomputed.values()])
+        numbers = {number: one.tolist() for number, one in zip(measured, on_the_host)}
+        again = dict(zip(recomputed, on_the_host[len(measured) :]))
         return {
-            number: self._vote(answer, digests.get(number), found.get(number), *asked[number], step)
-            for number, answer in mine.items()
+            number: self._vote(one, again.get(number), numbers.get(number), *asked[number], step) for number, one in mine.items()
         }
 
     def _vote(
-        self, answer: _Answer, recomputed: Digest | None, measured: list[float] | None, case: Case, auditor: Worker, step: int
+        self, found: Examined, again: Tensor | None, measured: list[float] | None, case: Case, auditor: Worker, step: int
     ) -> Vote:
-        word = answer.word
+        """The vote that follows from what was found, with what was recomputed and measured on the host."""
+        credentials = self._transcript.credentials
+        word = found.word
         error = math.inf if measured is None else measured[0]
-        if measured is not None:
-            word = Outcome.LIED if error > answer.allowed else Outcome.MATCHES
-        numbers = [math.nan] * MEASURED if measured is None else measured
-        vote = Vote(word, numbers, None if recomputed is None else Recomputation(recomputed, error, answer.allowed))
+        if found.compare is not None and again is not None:
+            error = found.compare(again)
+        if measured is not None or found.compare is not None:
+            word = Outcome.LIED if error > found.allowed else Outcome.MATCHES
+        several = case.subject is Subject.SIGNAL and measured is not None
+        numbers = measured if several and measured is not None else [math.nan] * MEASURED
+        recomputed = None if again is None else credentials.digest(again)
+        if recomputed is None and word == Outcome.LIED:
+            recomputed = digest_of(b"", credentials.algorithm)
+        vote = Vote(word, numbers, None if recomputed is None else Recomputation(recomputed, error, found.allowed))
         if self._adversary is None:
             return vote
         said = Outcome(self._adversary.vote(word, auditor, case.audited, case.boundary.direction, step))
-        return lie_of(vote, said, self._transcript.credentials.algorithm)
-
-
-def _signal_of(case: Case) -> SignalId:
-    return SignalId(Kind.SIGNAL, case.boundary, case.lane, case.slot)
+        return lie_of(vote, said, credentials.algorithm)

@@ -23,8 +23,9 @@ from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.data.sample_exchange import supplier, unpacked
 from lightning_sentinel.pipeline.messages.tensor_trees import receive_tree, send_tree
 from lightning_sentinel.pipeline.processes.wire import world
-from lightning_sentinel.pipeline.recovery.auditing import Audits, Inputs
+from lightning_sentinel.pipeline.recovery.auditing import Audits
 from lightning_sentinel.pipeline.recovery.evidence import BanEvidence
+from lightning_sentinel.pipeline.recovery.examination import Inputs
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.recovery.votes import (
     Vote,
@@ -41,8 +42,10 @@ from lightning_sentinel.pipeline.waiting import on_host
 from lightning_sentinel.trust.digests import digest_of
 from lightning_sentinel.trust.evidence import Recomputation, Testimony
 from lightning_sentinel.trust.statements import ContributionVote, Kind, SignalId
-from lightning_sentinel.verification.audit import Outcome, tolerance
+from lightning_sentinel.verification import SignalTable
+from lightning_sentinel.verification.audit import tolerance
 from lightning_sentinel.verification.jury import ContributionCase
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.sketches import sketch_error
 from lightning_sentinel.wiring import MicroBatchId
 
@@ -221,14 +224,10 @@ class ContributionAudits:
     def _pass_on(self, giver: Worker, auditor: Worker, item: Callable[[], Any]) -> Any:
         """Has one worker hand something to the auditor; returns it there."""
         if self._worker == auditor:
-            return item() if giver == auditor else receive_tree(self._mesh.rank(giver), self._room)
+            return item() if giver == auditor else receive_tree(self._mesh.rank(giver), self._cache.room)
         if self._worker == giver:
             send_tree(item(), self._mesh.rank(auditor))
         return None
-
-    @property
-    def _room(self) -> int:
-        return 64 * max(self._cache.largest, 2**20)
 
     def _recomputed(self, case: ContributionCase, micro_batch_id: MicroBatchId, given: Inputs) -> list[Tensor | None] | None:
         """The gradients of a micro-batch; ``None`` if no step can work on the samples that another worker gave."""
@@ -250,27 +249,31 @@ class AuditsOfProcess(NamedTuple):
     """The audits that a rank takes part in.
 
     Args:
-        signals: of signals.
+        messages: of signals, rows and notes.
         contributions: of weight gradients.
         evidence: what they and other steps show against workers that are banned.
     """
 
-    signals: Audits
+    messages: Audits
     contributions: ContributionAudits
     evidence: BanEvidence
 
-    def begin(self, adversary: Adversary | None) -> None:
-        """Begin a step.
+    def begin(self, table: SignalTable, adversary: Adversary | None) -> None:
+        """Begin to settle a step.
 
         Args:
+            table: the step's rows.
             adversary: a simulated attacker, which may also lie in its votes.
         """
-        self.signals.begin(adversary)
+        self.messages.begin(table, adversary)
         self.contributions.begin(adversary)
 
     def shown(self, ruling: Ruling, commitments: StepCommitments) -> Ruling:
         """The ruling on the step with what its audits show against those that it bans."""
-        return self.evidence.of_audits(ruling, commitments, self.signals.testimonies, self.contributions.testimonies)
+        in_rows = {worker: list(votes) for worker, votes in self.messages.on_rows.items()}
+        for worker, votes in self.contributions.testimonies.items():
+            in_rows.setdefault(worker, []).extend(votes)
+        return self.evidence.of_audits(ruling, commitments, self.messages.testimonies, in_rows)
 
 
 def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.verification import Ledger, StepVerdict
 from lightning_sentinel.verification.contribution_scores import ContributionScores
 from lightning_sentinel.verification.contributions import with_contributions
+from lightning_sentinel.verification.draws import Draws, chance_of_each, surely_honest
 from lightning_sentinel.verification.jury import AskOfContributions, ContributionCase, Jury
 from lightning_sentinel.verification.sketches import GradientSketch
 
@@ -61,7 +62,7 @@ class ContributionChecks:
         self._rate = response.gradient_audit_rate_of(mesh)
         self._repeats = response.on_flag == "exclude"
         self._seed = verification.seed
-        self._jury = Jury(mesh, derive_seed(self._seed, "contributions"))
+        self._jury = Jury(mesh)
         self._scores = ContributionScores(mesh, verification)
         self._sketches = [GradientSketch(derive_seed(self._seed, "sketch", stage)) for stage in range(mesh.stages)]
 
@@ -74,7 +75,9 @@ class ContributionChecks:
         """The sketch of gradients of a stage's parameters, ``(SKETCHED,)`` float32 on their device, without waiting for it."""
         return self._sketches[stage](gradients, device)
 
-    def judged(self, verdict: StepVerdict, contributions: Contributions, plan: StepPlan, ledger: Ledger) -> StepVerdict:
+    def judged(
+        self, verdict: StepVerdict, contributions: Contributions, draws: Draws, plan: StepPlan, ledger: Ledger
+    ) -> StepVerdict:
         """The verdict on a step's signals, with that on its contributions.
 
         Where a signal is a lie contributions are not looked at: they were computed from it, and the step is done again.
@@ -82,6 +85,7 @@ class ContributionChecks:
         Args:
             verdict: on the signals.
             contributions: of the step.
+            draws: of the step.
             plan: the step's plan.
             ledger: who is banned, and whose votes do not count.
         """
@@ -92,11 +96,17 @@ class ContributionChecks:
         if contributions.sketches is not None:
             scored = self._scores.assess(contributions.sketches, weights, self._among(plan.absent))
         scores = torch.zeros_like(weights) if scored is None else scored.score
-        wanted = (weights > 0) & ((scores > 1) | self._drawn(plan.number))
-        workers = [Worker(stage, replica) for stage, replica in wanted.nonzero().tolist()]
-        cases = [ContributionCase(lane, worker) for worker in workers if (lane := plan.wiring.lane(worker)) is not None]
-        judged = self._jury.hear_contributions(cases, ledger.banned, ledger.muted, plan.number, contributions.ask)
-        verdict = with_contributions(verdict, cases, judged, scores, plan.wiring, plan.number)
+        drawn = self._drawn(draws, ledger)
+        wanted = (weights > 0) & ((scores > 1) | drawn.any(dim=0))
+        cases: dict[ContributionCase, list[int] | None] = {}
+        for stage, replica in wanted.nonzero().tolist():
+            worker = Worker(stage, replica)
+            lane = plan.wiring.lane(worker)
+            if lane is not None:
+                drawers = drawn[:, stage, replica].nonzero().flatten().tolist()
+                cases[ContributionCase(lane, worker)] = None if scores[stage, replica] > 1 else drawers
+        judged = self._jury.hear_contributions(cases, ledger.banned, ledger.muted, draws.coin, contributions.ask)
+        verdict = with_contributions(verdict, list(cases), judged, scores, plan.wiring, plan.number)
         found = verdict.guilty | verdict.disputed
         if scored is not None and not (found and self._repeats):
             liars = self._among(found)
@@ -110,11 +120,19 @@ class ContributionChecks:
             chosen[worker.stage, worker.replica] = True
         return chosen
 
-    def _drawn(self, step: int) -> Tensor:
-        """``(stages, replicas)`` bool, whose contributions are audited whatever their scores."""
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, "gradient audits", step))
-        chances = torch.rand(self._mesh.stages, self._mesh.replicas, generator=generator, dtype=torch.float64)
-        return chances < (self._rate or 0.0)
+    def _drawn(self, draws: Draws, ledger: Ledger) -> Tensor:
+        """``(replicas, stages, replicas)`` bool, whose contributions are audited whatever their scores, by the one that draws."""
+        mesh = self._mesh
+        drawn = torch.zeros(mesh.replicas, mesh.stages, mesh.replicas, dtype=torch.bool)
+        for stage in range(mesh.stages):
+            live = [worker for worker in mesh.of_stage(stage) if worker not in ledger.banned]
+            honest = surely_honest(len(live), sum(worker in ledger.muted for worker in live))
+            chance = chance_of_each(self._rate or 1.0, honest)
+            for worker in live:
+                if worker not in ledger.muted:
+                    drawn[worker.replica, stage] = draws.uniform(worker, "contributions", mesh.replicas) < chance
+                    drawn[worker.replica, stage, worker.replica] = False
+        return drawn
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only."""

@@ -83,6 +83,11 @@ class BanEvidence:
             found[worker] = first_that_holds(candidates, worker, otherwise, step)
         return ruling._replace(evidence=found)
 
+    def of_seals(self, ruling: Ruling) -> Ruling:
+        """The ruling on a step in which workers do not open their seals, with a record of each ban."""
+        step = ruling.plan.number
+        return ruling._replace(evidence={worker: first_that_holds((), worker, Reason.SEAL, step) for worker in ruling.banned})
+
     def of_audits(
         self,
         ruling: Ruling,

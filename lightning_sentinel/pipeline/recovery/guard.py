@@ -8,9 +8,8 @@ all ranks from the same table.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ from torch import Tensor
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
-from lightning_sentinel.pipeline.recovery.contribution_checks import ContributionChecks, Contributions
+from lightning_sentinel.pipeline.recovery.audited_verdicts import AuditedVerdicts, Auditors
+from lightning_sentinel.pipeline.recovery.contribution_checks import ContributionChecks
 from lightning_sentinel.pipeline.recovery.reference_updates import Apart, ReferenceUpdates
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.step_results import Ruling
@@ -30,17 +30,13 @@ from lightning_sentinel.verification import (
     SignalTable,
     StepVerdict,
     judge,
-    judge_with_audits,
 )
-from lightning_sentinel.verification.audit import AuditSchedule
 from lightning_sentinel.verification.calibration import Assessment
 from lightning_sentinel.verification.contributions import Refusals, with_refusals, without_broken
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.verification.fences import Fences
-from lightning_sentinel.verification.jury import Ask, Findings, Jury, Subject
 from lightning_sentinel.verification.projection import Projection, SecretDirections
 from lightning_sentinel.verification.references import Contribution
-from lightning_sentinel.verification.reports import with_reports
 from lightning_sentinel.verification.table import rows_by_sender
 from lightning_sentinel.verification.tolerance import Tolerances
 from lightning_sentinel.verification.verdicts import MUCH_FURTHER, behind
@@ -64,6 +60,8 @@ class Guard:
         response: what follows from a flag.
         ledger: flags and bans; the same on all ranks.
         device: where signals are.
+        secret: what all ranks have drawn together, of which directions are made where ``verification`` has no seed; ``None`` draws
+            it here, for all workers in one process.
     """
 
     def __init__(
@@ -75,16 +73,20 @@ class Guard:
         response: Response,
         ledger: Ledger,
         device: torch.device,
+        secret: int | None = None,
     ) -> None:
         self._mesh = mesh
         self._worker = worker
         self._device = device
         self._response = response
-        self._rate = response.audit_rate_of(mesh)
+        rate = response.audit_rate_of(mesh)
+        self._audited = None if rate is None else AuditedVerdicts(mesh, rate, compares_inputs=verification.method != "paper")
         self.ledger = ledger
         self.calibration = Calibration(mesh, verification)
+        self.seed_of_draws = verification.seed
+        """The seed of private draws in a repeatable run; ``None`` if each worker draws what nobody can foresee."""
         if verification.seed is None:
-            verification = replace(verification, seed=secret_seed())
+            verification = replace(verification, seed=secret_seed() if secret is None else secret)
         self.verifiers = {boundary: BoundaryVerifier(boundary, verification, device) for boundary in boundaries}
         self.tolerances = Tolerances(mesh, 0)
         self._keep_secret(verification)
@@ -98,8 +100,6 @@ class Guard:
         self._secret = verification
         seed = verification.seed
         self._secrets: dict[Boundary, SecretDirections] = {}
-        self._schedule = None if self._rate is None else AuditSchedule(self._mesh, self._rate, seed)
-        self._jury = Jury(self._mesh, seed)
         self.tolerances.seed = seed
         self.contributions = ContributionChecks(self._mesh, verification, self._response)
         for verifier in self.verifiers.values():
@@ -114,7 +114,7 @@ class Guard:
     @property
     def audits(self) -> bool:
         """Whether signals are recomputed."""
-        return self._rate is not None
+        return self._audited is not None
 
     @property
     def compares_inputs(self) -> bool:
@@ -224,12 +224,10 @@ class Guard:
         table: SignalTable,
         plan: StepPlan,
         sum_over_replicas: Callable[[Tensor], Tensor],
-        ask: Ask | None = None,
+        auditors: Auditors | None = None,
         apart: Apart | None = None,
         broken: Tensor | None = None,
         refused: Tensor | None = None,
-        subjects: Collection[Subject] = (Subject.SIGNAL,),
-        contributions: Contributions | None = None,
     ) -> Ruling:
         """Judge the step, enter it into the ledger, and learn from it.
 
@@ -237,24 +235,21 @@ class Guard:
             table: the step's signals, the same on all ranks.
             plan: the step's plan.
             sum_over_replicas: adds a vector over the replicas of this stage.
-            ask: has workers recompute; ``None`` without audits.
+            auditors: of the step; ``None`` without audits.
             apart: gathers a vector from each replica of this stage; ``None`` if all replicas are in this process.
             broken: ``(stages, lanes, micro_batches)`` bool, whether the weight gradients are unusable; ``None`` if not checked.
             refused: ``(stages, replicas, replicas)``, :attr:`refused` as each rank reports it; ``None`` if not checked.
-            subjects: what ``ask`` can have recomputed; the same on all ranks.
-            contributions: what workers add to the weight gradients of their stages; ``None`` if none is audited.
         """
         wiring = plan.wiring
         step = plan.number
         excludes = self.replaces_malformed
         assessment = self.calibration.assess(table, wiring, self.ledger.banned_senders(self._mesh))
         heights = self.calibration.heights(wiring)
-        if ask is not None:
-            no_notes = () if self.compares_inputs else (Subject.NOTE,)
-            hear = partial(self._jury.hear, ask=ask, subjects=frozenset(subjects).difference(no_notes))
-            verdict = self._judge_with_audits(table, assessment, heights, plan, hear)
-            if contributions is not None:
-                verdict = self.contributions.judged(verdict, contributions, plan, self.ledger)
+        if auditors is not None:
+            assert self._audited is not None, "where workers are asked, signals are audited"
+            verdict = self._audited.judge(table, assessment, heights, plan, auditors, self.ledger)
+            if auditors.contributions is not None:
+                verdict = self.contributions.judged(verdict, auditors.contributions, auditors.draws, plan, self.ledger)
             exonerated = Counter(detection.worker for detection in verdict.detections if detection.confirmed is False)
             found = verdict.audits, verdict.flagged, exonerated, verdict.guilty, verdict.outvoted
             banned = self.ledger.record_audits(step, *found, self._mesh)
@@ -285,20 +280,6 @@ class Guard:
             self._put_fences()
         redo = bool(excluded) and any(Wiring.of(self._mesh, plan.absent.union(banned, excluded)).live)
         return Ruling(verdict, banned, excluded, redo=redo, plan=plan)
-
-    def _judge_with_audits(
-        self, table: SignalTable, assessment: Assessment, heights: Tensor, plan: StepPlan, hear: Callable[..., Findings]
-    ) -> StepVerdict:
-        assert self._schedule is not None
-        ledger = self.ledger
-
-        def audit(signals: Tensor, rows: Tensor) -> Findings:
-            return hear(signals, plan.wiring, ledger.banned, ledger.muted, plan.number, rows=rows)
-
-        drawn = plan.wiring.arrange(self._schedule.draw(plan.number, plan.sizes.micro_batches, ledger.last_found))
-        one_each = self._schedule.one_each(plan.number, assessment.valid)
-        seen = table, assessment, heights, drawn, one_each
-        return with_reports(judge_with_audits(*seen, audit, self._mesh, plan.wiring, plan.number), self._mesh, plan.number)
 
     def forget_step(self) -> None:
         """Discard the step's rows and sums: the step will be repeated, or left out of the training."""

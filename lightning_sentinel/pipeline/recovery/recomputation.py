@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_sentinel.mesh import Direction
 from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.gradients.contributions import gradients_of
-from lightning_sentinel.pipeline.recovery.auditing import Inputs
+from lightning_sentinel.pipeline.recovery.examination import Inputs
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.running_step import RunningStep
 from lightning_sentinel.pipeline.stages.stage import StageLayers

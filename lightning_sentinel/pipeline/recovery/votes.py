@@ -17,12 +17,11 @@ from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.trust.credentials import Credentials
 from lightning_sentinel.trust.digests import DIGEST_BYTES, Algorithm, Digest, digest_of
-from lightning_sentinel.trust.encoding import encode as encode_statement
 from lightning_sentinel.trust.evidence import Recomputation, Testimony, finding_of
 from lightning_sentinel.trust.identity import SIGNATURE_BYTES
 from lightning_sentinel.trust.signing import Signed
-from lightning_sentinel.trust.statements import ContributionVote, Moment, SignalStatement, VoteStatement
-from lightning_sentinel.verification.audit import Outcome
+from lightning_sentinel.trust.statements import ContributionVote, Moment, SignalId, VoteStatement
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.tolerance import MEASURED
 
 __all__ = ["VOTE_BYTES", "Vote", "decode", "encode", "lie_of", "of_auditor", "says", "says_of_weights", "sketch_bytes", "testimony"]
@@ -96,20 +95,21 @@ def lie_of(vote: Vote, said: Outcome, algorithm: Algorithm) -> Vote:
     return replace(vote, word=said, recomputation=replace(found, error=0.0 if said == Outcome.MATCHES else math.inf))
 
 
-def says(vote: Vote, auditor: Worker, about: SignalStatement, live: int, credentials: Credentials) -> VoteStatement:
+def says(
+    vote: Vote, auditor: Worker, moment: Moment, signal: SignalId, about: Digest, live: int, algorithm: Algorithm
+) -> VoteStatement:
     """What an auditor signs.
 
     Args:
-        vote: on the signal.
+        vote: on a message, or on a row.
         auditor: who casts it.
-        about: what the sender has signed about the signal.
+        moment: of the step.
+        signal: the message, or the signal that the row is about.
+        about: digest of what the sender has signed about the message, or of the row.
         live: workers of the stage that are not banned.
-        credentials: of the run.
+        algorithm: of the run's digests.
     """
-    algorithm = credentials.algorithm
-    named = digest_of(encode_statement(about), algorithm)
-    finding = finding_of(vote.recomputation, algorithm)
-    return VoteStatement(about.moment, auditor, about.signal, named, vote.word, live, finding)
+    return VoteStatement(moment, auditor, signal, about, vote.word, live, finding_of(vote.recomputation, algorithm))
 
 
 def says_of_weights(

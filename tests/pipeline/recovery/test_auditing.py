@@ -20,7 +20,7 @@ from lightning_sentinel.trust.evidence import Reason
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Kind, SignalId
 from lightning_sentinel.trust.verify_evidence import verify_evidence
-from lightning_sentinel.verification.audit import Outcome
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.wiring import Wiring
 from tests.pipeline.recovery.toys import (
     CHANNELS,

@@ -14,11 +14,12 @@ from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-from lightning_sentinel.pipeline.recovery.auditing import Inputs
+from lightning_sentinel.pipeline.recovery.examination import Inputs
 from lightning_sentinel.pipeline.recovery.contribution_audits import ContributionAudits, StageRecomputation
 from lightning_sentinel.pipeline.step_plan import plan_step
-from lightning_sentinel.verification.audit import Outcome
-from lightning_sentinel.verification.jury import ContributionCase, Judgement, Jury
+from lightning_sentinel.verification.jury import ContributionCase, Jury
+from lightning_sentinel.verification.majority import Judgement
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.sketches import SKETCHED, GradientSketch
 from lightning_sentinel.wiring import MicroBatchId
 from tests.pipeline.ranks import ranks

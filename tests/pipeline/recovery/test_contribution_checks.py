@@ -12,8 +12,8 @@ from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.recovery.contribution_checks import ContributionChecks, Contributions, weights_of_workers
 from lightning_sentinel.pipeline.step_plan import plan_step
 from lightning_sentinel.verification import Ledger
-from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import ContributionCase
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.sketches import SKETCHED
 from tests.verification.steps import Step
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_sentinel.config import Response
 from lightning_sentinel.verification import COLUMNS, SignalTable
-from lightning_sentinel.verification.audit import Outcome
+from lightning_sentinel.verification.outcomes import Outcome
 from tests.pipeline.pipelines import MICRO_BATCHES, WARMUP, Pipelines, honest, planned
 
 NUMBERS = st.one_of(

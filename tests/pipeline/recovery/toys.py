@@ -15,7 +15,8 @@ from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments
 from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
-from lightning_sentinel.pipeline.recovery.auditing import Audits, Inputs
+from lightning_sentinel.pipeline.recovery.auditing import Audits
+from lightning_sentinel.pipeline.recovery.examination import Inputs
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.step_plan import plan_step
 from lightning_sentinel.trust.credentials import Credentials
@@ -23,8 +24,8 @@ from lightning_sentinel.trust.digests import Algorithm
 from lightning_sentinel.trust.evidence import Testimony
 from lightning_sentinel.trust.identity import Identity
 from lightning_sentinel.trust.statements import Kind, Moment, SignalId, SignalStatement
-from lightning_sentinel.verification.audit import Outcome
 from lightning_sentinel.verification.jury import Case, Jury
+from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.tolerance import Tolerances
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 from tests.pipeline.ranks import ranks
