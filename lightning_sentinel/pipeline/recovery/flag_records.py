@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_sentinel.mesh import Boundary, Mesh, Worker
+from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.commitments.transcript import SignedRow
 from lightning_sentinel.pipeline.step_results import Ruling
-from lightning_sentinel.trust.records import NO_FENCES, FlaggedSignal, FlaggedStep, FlagRecord, FourFences
+from lightning_sentinel.trust.records import NO_FENCES, ROW_BYTES, FlaggedSignal, FlaggedStep, FlagRecord, FourFences
 from lightning_sentinel.verification import Ledger, SignalTable
 from lightning_sentinel.verification.calibration import Calibration
 from lightning_sentinel.verification.features import FEATURES
@@ -22,7 +22,7 @@ from lightning_sentinel.verification.fences import Fences
 from lightning_sentinel.verification.streaks import Sighting, Streak, sighting
 from lightning_sentinel.verification.verdicts import Detection
 
-__all__ = ["FencesOfStep", "FlagRecords", "Noted"]
+__all__ = ["FencesOfStep", "FlagRecords", "Noted", "row_in"]
 
 _KEPT = 16
 """Steps of a streak that are kept."""
@@ -105,7 +105,7 @@ class FlagRecords:
         flags = [one for one in verdict.detections if one.feature in (*FEATURES, _NON_FINITE)]
         scores = {one.worker: one.score for one in sorted(flags, key=lambda one: one.score)}
         for worker in verdict.suspects:
-            signals = tuple(self._signals(worker, table, ruling, flags, fences))
+            signals = tuple(self._signals(worker, table, ruling, flags, fences, rows))
             seen = sighting(worker, verdict.suspects, verdict.verified, verdict.unmistakable, scores)
             receivers = sorted({signal.receiver for signal in signals} & rows.keys())
             noted = self._noted.setdefault(worker, deque(maxlen=_KEPT))
@@ -118,7 +118,13 @@ class FlagRecords:
         return found
 
     def _signals(
-        self, worker: Worker, table: SignalTable, ruling: Ruling, flags: Sequence[Detection], fences: FencesOfStep
+        self,
+        worker: Worker,
+        table: SignalTable,
+        ruling: Ruling,
+        flags: Sequence[Detection],
+        fences: FencesOfStep,
+        rows: Mapping[Worker, SignedRow],
     ) -> Iterator[FlaggedSignal]:
         """The verified signals of a worker in a step."""
         verdict, wiring = ruling.verdict, ruling.plan.wiring
@@ -133,12 +139,14 @@ class FlagRecords:
                     continue
                 score, worst = (float(verdict.table.column(name)[place]) for name in ("score", "worst"))
                 feature = FEATURES[int(worst)] if worst >= 0 else _NON_FINITE
+                receiver = wiring.worker(boundary.receiver, lane)
+                believed = table.rows[place].numpy().tobytes()
                 yield FlaggedSignal(
                     Boundary(boundary.index, boundary.direction),
                     lane,
                     slot,
-                    wiring.worker(boundary.receiver, lane),
-                    table.rows[place].numpy().tobytes(),
+                    receiver,
+                    row_in(rows[receiver].contents, boundary.direction, slot, wiring.slots) if receiver in rows else believed,
                     score,
                     feature,
                     fences.around(index, feature),
@@ -150,6 +158,19 @@ class FlagRecords:
         assert ledger.ban_after is not None, "without it nobody is banned for flags"
         earlier = _before(ledger.streaks[worker], [one.seen for one in kept])
         return FlagRecord(ledger.ban_after, ledger.habits.of_others(worker), earlier.state(), tuple(kept))
+
+
+def row_in(contents: bytes, direction: Direction, slot: int, slots: int) -> bytes:
+    """A signal's row as its receiver reported it, before anything in it was made sensible, from all that the receiver said.
+
+    Args:
+        contents: of the receiver's row in the step's collective, which begin with ``(2, slots, len(COLUMNS))`` float32.
+        direction: of the signal.
+        slot: of its micro-batch in the lane.
+        slots: the most micro-batches of a lane.
+    """
+    place = (list(Direction).index(direction) * slots + slot) * ROW_BYTES
+    return contents[place : place + ROW_BYTES]
 
 
 def _before(streak: Streak, seen: Sequence[Sighting]) -> Streak:

@@ -17,7 +17,9 @@ from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments
 from lightning_sentinel.pipeline.commitments.transcript import SignedRow, Transcript
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
+from lightning_sentinel.pipeline.exchange import Exchange
 from lightning_sentinel.pipeline.recovery.evidence import BanEvidence, Heard, of_audits
+from lightning_sentinel.pipeline.recovery.flag_records import row_in
 from lightning_sentinel.pipeline.recovery.votes import sketch_bytes
 from lightning_sentinel.pipeline.step_plan import plan_step
 from lightning_sentinel.pipeline.step_results import Ruling
@@ -29,6 +31,7 @@ from lightning_sentinel.trust.identity import Identity
 from lightning_sentinel.trust.statements import Moment
 from lightning_sentinel.trust.verify_evidence import verify_evidence
 from lightning_sentinel.verification import Ledger
+from lightning_sentinel.verification.table import COLUMNS
 from tests.pipeline.ranks import ranks
 from tests.pipeline.recovery.test_audited_runs import ATTACKS, LIARS, Run
 from tests.pipeline.recovery.test_contribution_audits import contributing
@@ -153,6 +156,16 @@ def test_so_is_who_kept_an_auditor_of_weight_gradients_from_what_it_had_sent(nei
     assert found[guilty].reason is Reason.WITHHELD and verify_evidence(found[guilty]).proves
     assert f"it was for {guilty} to give it to them" in verify_evidence(found[guilty]).verdict
     assert not verify_evidence(found[Worker(neighbour, 0)]).proves
+
+
+def test_rows_are_recorded_as_they_were_reported_whatever_is_believed_of_them() -> None:
+    rows = {boundary: torch.rand(1, 2, len(COLUMNS)) for boundary in MESH.boundaries if boundary.receiver == 1}
+    for reported in rows.values():
+        reported[0, 1] = torch.nan
+    said = Exchange(MESH, torch.device("cpu"), Told())._padded_rows(rows, 3).numpy().tobytes() + b"and more"  # type: ignore[arg-type]
+    for boundary, reported in rows.items():
+        for slot in range(2):
+            assert row_in(said, boundary.direction, slot, 3) == reported[0, slot].numpy().tobytes()
 
 
 class TestOnTheVirtualMesh:
