@@ -72,8 +72,10 @@ def _verify_evidence(arguments: list[str]) -> None:
 
     parser = argparse.ArgumentParser(
         "lightning-sentinel verify-evidence",
-        description="Say whether the evidence of a ban holds, and who signed what. Needs neither the run nor other processes."
-        " A run with a logger writes it to sentinel/evidence in its log directory.",
+        description="Say whether the evidence of a ban holds, who signed what, and what nobody can tell from the file. Needs"
+        " neither the run nor other processes. A run with a logger writes a file for each ban to sentinel/evidence in its log"
+        " directory. Where nobody signed or recomputed anything, as of a ban by flags, it is a record and no proof: what is"
+        " verified then is that the ban follows from its numbers.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a file of evidence")
     parser.add_argument("--known-workers", type=Path, metavar="LIST", help="the list on which all keys in the evidence must be")

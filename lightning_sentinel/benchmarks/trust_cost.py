@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from lightning_sentinel.mesh import Direction, Mesh
-from lightning_sentinel.pipeline.commitments.step_commitments import length
 from lightning_sentinel.pipeline.commitments.transcript import BINDING_BYTES
+from lightning_sentinel.trust.parts import part_length
 from lightning_sentinel.verification.table import COLUMNS
 
 __all__ = ["EXAMPLES", "StepTraffic", "table_of_traffic"]
@@ -49,7 +49,7 @@ class StepTraffic:
     @property
     def commitment_bytes(self) -> int:
         """Of digests and signatures in a worker's row of the step's collective."""
-        return length(self.micro_batches) + BINDING_BYTES
+        return part_length(self.micro_batches) + BINDING_BYTES
 
     @property
     def row_bytes(self) -> int:

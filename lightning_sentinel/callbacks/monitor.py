@@ -35,8 +35,8 @@ class SentinelMonitor(L.Callback):
     ``sentinel/banned`` and ``sentinel/audits``: to every logger every ``Trainer(log_every_n_steps=...)`` batches, and for callbacks
     and the progress bar in each batch in which a worker was flagged or banned. If the Trainer has a logger, detections go to
     ``<log_dir>/sentinel/detections.jsonl``, one JSON object a line, and bans to ``<log_dir>/sentinel/ledger.json``, from which a
-    later run can start. What shows why a worker was banned goes to ``<log_dir>/sentinel/evidence``, a file for each ban by audits,
-    which ``lightning-sentinel verify-evidence`` checks without the run.
+    later run can start. What shows why a worker was banned goes to ``<log_dir>/sentinel/evidence``, a file for each ban, which
+    ``lightning-sentinel verify-evidence`` checks without the run.
 
     Attributes:
         anomaly_score: mean scores of the run so far; ``anomaly_score.plot()`` draws them over the mesh.

@@ -45,7 +45,9 @@ from lightning_sentinel.pipeline.recovery.auditing import Audits
 from lightning_sentinel.pipeline.recovery.contradictions import settle_contradictions
 from lightning_sentinel.pipeline.recovery.contribution_audits import AuditsOfProcess, ContributionAudits, StageRecomputation
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
+from lightning_sentinel.pipeline.recovery.evidence import BanEvidence
 from lightning_sentinel.pipeline.recovery.examination import Inputs, SignalExamination
+from lightning_sentinel.pipeline.recovery.flag_records import FencesOfStep
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.recovery.report_examination import ReportExamination
@@ -144,6 +146,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             Audits(mesh, worker, signals, reports, tolerances, lambda: cache.room, transcript),
             ContributionAudits(mesh, worker, cache, of_stage, transcript),
             SealedDraws(mesh, worker, None if guard is None else guard.seed_of_draws, transcript),
+            BanEvidence(mesh, transcript),
         )
 
     # ---------------------------------------------------------------------------------------------------------- whole steps
@@ -227,22 +230,24 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         contradictions = [] if commitments is None else commitments.contradictions(plan.mesh, plan.wiring)
         forgers = outcome.forgers - plan.banned
         if guard.replaces_malformed and (contradictions or forgers):
-            return settle_contradictions(guard, outcome.table, plan, contradictions, forgers)
+            ruling = settle_contradictions(guard, outcome.table, plan, contradictions, forgers)
+            return self._audits.evidence.of_contradictions(ruling)
         auditors = None
         if commitments is not None:
             draws, sealed_otherwise = self._audits.draws.open(plan, commitments.sealed)
             if guard.replaces_malformed and sealed_otherwise:
-                return settle_contradictions(guard, outcome.table, plan, (), sealed_otherwise)
+                ruling = settle_contradictions(guard, outcome.table, plan, (), sealed_otherwise)
+                return self._audits.evidence.of_seals(ruling)
             auditors = self._auditors(plan, outcome, draws, commitments)
         gradients = self.gradients
         shares = gradients.sum, auditors, gradients.apart
+        fences = FencesOfStep.of(guard.calibration)
         ruling = guard.settle(outcome.table, plan, *shares, broken=outcome.broken, refused=outcome.refused)
         if commitments is None:
-            return ruling
-        evidence = self._audits.messages.evidence(ruling.banned, commitments)
+            return self._audits.evidence.of_flags(outcome.table, ruling, guard.ledger, fences)
         # Where a run only reports they lead to nothing, and are told.
         pairs = sorted({(transfer.sender, transfer.receiver) for transfer in contradictions})
-        return ruling._replace(evidence=evidence, contradictions=pairs)
+        return self._audits.shown(ruling._replace(contradictions=pairs), commitments)
 
     def _auditors(self, plan: StepPlan, outcome: StepOutcome, draws: Draws, commitments: StepCommitments) -> Auditors:
         assert outcome.table is not None, "without signals nothing is audited"

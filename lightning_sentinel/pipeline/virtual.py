@@ -27,6 +27,7 @@ from lightning_sentinel.pipeline.gradients.contributions import broken
 from lightning_sentinel.pipeline.gradients.virtual_gradients import VirtualGradients
 from lightning_sentinel.pipeline.recovery.audited_verdicts import Auditors
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
+from lightning_sentinel.pipeline.recovery.flag_records import FencesOfStep
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
 from lightning_sentinel.pipeline.results.joining import join, plain, reorder
@@ -36,6 +37,7 @@ from lightning_sentinel.pipeline.step_results import Ruling, StepOutcome, StepRe
 from lightning_sentinel.pipeline.steps import StepRunner
 from lightning_sentinel.pipeline.virtual_audits import VirtualAudits
 from lightning_sentinel.pipeline.virtual_boundaries import MicroBatch, VirtualBoundaries, VirtualStep
+from lightning_sentinel.pipeline.virtual_evidence import VirtualEvidence
 from lightning_sentinel.pipeline.virtual_passes import VirtualPasses
 from lightning_sentinel.pipeline.virtual_stages import VirtualStages
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
@@ -80,6 +82,7 @@ class VirtualEngine:
         steps.leaves_out = self._workers.excludes
         self._running: VirtualStep | None = None
         self._returned: Any = None
+        self._evidence = VirtualEvidence(stage_model.mesh)
 
     @property
     def guard(self) -> Guard | None:
@@ -223,15 +226,18 @@ class VirtualEngine:
             return None
         running = self._running
         assert running is not None, "a step is settled after it has run"
-        auditors = self._auditors(self.guard, running, outcome) if self.guard.audits else None
+        audits = VirtualAudits(self._workers, running, outcome.table, self._computed_in)
+        auditors = self._auditors(self.guard, running, outcome, audits) if self.guard.audits else None
+        fences = FencesOfStep.of(self.guard.calibration)
         ruling = self.guard.settle(outcome.table, plan, lambda vector: vector, auditors, broken=outcome.broken)
         if ruling.excluded:
             running.take_back()
-        return ruling
+        secret = self.guard.secret
+        if self.guard.audits:
+            return self._evidence.of_audits(ruling, audits, running, secret)
+        return self._evidence.of_flags(outcome.table, ruling, self.guard.ledger, fences, secret)
 
-    def _auditors(self, guard: Guard, running: VirtualStep, outcome: StepOutcome) -> Auditors:
-        assert outcome.table is not None, "without signals nothing is audited"
-        audits = VirtualAudits(self._workers, running, outcome.table, self._computed_in)
+    def _auditors(self, guard: Guard, running: VirtualStep, outcome: StepOutcome, audits: VirtualAudits) -> Auditors:
         contributions = None
         if guard.contributions.audits:
             contributions = Contributions(outcome.contributions, audits.ask_of_contributions)

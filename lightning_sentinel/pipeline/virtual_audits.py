@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +20,27 @@ from lightning_sentinel.verification.reports import ROW_TOLERANCE, row_error
 from lightning_sentinel.verification.sketches import sketch_error
 from lightning_sentinel.verification.tolerance import MEASURED
 
-__all__ = ["VirtualAudits"]
+__all__ = ["Recomputed", "VirtualAudits"]
+
+
+class Recomputed(NamedTuple):
+    """A worker's answer in an audit.
+
+    Args:
+        outcome: its vote.
+        error: of what was audited, as the worker says.
+        allowed: up to which error it matches.
+    """
+
+    outcome: Outcome
+    error: float
+    allowed: float
+
+    def said(self, outcome: Outcome) -> Recomputed:
+        """The answer of a worker that says something else than it found, with what that would follow from."""
+        return (
+            self if outcome == self.outcome else Recomputed(outcome, 0.0 if outcome == Outcome.MATCHES else math.inf, self.allowed)
+        )
 
 
 class VirtualAudits:
@@ -40,12 +62,14 @@ class VirtualAudits:
     ) -> None:
         self._workers = workers
         self._running = running
-        self._table = table
+        self.table = table
         self._computed_in = computed_in
         self._errors: dict[int, dict[tuple[int, int], list[float]]] | None = None
         """Measured errors of the step's signals, by boundary and place; ``None`` before the step's first audit."""
         self._false: dict[tuple[Subject, int, int, int], bool] = {}
         """Whether rows and notes are false, as far as they were asked about."""
+        self.answers: dict[Case | ContributionCase, list[tuple[Worker, Recomputed]]] = {}
+        """What workers answered, by case."""
 
     def ask(self, asked: Sequence[tuple[Case, Worker]]) -> list[Outcome]:
         """The votes of workers on cases."""
@@ -56,13 +80,14 @@ class VirtualAudits:
         for case, juror in asked:
             index = self._workers.mesh.boundaries.index(case.boundary)
             found = self._error(index, case) if case.subject is Subject.SIGNAL else None
-            false = self._is_false(guard, index, case) if found is None else self._is_lie(guard, index, case, found)
-            vote = Outcome.LIED if false else Outcome.MATCHES
+            answer = self._of_report(guard, index, case) if found is None else self._of_signal(guard, index, case, found)
             if adversary is not None:
                 step = self._running.plan.number
-                vote = Outcome(adversary.vote(vote, juror, case.audited, case.boundary.direction, step))
-            votes.append(vote)
-            if found is not None and vote == Outcome.MATCHES:
+                said = adversary.vote(answer.outcome, juror, case.audited, case.boundary.direction, step)
+                answer = answer.said(Outcome(said))
+            self.answers.setdefault(case, []).append((juror, answer))
+            votes.append(answer.outcome)
+            if found is not None and answer.outcome == Outcome.MATCHES:
                 guard.tolerances.heard(index, case.audited, found)
         return votes
 
@@ -72,18 +97,25 @@ class VirtualAudits:
         votes = []
         for case, juror in asked:
             known = self._running.contributed.get(case.audited)
-            lied = known is not None and bool(sketch_error(known.added, known.honest) > tolerance(known.dtype, self._computed_in()))
-            vote = Outcome.LIED if lied else Outcome.MATCHES
+            answer = Recomputed(Outcome.MATCHES, 0.0, 0.0)
+            if known is not None:
+                answer = _answer(float(sketch_error(known.added, known.honest)), tolerance(known.dtype, self._computed_in()))
             if adversary is not None:
-                vote = Outcome(adversary.vote(vote, juror, case.audited, Direction.GRADIENT, self._running.plan.number))
-            votes.append(vote)
+                step = self._running.plan.number
+                answer = answer.said(Outcome(adversary.vote(answer.outcome, juror, case.audited, Direction.GRADIENT, step)))
+            self.answers.setdefault(case, []).append((juror, answer))
+            votes.append(answer.outcome)
         return votes
 
-    def _is_lie(self, guard: Guard, index: int, case: Case, found: Sequence[float]) -> bool:
-        """Whether a signal with these errors does not match."""
+    def _of_signal(self, guard: Guard, index: int, case: Case, found: Sequence[float]) -> Recomputed:
+        """What an honest worker says of a signal with these errors."""
         measured = self._running.measured.get(index, {}).get((case.lane, case.slot))
         dtype = torch.float32 if measured is None else measured[0]
-        return found[0] > guard.tolerances.allowed(index, case.audited, dtype, self._computed_in())
+        return _answer(found[0], guard.tolerances.allowed(index, case.audited, dtype, self._computed_in()))
+
+    def _of_report(self, guard: Guard, index: int, case: Case) -> Recomputed:
+        """What an honest worker says of a row or a note."""
+        return _answer(math.inf if self._is_false(guard, index, case) else 0.0, 0.0)
 
     def _error(self, index: int, case: Case) -> list[float]:
         """The errors of a signal. The host waits for the device only at a step's first audit."""
@@ -108,6 +140,10 @@ class VirtualAudits:
                 again = guard.verifiers[case.boundary].measure_again(*receipt)[0].cpu()
                 calibration = guard.calibration
                 fences = calibration.fences_at_receipt(index), calibration.among_peers.fences.of(index)
-                false = row_error(self._table.rows[place], again, *fences) > ROW_TOLERANCE
+                false = row_error(self.table.rows[place], again, *fences) > ROW_TOLERANCE
             self._false[key] = false
         return self._false[key]
+
+
+def _answer(error: float, allowed: float) -> Recomputed:
+    return Recomputed(Outcome.LIED if error > allowed else Outcome.MATCHES, error, allowed)

@@ -81,8 +81,12 @@ class VirtualStep:
     """The rows of the batch, and what the step returned for them."""
     measured: dict[int, dict[tuple[int, int], tuple[torch.dtype, Tensor]]] = field(default_factory=dict)
     """A signal's dtype and its error against the honest signal, by boundary index, lane and slot, for signals that may differ."""
+    kept: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """What was sent across a boundary, and the honest signal, by its index, lane and slot, for signals that may differ."""
     receipts: dict[tuple[int, int, int], Receipt] = field(default_factory=dict)
     """What was sent across a boundary, by its index, lane and slot, where the receiver may report something else."""
+    false_notes: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """The note on what a sender received, as it came, and the honest one, by the place of what it sent, where they differ."""
     notes: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     """Whether the note on what a sender received is false, 0-dim bool, by the place of what it sent; for notes that may be."""
     contributed: dict[Worker, Contributed] = field(default_factory=dict)
@@ -241,6 +245,7 @@ class VirtualBoundaries:
             if pieces[number] is not honest:
                 place = mesh.boundaries.index(boundary), *batch.place(replica)
                 batch.running.notes[place] = relative_error(pieces[number], honest) > NOTE_TOLERANCE
+                batch.running.false_notes[place] = pieces[number], honest
         return note._replace(values=torch.cat(pieces))
 
     def _report(
@@ -304,7 +309,9 @@ class VirtualBoundaries:
         if guard is not None and guard.audits:
             index = self._workers.mesh.boundaries.index(boundary)
             measured = deviation(sent, honest, guard.tolerances.seed_of(index))
-            batch.running.measured.setdefault(index, {})[batch.place(replica)] = honest.dtype, measured
+            lane, slot = batch.place(replica)
+            batch.running.measured.setdefault(index, {})[lane, slot] = honest.dtype, measured
+            batch.running.kept[index, lane, slot] = sent.detach(), honest.detach()
         if adversary is not None and adversary.witness is not None:
             worker, slot = batch.worker(boundary.sender, replica)
             adversary.witness(worker, boundary.direction.value, batch.step, slot, sent, honest)

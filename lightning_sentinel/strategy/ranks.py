@@ -56,7 +56,7 @@ class RankedStrategy(ReadableStrategy, ParallelStrategy):
 
     @property
     def evidence(self) -> Mapping[Worker, Evidence]:
-        """What shows why workers were banned: the signed signals and votes of bans by audits. The same on all ranks.
+        """What shows why workers were banned, of each ban of this run: what was signed, or a record. The same on all ranks.
 
         ``SentinelMonitor`` writes it to files, which ``lightning-sentinel verify-evidence`` checks.
         """

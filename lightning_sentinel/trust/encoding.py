@@ -14,6 +14,7 @@ statement  what follows
 signal     place; tainted (1); digest
 row        digest of the row, digest of the table before
 vote       place; digest of the signed statement; outcome (1), live workers (4); digest of the finding
+weights    stage and replica of the audited worker (4 each); digest of its sketch; then as in a vote
 =========  ====================================================================================================================
 """
 
@@ -28,6 +29,7 @@ from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.trust.digests import Digest
 from lightning_sentinel.trust.statements import (
+    ContributionVote,
     Kind,
     Moment,
     RowStatement,
@@ -50,10 +52,12 @@ _DIRECTIONS = tuple(Direction)
 _SIGNAL = b"sentsig\x01"
 _ROW = b"sentrow\x01"
 _VOTE = b"sentvot\x01"
+_OF_WEIGHTS = b"sentcon\x01"
 _LAYOUTS = {
     _SIGNAL: Struct(f">{_HEAD}{_PLACE}B{_DIGEST}"),
     _ROW: Struct(f">{_HEAD}{_DIGEST}{_DIGEST}"),
     _VOTE: Struct(f">{_HEAD}{_PLACE}{_DIGEST}BI{_DIGEST}"),
+    _OF_WEIGHTS: Struct(f">{_HEAD}II{_DIGEST}BI{_DIGEST}"),
 }
 
 LONGEST = max(layout.size for layout in _LAYOUTS.values())
@@ -78,6 +82,8 @@ def encode(statement: Statement) -> bytes:
     if isinstance(statement, RowStatement):
         return _pack(_ROW, statement, [statement.row.encode(), statement.table_before.encode()])
     found = [statement.about.encode(), statement.outcome, statement.live, statement.finding.encode()]
+    if isinstance(statement, ContributionVote):
+        return _pack(_OF_WEIGHTS, statement, [statement.audited.stage, statement.audited.replica, *found])
     return _pack(_VOTE, statement, [*_place(statement.signal), *found])
 
 
@@ -108,6 +114,10 @@ def decode(encoded: bytes) -> Statement:
     words = words[_HEAD_WORDS:]
     if magic == _ROW:
         return RowStatement(moment, sender, *map(Digest.decode, words))
+    if magic == _OF_WEIGHTS:
+        stage, replica, about, outcome, live, finding = words
+        audited = Worker(stage, replica)
+        return ContributionVote(moment, sender, audited, Digest.decode(about), outcome, live, Digest.decode(finding))
     signal = _signal_id(*words[:_PLACE_WORDS])
     words = words[_PLACE_WORDS:]
     if magic == _SIGNAL:

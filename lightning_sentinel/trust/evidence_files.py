@@ -7,36 +7,48 @@ from anybody: it is bounded before it is read, and whatever is wrong with it is 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from lightning_sentinel.errors import ConfigurationError, MalformedMessageError
+from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.trust.digests import Digest
 from lightning_sentinel.trust.evidence import Evidence, Message, Reason, Recomputation, Testimony
+from lightning_sentinel.trust.fields import (
+    UnreadableError,
+    as_text,
+    list_of,
+    number,
+    of_bytes,
+    of_text,
+    place,
+    plain,
+    real,
+    require_fields,
+    worker_of,
+)
 from lightning_sentinel.trust.identity import PublicKey
+from lightning_sentinel.trust.record_files import content_of_record, read_record
 from lightning_sentinel.trust.signing import Signed
-from lightning_sentinel.trust.statements import VoteStatement
+from lightning_sentinel.trust.statements import ContributionVote, VoteStatement
 
 __all__ = ["LARGEST_FILE", "VERSION", "file_name", "read_evidence", "write_evidence"]
 
-VERSION = 1
+VERSION = 2
 """Of the format; counted up with every change."""
 
-LARGEST_FILE = 4 * 2**20
-"""In bytes. A vote has about 500, so that this is room for thousands."""
+LARGEST_FILE = 32 * 2**20
+"""In bytes. A vote has about 500, and a row of a mesh with 64 micro-batches 46,000: this is room for hundreds of both."""
 
 _FORMAT = "lightning-sentinel evidence"
-_FIELDS = ("format", "version", "banned", "reason", "step", "keys", "messages", "testimonies")
-_LARGEST_NUMBER = 2**32 - 1
-
-T = TypeVar("T")
+_FIELDS = (
+    *("format", "version", "banned", "reason", "step", "proof"),
+    *("keys", "messages", "contents", "testimonies", "record"),
+)
 
 
 def file_name(evidence: Evidence) -> str:
@@ -103,15 +115,11 @@ def read_evidence(path: str | Path) -> Evidence:
         )
     try:
         return _evidence(content)
-    except _Unreadable as error:
+    except UnreadableError as error:
         raise ConfigurationError(f"{path} was edited, or is no evidence: {error}. Use the file as the run wrote it.") from None
 
 
 _REMEDY = "Name a file of the folder sentinel/evidence in a run's log directory."
-
-
-class _Unreadable(Exception):
-    """A field that is not what it has to be."""
 
 
 def _parsed(path: Path) -> Any:
@@ -138,118 +146,94 @@ def _content(evidence: Evidence) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "version": VERSION,
-        "banned": _place(evidence.banned),
+        "banned": place(evidence.banned),
         "reason": str(evidence.reason),
         "step": evidence.step,
-        "keys": [{**_place(worker), "key": str(key)} for worker, key in sorted(evidence.keys.items())],
-        "messages": [_text(message.encode()) for message in evidence.messages],
+        "proof": _proof(evidence),
+        "keys": [{**place(worker), "key": str(key)} for worker, key in sorted(evidence.keys.items())],
+        "messages": [as_text(message.encode()) for message in evidence.messages],
+        "contents": [as_text(one) for one in evidence.contents],
         "testimonies": [
-            {"vote": _text(one.vote.encode()), "recomputation": _found(one.recomputation)} for one in evidence.testimonies
+            {"vote": as_text(one.vote.encode()), "recomputation": _found(one.recomputation)} for one in evidence.testimonies
         ],
+        "record": None if evidence.record is None else content_of_record(evidence.record),
     }
 
 
-def _place(worker: Worker) -> dict[str, int]:
-    return {"stage": worker.stage, "replica": worker.replica}
-
-
-def _text(encoded: bytes) -> str:
-    return base64.b64encode(encoded).decode()
+def _proof(evidence: Evidence) -> str:
+    """What the file is, for people who look into it."""
+    if not evidence.keys:
+        return "none: nobody signed this, so it is a record and no proof"
+    if evidence.reason is Reason.FLAGGED:
+        return "none: receivers signed their rows, and nobody recomputed them, so it is a record and no proof"
+    return "the signatures, which lightning-sentinel verify-evidence checks"
 
 
 def _found(recomputation: Recomputation | None) -> dict[str, Any] | None:
     if recomputation is None:
         return None
-    error = recomputation.error
     return {
-        "recomputed": _text(recomputation.recomputed.encode()),
-        # JSON has no number for what is not finite.
-        "error": error if math.isfinite(error) else str(error),
+        "recomputed": as_text(recomputation.recomputed.encode()),
+        "error": plain(recomputation.error),
         "tolerance": recomputation.tolerance,
     }
 
 
 def _evidence(content: dict[str, Any]) -> Evidence:
-    _require_fields(content, _FIELDS, "the file")
+    require_fields(content, _FIELDS, "the file")
     reasons = {str(reason): reason for reason in Reason}
     if not isinstance(content["reason"], str) or content["reason"] not in reasons:
-        raise _Unreadable(f"reason is none of {', '.join(reasons)}")
-    keys: dict[Worker, PublicKey] = {}
-    for index, entry in enumerate(_list(content, "keys")):
-        name = f"keys[{index}]"
-        _require_fields(entry, ("stage", "replica", "key"), name)
-        worker = _worker(entry, name)
-        if worker in keys:
-            raise _Unreadable(f"{name} is a second key of {worker}")
-        keys[worker] = _of_text(PublicKey.of, entry["key"], f"{name}.key")
-    _require_fields(content["banned"], ("stage", "replica"), "banned")
-    return Evidence(
-        banned=_worker(content["banned"], "banned"),
+        raise UnreadableError(f"reason is none of {', '.join(reasons)}")
+    require_fields(content["banned"], ("stage", "replica"), "banned")
+    record = content["record"]
+    evidence = Evidence(
+        banned=worker_of(content["banned"], "banned"),
         reason=reasons[content["reason"]],
-        step=_number(content["step"], "step", 2**64 - 1),
-        keys=keys,
-        messages=tuple(_message(entry, f"messages[{index}]") for index, entry in enumerate(_list(content, "messages"))),
-        testimonies=tuple(_testimony(one, f"testimonies[{index}]") for index, one in enumerate(_list(content, "testimonies"))),
+        step=number(content["step"], "step", 2**64 - 1),
+        keys=_keys(content["keys"]),
+        messages=tuple(_message(*one) for one in _numbered(content, "messages")),
+        testimonies=tuple(_testimony(*one) for one in _numbered(content, "testimonies")),
+        contents=tuple(of_text(of_bytes, *one) for one in _numbered(content, "contents")),
+        record=None if record is None else read_record(record, "record"),
     )
+    if content["proof"] != _proof(evidence):
+        raise UnreadableError(f"proof is not {_proof(evidence)!r}, which follows from the rest")
+    return evidence
+
+
+def _numbered(content: dict[str, Any], name: str) -> list[tuple[Any, str]]:
+    return [(entry, f"{name}[{index}]") for index, entry in enumerate(list_of(content[name], name))]
+
+
+def _keys(entries: Any) -> dict[Worker, PublicKey]:
+    keys: dict[Worker, PublicKey] = {}
+    for index, entry in enumerate(list_of(entries, "keys")):
+        name = f"keys[{index}]"
+        require_fields(entry, ("stage", "replica", "key"), name)
+        worker = worker_of(entry, name)
+        if worker in keys:
+            raise UnreadableError(f"{name} is a second key of {worker}")
+        keys[worker] = of_text(PublicKey.of, entry["key"], f"{name}.key")
+    return keys
 
 
 def _message(entry: Any, name: str) -> Message:
-    signed = _of_text(lambda text: Signed.decode(_bytes(text)), entry, name)
-    if isinstance(signed.statement, VoteStatement):
-        raise _Unreadable(f"{name} is a vote, and votes belong to the testimonies")
+    signed = of_text(lambda text: Signed.decode(of_bytes(text)), entry, name)
+    if isinstance(signed.statement, (VoteStatement, ContributionVote)):
+        raise UnreadableError(f"{name} is a vote, and votes belong to the testimonies")
     return signed
 
 
 def _testimony(entry: Any, name: str) -> Testimony:
-    _require_fields(entry, ("vote", "recomputation"), name)
-    vote = _of_text(lambda text: Signed.decode(_bytes(text)), entry["vote"], f"{name}.vote")
-    if not isinstance(vote.statement, VoteStatement):
-        raise _Unreadable(f"{name}.vote is no vote")
+    require_fields(entry, ("vote", "recomputation"), name)
+    vote = of_text(lambda text: Signed.decode(of_bytes(text)), entry["vote"], f"{name}.vote")
+    if not isinstance(vote.statement, (VoteStatement, ContributionVote)):
+        raise UnreadableError(f"{name}.vote is no vote")
     found = entry["recomputation"]
     if found is None:
         return Testimony(vote, None)
-    _require_fields(found, ("recomputed", "error", "tolerance"), f"{name}.recomputation")
-    recomputed = _of_text(lambda text: Digest.decode(_bytes(text)), found["recomputed"], f"{name}.recomputation.recomputed")
-    error = math.inf if found["error"] == "inf" else _real(found["error"], f"{name}.recomputation.error")
-    return Testimony(vote, Recomputation(recomputed, error, _real(found["tolerance"], f"{name}.recomputation.tolerance")))
-
-
-def _require_fields(entry: Any, fields: tuple[str, ...], name: str) -> None:
-    if not isinstance(entry, dict) or set(entry) != set(fields):
-        raise _Unreadable(f"{name} has not exactly the fields {', '.join(fields)}")
-
-
-def _list(content: dict[str, Any], name: str) -> list[Any]:
-    if not isinstance(content[name], list):
-        raise _Unreadable(f"{name} is no list")
-    return content[name]
-
-
-def _worker(entry: dict[str, Any], name: str) -> Worker:
-    return Worker(_number(entry["stage"], f"{name}.stage"), _number(entry["replica"], f"{name}.replica"))
-
-
-def _number(value: Any, name: str, most: int = _LARGEST_NUMBER) -> int:
-    if type(value) is not int or not 0 <= value <= most:
-        raise _Unreadable(f"{name} is no whole number from 0 to {most}")
-    return value
-
-
-def _real(value: Any, name: str) -> float:
-    # Compared before it is converted: a whole number may be too large for that, and JSON as Python reads it has NaN.
-    if type(value) not in (int, float) or not 0 <= value < 1e300:
-        raise _Unreadable(f"{name} is no number that is at least 0")
-    return float(value)
-
-
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text, validate=True)
-
-
-def _of_text(read: Callable[[str], T], value: Any, name: str) -> T:
-    if not isinstance(value, str):
-        raise _Unreadable(f"{name} is no text")
-    try:
-        return read(value)
-    except (ConfigurationError, MalformedMessageError, ValueError) as error:
-        raise _Unreadable(f"{name}: {error}") from None
+    require_fields(found, ("recomputed", "error", "tolerance"), f"{name}.recomputation")
+    recomputed = of_text(lambda text: Digest.decode(of_bytes(text)), found["recomputed"], f"{name}.recomputation.recomputed")
+    error = math.inf if found["error"] == "inf" else real(found["error"], f"{name}.recomputation.error")
+    tolerance = real(found["tolerance"], f"{name}.recomputation.tolerance")
+    return Testimony(vote, Recomputation(recomputed, error, tolerance))

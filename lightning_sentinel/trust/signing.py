@@ -9,11 +9,11 @@ from typing import Generic, NamedTuple, TypeVar
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.trust.encoding import decode, encode
 from lightning_sentinel.trust.identity import SIGNATURE_BYTES, Identity, PublicKey
-from lightning_sentinel.trust.statements import Moment, RowStatement, SignalId, SignalStatement, VoteStatement
+from lightning_sentinel.trust.statements import ContributionVote, Moment, RowStatement, SignalId, SignalStatement, VoteStatement
 
 __all__ = ["Fault", "Signed", "check", "contradict", "fault", "sign"]
 
-S = TypeVar("S", SignalStatement, RowStatement, VoteStatement)
+S = TypeVar("S", SignalStatement, RowStatement, VoteStatement, ContributionVote)
 
 _WORDS = {
     "run": "is from another run: a replay",
@@ -75,7 +75,9 @@ class Signed(Generic[S]):
         return encode(self.statement) + self.signature
 
     @staticmethod
-    def decode(encoded: bytes) -> Signed[SignalStatement] | Signed[RowStatement] | Signed[VoteStatement]:
+    def decode(
+        encoded: bytes,
+    ) -> Signed[SignalStatement] | Signed[RowStatement] | Signed[VoteStatement] | Signed[ContributionVote]:
         """The signed statement that these bytes are; its signature is not looked at.
 
         Args:
@@ -89,6 +91,8 @@ class Signed(Generic[S]):
         if isinstance(statement, SignalStatement):
             return Signed(statement, signature)
         if isinstance(statement, RowStatement):
+            return Signed(statement, signature)
+        if isinstance(statement, VoteStatement):
             return Signed(statement, signature)
         return Signed(statement, signature)
 

@@ -1,4 +1,4 @@
-"""What workers sign: statements about signals, about rows of the step's collective, and about what an audit showed.
+"""What workers sign: statements about signals, about rows of the step's collective, and about what audits showed.
 
 A statement says when, by whom and about what, so that it cannot be passed off as one of another run, step or place. How it becomes
 bytes: :mod:`lightning_sentinel.trust.encoding`; how it is signed: :mod:`lightning_sentinel.trust.signing`.
@@ -16,6 +16,7 @@ from lightning_sentinel.trust.digests import Digest
 
 __all__ = [
     "RUN_BYTES",
+    "ContributionVote",
     "Kind",
     "Moment",
     "RowStatement",
@@ -198,4 +199,41 @@ class VoteStatement:
         return f"vote on the {self.signal}, of {self.moment}, by {self.sender}"
 
 
-Statement = SignalStatement | RowStatement | VoteStatement
+@dataclass(frozen=True)
+class ContributionVote:
+    """ "I have recomputed what that worker adds to the weight gradients of our stage, and this is what I found."
+
+    Args:
+        moment: of the step.
+        sender: who says so, an auditor or a juror.
+        audited: whose contribution it is.
+        about: digest of the sketch of the contribution, which the audited worker has published in its row.
+        outcome: as in :class:`VoteStatement`.
+        live: as in :class:`VoteStatement`.
+        finding: as in :class:`VoteStatement`.
+
+    Example:
+        >>> from lightning_sentinel.trust.digests import Algorithm, digest_of
+        >>> digest = digest_of(b"a sketch", Algorithm.SHA256)
+        >>> print(ContributionVote(Moment(bytes(16), 12, 0), Worker(1, 2), Worker(1, 0), digest, 1, 5, digest))
+        vote on the weight gradients of worker (stage 1, replica 0), of step 12, attempt 0, by worker (stage 1, replica 2)
+    """
+
+    moment: Moment
+    sender: Worker
+    audited: Worker
+    about: Digest
+    outcome: int
+    live: int
+    finding: Digest
+
+    @property
+    def subject(self) -> tuple[object, ...]:
+        """See :attr:`SignalStatement.subject`."""
+        return (type(self), self.moment, self.sender, self.audited, self.about)
+
+    def __str__(self) -> str:
+        return f"vote on the weight gradients of {self.audited}, of {self.moment}, by {self.sender}"
+
+
+Statement = SignalStatement | RowStatement | VoteStatement | ContributionVote

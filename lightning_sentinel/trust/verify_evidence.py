@@ -1,24 +1,29 @@
 """Verifies the evidence of a ban offline: who signed what, and whether that is a reason for the ban.
 
-What the evidence cannot say for itself is whose keys these are, and that no live worker was left out by all that voted. With a
-list of known workers all keys must be on it; without one, compare the keys with those that the run announced when it started. That
-most workers of a stage do not conspire is what a run assumes as well.
+What evidence cannot say for itself it says that it cannot: whose keys these are, for instance. With a list of known workers all
+keys must be on it; without one, compare the keys with those that the run announced when it started. That most workers of a stage do
+not conspire is what a run assumes as well. Evidence that nobody signed is a record: of it can be shown that the ban follows from
+what it says, and not that this is true.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from lightning_sentinel.mesh import Worker
-from lightning_sentinel.trust.encoding import encode
-from lightning_sentinel.trust.evidence import LIED, MATCHES, OUTCOMES, Evidence, Message, Reason, Testimony, finding_of
-from lightning_sentinel.trust.identity import PublicKey
-from lightning_sentinel.trust.signing import Signed
-from lightning_sentinel.trust.statements import SignalStatement, VoteStatement
+from lightning_sentinel.trust.evidence import OUTCOMES, Ballot, Evidence, Message, Reason
+from lightning_sentinel.trust.grounds import ACCUSATIONS, forged_row, ground_of
+from lightning_sentinel.trust.identity import SIGNATURE_BYTES, PublicKey
+from lightning_sentinel.trust.matters import fault_of_vote, matters, rows_with_contents
+from lightning_sentinel.trust.records import FlaggedSignal
+from lightning_sentinel.trust.statements import RowStatement, SignalStatement
 
 __all__ = ["Findings", "Said", "verify_evidence"]
+
+_NO_SIGNATURE = bytes(SIGNATURE_BYTES)
+_REMEDY = "Compare it with the file in the log directory of the run; if that is the same, do not believe it."
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,13 @@ class Said:
         words: who said what.
         key: with which it was to be signed; ``None`` if the evidence has no key of that worker.
         fault: what is wrong with it; empty if it holds.
+        mark: what a list of statements says of it.
     """
 
     words: str
     key: PublicKey | None
     fault: str
+    mark: str = "verifies"
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,17 @@ class Findings:
         evidence: that was verified.
         statements: all of its statements, signals and rows first, then votes.
         faults: why it does not hold; none if it does.
-        verdict: in one sentence.
+        verdict: in one sentence, and another one about what to do if it does not hold.
+        proves: whether signatures prove it; else it is a record, of which only can be shown that the ban follows from it.
+        limits: what cannot be verified.
     """
 
     evidence: Evidence
     statements: tuple[Said, ...]
     faults: tuple[str, ...]
     verdict: str
+    proves: bool = True
+    limits: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -58,10 +69,12 @@ class Findings:
         return not self.faults
 
     def __str__(self) -> str:
-        """A few lines for people: the verdict, and who said what."""
-        lines = [f"{'does not verify' if said.fault else 'verifies':<15}  {said.words}" for said in self.statements]
+        """Some lines for people: the verdict, who said what, and what nobody can tell from the file."""
+        lines = [f"{'does not verify' if said.fault else said.mark:<15}  {said.words}" for said in self.statements]
         keys = [f"{worker} signs with {key}" for worker, key in sorted(self.evidence.keys.items())]
-        return "\n".join([self.verdict, *lines, *keys])
+        return "\n".join(
+            [self.verdict, *lines, *_recorded(self.evidence), *keys, *(f"Not verified: {one}." for one in self.limits)]
+        )
 
 
 def verify_evidence(evidence: Evidence, known: Collection[PublicKey] | None = None) -> Findings:
@@ -91,30 +104,96 @@ def verify_evidence(evidence: Evidence, known: Collection[PublicKey] | None = No
     """
     statements = [*_messages(evidence), *_votes(evidence)]
     faults = [*_wrong_keys(evidence, known), *(f"the {said.words} {said.fault}" for said in statements if said.fault)]
-    latest = max((message.statement.moment.step for message in evidence.messages), default=-1)
-    if not faults and evidence.step != latest:
-        faults.append(f"it names step {evidence.step}, and the latest statement in it is of step {latest}")
-    if not faults and len({message.statement.moment.run for message in evidence.messages}) != 1:
-        faults.append("its statements are of several runs")
-    ground = ""
-    if not faults:
-        ground = _ground(evidence)
-        if not ground:
-            faults.append(f"nothing in it shows that {evidence.banned} {_ACCUSATIONS[evidence.reason]}")
-    verdict = f"The evidence holds: {ground}." if ground else f"The evidence does not hold: {faults[0]}."
-    return Findings(evidence, tuple(statements), tuple(faults), verdict)
+    # What follows from statements is looked at if they are all as they were signed.
+    faults = faults or list(_faults_together(evidence))
+    said_anything = bool(evidence.messages or evidence.testimonies or evidence.record)
+    ground = ground_of(evidence) if said_anything and not faults else ""
+    accusation = f"{evidence.banned} {ACCUSATIONS[evidence.reason]}"
+    if not faults and not ground and (said_anything or evidence.keys):
+        why = "" if evidence.record is None else evidence.record.fault(evidence.banned)
+        faults.append(why or f"nothing in it shows that {accusation}")
+    if faults:
+        return Findings(evidence, tuple(statements), tuple(faults), f"The evidence does not hold: {faults[0]}. {_REMEDY}", False)
+    proves = bool(evidence.keys) and evidence.reason is not Reason.FLAGGED
+    if proves:
+        verdict = f"The evidence holds: {ground}."
+    elif ground:
+        verdict = f"This is a record and no proof: {_why_no_proof(evidence)}. By what it says {ground}."
+    else:
+        verdict = f"This is a record and no proof: it says that {accusation}, and nothing in it shows that."
+    return Findings(evidence, tuple(statements), (), verdict, proves, tuple(_limits(evidence, known)))
 
 
-_ACCUSATIONS = {
-    Reason.LIED: "sent a signal that most workers of its stage found to be false",
-    Reason.CONTRADICTED_ITSELF: "signed two different statements about the same thing",
-    Reason.WITHHELD: "gave another signal to those who recomputed one than it had signed for",
-    Reason.FALSE_WORD: "signed the opposite of what most workers of its stage found",
-}
+def _why_no_proof(evidence: Evidence) -> str:
+    signers = {message.statement.sender for message in evidence.messages}
+    if not evidence.keys:
+        return "nobody signed it"
+    return f"{len(signers)} workers signed the rows in it, and nobody recomputed what they say"
+
+
+def _faults_together(evidence: Evidence) -> Iterator[str]:
+    """What is wrong with statements that are as they were signed."""
+    moments = [one.statement.moment for one in (*evidence.messages, *(each.vote for each in evidence.testimonies))]
+    runs = sorted({moment.run.hex()[:8] for moment in moments})
+    if len(runs) > 1:
+        yield f"its statements are of several runs, {' and '.join(runs)}"
+    steps = [moment.step for moment in moments]
+    if evidence.record is not None:
+        steps += [one.step for one in evidence.record.steps]
+    if steps and evidence.step != max(steps):
+        yield f"it names step {evidence.step}, and the latest statement in it is of step {max(steps)}"
+    bound = set(rows_with_contents(evidence).values())
+    for number, contents in enumerate(evidence.contents):
+        if contents not in bound:
+            yield f"contents[{number}], of {len(contents)} bytes, are of no row that anybody has signed in it"
+    votes = Counter(one.vote.encode() for one in evidence.testimonies)
+    twice = next((one.vote.statement for one in evidence.testimonies if votes[one.vote.encode()] > 1), None)
+    if twice is not None:
+        yield f"the {twice} is in it more than once"
+    yield from _unreported(evidence)
+
+
+def _unreported(evidence: Evidence) -> Iterator[str]:
+    """Rows of a record that their receivers, who signed rows of that step, did not report."""
+    rows: dict[tuple[int, Worker], list[bytes]] = {}
+    for (moment, worker), contents in rows_with_contents(evidence).items():
+        rows.setdefault((moment.step, worker), []).append(contents)
+    for one in () if evidence.record is None else evidence.record.steps:
+        for signal in one.signals:
+            signed = rows.get((one.step, signal.receiver))
+            if signed is not None and not any(signal.row in contents for contents in signed):
+                yield f"the row that {signal.receiver} signed in step {one.step} says something else of lane {signal.lane}"
+
+
+def _limits(evidence: Evidence, known: Collection[PublicKey] | None) -> Iterator[str]:
+    """What the file cannot show."""
+    if evidence.keys and known is None:
+        yield "whose keys these are; compare them with those of the run, or give --known-workers"
+    if not evidence.keys:
+        yield "who says so, because nobody signed it"
+    if evidence.testimonies:
+        yield "that voters recomputed what they say, which takes the run; that most of a stage do not lie is what a run assumes"
+    if evidence.reason is Reason.CONTRADICTED_OTHERS and evidence.keys:
+        yield "that no other worker of the stage was live, whose key would be in it"
+    if evidence.reason is Reason.FLAGGED:
+        yield "that scores and cumulative sums follow from the rows, which takes all that the run had learned by then"
+        yield "that receivers measured what they report"
+
+
+def _recorded(evidence: Evidence) -> Iterator[str]:
+    for one in () if evidence.record is None else evidence.record.steps:
+        for signal in one.signals:
+            if signal.flagged:
+                yield f"{'flagged':<15}  {_flag(one.step, signal)}"
+
+
+def _flag(step: int, signal: FlaggedSignal) -> str:
+    place = f"{signal.boundary.direction} of step {step}, lane {signal.lane}, micro-batch {signal.slot}"
+    return f"{place}, received by {signal.receiver}: score {signal.score:.3g}, feature {signal.feature}"
 
 
 def _wrong_keys(evidence: Evidence, known: Collection[PublicKey] | None) -> Iterator[str]:
-    if evidence.banned not in evidence.keys:
+    if evidence.keys and evidence.banned not in evidence.keys:
         yield f"it has no key of {evidence.banned}, which was banned"
     owners: dict[PublicKey, Worker] = {}
     for worker, key in sorted(evidence.keys.items()):
@@ -125,126 +204,32 @@ def _wrong_keys(evidence: Evidence, known: Collection[PublicKey] | None) -> Iter
 
 
 def _messages(evidence: Evidence) -> Iterator[Said]:
+    forged = forged_row(evidence)
     for message in evidence.messages:
         statement = message.statement
         digest = statement.digest if isinstance(statement, SignalStatement) else statement.row
-        yield _said(evidence, message, f"{statement}: {str(digest)[:23]}")
+        said = _said(evidence, message, f"{statement}: {str(digest)[:23]}")
+        # The digest of the table, which others have signed, has the signatures of all rows in it, valid or not.
+        in_table = forged is not None and isinstance(statement, RowStatement) and statement.moment == forged.statement.moment
+        yield Said(said.words, said.key, "", "forged") if in_table and said.fault and said.key is not None else said
 
 
 def _votes(evidence: Evidence) -> Iterator[Said]:
-    signals = list(_signals(evidence))
+    about = matters(evidence)
     for testimony in evidence.testimonies:
         vote = testimony.vote.statement
         found = testimony.recomputation
         outcome = OUTCOMES[vote.outcome] if vote.outcome < len(OUTCOMES) else f"outcome {vote.outcome}"
         rests_on = "" if found is None else f" (error {found.error:.3g}, tolerance {found.tolerance:.3g})"
         said = _said(evidence, testimony.vote, f"{vote}: {outcome}{rests_on}")
-        yield Said(said.words, said.key, said.fault or _fault_of_vote(testimony, signals))
+        yield Said(said.words, said.key, said.fault or fault_of_vote(testimony, about), said.mark)
 
 
-def _said(evidence: Evidence, signed: Message | Signed[VoteStatement], words: str) -> Said:
+def _said(evidence: Evidence, signed: Message | Ballot, words: str) -> Said:
     key = evidence.keys.get(signed.statement.sender)
+    if key is None and not evidence.keys and signed.signature == _NO_SIGNATURE:
+        return Said(words, None, "", "not signed")
     if key is None:
         return Said(words, None, "is of a worker whose key is not in the evidence")
     verifies = signed.verifies(key)
     return Said(words, key, "" if verifies else f"bears no valid signature of {key}: it was changed, or is not its word")
-
-
-def _fault_of_vote(testimony: Testimony, signals: Iterable[SignalStatement]) -> str:
-    """What is wrong with a vote that its own signature is on."""
-    vote = testimony.vote.statement
-    found = testimony.recomputation
-    if not any(_is_about(vote, signal) for signal in signals):
-        return "is not about a signal in the evidence"
-    if finding_of(found, vote.finding.algorithm) != vote.finding:
-        return "was signed for another recomputation than the one in the evidence"
-    if vote.outcome in (MATCHES, LIED):
-        if found is None:
-            return "comes without a recomputation"
-        if (vote.outcome == LIED) != (not found.error <= found.tolerance):
-            return "does not follow from its own recomputation"
-    return ""
-
-
-def _signals(evidence: Evidence) -> Iterator[SignalStatement]:
-    for message in evidence.messages:
-        if isinstance(message.statement, SignalStatement):
-            yield message.statement
-
-
-def _is_about(vote: VoteStatement, signal: SignalStatement) -> bool:
-    """Whether a vote is one on this signal, by another worker of the stage that sent it."""
-    juror = vote.sender.stage == signal.sender.stage and vote.sender != signal.sender
-    same_place = (vote.moment, vote.signal) == (signal.moment, signal.signal)
-    return juror and same_place and vote.about.names(encode(signal))
-
-
-def _ground(evidence: Evidence) -> str:
-    """Why the worker was banned, in words; empty if the statements, all of which verify, give no reason."""
-    if evidence.reason is Reason.CONTRADICTED_ITSELF:
-        return _contradiction(evidence)
-    grounds = []
-    for signal in _signals(evidence):
-        votes = [one.vote.statement for one in evidence.testimonies if _is_about(one.vote.statement, signal)]
-        outcome, count, live = _majority(evidence, signal, votes)
-        share = f"{count} of {live} live workers of its stage"
-        if evidence.reason is Reason.LIED and signal.sender == evidence.banned and outcome == LIED:
-            grounds.append(f"{evidence.banned} signed the {signal.signal}, of {signal.moment}, and {share} found it to be false")
-        if evidence.reason is Reason.WITHHELD and _had_to_hand_over(evidence, signal, outcome):
-            words = f"{share} signed that they did not get {_WITHHELD[outcome]} the {signal.signal}, of {signal.moment}"
-            grounds.append(f"{words}, and it was for {evidence.banned} to give it to them")
-        own = {vote.outcome for vote in votes if vote.sender == evidence.banned}
-        opposite = {MATCHES: LIED, LIED: MATCHES}.get(outcome)
-        if evidence.reason is Reason.FALSE_WORD and own == {opposite}:
-            words = f"{evidence.banned} signed that the {signal.signal}, of {signal.moment}, {_PHRASES[own.pop()]}"
-            grounds.append(f"{words}, and {share} signed the opposite")
-    return "; ".join(grounds)
-
-
-_WITHHELD = {2: "the activation behind", 3: "the gradient behind", 5: "the elements of"}
-
-
-def _had_to_hand_over(evidence: Evidence, audited: SignalStatement, outcome: int) -> bool:
-    """Whether the banned worker, by its own signed word, served the lane and the stage that were to hand over what was missing."""
-    boundary = audited.signal.boundary
-    stages = {2: boundary.sender - 1, 3: boundary.sender + 1, 5: boundary.receiver}
-    place = (audited.moment, audited.signal.lane, audited.signal.slot)
-    own = [one for one in _signals(evidence) if one.sender == evidence.banned]
-    served = any((one.moment, one.signal.lane, one.signal.slot) == place for one in own)
-    return served and evidence.banned.stage == stages.get(outcome)
-
-
-_PHRASES = {MATCHES: "is true", LIED: "is false"}
-
-
-def _majority(evidence: Evidence, signal: SignalStatement, votes: Iterable[VoteStatement]) -> tuple[int, int, int]:
-    """What most of a stage found: outcome, number of votes for it, and of workers that could vote; -1 if no majority decides.
-
-    A sender stands by its signal, which is a vote like the others. How many workers were live is part of what each voter signs, so
-    that votes cannot be left out of a file to make a majority of the rest; and all of them must be named in the evidence. Of
-    several majorities that of the most live workers counts: a few cannot make one by saying that there were fewer.
-    """
-    words: dict[Worker, set[tuple[int, int]]] = {}
-    for vote in votes:
-        words.setdefault(vote.sender, set()).add((vote.outcome, vote.live))
-    # A worker that signed two different votes on a signal has none.
-    counts = Counter(next(iter(said)) for said in words.values() if len(said) == 1)
-    named = sum(worker.stage == signal.sender.stage for worker in evidence.keys)
-    totals = [(live, count + (outcome == MATCHES), outcome) for (outcome, live), count in counts.items()]
-    deciding = sorted(one for one in totals if 2 * one[1] > one[0] and one[0] <= named)
-    if not deciding or [live for live, *_ in deciding].count(deciding[-1][0]) > 1:
-        return -1, 0, 0
-    live, total, outcome = deciding[-1]
-    return outcome, total, live
-
-
-def _contradiction(evidence: Evidence) -> str:
-    """Two statements of the banned worker about one subject; its votes count as well."""
-    said: dict[tuple[object, ...], set[bytes]] = {}
-    signed = [*evidence.messages, *(one.vote for one in evidence.testimonies)]
-    for statement in (one.statement for one in signed if one.statement.sender == evidence.banned):
-        encodings = said.setdefault(statement.subject, set())
-        encodings.add(encode(statement))
-        if len(encodings) > 1:
-            return f"{evidence.banned} signed two different statements, each of which is the {statement}"
-    return ""

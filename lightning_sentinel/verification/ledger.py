@@ -17,7 +17,7 @@ from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification.bans import Ban
 from lightning_sentinel.verification.majority import most_bans, strikes_to_ban
-from lightning_sentinel.verification.streaks import Habits, Streak, is_proof
+from lightning_sentinel.verification.streaks import Habits, Streak, is_proof, sighting
 
 __all__ = ["Ledger"]
 
@@ -147,9 +147,7 @@ class Ledger:
                 self.spared.pop(worker, None)
                 continue
             streak = self.streaks.setdefault(worker, Streak())
-            # A cause that puts one honest worker out of line puts another one about as far out.
-            alike = [other for other in suspects if scores.get(other, 1.0) >= scores.get(worker, 1.0) / 2]
-            streak.add(_others(worker, alike), _others(worker, verified), worker in unmistakable)
+            streak.add(sighting(worker, suspects, verified, unmistakable, scores))
             if self.ban_after is not None and is_proof(streak, self.ban_after, self.habits.of_others(worker)):
                 condemned.append(worker)
         banned = self._condemn(step, condemned, mesh)
@@ -369,8 +367,3 @@ class Ledger:
         self.contradicted = {}
         for s, r, other_s, other_r in state.get("contradicted", ()):
             self.contradicted.setdefault(Worker(s, r), set()).add(Worker(other_s, other_r))
-
-
-def _others(worker: Worker, workers: Collection[Worker]) -> list[Worker]:
-    """The other workers of the same stage."""
-    return [other for other in workers if other.stage == worker.stage and other != worker]

@@ -11,15 +11,55 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_sentinel.mesh import Worker
 
-__all__ = ["Habits", "Streak", "honest_share", "is_proof"]
+__all__ = ["Habits", "Sighting", "Streak", "honest_share", "is_proof", "sighting"]
 
 _DECAY = 0.95
 _MEMORY = 1 / (1 - _DECAY)
 """Steps."""
+
+
+class Sighting(NamedTuple):
+    """A step in which a worker was a suspect.
+
+    Args:
+        suspects: other workers of its stage that were suspects, and about as far out.
+        verified: other workers of its stage that were verified.
+        unmistakable: whether no received signal can be the cause.
+    """
+
+    suspects: tuple[Worker, ...]
+    verified: tuple[Worker, ...]
+    unmistakable: bool
+
+
+def sighting(
+    worker: Worker,
+    suspects: Collection[Worker],
+    verified: Collection[Worker],
+    unmistakable: Collection[Worker],
+    scores: Mapping[Worker, float],
+) -> Sighting:
+    """What a step says about one of its suspects.
+
+    Args:
+        worker: the suspect.
+        suspects: all suspects of the step.
+        verified: all workers that were verified.
+        unmistakable: suspects whose deviation no received signal can explain.
+        scores: how far out suspects were; equally far by default.
+    """
+    # A cause that puts one honest worker out of line puts another one about as far out.
+    alike = [other for other in suspects if scores.get(other, 1.0) >= scores.get(worker, 1.0) / 2]
+    return Sighting(_others(worker, alike), _others(worker, verified), worker in unmistakable)
+
+
+def _others(worker: Worker, workers: Collection[Worker]) -> tuple[Worker, ...]:
+    """The other workers of the same stage, in order."""
+    return tuple(sorted(other for other in workers if other.stage == worker.stage and other != worker))
 
 
 @dataclass
@@ -38,18 +78,12 @@ class Streak:
     verified: Counter[Worker] = field(default_factory=Counter)
     unmistakable: int = 0
 
-    def add(self, suspects: Collection[Worker], verified: Collection[Worker], unmistakable: bool) -> None:
-        """Add a step in which the worker was a suspect.
-
-        Args:
-            suspects: other workers of its stage that were suspects, and about as far out.
-            verified: other workers of its stage that were verified.
-            unmistakable: whether no received signal can be the cause.
-        """
+    def add(self, seen: Sighting) -> None:
+        """Add a step in which the worker was a suspect."""
         self.steps += 1
-        self.unmistakable += unmistakable
-        self.suspects.update(suspects)
-        self.verified.update({*verified, *suspects})
+        self.unmistakable += seen.unmistakable
+        self.suspects.update(seen.suspects)
+        self.verified.update({*seen.verified, *seen.suspects})
 
     @property
     def shuffles(self) -> bool:

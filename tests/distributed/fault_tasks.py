@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 import lightning_sentinel as ls
+from lightning_sentinel.trust.verify_evidence import verify_evidence
 from lightning_sentinel.verification.contributions import WEIGHT_GRADIENT
 from tests.distributed import tasks
 
@@ -103,6 +104,7 @@ def corrupted(stages: int, replicas: int, engine: str) -> dict[str, Any]:
         "weights": tasks.local_weights(module),
         "banned": strategy.ledger.banned_at,
         "found": {(one.step, one.worker, one.feature, one.confirmed) for one in strategy.detections},
+        "shown": {worker: (str(one.reason), verify_evidence(one).proves) for worker, one in strategy.evidence.items()},
     }
 
 
@@ -112,6 +114,7 @@ def check_corrupted(found: dict[str, Any], stages: int, replicas: int, weighs: b
     assert found["banned"] == dict.fromkeys(workers, CORRUPTED_FROM + 1)
     steps = (CORRUPTED_FROM, CORRUPTED_FROM + 1)
     assert found["found"] == {(step, worker, WEIGHT_GRADIENT, True) for worker in workers for step in steps}
+    assert found["shown"] == dict.fromkeys(workers, ("false weight gradients", True))
     if weighs:
         alone = tasks.fit_alone("adamw", STEPS // 2, BATCH * replicas, ACCUMULATED, Sharing)["weights"]
         for name, value in found["weights"].items():

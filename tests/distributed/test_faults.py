@@ -22,6 +22,7 @@ from torch import Tensor
 import lightning_sentinel as ls
 from lightning_sentinel.mesh import Boundary, Direction, Mesh
 from lightning_sentinel.pipeline.messages.headers import MessageId, encode
+from lightning_sentinel.trust.verify_evidence import verify_evidence
 from tests.distributed import tasks, world
 
 MESH = Mesh(stages=2, replicas=2)
@@ -168,7 +169,9 @@ def fit_malformed(warm: Path) -> list[Any]:
             run.fit(module, tasks.loader(6, 2), ckpt_path=warm)
         told = [str(one.message) for one in said if "counts as a signal that is not finite" in str(one.message)]
         features = {(one.worker, one.feature) for one in ours.detections}
-        found.append((dict(ours.ledger.banned_at), features, finite(module), told))
+        shown = {worker: verify_evidence(one) for worker, one in ours.evidence.items()}
+        said_of = {worker: (findings.holds, findings.proves, findings.verdict) for worker, findings in shown.items()}
+        found.append((dict(ours.ledger.banned_at), features, finite(module), told, said_of))
     return found
 
 
@@ -181,7 +184,11 @@ def test_a_malformed_message_is_what_its_sender_answers_for(warm: Path) -> None:
     for number, cases in enumerate(MALFORMED):
         heard: set[int] = set()
         for rank, found in enumerate(everyone):
-            banned, features, sound, told = found[number]
+            banned, features, sound, told, said_of = found[number]
+            assert set(said_of) == set(banned)
+            for holds, proves, verdict in said_of.values():
+                # Of flags there is a record, in which receivers have signed what they reported.
+                assert holds and not proves and "workers signed the rows in it, and nobody recomputed" in verdict, verdict
             assert set(banned) == {MESH.worker(sender) for _, sender in cases.values()}, (cases, banned)
             assert sound, cases
             for what, (_, sender) in cases.items():

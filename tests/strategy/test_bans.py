@@ -45,7 +45,8 @@ def test_a_ban_is_in_the_file_and_the_next_run_starts_with_it(path: Path) -> Non
     first, _ = fit(path, 14, W)
     assert first.ledger.banned_at == {W: 11}
     (ban,) = read_bans(path)
-    assert ban == Ban(W, 11, first.ledger.flags[W], "here", 1, Mesh(2, 3))
+    shown = "evidence/step-00000011-stage-1-replica-0.json"
+    assert ban == Ban(W, 11, first.ledger.flags[W], "here", 1, Mesh(2, 3), evidence=shown)
     second, _ = fit(path, 1)
     assert second.ledger.banned_at == {W: 0}
 

@@ -8,6 +8,7 @@ from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.trust.digests import Algorithm, Digest, digest_of
 from lightning_sentinel.trust.identity import Identity
 from lightning_sentinel.trust.statements import (
+    ContributionVote,
     Kind,
     Moment,
     RowStatement,
@@ -33,6 +34,7 @@ def identity(worker: Worker) -> Identity:
 SIGNAL = SignalStatement(NOW, SENDER, PLACE, False, digest("a signal"))
 ROW = RowStatement(NOW, SENDER, digest("a row"), digest("a table"))
 VOTE = VoteStatement(NOW, Worker(1, 2), PLACE, digest("what was signed"), 1, 5, digest("what was found"))
+OF_WEIGHTS = ContributionVote(NOW, Worker(1, 2), SENDER, digest("a sketch"), 1, 5, digest("what was found"))
 
 UINT32 = st.integers(0, 2**32 - 1)
 UINT64 = st.integers(0, 2**64 - 1)
@@ -43,4 +45,5 @@ DIGESTS = st.builds(Digest, st.sampled_from(Algorithm), st.binary(min_size=32, m
 SIGNALS = st.builds(SignalStatement, MOMENTS, WORKERS, PLACES, st.booleans(), DIGESTS)
 ROWS = st.builds(RowStatement, MOMENTS, WORKERS, DIGESTS, DIGESTS)
 VOTES = st.builds(VoteStatement, MOMENTS, WORKERS, PLACES, DIGESTS, st.integers(0, 255), UINT32, DIGESTS)
-STATEMENTS = SIGNALS | ROWS | VOTES
+VOTES_ON_WEIGHTS = st.builds(ContributionVote, MOMENTS, WORKERS, WORKERS, DIGESTS, st.integers(0, 255), UINT32, DIGESTS)
+STATEMENTS = SIGNALS | ROWS | VOTES | VOTES_ON_WEIGHTS

@@ -12,9 +12,9 @@ from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.trust.encoding import LONGEST, decode, encode
 from lightning_sentinel.trust.statements import Moment, Statement
-from tests.trust.statements import ROW, RUN, SIGNAL, STATEMENTS, VOTE
+from tests.trust.statements import OF_WEIGHTS, ROW, RUN, SIGNAL, STATEMENTS, VOTE
 
-BEGINNINGS = st.sampled_from([encode(one)[:8] for one in (SIGNAL, ROW, VOTE)])
+BEGINNINGS = st.sampled_from([encode(one)[:8] for one in (SIGNAL, ROW, VOTE, OF_WEIGHTS)])
 
 
 def refusal(encoded: bytes) -> str:
@@ -83,11 +83,17 @@ def test_the_layout_of_a_vote() -> None:
     assert encode(VOTE) == head + b"\x01" + VOTE.about.value + found
 
 
+def test_the_layout_of_a_vote_on_weight_gradients() -> None:
+    head = b"sentcon\x01" + RUN + struct.pack(">QIII", 12, 0, 1, 2) + struct.pack(">II", 1, 0)
+    found = struct.pack(">BI", 1, 5) + b"\x01" + OF_WEIGHTS.finding.value
+    assert encode(OF_WEIGHTS) == head + b"\x01" + OF_WEIGHTS.about.value + found
+
+
 class TestRefusals:
     def test_of_another_version(self) -> None:
         assert "begin as no statement of this version" in refusal(changed(SIGNAL, 7, 2))
 
-    @pytest.mark.parametrize("statement", [SIGNAL, ROW, VOTE], ids=lambda one: type(one).__name__)
+    @pytest.mark.parametrize("statement", [SIGNAL, ROW, VOTE, OF_WEIGHTS], ids=lambda one: type(one).__name__)
     def test_of_another_length(self, statement: Statement) -> None:
         encoded = encode(statement)
         for other in (encoded[:-1], encoded + b"\x00", encoded[:8]):

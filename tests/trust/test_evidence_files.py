@@ -80,7 +80,7 @@ class TestRefusals:
 
     def test_of_a_large_file(self, path: Path) -> None:
         path.write_bytes(path.read_bytes() + b" " * LARGEST_FILE)
-        assert "is larger than 4,194,304 bytes, and no evidence is." in refusal(path)
+        assert "is larger than 33,554,432 bytes, and no evidence is." in refusal(path)
 
     @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.8, 0.999])
     def test_of_a_file_that_was_cut_off(self, path: Path, share: float) -> None:
@@ -98,11 +98,11 @@ class TestRefusals:
         path.write_text(content)
         assert "is JSON, and no evidence. Name a file of" in refusal(path)
 
-    @pytest.mark.parametrize("version", [0, 2, None, "1" * 90, [1]])
+    @pytest.mark.parametrize("version", [0, 1, 3, None, "1" * 90, [2]])
     def test_of_another_version(self, path: Path, version: object) -> None:
         edit(path, lambda content: content.update(version=version))
         says = (
-            f"is evidence of version {str(version)[:20]}, and this lightning-sentinel reads version 1. Use the one that wrote it."
+            f"is evidence of version {str(version)[:20]}, and this lightning-sentinel reads version 2. Use the one that wrote it."
         )
         assert says in refusal(path)
 
@@ -114,7 +114,10 @@ class TestRefusals:
             (lambda c: c.update(step=-1), "step is no whole number from 0"),
             (lambda c: c.update(step=True), "step is no whole number"),
             (lambda c: c.update(step=12.0), "step is no whole number"),
-            (lambda c: c.update(reason="dislike"), "reason is none of lied, contradicted itself, withheld, false word"),
+            (
+                lambda c: c.update(reason="dislike"),
+                "reason is none of lied, contradicted itself, withheld, false word, false weight gradients",
+            ),
             (lambda c: c.update(reason=["lied"]), "reason is none of"),
             (lambda c: c["banned"].update(stage=2**32), "banned.stage is no whole number from 0 to 4294967295"),
             (lambda c: c.update(banned=[1, 0]), "banned has not exactly the fields stage, replica"),

@@ -10,7 +10,7 @@ import pytest
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification import Ledger
-from lightning_sentinel.verification.streaks import Streak, is_proof
+from lightning_sentinel.verification.streaks import Sighting, Streak, is_proof
 
 REPLICAS = 6
 MESH = Mesh(4, REPLICAS)
@@ -55,8 +55,8 @@ def test_with_two_workers_the_other_one_shows_what_is_usual() -> None:
     mine, other = Worker(1, 0), Worker(1, 1)
     alone, together = Streak(), Streak()
     for _ in range(5):
-        alone.add([], [other], unmistakable=False)
-        together.add([other], [other], unmistakable=False)
+        alone.add(Sighting((), (other,), unmistakable=False))
+        together.add(Sighting((other,), (other,), unmistakable=False))
     assert is_proof(alone, 5) and not is_proof(together, 5)
     assert mine not in together.verified
 
@@ -80,7 +80,7 @@ def test_nobody_is_shuffled_for_who_is_banned_or_cannot_be() -> None:
 
 def test_a_streak_is_saved_as_plain_numbers() -> None:
     streak = Streak()
-    streak.add([Worker(1, 2)], [Worker(1, 1), Worker(1, 2)], unmistakable=False)
+    streak.add(Sighting((Worker(1, 2),), (Worker(1, 1), Worker(1, 2)), unmistakable=False))
     loaded = Streak.of_state(json.loads(json.dumps(streak.state())))
     assert loaded.state() == streak.state() and loaded.usual == streak.usual == 1.0
 

@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from torch import Tensor
 
 from lightning_sentinel.mesh import Worker
-from lightning_sentinel.pipeline.commitments.step_commitments import Received, encode
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.trust.credentials import Credentials
 from lightning_sentinel.trust.digests import Digest
+from lightning_sentinel.trust.parts import Received, encode_part
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Moment, SignalId, SignalStatement
 
@@ -59,7 +59,7 @@ class Recorder:
             self._received[signal] = self._thread.submit(self._content, tensor.detach(), tainted)
 
     def finish(self, seal: Digest | None) -> bytes:
-        """This worker's part of the step's commitments, of which :func:`step_commitments.encode` says what it is.
+        """This worker's part of the step's commitments, of which :func:`encode_part` says what it is.
 
         Waits for the thread. Empty in a step that is not audited.
 
@@ -72,7 +72,7 @@ class Recorder:
         sent = {signal: future.result() for signal, future in self._sent.items()}
         received = {signal: future.result() for signal, future in self._received.items()}
         self._forget()
-        return encode(sent, received, seal, self._worker, plan.wiring.lane(self._worker) or 0, plan.wiring.slots)
+        return encode_part(sent, received, seal, self._worker, plan.wiring.lane(self._worker) or 0, plan.wiring.slots)
 
     def _forget(self) -> None:
         self._sent.clear()

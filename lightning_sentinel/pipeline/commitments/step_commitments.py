@@ -1,42 +1,19 @@
-"""Which messages of a step workers say that they have sent and received: in bytes, and for all workers together.
-
-A worker's part has the same length on every rank, so that one collective gathers all parts. It has a place for each message that a
-worker can send or receive in a step. A message that the worker did not send or receive leaves its place empty.
-"""
+"""Which messages of a step all workers say that they have sent and received, from the parts of their rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from lightning_sentinel.errors import MalformedMessageError
-from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.trust.commitments import mismatches
-from lightning_sentinel.trust.digests import DIGEST_BYTES, Digest
-from lightning_sentinel.trust.identity import SIGNATURE_BYTES
+from lightning_sentinel.trust.digests import Digest
+from lightning_sentinel.trust.parts import Received, decode_part, seal_in
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Kind, Moment, SignalId, SignalStatement, Transfer
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["Received", "StepCommitments", "decode", "encode", "length"]
-
-_SENT_BYTES = 1 + DIGEST_BYTES + SIGNATURE_BYTES
-_RECEIVED_BYTES = 1 + DIGEST_BYTES
-_BYTES = _SENT_BYTES + _RECEIVED_BYTES
-"""Of one place: taint, digest and signature of what was sent, then taint and digest of what was received."""
-
-
-class Received(NamedTuple):
-    """What a receiver says that it received.
-
-    Args:
-        tainted: whether the message came with the taint flag; a note has none.
-        digest: of the tensor.
-    """
-
-    tainted: bool
-    digest: Digest
+__all__ = ["StepCommitments", "decode"]
 
 
 @dataclass
@@ -81,117 +58,32 @@ class StepCommitments:
         return sorted([*mismatches(sent, received), *(_transfer(signal, mesh, wiring) for signal in silent)])
 
 
-def length(slots: int) -> int:
-    """Of a worker's part, in bytes.
-
-    Args:
-        slots: the most micro-batches of a lane.
-
-    Example:
-        >>> length(slots=4)
-        2145
-    """
-    return _BYTES * len(Kind) * len(Direction) * slots + DIGEST_BYTES
-
-
-def encode(
-    sent: Mapping[SignalId, Signed[SignalStatement]],
-    received: Mapping[SignalId, Received],
-    seal: Digest | None,
-    worker: Worker,
-    lane: int,
-    slots: int,
-) -> bytes:
-    """A worker's part.
-
-    Args:
-        sent: what it says about the messages that it sent.
-        received: what it says about the messages that it received.
-        seal: of what it has drawn for the step; ``None`` shows none.
-        worker: whose part it is.
-        lane: that the worker serves.
-        slots: the most micro-batches of a lane.
-    """
-    pieces = []
-    for outgoing, incoming in _places(worker.stage, lane, slots):
-        signed = sent.get(outgoing)
-        said = bytes(_SENT_BYTES)
-        if signed is not None:
-            said = bytes([signed.statement.tainted]) + signed.statement.digest.encode() + signed.signature
-        got = received.get(incoming)
-        pieces += [said, bytes(_RECEIVED_BYTES) if got is None else bytes([got.tainted]) + got.digest.encode()]
-    return b"".join([*pieces, bytes(DIGEST_BYTES) if seal is None else seal.encode()])
-
-
 def decode(parts: Sequence[bytes], mesh: Mesh, wiring: Wiring, moment: Moment) -> StepCommitments:
     """What all workers say; the same on all ranks, whatever the bytes are.
 
     Args:
-        parts: of each rank, :func:`length` bytes; what cannot be read says nothing.
+        parts: of each rank, :func:`part_length` bytes; what cannot be read says nothing.
         mesh: all workers.
         wiring: which worker served which lane.
         moment: of the step.
     """
     found = StepCommitments()
     for worker, part in zip(mesh.workers, parts):
-        seal = _digest(part[-DIGEST_BYTES:])
+        seal = seal_in(part)
         if seal is not None:
             found.sealed[worker] = seal
         lane = wiring.lane(worker)
-        for number, (outgoing, incoming) in enumerate(_places(worker.stage, lane or 0, wiring.slots)):
-            place = part[number * _BYTES : (number + 1) * _BYTES]
-            # Only workers with a lane send, and nobody sends beyond the last stage or before the first one.
-            if lane is None or not any(place):
-                continue
-            if _exists(outgoing, mesh):
-                _add_sent(found, place[:_SENT_BYTES], moment, worker, outgoing)
-            if _exists(incoming, mesh):
-                _add_received(found, place[_SENT_BYTES:], incoming)
+        # Only workers with a lane send, and nobody sends beyond the last stage or before the first one.
+        if lane is not None:
+            said = decode_part(part, worker, lane, wiring.slots, moment)
+            found.sent |= {signal: one for signal, one in said.sent.items() if _exists(signal, mesh)}
+            found.received |= {signal: one for signal, one in said.received.items() if _exists(signal, mesh)}
     return found
-
-
-def _add_sent(found: StepCommitments, place: bytes, moment: Moment, worker: Worker, signal: SignalId) -> None:
-    digest = _digest(place[1 : 1 + DIGEST_BYTES])
-    if digest is not None:
-        statement = SignalStatement(moment, worker, signal, place[0] != 0, digest)
-        found.sent[signal] = Signed(statement, place[1 + DIGEST_BYTES :])
-
-
-def _add_received(found: StepCommitments, place: bytes, signal: SignalId) -> None:
-    digest = _digest(place[1:])
-    if digest is not None:
-        found.received[signal] = Received(place[0] != 0, digest)
 
 
 def _content(statement: SignalStatement) -> Received:
     """What the receiver of a message should have received."""
     return Received(statement.tainted, statement.digest)
-
-
-def _digest(encoded: bytes) -> Digest | None:
-    try:
-        return Digest.decode(encoded)
-    except MalformedMessageError:
-        return None
-
-
-def _places(stage: int, lane: int, slots: int) -> Iterator[tuple[SignalId, SignalId]]:
-    """The places of a worker's part: which message it can have sent, and which one it can have received."""
-    for kind in Kind:
-        for direction in Direction:
-            outgoing, incoming = _boundaries(kind, direction, stage)
-            for slot in range(slots):
-                yield SignalId(kind, outgoing, lane, slot), SignalId(kind, incoming, lane, slot)
-
-
-def _boundaries(kind: Kind, direction: Direction, stage: int) -> tuple[Boundary, Boundary]:
-    """Across which boundary a stage sends, and across which the signals came that it receives, or receives notes on."""
-    forward = direction is Direction.ACTIVATION
-    # A note on a signal goes to the worker behind the one that receives the signal.
-    behind = 2 if kind is Kind.NOTE else 1
-    return Boundary(stage if forward else stage - 1, direction), Boundary(
-        stage - behind if forward else stage + behind - 1, direction
-    )
 
 
 def _signals(mesh: Mesh, wiring: Wiring) -> Iterator[SignalId]:

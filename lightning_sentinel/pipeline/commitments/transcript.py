@@ -27,7 +27,7 @@ from lightning_sentinel.trust.identity import SIGNATURE_BYTES
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Moment, RowStatement
 
-__all__ = ["BINDING_BYTES", "Table", "Transcript"]
+__all__ = ["BINDING_BYTES", "SignedRow", "Table", "Transcript"]
 
 _MOST_CHECKED = 64
 """Signatures that a rank checks in a step: some 6 ms of a thread's time."""
@@ -46,6 +46,18 @@ class Table(NamedTuple):
 
     rows: list[bytes]
     forgers: frozenset[Worker]
+
+
+class SignedRow(NamedTuple):
+    """A rank's row as it came.
+
+    Args:
+        signed: what its rank says about it, with a signature that may be anything.
+        contents: of the row.
+    """
+
+    signed: Signed[RowStatement]
+    contents: bytes
 
 
 class _Checked(NamedTuple):
@@ -79,6 +91,9 @@ class Transcript:
         self._heard = self._nothing
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="transcript")
         self._last: Future[_Checked] | None = None
+        self._before: _Checked | None = None
+        self._now: tuple[Moment, Sequence[bytes]] | None = None
+        """The latest step, and the rows of its exchange as they came."""
 
     def hear(self, said: Tensor) -> None:
         """Take note of what all ranks said outside of the rows, so that they find out if they heard different things.
@@ -110,18 +125,32 @@ class Transcript:
         self._require_one_table(moment, everyone, last)
         self._heard = self._nothing
         self._last = self._thread.submit(self._checked, moment, everyone)
+        self._before, self._now = last, (moment, everyone)
         return Table([one[:-BINDING_BYTES] for one in everyone], frozenset() if last is None else last.forgers)
+
+    def rows(self) -> dict[Worker, SignedRow]:
+        """The rows of the latest exchange, by worker."""
+        if self._now is None:
+            return {}
+        moment, everyone = self._now
+        return {worker: self._row(moment, worker, message) for worker, message in zip(self._mesh.workers, everyone)}
+
+    def rows_before(self) -> dict[Worker, Signed[RowStatement]]:
+        """What ranks said about their rows in the exchange before the latest one, by worker."""
+        return {} if self._before is None else self._before.rows
+
+    def _row(self, moment: Moment, worker: Worker, message: bytes) -> SignedRow:
+        contents = message[: DIGEST_BYTES - BINDING_BYTES]
+        before = _digest(message[-SIGNATURE_BYTES - DIGEST_BYTES : -SIGNATURE_BYTES], self._nothing)
+        statement = RowStatement(moment, worker, digest_of(contents, self.credentials.algorithm), before)
+        return SignedRow(Signed(statement, message[-SIGNATURE_BYTES:]), contents)
 
     def _last_checked(self) -> _Checked | None:
         return None if self._last is None else self._last.result()
 
     def _checked(self, moment: Moment, everyone: Sequence[bytes]) -> _Checked:
         """Check the signatures of a table; runs in the thread."""
-        rows = {}
-        for worker, message in zip(self._mesh.workers, everyone):
-            row = digest_of(message[: DIGEST_BYTES - BINDING_BYTES], self.credentials.algorithm)
-            before = _digest(message[-SIGNATURE_BYTES - DIGEST_BYTES : -SIGNATURE_BYTES], self._nothing)
-            rows[worker] = Signed(RowStatement(moment, worker, row, before), message[-SIGNATURE_BYTES:])
+        rows = {worker: self._row(moment, worker, one).signed for worker, one in zip(self._mesh.workers, everyone)}
         said = table_digest(rows.values(), self.credentials.algorithm)
         forgers = frozenset(worker for worker in _checked_workers(said, self._mesh) if not self.credentials.hold(rows[worker]))
         return _Checked(moment, said, rows, forgers)

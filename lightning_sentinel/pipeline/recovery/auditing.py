@@ -9,7 +9,7 @@ whether it is given what was sent. Which workers are asked, and whose vote count
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -23,15 +23,14 @@ from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitm
 from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.messages.tensor_trees import Packed, pack_all, receive_tree, send_packed
 from lightning_sentinel.pipeline.processes.wire import world
-from lightning_sentinel.pipeline.recovery.evidence import evidence_of_bans
 from lightning_sentinel.pipeline.recovery.examination import Examination, Examined, Item, Need, SignalExamination, signal_of
 from lightning_sentinel.pipeline.recovery.report_examination import ReportExamination, note_of
-from lightning_sentinel.pipeline.recovery.votes import VOTE_BYTES, Vote, decode, encode, says, testimony
+from lightning_sentinel.pipeline.recovery.votes import Vote, encode, lie_of, of_auditor, says, testimony
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.waiting import on_host
-from lightning_sentinel.trust.digests import Digest, digest_of
+from lightning_sentinel.trust.digests import digest_of
 from lightning_sentinel.trust.encoding import encode as encode_statement
-from lightning_sentinel.trust.evidence import Evidence, Recomputation, Testimony
+from lightning_sentinel.trust.evidence import Recomputation, Testimony
 from lightning_sentinel.trust.statements import SignalId, VoteStatement
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.jury import Case, Subject
@@ -73,7 +72,9 @@ class Audits:
         self._transcript = transcript
         self._adversary: Adversary | None = None
         self.testimonies: dict[SignalId, list[Testimony]] = {}
-        """The signed votes on the signals of the step under way."""
+        """The votes on signals and notes of the step under way, as far as they are signed where votes have to be."""
+        self.on_rows: dict[Worker, list[Testimony]] = {}
+        """Those on what workers report in their rows."""
 
     def begin(self, table: SignalTable, adversary: Adversary | None = None) -> None:
         """Begin to settle a step.
@@ -84,6 +85,7 @@ class Audits:
         """
         self._adversary = adversary
         self.testimonies = {}
+        self.on_rows = {}
         if self._reports is not None:
             self._reports.table = table
 
@@ -140,10 +142,6 @@ class Audits:
         self._transcript.hear(everyone)
         return [self._heard(everyone, number, *asked[number], plan, commitments) for number in range(len(asked))]
 
-    def evidence(self, banned: Collection[Worker], commitments: StepCommitments) -> dict[Worker, Evidence]:
-        """What the votes of this step show against the workers that it bans; see :func:`evidence_of_bans`."""
-        return evidence_of_bans(banned, self.testimonies, commitments, self._transcript.credentials)
-
     def _signed(self, vote: Vote, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments) -> Vote:
         statement = self._statement(vote, case, auditor, plan, commitments)
         return replace(vote, signature=self._transcript.credentials.sign(statement).signature)
@@ -170,21 +168,19 @@ class Audits:
         self, everyone: Tensor, number: int, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments
     ) -> Outcome:
         """The vote of an auditor, the same on all ranks. Only its own entry counts, and only if it is signed."""
-        # Whatever other ranks put there.
-        entry = everyone[self._mesh.rank(auditor), number * VOTE_BYTES : (number + 1) * VOTE_BYTES]
-        vote = decode(entry.numpy().tobytes())
+        vote = of_auditor(everyone, self._mesh.rank(auditor), number)
         credentials = self._transcript.credentials
         name = self._name(case)
         if case.subject is not Subject.ROW and not credentials.hold(commitments.sent[name]):
             # The sender has signed a row in which it does not sign its message.
             return Outcome.LIED
-        statement = self._statement(vote, case, auditor, plan, commitments)
-        if credentials.keys:
-            words = testimony(vote, statement, credentials)
-            if words is None:
-                return Outcome.MATCHES
-            if case.subject is Subject.SIGNAL:
-                self.testimonies.setdefault(name, []).append(words)
+        words = testimony(vote, self._statement(vote, case, auditor, plan, commitments), credentials)
+        if words is None:
+            return Outcome.MATCHES
+        if case.subject is Subject.ROW:
+            self.on_rows.setdefault(case.audited, []).append(words)
+        else:
+            self.testimonies.setdefault(name, []).append(words)
         if vote.word == Outcome.MATCHES and case.subject is Subject.SIGNAL:
             self._tolerances.heard(self._mesh.boundaries.index(case.boundary), case.audited, vote.measured)
         return vote.word
@@ -237,15 +233,13 @@ class Audits:
             error = found.compare(again)
         if measured is not None or found.compare is not None:
             word = Outcome.LIED if error > found.allowed else Outcome.MATCHES
-        said = word
-        recomputed: Digest | None = None if again is None else credentials.digest(again)
-        if self._adversary is not None:
-            said = Outcome(self._adversary.vote(word, auditor, case.audited, case.boundary.direction, step))
-        if said != word:
-            # Whoever lies says what its lie would follow from.
-            error = 0.0 if said == Outcome.MATCHES else math.inf
-        if said != word or word == Outcome.LIED:
-            recomputed = recomputed or digest_of(b"", credentials.algorithm)
         several = case.subject is Subject.SIGNAL and measured is not None
         numbers = measured if several and measured is not None else [math.nan] * MEASURED
-        return Vote(said, numbers, None if recomputed is None else Recomputation(recomputed, error, found.allowed))
+        recomputed = None if again is None else credentials.digest(again)
+        if recomputed is None and word == Outcome.LIED:
+            recomputed = digest_of(b"", credentials.algorithm)
+        vote = Vote(word, numbers, None if recomputed is None else Recomputation(recomputed, error, found.allowed))
+        if self._adversary is None:
+            return vote
+        said = Outcome(self._adversary.vote(word, auditor, case.audited, case.boundary.direction, step))
+        return lie_of(vote, said, credentials.algorithm)

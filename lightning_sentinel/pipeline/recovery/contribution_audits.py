@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,11 +25,24 @@ from lightning_sentinel.pipeline.data.sample_exchange import supplier, unpacked
 from lightning_sentinel.pipeline.messages.tensor_trees import receive_tree, send_tree
 from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.recovery.auditing import Audits
+from lightning_sentinel.pipeline.recovery.evidence import BanEvidence
 from lightning_sentinel.pipeline.recovery.examination import Inputs
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
+from lightning_sentinel.pipeline.recovery.votes import (
+    Vote,
+    encode,
+    lie_of,
+    of_auditor,
+    says_of_weights,
+    sketch_bytes,
+    testimony,
+)
 from lightning_sentinel.pipeline.step_plan import StepPlan
+from lightning_sentinel.pipeline.step_results import Ruling
 from lightning_sentinel.pipeline.waiting import on_host
-from lightning_sentinel.trust.statements import Kind, SignalId
+from lightning_sentinel.trust.digests import digest_of
+from lightning_sentinel.trust.evidence import Recomputation, Testimony
+from lightning_sentinel.trust.statements import ContributionVote, Kind, SignalId
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import tolerance
 from lightning_sentinel.verification.jury import ContributionCase
@@ -38,7 +52,6 @@ from lightning_sentinel.wiring import MicroBatchId
 
 __all__ = ["AuditsOfProcess", "ContributionAudits", "StageRecomputation"]
 
-_WORDS = tuple(word for word in Outcome if word is not Outcome.DISPUTED)
 _WITHHELD = {Direction.ACTIVATION: Outcome.ACTIVATION_WITHHELD, Direction.GRADIENT: Outcome.GRADIENT_WITHHELD}
 _FROM = {Direction.ACTIVATION: -1, Direction.GRADIENT: 1}
 """The stage, from that of the audited worker, that sent it a signal of this direction."""
@@ -68,7 +81,7 @@ class ContributionAudits:
         worker: the worker that this rank is.
         cache: the signals that this rank sent and received.
         stage: recomputes weight gradients.
-        transcript: binds this rank to the votes that it heard.
+        transcript: with which this rank signs its votes, and binds itself to those that it heard.
     """
 
     def __init__(self, mesh: Mesh, worker: Worker, cache: SignalCache, stage: StageRecomputation, transcript: Transcript) -> None:
@@ -79,6 +92,17 @@ class ContributionAudits:
         self._transcript = transcript
         self.adversary: Adversary | None = None
         """A simulated attacker, which may also lie in its votes."""
+        self.testimonies: dict[Worker, list[Testimony]] = {}
+        """The votes on contributions of the step under way, by the audited worker, as far as they are signed."""
+
+    def begin(self, adversary: Adversary | None = None) -> None:
+        """Begin a step.
+
+        Args:
+            adversary: a simulated attacker, which may also lie in its votes.
+        """
+        self.adversary = adversary
+        self.testimonies = {}
 
     def ask(
         self,
@@ -100,46 +124,71 @@ class ContributionAudits:
         """
         if not asked:
             return []
-        said = torch.zeros(len(asked))
-        for number, (case, auditor) in enumerate(asked):
+        said = b""
+        for case, auditor in asked:
             # All ranks go through all cases and micro-batches in the same order, so that no two wait for each other.
-            word = self._heard(case, auditor, plan, sketches, commitments)
-            if word is not None and self.adversary is not None:
-                word = Outcome(self.adversary.vote(word, auditor, case.audited, Direction.GRADIENT, plan.number))
-            said[number] = word or 0
-        everyone = world().all_gather(said)
+            vote = self._vote(case, auditor, plan, sketches, commitments)
+            said += encode(Vote(Outcome.MATCHES) if vote is None else self._signed(vote, case, auditor, plan, sketches))
+        everyone = world().all_gather(torch.frombuffer(bytearray(said), dtype=torch.uint8))
         self._transcript.hear(everyone)
-        # Only the auditor's own entry counts for a case, whatever other ranks put there.
-        values = [float(everyone[self._mesh.rank(auditor), number]) for number, (_, auditor) in enumerate(asked)]
-        return [Outcome(int(value)) if value in _WORDS else Outcome.MATCHES for value in values]
+        return [self._heard(everyone, number, *one, plan, sketches) for number, one in enumerate(asked)]
+
+    def _says(self, vote: Vote, case: ContributionCase, auditor: Worker, plan: StepPlan, sketches: Tensor) -> ContributionVote:
+        credentials = self._transcript.credentials
+        audited = case.audited
+        live = sum(Worker(audited.stage, replica) not in plan.banned for replica in range(self._mesh.replicas))
+        sketch = sketches[audited.stage, audited.replica]
+        return says_of_weights(vote, auditor, audited, sketch, plan.moment(credentials.run), live, credentials)
+
+    def _signed(self, vote: Vote, case: ContributionCase, auditor: Worker, plan: StepPlan, sketches: Tensor) -> Vote:
+        """This rank's vote with its signature; another one, if a simulated attacker says so."""
+        if self.adversary is not None:
+            said = Outcome(self.adversary.vote(vote.word, auditor, case.audited, Direction.GRADIENT, plan.number))
+            vote = lie_of(vote, said, self._transcript.credentials.algorithm)
+        statement = self._says(vote, case, auditor, plan, sketches)
+        return replace(vote, signature=self._transcript.credentials.sign(statement).signature)
 
     def _heard(
+        self, everyone: Tensor, number: int, case: ContributionCase, auditor: Worker, plan: StepPlan, sketches: Tensor
+    ) -> Outcome:
+        """The vote of an auditor, the same on all ranks; it counts only if it is signed."""
+        vote = of_auditor(everyone, self._mesh.rank(auditor), number)
+        words = testimony(vote, self._says(vote, case, auditor, plan, sketches), self._transcript.credentials)
+        if words is None:
+            return Outcome.MATCHES
+        self.testimonies.setdefault(case.audited, []).append(words)
+        return vote.word
+
+    def _vote(
         self, case: ContributionCase, auditor: Worker, plan: StepPlan, sketches: Tensor, commitments: StepCommitments
-    ) -> Outcome | None:
-        """This rank's vote on a case; ``None`` on other ranks than the auditor's, which hand over what they have."""
+    ) -> Vote | None:
+        """This rank's vote on a case, not signed yet; ``None`` on other ranks than the auditor's, which hand over what is asked."""
         samples = plan.sizes.samples
         work = [one for one in plan.wiring.work[case.lane] if samples[one.replica]]
         total: list[Tensor | None] | None = None
-        vote: Outcome | None = None
+        vote: Vote | None = None
         for slot, micro_batch_id in enumerate(work):
             given = self._handed(case, auditor, slot, micro_batch_id, plan, commitments)
             # An auditor that has made up its mind still receives what the others send it.
             if given is None or vote is not None:
                 continue
             if isinstance(given, Outcome):
-                vote = given
+                vote = Vote(given)
                 continue
             found = self._recomputed(case, micro_batch_id, given)
             if found is None:
-                vote = Outcome.MATCHES
+                vote = Vote(Outcome.MATCHES)
             else:
                 total = found if total is None else [_added(*both) for both in zip(total, found)]
         if auditor != self._worker or vote is not None:
             return vote
         dtype = next((one.dtype for one in total or () if one is not None), torch.float32)
         (sketch,) = on_host([self._stage.sketch(total or [])])
-        error = sketch_error(sketches[case.audited.stage, case.audited.replica], sketch)
-        return Outcome.LIED if float(error) > tolerance(dtype, self._stage.computed_in()) else Outcome.MATCHES
+        error = float(sketch_error(sketches[case.audited.stage, case.audited.replica], sketch))
+        allowed = tolerance(dtype, self._stage.computed_in())
+        recomputed = digest_of(sketch_bytes(sketch), self._transcript.credentials.algorithm)
+        word = Outcome.LIED if error > allowed else Outcome.MATCHES
+        return Vote(word, recomputation=Recomputation(recomputed, error, allowed))
 
     def _handed(
         self,
@@ -204,11 +253,13 @@ class AuditsOfProcess(NamedTuple):
         messages: of signals, rows and notes.
         contributions: of weight gradients.
         draws: which of these it draws.
+        evidence: what they and other steps show against workers that are banned.
     """
 
     messages: Audits
     contributions: ContributionAudits
     draws: SealedDraws
+    evidence: BanEvidence
 
     def begin(self, table: SignalTable, adversary: Adversary | None) -> None:
         """Begin to settle a step.
@@ -218,7 +269,14 @@ class AuditsOfProcess(NamedTuple):
             adversary: a simulated attacker, which may also lie in its votes.
         """
         self.messages.begin(table, adversary)
-        self.contributions.adversary = adversary
+        self.contributions.begin(adversary)
+
+    def shown(self, ruling: Ruling, commitments: StepCommitments) -> Ruling:
+        """The ruling on the step with what its audits show against those that it bans."""
+        in_rows = {worker: list(votes) for worker, votes in self.messages.on_rows.items()}
+        for worker, votes in self.contributions.testimonies.items():
+            in_rows.setdefault(worker, []).extend(votes)
+        return self.evidence.of_audits(ruling, commitments, self.messages.testimonies, in_rows)
 
 
 def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Votes of auditors in bytes: what an auditor found, with its signature.
 
-All ranks gather the votes on all audited signals at once, so each vote has the same length.
+All ranks gather the votes on all that is audited at once, so each vote has the same length, whatever it is on.
 """
 
 from __future__ import annotations
@@ -8,21 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from struct import Struct
+
+from torch import Tensor
 
 from lightning_sentinel.errors import MalformedMessageError
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.trust.credentials import Credentials
-from lightning_sentinel.trust.digests import DIGEST_BYTES, Algorithm, Digest
+from lightning_sentinel.trust.digests import DIGEST_BYTES, Algorithm, Digest, digest_of
 from lightning_sentinel.trust.evidence import Recomputation, Testimony, finding_of
 from lightning_sentinel.trust.identity import SIGNATURE_BYTES
 from lightning_sentinel.trust.signing import Signed
-from lightning_sentinel.trust.statements import Moment, SignalId, VoteStatement
+from lightning_sentinel.trust.statements import ContributionVote, Moment, SignalId, VoteStatement
 from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.tolerance import MEASURED
 
-__all__ = ["VOTE_BYTES", "Vote", "decode", "encode", "says", "testimony"]
+__all__ = ["VOTE_BYTES", "Vote", "decode", "encode", "lie_of", "of_auditor", "says", "says_of_weights", "sketch_bytes", "testimony"]
 
 _LAYOUT = Struct(f">B{MEASURED}fdd{DIGEST_BYTES}s{SIGNATURE_BYTES}s")
 VOTE_BYTES = _LAYOUT.size
@@ -34,13 +36,13 @@ _WORDS = tuple(word for word in Outcome if word is not Outcome.DISPUTED)
 
 @dataclass(frozen=True)
 class Vote:
-    """An auditor's vote on a signal.
+    """An auditor's vote on a signal, or on a contribution to weight gradients.
 
     Args:
-        word: what it says of the signal.
+        word: what it says of it.
         measured: how far the signal is from the recomputed one, :data:`MEASURED` numbers; NaN if it was not recomputed.
-        recomputation: what the word rests on; ``None`` if the signal was not recomputed.
-        signature: of the auditor, over the statement from :func:`says`.
+        recomputation: what the word rests on; ``None`` if nothing was recomputed.
+        signature: of the auditor, over the statement from :func:`says` or :func:`says_of_weights`.
     """
 
     word: Outcome
@@ -56,6 +58,8 @@ class Vote:
             return True
         if found is None:
             return self.word == Outcome.MATCHES
+        if not found.is_sensible:
+            return False
         return (self.word == Outcome.LIED) == (not found.error <= found.tolerance)
 
 
@@ -77,6 +81,20 @@ def decode(encoded: bytes) -> Vote:
     return vote if vote.follows else Vote(Outcome.MATCHES)
 
 
+def lie_of(vote: Vote, said: Outcome, algorithm: Algorithm) -> Vote:
+    """The vote of a worker that says something in place of its own word, with what that would follow from.
+
+    Args:
+        vote: what it found.
+        said: what it says; where that is its own word the vote is as it was.
+        algorithm: of digests.
+    """
+    if said == vote.word:
+        return vote
+    found = vote.recomputation or Recomputation(digest_of(b"", algorithm), 0.0, 0.0)
+    return replace(vote, word=said, recomputation=replace(found, error=0.0 if said == Outcome.MATCHES else math.inf))
+
+
 def says(
     vote: Vote, auditor: Worker, moment: Moment, signal: SignalId, about: Digest, live: int, algorithm: Algorithm
 ) -> VoteStatement:
@@ -94,13 +112,52 @@ def says(
     return VoteStatement(moment, auditor, signal, about, vote.word, live, finding_of(vote.recomputation, algorithm))
 
 
-def testimony(vote: Vote, statement: VoteStatement, credentials: Credentials) -> Testimony | None:
-    """The vote as others may be shown it later; ``None`` if it is not signed by the auditor.
+def says_of_weights(
+    vote: Vote, auditor: Worker, audited: Worker, sketch: Tensor, moment: Moment, live: int, credentials: Credentials
+) -> ContributionVote:
+    """What an auditor signs about a contribution to weight gradients.
+
+    Args:
+        vote: on the contribution.
+        auditor: who casts it.
+        audited: whose contribution it is.
+        sketch: ``(SKETCHED,)`` on the host, which the audited worker has published in its row.
+        moment: of the step.
+        live: workers of the stage that are not banned.
+        credentials: of the run.
+    """
+    algorithm = credentials.algorithm
+    named = digest_of(sketch_bytes(sketch), algorithm)
+    return ContributionVote(moment, auditor, audited, named, vote.word, live, finding_of(vote.recomputation, algorithm))
+
+
+def sketch_bytes(sketch: Tensor) -> bytes:
+    """A sketch as it stands in a row: float32 in the order of memory."""
+    return sketch.contiguous().numpy().tobytes()
+
+
+def of_auditor(everyone: Tensor, rank: int, number: int) -> Vote:
+    """The vote of an auditor, from what all ranks gathered: only its own entry counts, whatever other ranks put there.
+
+    Args:
+        everyone: ``(ranks, VOTE_BYTES * cases)`` bytes.
+        rank: of the auditor.
+        number: of the case.
+    """
+    return decode(everyone[rank, number * VOTE_BYTES : (number + 1) * VOTE_BYTES].numpy().tobytes())
+
+
+def testimony(vote: Vote, statement: VoteStatement | ContributionVote, credentials: Credentials) -> Testimony | None:
+    """The vote as others may be shown it later; ``None`` if the auditor had to sign it, and has not.
 
     Args:
         vote: as it came.
-        statement: from :func:`says`.
+        statement: from :func:`says` or :func:`says_of_weights`.
         credentials: with the auditor's key.
     """
-    signed = Signed(statement, vote.signature)
-    return Testimony(signed, vote.recomputation) if credentials.keys and credentials.hold(signed) else None
+    signature = vote.signature if credentials.keys else bytes(SIGNATURE_BYTES)
+    if isinstance(statement, ContributionVote):
+        of_weights = Signed(statement, signature)
+        return Testimony(of_weights, vote.recomputation) if credentials.hold(of_weights) else None
+    signed = Signed(statement, signature)
+    return Testimony(signed, vote.recomputation) if credentials.hold(signed) else None

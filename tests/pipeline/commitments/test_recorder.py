@@ -4,12 +4,13 @@ import torch
 
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.commitments.recorder import Recorder
-from lightning_sentinel.pipeline.commitments.step_commitments import Received, decode, length
+from lightning_sentinel.pipeline.commitments.step_commitments import Received, decode
 from lightning_sentinel.pipeline.data.micro_batches import BatchSizes
 from lightning_sentinel.pipeline.step_plan import plan_step
 from lightning_sentinel.trust.credentials import Credentials
 from lightning_sentinel.trust.digests import Algorithm, digest_of_tensor
 from lightning_sentinel.trust.identity import Identity
+from lightning_sentinel.trust.parts import part_length
 from lightning_sentinel.trust.statements import Kind, Moment, SignalId
 
 A = Direction.ACTIVATION
@@ -27,7 +28,7 @@ def test_what_was_sent_and_received_is_said_and_signed_once_the_step_is_over() -
         if repeat:
             recorder.sent(SENT, torch.full((2, 3), 2.0), torch.tensor(True))
             said = recorder.finish(None)
-    nobody = bytes(length(plan.wiring.slots))
+    nobody = bytes(part_length(plan.wiring.slots))
     found = decode([nobody, said, nobody], MESH, plan.wiring, Moment(bytes(16), 3, 5))
     assert found.received == {RECEIVED: Received(True, digest_of_tensor(torch.ones(2, 3), Algorithm.SHA256))}
     assert list(found.sent) == [SENT]

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.pipeline.commitments.step_commitments import Received, StepCommitments, decode, encode, length
+from lightning_sentinel.pipeline.commitments.step_commitments import Received, StepCommitments, decode
 from lightning_sentinel.trust.credentials import Credentials
 from lightning_sentinel.trust.digests import Algorithm, Digest, digest_of
 from lightning_sentinel.trust.identity import Identity
+from lightning_sentinel.trust.parts import encode_part, part_length
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import Kind, Moment, SignalId, SignalStatement
 from lightning_sentinel.wiring import Wiring
@@ -65,7 +66,7 @@ def signed(signal: SignalId, wiring: Wiring) -> Signed[SignalStatement]:
 def parts(mesh: Mesh, wiring: Wiring) -> list[bytes]:
     everything = signals(mesh, wiring)
     return [
-        encode(
+        encode_part(
             {signal: signed(signal, wiring) for signal in everything if sender(signal, wiring) == worker},
             {signal: got(signal) for signal in everything if receiver(signal, wiring) == worker},
             sealed_by(worker),
@@ -86,7 +87,7 @@ def test_what_each_says_of_what_it_sent_and_received_is_known_to_all(
     banned = data.draw(st.sets(st.sampled_from(mesh.workers), max_size=replicas - 1))
     wiring = Wiring.of(mesh, banned, micro_batches, turn=data.draw(st.integers(0, 3)))
     said = parts(mesh, wiring)
-    assert {len(part) for part in said} == {length(wiring.slots)}
+    assert {len(part) for part in said} == {part_length(wiring.slots)}
     found = decode(said, mesh, wiring, NOW)
     everything = signals(mesh, wiring)
     assert found.sent == {signal: signed(signal, wiring) for signal in everything}
@@ -101,7 +102,7 @@ def test_any_bytes_say_something_or_nothing(seed: int) -> None:
     wiring = Wiring.of(mesh, micro_batches=2)
     # Small bytes, among which are the numbers of algorithms.
     drawn = random.Random(seed)
-    said = [bytes(drawn.choices(range(1 + 2 * seed), k=length(2))) for _ in mesh.workers]
+    said = [bytes(drawn.choices(range(1 + 2 * seed), k=part_length(2))) for _ in mesh.workers]
     found = decode(said, mesh, wiring, NOW)
     assert set(found.sent) <= set(signals(mesh, wiring)) and set(found.received) <= set(signals(mesh, wiring))
     found.contradictions(mesh, wiring)

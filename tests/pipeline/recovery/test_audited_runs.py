@@ -74,6 +74,7 @@ class Run:
         steps: int = START + 3,
         warmup: int = 100,
         response: dict[str, Any] | None = None,
+        start: int = START,
         more: Sequence[L.Callback] = (),
         **options: Any,
     ) -> None:
@@ -89,7 +90,7 @@ class Run:
             response=ls.Response(audit_rate=rate, **(response or {})),
         )
         self.module, self.attempts = module or tasks.Classifier("adamw"), Attempts()
-        injector = [] if attacks is None else [ls.AttackInjector(attacks, workers=workers, start_step=START)]
+        injector = [] if attacks is None else [ls.AttackInjector(attacks, workers=workers, start_step=start)]
         self.trainer = tasks.trainer(self.strategy, 1, steps, [*injector, *more, self.attempts], **options)
         L.seed_everything(5, verbose=False)
         self.trainer.fit(self.module, tasks.loader(BATCH, samples=6 * BATCH), ckpt_path=self.source)

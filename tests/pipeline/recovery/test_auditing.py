@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.pipeline.recovery.evidence import evidence_of_bans
+from lightning_sentinel.pipeline.recovery.evidence import Heard, of_audits
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.recovery.votes import VOTE_BYTES
 from lightning_sentinel.trust.credentials import Credentials
@@ -237,10 +237,30 @@ def test_of_a_lie_there_are_the_signed_words_of_all_others() -> None:
     liar, signals = Worker(0, 2), expected(toy, {(2, 0): LIED}).bool()
     toy.audit(boundary, signals)
     held = credentials(toy.mesh, Worker(1, 0))
-    (evidence,) = evidence_of_bans([liar, Worker(0, 1)], toy.testimonies, toy.commitments, held).values()
+    heard = Heard(toy.commitments, toy.testimonies, {}, {})
+    evidence, of_nothing = of_audits(dict.fromkeys([liar, Worker(0, 1)], Reason.LIED), 3, heard, held).values()
     assert (evidence.banned, evidence.reason, len(evidence.testimonies)) == (liar, Reason.LIED, 4)
-    assert verify_evidence(evidence, known=set(held.keys.values())).holds
-    assert not evidence_of_bans([liar], toy.testimonies, toy.commitments, Credentials(RUN))
+    assert verify_evidence(evidence, known=set(held.keys.values())).proves
+    findings = verify_evidence(of_nothing)
+    assert findings.holds and not findings.proves
+    assert findings.verdict.endswith(
+        "it says that worker (stage 0, replica 1) sent a signal that most workers of its stage found"
+        " to be false, and nothing in it shows that."
+    )
+
+
+def test_where_nobody_signs_the_votes_are_a_record_and_no_proof() -> None:
+    boundary = Boundary(0, A)
+    toy = Toy(Mesh(2, 5), {(boundary, 2, 0)}, signs=False)
+    liar = Worker(0, 2)
+    toy.audit(boundary, expected(toy, {(2, 0): LIED}).bool())
+    (evidence,) = of_audits({liar: Reason.LIED}, 3, Heard(toy.commitments, toy.testimonies, {}, {}), Credentials(RUN)).values()
+    findings = verify_evidence(evidence)
+    assert (len(evidence.testimonies), evidence.keys, findings.holds, findings.proves) == (4, {}, True, False)
+    assert findings.verdict.startswith(
+        "This is a record and no proof: nobody signed it. By what it says worker (stage 0, replica 2)"
+    )
+    assert "4 of 5 live workers of its stage found it to be false" in findings.verdict
 
 
 @pytest.mark.parametrize("outcome", [Outcome.ACTIVATION_WITHHELD, Outcome.GRADIENT_WITHHELD, Outcome.SIGNAL_WITHHELD])
@@ -254,7 +274,7 @@ def test_of_what_was_withheld_there_are_the_words_of_those_that_did_not_get_it(o
     assert torch.equal(toy.audit(boundary), expected(toy, {(1, 0): outcome}))
     guilty = toy.wiring.worker(stage, 1)
     held = credentials(toy.mesh, Worker(1, 0))
-    (evidence,) = evidence_of_bans([guilty], toy.testimonies, toy.commitments, held).values()
+    (evidence,) = of_audits({guilty: Reason.LIED}, 3, Heard(toy.commitments, toy.testimonies, {}, {}), held).values()
     assert evidence.reason is Reason.WITHHELD
     findings = verify_evidence(evidence)
     assert findings.holds and f"it was for {guilty} to give it to them" in findings.verdict

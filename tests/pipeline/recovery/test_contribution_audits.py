@@ -56,9 +56,9 @@ class Contributing(Toy):
         self, lies: dict[Worker, Callable[[Tensor], Tensor]] | None = None, audited: Sequence[Worker] | None = None
     ) -> dict[Worker, Judgement]:
         """What all ranks decide of the contributions that an auditor says do not match, by default of all that are audited."""
-        plan = plan_step("training_step", self.mesh, BatchSizes(2, (2 * SAMPLES,) * self.mesh.replicas))
+        plan = plan_step("training_step", self.mesh, BatchSizes(2, (2 * SAMPLES,) * self.mesh.replicas), number=3)
         plan = replace(plan, wiring=self.wiring, banned=frozenset(self.banned), absent=frozenset(self.banned))
-        table = self.sketches(lies or {})
+        table = self.table = self.sketches(lies or {})
         workers = [self.wiring.worker(stage, lane) for lane in self.wiring.lanes for stage in range(self.mesh.stages)]
         cases = [ContributionCase(lane, worker) for worker in audited or workers if (lane := self.wiring.lane(worker)) is not None]
 
@@ -74,11 +74,12 @@ class Contributing(Toy):
                 GradientSketch(worker.stage),
                 lambda: torch.float32,
             )
-            transcript = Transcript(self.mesh, credentials(self.mesh, worker))
+            transcript = Transcript(self.mesh, credentials(self.mesh, worker, self.signs))
             audits = ContributionAudits(self.mesh, worker, self.kept[rank], recomputed, transcript)
-            audits.adversary = self.adversary
+            audits.begin(self.adversary)
             ask = partial(audits.ask, plan=plan, sketches=table, commitments=self.commitments)
             found = Jury(self.mesh).hear_contributions(dict.fromkeys(cases), self.banned, (), 3, ask)
+            self.on_weights = audits.testimonies
             return {case.audited: judgement for case, judgement in found.items()}
 
         with ranks(self.mesh.size) as world:
@@ -87,8 +88,8 @@ class Contributing(Toy):
         return first
 
 
-def contributing(stages: int = 3, replicas: int = 3, banned: Sequence[Worker] = ()) -> Contributing:
-    toy = Contributing(Mesh(stages, replicas), banned=banned)
+def contributing(stages: int = 3, replicas: int = 3, banned: Sequence[Worker] = (), signs: bool = True) -> Contributing:
+    toy = Contributing(Mesh(stages, replicas), banned=banned, signs=signs)
     toy.handed = None
     return toy
 

@@ -47,7 +47,9 @@ RUN = bytes(range(16))
 
 
 @cache
-def credentials(mesh: Mesh, worker: Worker) -> Credentials:
+def credentials(mesh: Mesh, worker: Worker, signs: bool = True) -> Credentials:
+    if not signs:
+        return Credentials(RUN)
     identities = {one: Identity.seeded(0, str(one)) for one in mesh.workers}
     return Credentials(RUN, Algorithm.SHA256, identities[worker], {one: mine.public for one, mine in identities.items()})
 
@@ -58,11 +60,19 @@ class Toy:
     Args:
         lies: signals to which the sender adds one.
         banned: workers that serve nothing.
+        signs: whether workers sign what they say.
     """
 
     def __init__(
-        self, mesh: Mesh, lies: Collection[Place] = (), banned: Collection[Worker] = (), micro_batches: int = 2, turn: int = 0
+        self,
+        mesh: Mesh,
+        lies: Collection[Place] = (),
+        banned: Collection[Worker] = (),
+        micro_batches: int = 2,
+        turn: int = 0,
+        signs: bool = True,
     ) -> None:
+        self.signs = signs
         self.mesh, self.banned = mesh, set(banned)
         self.wiring = Wiring.of(mesh, banned, micro_batches, turn)
         generator = torch.Generator().manual_seed(0)
@@ -101,7 +111,7 @@ class Toy:
     def commit(self, boundary: Boundary, lane: int, slot: int, signal: Tensor) -> None:
         """The sender signs what it sent."""
         sender, place = self.wiring.worker(boundary.sender, lane), SignalId(Kind.SIGNAL, boundary, lane, slot)
-        own = credentials(self.mesh, sender)
+        own = credentials(self.mesh, sender, self.signs)
         said = SignalStatement(Moment(RUN, 3, 1), sender, place, False, own.digest(signal))
         self.commitments.sent[place] = own.sign(said)
         self.commitments.received[place] = Received(said.tainted, said.digest)
@@ -153,7 +163,7 @@ class Toy:
                 return [list(self.batches[part]), SAMPLES, 0.5] if self.handed is _HONEST else self.handed
 
             recompute = self.recompute.get(rank, self.honest(worker.stage))
-            transcript = Transcript(self.mesh, credentials(self.mesh, worker))
+            transcript = Transcript(self.mesh, credentials(self.mesh, worker, self.signs))
             tolerances, cache = self.tolerances[rank], self.kept[rank]
             signals = SignalExamination(self.mesh, cache, samples, recompute, tolerances, lambda: torch.float32)
             audits = Audits(self.mesh, worker, signals, None, tolerances, lambda: cache.room, transcript)
