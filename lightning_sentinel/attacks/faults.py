@@ -37,6 +37,8 @@ class Site(Enum):
     """The rows that it reports: its measurements of the signals that it receives."""
     NOTES = "notes"
     """The notes on its signals, which the verifiers of the next stage compare with what that stage makes of them."""
+    COMMITMENTS = "commitments"
+    """What it says to all, and signs, about the signals that it sent and received: their digests."""
     VOTES = "votes"
     """Its votes in audits."""
 

@@ -39,7 +39,7 @@ from lightning_sentinel.pipeline.messages.transport import Transport
 from lightning_sentinel.pipeline.processes.torch_wire import TorchWire
 from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.recovery.auditing import Audits, Inputs
-from lightning_sentinel.pipeline.recovery.contradictions import settle_contradictions
+from lightning_sentinel.pipeline.recovery.contradictions import pairs_of, settle_contradictions
 from lightning_sentinel.pipeline.recovery.contribution_audits import AuditsOfProcess, ContributionAudits, StageRecomputation
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
 from lightning_sentinel.pipeline.recovery.guard import Guard
@@ -239,8 +239,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
             return ruling
         evidence = self._audits.signals.evidence(ruling.banned, commitments)
         # Where a run only reports they lead to nothing, and are told.
-        pairs = sorted({(transfer.sender, transfer.receiver) for transfer in contradictions})
-        return ruling._replace(evidence=evidence, contradictions=pairs)
+        return ruling._replace(evidence=evidence, contradictions=pairs_of(contradictions))
 
     def returned(self) -> Any:
         running = self._step_under_way

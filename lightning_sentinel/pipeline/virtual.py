@@ -25,6 +25,7 @@ from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.gradients.contributions import broken
 from lightning_sentinel.pipeline.gradients.virtual_gradients import VirtualGradients
+from lightning_sentinel.pipeline.recovery.contradictions import pairs_of, settle_contradictions
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.recovery.rewind import Rewind
@@ -222,6 +223,10 @@ class VirtualEngine:
             return None
         running = self._running
         assert running is not None, "a step is settled after it has run"
+        contradictions = sorted(running.contradictions.values())
+        if contradictions and self.guard.replaces_malformed:
+            running.take_back()
+            return settle_contradictions(self.guard, outcome.table, plan, contradictions, frozenset())
         audits = VirtualAudits(self._workers, running, outcome.table, self._computed_in)
         contributions = None
         if self.guard.contributions.audits:
@@ -237,7 +242,7 @@ class VirtualEngine:
         )
         if ruling.excluded:
             running.take_back()
-        return ruling
+        return ruling._replace(contradictions=pairs_of(contradictions))
 
 
 def _joined(results: Sequence[tuple[Sequence[int], Any]]) -> Any:

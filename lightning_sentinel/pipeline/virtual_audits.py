@@ -10,6 +10,7 @@ from lightning_sentinel.mesh import Direction, Worker
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.virtual_boundaries import VirtualStep
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
+from lightning_sentinel.trust.statements import Kind, SignalId
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import Outcome, tolerance
 from lightning_sentinel.verification.jury import Case, ContributionCase, Subject
@@ -53,6 +54,9 @@ class VirtualAudits:
         adversary = self._workers.adversary
         votes = []
         for case, juror in asked:
+            if case.subject is Subject.SIGNAL and self._is_contradicted(case):
+                votes.append(Outcome.MATCHES)
+                continue
             index = self._workers.mesh.boundaries.index(case.boundary)
             found = self._error(index, case) if case.subject is Subject.SIGNAL else None
             false = self._is_false(guard, index, case) if found is None else self._is_lie(guard, index, case, found)
@@ -77,6 +81,10 @@ class VirtualAudits:
                 vote = Outcome(adversary.vote(vote, juror, case.audited, Direction.GRADIENT, self._running.plan.number))
             votes.append(vote)
         return votes
+
+    def _is_contradicted(self, case: Case) -> bool:
+        """Whether nobody can judge a signal, because sender and receiver say different things about it and the run only reports."""
+        return SignalId(Kind.SIGNAL, case.boundary, case.lane, case.slot) in self._running.contradictions
 
     def _is_lie(self, guard: Guard, index: int, case: Case, found: Sequence[float]) -> bool:
         """Whether a signal with these errors does not match."""

@@ -228,7 +228,8 @@ class Ledger:
         return self._condemn(step, {*forgers, *liars}, mesh)
 
     def _contradicts_too_many(self, worker: Worker, mesh: Mesh) -> bool:
-        of_stages = Counter(other.stage for other in self.contradicted[worker])
+        # Who contradicted somebody that is banned has been right.
+        of_stages = Counter(other.stage for other in self.contradicted[worker] if other not in self.banned_at)
         live = {stage: mesh.replicas - sum(one.stage == stage for one in self.banned_at) for stage in of_stages}
         return any(strikes_to_ban(live[stage]) is not None and count > most_bans(live[stage]) for stage, count in of_stages.items())
 

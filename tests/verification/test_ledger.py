@@ -160,6 +160,17 @@ class TestContradictions:
         for step, other in enumerate((Worker(0, 0), Worker(0, 3))):
             assert not ledger.record_contradictions(step, [(self.LIAR, other)], (), self.MESH)
 
+    def test_who_contradicted_liars_alone_is_none_however_few_are_left_of_their_stage(self) -> None:
+        ledger, mesh, honest = Ledger(), Mesh(3, 5), Worker(2, 0)
+        liars = [Worker(1, 0), Worker(1, 3)]
+        for step, replica in enumerate(range(3)):
+            assert set(ledger.record_contradictions(step, [(liar, Worker(0, replica)) for liar in liars], (), mesh)) == (
+                set(liars) if step == 2 else set()
+            )
+        ledger.contradicted[honest] = set(liars)
+        assert ledger.record_contradictions(3, [(Worker(1, 1), honest)], (), mesh) == []
+        assert ledger.record_contradictions(4, [(Worker(1, 2), honest)], (), mesh) == [honest]
+
     def test_whose_word_nobody_signed_is_banned_at_once_where_anybody_is(self) -> None:
         assert self.told(forgers=(self.LIAR,))[1] == [self.LIAR]
         assert not self.told(Worker(0, 0), Worker(0, 3), forgers=(self.LIAR,), ban_after=None)[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Iterable
 
 import torch
 
@@ -15,11 +15,16 @@ from lightning_sentinel.trust.statements import Transfer
 from lightning_sentinel.verification import SignalTable, StepVerdict
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["settle_contradictions"]
+__all__ = ["pairs_of", "settle_contradictions"]
+
+
+def pairs_of(transfers: Iterable[Transfer]) -> list[tuple[Worker, Worker]]:
+    """The senders and receivers of messages, each pair once, in order."""
+    return sorted({(transfer.sender, transfer.receiver) for transfer in transfers})
 
 
 def settle_contradictions(
-    guard: Guard, table: SignalTable, plan: StepPlan, transfers: Collection[Transfer], forgers: frozenset[Worker]
+    guard: Guard, table: SignalTable, plan: StepPlan, transfers: Iterable[Transfer], forgers: frozenset[Worker]
 ) -> Ruling:
     """Do a step again, without one of two workers that contradict each other about a message.
 
@@ -35,7 +40,7 @@ def settle_contradictions(
         forgers: workers whose row of the step before bore no valid signature.
     """
     mesh = plan.mesh
-    pairs = sorted({(transfer.sender, transfer.receiver) for transfer in transfers})
+    pairs = pairs_of(transfers)
     banned = guard.ledger.record_contradictions(plan.number, pairs, forgers, mesh)
     contradicted = guard.ledger.contradicted
     excluded = sorted({*forgers, *(max(pair, key=lambda worker: len(contradicted[worker])) for pair in pairs)})
