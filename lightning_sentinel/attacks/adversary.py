@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sentinel.attacks.context import Attack, AttackContext
 from lightning_sentinel.attacks.dealing import deal, malicious_workers, warn_of_majority
-from lightning_sentinel.attacks.faults import Site, site_of
+from lightning_sentinel.attacks.faults import OF_COMPUTATION, Site, site_of
 from lightning_sentinel.attacks.products import Phase, Product, Products
 from lightning_sentinel.attacks.registry import AttackSpec
 from lightning_sentinel.attacks.wrappers import parts_of
@@ -153,12 +153,12 @@ class Adversary:
         """Where a worker's computation is faulty in a step; ``None`` if it is not, even if the worker sends another signal."""
         if step < self._start_step:
             return None
-        return next((site for site in (Site.LAYER, Site.PRODUCT, Site.WEIGHTS) if self._at(worker, site)), None)
+        return next((site for site in OF_COMPUTATION if self._at(worker, site)), None)
 
     @property
     def corrupts_weight_gradients(self) -> bool:
-        """Whether the attack of any worker is on weight gradients, in some step or other."""
-        return any(site_of(attack) is Site.WEIGHTS for attack in self._attacks.values())
+        """Whether any worker adds wrong weight gradients in some step: by an attack on these, or by a faulty computation."""
+        return any(self.liars(site) for site in OF_COMPUTATION)
 
     def layer_output(self, output: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
         """The tensor that a layer of ``worker`` returns for ``output``, in the same graph; its gradient may be hit as well."""
