@@ -33,7 +33,9 @@ __all__ = [
     "Jury",
     "Subject",
     "decide",
+    "live_workers",
     "most_bans",
+    "refutations_to_ban",
     "strikes_to_ban",
     "weigh",
 ]
@@ -140,6 +142,16 @@ class Findings(NamedTuple):
     reports: tuple[Decision, ...] = ()
 
 
+def live_workers(stage: int, banned: Collection[Worker], mesh: Mesh) -> int:
+    """How many workers of a stage are not banned.
+
+    Example:
+        >>> live_workers(1, {Worker(1, 0), Worker(0, 2)}, Mesh(stages=2, replicas=3))
+        2
+    """
+    return sum(Worker(stage, replica) not in banned for replica in range(mesh.replicas))
+
+
 def most_bans(replicas: int) -> int:
     """How many workers of a stage may be banned for what they sent: fewer than half, or one of two.
 
@@ -168,6 +180,23 @@ def strikes_to_ban(live: int) -> int | None:
     if live < _TWO_STRIKES:
         return None
     return 1 if live >= _ALL_DECIDE else 2
+
+
+def refutations_to_ban(live: int, false_accusations: int | None) -> int | None:
+    """In how many steps most of a stage must vote the opposite of a worker before it is banned; ``None``: it never is.
+
+    Until then it is asked, or it could not be refuted again. Its word changes nothing as long as most vote honestly. Of three or
+    four workers one more wrong vote would be a majority, so there it is asked no more, and nobody is banned for it.
+
+    Args:
+        live: workers of the stage that are not banned.
+        false_accusations: see :class:`lightning_sentinel.config.Response`.
+
+    Example:
+        >>> [refutations_to_ban(live, 3) for live in (4, 5)], refutations_to_ban(5, None)
+        ([None, 3], None)
+    """
+    return false_accusations if live >= _ALL_DECIDE else None
 
 
 def weigh(votes: Mapping[Worker, Outcome], live: int, stands: bool = True) -> Judgement:
@@ -283,7 +312,7 @@ class Jury:
         outcome = torch.zeros(signals.shape, dtype=torch.long)
         outvoted: dict[tuple[int, int, int], frozenset[Worker]] = {}
         reports = []
-        for case, judged in decide(queues, lambda case: self.live(case.stage, banned), ask).items():
+        for case, judged in decide(queues, lambda case: live_workers(case.stage, banned, self._mesh), ask).items():
             if case.subject is Subject.SIGNAL:
                 place = self._mesh.boundaries.index(case.boundary), case.lane, case.slot
                 outcome[place] = judged.outcome
@@ -345,11 +374,7 @@ class Jury:
         """
         unheard = {*banned, *muted}
         asked = {case: self.others(case.audited, unheard, step, case.audited.stage, case.audited.replica) for case in cases}
-        return decide(asked, lambda case: self.live(case.audited.stage, banned), ask)
-
-    def live(self, stage: int, banned: Collection[Worker]) -> int:
-        """How many workers of a stage are not banned."""
-        return sum(Worker(stage, replica) not in banned for replica in range(self._mesh.replicas))
+        return decide(asked, lambda case: live_workers(case.audited.stage, banned, self._mesh), ask)
 
     def _case(self, wiring: Wiring, index: int, lane: int, slot: int) -> Case:
         boundary = self._mesh.boundaries[index]

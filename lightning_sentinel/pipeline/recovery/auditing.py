@@ -38,7 +38,7 @@ from lightning_sentinel.trust.digests import Digest, digest_of
 from lightning_sentinel.trust.evidence import Evidence, Recomputation, Testimony
 from lightning_sentinel.trust.statements import Kind, SignalId
 from lightning_sentinel.verification.audit import Outcome
-from lightning_sentinel.verification.jury import Case
+from lightning_sentinel.verification.jury import Case, live_workers
 from lightning_sentinel.verification.tolerance import MEASURED, Tolerances, deviation
 from lightning_sentinel.wiring import MicroBatchId
 
@@ -182,7 +182,12 @@ class Audits:
     def _signed(self, vote: Vote, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments) -> Vote:
         credentials = self._transcript.credentials
         about = commitments.sent[_signal_of(case)].statement
-        return replace(vote, signature=credentials.sign(says(vote, auditor, about, self._live(case, plan), credentials)).signature)
+        return replace(
+            vote,
+            signature=credentials.sign(
+                says(vote, auditor, about, live_workers(case.audited.stage, plan.banned, self._mesh), credentials)
+            ).signature,
+        )
 
     def _heard(
         self, everyone: Tensor, number: int, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments
@@ -196,7 +201,13 @@ class Audits:
         if not credentials.hold(commitments.sent[signal]):
             # The sender has signed a row in which it does not sign its signal.
             return Outcome.LIED
-        statement = says(vote, auditor, commitments.sent[signal].statement, self._live(case, plan), credentials)
+        statement = says(
+            vote,
+            auditor,
+            commitments.sent[signal].statement,
+            live_workers(case.audited.stage, plan.banned, self._mesh),
+            credentials,
+        )
         if credentials.keys:
             words = testimony(vote, statement, credentials)
             if words is None:
@@ -205,10 +216,6 @@ class Audits:
         if vote.word == Outcome.MATCHES:
             self._tolerances.heard(self._mesh.boundaries.index(case.boundary), case.audited, vote.measured)
         return vote.word
-
-    def _live(self, case: Case, plan: StepPlan) -> int:
-        """Workers of the audited stage that are not banned."""
-        return sum(Worker(case.audited.stage, replica) not in plan.banned for replica in range(self._mesh.replicas))
 
     def _handed(self, asked: Sequence[tuple[Case, Worker]], needed: Sequence[Sequence[_Need]]) -> list[dict[_Item, Packed]]:
         """The items that this rank sends to the auditor of each case, packed for sending."""

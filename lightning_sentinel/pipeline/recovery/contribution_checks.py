@@ -6,7 +6,7 @@ it reaches a weight, where it is out of line or drawn.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from lightning_sentinel.verification.contribution_scores import ContributionScor
 from lightning_sentinel.verification.contributions import with_contributions
 from lightning_sentinel.verification.jury import AskOfContributions, ContributionCase, Jury
 from lightning_sentinel.verification.sketches import GradientSketch
+from lightning_sentinel.verification.table import mask_of
 
 __all__ = ["ContributionChecks", "Contributions", "weights_of_workers"]
 
@@ -90,7 +91,7 @@ class ContributionChecks:
         weights = weights_of_workers(plan)
         scored = None
         if contributions.sketches is not None:
-            scored = self._scores.assess(contributions.sketches, weights, self._among(plan.absent))
+            scored = self._scores.assess(contributions.sketches, weights, mask_of(plan.absent, self._mesh))
         scores = torch.zeros_like(weights) if scored is None else scored.score
         wanted = (weights > 0) & ((scores > 1) | self._drawn(plan.number))
         workers = [Worker(stage, replica) for stage, replica in wanted.nonzero().tolist()]
@@ -99,16 +100,9 @@ class ContributionChecks:
         verdict = with_contributions(verdict, cases, judged, scores, plan.wiring, plan.number)
         found = verdict.guilty | verdict.disputed
         if scored is not None and not (found and self._repeats):
-            liars = self._among(found)
+            liars = mask_of(found, self._mesh)
             self._scores.learn(scored, (weights > 0) & ~liars, cleared=wanted & ~liars)
         return verdict
-
-    def _among(self, workers: Collection[Worker]) -> Tensor:
-        """``(stages, replicas)`` bool, whether a worker is one of these."""
-        chosen = torch.zeros(self._mesh.stages, self._mesh.replicas, dtype=torch.bool)
-        for worker in workers:
-            chosen[worker.stage, worker.replica] = True
-        return chosen
 
     def _drawn(self, step: int) -> Tensor:
         """``(stages, replicas)`` bool, whose contributions are audited whatever their scores."""
