@@ -182,12 +182,8 @@ class Audits:
     def _signed(self, vote: Vote, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments) -> Vote:
         credentials = self._transcript.credentials
         about = commitments.sent[_signal_of(case)].statement
-        return replace(
-            vote,
-            signature=credentials.sign(
-                says(vote, auditor, about, live_workers(case.audited.stage, plan.banned, self._mesh), credentials)
-            ).signature,
-        )
+        live = live_workers(case.audited.stage, plan.banned, self._mesh)
+        return replace(vote, signature=credentials.sign(says(vote, auditor, about, live, credentials)).signature)
 
     def _heard(
         self, everyone: Tensor, number: int, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments
@@ -201,13 +197,8 @@ class Audits:
         if not credentials.hold(commitments.sent[signal]):
             # The sender has signed a row in which it does not sign its signal.
             return Outcome.LIED
-        statement = says(
-            vote,
-            auditor,
-            commitments.sent[signal].statement,
-            live_workers(case.audited.stage, plan.banned, self._mesh),
-            credentials,
-        )
+        live = live_workers(case.audited.stage, plan.banned, self._mesh)
+        statement = says(vote, auditor, commitments.sent[signal].statement, live, credentials)
         if credentials.keys:
             words = testimony(vote, statement, credentials)
             if words is None:
