@@ -207,8 +207,8 @@ def fit_audited(warm: Path, engine: str, *callbacks: L.Callback) -> dict[str, An
 
 
 def fit_contradicting(warm: Path) -> list[dict[str, Any]]:
-    """One worker sends messages that nobody can take; and it says that it sent and received other signals than it did."""
-    equivocator = ls.AttackInjector("equivocate", workers=[MESH.worker(1)], start_step=BEGIN)
+    """One worker sends messages that nobody can take; and it says that it sent other signals than it did."""
+    equivocator = ls.AttackInjector({"name": "equivocate", "side": "sender"}, workers=[MESH.worker(1)], start_step=BEGIN)
     return [fit_audited(warm, "process", one) for one in (Sends(send_other_shape, 1, BEGIN), equivocator)]
 
 
