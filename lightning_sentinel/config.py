@@ -117,6 +117,10 @@ class Response:
         gradient_audit_rate: share of all workers whose contribution to the weight gradients of their stage is recomputed as a whole
             in a step, drawn at random; contributions that are out of line are recomputed as well. Decided as for signals. ``None``
             recomputes none, and so does ``audit_rate=None``.
+        false_accusations: in how many steps most of its stage must have found the opposite of what a worker says in audits, that
+            something does not match or that it does, before it is banned for that. Until then its word counts. In stages of fewer
+            than five live workers it loses its word the first time instead, and is not banned for it. ``None`` does so everywhere,
+            and so does ``ban_after=None``.
         aggregation: how the gradients of a stage's workers become one. ``"mean"`` believes all workers that are not banned; the
             other rules bound what a minority of them can do: ``"trimmed_mean"`` and ``"median"`` of every coordinate (Yin et al.,
             2018), ``"krum"`` and ``"multi_krum"`` (Blanchard et al., 2017), ``"centred_clipping"`` (Karimireddy et al., 2021).
@@ -139,14 +143,15 @@ class Response:
     Example:
         >>> import lightning_sentinel as ls
         >>> ls.Response(on_flag="log", ban_after=None)
-        Response(on_flag='log', ban_after=None, audit_rate=0.01, gradient_audit_rate=0.005, aggregation='mean', tolerated=None, \
-banned=(), ledger=None)
+        Response(on_flag='log', ban_after=None, audit_rate=0.01, gradient_audit_rate=0.005, false_accusations=3, \
+aggregation='mean', tolerated=None, banned=(), ledger=None)
     """
 
     on_flag: Literal["exclude", "log"] = "exclude"
     ban_after: int | None = 5
     audit_rate: float | None = DEFAULT_AUDIT_RATE
     gradient_audit_rate: float | None = 0.005
+    false_accusations: int | None = 3
     aggregation: Aggregation = "mean"
     tolerated: int | None = None
     banned: Sequence[Worker | tuple[int, int]] = ()
@@ -154,7 +159,7 @@ banned=(), ledger=None)
 
     def __post_init__(self) -> None:
         _require(self.on_flag in ("exclude", "log"), "Response.on_flag", self.on_flag, "'exclude' or 'log'")
-        for name in ("ban_after", "tolerated"):
+        for name in ("ban_after", "false_accusations", "tolerated"):
             value = getattr(self, name)
             _require(value is None or is_whole(value, 1), f"Response.{name}", value, "None or a whole number, at least 1")
         rule = "None, or a share above 0 and at most 1: attacks that no feature shows are found by chance alone"

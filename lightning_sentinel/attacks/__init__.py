@@ -12,7 +12,7 @@ from lightning_sentinel.attacks.misplaced import Permute, Swap
 from lightning_sentinel.attacks.product_faults import BitFlip, MisplacedTile, SilentCorruption, StuckTile, WrongAddress
 from lightning_sentinel.attacks.products import Phase, Product
 from lightning_sentinel.attacks.registry import AttackSpec, available, get, resolve
-from lightning_sentinel.attacks.roles import FalseNotes, FalseRows, FalseVotes
+from lightning_sentinel.attacks.roles import Equivocate, FalseNotes, FalseRows, FalseVotes
 from lightning_sentinel.attacks.shortcut import FlipResidual, Identity, ReceivedNoise
 from lightning_sentinel.attacks.subtle import AddNoise, Drift, Frame, Local
 from lightning_sentinel.attacks.wrappers import Collude, Intermittent, Several
@@ -29,6 +29,7 @@ __all__ = [
     "Collude",
     "Delay",
     "Drift",
+    "Equivocate",
     "FalseNotes",
     "FalseRows",
     "FalseVotes",

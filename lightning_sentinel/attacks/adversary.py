@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import random
-import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.attacks.context import Attack, AttackContext
-from lightning_sentinel.attacks.faults import Site, site_of
+from lightning_sentinel.attacks.dealing import deal, malicious_workers, warn_of_majority
+from lightning_sentinel.attacks.faults import OF_COMPUTATION, Site, site_of
 from lightning_sentinel.attacks.products import Phase, Product, Products
-from lightning_sentinel.attacks.registry import LIBRARY, AttackSpec, resolve
-from lightning_sentinel.attacks.wrappers import Several, Wrapper, parts_of
+from lightning_sentinel.attacks.registry import AttackSpec
+from lightning_sentinel.attacks.wrappers import parts_of
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Direction, Mesh, Worker
-from lightning_sentinel.seeds import derive_seed
 
 __all__ = ["Adversary", "Witness"]
 
@@ -41,8 +37,8 @@ class Adversary:
         fraction: share of malicious workers, between 0 and 1. In every middle stage ``round(fraction * replicas)``
             workers, at least one, are drawn. The first and last stage stay honest, as in SENTINEL (arXiv 2603.03592).
         start_step: first step that is tampered with.
-        direction: which of the signals of a malicious worker are tampered with, and of which signals its rows, notes and votes are
-            false.
+        direction: which of the signals of a malicious worker are tampered with, and of which signals its rows, notes,
+            commitments and votes are false.
         seed: seed of all draws: of the workers, of their attacks and of the randomness in these.
 
     Raises:
@@ -78,8 +74,8 @@ class Adversary:
             raise ConfigurationError(f"start_step={start_step!r} cannot work: steps count from 0.")
         if direction not in ("activation", "gradient", "both"):
             raise ConfigurationError(f"direction={direction!r} cannot work: it must be 'activation', 'gradient' or 'both'.")
-        self._workers = _malicious_workers(mesh, workers, fraction, seed)
-        self._attacks = _deal(attacks, self._workers, seed)
+        self._workers = malicious_workers(mesh, workers, fraction, seed)
+        self._attacks = deal(attacks, self._workers, seed)
         self._start_step = start_step
         self._directions = frozenset(Direction if direction == "both" else (Direction(direction),))
         self._seed = seed
@@ -88,7 +84,7 @@ class Adversary:
         self._products: dict[tuple[Worker, int], Products] = {}
         """The products of micro-batches that are between their forward and their backward pass."""
         self._parts = {worker: parts_of(attack) for worker, attack in self._attacks.items()}
-        _warn_of_majority(mesh, self._workers)
+        warn_of_majority(mesh, self._workers)
 
     @property
     def workers(self) -> frozenset[Worker]:
@@ -157,12 +153,12 @@ class Adversary:
         """Where a worker's computation is faulty in a step; ``None`` if it is not, even if the worker sends another signal."""
         if step < self._start_step:
             return None
-        return next((site for site in (Site.LAYER, Site.PRODUCT, Site.WEIGHTS) if self._at(worker, site)), None)
+        return next((site for site in OF_COMPUTATION if self._at(worker, site)), None)
 
     @property
     def corrupts_weight_gradients(self) -> bool:
-        """Whether the attack of any worker is on weight gradients, in some step or other."""
-        return any(site_of(attack) is Site.WEIGHTS for attack in self._attacks.values())
+        """Whether any worker adds wrong weight gradients in some step: by an attack on these, or by a faulty computation."""
+        return any(self.liars(site) for site in OF_COMPUTATION)
 
     def layer_output(self, output: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
         """The tensor that a layer of ``worker`` returns for ``output``, in the same graph; its gradient may be hit as well."""
@@ -230,6 +226,12 @@ class Adversary:
         """The note that ``maker`` sends on a signal to ``neighbour``: the projection ``values`` on secret directions, or a lie."""
         return self._said(Site.NOTES, values, maker, neighbour, direction, step, micro_batch)
 
+    def commitment(
+        self, signal: Tensor, worker: Worker, neighbour: Worker, direction: Direction, step: int, micro_batch: int
+    ) -> Tensor:
+        """The signal that ``worker`` says to all that it sent to ``neighbour``, or received from it, where that was ``signal``."""
+        return self._said(Site.COMMITMENTS, signal, worker, neighbour, direction, step, micro_batch)
+
     def vote(self, word: int, juror: Worker, audited: Worker, direction: Direction, step: int) -> int:
         """The vote of ``juror`` on what ``audited`` sent or said, for which it found ``word``: 0 if it matches, 1 if it does not.
 
@@ -289,73 +291,6 @@ class Adversary:
 
     def _watches(self, worker: Worker, direction: Direction) -> bool:
         return worker in self._workers and direction in self._directions
-
-
-def _malicious_workers(mesh: Mesh, workers: Collection[Worker] | None, fraction: float | None, seed: int) -> frozenset[Worker]:
-    if (workers is None) == (fraction is None):
-        given = "neither is given" if workers is None else f"both are given (fraction={fraction!r})"
-        raise ConfigurationError(
-            f"Malicious workers are named by workers or drawn by fraction, and {given}. Give exactly one of them."
-        )
-    if workers is not None:
-        return frozenset(_checked(worker, mesh) for worker in workers)
-    assert fraction is not None
-    if not 0 < fraction < 1:
-        raise ConfigurationError(f"fraction={fraction!r} cannot work: it must be between 0 and 1, both excluded.")
-    if mesh.stages < 3:
-        raise ConfigurationError(
-            f"fraction={fraction!r} draws from the middle stages, as first and last are trusted, and a mesh of"
-            f" {mesh.stages} stages has none. Name the workers instead: workers=[Worker(stage=0, replica=0)]."
-        )
-    count = max(1, round(fraction * mesh.replicas))
-    return frozenset(
-        Worker(stage, replica)
-        for stage in range(1, mesh.stages - 1)
-        for replica in random.Random(derive_seed(seed, "workers", stage)).sample(range(mesh.replicas), count)
-    )
-
-
-def _checked(worker: Worker, mesh: Mesh) -> Worker:
-    if not isinstance(worker, Worker):
-        raise ConfigurationError(f"workers holds {worker!r}, which is no worker. Write Worker(stage=1, replica=0).")
-    mesh.rank(worker)
-    return worker
-
-
-def _deal(attacks: AttackSpec | Sequence[AttackSpec], workers: Collection[Worker], seed: int) -> dict[Worker, Attack]:
-    """Gives each worker one of ``attacks``, with a state of its own."""
-    specs = attacks if isinstance(attacks, Sequence) and not isinstance(attacks, str) else [attacks]
-    choices = [resolve(spec) for spec in specs]
-    if not choices:
-        raise ConfigurationError(f"attacks={attacks!r} holds no attack. Give at least one, for instance 'zeros'.")
-    return {
-        worker: _own(random.Random(derive_seed(seed, "attack", worker.stage, worker.replica)).choice(choices)) for worker in workers
-    }
-
-
-def _own(attack: Attack) -> Attack:
-    # A callable of the user's may hold anything (a model, an open file), so only attacks of the library are copied.
-    if type(attack) not in LIBRARY.values():
-        return attack
-    if isinstance(attack, Several):
-        return Several([_own(part) for part in parts_of(attack)])
-    return replace(attack, attack=_own(attack.inner)) if isinstance(attack, Wrapper) else copy.deepcopy(attack)
-
-
-def _warn_of_majority(mesh: Mesh, workers: Collection[Worker]) -> None:
-    counts = Counter(worker.stage for worker in workers)
-    lost = [
-        f"stage {stage} ({count} of {mesh.replicas} replicas)"
-        for stage, count in sorted(counts.items())
-        if 2 * count > mesh.replicas
-    ]
-    if lost:
-        warnings.warn(
-            f"More than half the workers are malicious in {', '.join(lost)}. Detection assumes that fewer than half of"
-            " a stage's workers are: here it may blame the honest ones. Attack fewer workers or add replicas.",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _version(signal: Tensor) -> int:

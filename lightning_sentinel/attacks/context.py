@@ -32,8 +32,8 @@ class AttackContext:
         start_step: the first step that the adversary tampers with.
         colluding: whether all malicious workers draw the same: see :meth:`together`.
         product: the matrix product whose result is altered; ``None`` where something else is.
-        about: the worker that a row, a note or a vote speaks of: the sender of the signal, the worker whose signal is compared with
-            the note, the audited one; ``None`` for a signal.
+        about: the worker that a row, a note, a commitment or a vote speaks of: the sender of the signal, the worker whose signal is
+            compared with the note, the other end of the message, the audited one; ``None`` for a signal.
         allies: all malicious workers.
 
     Example:
@@ -60,7 +60,7 @@ class AttackContext:
 
     @property
     def about_ally(self) -> bool:
-        """Whether a row, a note or a vote speaks of a malicious worker."""
+        """Whether a row, a note, a commitment or a vote speaks of a malicious worker."""
         return self.about in self.allies
 
     @classmethod

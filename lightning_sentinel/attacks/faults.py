@@ -19,7 +19,7 @@ from lightning_sentinel.attacks.context import AttackContext
 from lightning_sentinel.attacks.signals import by_channel, channel_axis, is_integer, is_share, require
 from lightning_sentinel.attacks.subtle import Local
 
-__all__ = ["BadRows", "GradientContribution", "NonFinite", "Site", "site_of"]
+__all__ = ["OF_COMPUTATION", "BadRows", "GradientContribution", "NonFinite", "Site", "site_of"]
 
 
 class Site(Enum):
@@ -37,8 +37,14 @@ class Site(Enum):
     """The rows that it reports: its measurements of the signals that it receives."""
     NOTES = "notes"
     """The notes on its signals, which the verifiers of the next stage compare with what that stage makes of them."""
+    COMMITMENTS = "commitments"
+    """What it says to all, and signs, about the signals that it sent and received: their digests."""
     VOTES = "votes"
     """Its votes in audits."""
+
+
+OF_COMPUTATION = (Site.LAYER, Site.PRODUCT, Site.WEIGHTS)
+"""Where what a worker computes is wrong, and so what it adds to the weight gradients of its stage."""
 
 
 def site_of(attack: object) -> Site:

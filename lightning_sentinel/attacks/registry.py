@@ -14,7 +14,7 @@ from lightning_sentinel.attacks.imitation import MomentumNoise, Surrogate
 from lightning_sentinel.attacks.library import Bias, InvisibleNoise, Ones, RandomSign, RandomValue, Scale, Zeros
 from lightning_sentinel.attacks.misplaced import Permute, Swap
 from lightning_sentinel.attacks.product_faults import BitFlip, MisplacedTile, SilentCorruption, StuckTile, WrongAddress
-from lightning_sentinel.attacks.roles import FalseNotes, FalseRows, FalseVotes
+from lightning_sentinel.attacks.roles import Equivocate, FalseNotes, FalseRows, FalseVotes
 from lightning_sentinel.attacks.shortcut import FlipResidual, Identity, ReceivedNoise
 from lightning_sentinel.attacks.subtle import AddNoise, Drift, Frame, Local
 from lightning_sentinel.attacks.wrappers import Collude, Intermittent, Several
@@ -33,6 +33,7 @@ LIBRARY: dict[str, Callable[..., Attack]] = {
     "collude": Collude,
     "delay": Delay,
     "drift": Drift,
+    "equivocate": Equivocate,
     "false_notes": FalseNotes,
     "false_rows": FalseRows,
     "false_votes": FalseVotes,
@@ -68,7 +69,7 @@ def available() -> tuple[str, ...]:
     Example:
         >>> from lightning_sentinel import attacks
         >>> print(*attacks.available())  # doctest: +NORMALIZE_WHITESPACE
-        add_noise bad_rows bias bit_flip collude delay drift false_notes false_rows false_votes flip_residual frame
+        add_noise bad_rows bias bit_flip collude delay drift equivocate false_notes false_rows false_votes flip_residual frame
         gradient_contribution identity intermittent local misplaced_tile momentum_noise noise non_finite ones permute random
         received_noise scale several sign silent_corruption stuck_tile surrogate swap wrong_address zeros
     """

@@ -1,4 +1,4 @@
-"""What malicious workers say beside the signals that they send: rows, notes and votes.
+"""What malicious workers say beside the signals that they send: rows, notes, commitments and votes.
 
 Like every attack these take what an honest worker would say and return what is said in its place. Workers may lie in several roles:
 see :class:`lightning_sentinel.attacks.wrappers.Several`.
@@ -6,6 +6,7 @@ see :class:`lightning_sentinel.attacks.wrappers.Several`.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from lightning_sentinel.attacks.context import AttackContext
 from lightning_sentinel.attacks.faults import Site
 from lightning_sentinel.attacks.signals import is_number, is_share, require
+from lightning_sentinel.mesh import Direction
 
-__all__ = ["FalseNotes", "FalseRows", "FalseVotes"]
+__all__ = ["Equivocate", "FalseNotes", "FalseRows", "FalseVotes"]
 
 
 @dataclass
@@ -101,6 +103,55 @@ class FalseNotes:
             return signal.clone()
         axis = next((axis for axis, size in enumerate(signal.shape) if size > 1), 0)
         return torch.lerp(signal, signal.roll(1, axis), self.strength)
+
+
+@dataclass
+class Equivocate:
+    """A worker commits to another signal than it sent or received: it says ``digest(-h)`` to all of ``h`` (ours).
+
+    Both ends of a message say in the step's collective what its digest is, and the sender signs it. The word of the other end,
+    which is honest, contradicts that of the liar, and nobody can tell which of the two lies. About messages to and from malicious
+    workers it says what is true.
+
+    Args:
+        side: whose word it is: ``"sender"``, about what the worker sent; ``"receiver"``, about what it received, to have the sender
+            suspected; or ``"both"``.
+        probability: chance that it lies about a message, above 0 and at most 1.
+
+    Raises:
+        ConfigurationError: if ``side`` is none of these, or ``probability`` no number above 0 and at most 1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sentinel import attacks
+        >>> from lightning_sentinel.mesh import Direction, Mesh, Worker
+        >>> liar, before, behind = Worker(1, 0), Worker(0, 0), Worker(2, 0)
+        >>> adversary = attacks.Adversary({"name": "equivocate", "side": "sender"}, Mesh(3, 4), workers=[liar])
+        >>> for neighbour in (behind, before):
+        ...     adversary.commitment(torch.ones(2), liar, neighbour, Direction.ACTIVATION, step=7, micro_batch=0)
+        tensor([-1., -1.])
+        tensor([1., 1.])
+    """
+
+    side: Literal["sender", "receiver", "both"] = "both"
+    probability: float = 1.0
+    site: ClassVar[Site] = Site.COMMITMENTS
+
+    def __post_init__(self) -> None:
+        require(self.side in ("sender", "receiver", "both"), self, "side", "'sender', 'receiver' or 'both'")
+        require(is_share(self.probability), self, "probability", "a number above 0 and at most 1")
+
+    def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
+        draw = random.Random(context.seed_for("equivocate", self._side(context), *context.place)).random()
+        if context.about_ally or self.side not in (self._side(context), "both") or draw >= self.probability:
+            return signal.clone()
+        return -signal
+
+    @staticmethod
+    def _side(context: AttackContext) -> str:
+        """Which end of the message the worker is."""
+        onwards = context.about is None or context.about.stage > context.worker.stage
+        return "sender" if onwards == (context.direction is Direction.ACTIVATION) else "receiver"
 
 
 @dataclass

@@ -105,7 +105,9 @@ class StageBoundaries:
         boundary = Boundary(self._local.stage - (direction is Direction.ACTIVATION), direction)
         # Who received no usable message says so by not saying what it received.
         if not self._inbox.is_replaced(MessageId(running.plan.run, slot, SIGNALS[direction])):
-            self._recorder.received(SignalId(Kind.SIGNAL, boundary, self._lane(running), slot), signal, tainted)
+            sender = self._local.mesh.worker(self._peer(running, boundary.sender))
+            said = self._local.commitment(signal, sender, direction, running.plan.number, slot)
+            self._recorder.received(SignalId(Kind.SIGNAL, boundary, self._lane(running), slot), said, tainted)
 
     def verify_activation(self, running: RunningStep, buffer_id: int, slot: int) -> None:
         signal = self._buffers["inputs"][buffer_id].detach()
@@ -158,9 +160,11 @@ class StageBoundaries:
         self._altered = None
         self._cache.keep_sent(direction, slot, signal)
         boundary = Boundary(local.stage - (direction is Direction.GRADIENT), direction)
-        self._recorder.sent(SignalId(Kind.SIGNAL, boundary, self._lane(running), slot), signal, taint)
+        receiver = self._peer(running, boundary.receiver)
+        said = local.commitment(signal, local.mesh.worker(receiver), direction, running.plan.number, slot)
+        self._recorder.sent(SignalId(Kind.SIGNAL, boundary, self._lane(running), slot), said, taint)
         is_new_shape = direction is Direction.ACTIVATION and self._inbox.is_new_shape(slot)
-        self._transport.send(signal, taint, self._peer(running, boundary.receiver), message_id, is_new_shape)
+        self._transport.send(signal, taint, receiver, message_id, is_new_shape)
         if running.plan.trains:
             self._send_note(running, boundary, signal, slot)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary, Site
-from lightning_sentinel.mesh import Boundary, Mesh, Worker
+from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.verification.verifier import Report
 
@@ -46,6 +46,12 @@ class LocalWorker:
     def excludes(self) -> bool:
         """Whether flagged micro-batches are kept out of the weights at receipt."""
         return self.guard is not None and self.guard.excludes
+
+    def commitment(self, signal: Tensor, neighbour: Worker, direction: Direction, step: int, slot: int) -> Tensor:
+        """What this worker says that it sent to a neighbour, or received from it; the signal itself if it is honest."""
+        if self.adversary is None:
+            return signal
+        return self.adversary.commitment(signal, self.worker, neighbour, direction, step, slot)
 
     def report(self, boundary: Boundary, sender: Worker, step: int, slot: int) -> Report | None:
         """What this worker reports of a signal that it received, in place of what it measured; ``None`` if it is honest."""

@@ -26,6 +26,7 @@ from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.gradients.contributions import broken
 from lightning_sentinel.pipeline.gradients.virtual_gradients import VirtualGradients
 from lightning_sentinel.pipeline.recovery.audited_verdicts import Auditors
+from lightning_sentinel.pipeline.recovery.contradictions import settle_contradictions
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
 from lightning_sentinel.pipeline.recovery.flag_records import FencesOfStep
 from lightning_sentinel.pipeline.recovery.guard import Guard
@@ -226,10 +227,16 @@ class VirtualEngine:
             return None
         running = self._running
         assert running is not None, "a step is settled after it has run"
+        contradictions = sorted(running.contradictions.values())
+        if contradictions and self.guard.replaces_malformed:
+            running.take_back()
+            ruling = settle_contradictions(self.guard, outcome.table, plan, contradictions, frozenset())
+            return self._evidence.of_contradictions(ruling)
         audits = VirtualAudits(self._workers, running, outcome.table, self._computed_in)
         auditors = self._auditors(self.guard, running, outcome, audits) if self.guard.audits else None
         fences = FencesOfStep.of(self.guard.calibration)
         ruling = self.guard.settle(outcome.table, plan, lambda vector: vector, auditors, broken=outcome.broken)
+        ruling = ruling._replace(contradictions=pairs_of(contradictions))
         if ruling.excluded:
             running.take_back()
         secret = self.guard.secret

@@ -12,6 +12,7 @@ from lightning_sentinel.mesh import Direction, Worker
 from lightning_sentinel.pipeline.recovery.guard import Guard
 from lightning_sentinel.pipeline.virtual_boundaries import VirtualStep
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
+from lightning_sentinel.trust.statements import Kind, SignalId
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import tolerance
 from lightning_sentinel.verification.jury import Case, ContributionCase, Subject
@@ -78,6 +79,9 @@ class VirtualAudits:
         adversary = self._workers.adversary
         votes = []
         for case, juror in asked:
+            if case.subject is Subject.SIGNAL and self._is_contradicted(case):
+                votes.append(Outcome.MATCHES)
+                continue
             index = self._workers.mesh.boundaries.index(case.boundary)
             found = self._error(index, case) if case.subject is Subject.SIGNAL else None
             answer = self._of_report(guard, index, case) if found is None else self._of_signal(guard, index, case, found)
@@ -106,6 +110,10 @@ class VirtualAudits:
             self.answers.setdefault(case, []).append((juror, answer))
             votes.append(answer.outcome)
         return votes
+
+    def _is_contradicted(self, case: Case) -> bool:
+        """Whether nobody can judge a signal, because sender and receiver say different things about it and the run only reports."""
+        return SignalId(Kind.SIGNAL, case.boundary, case.lane, case.slot) in self._running.contradictions
 
     def _of_signal(self, guard: Guard, index: int, case: Case, found: Sequence[float]) -> Recomputed:
         """What an honest worker says of a signal with these errors."""

@@ -19,6 +19,8 @@ from lightning_sentinel.pipeline.stages.groups import of_replicas, together
 from lightning_sentinel.pipeline.step_plan import StepPlan
 from lightning_sentinel.pipeline.steps import StepRun
 from lightning_sentinel.pipeline.virtual_workers import VirtualWorkers
+from lightning_sentinel.trust.digests import Algorithm, digest_of_tensor
+from lightning_sentinel.trust.statements import Kind, SignalId, Transfer
 from lightning_sentinel.verification.audit import relative_error
 from lightning_sentinel.verification.projection import Projection
 from lightning_sentinel.verification.reports import NOTE_TOLERANCE
@@ -89,6 +91,8 @@ class VirtualStep:
     """The note on what a sender received, as it came, and the honest one, by the place of what it sent, where they differ."""
     notes: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     """Whether the note on what a sender received is false, 0-dim bool, by the place of what it sent; for notes that may be."""
+    contradictions: dict[SignalId, Transfer] = field(default_factory=dict)
+    """The signals about which their sender and their receiver say different things."""
     contributed: dict[Worker, Contributed] = field(default_factory=dict)
     """What workers add to the weight gradients of their stages, of those that are looked at."""
     undo: Callable[[], None] | None = None
@@ -206,6 +210,7 @@ class VirtualBoundaries:
         for group, signals, got in zip(batch.alike, sent, received):
             if adversary is not None:
                 signals = self._tampered(adversary, boundary, group, signals, got, batch)
+                self._commit(adversary, boundary, group, signals, batch)
             if guard is not None:
                 signals, tainted = self._verified(guard, boundary, group, signals, got, tainted, batch)
             passed.append(signals)
@@ -295,6 +300,23 @@ class VirtualBoundaries:
             if pieces[number] is not honest:
                 self.measure(boundary, replica, batch, pieces[number], honest)
         return torch.cat(pieces)
+
+    def _commit(self, adversary: Adversary, boundary: Boundary, group: Sequence[int], sent: Tensor, batch: MicroBatch) -> None:
+        """Record about which signals what their sender commits to is not what their receiver does."""
+        liars = adversary.liars(Site.COMMITMENTS)
+        if not batch.running.plan.audited or not liars:
+            return
+        for replica, signal in zip(group, sent.detach().chunk(len(group))):
+            sender, slot = batch.worker(boundary.sender, replica)
+            receiver, _ = batch.worker(boundary.receiver, replica)
+            lane, _ = batch.place(replica)
+            if not batch.wiring.live[lane] or not liars.intersection((sender, receiver)):
+                continue
+            ends = (sender, receiver), (receiver, sender)
+            said = [adversary.commitment(signal, *end, boundary.direction, batch.step, slot) for end in ends]
+            if len({digest_of_tensor(one, Algorithm.SHA256) for one in said}) > 1:
+                signal_id = SignalId(Kind.SIGNAL, boundary, lane, slot)
+                batch.running.contradictions[signal_id] = Transfer(sender, receiver, signal_id)
 
     @property
     def measures(self) -> bool:

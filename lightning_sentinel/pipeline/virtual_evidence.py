@@ -18,7 +18,7 @@ from lightning_sentinel.errors import MissingExtraError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments
 from lightning_sentinel.pipeline.commitments.transcript import SignedRow
-from lightning_sentinel.pipeline.recovery.evidence import Heard, of_audits, of_flags, reasons_of
+from lightning_sentinel.pipeline.recovery.evidence import Heard, first_that_holds, of_audits, of_flags, reasons_of
 from lightning_sentinel.pipeline.recovery.flag_records import FencesOfStep, FlagRecords, Noted
 from lightning_sentinel.pipeline.recovery.votes import Vote, says, says_of_weights, sketch_bytes, testimony
 from lightning_sentinel.pipeline.step_results import Ruling
@@ -28,7 +28,7 @@ from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.trust.credentials import Credentials
 from lightning_sentinel.trust.digests import Digest, digest_of
 from lightning_sentinel.trust.encoding import encode
-from lightning_sentinel.trust.evidence import Recomputation, Testimony
+from lightning_sentinel.trust.evidence import Reason, Recomputation, Testimony
 from lightning_sentinel.trust.identity import Identity
 from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import RUN_BYTES, Kind, Moment, RowStatement, SignalId, SignalStatement
@@ -65,6 +65,11 @@ class VirtualEvidence:
         signing = _Signing(self._mesh, seed, ruling)
         heard = signing.heard(audits, running)
         return ruling._replace(evidence=of_audits(reasons_of(ruling), ruling.plan.number, heard, signing.credentials))
+
+    def of_contradictions(self, ruling: Ruling) -> Ruling:
+        """The ruling on a step in which workers contradict each other, with a record of each ban: no rows are kept that show it."""
+        reason, step = Reason.CONTRADICTED_OTHERS, ruling.plan.number
+        return ruling._replace(evidence={worker: first_that_holds((), worker, reason, step) for worker in ruling.banned})
 
     def of_flags(self, table: SignalTable, ruling: Ruling, ledger: Ledger, fences: FencesOfStep, seed: int) -> Ruling:
         """The ruling on a step that was judged by flags, with what shows why it bans workers.

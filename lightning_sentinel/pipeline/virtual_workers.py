@@ -41,7 +41,7 @@ class VirtualWorkers:
 
     @property
     def shows_contributions(self) -> bool:
-        """Whether each worker's contribution to weight gradients is looked at, because a simulated attacker corrupts some."""
+        """Whether each worker's contribution to weight gradients is looked at, because those of some are to be wrong."""
         corrupted = self.adversary is not None and self.adversary.corrupts_weight_gradients
         return corrupted and self.guard is not None and self.guard.contributions.audits
 

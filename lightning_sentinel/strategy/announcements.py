@@ -41,12 +41,15 @@ def consequence(audited: bool, ban_after: int | None, left: int, replicas: int) 
     return f"{why}; {then}. {left} of {replicas} pipelines go on."
 
 
-def _otherwise(worker: Worker, ruling: Ruling) -> str:
+def _otherwise(worker: Worker, ruling: Ruling, ledger: Ledger) -> str:
     """Why a worker is banned, if it is for another reason than its signals; empty if not."""
     if worker in ruling.forgers:
         return "its row of the step before bears no valid signature; the step is done again without it."
     if any(worker in pair for pair in ruling.contradictions):
         return "it contradicts more workers of one stage than can be malicious there; the step is done again without it."
+    if worker in ruling.verdict.outvoted - ruling.verdict.guilty:
+        steps = ledger.refuted[worker]
+        return f"in {steps} steps it said of others the opposite of what most of its stage recomputed; its work is dealt to others."
     return ""
 
 
@@ -95,7 +98,7 @@ class Announcements:
         why = consequence(bool(ruling.excluded), self._ban_after, left, replicas)
         for worker in ruling.banned:
             shown = f" Evidence: {ledger.evidence[worker]}." if worker in ledger.evidence else ""
-            say(f"Banned {worker} at step {step}: {_otherwise(worker, ruling) or why}{shown}")
+            say(f"Banned {worker} at step {step}: {_otherwise(worker, ruling, ledger) or why}{shown}")
         for one, other in ruling.contradictions:
             if not {one, other}.intersection(ruling.banned) and self._is_news(one, f"contradicts {other}"):
                 say(

@@ -29,7 +29,7 @@ class RunState:
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
-        self.ledger = Ledger(processes.settings.response.ban_after)
+        self.ledger = Ledger(processes.settings.response.ban_after, processes.settings.response.false_accusations)
         self.detections: list[Detection] = []
         self.table: SignalTable | None = None
         """All signals of the last training batch with their scores."""

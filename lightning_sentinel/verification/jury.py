@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_sentinel.mesh import Boundary, Mesh, Worker
 from lightning_sentinel.seeds import derive_seed
 from lightning_sentinel.verification.audit import Drawn
-from lightning_sentinel.verification.majority import Judgement, most_liars, weigh
+from lightning_sentinel.verification.majority import Judgement, live_workers, most_liars, weigh
 from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.wiring import MicroBatchId, Wiring
 
@@ -231,7 +231,7 @@ class Jury:
         decisions = []
         # One boundary after the other, so that no auditor holds more than what it needs for one.
         asked = dict(sorted((signals | reports).items(), key=lambda one: self._mesh.boundaries.index(one[0].boundary)))
-        for case, judged in decide(asked, lambda case: self.live(case.stage, banned), ask).items():
+        for case, judged in decide(asked, lambda case: live_workers(case.stage, banned, self._mesh), ask).items():
             if case.subject is Subject.SIGNAL:
                 place = self._mesh.boundaries.index(case.boundary), case.lane, case.slot
                 outcome[place] = judged.outcome
@@ -251,7 +251,7 @@ class Jury:
             everyone = self.others(case.audited, unheard, coin, index, lane, slot)
             drawers = drawn[:, index, lane, slot].nonzero().flatten().tolist()
             known = bool(audited.signals[index, lane, slot])
-            cases[case] = _asked(everyone, drawers, known, self.live(case.stage, banned))
+            cases[case] = _asked(everyone, drawers, known, live_workers(case.stage, banned, self._mesh))
         return cases
 
     def _reports(
@@ -272,7 +272,7 @@ class Jury:
             everyone = self._in_order(receiver.stage, {*unheard, receiver}, coin, "auditor of reports", index, lane, slot)
             drawers = drawn[:, index, lane, slot].nonzero().flatten().tolist()
             known = bool(audited.signals[index, lane, slot])
-            asked = _asked(everyone, drawers, known, self.live(receiver.stage, banned))
+            asked = _asked(everyone, drawers, known, live_workers(receiver.stage, banned, self._mesh))
             if Subject.ROW in subjects:
                 cases[case._replace(audited=receiver, subject=Subject.ROW)] = asked
             before = self._mesh.before(case.boundary)
@@ -308,12 +308,8 @@ class Jury:
         asked = {}
         for case, drawers in cases.items():
             everyone = self.others(case.audited, unheard, coin, case.audited.stage, case.audited.replica)
-            asked[case] = _asked(everyone, drawers or (), drawers is None, self.live(case.stage, banned))
-        return decide(asked, lambda case: self.live(case.stage, banned), ask)
-
-    def live(self, stage: int, banned: Collection[Worker]) -> int:
-        """How many workers of a stage are not banned."""
-        return sum(worker not in banned for worker in self._mesh.of_stage(stage))
+            asked[case] = _asked(everyone, drawers or (), drawers is None, live_workers(case.stage, banned, self._mesh))
+        return decide(asked, lambda case: live_workers(case.stage, banned, self._mesh), ask)
 
     def _case(self, wiring: Wiring, index: int, lane: int, slot: int) -> Case:
         boundary = self._mesh.boundaries[index]

@@ -10,18 +10,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification.bans import Ban
-from lightning_sentinel.verification.majority import most_bans, strikes_to_ban
+from lightning_sentinel.verification.majority import live_workers, most_bans, refutations_to_ban, strikes_to_ban
 from lightning_sentinel.verification.streaks import Habits, Streak, is_proof, sighting
+from lightning_sentinel.verification.table import mask_of
 
 __all__ = ["Ledger"]
 
-_COUNTS = ("flags", "banned_at", "exonerated", "strikes", "muted", "spared")
+_COUNTS = ("flags", "banned_at", "exonerated", "strikes", "refuted", "refuted_at", "muted", "spared")
 """Saved attributes that map workers to numbers."""
 
 _CALM_STEPS = 16
@@ -36,13 +36,14 @@ class Ledger:
     stage are suspects as well (:func:`lightning_sentinel.verification.streaks.is_proof`). A step in which a worker was verified and
     is no suspect ends its streak; a step in which none of its signals could be verified (its pipeline was tainted before it, or is
     left out) does not. By audits it bans a worker that most of its stage found to lie in as many steps as :func:`strikes_to_ban`
-    says.
+    says, or that said the opposite of most in as many as :func:`refutations_to_ban` does.
 
     It never bans more workers of a stage than :func:`most_bans`, so that bans never end a run.
 
     Args:
         ban_after: consecutive steps as a suspect that lead to a ban, where the others of the stage are in line; ``None`` bans no
             worker.
+        false_accusations: see :class:`lightning_sentinel.config.Response`.
 
     Example:
         >>> from collections import Counter
@@ -56,6 +57,7 @@ class Ledger:
     """
 
     ban_after: int | None = 5
+    false_accusations: int | None = 3
     flags: Counter[Worker] = field(default_factory=Counter)
     """Signals flagged so far, by sender."""
     streaks: dict[Worker, Streak] = field(default_factory=dict)
@@ -70,8 +72,13 @@ class Ledger:
     """Flags that an audit dropped, by sender; they do not count as flags."""
     strikes: Counter[Worker] = field(default_factory=Counter)
     """Steps in which most of its stage found a worker to lie."""
+    refuted: Counter[Worker] = field(default_factory=Counter)
+    """Steps in which most of its stage voted the opposite of a worker."""
+    refuted_at: dict[Worker, int] = field(default_factory=dict)
+    """The latest of these steps."""
     muted: dict[Worker, int] = field(default_factory=dict)
-    """The step from which a worker's votes do not count, because most of its stage voted the opposite, or found it to lie."""
+    """The step from which a worker's votes do not count, because most of its stage found it to lie, or voted the opposite and it is
+    not banned for that."""
     spared: dict[Worker, int] = field(default_factory=dict)
     """The step from which a worker would be banned, if more of its stage could be."""
     shuffled_at: int | None = None
@@ -91,10 +98,7 @@ class Ledger:
 
     def banned_senders(self, mesh: Mesh) -> Tensor:
         """``(boundaries, replicas)`` bool, whether the worker of a boundary's sending stage is banned."""
-        banned = torch.zeros(mesh.stages, mesh.replicas, dtype=torch.bool)
-        for worker in self.banned_at:
-            banned[worker.stage, worker.replica] = True
-        return banned[[boundary.sender for boundary in mesh.boundaries]]
+        return mask_of(self.banned_at, mesh)[[boundary.sender for boundary in mesh.boundaries]]
 
     @property
     def total_flags(self) -> int:
@@ -102,9 +106,9 @@ class Ledger:
 
     @property
     def last_found(self) -> dict[int, int]:
-        """The step in which somebody was last banned or lost its word, by stage."""
+        """The step in which somebody was last banned, refuted or lost its word, by stage."""
         found: dict[int, int] = {}
-        for worker, when in (*self.banned_at.items(), *self.muted.items()):
+        for worker, when in (*self.banned_at.items(), *self.refuted_at.items(), *self.muted.items()):
             found[worker.stage] = max(when, found.get(worker.stage, when))
         return found
 
@@ -184,12 +188,19 @@ class Ledger:
         self.flags.update(flagged)
         self.exonerated.update(exonerated)
         self.strikes.update(guilty)
+        # A step may be done again, and counts once.
+        self.refuted.update(worker for worker in outvoted if self.refuted_at.get(worker) != step)
+        self.refuted_at.update(dict.fromkeys(outvoted, step))
+        condemned = {worker for worker in guilty if self._is_enough(worker, mesh)}
         for worker in sorted({*outvoted, *guilty}):
+            needed = self._refutations_to_ban(worker, mesh)
+            if worker not in guilty and needed is not None:
+                if self.refuted[worker] < needed:
+                    continue
+                condemned.add(worker)
             if self._of_stage(self.muted, worker) < most_bans(mesh.replicas):
                 self.muted.setdefault(worker, step)
-        if self.ban_after is None:
-            return []
-        return self._condemn(step, [worker for worker in sorted(guilty) if self._is_enough(worker, mesh)], mesh)
+        return [] if self.ban_after is None else self._condemn(step, condemned, mesh)
 
     def record_contradictions(
         self, step: int, pairs: Collection[tuple[Worker, Worker]], forgers: Collection[Worker], mesh: Mesh
@@ -226,13 +237,18 @@ class Ledger:
         return self._condemn(step, {*forgers, *liars}, mesh)
 
     def _contradicts_too_many(self, worker: Worker, mesh: Mesh) -> bool:
-        of_stages = Counter(other.stage for other in self.contradicted[worker])
-        live = {stage: mesh.replicas - sum(one.stage == stage for one in self.banned_at) for stage in of_stages}
+        # Who contradicted somebody that is banned has been right.
+        of_stages = Counter(other.stage for other in self.contradicted[worker] if other not in self.banned_at)
+        live = {stage: live_workers(stage, self.banned_at, mesh) for stage in of_stages}
         return any(strikes_to_ban(live[stage]) is not None and count > most_bans(live[stage]) for stage, count in of_stages.items())
 
     def _is_enough(self, worker: Worker, mesh: Mesh) -> bool:
-        needed = strikes_to_ban(mesh.replicas - self._of_stage(self.banned_at, worker))
+        needed = strikes_to_ban(live_workers(worker.stage, self.banned_at, mesh))
         return needed is not None and self.strikes[worker] >= needed
+
+    def _refutations_to_ban(self, worker: Worker, mesh: Mesh) -> int | None:
+        live = live_workers(worker.stage, self.banned_at, mesh)
+        return None if self.ban_after is None else refutations_to_ban(live, self.false_accusations)
 
     def _condemn(self, step: int, workers: Collection[Worker], mesh: Mesh) -> list[Worker]:
         """Ban as many of the workers as possible, the most flagged first."""
@@ -356,6 +372,8 @@ class Ledger:
         self.banned_at = entries["banned_at"]
         self.exonerated = Counter(entries["exonerated"])
         self.strikes = Counter(entries["strikes"])
+        self.refuted = Counter(entries["refuted"])
+        self.refuted_at = entries["refuted_at"]
         self.muted = entries["muted"]
         self.spared = entries["spared"]
         self.habits = Habits.of_state(state.get("habits", []))

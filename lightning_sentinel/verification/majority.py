@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from lightning_sentinel.mesh import Worker
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification.outcomes import Outcome
 
-__all__ = ["Judgement", "most_bans", "most_liars", "strikes_to_ban", "weigh"]
+__all__ = [
+    "Judgement",
+    "live_workers",
+    "most_bans",
+    "most_liars",
+    "refutations_to_ban",
+    "strikes_to_ban",
+    "weigh",
+]
 
 _ALL_DECIDE = 5
 _TWO_STRIKES = 3
@@ -26,6 +34,16 @@ class Judgement(NamedTuple):
 
     outcome: Outcome
     outvoted: frozenset[Worker]
+
+
+def live_workers(stage: int, banned: Collection[Worker], mesh: Mesh) -> int:
+    """How many workers of a stage are not banned.
+
+    Example:
+        >>> live_workers(1, {Worker(1, 0), Worker(0, 2)}, Mesh(stages=2, replicas=3))
+        2
+    """
+    return sum(worker not in banned for worker in mesh.of_stage(stage))
 
 
 def most_liars(live: int) -> int:
@@ -69,6 +87,23 @@ def strikes_to_ban(live: int) -> int | None:
     if live < _TWO_STRIKES:
         return None
     return 1 if live >= _ALL_DECIDE else 2
+
+
+def refutations_to_ban(live: int, false_accusations: int | None) -> int | None:
+    """In how many steps most of a stage must vote the opposite of a worker before it is banned; ``None``: it never is.
+
+    Until then it is asked, or it could not be refuted again. Its word changes nothing as long as most vote honestly. Of three or
+    four workers one more wrong vote would be a majority, so there it is asked no more, and nobody is banned for it.
+
+    Args:
+        live: workers of the stage that are not banned.
+        false_accusations: see :class:`lightning_sentinel.config.Response`.
+
+    Example:
+        >>> [refutations_to_ban(live, 3) for live in (4, 5)], refutations_to_ban(5, None)
+        ([None, 3], None)
+    """
+    return false_accusations if live >= _ALL_DECIDE else None
 
 
 def weigh(votes: Mapping[Worker, Outcome], live: int, stands: bool = True) -> Judgement:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_sentinel.mesh import Direction, Mesh
+from lightning_sentinel.mesh import Direction, Mesh, Worker
 from lightning_sentinel.verification.features import FEATURES
 from lightning_sentinel.wiring import Wiring
 
-__all__ = ["COLUMNS", "MAX_SCORE", "SignalTable", "no_rows", "rows_by_sender", "signal_rows"]
+__all__ = ["COLUMNS", "MAX_SCORE", "SignalTable", "mask_of", "no_rows", "rows_by_sender", "signal_rows"]
 
 MAX_SCORE = 1e6
 """The highest score, so that scores stay finite in logs and files; a signal that is not finite has this score."""
@@ -43,6 +43,20 @@ def signal_rows(
     sizes = (torch.full_like(score, size) for size in (positions, channels))
     rest = torch.stack([column.float() for column in (score, worst, flagged, tainted, *sizes)], dim=1)
     return torch.cat((features, rest), dim=1)
+
+
+def mask_of(workers: Collection[Worker], mesh: Mesh) -> Tensor:
+    """``(stages, replicas)`` bool, which workers of a mesh these are.
+
+    Example:
+        >>> mask_of([Worker(1, 0)], Mesh(stages=2, replicas=2))
+        tensor([[False, False],
+                [ True, False]])
+    """
+    chosen = torch.zeros(mesh.stages, mesh.replicas, dtype=torch.bool)
+    for worker in workers:
+        chosen[worker.stage, worker.replica] = True
+    return chosen
 
 
 def no_rows(*shape: int) -> Tensor:

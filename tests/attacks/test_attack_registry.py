@@ -14,7 +14,7 @@ def test_available_is_sorted_and_complete():
     subtle, wrappers = {"add_noise", "drift", "local", "frame"}, {"intermittent", "collude", "several"}
     faults = {"bad_rows", "gradient_contribution", "non_finite"}
     of_products = {"bit_flip", "misplaced_tile", "silent_corruption", "stuck_tile", "wrong_address"}
-    roles = {"false_notes", "false_rows", "false_votes"}
+    roles = {"equivocate", "false_notes", "false_rows", "false_votes"}
     assert set(names) == published | misplaced | shortcuts | subtle | wrappers | faults | of_products | roles
 
 

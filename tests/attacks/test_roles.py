@@ -63,6 +63,32 @@ def test_votes(attack, votes):
     assert lies.vote(0, HONEST, HONEST, G, step=0) == 0, "who is honest says what it found"
 
 
+def test_what_is_committed_to_is_another_signal_at_the_end_that_lies_and_true_to_allies():
+    signal, before, behind = torch.tensor([2.0, -1.0]), Worker(0, 0), Worker(2, 4)
+
+    def sides(attack):
+        """Whether it lies as the sender and as the receiver of activations, then of gradients."""
+        ends = [(A, behind), (A, before), (G, before), (G, behind)]
+        said = [adversary(attack).commitment(signal, LIAR, neighbour, direction, 0, 0) for direction, neighbour in ends]
+        assert all(torch.equal(one, signal) or torch.equal(one, -signal) for one in said)
+        return [not torch.equal(one, signal) for one in said]
+
+    assert sides("equivocate") == [True] * 4
+    assert sides({"name": "equivocate", "side": "sender"}) == [True, False, True, False]
+    assert sides({"name": "equivocate", "side": "receiver"}) == [False, True, False, True]
+    lies = Adversary("equivocate", MESH, workers=[LIAR, before])
+    assert torch.equal(lies.commitment(signal, LIAR, before, A, 0, 0), signal)
+    assert torch.equal(lies.commitment(signal, behind, LIAR, A, 0, 0), signal), "who is honest says what it found"
+
+
+def test_a_share_of_messages_is_lied_about_and_the_same_ones_when_a_step_is_done_again():
+    lies = adversary({"name": "equivocate", "probability": 0.25})
+    places = [(step, slot) for step in range(200) for slot in range(2)]
+    first, again = ([float(lies.commitment(torch.ones(1), LIAR, HONEST, A, *place)) for place in places] for _ in range(2))
+    # Of 400 draws the share has a standard deviation of 0.022.
+    assert first == again and first.count(-1.0) / len(places) == pytest.approx(0.25, abs=0.07)
+
+
 def test_words_are_false_in_the_steps_and_directions_that_are_attacked():
     lies = adversary("false_votes", start_step=4, direction="gradient")
     assert [lies.vote(0, LIAR, HONEST, direction, step) for direction in (A, G) for step in (3, 4)] == [0, 0, 0, 1]
@@ -112,6 +138,11 @@ def test_faults_and_roles_go_together():
         ("{name: false_rows, invent: .nan}", r"FalseRows\(invent=nan\) cannot work"),
         ("{name: false_notes, strength: 0}", r"FalseNotes\(strength=0\) cannot work: strength must be a number above 0"),
         ("{name: false_votes, accuse: false, cover: false}", r"FalseVotes\(cover=False\) cannot work"),
+        (
+            "{name: equivocate, side: left}",
+            r"Equivocate\(side='left'\) \(str\) cannot work: side must be 'sender', 'receiver' or 'both'",
+        ),
+        ("{name: equivocate, probability: 0}", r"Equivocate\(.*\) cannot work: probability must be a number above 0"),
         ("{name: several, attacks: []}", r"Several\(attacks=\[\]\) cannot work: attacks must be a list of at least one"),
         ("{name: several, attacks: zeros}", r"Several\(attacks='zeros'\) cannot work"),
         ("{name: several, attacks: [zero]}", "There is no attack 'zero'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal as signals
 import threading
@@ -204,25 +205,30 @@ def test_a_malformed_message_is_what_its_sender_answers_for(warm: Path) -> None:
         assert heard == {sender for _, sender in cases.values()}, cases
 
 
-def fit_audited(warm: Path, engine: str, how: Any) -> dict[str, Any]:
+def fit_audited(warm: Path, engine: str, *callbacks: L.Callback) -> dict[str, Any]:
     ours = strategy(engine=engine, verification=VERIFICATION, response=ls.Response(audit_rate=0.05))
     module, virtual = tasks.Classifier(), engine == "virtual"
-    callbacks = [] if how is None else [Sends(how, 1, BEGIN)]
     data = tasks.loader(12) if virtual else tasks.loader(6, 2)
     tasks.trainer(ours, 1 if virtual else 4, WARMUP + 8, callbacks).fit(module, data, ckpt_path=warm)
     return {"banned": dict(ours.ledger.banned_at), "contradicted": ours.ledger.contradicted, "weights": tasks.local_weights(module)}
 
 
-def test_with_audits_a_malformed_message_costs_nothing(warm: Path) -> None:
-    """Its step is done again without its sender, whose work is done by others: the weights are those of a clean run.
+def fit_contradicting(warm: Path) -> list[dict[str, Any]]:
+    """One worker sends messages that nobody can take; and it says that it sent other signals than it did."""
+    equivocator = ls.AttackInjector({"name": "equivocate", "side": "sender"}, workers=[MESH.worker(1)], start_step=BEGIN)
+    return [fit_audited(warm, "process", one) for one in (Sends(send_other_shape, 1, BEGIN), equivocator)]
+
+
+def test_with_audits_malformed_messages_and_false_words_about_them_cost_nothing(warm: Path) -> None:
+    """Their step is done again without its sender, whose work is done by others: the weights are those of a clean run.
 
     Of two workers nobody can tell which one is wrong, so nobody is banned.
     """
-    clean, seen = fit_audited(warm, "virtual", None), set[str]()
+    clean, seen = fit_audited(warm, "virtual"), set[str]()
     assert clean["banned"] == {}
-    for found in world.run(fit_audited, 4, warm, "process", send_other_shape):
+    for found in itertools.chain(*world.run(fit_contradicting, 4, warm)):
         assert found["banned"] == {}
-        # One receiver after the other says that it got nothing of what this worker says that it sent.
+        # One neighbour after the other says something else than this worker does.
         assert set(found["contradicted"][MESH.worker(1)]) == {MESH.worker(2), MESH.worker(3)}
         for name, value in found["weights"].items():
             seen.add(name)

@@ -178,6 +178,20 @@ def test_audits_find_who_corrupts_weight_gradients() -> None:
     fault_tasks.check_corrupted(fault_tasks.corrupted(3, 4, "virtual"), 3, 4)
 
 
+def test_audits_find_a_processor_that_multiplies_wrongly_for_weight_gradients_alone() -> None:
+    """Its step is done again without it: the weights are those of a run in which nobody is broken."""
+    broken = ls.AttackInjector({"name": "bit_flip", "bit": 1, "phase": "backward_weight"}, workers=[(1, 1)], start_step=1)
+    weights = []
+    for injectors in ([broken], []):
+        strategy, module = virtual(3, 5, response=ls.Response(gradient_audit_rate=1.0)), tasks.Classifier("adamw")
+        tasks.trainer(strategy, 1, 3, injectors).fit(module, tasks.loader(10))
+        assert strategy.ledger.banned_at == ({ls.Worker(1, 1): 1} if injectors else {})
+        found = {(one.step, one.worker, one.feature) for one in strategy.detections if one.confirmed}
+        assert found == ({(1, ls.Worker(1, 1), WEIGHT_GRADIENT)} if injectors else set())
+        weights.append(tasks.local_weights(module))
+    assert_close(*weights)
+
+
 class Counts(tasks.Classifier):
     """Has a BatchNorm in the last stage, and metrics that add up and that keep what they saw."""
 

@@ -9,14 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.verification.audit import (
-    AuditSchedule,
-    causal_order,
-    made_of_data,
-    one_each,
-    relative_error,
-    tolerance,
-)
+from lightning_sentinel.verification.audit import AuditSchedule, causal_order, made_of_data, one_each, relative_error, tolerance
 from lightning_sentinel.verification.draws import Draws
 from lightning_sentinel.wiring import Wiring
 

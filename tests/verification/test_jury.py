@@ -291,3 +291,6 @@ def test_lying_auditors_never_have_an_honest_worker_banned(replicas: int, liars:
             assert stage.ledger.banned == workers, "and they have nobody who lies spared"
         elif words in ("accuse", "opposite"):
             assert set(stage.ledger.muted) == workers
+            # As long as five are left, the next one is banned for it.
+            assert len(stage.ledger.banned) >= min(len(liars), max(0, replicas - 4))
+            assert replicas >= 5 or not stage.ledger.banned

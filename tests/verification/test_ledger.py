@@ -119,6 +119,8 @@ def test_the_state_is_plain() -> None:
         "banned_at": [[1, 0, 1]],
         "exonerated": [],
         "strikes": [],
+        "refuted": [],
+        "refuted_at": [],
         "muted": [],
         "spared": [],
         "suspects": [[1, 0, [3, 0, []]], [2, 1, [1, 0, []]]],
@@ -159,6 +161,17 @@ class TestContradictions:
         ledger.ban(0, [Worker(0, 1), Worker(0, 2)])
         for step, other in enumerate((Worker(0, 0), Worker(0, 3))):
             assert not ledger.record_contradictions(step, [(self.LIAR, other)], (), self.MESH)
+
+    def test_who_contradicted_liars_alone_is_none_however_few_are_left_of_their_stage(self) -> None:
+        ledger, mesh, honest = Ledger(), Mesh(3, 5), Worker(2, 0)
+        liars = [Worker(1, 0), Worker(1, 3)]
+        for step, replica in enumerate(range(3)):
+            assert set(ledger.record_contradictions(step, [(liar, Worker(0, replica)) for liar in liars], (), mesh)) == (
+                set(liars) if step == 2 else set()
+            )
+        ledger.contradicted[honest] = set(liars)
+        assert ledger.record_contradictions(3, [(Worker(1, 1), honest)], (), mesh) == []
+        assert ledger.record_contradictions(4, [(Worker(1, 2), honest)], (), mesh) == [honest]
 
     def test_whose_word_nobody_signed_is_banned_at_once_where_anybody_is(self) -> None:
         assert self.told(forgers=(self.LIAR,))[1] == [self.LIAR]
@@ -233,10 +246,59 @@ def test_where_most_of_a_stage_are_suspects_nobody_is_banned() -> None:
 
 
 def test_who_is_outvoted_or_lied_has_no_say_any_more() -> None:
-    ledger = Ledger()
+    ledger = Ledger(false_accusations=None)
     audited(ledger, 3, W, outvoted={Worker(1, 3)})
     audited(ledger, 5, outvoted={Worker(1, 3), Worker(1, 4), OTHER})
     assert ledger.muted == {W: 3, Worker(1, 3): 3, OTHER: 5}, "and never so many that those who lie have most of the say"
+
+
+class TestFalseAccusations:
+    def told(self, ledger: Ledger, *steps: int, replicas: int = 5) -> list[list[Worker]]:
+        """Whom the ledger bans in each of these steps, in all of which most say the opposite of a worker."""
+        return [audited(ledger, step, mesh=Mesh(3, replicas), outvoted={W}) for step in steps]
+
+    def test_who_is_outvoted_in_three_steps_is_banned_and_has_its_word_until_then(self) -> None:
+        ledger = Ledger()
+        assert self.told(ledger, 4, 9) == [[], []] and not ledger.muted and ledger.last_found == {1: 9}
+        assert self.told(ledger, 30) == [[W]] and ledger.banned_at == ledger.muted == {W: 30}
+
+    def test_a_step_that_is_done_again_counts_once(self) -> None:
+        assert self.told(Ledger(), 4, 4, 4, 5, 5, 6) == [[], [], [], [], [], [W]]
+
+    @pytest.mark.parametrize(
+        ("ban_after", "false_accusations", "replicas"), [(5, None, 5), (None, 3, 5), (5, 3, 4), (5, 1, 3), (5, 1, 2)]
+    )
+    def test_where_nobody_is_banned_for_it_the_word_is_lost_the_first_time(
+        self, ban_after: int | None, false_accusations: int | None, replicas: int
+    ) -> None:
+        ledger = Ledger(ban_after, false_accusations)
+        assert self.told(ledger, 4, 5, 6, 7, replicas=replicas) == [[]] * 4
+        assert ledger.muted == {W: 4} and not ledger.spared
+
+    def test_after_a_ban_too_few_are_left_for_another_one(self) -> None:
+        ledger = Ledger(false_accusations=2)
+        self.told(ledger, 0)
+        audited(ledger, 1, Worker(1, 4))
+        assert self.told(ledger, 2, 3) == [[], []] and W in ledger.muted
+
+    @pytest.mark.parametrize("replicas", [5, 6, 9])
+    def test_never_half_of_a_stage_is_banned_and_who_is_spared_loses_its_word(self, replicas: int) -> None:
+        ledger, mesh = Ledger(false_accusations=1), Mesh(1, replicas)
+        workers = [Worker(0, replica) for replica in range(replicas)]
+        for step in range(3):
+            audited(ledger, step, mesh=mesh, outvoted=workers)
+        assert len(ledger.banned) == most_bans(replicas) < replicas / 2
+        assert len(ledger.spared) == replicas - most_bans(replicas) and len(ledger.muted) == most_bans(replicas)
+
+    @settings(derandomize=True, deadline=None, max_examples=50)
+    @given(steps=st.lists(st.integers(0, 9), max_size=9).map(sorted), cut=st.integers(0, 9), needed=st.integers(1, 4))
+    def test_saving_and_loading_between_any_two_steps_changes_nothing(self, steps: list[int], cut: int, needed: int) -> None:
+        whole, first, second = (Ledger(false_accusations=needed) for _ in range(3))
+        banned = self.told(whole, *steps)
+        self.told(first, *steps[:cut])
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert banned == [*banned[:cut], *self.told(second, *steps[cut:])]
+        assert second == whole and (W in whole.banned) == (len(set(steps)) >= needed)
 
 
 def test_exonerated_flags_do_not_count_as_flags_and_ban_nobody() -> None:

@@ -137,9 +137,14 @@ ROLES: dict[str, Any] = {
     "hidden lies": _attack("several", attacks=[_LIES, "false_rows"]),
     "hidden bias": _attack("several", attacks=[_attack("bias", strength=0.1), "false_rows", "false_votes"]),
     "lies called tainted": _attack("several", attacks=[_LIES, _attack("false_rows", hide="taint")]),
+    "equivocation": "equivocate",
+    "rare equivocation": _attack("equivocate", probability=0.05),
+    "equivocation as receiver": _attack("equivocate", side="receiver"),
+    "lies and equivocation": _attack("several", attacks=[_LIES, "equivocate"]),
     "lies in every role": _attack("several", attacks=[_LIES, _attack("false_rows", invent=3.0), "false_notes", "false_votes"]),
 }
-"""Those of receivers, of makers of notes and of auditors, alone and beside lies of their allies."""
+"""Those of receivers, of makers of notes, of auditors, and of those who commit to other signals than they sent, alone and beside
+lies of their allies."""
 
 WITHIN: dict[str, Any] = {name: name for name in INSIDERS} | ROLES
 """Those of who knows more than a worker should, or lies beside what it sends."""

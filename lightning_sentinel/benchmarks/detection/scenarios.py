@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_sentinel.attacks import Site, resolve
-from lightning_sentinel.attacks.faults import site_of
+from lightning_sentinel.attacks import resolve
+from lightning_sentinel.attacks.faults import OF_COMPUTATION, site_of
 from lightning_sentinel.attacks.wrappers import parts_of
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS, Insider
 from lightning_sentinel.config import Response, Verification
@@ -213,13 +213,13 @@ class Scenario:
     def remembers(self) -> bool:
         """Whether the attack has to see the warm-up, because it learns from honest signals.
 
-        Or because it is on weight gradients, at which the virtual mesh looks only where somebody is to corrupt them.
+        Or because it makes weight gradients wrong, at which the virtual mesh looks only where somebody's are to be.
         """
         if not self.attacked or isinstance(self.make_attack(), Insider):
             return False
         specs = self.spec if isinstance(self.spec, (list, tuple)) else [self.spec]
         parts = [part for spec in specs for part in parts_of(resolve(spec))]
-        return any(hasattr(part, "observe") or site_of(part) is Site.WEIGHTS for part in parts)
+        return any(hasattr(part, "observe") or site_of(part) in OF_COMPUTATION for part in parts)
 
     def make_attack(self) -> Any:
         """What the injector is given: an insider of that name, or the attack as it is described."""

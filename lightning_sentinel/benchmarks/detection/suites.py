@@ -216,6 +216,9 @@ def _insiders(request: Request) -> Iterator[Scenario]:
     lanes = tuple((stage, replica) for stage in range(1, training.stages - 1) for replica in liars)
     among_allies = {name: spec for name, spec in request.attacks.items() if name in _HIDDEN_BY_ALLIES}
     yield from replace(request, attacks=among_allies).attacked_runs(variant="same pipelines", workers=lanes)
+    if "false votes" in request.attacks:
+        workers = tuple((training.stages // 2, replica) for replica in liars)
+        yield from replace(request, attacks=_named("false votes")).attacked_runs(variant="one stage", workers=workers)
     # As many at both ends as in the middle, where there is nothing that a sender had received.
     ends = tuple((stage, replica) for stage in (0, training.stages - 1) for replica in liars)
     if "other order" in request.attacks:

@@ -34,6 +34,7 @@ from lightning_sentinel.trust.evidence import Recomputation, Testimony
 from lightning_sentinel.trust.statements import SignalId, VoteStatement
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.jury import Case, Subject
+from lightning_sentinel.verification.majority import live_workers
 from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.tolerance import MEASURED, Tolerances
 
@@ -149,7 +150,7 @@ class Audits:
     def _statement(self, vote: Vote, case: Case, auditor: Worker, plan: StepPlan, commitments: StepCommitments) -> VoteStatement:
         """What an auditor signs: which message its vote is about, or which row, and what it found."""
         credentials = self._transcript.credentials
-        live = sum(worker not in plan.banned for worker in self._mesh.of_stage(case.stage))
+        live = live_workers(case.stage, plan.banned, self._mesh)
         if case.subject is Subject.ROW:
             assert self._reports is not None and self._reports.table is not None, "there is a table where a row is audited"
             row = self._reports.table.rows[self._mesh.boundaries.index(case.boundary), case.lane, case.slot]

@@ -6,7 +6,7 @@ it reaches a weight, where it is out of line or drawn.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from lightning_sentinel.verification.contributions import with_contributions
 from lightning_sentinel.verification.draws import Draws, chance_of_each
 from lightning_sentinel.verification.jury import AskOfContributions, ContributionCase, Jury
 from lightning_sentinel.verification.sketches import GradientSketch
+from lightning_sentinel.verification.table import mask_of
 
 __all__ = ["ContributionChecks", "Contributions", "weights_of_workers"]
 
@@ -95,7 +96,7 @@ class ContributionChecks:
         weights = weights_of_workers(plan)
         scored = None
         if contributions.sketches is not None:
-            scored = self._scores.assess(contributions.sketches, weights, self._among(plan.absent))
+            scored = self._scores.assess(contributions.sketches, weights, mask_of(plan.absent, self._mesh))
         scores = torch.zeros_like(weights) if scored is None else scored.score
         drawn = self._drawn(draws, ledger)
         wanted = (weights > 0) & ((scores > 1) | drawn.any(dim=0))
@@ -110,16 +111,9 @@ class ContributionChecks:
         verdict = with_contributions(verdict, list(cases), judged, scores, plan.wiring, plan.number)
         found = verdict.guilty | verdict.disputed
         if scored is not None and not (found and self._repeats):
-            liars = self._among(found)
+            liars = mask_of(found, self._mesh)
             self._scores.learn(scored, (weights > 0) & ~liars, cleared=wanted & ~liars)
         return verdict
-
-    def _among(self, workers: Collection[Worker]) -> Tensor:
-        """``(stages, replicas)`` bool, whether a worker is one of these."""
-        chosen = torch.zeros(self._mesh.stages, self._mesh.replicas, dtype=torch.bool)
-        for worker in workers:
-            chosen[worker.stage, worker.replica] = True
-        return chosen
 
     def _drawn(self, draws: Draws, ledger: Ledger) -> Tensor:
         """``(replicas, stages, replicas)`` bool, whose contributions are audited whatever their scores, by the one that draws."""
@@ -128,7 +122,7 @@ class ContributionChecks:
         numbers = draws.uniform(mesh.by_stage, "contributions", mesh.replicas).view(mesh.stages, mesh.replicas, mesh.replicas)
         honest = honest_by_stage(mesh, ledger.banned, ledger.muted)
         chances = torch.tensor([chance_of_each(self._rate or 1.0, count) for count in honest], dtype=torch.float64)
-        heard = ~self._among(unheard)[..., None] & ~torch.eye(mesh.replicas, dtype=torch.bool)
+        heard = ~mask_of(unheard, mesh)[..., None] & ~torch.eye(mesh.replicas, dtype=torch.bool)
         return ((numbers < chances[:, None, None]) & heard).movedim(1, 0)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -205,13 +205,19 @@ def _of_rows(
 def _reason(worker: Worker, detections: Sequence[Detection]) -> Reason:
     """Why audits ban a worker, as its detections say."""
     features = [one.feature for one in detections if one.worker == worker and one.confirmed]
+    if not features:
+        # Nothing that it sent or said of signals is false: it was banned for its votes.
+        return Reason.FALSE_WORD
     return next((_REASONS[feature] for feature in features if feature in _REASONS), Reason.LIED)
 
 
 def _candidates(worker: Worker, heard: Heard, credentials: Credentials) -> Iterator[Evidence]:
     """What each vote of a step may show against a worker."""
     for signal, votes in heard.messages.items():
-        yield _of_message(worker, signal, votes, heard.commitments, credentials)
+        evidence = _of_message(worker, signal, votes, heard.commitments, credentials)
+        yield evidence
+        if any(one.vote.statement.sender == worker for one in votes):
+            yield replace(evidence, reason=Reason.FALSE_WORD, messages=evidence.messages[:1])
     for audited, votes in heard.in_rows.items():
         of_weights = [one for one in votes if isinstance(one.vote.statement, ContributionVote)]
         yield _in_row(worker, audited, of_weights, Reason.CONTRIBUTION, heard, credentials)

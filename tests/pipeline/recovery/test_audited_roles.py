@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -74,6 +75,27 @@ def test_false_rows_are_reported_and_not_learned_from_where_nothing_follows(clea
     assert_same_weights(clean, run)
     trends = [one.strategy._run.guard.calibration.trend for one in (clean, run)]
     torch.testing.assert_close(*trends, rtol=0.05, atol=0.05, equal_nan=True)
+
+
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_who_commits_to_another_signal_contradicts_more_and_more_neighbours_until_it_is_banned(side: str) -> None:
+    steps = START + 4
+    clean, run = Run(steps=steps), Run({"name": "equivocate", "side": side}, LIARS, steps=steps)
+    assert run.ledger.banned == set(LIARS) and max(run.ledger.banned_at.values()) <= START + 3
+    for liar in LIARS:
+        of_stages = Counter(other.stage for other in run.ledger.contradicted[liar])
+        # More of one stage than can lie there.
+        assert max(of_stages.values()) == 3 and not run.ledger.contradicted[liar].intersection(LIARS)
+    assert_same_weights(clean, run)
+    assert run.attempts.steps.count(START) == 2 and not run.strategy.detections
+
+
+def test_contradictions_are_told_and_cost_nothing_where_nothing_follows(clean: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run("equivocate", LIARS, response={"on_flag": "log", "ban_after": None})
+    told = capsys.readouterr().out
+    assert f"Contradiction at step {START}" in told and "this run only reports it" in told
+    assert not run.ledger.banned and run.attempts.steps == [*range(START + 3)]
+    assert_same_weights(clean, run, tolerance=0.0)
 
 
 class SaysWhatIsTrue:

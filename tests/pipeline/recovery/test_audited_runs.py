@@ -232,10 +232,16 @@ def test_a_whole_stage_of_liars_costs_batches_and_not_the_run() -> None:
     assert sum("would be banned at step" in sentence for sentence in sentences) == 1
 
 
-def test_jurors_that_lie_ban_nobody_and_cover_for_nobody(clean: Run) -> None:
+def test_jurors_that_lie_have_nobody_else_banned_and_cover_for_nobody(clean: Run, capsys: pytest.CaptureFixture[str]) -> None:
     accuse = Run("false_votes", LIARS)
-    assert not accuse.ledger.banned and set(accuse.ledger.muted) == set(LIARS)
+    # They are banned in the third step in which most refute them, the last one of this run, which is not done again.
+    assert accuse.ledger.banned_at == dict.fromkeys(LIARS, START + 2) and accuse.attempts.steps == [*range(START + 3)]
     assert_same_weights(clean, accuse, tolerance=0.0)
+    says = f"Banned {LIARS[0]} at step {START + 2}: in 3 steps it said of others the opposite of what most of its stage recomputed"
+    assert says in capsys.readouterr().out
+    forgiving = Run("false_votes", LIARS, response={"false_accusations": None})
+    assert not forgiving.ledger.banned and forgiving.ledger.muted == dict.fromkeys(LIARS, START)
+    assert_same_weights(clean, forgiving, tolerance=0.0)
     cover = Run(ls.attacks.get("several", attacks=[ATTACKS["hardly noticeable"], "false_votes"]), LIARS)
     assert cover.ledger.banned == set(LIARS)
     assert_same_weights(clean, cover)
