@@ -26,7 +26,7 @@ from lightning_sentinel.pipeline.data.copies import copied
 from lightning_sentinel.pipeline.gradients.contributions import broken
 from lightning_sentinel.pipeline.gradients.virtual_gradients import VirtualGradients
 from lightning_sentinel.pipeline.recovery.audited_verdicts import Auditors
-from lightning_sentinel.pipeline.recovery.contradictions import settle_contradictions
+from lightning_sentinel.pipeline.recovery.contradictions import pairs_of, settle_contradictions
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
 from lightning_sentinel.pipeline.recovery.flag_records import FencesOfStep
 from lightning_sentinel.pipeline.recovery.guard import Guard
