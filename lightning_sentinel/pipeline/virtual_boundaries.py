@@ -165,6 +165,13 @@ class MicroBatch:
         """The lane that works on each replica's micro-batch; ``None`` while each works on its own."""
         return None if all(self.wiring.live) else [self.place(replica)[0] for replica in range(len(self.replicas))]
 
+    def activation(self, boundary: Boundary, replica: int) -> Tensor | None:
+        """What a replica's gradient at a boundary is the gradient of; ``None`` where it sends an activation."""
+        if boundary.direction is Direction.ACTIVATION:
+            return None
+        found: Tensor = of_replicas(self.leaves[boundary.sender], self.groups)[replica]
+        return found
+
     @property
     def groups(self) -> list[list[int]]:
         """The replicas that go through a stage together."""
@@ -302,7 +309,7 @@ class VirtualBoundaries:
         adversary = self._workers.adversary
         if guard is not None and guard.audits:
             index = self._workers.mesh.boundaries.index(boundary)
-            measured = deviation(sent, honest, guard.tolerances.seed_of(index))
+            measured = deviation(sent, honest, guard.tolerances.seed_of(index), batch.activation(boundary, replica))
             batch.running.measured.setdefault(index, {})[batch.place(replica)] = honest.dtype, measured
         if adversary is not None and adversary.witness is not None:
             worker, slot = batch.worker(boundary.sender, replica)

@@ -300,7 +300,9 @@ class Audits:
         if claimed.shape != honest.shape:
             return _Answer(Outcome.LIED, honest)
         index = self._mesh.boundaries.index(case.boundary)
-        measured = deviation(claimed, honest, self._tolerances.seed_of(index))
+        backward = case.boundary.direction is Direction.GRADIENT
+        activation = items[_Item.ACTIVATION].to(honest.device) if backward else None
+        measured = deviation(claimed, honest, self._tolerances.seed_of(index), activation)
         allowed = self._tolerances.allowed(index, case.audited, honest.dtype, self._computed_in())
         return _Answer(Outcome.MATCHES, honest, measured, allowed)
 
