@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary, Site
-from lightning_sentinel.mesh import Boundary, Worker
+from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
 from lightning_sentinel.pipeline.randomness import MicroBatchSeeds

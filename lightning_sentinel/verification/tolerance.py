@@ -31,7 +31,7 @@ from lightning_sentinel.verification.audit import relative_error, tolerance
 from lightning_sentinel.verification.axes import as_tokens
 from lightning_sentinel.verification.projection import unit_directions
 
-__all__ = ["ALARM", "DIRECTIONS", "MEASURED", "TESTS", "Tolerances", "deviation"]
+__all__ = ["ALARM", "DIRECTIONS", "FLOOR", "MEASURED", "TESTS", "Tolerances", "deviation"]
 
 DIRECTIONS = 8
 TESTS = 1 + 4 * DIRECTIONS
@@ -41,7 +41,8 @@ MEASURED = 1 + TESTS
 
 _MULTIPLE = 4.0
 _MULTIPLE_ONE_WAY = 2.0
-_FLOOR = 1 / 10
+FLOOR = 1 / 10
+"""Share of the table by dtype that is always allowed, unless a worker errs one way."""
 _COHERENT = 1 / 50
 ALARM = 28.0
 """Threshold for the squared sum of signed errors over the sum of their squares: 1 on average if they are independent, and of all
@@ -146,7 +147,7 @@ class Tolerances:
         largest = float(self._largest[index])
         if largest != largest:
             return ceiling
-        most = min(ceiling, max(_FLOOR * ceiling, _MULTIPLE * largest))
+        most = min(ceiling, max(FLOOR * ceiling, _MULTIPLE * largest))
         one_way = max(_COHERENT * ceiling, _MULTIPLE_ONE_WAY * largest)
         return one_way if one_way < most and self.errs_one_way(index, sender, one_way) else most
 
