@@ -125,9 +125,9 @@ def chance_unnoticed(error: float, rounding: float, tokens: int, audits: int, le
 def chance_unnoticed_map(error: float, rounding: float, tokens: int, channels: int, audits: int, least: float) -> float:
     """About how likely it is that a fixed linear map of each token passes so many audits, for tokens alike in all directions.
 
-    Along a wave of phase ``b`` a token that lies normally distributed along its direction has ``sqrt(2 / e) sin(b)`` in common with
-    itself. What it has in common with the map is one over the root of the channels of it, which is what waves are multiplied by, and
-    with what rounding and other tokens add by chance one over the root of the tokens.
+    Along a direction tokens are normally distributed, and have ``sqrt(2 / e) sin(b)`` in common with their wave of phase ``b``. A
+    map of them has a share of that which is one over the root of the channels, by which waves are multiplied; by chance any error
+    has one over the root of the tokens.
 
     Args:
         error: norm of what is added to every token, as a share of the norm of a token.

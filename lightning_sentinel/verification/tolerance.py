@@ -10,8 +10,8 @@ same direction in every step cost 0.001 of the loss.
 Below that, signed errors are summed. Rounding has no direction: along one that is drawn from a secret seed its errors cancel out
 over audits, and those of a worker that always errs the same way add up. An error steers by what it has in common with what
 multiplies it where weights learn from it, not by its mean alone: one whose mean over tokens is zero may be a fixed map of each
-token. So errors are also weighted, with secret waves of the signal, and of the activation that a gradient belongs to, before they are
-summed: an error that depends on a token in whatever way has something in common with almost any wave of it (Bierens 1990,
+token. So errors are also weighted before they are summed, with secret waves of the signal, and of the activation that a gradient
+belongs to: an error that depends on a token in whatever way has something in common with almost any wave of it (Bierens 1990,
 Econometrica 58, theorem 1). And with secret signs of a token's position. A worker whose errors add up is allowed a fiftieth of the
 upper limit, below which no loss was seen, or twice the largest error of the warm-up: devices that round weights differently differ
 by a fixed map of each token, too.

@@ -244,7 +244,7 @@ def test_a_map_of_each_token_is_missed_about_as_often_as_the_formula_says(error:
 
 
 def test_all_tests_together_raise_a_false_alarm_no_more_often_than_the_bound() -> None:
-    """Of normally distributed errors: the exact distribution, from scipy, at each look; and Efron's bound for any symmetric ones."""
+    """Of normally distributed errors: the exact distribution, from scipy, at each look; and Efron's bound for others."""
     for audits in (40, 100, 1000):
         threshold = math.sqrt(ALARM * (audits - 1) / (audits - ALARM))
         exact = 2 * stats.t(audits - 1).sf(threshold)
