@@ -145,8 +145,9 @@ class Tolerances:
         """
         ceiling = tolerance(dtype, computed_in)
         largest = float(self._largest[index])
-        if largest != largest:
-            return ceiling
+        if math.isnan(largest):
+            # After the warm-up nobody is known to be honest, and a liar's own audit must not be what others are measured by.
+            return ceiling if self.learning else FLOOR * ceiling
         most = min(ceiling, max(FLOOR * ceiling, _MULTIPLE * largest))
         one_way = max(_COHERENT * ceiling, _MULTIPLE_ONE_WAY * largest)
         return one_way if one_way < most and self.errs_one_way(index, sender, one_way) else most
@@ -161,8 +162,6 @@ class Tolerances:
     def heard(self, index: int, sender: Worker, measured: Sequence[float]) -> None:
         """Record an audit in which a signal matched.
 
-        If a boundary had no audit in the warm-up, its first one counts as one.
-
         Args:
             index: of the boundary.
             sender: of the signal.
@@ -172,7 +171,7 @@ class Tolerances:
         values = torch.tensor([error, *signed], dtype=torch.float64)
         if not bool(values.isfinite().all()) or error < 0:
             return
-        if self.learning or bool(self._largest[index].isnan()):
+        if self.learning:
             self._largest[index] = torch.fmax(self._largest[index], values[0])
         # A signed error counts for no more than the error that the audit let through.
         signs = values[1:].clamp(-error, error)

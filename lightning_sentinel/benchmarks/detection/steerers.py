@@ -133,6 +133,14 @@ class OtherTokens(Steerer):
         return before @ _rotation(context, tokens.shape[-1])
 
 
+class NoDirection(Steerer):
+    """Noise, drawn anew each time: what errors of this size do to a training that steer nowhere."""
+
+    @override
+    def error(self, tokens: Tokens, activation: Tokens, context: AttackContext) -> Tokens:
+        return torch.randn(tokens.shape, generator=context.generator)
+
+
 def _drawn(context: AttackContext, *shape: int) -> Tensor:
     """The same for all malicious workers and steps, another for each direction and shape."""
     generator = torch.Generator().manual_seed(context.together().seed_for("steer", context.direction, *shape))
@@ -152,5 +160,6 @@ STEERERS: dict[str, type[Steerer]] = {
     "against the momentum": AgainstTheMomentum,
     "by position": ByPosition,
     "other tokens": OtherTokens,
+    "no direction": NoDirection,
 }
 """By name."""
