@@ -53,8 +53,8 @@ _RATE = 0.05
 """Share of honest contributions that fences are fitted to leave outside; what is outside is only recomputed. Fences leave room for
 more than the values that they were fitted to, so that far fewer are."""
 _OVERWHELMING = math.log(4)
-"""A contribution that is larger than so many of the median replica's is out of line, however far the fences are: where honest ones of
-the warm-up were now and then as large, that leaves room for what outweighs all others in the sum."""
+"""A contribution that is larger than so many of the median replica's is out of line, however far the fences are: they leave room
+for as much as honest ones of the warm-up were now and then, which may outweigh all others in the sum."""
 _RELATIVE = 1e-6
 """Differences that are smaller, relative to the gradient, are rounding."""
 _TINY = 1e-30
