@@ -170,6 +170,7 @@ def test_state_goes_on() -> None:
     one, other = learned([1e-3]), Tolerances(MESH, seed=3)
     audited(one, 40, lambda h: h * 0.997)
     other.load_state_dict(one.state_dict())
+    other.learning = False
     for index in range(4):
         for sender in (SENDER, OTHER):
             assert other.allowed(index, sender, BF16, F32) == one.allowed(index, sender, BF16, F32)
