@@ -71,17 +71,13 @@ def deviation(claimed: Tensor, recomputed: Tensor, seed: int, activation: Tensor
     # A direction is a unit vector: about one over the root of the channels of a constant error lies along it.
     directions = unit_directions(honest.shape[-1], DIRECTIONS, seed, honest.device)
     signed = difference @ directions / squared.sqrt()
-    by_signal = _waves(honest, derive_seed(seed, "signal"))
-    weighted = [
-        signed.mean(dim=(0, 1)),
-        (by_signal * signed).mean(dim=(0, 1)),
-        # An activation is what it belongs to itself.
-        torch.zeros_like(signed[0, 0])
-        if activation is None
-        else (_waves(as_tokens(activation.detach()).float(), derive_seed(seed, "activation")) * signed).mean(dim=(0, 1)),
-        (_signs(honest.shape[1], derive_seed(seed, "position"), honest.device) * signed).mean(dim=(0, 1)),
-    ]
-    return torch.cat((error.view(1), along.view(1), *weighted)).nan_to_num(torch.inf, torch.inf, -torch.inf)
+    by_signal = _waves(honest, derive_seed(seed, "signal")) * signed
+    by_activation = torch.zeros_like(signed)
+    if activation is not None:
+        by_activation = _waves(as_tokens(activation.detach()).float(), derive_seed(seed, "activation")) * signed
+    by_position = _signs(honest.shape[1], derive_seed(seed, "position"), honest.device) * signed
+    means = [one.mean(dim=(0, 1)) for one in (signed, by_signal, by_activation, by_position)]
+    return torch.cat((error.view(1), along.view(1), *means)).nan_to_num(torch.inf, torch.inf, -torch.inf)
 
 
 def _waves(tokens: Tensor, seed: int) -> Tensor:
@@ -92,9 +88,9 @@ def _waves(tokens: Tensor, seed: int) -> Tensor:
     """
     channels = tokens.shape[-1]
     along = tokens @ unit_directions(channels, DIRECTIONS, seed, tokens.device)
-    deviation, mean = torch.std_mean(along, dim=(0, 1), correction=0)
+    spread, mean = torch.std_mean(along, dim=(0, 1), correction=0)
     phases = torch.rand(DIRECTIONS, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
-    return math.sqrt(2 * channels) * torch.cos((along - mean) / (deviation + 1e-30) + 2 * math.pi * phases)
+    return math.sqrt(2 * channels) * torch.cos((along - mean) / (spread + 1e-30) + 2 * math.pi * phases)
 
 
 def _signs(positions: int, seed: int, device: torch.device) -> Tensor:
@@ -146,8 +142,10 @@ class Tolerances:
         ceiling = tolerance(dtype, computed_in)
         largest = float(self._largest[index])
         if math.isnan(largest):
-            # After the warm-up nobody is known to be honest, and a liar's own audit must not be what others are measured by.
-            return ceiling if self.learning else FLOOR * ceiling
+            if self.learning:
+                return ceiling
+            # From now on nobody is known to be honest, and a liar's own audit must not be what others are measured by.
+            largest = 0.0
         most = min(ceiling, max(FLOOR * ceiling, _MULTIPLE * largest))
         one_way = max(_COHERENT * ceiling, _MULTIPLE_ONE_WAY * largest)
         return one_way if one_way < most and self.errs_one_way(index, sender, one_way) else most

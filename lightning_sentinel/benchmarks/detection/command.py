@@ -75,9 +75,8 @@ def detection(
         suite: which question to answer: each attack by itself, malicious workers that do different things, the share of malicious
             workers, parts of the detector left out, the number of replicas, workers that act together, workers at the ends of the
             pipeline, in one pipeline or that start late, those who know more than they should or lie as auditors,
-            those who err by as much as audits let pass, processors
-            that multiply wrongly, those who corrupt weight gradients inside their stage, the strength of an attack, or nobody
-            malicious at all.
+            those who err by as much as audits let pass, processors that multiply wrongly, those who corrupt weight gradients
+            inside their stage, the strength of an attack, or nobody malicious at all.
         quick: the suite "quick" in a few minutes, with an exit status of 1 if detection got worse.
         output: folder for results; nothing is written outside it.
         stages: pipeline stages, 8 in most suites.

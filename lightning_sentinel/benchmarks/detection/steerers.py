@@ -40,7 +40,7 @@ class Steerer(Insider):
 
         Args:
             tokens: of the honest signal.
-            activation: that the worker received of this micro-batch: of a gradient that which it is the gradient of.
+            activation: that the worker received for this micro-batch; if the signal is a gradient, it is that of this activation.
             context: where and when.
         """
 
