@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary, Site
-from lightning_sentinel.mesh import Boundary, Worker
+from lightning_sentinel.mesh import Boundary, Direction, Worker
 from lightning_sentinel.pipeline.data.batch_splitting import SplitBatch
 from lightning_sentinel.pipeline.data.micro_batches import MicroBatches
 from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
@@ -174,6 +174,13 @@ class MicroBatch:
         """The lane that works on each replica's micro-batch; ``None`` while each works on its own."""
         return None if all(self.wiring.live) else [self.place(replica)[0] for replica in range(len(self.replicas))]
 
+    def activation(self, boundary: Boundary, replica: int) -> Tensor | None:
+        """What a replica's gradient at a boundary is the gradient of; ``None`` where it sends an activation."""
+        if boundary.direction is Direction.ACTIVATION:
+            return None
+        found: Tensor = of_replicas(self.leaves[boundary.sender], self.groups)[replica]
+        return found
+
     @property
     def groups(self) -> list[list[int]]:
         """The replicas that go through a stage together."""
@@ -330,7 +337,7 @@ class VirtualBoundaries:
         adversary = self._workers.adversary
         if guard is not None and guard.audits:
             index = self._workers.mesh.boundaries.index(boundary)
-            measured = deviation(sent, honest, guard.tolerances.seed_of(index))
+            measured = deviation(sent, honest, guard.tolerances.seed_of(index), batch.activation(boundary, replica))
             lane, slot = batch.place(replica)
             batch.running.measured.setdefault(index, {})[lane, slot] = honest.dtype, measured
             batch.running.kept[index, lane, slot] = sent.detach(), honest.detach()

@@ -8,6 +8,7 @@ honest contributions say.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -51,6 +52,9 @@ _FEWEST = 2
 _RATE = 0.05
 """Share of honest contributions that fences are fitted to leave outside; what is outside is only recomputed. Fences leave room for
 more than the values that they were fitted to, so that far fewer are."""
+_OVERWHELMING = math.log(4)
+"""A contribution that is larger than so many of the median replica's is out of line, however far the fences are: they leave room
+for as much as honest ones of the warm-up were now and then, which may outweigh all others in the sum."""
 _RELATIVE = 1e-6
 """Differences that are smaller, relative to the gradient, are rounding."""
 _TINY = 1e-30
@@ -234,7 +238,10 @@ class ContributionScores:
         unheard = present if absent is None else present | absent
         features = among_replicas(found, self._known.votes.masked_fill(unheard[..., None], torch.nan)).float()
         fences = Fences(*(part[:, None] for part in self._window.fences.parts()))
-        score = torch.where(finite, fences.scores(features).amax(dim=-1), 0.0)
+        score = fences.scores(features).amax(dim=-1)
+        if self._steps >= self._warmup:
+            score = torch.maximum(score, features[..., 0] / _OVERWHELMING)
+        score = torch.where(finite, score, 0.0)
         # Where most of a stage have such gradients, the training overflows.
         usable = 2 * finite.sum(dim=1) >= present.sum(dim=1)
         score = score.masked_fill(present & ~finite & usable[:, None], MAX_SCORE).clamp(max=MAX_SCORE)

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from lightning_sentinel.verification.tolerance import ALARM, DIRECTIONS
+from lightning_sentinel.verification.tolerance import ALARM, DIRECTIONS, TESTS
 
 __all__ = [
     "audits_until_noticed",
     "chance_of_false_alarm",
     "chance_unnoticed",
     "chance_unnoticed_along",
+    "chance_unnoticed_map",
     "largest_adam_step",
     "largest_drift",
     "reordering_error",
@@ -23,6 +25,7 @@ __all__ = [
 
 _GRID = 400
 _OUTERMOST = 8.0
+_PHASES = 16
 
 
 def largest_drift(
@@ -88,7 +91,7 @@ def audits_until_noticed(mean: float, spread: float) -> int:
 
     Example:
         >>> audits_until_noticed(0.004, 0.0), audits_until_noticed(0.004, 0.004)
-        (26, 51)
+        (29, 57)
     """
     return math.floor(ALARM * (1 + (spread / mean) ** 2)) + 1
 
@@ -114,14 +117,50 @@ def chance_unnoticed(error: float, rounding: float, tokens: int, audits: int, le
         return 1.0
     # An error counts for no more than the distance that the audit measured.
     most = math.hypot(error, rounding)
-    # Along a random unit direction lies a normally distributed share of a fixed vector (in many channels).
+    spread = rounding / math.sqrt(tokens)
+    one = _over_directions(lambda place: chance_unnoticed_along(min(abs(place) * error, most), spread, audits, least))
+    return min(1.0, one**DIRECTIONS)
+
+
+def chance_unnoticed_map(error: float, rounding: float, tokens: int, channels: int, audits: int, least: float) -> float:
+    """About how likely it is that a fixed linear map of each token passes so many audits, for tokens alike in all directions.
+
+    Along a direction tokens are normally distributed, and have ``sqrt(2 / e) sin(b)`` in common with their wave of phase ``b``. A
+    map of them has a share of that which is one over the root of the channels, by which waves are multiplied; by chance any error
+    has one over the root of the tokens.
+
+    Args:
+        error: norm of what is added to every token, as a share of the norm of a token.
+        rounding: the same for honest errors, which differ from token to token.
+        tokens: of a signal, samples times positions; more than channels.
+        channels: of the signal.
+        audits: of the worker in which its signals matched.
+        least: mean signed error up to which nobody is blamed.
+
+    Example:
+        >>> chance_unnoticed_map(0.005, 0.002, tokens=4096, channels=256, audits=28, least=0.001)
+        1.0
+        >>> f"{chance_unnoticed_map(0.005, 0.002, tokens=4096, channels=256, audits=60, least=0.001):.0e}"
+        '2e-03'
+    """
+    if audits <= ALARM:
+        return 1.0
+    most = math.hypot(error, rounding)
+    spread = most * math.sqrt(channels / tokens)
+    phases = [math.sqrt(2 / math.e) * math.sin(math.pi * (number + 0.5) / (2 * _PHASES)) for number in range(_PHASES)]
+
+    def missed(place: float) -> float:
+        means = [min(abs(place) * error * phase, most) for phase in phases]
+        return math.fsum(chance_unnoticed_along(mean, spread, audits, least) for mean in means) / _PHASES
+
+    return min(1.0, _over_directions(missed) ** DIRECTIONS)
+
+
+def _over_directions(chance: Callable[[float], float]) -> float:
+    """The mean of something over the standard normal distribution: of what lies along a random unit direction, in many channels."""
     step = 2 * _OUTERMOST / _GRID
     places = [(number + 0.5) * step - _OUTERMOST for number in range(_GRID)]
-    means = [min(abs(place) * error, most) for place in places]
-    weights = [math.exp(-(place**2) / 2) * step / math.sqrt(2 * math.pi) for place in places]
-    spread = rounding / math.sqrt(tokens)
-    one = math.fsum(weight * chance_unnoticed_along(mean, spread, audits, least) for mean, weight in zip(means, weights))
-    return min(1.0, one**DIRECTIONS)
+    return math.fsum(math.exp(-(place**2) / 2) * step / math.sqrt(2 * math.pi) * chance(place) for place in places)
 
 
 def chance_unnoticed_along(mean: float, spread: float, audits: int, least: float) -> float:
@@ -159,7 +198,7 @@ def chance_of_false_alarm(rounding: float, tokens: int, audits: int, least: floa
     looks = range(math.floor(ALARM) + 1, audits + 1)
     # Hoeffding's bounds: of the self-normalised sum (Efron 1969), and of the mean.
     each = math.fsum(math.exp(-max(ALARM, count * (least / spread) ** 2) / 2) for count in looks)
-    return min(1.0, 2 * (1 + DIRECTIONS) * each)
+    return min(1.0, 2 * TESTS * each)
 
 
 def _normal(value: float) -> float:

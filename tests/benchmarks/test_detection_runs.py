@@ -7,12 +7,15 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 
 from lightning_sentinel import cli
+from lightning_sentinel.attacks import AttackContext
 from lightning_sentinel.benchmarks.detection import command, runs
 from lightning_sentinel.benchmarks.detection.attacks import WITHIN
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS
@@ -20,6 +23,7 @@ from lightning_sentinel.benchmarks.detection.measures import Measures, measure
 from lightning_sentinel.benchmarks.detection.results import Group
 from lightning_sentinel.benchmarks.detection.runs import Campaign, Folder
 from lightning_sentinel.benchmarks.detection.scenarios import Scenario, Training
+from lightning_sentinel.benchmarks.detection.steerers import STEERERS
 from lightning_sentinel.benchmarks.detection.text import corpus
 from lightning_sentinel.benchmarks.detection.training import (
     LanguageModel,
@@ -31,6 +35,8 @@ from lightning_sentinel.benchmarks.detection.training import (
 )
 from lightning_sentinel.config import Response
 from lightning_sentinel.errors import ConfigurationError, SentinelError
+from lightning_sentinel.mesh import Direction, Worker
+from lightning_sentinel.verification.audit import relative_error
 from tests.benchmarks.test_detection_results import measures
 
 TINY = Training(stages=3, replicas=3, micro_batches=1, warmup_steps=10, steps=6, width=16, sequence_length=16)
@@ -224,6 +230,29 @@ def test_insiders_do_what_they_say_and_have_nobody_honest_banned(name: str) -> N
     assert found.validation_loss == pytest.approx(honest.validation_loss, abs=1e-4)
 
 
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("name", STEERERS)
+def test_who_knows_the_tolerance_errs_by_a_little_less_each_time(name: str, direction: Direction) -> None:
+    steerer = STEERERS[name]()
+    steerer.strategy = SimpleNamespace(precision_plugin=Precision(), _run=SimpleNamespace(guard=None))  # type: ignore[assignment]
+    drawn = torch.Generator().manual_seed(0)
+    for step in range(2):
+        signals = [torch.randn(2, 8, 16, generator=drawn) for _ in Direction]
+        for one, honest in zip(Direction, signals):
+            context = AttackContext.seeded(0, Worker(1, 0), one, step=step, received=signals[0])
+            sent = steerer(honest, context)
+            if one is direction and (name, one) != ("against the momentum", Direction.ACTIVATION):
+                # A tenth of what the table allows in float32.
+                assert relative_error(sent, honest) == pytest.approx(0.98e-4, rel=0.01)
+                if name in ("map of the activation", "by position", "other tokens"):
+                    assert (sent - honest).mean(dim=(0, 1)).norm() < 1e-6
+
+
+def test_audits_let_pass_who_knows_their_tolerance() -> None:
+    found = measure(attack("duplicated", spec="map of the signal", direction="both"), None)
+    assert not found.banned_at and 0.9e-4 < max(work[4] for work in found.works) <= 1e-4
+
+
 def run_command(output: Path, **settings: Any) -> None:
     small: dict[str, Any] = {"stages": 3, "replicas": 3, "micro_batches": 1, "warmup_steps": 10, "steps": 6, "seeds": 1}
     command.detection(output=output, workers=0, **(small | settings))
@@ -296,7 +325,10 @@ def test_the_command_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["benchmark", "detection", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "which question to answer" in text
-    assert "{attacks,mixed,share,ablation,replicas,collusion,places,insiders,faults,contributions,strength,clean,quick}" in text
+    assert (
+        "{attacks,mixed,share,ablation,replicas,collusion,places,insiders,tolerance,faults,contributions,strength,clean,quick}"
+        in text
+    )
 
 
 def test_quick_is_a_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -65,23 +65,24 @@ def faulty(engine: str, case: str) -> dict[str, Any]:
     }
 
 
-CORRUPTING = {
-    ls.Worker(0, 2): {"name": "gradient_contribution", "factor": -1.0},
-    ls.Worker(1, 1): {"name": "gradient_contribution", "factor": 1.0, "bias": 0.02},
-    ls.Worker(2, 0): {"name": "gradient_contribution", "factor": 10.0},
-}
-"""Workers of which all signals are honest, and what they add to weight gradients. No fence would show the second."""
 CORRUPTED_FROM = 1
+CORRUPTING: dict[ls.Worker, tuple[Any, Any]] = {
+    ls.Worker(0, 2): ({"name": "gradient_contribution", "factor": -1.0}, "sign"),
+    ls.Worker(1, 1): ({"name": "gradient_contribution", "factor": 1.0, "bias": 0.02},) * 2,
+    ls.Worker(2, 0): ("sign", {"name": "gradient_contribution", "factor": 10.0}),
+}
+"""Workers of which all signals are honest, and what they add to weight gradients in the two batches from ``CORRUPTED_FROM`` on. No
+fence would show the second."""
 ACCUMULATED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
 
 
 class Each:
-    """The attack of each of them."""
+    """The attack of each of them in each batch."""
 
     site = "weights"
 
     def __call__(self, signal: Tensor, context: ls.attacks.AttackContext) -> Tensor:
-        return ls.attacks.resolve(CORRUPTING[context.worker])(signal, context)
+        return ls.attacks.resolve(CORRUPTING[context.worker][context.step - CORRUPTED_FROM])(signal, context)
 
 
 def corrupted(stages: int, replicas: int, engine: str) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def check_corrupted(found: dict[str, Any], stages: int, replicas: int, weighs: b
 
 
 def all_cases() -> dict[str, dict[str, Any]]:
-    return {case: faulty("process", case) for case in CASES} | {"corrupted": corrupted(2, REPLICAS, "process")}
+    return {case: faulty("process", case) for case in CASES}
 
 
 def finite(weights: dict[str, Tensor]) -> bool:

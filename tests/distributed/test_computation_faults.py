@@ -15,10 +15,12 @@ def ranks() -> list[dict[str, Any]]:
     return world.run(fault_tasks.all_cases, 2 * fault_tasks.REPLICAS, timeout=110)
 
 
-def test_who_corrupts_weight_gradients_is_banned_and_the_weights_are_those_of_a_clean_run(ranks: list[dict[str, Any]]) -> None:
-    for number, rank in enumerate(ranks):
-        honest = Mesh(2, fault_tasks.REPLICAS).worker(number) not in fault_tasks.CORRUPTING
-        fault_tasks.check_corrupted(rank["corrupted"], 2, fault_tasks.REPLICAS, weighs=honest)
+def test_who_corrupts_weight_gradients_is_banned_and_the_weights_are_those_of_a_clean_run() -> None:
+    stages, replicas = 3, 4
+    found = world.run(fault_tasks.corrupted, stages * replicas, stages, replicas, "process", timeout=110)
+    for number, rank in enumerate(found):
+        honest = Mesh(stages, replicas).worker(number) not in fault_tasks.CORRUPTING
+        fault_tasks.check_corrupted(rank, stages, replicas, weighs=honest)
 
 
 def test_what_is_spoiled_is_left_out_as_on_the_virtual_mesh(ranks: list[dict[str, Any]]) -> None:

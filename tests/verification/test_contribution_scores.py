@@ -74,6 +74,21 @@ def test_two_of_six_are_found_within_some_steps(name: str) -> None:
     assert share <= 0.02
 
 
+def test_what_outweighs_all_others_is_out_of_line_even_where_honest_ones_were_as_large_in_the_warm_up() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = ContributionScores(Mesh(STAGES, REPLICAS), Verification(warmup_steps=WARMUP))
+    everyone = torch.ones(STAGES, REPLICAS)
+    for _ in range(WARMUP + 1):
+        spikes = torch.where(torch.rand(STAGES, REPLICAS, 1, generator=generator) < 0.15, 100.0, 1.0)
+        scored = scores.assess(spikes * noise_of(generator), everyone)
+        scores.learn(scored, everyone > 0, scored.score > 1)
+    sketches = noise_of(generator)
+    sketches[1, LIARS] *= 10
+    out = torch.zeros(STAGES, REPLICAS, dtype=torch.bool)
+    out[1, LIARS] = True
+    assert torch.equal(scores.assess(sketches, everyone).score > 1, out)
+
+
 def test_half_of_those_that_are_at_work_are_found_as_long_as_others_rest() -> None:
     """Where other stages are hit by bans two of six rest, and the two liars are half of those that do not."""
     generator = torch.Generator().manual_seed(0)

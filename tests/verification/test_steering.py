@@ -22,11 +22,12 @@ from lightning_sentinel.verification.steering import (
     chance_of_false_alarm,
     chance_unnoticed,
     chance_unnoticed_along,
+    chance_unnoticed_map,
     largest_adam_step,
     largest_drift,
     reordering_error,
 )
-from lightning_sentinel.verification.tolerance import ALARM, DIRECTIONS, MEASURED, Tolerances, deviation
+from lightning_sentinel.verification.tolerance import ALARM, TESTS, Tolerances, deviation
 from lightning_sentinel.wiring import Wiring
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,7 +174,7 @@ def all_noticed(errors: Tensor) -> int:
 def test_the_power_of_the_sums_is_that_of_a_t_test(mean: float, spread: float, audits: int) -> None:
     """One direction, normally distributed errors: the exact distribution, from scipy, our bound, and the class that decides."""
     runs = 400
-    errors = torch.zeros(runs, audits, MEASURED - 1)
+    errors = torch.zeros(runs, audits, TESTS)
     errors[..., 0] = mean + spread * normal(7, runs, audits)
     missed = runs - all_noticed(errors)
     threshold = math.sqrt(ALARM * (audits - 1) / (audits - ALARM))
@@ -192,7 +193,7 @@ def test_as_many_audits_as_the_formula_says_are_needed_on_average(mean: float, s
     for seed in range(25):
         tolerances = Tolerances(Mesh(3, 2), seed=0)
         for number, one in enumerate((mean + spread * normal(seed, 4 * expected)).tolist()):
-            tolerances.heard(INDEX, SENDER, [1.0, one] + [0.0] * DIRECTIONS)
+            tolerances.heard(INDEX, SENDER, [1.0, one] + [0.0] * (TESTS - 1))
             if noticed(tolerances):
                 found.append(number + 1)
                 break
@@ -202,7 +203,7 @@ def test_as_many_audits_as_the_formula_says_are_needed_on_average(mean: float, s
 @pytest.mark.parametrize("error", [1.5e-3, 2.5e-3, 5e-3])
 def test_a_constant_error_is_missed_no_more_often_than_the_formula_says(error: float) -> None:
     """Signals as they are audited, with rounding; the shift and the directions are drawn anew each time."""
-    audits, rounding, runs, shape = 28, 2e-3, 60, (2, 8, 64)
+    audits, rounding, runs, shape = 31, 2e-3, 60, (2, 8, 64)
     missed = 0
     honest = normal(1, *shape)
     for seed in range(runs):
@@ -222,19 +223,46 @@ def test_a_constant_error_is_missed_no_more_often_than_the_formula_says(error: f
 @pytest.mark.parametrize("spread", [2e-4, 3e-3])
 def test_honest_rounding_raises_no_alarm(spread: float) -> None:
     audits, workers = 200, 40
-    errors = spread * normal(3, workers, audits, MEASURED - 1)
-    assert not any(all_noticed(errors[:, : count + 1]) for count in range(25, audits, 5))
+    errors = spread * normal(3, workers, audits, TESTS)
+    assert not any(all_noticed(errors[:, : count + 1]) for count in range(28, audits, 5))
     assert chance_of_false_alarm(spread, 1, audits, LEAST) < (1e-9 if spread < LEAST else 0.02)
     assert chance_of_false_alarm(0.0, 1, audits, LEAST) == 0.0
 
 
-def test_an_error_without_a_mean_is_not_noticed() -> None:
-    """What the page says is not covered: a fixed linear map of each token, whose errors differ in sign from token to token."""
+@pytest.mark.parametrize("error", [2.5e-3, 5e-3])
+def test_a_map_of_each_token_is_missed_about_as_often_as_the_formula_says(error: float) -> None:
+    audits, rounding, runs, shape = 40, 2e-3, 60, (4, 64, 16)
+    channels, tokens = shape[-1], shape[0] * shape[1]
+    missed = 0
+    for seed in range(runs):
+        turn = torch.linalg.qr(normal(10_000 + seed, channels, channels)).Q
+        tolerances = Tolerances(Mesh(3, 2), seed)
+        honest, rounded = normal(seed, audits, *shape), rounding * normal(50_000 + seed, audits, *shape)
+        for one, off in zip(honest, rounded):
+            tolerances.heard(INDEX, SENDER, deviation(one + error * one @ turn + off, one, tolerances.seed_of(INDEX)).tolist())
+        missed += not noticed(tolerances)
+    expected = chance_unnoticed_map(error, rounding, tokens, channels, audits, LEAST)
+    assert stats.binomtest(missed, runs, min(1.0, 2 * expected), alternative="greater").pvalue > 0.001
+    assert stats.binomtest(missed, runs, expected / 4, alternative="less").pvalue > 0.001
+
+
+def test_all_tests_together_raise_a_false_alarm_no_more_often_than_the_bound() -> None:
+    """Of normally distributed errors: the exact distribution, from scipy, at each look; and Efron's bound for others."""
+    for audits in (40, 100, 1000):
+        threshold = math.sqrt(ALARM * (audits - 1) / (audits - ALARM))
+        exact = 2 * stats.t(audits - 1).sf(threshold)
+        assert TESTS * exact < 5e-6 and exact <= 2 * math.exp(-ALARM / 2)
+    assert TESTS * 2 * stats.norm.sf(math.sqrt(ALARM)) == pytest.approx(4e-6, rel=0.1)
+
+
+def test_errors_that_follow_from_other_tokens_are_not_noticed() -> None:
+    """What the page says is not covered: what is added to a token depends on the token before it."""
     honest = normal(0, 60, 2, 16, 64)
     turn = torch.linalg.qr(normal(1, 64, 64)).Q
     tolerances = Tolerances(Mesh(3, 2), seed=5)
     for one in honest:
-        tolerances.heard(INDEX, SENDER, deviation(one + 4e-3 * one @ turn, one, tolerances.seed_of(INDEX)).tolist())
+        before = one.roll(1, dims=1) - one.mean(dim=(0, 1))
+        tolerances.heard(INDEX, SENDER, deviation(one + 4e-3 * before @ turn, one, tolerances.seed_of(INDEX)).tolist())
     assert not noticed(tolerances)
 
 

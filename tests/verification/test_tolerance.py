@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.verification.audit import relative_error, tolerance
-from lightning_sentinel.verification.tolerance import MEASURED, Tolerances, deviation
+from lightning_sentinel.verification.tolerance import MEASURED, TESTS, Tolerances, deviation
 
 MESH = Mesh(3, 4)
 SENDER, OTHER = Worker(1, 0), Worker(1, 1)
@@ -35,19 +35,19 @@ def learned(errors: list[float]) -> Tolerances:
 @pytest.mark.parametrize(
     ("errors", "allowed"),
     [
-        ([], 5e-2),
+        ([], 5e-3),
         ([0.0], 5e-3),
         ([1e-3, 2.6e-3, 0.0], 4 * 2.6e-3),
         ([4e-2], 5e-2),
-        ([math.nan, math.inf], 5e-2),
-        ([-1.0], 5e-2),
+        ([math.nan, math.inf], 5e-3),
+        ([-1.0], 5e-3),
     ],
     ids=str,
 )
 def test_what_is_allowed_is_measured_in_the_warm_up_between_a_floor_and_the_table(errors: list[float], allowed: float) -> None:
     tolerances = learned(errors)
     assert tolerances.allowed(INDEX, SENDER, BF16, F32) == pytest.approx(allowed)
-    assert tolerances.allowed(INDEX + 1, SENDER, BF16, F32) == 5e-2, "boundaries are apart"
+    assert tolerances.allowed(INDEX + 1, SENDER, BF16, F32) == pytest.approx(5e-3), "boundaries are apart"
     if errors and allowed < 5e-2:
         tolerances.heard(INDEX, OTHER, [4e-2] + [0.0] * (MEASURED - 1))
         assert tolerances.allowed(INDEX, SENDER, BF16, F32) == pytest.approx(allowed), "later ones widen nothing"
@@ -58,10 +58,14 @@ def test_the_floor_goes_by_the_dtype(dtype: torch.dtype) -> None:
     assert learned([0.0]).allowed(INDEX, SENDER, dtype, dtype) == pytest.approx(tolerance(dtype, dtype) / 10)
 
 
-def test_a_boundary_that_nobody_audited_in_the_warm_up_is_measured_by_its_first_audit() -> None:
-    tolerances = learned([])
-    tolerances.heard(INDEX, OTHER, [0.0] * MEASURED)
+def test_no_later_audit_measures_a_boundary_that_nobody_audited_in_the_warm_up() -> None:
+    tolerances = Tolerances(MESH, seed=3)
+    assert tolerances.allowed(INDEX, SENDER, BF16, F32) == 5e-2, "as long as the warm-up lasts"
+    tolerances.learning = False
+    for _ in range(40):
+        tolerances.heard(INDEX, OTHER, [4.9e-3] + [4.9e-3] * TESTS)
     assert tolerances.allowed(INDEX, SENDER, BF16, F32) == pytest.approx(5e-3)
+    assert tolerances.allowed(INDEX, OTHER, BF16, F32) == pytest.approx(1e-3), "it errs one way all the same"
 
 
 @pytest.mark.parametrize("shape", [(4, 32, 48), (64, 48), (4, 8, 6, 6)], ids=str)
@@ -105,9 +109,58 @@ def test_what_errs_the_same_way_adds_up_and_is_then_allowed_a_fiftieth(size: flo
     direction = torch.randn(48, generator=torch.Generator().manual_seed(5)).sign()
     tolerances = learned([0.0])
     found = audited(tolerances, 60, lambda h: rounded(h + size * direction if kind == "a bias" else h * (1 - size)))
-    assert found is not None and 26 <= found <= 40
+    assert found is not None and 29 <= found <= 40
     assert tolerances.allowed(INDEX, SENDER, BF16, F32) == pytest.approx(1e-3)
     assert tolerances.allowed(INDEX, OTHER, BF16, F32) == pytest.approx(5e-3), "the others are allowed what they were"
+
+
+TURN = torch.linalg.qr(signal(8, 48, 48)).Q
+"""Of each token, fixed."""
+
+
+def activation_of(honest: Tensor, number: int) -> Tensor:
+    """An activation that gradients have little in common with, and that is larger in some channels than in others."""
+    return signal(5000 + number, *honest.shape) * signal(6, 48).exp() + 0.1 * honest
+
+
+COHERENT = {
+    "map of the signal": lambda honest, activation: honest @ TURN,
+    "low rank": lambda honest, activation: (honest @ TURN[:, :1]) * TURN[0],
+    "map of the activation": lambda honest, activation: (activation - activation.mean(dim=(0, 1))) @ TURN,
+    "bend of the activation": lambda honest, activation: (activation.abs() - activation.abs().mean(dim=(0, 1))) @ TURN,
+    "position": lambda honest, activation: (-1.0) ** torch.arange(honest.shape[1])[:, None] * TURN[0].expand_as(honest),
+}
+"""Errors that steer, though their mean over tokens is zero."""
+
+
+@pytest.mark.parametrize("kind", COHERENT)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_what_errs_the_same_way_for_the_same_tokens_adds_up(kind: str, dtype: torch.dtype) -> None:
+    ceiling = tolerance(dtype)
+    tolerances = learned([0.0])
+    for number in range(400):
+        honest = signal(1000 + number)
+        activation = activation_of(honest, number)
+        error = COHERENT[kind](honest, activation)
+        claimed = honest + 0.09 * ceiling * error / error.norm() * honest.norm() + 0.02 * ceiling * signal(9000 + number)
+        seed = tolerances.seed_of(INDEX)
+        tolerances.heard(INDEX, SENDER, deviation(claimed, honest, seed, activation).tolist())
+        if tolerances.allowed(INDEX, SENDER, dtype, F32) < ceiling / 10:
+            break
+    assert number >= 28 and tolerances.allowed(INDEX, SENDER, dtype, F32) == pytest.approx(ceiling / 50)
+
+
+def test_devices_that_round_weights_differently_are_not_blamed_for_it() -> None:
+    """Their error is a fixed map of each token, too; the warm-up has seen how large it is."""
+    weights = signal(8, 48, 48)
+    seen = relative_error(signal(0) @ rounded(weights), signal(0) @ weights)
+    tolerances = learned([float(seen)])
+    for number in range(200):
+        given = signal(1000 + number)
+        measured = deviation(given @ rounded(weights), given @ weights, tolerances.seed_of(INDEX)).tolist()
+        tolerances.heard(INDEX, SENDER, measured)
+    assert tolerances.errs_one_way(INDEX, SENDER, float(seen) / 10), "it does add up"
+    assert tolerances.allowed(INDEX, SENDER, BF16, F32) > 4 * seen - 1e-9
 
 
 def test_what_is_too_small_to_steer_anything_is_let_be() -> None:
@@ -119,6 +172,7 @@ def test_state_goes_on() -> None:
     one, other = learned([1e-3]), Tolerances(MESH, seed=3)
     audited(one, 40, lambda h: h * 0.997)
     other.load_state_dict(one.state_dict())
+    other.learning = False
     for index in range(4):
         for sender in (SENDER, OTHER):
             assert other.allowed(index, sender, BF16, F32) == one.allowed(index, sender, BF16, F32)

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_sentinel import attacks
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS
+from lightning_sentinel.benchmarks.detection.steerers import STEERERS
 from lightning_sentinel.errors import ConfigurationError
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "NAMED",
     "PUBLISHED",
     "ROLES",
+    "STEERING",
     "SUBTLE",
     "SWEPT",
     "WITHIN",
@@ -149,6 +151,9 @@ lies of their allies."""
 WITHIN: dict[str, Any] = {name: name for name in INSIDERS} | ROLES
 """Those of who knows more than a worker should, or lies beside what it sends."""
 
+STEERING: dict[str, Any] = {name: name for name in STEERERS}
+"""Those of who knows the tolerance of audits, and stays below it."""
+
 NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | CONTRIBUTED | BROKEN | SWEPT | ROLES
 
 
@@ -162,11 +167,12 @@ def attack_named(name: str) -> Any:
         >>> attack_named("x10"), attack_named("scale")
         ({'name': 'scale', 'factor': 10.0}, 'scale')
     """
-    if name in NAMED | WITHIN:
-        return (NAMED | WITHIN)[name]
+    known = NAMED | WITHIN | STEERING
+    if name in known:
+        return known[name]
     if name in attacks.available():
         return name
     raise ConfigurationError(
-        f"attacks={name!r} is unknown to this benchmark. Choose from: {', '.join(NAMED | WITHIN)}; or, with their default strength,"
+        f"attacks={name!r} is unknown to this benchmark. Choose from: {', '.join(known)}; or, with their default strength,"
         f" {', '.join(attacks.available())}."
     )

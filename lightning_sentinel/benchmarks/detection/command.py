@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_sentinel import attacks as library
-from lightning_sentinel.benchmarks.detection.attacks import WITHIN, attack_named
+from lightning_sentinel.benchmarks.detection.attacks import STEERING, WITHIN, attack_named
 from lightning_sentinel.benchmarks.detection.bars import misses
 from lightning_sentinel.benchmarks.detection.figures import draw, require_matplotlib
 from lightning_sentinel.benchmarks.detection.measures import Measures
@@ -41,6 +41,7 @@ def detection(
         "collusion",
         "places",
         "insiders",
+        "tolerance",
         "faults",
         "contributions",
         "strength",
@@ -73,9 +74,9 @@ def detection(
     Args:
         suite: which question to answer: each attack by itself, malicious workers that do different things, the share of malicious
             workers, parts of the detector left out, the number of replicas, workers that act together, workers at the ends of the
-            pipeline, in one pipeline or that start late, those who know more than they should or lie as auditors, processors
-            that multiply wrongly, those who corrupt weight gradients inside their stage, the strength of an attack, or nobody
-            malicious at all.
+            pipeline, in one pipeline or that start late, those who know more than they should or lie as auditors,
+            those who err by as much as audits let pass, processors that multiply wrongly, those who corrupt weight gradients
+            inside their stage, the strength of an attack, or nobody malicious at all.
         quick: the suite "quick" in a few minutes, with an exit status of 1 if detection got worse.
         output: folder for results; nothing is written outside it.
         stages: pipeline stages, 8 in most suites.
@@ -142,7 +143,7 @@ def _request(
         raise ConfigurationError(f"seeds={seeds} cannot work: it must be at least 1.")
     specs = default.attacks if attacks is None else {name: attack_named(name) for name in attacks}
     for spec in specs.values():
-        if spec not in WITHIN.values():
+        if spec not in (WITHIN | STEERING).values():
             library.resolve(spec)
     return Request(
         training=replace(default.training, **training),

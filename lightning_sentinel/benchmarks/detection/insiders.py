@@ -20,7 +20,7 @@ from lightning_sentinel.strategy import SentinelStrategy
 from lightning_sentinel.verification.drift import DOUBT
 from lightning_sentinel.verification.projection import SecretDirections
 
-__all__ = ["INSIDERS", "Insider", "Within"]
+__all__ = ["INSIDERS", "Insider", "Within", "boundary_of"]
 
 
 class Insider:
@@ -40,7 +40,7 @@ class UnseenExchange(Insider):
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
         channels = signal.shape[-1]
         # The benchmark gives the adversary and the verifiers one seed.
-        secret = SecretDirections(_boundary(context), Verification(seed=context.seed))
+        secret = SecretDirections(boundary_of(context), Verification(seed=context.seed))
         basis = torch.linalg.qr(torch.cat((secret.projection(channels), secret.slices(channels)), dim=1)).Q
         tokens = signal.reshape(-1, channels)
         seen = (tokens @ basis @ basis.T).view_as(signal)
@@ -66,7 +66,7 @@ class BiasBelowItsSum(Insider):
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
         assert self.strategy is not None, "the run has begun"
         guard = self.strategy._run.guard
-        at = self.strategy.mesh.boundaries.index(_boundary(context))
+        at = self.strategy.mesh.boundaries.index(boundary_of(context))
         if guard is not None and float(guard.calibration.drift.height[at, context.worker.replica]) > DOUBT / 2:
             return signal
         generator = torch.Generator().manual_seed(context.seed_for("bias", context.direction))
@@ -74,7 +74,8 @@ class BiasBelowItsSum(Insider):
         return signal + self.strength * signal.std() * direction / direction.norm() * signal.shape[-1] ** 0.5
 
 
-def _boundary(context: AttackContext) -> Boundary:
+def boundary_of(context: AttackContext) -> Boundary:
+    """The boundary that a signal crosses."""
     return Boundary(context.worker.stage - (context.direction is Direction.GRADIENT), context.direction)
 
 

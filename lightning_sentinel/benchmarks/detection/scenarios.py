@@ -15,6 +15,7 @@ from lightning_sentinel.attacks import resolve
 from lightning_sentinel.attacks.faults import OF_COMPUTATION, site_of
 from lightning_sentinel.attacks.wrappers import parts_of
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS, Insider
+from lightning_sentinel.benchmarks.detection.steerers import STEERERS
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 
@@ -75,6 +76,7 @@ class Training:
         width: width of the model.
         sequence_length: bytes of a window.
         micro_batch_size: windows of a micro-batch.
+        precision: the Trainer's.
 
     Raises:
         ConfigurationError: if a value cannot work.
@@ -92,6 +94,7 @@ class Training:
     width: int = 64
     sequence_length: int = 32
     micro_batch_size: int = 2
+    precision: str = "32-true"
 
     def __post_init__(self) -> None:
         if self.stages < 3:
@@ -126,7 +129,7 @@ class Scenario:
         training: what is trained.
         attack: the name that the attack has in tables; :data:`NO_ATTACK` if there is none.
         spec: the attack as :func:`lightning_sentinel.attacks.resolve` takes it, or a list of which each malicious worker draws one;
-            or the name of one of :data:`INSIDERS`.
+            or the name of one of :data:`INSIDERS` or :data:`STEERERS`.
         direction: what is tampered with.
         fraction: share of malicious workers in each middle stage.
         workers: the malicious workers by name, in place of a fraction.
@@ -223,7 +226,8 @@ class Scenario:
 
     def make_attack(self) -> Any:
         """What the injector is given: an insider of that name, or the attack as it is described."""
-        return INSIDERS[self.spec]() if isinstance(self.spec, str) and self.spec in INSIDERS else self.spec
+        known = INSIDERS | STEERERS
+        return known[self.spec]() if isinstance(self.spec, str) and self.spec in known else self.spec
 
     @property
     def response(self) -> Response:

@@ -12,6 +12,7 @@ from lightning_sentinel.benchmarks.detection.attacks import (
     CONTRIBUTED,
     HIDDEN,
     PUBLISHED,
+    STEERING,
     SWEPT,
     WITHIN,
     attack_named,
@@ -225,6 +226,13 @@ def _insiders(request: Request) -> Iterator[Scenario]:
         yield from replace(request, attacks=_named("other order")).attacked_runs(variant="first and last stage", workers=ends)
 
 
+def _tolerance(request: Request) -> Iterator[Scenario]:
+    for precision in ("32-true", "bf16-mixed"):
+        training = replace(request.training, precision=precision)
+        yield from request.honest_runs(training=training, variant=precision)
+        yield from request.attacked_runs(training=training, variant=precision)
+
+
 def _clean(request: Request) -> Iterator[Scenario]:
     if request.attacks:
         raise ConfigurationError(
@@ -269,6 +277,15 @@ SUITES: dict[str, Suite] = {
         _insiders,
         methods=("unprotected", "sentinel", "audited"),
         attacks=WITHIN,
+        directions=("both",),
+        fraction=1 / 3,
+        training=Training(stages=6, replicas=6),
+    ),
+    "tolerance": Suite(
+        "What do errors cost that audits let pass?",
+        _tolerance,
+        methods=("audited",),
+        attacks=STEERING,
         directions=("both",),
         fraction=1 / 3,
         training=Training(stages=6, replicas=6),

@@ -142,6 +142,7 @@ def fit(
             devices=1,
             max_steps=steps,
             max_epochs=-1,
+            precision=scenario.training.precision,  # type: ignore[arg-type]
             callbacks=list(callbacks),
             logger=False,
             enable_checkpointing=False,

@@ -183,7 +183,9 @@ class SignalExamination:
         if claimed.shape != honest.shape or self._falsely_tainted(case, honest, commitments):
             return Examined(Outcome.LIED, honest)
         index = self._mesh.boundaries.index(case.boundary)
-        measured = deviation(claimed, honest, self._tolerances.seed_of(index))
+        backward = case.boundary.direction is Direction.GRADIENT
+        activation = items[Item.ACTIVATION].to(honest.device) if backward else None
+        measured = deviation(claimed, honest, self._tolerances.seed_of(index), activation)
         allowed = self._tolerances.allowed(index, case.audited, honest.dtype, self._computed_in())
         return Examined(Outcome.MATCHES, honest, measured, allowed=allowed)
 
