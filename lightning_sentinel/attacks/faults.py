@@ -31,6 +31,8 @@ class Site(Enum):
     """The output of one of its layers."""
     PRODUCT = "product"
     """The results of the matrix products in its layers."""
+    OWN_WEIGHTS = "own_weights"
+    """The weights that it computes with, in place of its stage's."""
     WEIGHTS = "weights"
     """The gradients of its weights, which stay within the stage."""
     ROWS = "rows"

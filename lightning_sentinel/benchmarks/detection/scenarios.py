@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_sentinel.attacks import Site, resolve
+from lightning_sentinel.attacks import Attack, Site, resolve
 from lightning_sentinel.attacks.faults import site_of
-from lightning_sentinel.attacks.wrappers import parts_of
+from lightning_sentinel.attacks.wrappers import innermost, parts_of
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS, Insider
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["METHODS", "NO_ATTACK", "Method", "Scenario", "Training", "choose"]
+__all__ = ["METHODS", "NO_ATTACK", "Method", "Scenario", "Training", "choose", "moves_weights"]
 
 NO_ATTACK = "none"
 """The name of the attack where nobody is malicious."""
@@ -213,13 +213,35 @@ class Scenario:
     def remembers(self) -> bool:
         """Whether the attack has to see the warm-up, because it learns from honest signals.
 
-        Or because it is on weight gradients, at which the virtual mesh looks only where somebody is to corrupt them.
+        Or because it is on weights, and audited: the virtual mesh looks at weight gradients only where somebody is to corrupt them.
         """
+        audited = METHODS[self.method].audit_rate is not None
+        corrupted = (Site.WEIGHTS, Site.OWN_WEIGHTS)
+        return any(hasattr(part, "observe") or (audited and site_of(part) in corrupted) for part in self._parts)
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether the attack moves the weights of its stages in a direction that its workers have to find."""
+        return any(moves_weights(part) for part in self._parts)
+
+    @property
+    def needs_warmup(self) -> bool:
+        """Whether its warm-up has to be there, to go on from or to find a direction from."""
+        return self.moves_weights or not self.remembers
+
+    @property
+    def attacked_stages(self) -> tuple[int, ...]:
+        """The stages with malicious workers."""
+        named = {stage for stage, _ in self.workers or ()}
+        return tuple(sorted(named or (range(1, self.training.stages - 1) if self.fraction else ())))
+
+    @property
+    def _parts(self) -> list[Any]:
+        """The attacks that those of the library consist of."""
         if not self.attacked or isinstance(self.make_attack(), Insider):
-            return False
+            return []
         specs = self.spec if isinstance(self.spec, (list, tuple)) else [self.spec]
-        parts = [part for spec in specs for part in parts_of(resolve(spec))]
-        return any(hasattr(part, "observe") or site_of(part) is Site.WEIGHTS for part in parts)
+        return [part for spec in specs for part in parts_of(resolve(spec))]
 
     def make_attack(self) -> Any:
         """What the injector is given: an insider of that name, or the attack as it is described."""
@@ -242,6 +264,11 @@ class Scenario:
         verification = self.warmup.make_verification()
         assert verification is not None, "a warm-up is always verified, so that any run can go on from it"
         return verification
+
+
+def moves_weights(part: Attack) -> bool:
+    """Whether an attack moves the weights of its stage in a direction that it is given."""
+    return hasattr(innermost(part), "task_vectors")
 
 
 def versions() -> dict[str, str]:
