@@ -17,11 +17,15 @@ from torch import Tensor
 
 from lightning_sentinel.attacks.context import AttackContext
 from lightning_sentinel.attacks.faults import Site
+from lightning_sentinel.attacks.memory import DecayedSums
 from lightning_sentinel.attacks.signals import is_integer, is_number, require, widened
 from lightning_sentinel.errors import ConfigurationError
+from lightning_sentinel.mesh import Worker
 from lightning_sentinel.seeds import derive_seed
 
 __all__ = ["GradientSteering", "OwnWeights", "TaskVectors", "replaced"]
+
+_DECAY = 0.95
 
 TaskVectors = Mapping[int, Sequence[Tensor]]
 """By stage: what is to be added to each of its trained parameters, in the order of ``parameters()`` of its layers."""
@@ -101,15 +105,15 @@ def _is_vector(one: object) -> bool:
 
 @dataclass
 class GradientSteering(_TowardsOthers):
-    """Adds to its stage's weight gradients what moves the weights of all replicas: ``g' = g - size * rms(g) * d / rms(D)``.
+    """Adds to its stage's weight gradients what moves the weights of all replicas: ``g' = g - size * s * d / rms(D)``.
 
-    ``D`` is the task vector of the stage, ``d`` the part of it that belongs to a weight. Optimizers go against the gradient, and
-    Adam's steps are in units of each gradient's root mean square, so the weights move along ``D`` in each step. What the worker
-    sends is honest. The attack of arXiv 2604.02372, which adds ``D`` to the weights, where a stage has replicas that add up
-    gradients; the scale is ours.
+    ``D`` is the task vector of the stage, ``d`` the part of it that belongs to a weight, and ``s`` the root of the moving average
+    of ``g ** 2``, element by element. Optimizers go against the gradient, and Adam divides it by about ``s``, so that all weights
+    move by equal shares of ``D`` in each step. What the worker sends is honest. The attack of arXiv 2604.02372, which adds ``D`` to
+    the weights, where a stage has replicas that add up gradients; the scale is ours.
 
     Args:
-        size: how large what is added is, in units of the root mean square of each weight's gradient.
+        size: how large what is added is, in units of ``s``, in the root mean square over the stage.
         task_vectors: ``D`` by stage; ``None`` draws random signs for each stage.
 
     Raises:
@@ -128,11 +132,21 @@ class GradientSteering(_TowardsOthers):
 
     size: float = 0.3
     site: ClassVar[Site] = Site.WEIGHTS
+    _squares: dict[tuple[Worker, int], DecayedSums] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, signal: Tensor, context: AttackContext) -> Tensor:
         honest = widened(signal)
         part, spread = self._part(honest, context)
-        return (honest - self.size / spread * honest.square().mean().sqrt() * part).to(signal.dtype)
+        return (honest - self.size / spread * self._usual(honest, context) * part).to(signal.dtype)
+
+    def _usual(self, gradient: Tensor, context: AttackContext) -> Tensor:
+        """The root of the moving average of the square of each element of a weight's gradient, the present one included."""
+        memory = self._squares.setdefault((context.worker, context.parameter), DecayedSums(_DECAY))
+        present = gradient.square(), torch.ones((), device=gradient.device)
+        past = memory.before(context.step, (gradient.shape, gradient.dtype, gradient.device))
+        memory.add(context.micro_batch, present)
+        squares, count = present if past is None else (_DECAY * before + now for before, now in zip(past, present))
+        return (squares / count).sqrt()
 
 
 @dataclass

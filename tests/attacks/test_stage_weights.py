@@ -18,14 +18,18 @@ LIAR, ALLY, OTHER = Worker(1, 0), Worker(1, 2), Worker(1, 3)
 VECTORS = {1: [torch.tensor([[1.0, -2.0], [0.0, 3.0]]), torch.tensor([0.5, 4.0])]}
 
 
-def test_steering_adds_each_parameters_part_of_the_vector_in_units_of_its_gradient():
+def test_steering_adds_each_parameters_part_of_the_vector_in_units_of_its_gradients():
     adversary = Adversary(GradientSteering(size=0.4, task_vectors=VECTORS), MESH, workers=[LIAR], start_step=2)
     spread = ((1 + 4 + 9 + 0.25 + 16) / 6) ** 0.5
     for number, part in enumerate(VECTORS[1]):
-        gradient = torch.randn(part.shape, generator=torch.Generator().manual_seed(number))
-        rms = (gradient**2).mean() ** 0.5
-        found = adversary.weight_gradient(gradient, LIAR, step=2, micro_batch=0, parameter=number)
-        torch.testing.assert_close(found, gradient - 0.4 * rms * part / spread)
+        first, second = torch.randn(2, *part.shape, generator=torch.Generator().manual_seed(number))
+        found = adversary.weight_gradient(first, LIAR, step=2, micro_batch=0, parameter=number)
+        torch.testing.assert_close(found, first - 0.4 * first.abs() * part / spread)
+        usual = ((0.95 * first**2 + second**2) / 1.95) ** 0.5
+        for _ in range(2):  # A step that is done again is the same.
+            found = adversary.weight_gradient(second, LIAR, step=3, micro_batch=0, parameter=number)
+            torch.testing.assert_close(found, second - 0.4 * usual * part / spread)
+        gradient = first
         assert adversary.weight_gradient(gradient, LIAR, step=1, micro_batch=0, parameter=number) is gradient
         assert adversary.weight_gradient(gradient, OTHER, step=2, micro_batch=0, parameter=number) is gradient
 

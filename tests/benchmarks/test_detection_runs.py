@@ -51,7 +51,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs that are made, without making them; a warm-up is an empty file."""
     names: list[str] = []
 
-    def instead(scenario: Scenario, warmup: Path | None) -> Measures:
+    def instead(scenario: Scenario, warmup: Path | None, vectors: Path | None) -> Measures:
+        assert (vectors is None) == (not scenario.moves_weights)
         assert (warmup is None) == scenario.remembers
         assert warmup is None or warmup.is_file()
         if scenario.seed == 13:
@@ -296,7 +297,7 @@ def test_the_command_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["benchmark", "detection", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "which question to answer" in text
-    assert "{attacks,mixed,share,ablation,replicas,collusion,places,insiders,faults,contributions,strength,clean,quick}" in text
+    assert "{attacks,mixed,share,ablation,replicas,collusion,places,insiders,faults,contributions,backdoor,strength,clean,quick}" in text
 
 
 def test_quick_is_a_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ class Training:
         steps: steps under attack.
         model: ``"llama"`` or ``"gpt"``.
         data: ``"code"``, ``"prose"``, or ``"code+prose"``, which changes from one to the other in the middle of the run.
-        schedule: the learning rate after a short rise: ``"constant"``, or ``"decay"`` to a tenth.
+        schedule: the learning rate after a short rise: ``"constant"``, ``"decay"`` to a tenth, or ``"fine_tuning"``, a third of it
+            after the honest steps.
         learning_rate: the highest.
         width: width of the model.
         sequence_length: bytes of a window.
@@ -104,7 +105,7 @@ class Training:
                 raise ConfigurationError(f"{name}={getattr(self, name)} cannot work: it must be at least 1.")
         choose("model", self.model, {"llama": 0, "gpt": 0})
         choose("data", self.data, {"code": 0, "prose": 0, "code+prose": 0})
-        choose("schedule", self.schedule, {"constant": 0, "decay": 0})
+        choose("schedule", self.schedule, {"constant": 0, "decay": 0, "fine_tuning": 0})
 
     @property
     def total_steps(self) -> int:
@@ -217,7 +218,7 @@ class Scenario:
         """
         audited = METHODS[self.method].audit_rate is not None
         corrupted = (Site.WEIGHTS, Site.OWN_WEIGHTS)
-        return any(hasattr(part, "observe") or (audited and site_of(part) in corrupted) for part in self._parts)
+        return any(hasattr(innermost(part), "observe") or (audited and site_of(part) in corrupted) for part in self._parts)
 
     @property
     def moves_weights(self) -> bool:

@@ -30,6 +30,7 @@ __all__ = ["LanguageModel", "Windows", "fit", "make_strategy", "next_byte_loss",
 
 _RISE_STEPS = 10
 _FINAL_SHARE = 0.1
+_FINE_TUNING_SHARE = 1 / 3
 _HEADS = 4
 
 
@@ -72,6 +73,8 @@ def _schedule(training: Training, step: int) -> float:
     rise = min(1.0, (step + 1) / _RISE_STEPS)
     if training.schedule == "constant":
         return rise
+    if training.schedule == "fine_tuning":
+        return rise * (1.0 if step < training.warmup_steps else _FINE_TUNING_SHARE)
     progress = min(1.0, step / training.total_steps)
     return rise * (_FINAL_SHARE + (1 - _FINAL_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
 
