@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import random
-import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -14,16 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_sentinel.attacks.choice import dealt, malicious_workers, warn_of_majority
 from lightning_sentinel.attacks.context import Attack, AttackContext
 from lightning_sentinel.attacks.faults import Site, site_of
 from lightning_sentinel.attacks.products import Phase, Product, Products
-from lightning_sentinel.attacks.registry import LIBRARY, AttackSpec, resolve
+from lightning_sentinel.attacks.registry import AttackSpec
 from lightning_sentinel.attacks.returned import checked_result
 from lightning_sentinel.attacks.stage_weights import replaced
-from lightning_sentinel.attacks.wrappers import Several, Wrapper, innermost, parts_of
+from lightning_sentinel.attacks.wrappers import innermost, parts_of
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Direction, Mesh, Worker
-from lightning_sentinel.seeds import derive_seed
 
 __all__ = ["Adversary", "Witness"]
 
@@ -83,8 +79,8 @@ class Adversary:
             raise ConfigurationError(f"start_step={start_step!r} cannot work: steps count from 0.")
         if direction not in ("activation", "gradient", "both"):
             raise ConfigurationError(f"direction={direction!r} cannot work: it must be 'activation', 'gradient' or 'both'.")
-        self._workers = _malicious_workers(mesh, workers, fraction, seed)
-        self._attacks = _deal(attacks, self._workers, seed)
+        self._workers = malicious_workers(mesh, workers, fraction, seed)
+        self._attacks = dealt(attacks, self._workers, seed)
         self._start_step = start_step
         self._directions = frozenset(Direction if direction == "both" else (Direction(direction),))
         self._seed = seed
@@ -93,7 +89,7 @@ class Adversary:
         self._products: dict[tuple[Worker, int], Products] = {}
         """The products of micro-batches that are between their forward and their backward pass."""
         self._parts = {worker: parts_of(attack) for worker, attack in self._attacks.items()}
-        _warn_of_majority(mesh, self._workers)
+        warn_of_majority(mesh, self._workers)
 
     @property
     def workers(self) -> frozenset[Worker]:
@@ -333,70 +329,3 @@ class Adversary:
 
     def _watches(self, worker: Worker, direction: Direction) -> bool:
         return worker in self._workers and direction in self._directions
-
-
-def _malicious_workers(mesh: Mesh, workers: Collection[Worker] | None, fraction: float | None, seed: int) -> frozenset[Worker]:
-    if (workers is None) == (fraction is None):
-        given = "neither is given" if workers is None else f"both are given (fraction={fraction!r})"
-        raise ConfigurationError(
-            f"Malicious workers are named by workers or drawn by fraction, and {given}. Give exactly one of them."
-        )
-    if workers is not None:
-        return frozenset(_checked(worker, mesh) for worker in workers)
-    assert fraction is not None
-    if not 0 < fraction < 1:
-        raise ConfigurationError(f"fraction={fraction!r} cannot work: it must be between 0 and 1, both excluded.")
-    if mesh.stages < 3:
-        raise ConfigurationError(
-            f"fraction={fraction!r} draws from the middle stages, as first and last are trusted, and a mesh of"
-            f" {mesh.stages} stages has none. Name the workers instead: workers=[Worker(stage=0, replica=0)]."
-        )
-    count = max(1, round(fraction * mesh.replicas))
-    return frozenset(
-        Worker(stage, replica)
-        for stage in range(1, mesh.stages - 1)
-        for replica in random.Random(derive_seed(seed, "workers", stage)).sample(range(mesh.replicas), count)
-    )
-
-
-def _checked(worker: Worker, mesh: Mesh) -> Worker:
-    if not isinstance(worker, Worker):
-        raise ConfigurationError(f"workers holds {worker!r}, which is no worker. Write Worker(stage=1, replica=0).")
-    mesh.rank(worker)
-    return worker
-
-
-def _deal(attacks: AttackSpec | Sequence[AttackSpec], workers: Collection[Worker], seed: int) -> dict[Worker, Attack]:
-    """Gives each worker one of ``attacks``, with a state of its own."""
-    specs = attacks if isinstance(attacks, Sequence) and not isinstance(attacks, str) else [attacks]
-    choices = [resolve(spec) for spec in specs]
-    if not choices:
-        raise ConfigurationError(f"attacks={attacks!r} holds no attack. Give at least one, for instance 'zeros'.")
-    return {
-        worker: _own(random.Random(derive_seed(seed, "attack", worker.stage, worker.replica)).choice(choices)) for worker in workers
-    }
-
-
-def _own(attack: Attack) -> Attack:
-    # A callable of the user's may hold anything (a model, an open file), so only attacks of the library are copied.
-    if type(attack) not in LIBRARY.values():
-        return attack
-    if isinstance(attack, Several):
-        return Several([_own(part) for part in parts_of(attack)])
-    return replace(attack, attack=_own(attack.inner)) if isinstance(attack, Wrapper) else copy.deepcopy(attack)
-
-
-def _warn_of_majority(mesh: Mesh, workers: Collection[Worker]) -> None:
-    counts = Counter(worker.stage for worker in workers)
-    lost = [
-        f"stage {stage} ({count} of {mesh.replicas} replicas)"
-        for stage, count in sorted(counts.items())
-        if 2 * count > mesh.replicas
-    ]
-    if lost:
-        warnings.warn(
-            f"More than half the workers are malicious in {', '.join(lost)}. Detection assumes that fewer than half of"
-            " a stage's workers are: here it may blame the honest ones. Attack fewer workers or add replicas.",
-            UserWarning,
-            stacklevel=3,
-        )

@@ -297,7 +297,10 @@ def test_the_command_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["benchmark", "detection", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "which question to answer" in text
-    assert "{attacks,mixed,share,ablation,replicas,collusion,places,insiders,faults,contributions,backdoor,strength,clean,quick}" in text
+    assert (
+        "{attacks,mixed,share,ablation,replicas,collusion,places,insiders,faults,contributions,backdoor,strength,clean,quick}"
+        in text
+    )
 
 
 def test_quick_is_a_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ SUITES: dict[str, Suite] = {
         attacks=MOVED,
         directions=("both",),
         fraction=1 / 3,
-        training=Training(stages=6, replicas=6, micro_batches=1, micro_batch_size=4, steps=40),
+        training=Training(stages=6, replicas=6, micro_batches=1, micro_batch_size=4, steps=40, schedule="fine_tuning"),
     ),
     "strength": Suite("Is what goes undetected harmless?", _attacks, attacks=SWEPT),
     "clean": Suite(
