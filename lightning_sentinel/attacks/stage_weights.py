@@ -38,10 +38,10 @@ def replaced(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
         >>> with replaced([weight], [torch.tensor([5.0])]):
-        ...     print(float(weight))
-        5.0
-        >>> float(weight)
-        2.0
+        ...     print(weight.tolist())
+        [5.0]
+        >>> weight.tolist()
+        [2.0]
     """
     held = [parameter.data for parameter in parameters]
     try:
