@@ -14,6 +14,7 @@ from lightning_sentinel.attacks.products import Phase, Product
 from lightning_sentinel.attacks.registry import AttackSpec, available, get, resolve
 from lightning_sentinel.attacks.roles import Equivocate, FalseNotes, FalseRows, FalseVotes
 from lightning_sentinel.attacks.shortcut import FlipResidual, Identity, ReceivedNoise
+from lightning_sentinel.attacks.stage_weights import GradientSteering, OwnWeights, TaskVectors
 from lightning_sentinel.attacks.subtle import AddNoise, Drift, Frame, Local
 from lightning_sentinel.attacks.wrappers import Collude, Intermittent, Several
 
@@ -36,6 +37,7 @@ __all__ = [
     "FlipResidual",
     "Frame",
     "GradientContribution",
+    "GradientSteering",
     "Identity",
     "Intermittent",
     "InvisibleNoise",
@@ -44,6 +46,7 @@ __all__ = [
     "MomentumNoise",
     "NonFinite",
     "Ones",
+    "OwnWeights",
     "Permute",
     "Phase",
     "Product",
@@ -57,6 +60,7 @@ __all__ = [
     "StuckTile",
     "Surrogate",
     "Swap",
+    "TaskVectors",
     "WrongAddress",
     "Zeros",
     "available",

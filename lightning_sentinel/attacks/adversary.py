@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,11 +15,16 @@ from lightning_sentinel.attacks.dealing import deal, malicious_workers, warn_of_
 from lightning_sentinel.attacks.faults import OF_COMPUTATION, Site, site_of
 from lightning_sentinel.attacks.products import Phase, Product, Products
 from lightning_sentinel.attacks.registry import AttackSpec
-from lightning_sentinel.attacks.wrappers import parts_of
+from lightning_sentinel.attacks.returned import checked_result
+from lightning_sentinel.attacks.stage_weights import replaced
+from lightning_sentinel.attacks.wrappers import innermost, parts_of
 from lightning_sentinel.errors import ConfigurationError
 from lightning_sentinel.mesh import Direction, Mesh, Worker
 
 __all__ = ["Adversary", "Witness"]
+
+_INSIDE = (Site.LAYER, Site.PRODUCT, Site.OWN_WEIGHTS)
+"""Where a fault strikes before a signal is made."""
 
 Witness = Callable[[Worker, str, int, int, Tensor, Tensor], None]
 """Takes the worker, what it made (``"activation"``, ``"gradient"`` or ``"weights"``, for the gradients of all its weights as one
@@ -144,7 +149,7 @@ class Adversary:
             context = self._context(worker, direction, step, micro_batch, signal, received)
             with torch.no_grad():
                 if active:
-                    sent = _checked_result(attack, sent.detach(), context)
+                    sent = checked_result(attack, sent.detach(), context)
                 elif observe is not None:
                     observe(signal.detach(), context)
         return sent
@@ -155,10 +160,21 @@ class Adversary:
             return None
         return next((site for site in OF_COMPUTATION if self._at(worker, site)), None)
 
+    def computes_wrongly(self, worker: Worker, step: int) -> bool:
+        """Whether a worker's computation is faulty in a step in a way that its signals may show."""
+        return self.fails(worker, step) in _INSIDE
+
     @property
     def corrupts_weight_gradients(self) -> bool:
         """Whether any worker adds wrong weight gradients in some step: by an attack on these, or by a faulty computation."""
         return any(self.liars(site) for site in OF_COMPUTATION)
+
+    def require_fit(self, stage: int, parameters: Sequence[Tensor]) -> None:
+        """Raises ``ConfigurationError`` if an attack on ``stage`` was made for other parameters than its trained ones."""
+        for worker in sorted(self._workers):
+            for attack in self._parts[worker] if worker.stage == stage else ():
+                if (require_fit := getattr(innermost(attack), "require_fit", None)) is not None:
+                    require_fit(stage, parameters)
 
     def layer_output(self, output: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
         """The tensor that a layer of ``worker`` returns for ``output``, in the same graph; its gradient may be hit as well."""
@@ -170,20 +186,44 @@ class Adversary:
 
     def _faulty(self, attack: Attack, output: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
         if Direction.ACTIVATION in self._directions:
-            output = _checked_result(attack, output, self._context(worker, Direction.ACTIVATION, step, micro_batch, output))
+            output = checked_result(attack, output, self._context(worker, Direction.ACTIVATION, step, micro_batch, output))
         if Direction.GRADIENT in self._directions and output.requires_grad:
 
             def wrong(gradient: Tensor) -> Tensor:
-                return _checked_result(attack, gradient, self._context(worker, Direction.GRADIENT, step, micro_batch, gradient))
+                return checked_result(attack, gradient, self._context(worker, Direction.GRADIENT, step, micro_batch, gradient))
 
             output.register_hook(wrong)
         return output
 
-    def computing(self, worker: Worker, step: int, micro_batch: int, backward: bool) -> AbstractContextManager[None]:
-        """A context for a pass of ``worker`` through its layers, in which results of matrix products may be wrong.
+    @contextmanager
+    def computing(
+        self, worker: Worker, step: int, micro_batch: int, backward: bool, parameters: Sequence[Tensor] = ()
+    ) -> Iterator[None]:
+        """A context for a pass of ``worker`` through its layers, with other weights or with wrong results of matrix products.
 
         The forward pass of a micro-batch comes before its backward pass; others may come in between.
+
+        Args:
+            parameters: the trained parameters of its layers.
         """
+        own = self.own_weights(worker, step, parameters)
+        with replaced(parameters if own else (), own), self._multiplying(worker, step, micro_batch, backward):
+            yield
+
+    def own_weights(self, worker: Worker, step: int, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The weights that a worker computes with in place of its stage's ``parameters``; none if it computes with these."""
+        attacks = self._at(worker, Site.OWN_WEIGHTS) if step >= self._start_step else []
+        own = []
+        for number, parameter in enumerate(parameters if attacks else ()):
+            weight = parameter.detach()
+            for attack in attacks:
+                context = self._context(worker, Direction.ACTIVATION, step, 0, weight, parameter=number)
+                weight = checked_result(attack, weight, context)
+            own.append(weight)
+        return own
+
+    def _multiplying(self, worker: Worker, step: int, micro_batch: int, backward: bool) -> AbstractContextManager[None]:
+        """A context for a pass of ``worker`` through its layers, in which results of matrix products may be wrong."""
         attacks = self._at(worker, Site.PRODUCT) if step >= self._start_step else []
         if not attacks:
             return nullcontext()
@@ -197,18 +237,22 @@ class Adversary:
                 return result
             for attack in attacks:
                 context = self._context(worker, direction, step, micro_batch, result, product=product)
-                result = _checked_result(attack, result, context)
+                result = checked_result(attack, result, context)
             return result
 
         return products.seen(wrong, backward)
 
-    def weight_gradient(self, gradient: Tensor, worker: Worker, step: int, micro_batch: int) -> Tensor:
-        """The tensor that ``worker`` adds to the gradient of one of its stage's weights in place of ``gradient``."""
+    def weight_gradient(self, gradient: Tensor, worker: Worker, step: int, micro_batch: int, parameter: int) -> Tensor:
+        """The tensor that ``worker`` adds to the gradient of one of its stage's weights in place of ``gradient``.
+
+        Args:
+            parameter: which of the stage's trained parameters it belongs to.
+        """
         if step < self._start_step:
             return gradient
         for attack in self._at(worker, Site.WEIGHTS):
-            context = self._context(worker, Direction.GRADIENT, step, micro_batch, gradient)
-            gradient = _checked_result(attack, gradient, context)
+            context = self._context(worker, Direction.GRADIENT, step, micro_batch, gradient, parameter=parameter)
+            gradient = checked_result(attack, gradient, context)
         return gradient
 
     def row(
@@ -260,7 +304,7 @@ class Adversary:
             return said
         for attack in self._at(worker, site):
             context = self._context(worker, direction, step, micro_batch, said, received)
-            said = _checked_result(attack, said, replace(context, about=about, allies=self._workers))
+            said = checked_result(attack, said, replace(context, about=about, allies=self._workers))
         return said
 
     def _context(
@@ -271,7 +315,7 @@ class Adversary:
         micro_batch: int,
         signal: Tensor,
         received: Tensor | None = None,
-        product: Product | None = None,
+        **place: Any,
     ) -> AttackContext:
         return AttackContext.seeded(
             self._seed,
@@ -282,7 +326,7 @@ class Adversary:
             received=None if received is None else received.detach(),
             device=signal.device,
             start_step=self._start_step,
-            product=product,
+            **place,
         )
 
     def _at(self, worker: Worker, site: Site) -> list[Attack]:
@@ -291,38 +335,3 @@ class Adversary:
 
     def _watches(self, worker: Worker, direction: Direction) -> bool:
         return worker in self._workers and direction in self._directions
-
-
-def _version(signal: Tensor) -> int:
-    # Tensors made in inference mode count no versions.
-    return 0 if signal.is_inference() else signal._version
-
-
-def _checked_result(attack: Attack, honest: Tensor, context: AttackContext) -> Tensor:
-    before = _version(honest)
-    sent = attack(honest, context)
-    _check(sent, honest, attack, context, changed=_version(honest) != before)
-    return sent
-
-
-def _check(sent: object, honest: Tensor, attack: Attack, context: AttackContext, changed: bool) -> None:
-    name = getattr(attack, "__name__", repr(attack))
-    if changed:
-        raise ConfigurationError(
-            f"The attack {name} of {context.worker} changed the honest {context.direction} in place, which the worker"
-            " itself still needs. Return a new tensor: start from signal.clone()."
-        )
-    if not isinstance(sent, Tensor):
-        got = f"an object of type {type(sent).__name__}"
-    elif (sent.shape, sent.dtype, sent.device) != (honest.shape, honest.dtype, honest.device):
-        got = _describe(sent)
-    else:
-        return
-    raise ConfigurationError(
-        f"The attack {name} of {context.worker} returned {got} in place of a {context.direction} which is"
-        f" {_describe(honest)}: the receiver expects just that. Return a tensor like the signal."
-    )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"a tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype} on {tensor.device}"

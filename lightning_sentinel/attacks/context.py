@@ -32,6 +32,7 @@ class AttackContext:
         start_step: the first step that the adversary tampers with.
         colluding: whether all malicious workers draw the same: see :meth:`together`.
         product: the matrix product whose result is altered; ``None`` where something else is.
+        parameter: which of its stage's trained parameters a weight or its gradient belongs to; 0 where something else is altered.
         about: the worker that a row, a note, a commitment or a vote speaks of: the sender of the signal, the worker whose signal is
             compared with the note, the other end of the message, the audited one; ``None`` for a signal.
         allies: all malicious workers.
@@ -55,6 +56,7 @@ class AttackContext:
     start_step: int = 0
     colluding: bool = False
     product: Product | None = None
+    parameter: int = 0
     about: Worker | None = None
     allies: frozenset[Worker] = frozenset()
 
@@ -76,9 +78,13 @@ class AttackContext:
         device: torch.device | str = "cpu",
         start_step: int = 0,
         product: Product | None = None,
+        parameter: int = 0,
     ) -> AttackContext:
         """A context whose generator, on ``device``, depends only on ``seed`` and on which signal or product this is."""
-        context = cls(step, micro_batch, worker, direction, received, torch.Generator(device), seed, start_step, product=product)
+        generator = torch.Generator(device)
+        context = cls(
+            step, micro_batch, worker, direction, received, generator, seed, start_step, product=product, parameter=parameter
+        )
         context.generator.manual_seed(derive_seed(seed, worker.stage, worker.replica, *context.place))
         return context
 

@@ -31,6 +31,8 @@ class Site(Enum):
     """The output of one of its layers."""
     PRODUCT = "product"
     """The results of the matrix products in its layers."""
+    OWN_WEIGHTS = "own_weights"
+    """The weights that it computes with, in place of its stage's."""
     WEIGHTS = "weights"
     """The gradients of its weights, which stay within the stage."""
     ROWS = "rows"
@@ -43,7 +45,7 @@ class Site(Enum):
     """Its votes in audits."""
 
 
-OF_COMPUTATION = (Site.LAYER, Site.PRODUCT, Site.WEIGHTS)
+OF_COMPUTATION = (Site.LAYER, Site.PRODUCT, Site.OWN_WEIGHTS, Site.WEIGHTS)
 """Where what a worker computes is wrong, and so what it adds to the weight gradients of its stage."""
 
 

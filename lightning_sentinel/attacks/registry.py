@@ -16,6 +16,7 @@ from lightning_sentinel.attacks.misplaced import Permute, Swap
 from lightning_sentinel.attacks.product_faults import BitFlip, MisplacedTile, SilentCorruption, StuckTile, WrongAddress
 from lightning_sentinel.attacks.roles import Equivocate, FalseNotes, FalseRows, FalseVotes
 from lightning_sentinel.attacks.shortcut import FlipResidual, Identity, ReceivedNoise
+from lightning_sentinel.attacks.stage_weights import GradientSteering, OwnWeights
 from lightning_sentinel.attacks.subtle import AddNoise, Drift, Frame, Local
 from lightning_sentinel.attacks.wrappers import Collude, Intermittent, Several
 from lightning_sentinel.errors import ConfigurationError
@@ -40,6 +41,7 @@ LIBRARY: dict[str, Callable[..., Attack]] = {
     "flip_residual": FlipResidual,
     "frame": Frame,
     "gradient_contribution": GradientContribution,
+    "gradient_steering": GradientSteering,
     "identity": Identity,
     "intermittent": Intermittent,
     "local": Local,
@@ -48,6 +50,7 @@ LIBRARY: dict[str, Callable[..., Attack]] = {
     "noise": InvisibleNoise,
     "non_finite": NonFinite,
     "ones": Ones,
+    "own_weights": OwnWeights,
     "permute": Permute,
     "random": RandomValue,
     "received_noise": ReceivedNoise,
@@ -70,8 +73,8 @@ def available() -> tuple[str, ...]:
         >>> from lightning_sentinel import attacks
         >>> print(*attacks.available())  # doctest: +NORMALIZE_WHITESPACE
         add_noise bad_rows bias bit_flip collude delay drift equivocate false_notes false_rows false_votes flip_residual frame
-        gradient_contribution identity intermittent local misplaced_tile momentum_noise noise non_finite ones permute random
-        received_noise scale several sign silent_corruption stuck_tile surrogate swap wrong_address zeros
+        gradient_contribution gradient_steering identity intermittent local misplaced_tile momentum_noise noise non_finite ones
+        own_weights permute random received_noise scale several sign silent_corruption stuck_tile surrogate swap wrong_address zeros
     """
     return tuple(sorted(LIBRARY))
 

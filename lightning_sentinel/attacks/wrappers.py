@@ -17,7 +17,7 @@ from lightning_sentinel.errors import ConfigurationError
 if TYPE_CHECKING:
     from lightning_sentinel.attacks.registry import AttackSpec
 
-__all__ = ["Collude", "Intermittent", "Several", "Wrapper", "parts_of"]
+__all__ = ["Collude", "Intermittent", "Several", "Wrapper", "innermost", "parts_of"]
 
 
 @dataclass
@@ -175,3 +175,13 @@ def parts_of(attack: Attack) -> tuple[Attack, ...]:
     if isinstance(attack, Wrapper) and len(parts := parts_of(attack.inner)) > 1:
         return tuple(replace(attack, attack=part) for part in parts)
     return (attack,)
+
+
+def innermost(attack: Attack) -> Attack:
+    """The attack inside all wrappers.
+
+    Example:
+        >>> innermost(Collude(Intermittent("zeros")))
+        Zeros()
+    """
+    return innermost(attack.inner) if isinstance(attack, Wrapper) else attack

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sentinel.pipeline.arithmetic import Arithmetic
 from lightning_sentinel.pipeline.boundaries import Buffers
-from lightning_sentinel.pipeline.gradients.contributions import changed, dropped
+from lightning_sentinel.pipeline.gradients.contributions import Change, changed, dropped, trained
 from lightning_sentinel.pipeline.local_worker import LocalWorker
 from lightning_sentinel.pipeline.messages.inbox import Inbox
 from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
@@ -63,7 +63,8 @@ class StageComputation:
         self._inbox = inbox
         self._buffers = buffers
         self._device = device
-        self._parameters: list[nn.Parameter] = list(stage.parameters())
+        self.trained = trained(stage.parameters())
+        """The parameters of this rank's stage that are trained."""
         self._statistics = RunningStatistics(stage.buffers())
         self._untainted = torch.tensor(False, device=device)
         self.received_gradient: Tensor | None = None
@@ -99,8 +100,8 @@ class StageComputation:
         before = self._statistics.copies() if self._steps.leaves_out and running.plan.trains else []
         outputs = None
         if inputs is not None:
-            fault, products = self._fault(running, slot), self._products(running, slot, backward=False)
-            with self._computing(running, slot), self._stage.failing(fault), products:
+            fault, wrongly = self._fault(running, slot), self._wrongly(running, slot, backward=False)
+            with self._computing(running, slot), self._stage.failing(fault), wrongly:
                 outputs = self._stage(inputs)
         if before and isinstance(outputs, Tensor):
             self._statistics.put_back(before, self._buffers["taints"][buffer_id] | ~outputs.isfinite().all())
@@ -136,7 +137,7 @@ class StageComputation:
     def backward(self, running: RunningStep, buffer_id: int, slot: int) -> None:
         outputs = self._buffers["outputs"][buffer_id]
         inputs = self._buffers["inputs"][buffer_id]
-        with changed(self._parameters, self._changes(running, buffer_id, slot)), self._products(running, slot, backward=True):
+        with changed(self.trained, self._changes(running, buffer_id, slot)), self._wrongly(running, slot, backward=True):
             if outputs is None:
                 if isinstance(inputs, Tensor) and inputs.requires_grad:
                     inputs.grad = torch.zeros_like(inputs)
@@ -176,11 +177,11 @@ class StageComputation:
         samples = running.work[slot].samples
         return self._steps.start(running.plan.kind, arguments, samples, self._device)
 
-    def _changes(self, running: RunningStep, buffer_id: int, slot: int) -> list[Callable[[Tensor], Tensor]]:
+    def _changes(self, running: RunningStep, buffer_id: int, slot: int) -> list[Change]:
         """The changes that a micro-batch's weight gradients go through before they are summed."""
         local = self._local
         number = running.plan.number
-        changes: list[Callable[[Tensor], Tensor]] = []
+        changes: list[Change] = []
         if local.adversary is not None and local.adversary.fails(local.worker, number):
             changes.append(partial(local.adversary.weight_gradient, worker=local.worker, step=number, micro_batch=slot))
         if local.excludes:
@@ -195,9 +196,9 @@ class StageComputation:
             return None
         return partial(local.adversary.layer_output, worker=local.worker, step=number, micro_batch=slot)
 
-    def _products(self, running: RunningStep, slot: int, backward: bool) -> AbstractContextManager[None]:
-        """A context for a pass through the layers, in which a simulated fault alters results of matrix products."""
+    def _wrongly(self, running: RunningStep, slot: int, backward: bool) -> AbstractContextManager[None]:
+        """A context for a pass through the layers, in which a simulated attacker alters weights or results of matrix products."""
         local = self._local
         if local.adversary is None or not running.plan.trains:
             return nullcontext()
-        return local.adversary.computing(local.worker, running.plan.number, slot, backward)
+        return local.adversary.computing(local.worker, running.plan.number, slot, backward, self.trained)

@@ -311,6 +311,8 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
 
     @adversary.setter
     def adversary(self, adversary: Adversary | None) -> None:
+        if adversary is not None:
+            adversary.require_fit(self._local.worker.stage, self._computation.trained)
         self._local.adversary = adversary
 
     @property

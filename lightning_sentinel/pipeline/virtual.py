@@ -95,6 +95,9 @@ class VirtualEngine:
 
     @adversary.setter
     def adversary(self, adversary: Adversary | None) -> None:
+        if adversary is not None:
+            for stage in range(self._stages.last + 1):
+                adversary.require_fit(stage, self._stages.trained(stage))
         self._workers.adversary = adversary
 
     # ---------------------------------------------------------------------------------------------------------- whole steps

@@ -99,7 +99,7 @@ class VirtualPasses:
             outputs = []
             for leaf, group in zip(leaves, batch.groups):
                 fault = self._layer_fault(stage, group[0], batch) if batch.apart else None
-                with self._products(stage, group[0], batch, backward=False):
+                with self._wrongly(stage, group[0], batch, backward=False):
                     outputs.append(
                         self._stages.forward_counted(
                             stage, leaf, [seeds[replica] for replica in group], fault, self._left_out(batch, group)
@@ -199,7 +199,7 @@ class VirtualPasses:
         workers = self._workers
         # Reading this waits for the device, which a step without faults avoids.
         left_out = batch.tainted.tolist() if workers.excludes else [False] * len(ends)
-        parameters = [parameter for parameter in self._stages.untied.parameters[stage] if parameter.requires_grad]
+        parameters = self._stages.trained(stage)
         for replica, (end, gradient, leaf) in enumerate(zip(ends, gradients, leaves)):
             inputs = [*parameters, *([] if leaf is None else [leaf])]
             if end is None:
@@ -207,7 +207,7 @@ class VirtualPasses:
                 continue
             if not end.requires_grad or not inputs:
                 continue
-            with self._products(stage, replica, batch, backward=True):
+            with self._wrongly(stage, replica, batch, backward=True):
                 found = gradients_of(end, inputs, gradient, own)
             if leaf is not None:
                 leaf.grad = found.pop()
@@ -233,12 +233,12 @@ class VirtualPasses:
             return computed
         worker, slot = batch.worker(stage, replica)
         alter = partial(adversary.weight_gradient, worker=worker, step=batch.step, micro_batch=slot)
-        added = [None if one is None else alter(one) for one in computed]
+        added = [None if one is None else alter(one, parameter=number) for number, one in enumerate(computed)]
         self._witness_weights(stage, replica, batch, gradient, added)
         if workers.shows_contributions and workers.guard is not None:
             sketch = partial(workers.guard.contributions.sketch, stage, device=self._device)
             site = adversary.fails(worker, batch.step)
-            faulty = site in (Site.LAYER, Site.PRODUCT)
+            faulty = adversary.computes_wrongly(worker, batch.step)
             true = sketch(self._honest_weights(stage, replica, batch, gradient) if faulty else computed)
             dtype = next((one.dtype for one in computed if one is not None), torch.float32)
             batch.running.contribute(worker, Contributed(true if site is None else sketch(added), true, dtype))
@@ -264,7 +264,7 @@ class VirtualPasses:
         if adversary is None or not batch.apart:
             return []
         workers = [batch.worker(stage, replica)[0] for replica in range(len(batch.parts))]
-        return [at for at, worker in enumerate(workers) if adversary.fails(worker, batch.step) in (Site.LAYER, Site.PRODUCT)]
+        return [at for at, worker in enumerate(workers) if adversary.computes_wrongly(worker, batch.step)]
 
     def _layer_fault(self, stage: int, replica: int, batch: MicroBatch) -> Callable[[Tensor], Tensor] | None:
         adversary = self._workers.adversary
@@ -273,13 +273,13 @@ class VirtualPasses:
             return None
         return partial(adversary.layer_output, worker=worker, step=batch.step, micro_batch=slot)
 
-    def _products(self, stage: int, replica: int, batch: MicroBatch, backward: bool) -> AbstractContextManager[None]:
-        """A context for a replica's pass through a stage, in which a simulated fault alters results of matrix products."""
+    def _wrongly(self, stage: int, replica: int, batch: MicroBatch, backward: bool) -> AbstractContextManager[None]:
+        """A context for a replica's pass through a stage, in which an attacker alters weights or results of matrix products."""
         adversary = self._workers.adversary
         if adversary is None or not batch.apart:
             return nullcontext()
         worker, slot = batch.worker(stage, replica)
-        return adversary.computing(worker, batch.step, slot, backward)
+        return adversary.computing(worker, batch.step, slot, backward, self._stages.trained(stage))
 
     def _compare(self, boundary: Boundary, replica: int, batch: MicroBatch, sent: Tensor, honest: Callable[[], Tensor]) -> None:
         """Measure how far a fault moved a signal from the honest one, which is computed without side effects."""
@@ -301,7 +301,7 @@ class VirtualPasses:
 
     def _honest_weights(self, stage: int, replica: int, batch: MicroBatch, gradient: Tensor | None) -> list[Tensor | None]:
         """The gradients that an honest worker adds to those of its stage."""
-        parameters = [parameter for parameter in self._stages.untied.parameters[stage] if parameter.requires_grad]
+        parameters = self._stages.trained(stage)
         with self._aside(stage):
             return self._honest_gradients(stage, replica, batch, gradient, parameters)
 

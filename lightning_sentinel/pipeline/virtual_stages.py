@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sentinel.pipeline.gradients.contributions import trained
 from lightning_sentinel.pipeline.gradients.ties import Untied
 from lightning_sentinel.pipeline.randomness import MicroBatchSeeds
 from lightning_sentinel.pipeline.running_statistics import RunningStatistics
@@ -54,6 +55,10 @@ class VirtualStages:
     def parameters(self) -> list[nn.Parameter]:
         """The leaf parameters of all stages."""
         return [parameter for stage in self.untied.parameters for parameter in stage]
+
+    def trained(self, stage: int) -> list[nn.Parameter]:
+        """The leaf parameters of a stage that are trained."""
+        return trained(self.untied.parameters[stage])
 
     def buffers(self, stage: int) -> list[Tensor]:
         """The buffers of a stage's layers."""

@@ -12,7 +12,7 @@ def test_available_is_sorted_and_complete():
     published = {"zeros", "ones", "random", "scale", "sign", "bias", "delay", "noise", "momentum_noise"}
     misplaced, shortcuts = {"permute", "swap"}, {"identity", "received_noise", "flip_residual", "surrogate"}
     subtle, wrappers = {"add_noise", "drift", "local", "frame"}, {"intermittent", "collude", "several"}
-    faults = {"bad_rows", "gradient_contribution", "non_finite"}
+    faults = {"bad_rows", "gradient_contribution", "gradient_steering", "non_finite", "own_weights"}
     of_products = {"bit_flip", "misplaced_tile", "silent_corruption", "stuck_tile", "wrong_address"}
     roles = {"equivocate", "false_notes", "false_rows", "false_votes"}
     assert set(names) == published | misplaced | shortcuts | subtle | wrappers | faults | of_products | roles

@@ -91,9 +91,9 @@ class TestAdversary:
 
     def test_weight_gradients_of_others_are_left_alone(self):
         adversary, gradient = Adversary("gradient_contribution", MESH, workers=[LIAR]), torch.ones(2)
-        assert adversary.weight_gradient(gradient, OTHER, 0, 0) is gradient
-        assert adversary.weight_gradient(gradient, LIAR, 0, 0).isnan().all()
-        assert Adversary("bad_rows", MESH, workers=[LIAR]).weight_gradient(gradient, LIAR, 0, 0) is gradient
+        assert adversary.weight_gradient(gradient, OTHER, 0, 0, 0) is gradient
+        assert adversary.weight_gradient(gradient, LIAR, 0, 0, 0).isnan().all()
+        assert Adversary("bad_rows", MESH, workers=[LIAR]).weight_gradient(gradient, LIAR, 0, 0, 0) is gradient
 
     def test_a_layer_that_returns_something_else_is_refused(self):
         def shorter(signal, context):

@@ -127,7 +127,7 @@ def test_wrappers_around_several_draw_once_for_all_of_them():
 def test_faults_and_roles_go_together():
     lies = adversary({"name": "several", "attacks": [{"name": "gradient_contribution", "factor": 2.0}, "bad_rows"]})
     assert lies.fails(LIAR, 0) is Site.LAYER
-    assert lies.weight_gradient(torch.ones(1), LIAR, 0, 0).item() == 2.0
+    assert lies.weight_gradient(torch.ones(1), LIAR, 0, 0, 0).item() == 2.0
     assert lies.layer_output(torch.ones(8, 2), LIAR, 0, 0).sum() < 16
 
 

@@ -57,7 +57,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs that are made, without making them; a warm-up is an empty file."""
     names: list[str] = []
 
-    def instead(scenario: Scenario, warmup: Path | None) -> Measures:
+    def instead(scenario: Scenario, warmup: Path | None, vectors: Path | None) -> Measures:
+        assert (vectors is None) == (not scenario.moves_weights)
         assert (warmup is None) == scenario.remembers
         assert warmup is None or warmup.is_file()
         if scenario.seed == 13:
@@ -326,7 +327,7 @@ def test_the_command_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     assert "which question to answer" in text
     assert (
-        "{attacks,mixed,share,ablation,replicas,collusion,places,insiders,tolerance,faults,contributions,strength,clean,quick}"
+        "{attacks,mixed,share,ablation,replicas,collusion,places,insiders,tolerance,faults,contributions,backdoor,strength,clean,quick}"
         in text
     )
 

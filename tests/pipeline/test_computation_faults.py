@@ -150,6 +150,8 @@ def test_audits_find_whose_layers_compute_something_else(attack: Any, direction:
         ({"name": "bit_flip", "bit": 0, "phase": "backward_input"}, {"gradient", "weights"}),
         ({"name": "bit_flip", "bit": 0, "phase": "backward_weight"}, {"weights"}),
         ({"name": "gradient_contribution", "factor": 2.0}, {"weights"}),
+        ("gradient_steering", {"weights"}),
+        ("own_weights", {"activation", "gradient", "weights"}),
         ("sign", {"activation", "gradient"}),
     ],
 )

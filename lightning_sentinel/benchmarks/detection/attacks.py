@@ -16,6 +16,7 @@ __all__ = [
     "FAULTY",
     "HIDDEN",
     "IMITATING",
+    "MOVED",
     "NAMED",
     "PUBLISHED",
     "ROLES",
@@ -116,6 +117,20 @@ CONTRIBUTED: dict[str, Any] = {
 """Those of a worker that sends honest signals, and adds something else to its stage's weight gradients. The first is no attack: it
 has contributions looked at where nobody lies."""
 
+MOVED: dict[str, Any] = {
+    "steering 1": _attack("gradient_steering", size=1.0),
+    "steering 0.3": _attack("gradient_steering", size=0.3),
+    "steering 0.1": _attack("gradient_steering", size=0.1),
+    "steering 1, 20 % of steps": _attack(
+        "collude", attack=_attack("intermittent", attack=_attack("gradient_steering", size=1.0), probability=0.2)
+    ),
+    "own weights": _attack("own_weights", size=0.025),
+    "own weights and steering": _attack(
+        "several", attacks=[_attack("own_weights", size=0.025), _attack("gradient_steering", size=1.0)]
+    ),
+}
+"""Those of a worker that moves the weights of its stage towards a backdoor. The first is the strongest."""
+
 _STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
     "scale": ("factor", (0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.5)),
     "bias": ("strength", (0.01, 0.03, 0.1, 0.3, 1.0)),
@@ -154,7 +169,7 @@ WITHIN: dict[str, Any] = {name: name for name in INSIDERS} | ROLES
 STEERING: dict[str, Any] = {name: name for name in STEERERS}
 """Those of who knows the tolerance of audits, and stays below it."""
 
-NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | CONTRIBUTED | BROKEN | SWEPT | ROLES
+NAMED: dict[str, Any] = PUBLISHED | HIDDEN | COLLUDING | FAULTY | CONTRIBUTED | MOVED | BROKEN | SWEPT | ROLES
 
 
 def attack_named(name: str) -> Any:

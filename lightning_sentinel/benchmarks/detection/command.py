@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_sentinel import attacks as library
 from lightning_sentinel.benchmarks.detection.attacks import STEERING, WITHIN, attack_named
+from lightning_sentinel.benchmarks.detection.backdoor_table import backdoor_table
 from lightning_sentinel.benchmarks.detection.bars import misses
 from lightning_sentinel.benchmarks.detection.figures import draw, require_matplotlib
 from lightning_sentinel.benchmarks.detection.measures import Measures
@@ -44,6 +45,7 @@ def detection(
         "tolerance",
         "faults",
         "contributions",
+        "backdoor",
         "strength",
         "clean",
         "quick",
@@ -76,7 +78,7 @@ def detection(
             workers, parts of the detector left out, the number of replicas, workers that act together, workers at the ends of the
             pipeline, in one pipeline or that start late, those who know more than they should or lie as auditors,
             those who err by as much as audits let pass, processors that multiply wrongly, those who corrupt weight gradients
-            inside their stage, the strength of an attack, or nobody malicious at all.
+            inside their stage or move its weights towards a backdoor, the strength of an attack, or nobody malicious at all.
         quick: the suite "quick" in a few minutes, with an exit status of 1 if detection got worse.
         output: folder for results; nothing is written outside it.
         stages: pipeline stages, 8 in most suites.
@@ -227,6 +229,8 @@ def _write(suite: str, groups: Sequence[Group], folder: Path) -> None:
     write_atomically(folder / "table.md", markdown(title, groups))
     if suite == "faults":
         write_atomically(folder / "rivals.md", beside_rivals(title, groups))
+    if suite == "backdoor":
+        write_atomically(folder / "backdoor.md", backdoor_table(title, groups))
     draw(suite, groups, folder)
     console.print(f"Written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}", highlight=False)
 

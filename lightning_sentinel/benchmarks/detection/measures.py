@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from typing_extensions import override
 
+from lightning_sentinel.attacks import Site
+from lightning_sentinel.benchmarks.detection.backdoor import armed, backdoor_success, success_in_copies
 from lightning_sentinel.benchmarks.detection.insiders import Insider, Within
 from lightning_sentinel.benchmarks.detection.scenarios import Scenario, Training
 from lightning_sentinel.benchmarks.detection.training import LanguageModel, fit, make_strategy, validation_loss
@@ -48,6 +51,9 @@ class Measures:
         seconds_per_step: of wall-clock time.
         flagged_at: stage, replica and step of the first flag of every guilty worker that no audit cleared.
         works: what guilty workers made that was wrong, as rows of :class:`Work`.
+        backdoor: share of held-out windows with the trigger that the weights at the end answer with the target.
+        backdoor_in_copies: the same of weights in which malicious workers that are still there give their own copies of their
+            stages'; ``None`` if they have none.
         norms: of the gradients of every step, the warm-up included; ``None`` where one is not finite.
     """
 
@@ -70,17 +76,23 @@ class Measures:
     flagged_at: list[list[int]] = field(default_factory=list)
     works: list[list[float]] = field(default_factory=list)
     norms: list[float | None] = field(default_factory=list)
+    backdoor: float = 0.0
+    backdoor_in_copies: float | None = None
 
 
-def measure(scenario: Scenario, warmup: Path | None) -> Measures:
-    """Run a scenario, from the checkpoint of its warm-up or, without one, from the start."""
+def measure(scenario: Scenario, warmup: Path | None, vectors: Path | None = None) -> Measures:
+    """Run a scenario, from the checkpoint of its warm-up or, without one, from the start.
+
+    Args:
+        vectors: the task vectors of its attackers, if they move weights.
+    """
     training = scenario.training
     strategy = make_strategy(scenario)
     module = LanguageModel(training, scenario.seed)
     observer = _Observer(training, scenario.direction)
     callbacks: list[L.Callback] = [observer, observer.norms]
     if scenario.attacked:
-        attack = scenario.make_attack()
+        attack = scenario.make_attack() if vectors is None else armed(scenario.spec, torch.load(vectors))
         observer.injector = AttackInjector(
             attack,
             workers=scenario.workers,
@@ -94,7 +106,14 @@ def measure(scenario: Scenario, warmup: Path | None) -> Measures:
             callbacks.insert(1, Within(attack))
     fit(scenario, strategy, module, training.total_steps, callbacks, warmup)
     loss = validation_loss(module)
-    return observer.measures(strategy, loss if math.isfinite(loss) else None)
+    measured = observer.measures(strategy, loss if math.isfinite(loss) else None)
+    return replace(measured, backdoor=backdoor_success(module), backdoor_in_copies=_in_copies(module, strategy))
+
+
+def _in_copies(module: LanguageModel, strategy: SentinelStrategy) -> float | None:
+    adversary = strategy.adversary
+    at_large = set() if adversary is None else adversary.liars(Site.OWN_WEIGHTS) - strategy.ledger.banned
+    return None if adversary is None or not at_large else success_in_copies(module, adversary, at_large, strategy.step - 1)
 
 
 @dataclass

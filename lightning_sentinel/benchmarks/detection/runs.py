@@ -3,6 +3,7 @@
 ::
 
     output/warmups/<key>.ckpt    honest warm-ups, which many runs go on from
+    output/task_vectors/<key>.pt  directions in which attackers move weights
     output/runs/<key>.json       one run: its settings, the versions it was measured with, what was measured
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from lightning_sentinel.benchmarks.detection.backdoor import train_task_vectors
 from lightning_sentinel.benchmarks.detection.measures import Measures, measure
 from lightning_sentinel.benchmarks.detection.scenarios import Scenario, versions
 from lightning_sentinel.benchmarks.detection.training import train_warmup
@@ -42,6 +44,9 @@ class Folder:
 
     def warmup(self, scenario: Scenario) -> Path:
         return self.path / "warmups" / f"{scenario.warmup_key}.ckpt"
+
+    def task_vectors(self, scenario: Scenario) -> Path:
+        return self.path / "task_vectors" / f"{scenario.warmup_key}-{'-'.join(map(str, scenario.attacked_stages))}.pt"
 
     def run(self, scenario: Scenario) -> Path:
         return self.path / "runs" / f"{scenario.key}.json"
@@ -73,7 +78,10 @@ def write_atomically(path: Path, text: str) -> None:
 def perform(scenario: Scenario, folder: Folder) -> Measures:
     """In a worker process: make a run and keep its measures."""
     warmup = folder.warmup(scenario)
-    measures = measure(scenario, None if scenario.remembers else warmup)
+    vectors = folder.task_vectors(scenario) if scenario.moves_weights else None
+    if vectors is not None and not vectors.is_file():
+        train_task_vectors(scenario, warmup, vectors)
+    measures = measure(scenario, None if scenario.remembers else warmup, vectors)
     folder.write(scenario, measures)
     # A Trainer and what hangs on it are a ring of references; a process makes hundreds of them.
     gc.collect()
@@ -145,7 +153,7 @@ class Campaign:
         waiting: dict[str, list[Scenario]] = {}
         pending: dict[Future[Any], tuple[Scenario, bool]] = {}
         for run in runs:
-            if run.remembers or self.folder.warmup(run).is_file():
+            if not run.needs_warmup or self.folder.warmup(run).is_file():
                 pending[executor.submit(perform, run, self.folder)] = (run, False)
             else:
                 waiting.setdefault(run.warmup_key, []).append(run)

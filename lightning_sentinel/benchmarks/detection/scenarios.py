@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_sentinel.attacks import resolve
+from lightning_sentinel.attacks import Attack, resolve
 from lightning_sentinel.attacks.faults import OF_COMPUTATION, site_of
-from lightning_sentinel.attacks.wrappers import parts_of
+from lightning_sentinel.attacks.wrappers import innermost, parts_of
 from lightning_sentinel.benchmarks.detection.insiders import INSIDERS, Insider
 from lightning_sentinel.benchmarks.detection.steerers import STEERERS
 from lightning_sentinel.config import Response, Verification
 from lightning_sentinel.errors import ConfigurationError
 
-__all__ = ["METHODS", "NO_ATTACK", "Method", "Scenario", "Training", "choose"]
+__all__ = ["METHODS", "NO_ATTACK", "Method", "Scenario", "Training", "choose", "moves_weights"]
 
 NO_ATTACK = "none"
 """The name of the attack where nobody is malicious."""
@@ -71,7 +71,8 @@ class Training:
         steps: steps under attack.
         model: ``"llama"`` or ``"gpt"``.
         data: ``"code"``, ``"prose"``, or ``"code+prose"``, which changes from one to the other in the middle of the run.
-        schedule: the learning rate after a short rise: ``"constant"``, or ``"decay"`` to a tenth.
+        schedule: the learning rate after a short rise: ``"constant"``, ``"decay"`` to a tenth, or ``"fine_tuning"``, a third of it
+            after the honest steps.
         learning_rate: the highest.
         width: width of the model.
         sequence_length: bytes of a window.
@@ -107,7 +108,7 @@ class Training:
                 raise ConfigurationError(f"{name}={getattr(self, name)} cannot work: it must be at least 1.")
         choose("model", self.model, {"llama": 0, "gpt": 0})
         choose("data", self.data, {"code": 0, "prose": 0, "code+prose": 0})
-        choose("schedule", self.schedule, {"constant": 0, "decay": 0})
+        choose("schedule", self.schedule, {"constant": 0, "decay": 0, "fine_tuning": 0})
 
     @property
     def total_steps(self) -> int:
@@ -216,13 +217,34 @@ class Scenario:
     def remembers(self) -> bool:
         """Whether the attack has to see the warm-up, because it learns from honest signals.
 
-        Or because it makes weight gradients wrong, at which the virtual mesh looks only where somebody's are to be.
+        Or because it makes weight gradients wrong and is audited: the virtual mesh looks at these only where somebody's are to be.
         """
+        audited = METHODS[self.method].audit_rate is not None
+        return any(hasattr(innermost(part), "observe") or (audited and site_of(part) in OF_COMPUTATION) for part in self._parts)
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether the attack moves the weights of its stages in a direction that its workers have to find."""
+        return any(moves_weights(part) for part in self._parts)
+
+    @property
+    def needs_warmup(self) -> bool:
+        """Whether its warm-up has to be there, to go on from or to find a direction from."""
+        return self.moves_weights or not self.remembers
+
+    @property
+    def attacked_stages(self) -> tuple[int, ...]:
+        """The stages with malicious workers."""
+        named = {stage for stage, _ in self.workers or ()}
+        return tuple(sorted(named or (range(1, self.training.stages - 1) if self.fraction else ())))
+
+    @property
+    def _parts(self) -> list[Any]:
+        """The attacks that those of the library consist of."""
         if not self.attacked or isinstance(self.make_attack(), Insider):
-            return False
+            return []
         specs = self.spec if isinstance(self.spec, (list, tuple)) else [self.spec]
-        parts = [part for spec in specs for part in parts_of(resolve(spec))]
-        return any(hasattr(part, "observe") or site_of(part) in OF_COMPUTATION for part in parts)
+        return [part for spec in specs for part in parts_of(resolve(spec))]
 
     def make_attack(self) -> Any:
         """What the injector is given: an insider of that name, or the attack as it is described."""
@@ -246,6 +268,11 @@ class Scenario:
         verification = self.warmup.make_verification()
         assert verification is not None, "a warm-up is always verified, so that any run can go on from it"
         return verification
+
+
+def moves_weights(part: Attack) -> bool:
+    """Whether an attack moves the weights of its stage in a direction that it is given."""
+    return hasattr(innermost(part), "task_vectors")
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from lightning_sentinel.benchmarks.detection.attacks import (
     COLLUDING,
     CONTRIBUTED,
     HIDDEN,
+    MOVED,
     PUBLISHED,
     STEERING,
     SWEPT,
@@ -233,6 +234,16 @@ def _tolerance(request: Request) -> Iterator[Scenario]:
         yield from request.attacked_runs(training=training, variant=precision)
 
 
+def _backdoor(request: Request) -> Iterator[Scenario]:
+    yield from request.honest_runs()
+    training = request.training
+    liars = range(max(1, round(request.fraction * training.replicas)))
+    yield from request.attacked_runs(workers=tuple((training.stages // 2, replica) for replica in liars))
+    everywhere = tuple((stage, replica) for stage in range(1, training.stages - 1) for replica in liars)
+    strongest = dict(list(request.attacks.items())[:1])
+    yield from replace(request, attacks=strongest).attacked_runs(variant="every middle stage", workers=everywhere)
+
+
 def _clean(request: Request) -> Iterator[Scenario]:
     if request.attacks:
         raise ConfigurationError(
@@ -307,6 +318,15 @@ SUITES: dict[str, Suite] = {
         directions=("both",),
         fraction=1 / 3,
         training=Training(stages=6, replicas=6),
+    ),
+    "backdoor": Suite(
+        "Can a stage put a backdoor into the model?",
+        _backdoor,
+        methods=("unprotected", "sentinel", "audited"),
+        attacks=MOVED,
+        directions=("both",),
+        fraction=1 / 3,
+        training=Training(stages=6, replicas=6, micro_batches=1, micro_batch_size=4, steps=40, schedule="fine_tuning"),
     ),
     "strength": Suite("Is what goes undetected harmless?", _attacks, attacks=SWEPT),
     "clean": Suite(

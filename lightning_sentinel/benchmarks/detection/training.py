@@ -26,10 +26,11 @@ from lightning_sentinel.benchmarks.detection.truth import GradientNorms
 from lightning_sentinel.models import gpt, llama
 from lightning_sentinel.strategy import SentinelStrategy
 
-__all__ = ["LanguageModel", "Windows", "fit", "make_strategy", "train_warmup", "validation_loss"]
+__all__ = ["LanguageModel", "Windows", "fit", "make_strategy", "next_byte_loss", "train_warmup", "validation_loss"]
 
 _RISE_STEPS = 10
 _FINAL_SHARE = 0.1
+_FINE_TUNING_SHARE = 1 / 3
 _HEADS = 4
 
 
@@ -56,7 +57,7 @@ class LanguageModel(L.LightningModule):
             )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return _loss(self.net(batch[0]), batch[1])
+        return next_byte_loss(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.training_settings.learning_rate)
@@ -64,7 +65,7 @@ class LanguageModel(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+def next_byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -72,6 +73,8 @@ def _schedule(training: Training, step: int) -> float:
     rise = min(1.0, (step + 1) / _RISE_STEPS)
     if training.schedule == "constant":
         return rise
+    if training.schedule == "fine_tuning":
+        return rise * (1.0 if step < training.warmup_steps else _FINE_TUNING_SHARE)
     progress = min(1.0, step / training.total_steps)
     return rise * (_FINAL_SHARE + (1 - _FINAL_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
 
@@ -106,7 +109,7 @@ def validation_loss(module: LanguageModel) -> float:
     with torch.no_grad():
         for name in training.data.split("+"):
             inputs, targets = corpus(name).validation(training.sequence_length)
-            losses.append(float(_loss(module.net(inputs), targets)))
+            losses.append(float(next_byte_loss(module.net(inputs), targets)))
     return sum(losses) / len(losses)
 
 

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["broken", "changed", "dropped", "gradients_of"]
+__all__ = ["Change", "broken", "changed", "dropped", "gradients_of", "trained"]
+
+
+class Change(Protocol):
+    """Takes the gradient of the parameter of that number, and returns another."""
+
+    def __call__(self, gradient: Tensor, /, parameter: int) -> Tensor: ...
+
+
+def trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of some parameters that are trained."""
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 @contextmanager
-def changed(parameters: Iterable[nn.Parameter], changes: Sequence[Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def changed(parameters: Iterable[nn.Parameter], changes: Sequence[Change]) -> Iterator[None]:
     """A context in which each gradient that a backward pass adds to a parameter's goes through all changes first, in order.
+
+    Parameters that are not trained are left out, and do not count.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([2.0]))
@@ -22,8 +37,12 @@ def changed(parameters: Iterable[nn.Parameter], changes: Sequence[Callable[[Tens
         >>> weight.grad
         tensor([0.])
     """
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    handles = [parameter.register_hook(change) for change in changes for parameter in parameters]
+    parameters = trained(parameters)
+    handles = [
+        parameter.register_hook(partial(change, parameter=number))
+        for change in changes
+        for number, parameter in enumerate(parameters)
+    ]
     try:
         yield
     finally:
@@ -31,13 +50,13 @@ def changed(parameters: Iterable[nn.Parameter], changes: Sequence[Callable[[Tens
             handle.remove()
 
 
-def dropped(left_out: Tensor) -> Callable[[Tensor], Tensor]:
+def dropped(left_out: Tensor) -> Change:
     """A change that replaces a gradient by zeros if ``left_out``, a 0-dim bool for which the host does not wait.
 
     To start the backward pass from zeros is not enough: a worker's own activations may be anything, and zero times a non-finite
     value is NaN.
     """
-    return lambda gradient: torch.where(left_out, 0.0, gradient)
+    return lambda gradient, parameter: torch.where(left_out, 0.0, gradient)
 
 
 def broken(gradients: Iterable[Tensor | None], device: torch.device) -> Tensor:
