@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
+from lightning_sentinel.pipeline.commitments.step_commitments import Received
 from lightning_sentinel.pipeline.recovery.evidence import Heard, of_audits
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.recovery.votes import VOTE_BYTES
@@ -333,3 +334,29 @@ def test_who_has_nothing_to_do_in_a_step_recomputes_for_others() -> None:
     places = [(lane, slot) for lane in toy.wiring.lanes for slot in range(len(toy.wiring.work[lane]))]
     assert any(toy.asked(boundary, *place)[0] in idle for place in places)
     assert not toy.audit(boundary).any()
+
+
+# --- What is said to be left out
+
+
+def tainted(toy: Toy, *boundaries: Boundary) -> None:
+    """Senders of lane 1 say that they left micro-batch 0 out."""
+    for boundary in boundaries:
+        place = SignalId(Kind.SIGNAL, boundary, 1, 0)
+        said = replace(toy.commitments.sent[place].statement, tainted=True)
+        toy.commitments.sent[place] = credentials(toy.mesh, said.sender).sign(said)
+        toy.commitments.received[place] = Received(True, said.digest)
+
+
+@pytest.mark.parametrize("boundary", [Boundary(0, A), Boundary(1, A), Boundary(0, G), Boundary(1, G)], ids=str)
+def test_who_says_without_a_reason_that_a_micro_batch_is_left_out_has_lied(boundary: Boundary) -> None:
+    """Or it could send anything, because nobody judges such a signal by its score."""
+    toy = Toy(Mesh(3, 3))
+    tainted(toy, boundary)
+    assert torch.equal(toy.audit(boundary), expected(toy, {(1, 0): LIED}))
+
+
+def test_who_was_told_so_by_the_stage_before_has_not() -> None:
+    toy = Toy(Mesh(3, 3))
+    tainted(toy, Boundary(0, A), Boundary(1, A), Boundary(0, G), Boundary(1, G))
+    assert not toy.audit(Boundary(1, A)).any() and not toy.audit(Boundary(0, G)).any()
