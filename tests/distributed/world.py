@@ -1,19 +1,24 @@
 """Runs a function on many ranks, each a process of its own.
 
-A fork server imports torch, Lightning and DeepSpeed once; ranks are forked from it and start in milliseconds.
+Ranks are forked from a fork server, in which torch, Lightning and DeepSpeed are there already, and start in milliseconds. So is the
+server itself, from the process that runs the tests, when all of them are collected and none has run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import multiprocessing as mp
 import os
 import pickle
 import socket
+import stat
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,41 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
 sys.path.insert(0, str(ROOT))
 CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+
+
+def start_server() -> None:
+    """Start the server, as a fork of this process unless that has looked at GPUs, which no fork of it could use then."""
+    import torch
+
+    if torch.cuda.is_initialized() or torch.cuda.device_count():
+        return
+    # The resource tracker is a process of its own.
+    resource_tracker.ensure_running()
+    launch = forkserver.util.spawnv_passfds
+    forkserver.util.spawnv_passfds = _fork
+    try:
+        forkserver.ensure_running()
+    finally:
+        forkserver.util.spawnv_passfds = launch
+
+
+def _fork(path: str, arguments: Sequence[str], kept: Sequence[int]) -> int:
+    """Like ``multiprocessing.util.spawnv_passfds`` without a new interpreter: the code behind ``-c`` runs in a fork of this one."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        faulthandler.disable()
+        # Whoever waits for the end of this process waits for that of its pipes. Files are pytest's, and show what ranks say.
+        for number in map(int, os.listdir("/dev/fd")):
+            with contextlib.suppress(OSError):
+                if number > 2 and number not in kept and not stat.S_ISREG(os.fstat(number).st_mode):
+                    os.close(number)
+        exec(arguments[-1], {})
+    except SystemExit:
+        code = 0
+    finally:
+        os._exit(code)
 
 
 def free_port() -> int:
