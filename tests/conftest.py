@@ -21,12 +21,17 @@ def pytest_collection_finish() -> None:
     # What was imported stays: collecting garbage need not look through it again and again.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server_of_ranks() -> None:
+    """Forked before the first test, so that no rank inherits what a test has left, and says what pytest shows."""
     if (world := sys.modules.get("tests.distributed.world")) is not None:
         world.start_server()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _secrets_are_repeatable() -> Iterator[None]:
+def _secrets_are_repeatable(_server_of_ranks: None) -> Iterator[None]:
     """What is drawn from the operating system is the same in every run of a test that does not name a seed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning_sentinel.seeds.secrets.randbits", lambda bits: 0)

@@ -1,7 +1,7 @@
 """Runs a function on many ranks, each a process of its own.
 
 Ranks are forked from a fork server, in which torch, Lightning and DeepSpeed are there already, and start in milliseconds. So is the
-server itself, from the process that runs the tests, when all of them are collected and none has run.
+server itself, from the process that runs the tests, before the first of them.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ def _fork(path: str, arguments: Sequence[str], kept: Sequence[int]) -> int:
     code = 1
     try:
         faulthandler.disable()
-        # Whoever waits for the end of this process waits for that of its pipes. Files are pytest's, and show what ranks say.
+        # Whoever waits for the end of this process waits for that of its pipes. Of the rest some object here may know the number.
         for number in map(int, os.listdir("/dev/fd")):
             with contextlib.suppress(OSError):
-                if number > 2 and number not in kept and not stat.S_ISREG(os.fstat(number).st_mode):
+                mode = os.fstat(number).st_mode
+                if number > 2 and number not in kept and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
                     os.close(number)
         exec(arguments[-1], {})
     except SystemExit:
