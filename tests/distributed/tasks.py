@@ -229,9 +229,8 @@ def attacked(engine: str, name: str | None, warm: Path | None = None) -> dict[st
         name: of the attack; without one the run ends with the warm-up.
         warm: a checkpoint of the end of the warm-up: written without an attack, gone on from with one.
     """
-    batch_size = 8
+    batch_size, warmup = 8, 20
     attack, direction, audit_rate = ATTACKS[name] if name is not None else (None, "both", None)
-    warmup = 20 if audit_rate is None else 5
     # Of two workers of a stage an audit bans nobody.
     stages, replicas = (3, 2) if audit_rate is None else (2, 3)
     virtual = engine == "virtual"

@@ -27,7 +27,7 @@ def run(directory: Path, hosts: str, least: int, processes: int, *arguments: str
     """
     options = ["--max-restarts=3", f"--nnodes={least}:{len(hosts)}", f"--nproc-per-node={processes}"]
     options += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{world.free_port()}", "--rdzv-id=elastic"]
-    times = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=8,join_timeout=60"
+    times = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=8,join_timeout=150"
     script = [str(world.ROOT / "tests" / "distributed" / "elastic_script.py"), str(directory), *arguments]
     agents: dict[str, starting.Process] = {}
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import multiprocessing as mp
 import os
 import pickle
@@ -15,8 +16,10 @@ import socket
 import stat
 import sys
 import tempfile
+import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -55,7 +58,7 @@ def _fork(path: str, arguments: Sequence[str], kept: Sequence[int]) -> int:
         return pid
     code = 1
     try:
-        faulthandler.disable()
+        _leave_pytest()
         # Whoever waits for the end of this process waits for that of its pipes. Of the rest some object here may know the number.
         for number in map(int, os.listdir("/dev/fd")):
             with contextlib.suppress(OSError):
@@ -67,6 +70,23 @@ def _fork(path: str, arguments: Sequence[str], kept: Sequence[int]) -> int:
         code = 0
     finally:
         os._exit(code)
+
+
+def _leave_pytest() -> None:
+    """What it has put in place to hear of errors, warnings, logs and output hears nothing of another process."""
+    faulthandler.disable()
+    sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+    warnings.resetwarnings()
+    for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", kind)
+    warnings.showwarning = lambda *warning: print(warnings.formatwarning(*warning[:4]), end="", file=sys.stderr)
+    captured = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    logging.getLogger().handlers.clear()
+    for logger in logging.Logger.manager.loggerDict.values():
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and handler.stream in captured:
+                handler.setStream(sys.stdout if handler.stream is captured[0] else sys.stderr)
 
 
 def free_port() -> int:
