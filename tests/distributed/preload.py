@@ -1,4 +1,4 @@
-"""What the fork server has done once, so that ranks need not: imported all that they import of themselves, and trained a step."""
+"""What the fork server has done once, so that ranks need not: imported all that they import of themselves, and run once."""
 
 import contextlib
 import gc
@@ -47,20 +47,25 @@ __all__ = [
 
 
 def warm_up() -> None:
-    """Fill what Python, torch and Lightning keep from their first time on: compiled expressions, answers about classes."""
+    """Fill what Python, torch and Lightning keep from their first time on: compiled expressions, answers about classes.
+
+    Nothing goes backward: autograd would know from then on which devices there are, and ranks may add one.
+    """
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
     strategy = lightning_sentinel.SentinelStrategy(2, 2, micro_batches=2, engine="virtual")
-    run = tests.distributed.tasks.trainer(strategy, 1, 1)
+    run = tests.distributed.tasks.trainer(strategy, 1, 1, limit_val_batches=1)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run.fit(tests.distributed.tasks.Classifier(), tests.distributed.tasks.loader(6))
+        run.validate(tests.distributed.tasks.Classifier(), tests.distributed.tasks.loader(6), verbose=False)
     torch.set_rng_state(states[0])
     random.setstate(states[1])
     numpy.random.set_state(states[2])
 
 
 torch.set_num_threads(1)
-warm_up()
+# A fork of a process that has looked at GPUs cannot use them.
+if not torch.cuda.device_count():
+    warm_up()
 # Ranks need not look through what was imported, which they share with the server until they touch it.
 gc.collect()
 gc.freeze()
