@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 from lightning_sentinel.errors import ConfigurationError
 
@@ -194,7 +195,7 @@ class Mesh:
         """All workers, in the order of their ranks."""
         return tuple(self.worker(rank) for rank in range(self.size))
 
-    @property
+    @cached_property
     def boundaries(self) -> tuple[Boundary, ...]:
         """All verified streams: the activations of every cut, then the gradients of every cut."""
         return tuple(Boundary(index, direction) for direction in Direction for index in range(self.stages - 1))

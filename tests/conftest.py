@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import sys
+from collections.abc import Iterator
 
 import pytest
 
 
 def pytest_collection_finish() -> None:
     import torch
+    from lightning.fabric.utilities import registry
 
+    # Every Trainer looks for callbacks in all that is installed, which does not change meanwhile.
+    registry.entry_points = functools.cache(registry.entry_points)
     # Tests compute little, and threads that wait for each other on busy cores cost more than they save.
     torch.set_num_threads(1)
     # What was imported stays: collecting garbage need not look through it again and again.
@@ -17,10 +23,19 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def _secrets_are_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _server_of_ranks() -> None:
+    """Forked before the first test, so that no rank inherits what a test has left, and says what pytest shows."""
+    if (world := sys.modules.get("tests.distributed.world")) is not None:
+        world.start_server()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _secrets_are_repeatable(_server_of_ranks: None) -> Iterator[None]:
     """What is drawn from the operating system is the same in every run of a test that does not name a seed."""
-    monkeypatch.setattr("lightning_sentinel.seeds.secrets.randbits", lambda bits: 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_sentinel.seeds.secrets.randbits", lambda bits: 0)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -216,16 +216,26 @@ def test_signals_are_counted_by_who_sent_them_when_others_serve_a_lane() -> None
     assert found.tampered_flagged <= found.tampered_signals <= 1.1 * found.tampered_flagged
 
 
+# So wide that the directions do not see everything.
+WIDE = replace(TINY, stages=4, replicas=5, warmup_steps=8, steps=4, width=64)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Measures]:
+    """The warm-up of all runs of such a mesh, and a run that nobody attacks."""
+    honest, warmup = Scenario("unprotected", 0, WIDE), tmp_path_factory.mktemp("wide") / "warm.ckpt"
+    train_warmup(honest, warmup)
+    return warmup, measure(honest, warmup)
+
+
 @pytest.mark.parametrize("name", [*INSIDERS, "false votes", "false notes", "invented rows"])
-def test_insiders_do_what_they_say_and_have_nobody_honest_banned(name: str) -> None:
-    # So wide that the directions do not see everything.
-    training, liars = replace(TINY, stages=4, replicas=5, warmup_steps=8, steps=4, width=64), ((1, 1), (2, 3))
-    settings = {"training": training, "attack": name, "spec": WITHIN[name], "direction": "both", "workers": liars}
-    found = measure(attack("duplicated", **settings), None)
+def test_insiders_do_what_they_say_and_have_nobody_honest_banned(name: str, wide: tuple[Path, Measures]) -> None:
+    warmup, honest = wide
+    settings = {"training": WIDE, "attack": name, "spec": WITHIN[name], "direction": "both", "workers": ((1, 1), (2, 3))}
+    found = measure(attack("duplicated", **settings), warmup)
     # A false vote costs an honest worker nothing, and its author its word.
     assert found.false_bans == 0 and found.recall == float(name != "false votes") and found.steps == 4
-    honest = measure(Scenario("unprotected", 0, training), None)
-    unprotected = measure(attack("unprotected", **settings), None)
+    unprotected = measure(attack("unprotected", **settings), warmup)
     # What is sent in place of an honest signal changes the training; a note, a row and a vote do not.
     assert (unprotected.validation_loss != honest.validation_loss) == (name in INSIDERS)
     assert found.validation_loss == pytest.approx(honest.validation_loss, abs=1e-4)

@@ -17,8 +17,8 @@ import lightning_sentinel as ls
 from lightning_sentinel.pipeline.checkpoints import full as stage_files
 from tests.distributed import tasks
 
-BATCHES = 8
-"""In an epoch, of 96 samples."""
+SAMPLES = 48
+"""Of which there are four batches in an epoch."""
 
 
 class Augmented(Dataset[Any]):
@@ -135,7 +135,7 @@ def go_on(legs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         module = tasks.Classifier(leg["optimizer"])
         run = tasks.trainer(strategy, stages * replicas, leg["step"])
-        run.fit(module, tasks.loader(12 // replicas, replicas), ckpt_path=leg["source"])
+        run.fit(module, tasks.loader(12 // replicas, replicas, SAMPLES), ckpt_path=leg["source"])
         if leg["target"]:
             run.save_checkpoint(leg["target"])
         sizes = [p.numel() for p in module.parameters()]
@@ -149,7 +149,7 @@ def go_on_alone(optimizer: str, step: int, source: str | Path | None = None, tar
     assert "WORLD_SIZE" not in os.environ
     module = tasks.Classifier(optimizer)
     run = tasks.trainer("auto", 1, step)
-    run.fit(module, tasks.loader(12), ckpt_path=source)
+    run.fit(module, tasks.loader(12, samples=SAMPLES), ckpt_path=source)
     if target:
         run.save_checkpoint(target)
     return {"weights": tasks.local_weights(module)}

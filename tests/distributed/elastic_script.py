@@ -20,7 +20,8 @@ import lightning_sentinel as ls
 from lightning_sentinel.pipeline.messages.headers import MessageId, encode
 from tests.distributed.tasks import Classifier, tokens
 
-FAULT_STEP = 13
+FAULT_STEP = 6
+"""In the second epoch of two replicas."""
 
 
 def host() -> str | None:
@@ -102,12 +103,12 @@ if __name__ == "__main__":
         accelerator="cpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
         num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
-        max_epochs=3,
+        max_epochs=2,
         logger=False,
         enable_progress_bar=False,
         callbacks=callbacks,
     )
     module = Classifier("adamw")
     print(f"begins with {trainer.world_size} processes from {'the last checkpoint' if last.exists() else 'nothing'}", flush=True)
-    trainer.fit(module, DataLoader(tokens(), batch_size=6, shuffle=True), ckpt_path=last if last.exists() else None)
+    trainer.fit(module, DataLoader(tokens(48), batch_size=6, shuffle=True), ckpt_path=last if last.exists() else None)
     print(f"ends at epoch {trainer.current_epoch} on {trainer.strategy.mesh}", flush=True)

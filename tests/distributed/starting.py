@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 from lightning.pytorch.strategies.launchers import subprocess_script
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.distributed.launcher.api import elastic_launch
 
 from tests.distributed import world
@@ -86,6 +87,9 @@ def _become(command: list[str], environment: dict[str, str], directory: Path, sa
         config, _, _ = torchrun.config_from_args(arguments)
         # In place of the interpreter that it starts anew: a fork of this one.
         config.start_method = "fork"
+        # It asks for the whole stack with its sources, for what it records of each turn of a rendezvous: among as many modules as a
+        # fork has that is a quarter of a second of work, during which others wait and try anew.
+        dynamic_rendezvous.get_method_name = lambda depth=2: "rendezvous"
         elastic_launch(config, _worker)(arguments.training_script, *arguments.training_script_args)
     else:
         _script(*command)

@@ -26,7 +26,7 @@ def fit(hosts: str, ledger: Path | None) -> dict[str, Any]:
             response=ls.Response(ledger=ledger),
             timeout=tasks.PATIENCE,
         )
-        trainer = tasks.trainer(strategy, len(hosts), 6, limit_val_batches=1.0)
+        trainer = tasks.trainer(strategy, len(hosts), 3, limit_val_batches=2)
         getattr(trainer, what)(module, tasks.loader(8))
         found[what] = trainer.global_rank, trainer.world_size, strategy.mesh, trainer.is_global_zero
         if what == "fit":

@@ -18,7 +18,7 @@ import lightning_sentinel as ls
 from tests.distributed import tasks, world
 
 PATIENCE = timedelta(seconds=6)
-STEPS, STEP = 6, 3
+STEPS, STEP = 3, 1
 """Of the run, and in which it happens."""
 LOST = 1
 

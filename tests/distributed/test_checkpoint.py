@@ -62,12 +62,12 @@ def test_in_the_middle_of_an_epoch_it_is_the_same_bit_for_bit(form: str, attacke
 
 
 class TestOtherMeshes:
-    """Eight steps in one place and four in another are twelve in one process."""
+    """Four steps, an epoch, in one place and two in another are six in one process."""
 
     @pytest.fixture(scope="class", params=["sgd", "adamw"])
     def runs(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         optimizer, at = request.param, tmp_path_factory.mktemp(request.param)
-        checkpoint_tasks.go_on_alone(optimizer, 8, target=at / "alone")
+        checkpoint_tasks.go_on_alone(optimizer, 4, target=at / "alone")
 
         def leg(
             mesh: tuple[int, int], step: int, source: str | None, target: str, form: str = "full", zero: int = 0
@@ -76,28 +76,28 @@ class TestOtherMeshes:
             return {"mesh": mesh, "step": step, "form": form, "optimizer": optimizer, "zero": zero, **names}
 
         middle = [
-            leg((2, 2), 4, None, "2x2 at 4", "sharded", zero=1),
-            leg((1, 4), 8, "2x2 at 4", "1x4 at 8", zero=1),
-            leg((4, 1), 8, "2x2 at 4", "4x1 at 8", "sharded"),
-            leg((2, 2), 12, "4x1 at 8", "2x2, 4x1, 2x2", zero=1),
-            leg((1, 4), 12, "1x4 at 8", "2x2, 1x4"),
-            leg((2, 2), 12, "alone", "alone, 2x2", zero=1),
+            leg((2, 2), 2, None, "2x2 at 2", "sharded", zero=1),
+            leg((1, 4), 4, "2x2 at 2", "1x4 at 4", zero=1),
+            leg((4, 1), 4, "2x2 at 2", "4x1 at 4", "sharded"),
+            leg((2, 2), 6, "4x1 at 4", "2x2, 4x1, 2x2", zero=1),
+            leg((1, 4), 6, "1x4 at 4", "2x2, 1x4"),
+            leg((2, 2), 6, "alone", "alone, 2x2", zero=1),
         ]
         ranks = world.run(checkpoint_tasks.go_on, 4, middle)
-        world.run(checkpoint_tasks.go_on, 3, [leg((3, 1), 12, "4x1 at 8", "2x2, 4x1, 3x1", "sharded")])
-        consolidate(at / "4x1 at 8", at / "consolidated")
+        world.run(checkpoint_tasks.go_on, 3, [leg((3, 1), 6, "4x1 at 4", "2x2, 4x1, 3x1", "sharded")])
+        consolidate(at / "4x1 at 4", at / "consolidated")
         consolidate(at / "2x2, 4x1, 3x1", at / "2x2, 4x1, 3x1, consolidated")
         found: dict[str, Any] = {"at": at, "ranks": ranks}
-        found |= {"tolerance": TOLERANCE[optimizer], "weights": checkpoint_tasks.go_on_alone(optimizer, 12)["weights"]}
-        for source in ("alone", "1x4 at 8", "consolidated"):
-            found[source] = checkpoint_tasks.go_on_alone(optimizer, 12, at / source)["weights"]
+        found |= {"tolerance": TOLERANCE[optimizer], "weights": checkpoint_tasks.go_on_alone(optimizer, 6)["weights"]}
+        for source in ("alone", "1x4 at 4", "consolidated"):
+            found[source] = checkpoint_tasks.go_on_alone(optimizer, 6, at / source)["weights"]
         return found
 
     def test_all_ways_lead_to_the_same_weights(self, runs: dict[str, Any]) -> None:
         ways = ["2x2, 4x1, 2x2", "2x2, 1x4", "alone, 2x2", "2x2, 4x1, 3x1, consolidated"]
         for way in ways:
             saved = torch.load(runs["at"] / way, weights_only=True)
-            assert saved["global_step"] == 12, way
+            assert saved["global_step"] == 6, way
             close(saved["state_dict"], runs["weights"], runs["tolerance"], way)
 
     def test_with_zero_each_parameter_has_its_state_on_one_rank_of_its_stage(self, runs: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ class TestOtherMeshes:
 
     def test_plain_lightning_goes_on_as_from_its_own_checkpoint(self, runs: dict[str, Any]) -> None:
         """Which is not as if it had never stopped: in the middle of a run of ``max_steps`` it trains on the first batch twice."""
-        for source in ("1x4 at 8", "consolidated"):
+        for source in ("1x4 at 4", "consolidated"):
             close(runs[source], runs["alone"], runs["tolerance"], source)
 
     def test_a_plain_checkpoint_is_evaluated(self, runs: dict[str, Any]) -> None:

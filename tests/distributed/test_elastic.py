@@ -13,7 +13,7 @@ import torch
 from lightning_sentinel.verification import Ledger
 from tests.distributed import starting, world
 
-IN_ALL = 96
+IN_ALL = 48
 """Samples."""
 BATCH = 6
 """Samples of a replica's batch."""
@@ -27,7 +27,7 @@ def run(directory: Path, hosts: str, least: int, processes: int, *arguments: str
     """
     options = ["--max-restarts=3", f"--nnodes={least}:{len(hosts)}", f"--nproc-per-node={processes}"]
     options += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{world.free_port()}", "--rdzv-id=elastic"]
-    times = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=8,join_timeout=60"
+    times = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=8,join_timeout=150"
     script = [str(world.ROOT / "tests" / "distributed" / "elastic_script.py"), str(directory), *arguments]
     agents: dict[str, starting.Process] = {}
     try:
@@ -49,12 +49,12 @@ def steps(replicas: int) -> int:
 
 
 def check_end(directory: Path, said: str, first: int, then: int) -> None:
-    """The first epoch was that of ``first`` replicas, and the two others of ``then``, after a start from the first's checkpoint."""
+    """The first epoch was that of ``first`` replicas, and the second of ``then``, after a start from the first's checkpoint."""
     assert (directory / "failed").exists()
     assert f"The checkpoint was written on 2 stages x {first} replicas. This run has 2 x {then}." in said
-    assert f"ends at epoch 3 on Mesh(stages=2, replicas={then})" in said
+    assert f"ends at epoch 2 on Mesh(stages=2, replicas={then})" in said
     saved: dict[str, Any] = torch.load(directory / "last.ckpt", weights_only=True)
-    assert saved["epoch"] == 2 and saved["global_step"] == steps(first) + 2 * steps(then)
+    assert saved["epoch"] == 1 and saved["global_step"] == steps(first) + steps(then)
 
 
 @pytest.mark.timeout(170)

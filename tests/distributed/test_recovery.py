@@ -148,7 +148,7 @@ def test_mixed_attacks_without_audits(tmp_path: Path) -> None:
     assert attacked["loss"] == pytest.approx(clean["loss"], rel=0.01)
 
 
-CORRUPTED_STEPS = 6
+CORRUPTED_STEPS = 3
 
 
 class CorruptsGradients(L.Callback):

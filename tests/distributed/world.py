@@ -1,19 +1,27 @@
 """Runs a function on many ranks, each a process of its own.
 
-A fork server imports torch, Lightning and DeepSpeed once; ranks are forked from it and start in milliseconds.
+Ranks are forked from a fork server, in which torch, Lightning and DeepSpeed are there already, and start in milliseconds. So is the
+server itself, from the process that runs the tests, before the first of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import logging
 import multiprocessing as mp
 import os
 import pickle
 import socket
+import stat
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +34,59 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
 sys.path.insert(0, str(ROOT))
 CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+
+
+def start_server() -> None:
+    """Start the server, as a fork of this process unless that has looked at GPUs, which no fork of it could use then."""
+    import torch
+
+    if torch.cuda.is_initialized() or torch.cuda.device_count():
+        return
+    # The resource tracker is a process of its own.
+    resource_tracker.ensure_running()
+    launch = forkserver.util.spawnv_passfds
+    forkserver.util.spawnv_passfds = _fork
+    try:
+        forkserver.ensure_running()
+    finally:
+        forkserver.util.spawnv_passfds = launch
+
+
+def _fork(path: str, arguments: Sequence[str], kept: Sequence[int]) -> int:
+    """Like ``multiprocessing.util.spawnv_passfds`` without a new interpreter: the code behind ``-c`` runs in a fork of this one."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        _leave_pytest()
+        # Whoever waits for the end of this process waits for that of its pipes. Of the rest some object here may know the number.
+        for number in map(int, os.listdir("/dev/fd")):
+            with contextlib.suppress(OSError):
+                mode = os.fstat(number).st_mode
+                if number > 2 and number not in kept and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+                    os.close(number)
+        exec(arguments[-1], {})
+    except SystemExit:
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _leave_pytest() -> None:
+    """What it has put in place to hear of errors, warnings, logs and output hears nothing of another process."""
+    faulthandler.disable()
+    sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+    warnings.resetwarnings()
+    for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", kind)
+    warnings.showwarning = lambda *warning: print(warnings.formatwarning(*warning[:4]), end="", file=sys.stderr)
+    captured = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    logging.getLogger().handlers.clear()
+    for logger in logging.Logger.manager.loggerDict.values():
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and handler.stream in captured:
+                handler.setStream(sys.stdout if handler.stream is captured[0] else sys.stderr)
 
 
 def free_port() -> int:
