@@ -36,7 +36,7 @@ class Sharing(tasks.Classifier):
 OPTIONS = {"gradient_clip_val": 0.05, "limit_val_batches": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
 
 
-def attacked(mesh: Mesh, engine: str, folder: Path | None = None) -> dict[str, Any]:
+def attacked(mesh: Mesh, engine: str, folder: Path | None = None, of: dict[ls.Worker, Any] | None = None) -> dict[str, Any]:
     """Everything is recomputed: also what no feature shows, in a warm-up in which nobody is flagged."""
     virtual, response = engine == "virtual", ls.Response(audit_rate=1.0)
     strategy = ls.SentinelStrategy(
@@ -47,7 +47,7 @@ def attacked(mesh: Mesh, engine: str, folder: Path | None = None) -> dict[str, A
         engine=engine,  # type: ignore[arg-type]
         timeout=tasks.PATIENCE,
     )
-    module, guilty = Sharing("adamw"), liars(mesh)
+    module, guilty = Sharing("adamw"), of or liars(mesh)
     injector = ls.AttackInjector(list(guilty.values()), workers=list(guilty), start_step=START)
     logger = False if folder is None else CSVLogger(folder, name="")
     run = tasks.trainer(strategy, 1 if virtual else len(mesh.workers), STEPS, [injector], logger=logger, **OPTIONS)
@@ -61,6 +61,7 @@ def attacked(mesh: Mesh, engine: str, folder: Path | None = None) -> dict[str, A
         "banned": strategy.ledger.banned_at,
         "lanes": strategy.wiring.lanes,
         "shown": {worker: verify_evidence(evidence).holds for worker, evidence in strategy.evidence.items()},
+        "found": {(one.worker, one.feature) for one in strategy.detections if one.confirmed},
     }
 
 
@@ -110,6 +111,24 @@ def test_the_same_of_one_liar_in_each_of_three_stages() -> None:
     found, alone = attacked(mesh, "virtual"), tasks.fit_alone("adamw", STEPS, BATCH * REPLICAS, OPTIONS, Sharing)
     check_attacked(mesh, found, alone)
     assert check_weights(found, alone) == set(alone["weights"])
+
+
+ROLES = {"name": "several", "attacks": [{"name": "false_rows", "hide": None, "invent": 1.0}, "false_notes"]}
+IN_ROLES = {ls.Worker(0, 2): ROLES, ls.Worker(2, 1): ROLES}
+"""Each receives from the other's direction, and makes notes for the other's stage."""
+
+
+def test_who_lies_about_signals_is_banned_between_processes() -> None:
+    """In rows and notes, while what it sends is honest."""
+    mesh = Mesh(3, 3)
+    ranks = world.run(attacked, len(mesh.workers), mesh, "process", None, IN_ROLES, timeout=150)
+    alone = tasks.fit_alone("adamw", STEPS, BATCH * mesh.replicas, OPTIONS, Sharing)
+    for number, rank in enumerate(ranks):
+        assert rank["banned"] == dict.fromkeys(sorted(IN_ROLES), START + 1)
+        assert rank["found"] == {(worker, feature) for worker in IN_ROLES for feature in ("row", "note")}
+        assert rank["shown"] == dict.fromkeys(IN_ROLES, True)
+        if mesh.worker(number) not in IN_ROLES:
+            check_weights(rank, alone)
 
 
 MIXED = {ls.Worker(0, 1): "zeros", ls.Worker(1, 2): {"name": "scale", "factor": -1.0}, ls.Worker(2, 3): "random"}
