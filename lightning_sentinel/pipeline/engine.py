@@ -42,7 +42,7 @@ from lightning_sentinel.pipeline.processes.torch_wire import TorchWire
 from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.recovery.audited_verdicts import Auditors
 from lightning_sentinel.pipeline.recovery.auditing import Audits
-from lightning_sentinel.pipeline.recovery.contradictions import settle_contradictions
+from lightning_sentinel.pipeline.recovery.contradictions import pairs_of, settle_contradictions
 from lightning_sentinel.pipeline.recovery.contribution_audits import AuditsOfProcess, ContributionAudits, StageRecomputation
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
 from lightning_sentinel.pipeline.recovery.evidence import BanEvidence
@@ -246,8 +246,7 @@ class SentinelEngine(PipelineEngine):  # type: ignore[misc]
         if commitments is None:
             return self._audits.evidence.of_flags(outcome.table, ruling, guard.ledger, fences)
         # Where a run only reports they lead to nothing, and are told.
-        pairs = sorted({(transfer.sender, transfer.receiver) for transfer in contradictions})
-        return self._audits.shown(ruling._replace(contradictions=pairs), commitments)
+        return self._audits.shown(ruling._replace(contradictions=pairs_of(contradictions)), commitments)
 
     def _auditors(self, plan: StepPlan, outcome: StepOutcome, draws: Draws, commitments: StepCommitments) -> Auditors:
         assert outcome.table is not None, "without signals nothing is audited"

@@ -97,7 +97,7 @@ class Ruling(NamedTuple):
         lost: workers whose gradients are lost, with those of earlier batches of the same step.
         evidence: of bans that audits led to.
         contradictions: workers that say different things about a message between them.
-        forgers: workers whose row of the step before bore no valid signature.
+        forgers: workers whose row of the step before bore no valid signature, or that do not open their seal of this step.
     """
 
     verdict: StepVerdict

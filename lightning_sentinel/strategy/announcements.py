@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_sentinel.mesh import Worker
 from lightning_sentinel.pipeline.step_results import Ruling
+from lightning_sentinel.trust.evidence import Reason
 from lightning_sentinel.verification import Detection, Ledger
 
 __all__ = ["MOST_DETECTIONS", "Announcements", "announce_detections", "consequence", "keep_latest", "log_settings"]
@@ -43,6 +44,9 @@ def consequence(audited: bool, ban_after: int | None, left: int, replicas: int) 
 
 def _otherwise(worker: Worker, ruling: Ruling, ledger: Ledger) -> str:
     """Why a worker is banned, if it is for another reason than its signals; empty if not."""
+    shown = ruling.evidence.get(worker)
+    if shown is not None and shown.reason is Reason.SEAL:
+        return "it does not open the seal of what it has drawn for audits; the step is done again without it."
     if worker in ruling.forgers:
         return "its row of the step before bears no valid signature; the step is done again without it."
     if any(worker in pair for pair in ruling.contradictions):

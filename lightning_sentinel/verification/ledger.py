@@ -213,7 +213,7 @@ class Ledger:
         Args:
             step: number of the training batch.
             pairs: the workers that contradict each other; from the next step on others are put beside them.
-            forgers: workers whose word bore no valid signature, which is a lie without doubt.
+            forgers: workers whose word bore no valid signature or seal, which is a lie without doubt.
             mesh: all workers.
 
         Returns:

@@ -131,6 +131,34 @@ def test_who_lies_about_signals_is_banned_between_processes() -> None:
             check_weights(rank, alone)
 
 
+class ShowsNoSeal(L.Callback):
+    """A worker that would like to choose what it audits once it has seen what others say."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        run = trainer.strategy._run  # type: ignore[attr-defined]
+        if batch_idx == START and run.processes.worker == ls.Worker(1, 1):
+            run.engine._audits.draws.seal = lambda plan: None
+
+
+def unsealed(mesh: Mesh) -> dict[str, Any]:
+    strategy = ls.SentinelStrategy(mesh.stages, mesh.replicas, micro_batches=3, timeout=tasks.PATIENCE)
+    module = Sharing("adamw")
+    run = tasks.trainer(strategy, len(mesh.workers), STEPS, [ShowsNoSeal()], **OPTIONS)
+    run.fit(module, *[tasks.loader(BATCH, mesh.replicas) for _ in range(2)])
+    reasons = {worker: str(evidence.reason) for worker, evidence in strategy.evidence.items()}
+    return {"weights": tasks.local_weights(module), "banned": strategy.ledger.banned_at, "reasons": reasons}
+
+
+def test_who_shows_no_seal_of_what_it_draws_is_banned_at_once() -> None:
+    ranks = world.run(unsealed, len(PROCESSES.workers), PROCESSES, timeout=110)
+    alone = tasks.fit_alone("adamw", STEPS, BATCH * PROCESSES.replicas, OPTIONS, Sharing)
+    for number, rank in enumerate(ranks):
+        assert rank["banned"] == {ls.Worker(1, 1): START}
+        assert rank["reasons"] == {ls.Worker(1, 1): "did not open its seal"}
+        if PROCESSES.worker(number) != ls.Worker(1, 1):
+            check_weights(rank, alone)
+
+
 MIXED = {ls.Worker(0, 1): "zeros", ls.Worker(1, 2): {"name": "scale", "factor": -1.0}, ls.Worker(2, 3): "random"}
 """One of four workers of every stage, each with an attack of its own, in both directions."""
 WARMUP = 60

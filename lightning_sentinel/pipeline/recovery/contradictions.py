@@ -59,7 +59,7 @@ def settle_contradictions(
         table: the step's signals, which are not judged.
         plan: the step's plan.
         transfers: the messages about which sender and receiver disagree.
-        forgers: workers whose row of the step before bore no valid signature.
+        forgers: workers whose row of the step before bore no valid signature, or that do not open their seal of this step.
     """
     mesh = plan.mesh
     pairs = pairs_of(transfers)
