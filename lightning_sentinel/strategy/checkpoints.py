@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sentinel.errors import ConfigurationError, WorkerLostError
 from lightning_sentinel.pipeline.checkpoints import full as stage_files
+from lightning_sentinel.pipeline.checkpoints.copies import odd_copies
 from lightning_sentinel.pipeline.checkpoints.files import local_path
 from lightning_sentinel.pipeline.checkpoints.full import SECTION
 from lightning_sentinel.pipeline.checkpoints.sharded import Destination
@@ -48,6 +50,8 @@ class CheckpointWriter:
         """The unsplit module's state on rank zero, empty elsewhere; a collective. If sharded, this stage's state on each rank."""
         self._require_no_step("Trainer.save_checkpoint", ", or by ModelCheckpoint(every_n_train_steps=...)")
         state = module.state_dict()
+        if self._stage.is_cut:
+            self._compare_copies(module)
         if self._sharded or not self._stage.is_cut:
             # Before any run the module is whole, and every process has it.
             return state
@@ -67,7 +71,27 @@ class CheckpointWriter:
             )
         self._require_no_step("whole_state_dict()")
         state = module.state_dict()
-        return self._whole_state(state) if self._stage.is_cut else state
+        if not self._stage.is_cut:
+            return state
+        self._compare_copies(module)
+        return self._whole_state(state)
+
+    def _compare_copies(self, module: L.LightningModule) -> None:
+        """Find out whose copy of its stage's weights is not that of most, so that it is not the one that is saved; a collective."""
+        run = self._run
+        if self._virtual or run.mesh.replicas == 1:
+            return
+        with run.at_work():
+            odd = odd_copies(module.parameters(), run.mesh, run.ledger.banned)
+        news = odd - run.odd_copies
+        run.odd_copies = odd
+        if news:
+            rank_zero_warn(
+                f"The weights of {', '.join(map(str, sorted(news)))} are not those that most replicas of the same stage have, bit"
+                " for bit. They are not saved: another replica speaks for the stage. Either a device errs, or computes in another"
+                " way than the others, or a worker alters its copy. Look at the machine, and leave it out with"
+                " Response(banned=[...]) if it is not known why."
+            )
 
     def _require_no_step(self, what: str, otherwise: str = "") -> None:
         if self._run.in_a_step and not self._virtual:
@@ -119,7 +143,7 @@ class CheckpointWriter:
         banned = run.ledger.banned
         ranks = [rank for rank in mesh.stage_ranks(stage) if mesh.worker(rank) not in banned]
         with run.at_work():
-            parts = stage_files.collect(plain, tensors, ranks, to=stage_files.speakers(mesh, banned)[stage])
+            parts = stage_files.collect(plain, tensors, ranks, to=run.speakers[stage])
         return stage_files.join_optimizer_parts(parts) if parts else (plain, {})
 
     def save(
@@ -224,7 +248,7 @@ class CheckpointWriter:
         states = {key: checkpoint.pop(key) for key in ("state_dict", averaging.CURRENT) if key in checkpoint}
         saved = checkpoint.pop("optimizer_states", [])
         described: dict[str, Any] = {}
-        speaking = stage_files.speakers(run.mesh, run.ledger.banned)
+        speaking = run.speakers
         if self._virtual or processes.rank in speaking:
             try:
                 stage = 0 if self._virtual else processes.worker.stage

@@ -26,7 +26,7 @@ def believed_parts(run: RunState, stage: StageBuilder, parts: Sequence[stage_fil
     """The optimizer part of each stage, restricted to the parameters that the stage saves."""
     model = stage.model
     stages = range(run.mesh.stages)
-    speaking = stage_files.speakers(run.mesh, run.ledger.banned)
+    speaking = run.speakers
     own = [{name for name in model.parameter_names if model.speaks_for(stage, name)} for stage in stages]
     return [stage_files.own_part(part, names, rank) for part, names, rank in zip(parts, own, speaking)]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_sentinel.mesh import Mesh
+from lightning_sentinel.mesh import Mesh, Worker
 from lightning_sentinel.pipeline.checkpoints.full import StageState, collect, speakers
 from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition
 from lightning_sentinel.pipeline.engine_protocol import Engine
@@ -48,6 +48,8 @@ class RunState:
         self.position = DataPosition()
         self.in_a_step = False
         """Whether a step is under way."""
+        self.odd_copies: frozenset[Worker] = frozenset()
+        """Workers whose copy of their stage's weights was not that of most when it was last saved."""
 
     @property
     def settings(self) -> StrategySettings:
@@ -66,6 +68,11 @@ class RunState:
     def has_all_stages(self) -> bool:
         """Whether this process has the whole module in one stage."""
         return self.settings.virtual and self.mesh.stages == 1
+
+    @property
+    def speakers(self) -> list[int]:
+        """The rank that saves the state of each stage."""
+        return speakers(self.mesh, self.ledger.banned | self.odd_copies)
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -87,4 +94,4 @@ class RunState:
     def from_stages(self, plain: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[StageState]:
         """Collect one state a stage on rank zero, from the rank that speaks for the stage; empty on other ranks; a collective."""
         with self.at_work():
-            return collect(plain, tensors, speakers(self.mesh, self.ledger.banned))
+            return collect(plain, tensors, self.speakers)

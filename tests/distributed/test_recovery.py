@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_sentinel as ls
@@ -132,31 +133,49 @@ def test_who_lies_about_signals_is_banned_between_processes() -> None:
 
 
 class ShowsNoSeal(L.Callback):
-    """A worker that would like to choose what it audits once it has seen what others say."""
+    """A worker that would like to choose what it audits once it has seen what others say.
+
+    And one that hands other weights to a checkpoint than it has worked with, for its stage.
+
+    Args:
+        path: of the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         run = trainer.strategy._run  # type: ignore[attr-defined]
         if batch_idx == START and run.processes.worker == ls.Worker(1, 1):
             run.engine._audits.draws.seal = lambda plan: None
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        speaker = trainer.strategy._run.mesh.worker(trainer.strategy._run.speakers[0])  # type: ignore[attr-defined]
+        if trainer.strategy._run.processes.worker == speaker:  # type: ignore[attr-defined]
+            for parameter in pl_module.parameters():
+                parameter.data += 1
+        trainer.save_checkpoint(self.path)
 
-def unsealed(mesh: Mesh) -> dict[str, Any]:
+
+def unsealed(mesh: Mesh, path: Path) -> dict[str, Any]:
     strategy = ls.SentinelStrategy(mesh.stages, mesh.replicas, micro_batches=3, timeout=tasks.PATIENCE)
     module = Sharing("adamw")
-    run = tasks.trainer(strategy, len(mesh.workers), STEPS, [ShowsNoSeal()], **OPTIONS)
+    run = tasks.trainer(strategy, len(mesh.workers), STEPS, [ShowsNoSeal(path)], **OPTIONS)
     run.fit(module, *[tasks.loader(BATCH, mesh.replicas) for _ in range(2)])
     reasons = {worker: str(evidence.reason) for worker, evidence in strategy.evidence.items()}
     return {"weights": tasks.local_weights(module), "banned": strategy.ledger.banned_at, "reasons": reasons}
 
 
-def test_who_shows_no_seal_of_what_it_draws_is_banned_at_once() -> None:
-    ranks = world.run(unsealed, len(PROCESSES.workers), PROCESSES, timeout=110)
+def test_who_shows_no_seal_of_what_it_draws_is_banned_at_once_and_an_odd_copy_of_weights_is_not_saved(tmp_path: Path) -> None:
+    ranks = world.run(unsealed, len(PROCESSES.workers), PROCESSES, tmp_path / "last.ckpt", timeout=110)
     alone = tasks.fit_alone("adamw", STEPS, BATCH * PROCESSES.replicas, OPTIONS, Sharing)
     for number, rank in enumerate(ranks):
         assert rank["banned"] == {ls.Worker(1, 1): START}
         assert rank["reasons"] == {ls.Worker(1, 1): "did not open its seal"}
-        if PROCESSES.worker(number) != ls.Worker(1, 1):
+        if PROCESSES.worker(number) not in (ls.Worker(1, 1), ls.Worker(0, 0)):
             check_weights(rank, alone)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert check_weights({"weights": saved}, alone) == set(alone["weights"])
 
 
 MIXED = {ls.Worker(0, 1): "zeros", ls.Worker(1, 2): {"name": "scale", "factor": -1.0}, ls.Worker(2, 3): "random"}
