@@ -83,8 +83,8 @@ class CheckpointWriter:
             return
         with run.at_work():
             odd = odd_copies(module.parameters(), run.mesh, run.ledger.banned)
-        news = odd - run.odd_copies
-        run.odd_copies = odd
+        news = odd - run.ledger.odd_copies
+        run.ledger.odd_copies = odd
         if news:
             rank_zero_warn(
                 f"The weights of {', '.join(map(str, sorted(news)))} are not those that most replicas of the same stage have, bit"

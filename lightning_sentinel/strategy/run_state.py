@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_sentinel.mesh import Mesh, Worker
+from lightning_sentinel.mesh import Mesh
 from lightning_sentinel.pipeline.checkpoints.full import StageState, collect, speakers
 from lightning_sentinel.pipeline.checkpoints.resumption import DataPosition
 from lightning_sentinel.pipeline.engine_protocol import Engine
@@ -48,8 +48,6 @@ class RunState:
         self.position = DataPosition()
         self.in_a_step = False
         """Whether a step is under way."""
-        self.odd_copies: frozenset[Worker] = frozenset()
-        """Workers whose copy of their stage's weights was not that of most when it was last saved."""
 
     @property
     def settings(self) -> StrategySettings:
@@ -72,7 +70,7 @@ class RunState:
     @property
     def speakers(self) -> list[int]:
         """The rank that saves the state of each stage."""
-        return speakers(self.mesh, self.ledger.banned | self.odd_copies)
+        return speakers(self.mesh, self.ledger.banned | self.ledger.odd_copies)
 
     @contextmanager
     def stepping(self) -> Iterator[None]:

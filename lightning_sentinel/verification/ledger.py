@@ -89,6 +89,8 @@ class Ledger:
     """The machine that serves a worker; empty if unknown."""
     keys: dict[Worker, str] = field(default_factory=dict)
     """The public key of a worker; empty if workers have none."""
+    odd_copies: frozenset[Worker] = frozenset()
+    """Workers whose copy of their stage's weights was not that of most when it was last saved; not kept in checkpoints."""
     evidence: dict[Worker, str] = field(default_factory=dict)
     """The file in a run's folder ``sentinel`` that shows why a worker was banned."""
 
