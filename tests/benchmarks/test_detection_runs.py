@@ -233,8 +233,8 @@ def test_insiders_do_what_they_say_and_have_nobody_honest_banned(name: str, wide
     warmup, honest = wide
     settings = {"training": WIDE, "attack": name, "spec": WITHIN[name], "direction": "both", "workers": ((1, 1), (2, 3))}
     found = measure(attack("duplicated", **settings), warmup)
-    # A false vote costs an honest worker nothing, and its author its word.
-    assert found.false_bans == 0 and found.recall == float(name != "false votes") and found.steps == 4
+    # A false vote costs an honest worker nothing, and the third one has its author banned.
+    assert found.false_bans == 0 and found.recall == 1.0 and found.steps == 4
     unprotected = measure(attack("unprotected", **settings), warmup)
     # What is sent in place of an honest signal changes the training; a note, a row and a vote do not.
     assert (unprotected.validation_loss != honest.validation_loss) == (name in INSIDERS)
