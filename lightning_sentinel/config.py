@@ -55,9 +55,9 @@ class Verification:
         projections: random directions of the sliced Wasserstein distance.
         features: which features or families of features are watched, by name; ``None`` watches all of the method's. See
             :data:`lightning_sentinel.verification.features.FAMILIES`.
-        seed: of all secret draws: directions, audited signals and their auditors. Workers must not know it. ``None`` draws it from
-            the operating system, the same on all ranks, and keeps it in checkpoints; a number makes runs repeatable, in tests and
-            benchmarks.
+        seed: of the secret directions. Workers must not know it. ``None`` draws it from the operating system, the same on all
+            ranks, and keeps it in checkpoints; what is audited each worker draws by itself then, and nobody else knows it. A number
+            makes runs repeatable, in tests and benchmarks: whoever knows it knows the directions and all draws.
 
     Raises:
         ConfigurationError: if a value cannot work.
@@ -107,12 +107,12 @@ class Response:
             banned, and others of its stage do its work from then on; in more of them if others of its stage are flagged as well,
             because another worker's lie may be the cause. With audits, a worker that is found to lie is banned. Bans are limited to
             fewer than half of a stage, or one of two. ``None`` bans no worker.
-        audit_rate: share of all signals that is recomputed by another replica of the same stage, drawn at random; flagged signals
-            are recomputed as well, and activations of the first stage and gradients of the last are drawn up to four times as
-            often. If the auditor reports a mismatch, all others of the stage recompute the signal, and the majority decides: then
-            the step is done again without its sender, which is banned at once where its stage has at least five live workers, the
-            second time where it has three or four, and never where it has two. A flag whose signal matches is dropped. 1 recomputes
-            everything. The default holds wherever a stage has at least two replicas; where it has one, no worker can recompute
+        audit_rate: share of all signals that is recomputed by an honest other replica of the same stage, however many of them are
+            malicious, drawn at random by each replica for itself; flagged signals are recomputed as well, and activations of the
+            first stage and gradients of the last are drawn up to four times as often. If an auditor reports a mismatch, all others
+            of the stage recompute the signal, and the majority decides: then the step is done again without its sender, which is
+            banned at once where its stage has at least five live workers, the second time where it has three or four, and never
+            where it has two. A flag whose signal matches is dropped. 1 recomputes everything. The default holds wherever a stage has at least two replicas; where it has one, no worker can recompute
             anything, and the run says so. ``None``: no audits, flags alone decide.
         gradient_audit_rate: share of all workers whose contribution to the weight gradients of their stage is recomputed as a whole
             in a step, drawn at random; contributions that are out of line are recomputed as well. Decided as for signals. ``None``
