@@ -112,8 +112,9 @@ class Response:
             first stage and gradients of the last are drawn up to four times as often. If an auditor reports a mismatch, all others
             of the stage recompute the signal, and the majority decides: then the step is done again without its sender, which is
             banned at once where its stage has at least five live workers, the second time where it has three or four, and never
-            where it has two. A flag whose signal matches is dropped. 1 recomputes everything. The default holds wherever a stage has at least two replicas; where it has one, no worker can recompute
-            anything, and the run says so. ``None``: no audits, flags alone decide.
+            where it has two. A flag whose signal matches is dropped. 1 recomputes everything. The default holds wherever a stage
+            has at least two replicas; where it has one, no worker can recompute anything, and the run says so. ``None``: no audits,
+            flags alone decide.
         gradient_audit_rate: share of all workers whose contribution to the weight gradients of their stage is recomputed as a whole
             in a step, drawn at random; contributions that are out of line are recomputed as well. Decided as for signals. ``None``
             recomputes none, and so does ``audit_rate=None``.
