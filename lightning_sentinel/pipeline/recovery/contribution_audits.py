@@ -46,6 +46,7 @@ from lightning_sentinel.trust.statements import ContributionVote, Kind, SignalId
 from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import tolerance
 from lightning_sentinel.verification.jury import ContributionCase
+from lightning_sentinel.verification.majority import live_workers
 from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.sketches import sketch_error
 from lightning_sentinel.wiring import MicroBatchId
@@ -136,7 +137,7 @@ class ContributionAudits:
     def _says(self, vote: Vote, case: ContributionCase, auditor: Worker, plan: StepPlan, sketches: Tensor) -> ContributionVote:
         credentials = self._transcript.credentials
         audited = case.audited
-        live = sum(Worker(audited.stage, replica) not in plan.banned for replica in range(self._mesh.replicas))
+        live = live_workers(audited.stage, plan.banned, self._mesh)
         sketch = sketches[audited.stage, audited.replica]
         return says_of_weights(vote, auditor, audited, sketch, plan.moment(credentials.run), live, credentials)
 
