@@ -34,6 +34,7 @@ from lightning_sentinel.trust.signing import Signed
 from lightning_sentinel.trust.statements import RUN_BYTES, Kind, Moment, RowStatement, SignalId, SignalStatement
 from lightning_sentinel.verification import Ledger, SignalTable
 from lightning_sentinel.verification.jury import Case, ContributionCase, Subject
+from lightning_sentinel.verification.majority import live_workers
 
 __all__ = ["VirtualEvidence"]
 
@@ -222,7 +223,7 @@ class _Signing:
         return self._plan.moment(self.credentials.run)
 
     def _live(self, stage: int) -> int:
-        return sum(Worker(stage, replica) not in self._plan.banned for replica in range(self._mesh.replicas))
+        return live_workers(stage, self._plan.banned, self._mesh)
 
     def _row_of(self, worker: Worker, contents: bytes, moment: Moment) -> SignedRow:
         """A row with what matters of it. Tables of a virtual mesh are not chained: no relay could alter one."""
