@@ -43,12 +43,13 @@ from lightning_sentinel.pipeline.processes.wire import world
 from lightning_sentinel.pipeline.recovery.audited_verdicts import Auditors
 from lightning_sentinel.pipeline.recovery.auditing import Audits
 from lightning_sentinel.pipeline.recovery.contradictions import pairs_of, settle_contradictions
-from lightning_sentinel.pipeline.recovery.contribution_audits import AuditsOfProcess, ContributionAudits, StageRecomputation
+from lightning_sentinel.pipeline.recovery.contribution_audits import ContributionAudits, StageRecomputation
 from lightning_sentinel.pipeline.recovery.contribution_checks import Contributions
 from lightning_sentinel.pipeline.recovery.evidence import BanEvidence
 from lightning_sentinel.pipeline.recovery.examination import Inputs, SignalExamination
 from lightning_sentinel.pipeline.recovery.flag_records import FencesOfStep
 from lightning_sentinel.pipeline.recovery.guard import Guard
+from lightning_sentinel.pipeline.recovery.process_audits import AuditsOfProcess
 from lightning_sentinel.pipeline.recovery.recomputation import Recomputation
 from lightning_sentinel.pipeline.recovery.report_examination import ReportExamination
 from lightning_sentinel.pipeline.recovery.rewind import Rewind

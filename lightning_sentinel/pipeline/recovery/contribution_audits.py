@@ -18,14 +18,11 @@ from torch import Tensor
 
 from lightning_sentinel.attacks import Adversary
 from lightning_sentinel.mesh import Boundary, Direction, Mesh, Worker
-from lightning_sentinel.pipeline.commitments.sealed_draws import SealedDraws
 from lightning_sentinel.pipeline.commitments.step_commitments import StepCommitments
 from lightning_sentinel.pipeline.commitments.transcript import Transcript
 from lightning_sentinel.pipeline.data.sample_exchange import supplier, unpacked
 from lightning_sentinel.pipeline.messages.tensor_trees import receive_tree, send_tree
 from lightning_sentinel.pipeline.processes.wire import world
-from lightning_sentinel.pipeline.recovery.auditing import Audits
-from lightning_sentinel.pipeline.recovery.evidence import BanEvidence
 from lightning_sentinel.pipeline.recovery.examination import Inputs
 from lightning_sentinel.pipeline.recovery.signal_cache import SignalCache
 from lightning_sentinel.pipeline.recovery.votes import (
@@ -38,12 +35,10 @@ from lightning_sentinel.pipeline.recovery.votes import (
     testimony,
 )
 from lightning_sentinel.pipeline.step_plan import StepPlan
-from lightning_sentinel.pipeline.step_results import Ruling
 from lightning_sentinel.pipeline.waiting import on_host
 from lightning_sentinel.trust.digests import digest_of
 from lightning_sentinel.trust.evidence import Recomputation, Testimony
 from lightning_sentinel.trust.statements import ContributionVote, Kind, SignalId
-from lightning_sentinel.verification import SignalTable
 from lightning_sentinel.verification.audit import tolerance
 from lightning_sentinel.verification.jury import ContributionCase
 from lightning_sentinel.verification.majority import live_workers
@@ -51,7 +46,7 @@ from lightning_sentinel.verification.outcomes import Outcome
 from lightning_sentinel.verification.sketches import sketch_error
 from lightning_sentinel.wiring import MicroBatchId
 
-__all__ = ["AuditsOfProcess", "ContributionAudits", "StageRecomputation"]
+__all__ = ["ContributionAudits", "StageRecomputation"]
 
 _WITHHELD = {Direction.ACTIVATION: Outcome.ACTIVATION_WITHHELD, Direction.GRADIENT: Outcome.GRADIENT_WITHHELD}
 _FROM = {Direction.ACTIVATION: -1, Direction.GRADIENT: 1}
@@ -245,39 +240,6 @@ class ContributionAudits:
                 stacklevel=2,
             )
             return None
-
-
-class AuditsOfProcess(NamedTuple):
-    """The audits that a rank takes part in.
-
-    Args:
-        messages: of signals, rows and notes.
-        contributions: of weight gradients.
-        draws: which of these it draws.
-        evidence: what they and other steps show against workers that are banned.
-    """
-
-    messages: Audits
-    contributions: ContributionAudits
-    draws: SealedDraws
-    evidence: BanEvidence
-
-    def begin(self, table: SignalTable, adversary: Adversary | None) -> None:
-        """Begin to settle a step.
-
-        Args:
-            table: the step's rows.
-            adversary: a simulated attacker, which may also lie in its votes.
-        """
-        self.messages.begin(table, adversary)
-        self.contributions.begin(adversary)
-
-    def shown(self, ruling: Ruling, commitments: StepCommitments) -> Ruling:
-        """The ruling on the step with what its audits show against those that it bans."""
-        in_rows = {worker: list(votes) for worker, votes in self.messages.on_rows.items()}
-        for worker, votes in self.contributions.testimonies.items():
-            in_rows.setdefault(worker, []).extend(votes)
-        return self.evidence.of_audits(ruling, commitments, self.messages.testimonies, in_rows)
 
 
 def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
