@@ -12,7 +12,7 @@ from torch import Tensor
 import lightning_sentinel as ls
 from lightning_sentinel.attacks import Site
 from tests.distributed import tasks
-from tests.pipeline.recovery.test_audited_runs import (
+from tests.pipeline.recovery.audited import (
     ATTACKS,
     BOUNDARIES,
     LIARS,

@@ -33,7 +33,7 @@ from lightning_sentinel.trust.verify_evidence import verify_evidence
 from lightning_sentinel.verification import Ledger
 from lightning_sentinel.verification.table import COLUMNS
 from tests.pipeline.ranks import ranks
-from tests.pipeline.recovery.test_audited_runs import ATTACKS, LIARS, Run
+from tests.pipeline.recovery.audited import ATTACKS, LIARS, Run
 from tests.pipeline.recovery.test_contribution_audits import contributing
 from tests.pipeline.recovery.toys import credentials
 from tests.trust.cases import NEXT_STAGE, STAGE, part_of, row
